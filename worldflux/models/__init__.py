@@ -1,0 +1,1 @@
+"""World models: the common interface in `base`, one package per family."""

@@ -1,0 +1,316 @@
+"""The interface of every world model: its state, its losses, how it is optimised, how it is saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from worldflux.config import WorldModelConfig
+from worldflux.errors import CheckpointError
+from worldflux.files import write_atomically
+from worldflux.training.batch import Batch, Observation
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class State(Mapping[str, Tensor]):
+    """An immutable mapping of names to tensors that share their leading axes.
+
+    `state["deter"]` is one tensor; any other index goes to the leading axis of all of them: `state[3]`, `state[mask]`,
+    `state[:, 0]`.
+    """
+
+    __slots__ = ("_tensors",)
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)
+
+    def __getitem__(self, index: Any) -> Any:
+        """One tensor by its name, or the state at an index of the leading axes."""
+        if isinstance(index, str):
+            return self._tensors[index]
+        return self._map(lambda x: x[index])
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterates over the names."""
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        """Number of tensors (a mapping's length), not of rows."""
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        """Names and shapes."""
+        return f"State({', '.join(f'{k}: {list(v.shape)}' for k, v in self._tensors.items())})"
+
+    def to(self, *args: Any, **kwargs: Any) -> State:
+        """All tensors on another device or of another dtype; arguments as of `torch.Tensor.to`."""
+        return self._map(lambda x: x.to(*args, **kwargs))
+
+    def detach(self) -> State:
+        """All tensors without gradient."""
+        return self._map(lambda x: x.detach())
+
+    @staticmethod
+    def stack(states: Sequence[State], dim: int = 0) -> State:
+        """Puts states side by side along a new axis."""
+        return State({k: torch.stack([s[k] for s in states], dim) for k in states[0]})
+
+    @staticmethod
+    def cat(states: Sequence[State], dim: int = 0) -> State:
+        """Joins states along an existing axis."""
+        return State({k: torch.cat([s[k] for s in states], dim) for k in states[0]})
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> State:
+        return State({name: function(tensor) for name, tensor in self._tensors.items()})
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What a model expects of a sequence of actions."""
+
+    states: State
+    """State after each action. `[H, B, ...]`"""
+    rewards: Tensor
+    """What each action earned. `[H, B]`"""
+    continues: Tensor
+    """Probability that the episode goes on after each action, in [0, 1]. `[H, B]`"""
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """Result of one loss computation; nothing in the model has changed by it."""
+
+    loss: Tensor
+    """Scalar to differentiate."""
+    terms: dict[str, Tensor]
+    """Named scalars for the log, without gradient."""
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    """What to store beside the last T' rows of the batch. `[B, T', ...]`"""
+    updates: dict[str, Tensor] = field(default_factory=dict)
+    """Buffers of the model that `after_step` moves to these values (running normalisers)."""
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """How a family's papers optimise it."""
+
+    kind: Literal["laprop", "adam"]
+    """LaProp (momentum after the RMS scaling) or Adam."""
+    learning_rate: float
+    """Constant after the warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the momentum and of the squared gradients."""
+    eps: float = 1e-8
+    """Added to the root of the squared gradients."""
+    agc: float | None = None
+    """Adaptive gradient clipping: largest gradient norm of a tensor as a share of its own norm. None: off."""
+    grad_clip: float | None = None
+    """Largest norm of all gradients together. None: off."""
+    warmup_steps: int = 0
+    """Steps over which the rate rises linearly from zero."""
+    weight_decay: float = 0.0
+    """Decoupled."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One loss of a gradient step with the parameters that it trains."""
+
+    name: str
+    parameters: list[nn.Parameter]
+    loss: Callable[[Batch, Sequence[LossOutput]], LossOutput]
+    """Called with the batch and the outputs of the phases before it."""
+
+
+@dataclass(frozen=True)
+class OnlineDefaults:
+    """A family's own numbers for learning in an environment."""
+
+    train_ratio: float
+    """Replayed time steps per environment step. Higher learns more from each step and takes longer."""
+    batch_size: int
+    """Windows per gradient step."""
+    seq_len: int
+    """Trained time steps per window."""
+    buffer_size: int
+    """Transitions kept."""
+    learning_starts: int
+    """Environment steps before the first gradient step."""
+
+
+class WorldModel(nn.Module):
+    """What a world model can do, whatever its family; all of it batched.
+
+    Observations are `[B, ...]`, or a dictionary of such; actions are `[B, A]`, continuous ones in [-1, 1], discrete
+    ones one-hot. Subclasses set `config_class` and implement the methods that raise here.
+    """
+
+    config_class: ClassVar[type[WorldModelConfig]] = WorldModelConfig
+
+    def __init__(self, config: WorldModelConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    # States
+
+    def initial_state(self, batch_size: int) -> State:
+        """The state before any observation."""
+        raise NotImplementedError("initial_state(batch_size) -> State")
+
+    def encode(self, obs: Observation, *, deterministic: bool = False) -> State:
+        """State after the first observation of an episode.
+
+        Args:
+            obs: `[B, ...]`
+            deterministic: Take the likeliest latents instead of sampling them.
+        """
+        raise NotImplementedError("encode(obs) -> State")
+
+    def update(
+        self,
+        state: State,
+        action: Tensor,
+        obs: Observation,
+        *,
+        is_first: Tensor | None = None,
+        deterministic: bool = False,
+    ) -> State:
+        """State after an action and the observation that it led to (posterior).
+
+        Args:
+            state: Before the action.
+            action: `[B, A]`
+            obs: What was seen after it. `[B, ...]`
+            is_first: True where `obs` starts an episode: that row's state and action are ignored. `[B]`
+            deterministic: Take the likeliest latents instead of sampling them.
+        """
+        raise NotImplementedError("update(state, action, obs) -> State")
+
+    def transition(self, state: State, action: Tensor, *, deterministic: bool = False) -> State:
+        """State that the model expects after an action, without seeing anything (prior). `[B, A]` → State"""
+        raise NotImplementedError("transition(state, action) -> State")
+
+    def decode(self, state: State) -> dict[str, Any]:
+        """Predictions of a state: `"obs"` as an observation, `"reward"` `[B]`, `"continue"` `[B]`, where offered."""
+        raise NotImplementedError("decode(state) -> dict")
+
+    def rollout(self, state: State, actions: Tensor, *, deterministic: bool = False) -> Trajectory:
+        """Open-loop prediction of a sequence of actions `[H, B, A]`."""
+        raise NotImplementedError("rollout(state, actions) -> Trajectory")
+
+    def policy(self, state: State, deterministic: bool = False) -> Tensor:
+        """Actions of the learned policy. `[B, A]`"""
+        raise NotImplementedError("policy(state) -> actions")
+
+    def value(self, state: State) -> Tensor:
+        """Expected discounted reward from a state onwards, in reward units. `[B]`"""
+        raise NotImplementedError("value(state) -> Tensor")
+
+    # Learning
+
+    def loss(self, batch: Batch) -> LossOutput:
+        """The training loss of a batch of replayed windows. Changes nothing."""
+        raise NotImplementedError("loss(batch) -> LossOutput")
+
+    @property
+    def optimizer_spec(self) -> OptimizerSpec:
+        """How the family's papers optimise it."""
+        raise NotImplementedError("optimizer_spec")
+
+    def phases(self) -> list[Phase]:
+        """The losses of one gradient step, in order. By default `loss` over all trainable parameters."""
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        return [Phase("model", trainable, lambda batch, previous: self.loss(batch))]
+
+    @torch.no_grad()
+    def after_step(self, outputs: Sequence[LossOutput]) -> None:
+        """Commits what a gradient step leaves behind: running normalisers; subclasses add target networks."""
+        buffers = dict(self.named_buffers())
+        for output in outputs:
+            for name, value in output.updates.items():
+                buffers[name].copy_(value)
+
+    # Replay and acting
+
+    def online_defaults(self) -> OnlineDefaults:
+        """The family's own numbers for learning in an environment."""
+        raise NotImplementedError("online_defaults() -> OnlineDefaults")
+
+    def replay_extras(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+        """Names, shapes and dtypes of what the model wants stored beside each replayed row."""
+        return {}
+
+    def extras_from_state(self, state: State) -> dict[str, Tensor]:
+        """The values of `replay_extras` for a state. `[B, ...]` each"""
+        return {}
+
+    # Files
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes `config.json` and `model.safetensors`; each appears whole or not at all.
+
+        Args:
+            directory: Created if it does not exist.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(directory / WEIGHTS_FILE, self.weights_bytes())
+        self.config.save(directory / CONFIG_FILE)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, device: str | torch.device = "cpu") -> WorldModel:
+        """Builds the model that `save_pretrained` wrote.
+
+        Raises:
+            CheckpointError: If the directory lacks a file, or the weights do not fit the configuration.
+        """
+        directory = Path(directory)
+        if not (directory / CONFIG_FILE).is_file() or not (directory / WEIGHTS_FILE).is_file():
+            raise CheckpointError(
+                f"{directory} has no {CONFIG_FILE} and {WEIGHTS_FILE}. Pass a directory written by save_pretrained."
+            )
+        try:
+            config = cls.config_class.load(directory / CONFIG_FILE)
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{directory / CONFIG_FILE} is not valid JSON: {error}.") from error
+        model = cls(config)
+        model.load_weights((directory / WEIGHTS_FILE).read_bytes(), source=directory / WEIGHTS_FILE)
+        return model.to(device)
+
+    def weights_bytes(self) -> bytes:
+        """All parameters and buffers in safetensors format."""
+        return safetensors.torch.save({k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()})
+
+    def load_weights(self, data: bytes, *, source: object) -> None:
+        """Takes over what `weights_bytes` gave.
+
+        Args:
+            data: safetensors.
+            source: Named in errors.
+
+        Raises:
+            CheckpointError: If the data is damaged, or names or shapes differ from the model's.
+        """
+        try:
+            tensors = safetensors.torch.load(data)
+        except Exception as error:  # safetensors raises its own Rust exception class
+            raise CheckpointError(f"{source} is not a readable safetensors file: {error}.") from error
+        try:
+            self.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise CheckpointError(f"{source} does not fit the model's configuration. {error}") from error

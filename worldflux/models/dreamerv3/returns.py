@@ -1,0 +1,56 @@
+"""Returns and their normalisation: tensors in, tensors out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def lambda_return(
+    reward: Tensor, discount: Tensor, lam: Tensor | float, bootstrap: Tensor, *, trace: Tensor | None = None
+) -> Tensor:
+    """TD(lambda) targets, worked backwards from `target[T-1] = bootstrap[T-1]`:
+
+        target[t] = reward[t+1] + discount[t+1] * ((1 - lam[t+1]) * bootstrap[t+1] + lam[t+1] * target[t+1])
+
+    Rewards and discounts stand at the step that they lead *to*; their first entries are not used.
+
+    Args:
+        reward: Received on arriving at each step. `[N, T]`
+        discount: Weight of everything from that step on; 0 where the episode terminated there. `[N, T]`
+        lam: 0 trusts the bootstrap after one step, 1 trusts the sequence to its end.
+        bootstrap: Estimate of the return from each step on. `[N, T]`
+        trace: Multiplies `lam` per step; 0 where the episode ends there. `[N, T]`
+
+    Returns:
+        Targets of the first T-1 steps. `[N, T-1]`
+
+    Source: DreamerV3, arXiv:2301.04104, critic learning.
+    """
+    mix = lam if trace is None else lam * trace[:, 1:]
+    fixed = reward[:, 1:] + discount[:, 1:] * (1 - mix) * bootstrap[:, 1:]
+    carried = discount[:, 1:] * mix
+    target = bootstrap[:, -1]
+    targets = []
+    for t in range(fixed.shape[1] - 1, -1, -1):
+        target = fixed[:, t] + carried[:, t] * target
+        targets.append(target)
+    return torch.stack(targets[::-1], 1)
+
+
+def update_percentiles(low: Tensor, high: Tensor, values: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    """Running 5th and 95th percentiles, moved towards those of `values`; no bias correction.
+
+    Args:
+        low: Running 5th percentile. `[]`
+        high: Running 95th percentile. `[]`
+        values: Any shape.
+        rate: Share of the new percentiles.
+
+    Returns:
+        The new low and high, without gradient.
+
+    Source: DreamerV3, arXiv:2301.04104, return normalisation.
+    """
+    quantiles = torch.quantile(values.detach().float().flatten(), values.new_tensor([0.05, 0.95], dtype=torch.float32))
+    return torch.lerp(low, quantiles[0], rate), torch.lerp(high, quantiles[1], rate)

@@ -1,0 +1,450 @@
+"""DreamerV3: world model, actor and critic behind the common interface.
+
+Source: "Mastering Diverse Domains through World Models", arXiv:2301.04104, and its reference implementation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from worldflux.config import DreamerV3Config
+from worldflux.errors import ShapeMismatchError
+from worldflux.models.base import LossOutput, OnlineDefaults, OptimizerSpec, State, Trajectory, WorldModel
+from worldflux.models.dreamerv3.behavior import (
+    ImaginationLosses,
+    Imagined,
+    ReturnNorm,
+    imagination_losses,
+    imagined_returns,
+    replay_critic_loss,
+)
+from worldflux.models.dreamerv3.encoder import Decoder, Encoder
+from worldflux.models.dreamerv3.heads import Actor, ContinueHead, TwoHotHead
+from worldflux.models.dreamerv3.inputs import ArrivalRows, arrival_rows
+from worldflux.models.dreamerv3.rssm import RSSM, Observed, kl_losses
+from worldflux.training.batch import Batch, Observation
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random draws of one loss computation; given, they make it reproduce a recorded one."""
+
+    stoch: Tensor
+    """Classes of the posterior samples. `[B, T, S]`"""
+    imagined_stoch: Tensor
+    """Classes of the imagined samples; index 0 is not used. `[B * K, H+1, S]`"""
+    imagined_actions: Tensor
+    """`[B * K, H+1, A]`"""
+
+
+@dataclass(frozen=True)
+class LossParts:
+    """All losses before they are averaged, and what they were computed from."""
+
+    losses: dict[str, Tensor]
+    """Per step: `[B, T]`; with K steps to imagine from, actor and critic `[B, K]`, `"replay_critic"` `[B, K-1]`."""
+    reconstruction: dict[str, Tensor]
+    """Of each observation key; their sum is `losses["reconstruction"]`. `[B, T]`"""
+    rows: ArrivalRows
+    observed: Observed
+    kl: Tensor
+    """Before the free nats. `[B, T]`"""
+    imagined: Imagined
+    behavior: ImaginationLosses
+    replay_returns: Tensor
+    """`[B, K-1]`"""
+
+
+class DreamerV3(WorldModel):
+    """The DreamerV3 agent's networks and losses.
+
+    States have `deter` `[B, D]`, `stoch` `[B, S, C]` (one-hot) and `logits` `[B, S, C]`.
+    """
+
+    config_class: ClassVar[type[DreamerV3Config]] = DreamerV3Config
+    config: DreamerV3Config
+    return_low: Tensor
+    return_high: Tensor
+
+    def __init__(self, config: DreamerV3Config) -> None:
+        super().__init__(config)
+        c = config
+        self.encoder = Encoder(c)
+        self.rssm = RSSM(
+            deter_dim=c.deter_dim,
+            hidden_dim=c.hidden_dim,
+            groups=c.stoch_discrete,
+            classes=c.stoch_classes,
+            blocks=c.blocks,
+            unimix=c.unimix,
+            action_dim=c.action_dim,
+            embed_dim=self.encoder.out_features,
+        )
+        self.decoder = Decoder(c)
+        feat_dim = c.deter_dim + c.stoch_discrete * c.stoch_classes
+        self.reward_head = TwoHotHead(feat_dim, c.units, c.reward_layers, c.bins)
+        self.continue_head = ContinueHead(feat_dim, c.units, c.continue_layers)
+        self.actor = Actor(feat_dim, c.units, c.actor_layers, c.action_dim, c.action_classes)
+        self.critic = TwoHotHead(feat_dim, c.units, c.critic_layers, c.bins)
+        self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.register_buffer("return_low", torch.zeros(()))
+        self.register_buffer("return_high", torch.zeros(()))
+
+    @property
+    def discount(self) -> float:
+        """Weight of the next step, `1 - 1 / discount_horizon`."""
+        return 1.0 - 1.0 / self.config.discount_horizon
+
+    # States
+
+    def initial_state(self, batch_size: int) -> State:
+        """The zero state, which every episode starts from."""
+        deter, stoch = self.rssm.initial(batch_size)
+        return State({"deter": deter, "stoch": stoch, "logits": torch.zeros_like(stoch)})
+
+    def encode(self, obs: Observation, *, deterministic: bool = False) -> State:
+        """State after the first observation of an episode `[B, ...]`."""
+        tensors = self._observations(obs, leading=1)
+        batch = next(iter(tensors.values())).shape[0]
+        action = torch.zeros(batch, self.config.action_dim, device=self.device)
+        is_first = torch.ones(batch, dtype=torch.bool, device=self.device)
+        return self.update(self.initial_state(batch), action, obs, is_first=is_first, deterministic=deterministic)
+
+    def update(
+        self,
+        state: State,
+        action: Tensor,
+        obs: Observation,
+        *,
+        is_first: Tensor | None = None,
+        deterministic: bool = False,
+    ) -> State:
+        """State after an action `[B, A]` and the observation `[B, ...]` that it led to; see `WorldModel.update`."""
+        tensors = self._observations(obs, leading=1)
+        self._check_actions(action)
+        deter, stoch = state["deter"], state["stoch"]
+        if is_first is not None:
+            keep = 1.0 - is_first.to(deter.dtype).unsqueeze(-1)
+            deter, stoch, action = deter * keep, stoch * keep.unsqueeze(-1), action * keep
+        with self._autocast():
+            deter = self.rssm.core(deter, stoch, action.float())
+            logits = self.rssm.posterior(deter, self.encoder(tensors))
+        return self._state(deter, logits, deterministic)
+
+    def transition(self, state: State, action: Tensor, *, deterministic: bool = False) -> State:
+        """State that the model expects after an action `[B, A]`."""
+        self._check_actions(action)
+        with self._autocast():
+            deter = self.rssm.core(state["deter"], state["stoch"], action.float())
+            logits = self.rssm.prior(deter)
+        return self._state(deter, logits, deterministic)
+
+    def decode(self, state: State) -> dict[str, Any]:
+        """What a state predicts.
+
+        Returns:
+            `"obs"`: in the observation's own form, images as floats in [0, 1]; `"reward"`: received on arriving at the
+            state `[B]`; `"continue"`: probability that the episode goes on there, without the discount `[B]`.
+        """
+        stoch = state["stoch"].flatten(-2)
+        with self._autocast():
+            obs = self.decoder.observations(self.decoder(state["deter"], stoch))
+            reward, cont = self._reward_and_continue(self.features(state))
+        return {
+            "obs": obs if isinstance(self.config.obs_shape, dict) else obs["obs"],
+            "reward": reward,
+            "continue": (cont / self.discount).clamp(max=1.0),
+        }
+
+    def rollout(self, state: State, actions: Tensor, *, deterministic: bool = False) -> Trajectory:
+        """Open-loop prediction of a sequence of actions `[H, B, A]`."""
+        states = []
+        for action in actions:
+            state = self.transition(state, action, deterministic=deterministic)
+            states.append(state)
+        stacked = State.stack(states)
+        with self._autocast():
+            reward, cont = self._reward_and_continue(self.features(stacked))
+        return Trajectory(stacked, reward, (cont / self.discount).clamp(max=1.0))
+
+    def policy(self, state: State, deterministic: bool = False) -> Tensor:
+        """Actions of the actor `[B, A]`; continuous draws may leave [-1, 1], and the environment's side clips them."""
+        with self._autocast():
+            dist = self.actor(self.features(state))
+        return dist.mode if deterministic else dist.sample()
+
+    def value(self, state: State) -> Tensor:
+        """The critic's estimate, discounted by `discount` per step. `[B]`"""
+        with self._autocast():
+            return self.critic(self.features(state)).mean
+
+    def features(self, state: State) -> Tensor:
+        """What the heads read: `[deter, flat(stoch)]`. `[..., F]`"""
+        return _features(state["deter"], state["stoch"])
+
+    # Learning
+
+    def loss(self, batch: Batch) -> LossOutput:
+        """World-model, actor and critic losses of replayed windows.
+
+        If the batch's extras hold the latents of its rows (`replay_extras`), the first row of each window is context:
+        its latents start the recurrence, and the others are trained. Otherwise all rows are trained from the initial
+        state.
+        """
+        return self._reduce(self.loss_parts(batch))
+
+    def loss_parts(self, batch: Batch, draws: Draws | None = None) -> LossParts:
+        """All losses before averaging; `draws` replaces the random draws."""
+        self._observations(batch.obs, leading=2)
+        self._check_actions(batch.actions)
+        has_context = "deter" in batch.extras
+        rows = arrival_rows(batch, has_context=has_context)
+        deter, stoch = self._context(batch) if has_context else self.rssm.initial(batch.batch_size)
+        with self._autocast():
+            return self._loss_parts(rows, deter, stoch, draws)
+
+    def _loss_parts(self, rows: ArrivalRows, deter: Tensor, stoch: Tensor, draws: Draws | None) -> LossParts:
+        c = self.config
+        B, T = rows.is_first.shape
+        K = min(c.imag_last or T, T)  # steps to imagine from
+
+        # World model
+        flat_obs = {k: v.flatten(0, 1) for k, v in rows.obs.items()}
+        embed = self.encoder(flat_obs).unflatten(0, (B, T))
+        seen = rows.obs_mask
+        observed = self.rssm.observe(
+            deter,
+            stoch,
+            rows.prev_actions,
+            embed,
+            rows.is_first,
+            obs_mask=seen,
+            draws=None if draws is None else draws.stoch,
+        )
+        posterior, prior = self.rssm.dist(observed.logits), self.rssm.dist(self.rssm.prior(observed.deter))
+        dynamics, representation, kl = kl_losses(posterior, prior, c.kl_free)
+        feat = _features(observed.deter, observed.stoch)  # [B, T, F]
+        predictions = self.decoder(observed.deter.flatten(0, 1), observed.stoch.flatten(0, 1).flatten(1))
+        reconstruction = {k: v.unflatten(0, (B, T)) for k, v in self.decoder.losses(predictions, flat_obs).items()}
+        if seen is not None:
+            reconstruction = {k: torch.where(seen, v, 0.0) for k, v in reconstruction.items()}
+        known = rows.arrival_known
+        target = (1.0 - rows.is_terminal) * self.discount
+        cont_loss = F.binary_cross_entropy_with_logits(self.continue_head(feat), target, reduction="none")
+
+        # Behaviour: policy and value losses reach the policy and the value only
+        with torch.no_grad():
+            imagined = self._imagine(observed.deter[:, -K:], observed.stoch[:, -K:], draws)
+            reward, cont = self._reward_and_continue(imagined.feat)
+            slow_value = self.slow_critic(imagined.feat).mean
+        critic = self.critic(imagined.feat)
+        # The fast critic bootstraps; the slow one only holds it back.
+        baseline = critic.mean.detach()
+        returns, weight = imagined_returns(reward, cont, baseline, lam=c.lambda_)
+        norm = ReturnNorm(self.return_low, self.return_high, c.return_norm_limit).update(returns, c.return_norm_rate)
+        behavior = imagination_losses(
+            returns=returns,
+            weight=weight,
+            baseline=baseline,
+            critic=critic,
+            slow_value=slow_value,
+            policy=self.actor(imagined.feat),
+            actions=imagined.actions,
+            norm=norm,
+            entropy_scale=c.entropy_scale,
+        )
+        # The critic on replayed steps, bootstrapped from the imagined returns; trains the features as well
+        replay_critic, replay_returns = replay_critic_loss(
+            rewards=rows.rewards[:, -K:],
+            is_terminal=rows.is_terminal[:, -K:],
+            is_last=rows.is_last[:, -K:],
+            bootstrap=returns[:, 0].unflatten(0, (B, K)),
+            critic=self.critic(feat[:, -K:]),
+            slow_value=slow_value[:, 0].unflatten(0, (B, K)),
+            discount=self.discount,
+            lam=c.lambda_,
+        )
+        losses = {
+            "reconstruction": torch.stack(list(reconstruction.values())).sum(0),
+            "reward": torch.where(known, self.reward_head(feat).loss(rows.rewards), 0.0),
+            "continue": torch.where(known, cont_loss, 0.0),
+            "dynamics": dynamics,
+            "representation": representation,
+            "actor": behavior.actor.mean(1).unflatten(0, (B, K)),
+            "critic": behavior.critic.mean(1).unflatten(0, (B, K)),
+            "replay_critic": replay_critic,
+        }
+        return LossParts(losses, reconstruction, rows, observed, kl, imagined, behavior, replay_returns)
+
+    def loss_scale(self, name: str) -> float:
+        """Weight of a loss; `kl_balance` splits the KL's between the prior and the posterior."""
+        scales, balance = self.config.loss_scales, self.config.kl_balance
+        shares = {"dynamics": balance, "representation": 1.0 - balance}
+        return scales["kl"] * shares[name] if name in shares else scales[name]
+
+    def _reduce(self, parts: LossParts) -> LossOutput:
+        """Averages over all steps, weights and sums; adds what is logged."""
+        # Steps whose reward lies before the window or whose observation was never recorded do not count in the
+        # averages.
+        known = parts.rows.arrival_known.float().mean()
+        share = {"reward": known, "continue": known}
+        if parts.rows.obs_mask is not None:
+            share["reconstruction"] = parts.rows.obs_mask.float().mean().clamp(min=1e-8)
+        means = {name: loss.mean() / share.get(name, 1.0) for name, loss in parts.losses.items()}
+        total = torch.stack([self.loss_scale(name) * mean for name, mean in means.items()]).sum()
+        behavior = parts.behavior
+        terms = {name: mean.detach() for name, mean in means.items()}
+        if len(parts.reconstruction) > 1:
+            terms |= {f"reconstruction/{k}": v.detach().mean() for k, v in parts.reconstruction.items()}
+        terms |= {
+            "kl": parts.kl.mean(),
+            "policy_entropy": behavior.entropy.mean(),
+            "imagined_return": behavior.returns.mean(),
+            "return_scale": behavior.norm.scale,
+            "advantage_magnitude": behavior.advantage.abs().mean(),
+        }
+        extras = self._extras(parts.observed.deter.detach(), parts.observed.stoch.detach())
+        updates = {"return_low": behavior.norm.low, "return_high": behavior.norm.high}
+        return LossOutput(total, terms, extras, updates)
+
+    def imagine(self, state: State, horizon: int) -> tuple[Trajectory, Tensor]:
+        """Open-loop prediction with the policy's own actions.
+
+        Args:
+            state: `[B, ...]`
+            horizon: H, steps.
+
+        Returns:
+            What each action leads to, and the actions `[H, B, A]`.
+        """
+        states, actions = [], []
+        for _ in range(horizon):
+            actions.append(self.policy(state))
+            state = self.transition(state, actions[-1])
+            states.append(state)
+        stacked = State.stack(states)
+        with self._autocast():
+            reward, cont = self._reward_and_continue(self.features(stacked))
+        return Trajectory(stacked, reward, (cont / self.discount).clamp(max=1.0)), torch.stack(actions)
+
+    def _imagine(self, deter: Tensor, stoch: Tensor, draws: Draws | None) -> Imagined:
+        """Rolls the policy out from replayed states `[B, K, D]`, `[B, K, S, C]`."""
+        deter, stoch = deter.flatten(0, 1), stoch.flatten(0, 1)
+        feats: list[Tensor] = []
+        actions: list[Tensor] = []
+        for h in range(self.config.imagination_horizon + 1):
+            if h > 0:
+                deter = self.rssm.core(deter, stoch, actions[-1])
+                prior = self.rssm.dist(self.rssm.prior(deter))
+                stoch = prior.sample() if draws is None else prior.straight_through(draws.imagined_stoch[:, h])
+            feats.append(_features(deter, stoch))
+            actions.append(self.actor(feats[-1]).sample() if draws is None else draws.imagined_actions[:, h])
+        return Imagined(torch.stack(feats, 1), torch.stack(actions, 1))
+
+    @property
+    def optimizer_spec(self) -> OptimizerSpec:
+        """LaProp with adaptive gradient clipping, arXiv:2301.04104."""
+        return OptimizerSpec(
+            kind="laprop",
+            learning_rate=self.config.learning_rate,
+            betas=(0.9, 0.999),
+            eps=1e-20,
+            agc=self.config.grad_clip,
+            warmup_steps=self.config.warmup_steps,
+        )
+
+    @torch.no_grad()
+    def after_step(self, outputs: Sequence[LossOutput]) -> None:
+        """Commits the return normaliser and moves the slow critic towards the critic."""
+        super().after_step(outputs)
+        slow: list[Tensor] = list(self.slow_critic.parameters())
+        fast: list[Tensor] = list(self.critic.parameters())
+        torch._foreach_lerp_(slow, fast, self.config.slow_critic_rate)
+
+    # Replay and acting
+
+    def online_defaults(self) -> OnlineDefaults:
+        """The reference's numbers: train ratio 1024 on vectors and 256 on images, batches of 16 windows of 64."""
+        return OnlineDefaults(
+            train_ratio=256.0 if self.encoder.layout.images else 1024.0,
+            batch_size=16,
+            seq_len=64,
+            buffer_size=1_000_000,
+            learning_starts=1024,
+        )
+
+    def replay_extras(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+        """The recurrent state: `deter` in half precision, `stoch` as class numbers from 1 (0: nothing stored)."""
+        c = self.config
+        classes = np.dtype(np.uint8 if c.stoch_classes < 256 else np.int32)
+        return {"deter": ((c.deter_dim,), np.dtype(np.float16)), "stoch": ((c.stoch_discrete,), classes)}
+
+    def extras_from_state(self, state: State) -> dict[str, Tensor]:
+        """What `replay_extras` stores for a state `[B, ...]`."""
+        return self._extras(state["deter"], state["stoch"])
+
+    def _extras(self, deter: Tensor, stoch: Tensor) -> dict[str, Tensor]:
+        dtype = torch.uint8 if self.config.stoch_classes < 256 else torch.int32
+        return {"deter": deter.to(torch.float16), "stoch": (stoch.argmax(-1) + 1).to(dtype)}
+
+    def _context(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The stored state of each window's first row. `[B, D]`, `[B, S, C]`"""
+        deter = batch.extras["deter"][:, 0].float()
+        # One class more, cut off again: rows without a stored state get the zero vector.
+        stoch = F.one_hot(batch.extras["stoch"][:, 0].long(), self.config.stoch_classes + 1)[..., 1:].float()
+        return deter, stoch
+
+    # Helpers
+
+    def _state(self, deter: Tensor, logits: Tensor, deterministic: bool) -> State:
+        dist = self.rssm.dist(logits)
+        return State({"deter": deter, "stoch": dist.mode if deterministic else dist.sample(), "logits": logits})
+
+    def _reward_and_continue(self, feat: Tensor) -> tuple[Tensor, Tensor]:
+        """Reward and (discounted) probability of going on, at features `[..., F]`."""
+        return self.reward_head(feat).mean, torch.sigmoid(self.continue_head(feat))
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.config.dtype == "bfloat16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def _observations(self, obs: Observation, *, leading: int) -> dict[str, Tensor]:
+        """The observation as a dictionary, its shapes checked after `leading` batch axes."""
+        tensors = obs if isinstance(obs, dict) else {"obs": obs}
+        shapes = self.config.obs_shapes
+        if set(tensors) != set(shapes):
+            raise ShapeMismatchError(
+                f"The observation has the keys {sorted(tensors)}, expected {sorted(shapes)}. "
+                "Pass the observations that the model was built for."
+            )
+        for key, expected in shapes.items():
+            actual = tuple(tensors[key].shape[leading:])
+            if tensors[key].ndim != leading + len(expected) or actual != tuple(expected):
+                hint = f"Pass it with {leading} leading batch axes."
+                if len(expected) == 3 and actual == (*expected[1:], expected[0]):
+                    hint = "Images are channel-first here: transpose HWC to CHW."
+                raise ShapeMismatchError(
+                    f"Observation '{key}' has shape {tuple(tensors[key].shape)}, "
+                    f"expected {'B, T'[: 3 * leading - 2]} and then {tuple(expected)}. {hint}"
+                )
+        return tensors
+
+    def _check_actions(self, actions: Tensor) -> None:
+        if actions.shape[-1] != self.config.action_dim:
+            raise ShapeMismatchError(
+                f"actions have shape {tuple(actions.shape)}, expected a last dimension of {self.config.action_dim}. "
+                "Discrete actions are passed one-hot."
+            )
+
+
+def _features(deter: Tensor, stoch: Tensor) -> Tensor:
+    """`[..., D]`, `[..., S, C]` → `[..., D + S * C]`"""
+    return torch.cat([deter, stoch.flatten(-2)], -1)

@@ -1,0 +1,1 @@
+"""Neural-network parts without any reinforcement learning: layers, distributions, transforms."""

@@ -1,0 +1,235 @@
+"""Distributions over network outputs: two-hot values, one-hot latents, and the two kinds of policy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class TwoHot:
+    """A categorical distribution over fixed bins that stands for one real number.
+
+    Source: DreamerV3, arXiv:2301.04104, symexp twohot loss.
+
+    Args:
+        logits: `[..., n]`; taken to float32.
+        bins: Increasing, antisymmetric, odd in number. `[n]`
+    """
+
+    def __init__(self, logits: Tensor, bins: Tensor) -> None:
+        self.logits = logits.float()
+        self.bins = bins
+
+    @property
+    def mean(self) -> Tensor:
+        """Expected value. `[...]`
+
+        Each bin is paired with its mirror before summing, so that uniform probabilities give exactly 0.
+        """
+        middle = self.bins.shape[0] // 2
+        probs = torch.softmax(self.logits, -1)
+        excess = probs[..., middle + 1 :] - probs[..., :middle].flip(-1)
+        return excess @ self.bins[middle + 1 :]
+
+    def loss(self, *targets: Tensor) -> Tensor:
+        """Cross-entropy with the two-hot encoding of each target, summed over the targets.
+
+        Args:
+            targets: Real numbers, each `[...]`; beyond the outermost bins all weight is on that bin.
+
+        Returns:
+            `[...]`
+        """
+        # -sum_i w_i * log_softmax_i with weights of sum one: the normaliser is shared by all targets, and the dense
+        # [..., n] weights need not be built.
+        loss = len(targets) * torch.logsumexp(self.logits, -1)
+        for target in targets:
+            lower, upper, weight = two_hot(target, self.bins)
+            picked = torch.gather(self.logits, -1, torch.stack([lower, upper], -1))  # [..., 2]
+            loss = loss - (picked[..., 0] * (1.0 - weight) + picked[..., 1] * weight)
+        return loss
+
+
+def two_hot(target: Tensor, bins: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Neighbouring bins of each target and the weight of the upper one.
+
+    Returns:
+        Lower index, upper index (int64) and the upper one's weight in [0, 1]. Each `[...]`.
+    """
+    last = bins.shape[0] - 1
+    above = torch.searchsorted(bins, target.detach().contiguous(), right=True)  # first bin beyond the target
+    lower, upper = (above - 1).clamp(0, last), above.clamp(0, last)
+    low, high = bins[lower], bins[upper]
+    weight = torch.where(upper == lower, 0.0, (target - low) / torch.where(upper == lower, 1.0, high - low))
+    return lower, upper, weight
+
+
+class OneHot:
+    """Independent categorical rows with a little of the uniform mixed in, sampled as one-hot vectors.
+
+    Source: DreamerV3, arXiv:2301.04104, 1% unimix.
+
+    Args:
+        logits: `[..., S, C]`; taken to float32.
+        unimix: Share of the uniform distribution in the probabilities.
+    """
+
+    def __init__(self, logits: Tensor, unimix: float) -> None:
+        classes = logits.shape[-1]
+        self.probs = (1.0 - unimix) * softmax(logits.float()) + unimix / classes
+        self._logprobs: Tensor | None = None
+
+    @property
+    def logprobs(self) -> Tensor:
+        """Logarithms of the mixed probabilities. `[..., S, C]`"""
+        if self._logprobs is None:
+            self._logprobs = torch.log(self.probs)
+        return self._logprobs
+
+    def sample(self, noise: Tensor | None = None) -> Tensor:
+        """One-hot draws, with the gradient of the probabilities passed straight through. `[..., S, C]`
+
+        Args:
+            noise: Uniform numbers in [0, 1); drawn here if not given. `[..., S]`
+        """
+        return self.straight_through(_inverse_cdf(self.probs.detach(), noise))
+
+    @property
+    def mode(self) -> Tensor:
+        """The likeliest class of each row as a one-hot vector. `[..., S, C]`"""
+        return self.straight_through(self.probs.detach().argmax(-1))
+
+    def straight_through(self, index: Tensor) -> Tensor:
+        """The one-hot vectors of given classes `[..., S]`, carrying the gradient of the probabilities."""
+        onehot = torch.zeros_like(self.probs).scatter_(-1, index.unsqueeze(-1), 1.0)
+        if not self.probs.requires_grad:
+            return onehot
+        return onehot + (self.probs - self.probs.detach())
+
+    def entropy(self) -> Tensor:
+        """Summed over the rows. `[...]`"""
+        return -(self.probs * self.logprobs).sum((-2, -1))
+
+    def kl(self, other: OneHot) -> Tensor:
+        """KL(self || other), summed over the rows. `[...]`"""
+        return (self.probs * (self.logprobs - other.logprobs)).sum((-2, -1))
+
+    def detach(self) -> OneHot:
+        """The same distribution without gradient."""
+        copy = object.__new__(OneHot)
+        copy.probs, copy._logprobs = self.probs.detach(), self.logprobs.detach()
+        return copy
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Softmax over the last axis, written out.
+
+    torch's own CPU kernel is five times slower than this where the last axis is short, as for latents and actions.
+    """
+    exp = torch.exp(logits - logits.detach().amax(-1, keepdim=True))
+    return exp / exp.sum(-1, keepdim=True)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log-softmax over the last axis, written out for the reason given in `softmax`."""
+    shifted = logits - logits.detach().amax(-1, keepdim=True)
+    return shifted - torch.log(torch.exp(shifted).sum(-1, keepdim=True))
+
+
+def _inverse_cdf(probs: Tensor, uniform: Tensor | None = None) -> Tensor:
+    """Draws a class from each row of `probs` `[..., C]` with one uniform number per row. `[...]` int64"""
+    uniform = torch.rand(probs.shape[:-1], device=probs.device) if uniform is None else uniform
+    # Rounding may leave the last cumulative sum a little under one; the factor keeps every number below it.
+    return (probs.cumsum(-1) <= uniform.unsqueeze(-1) * (1.0 - 1e-6)).sum(-1)
+
+
+class PolicyDistribution(Protocol):
+    """What the actor's losses and the acting code need of a policy; actions are in library form `[..., A]`."""
+
+    def sample(self) -> Tensor:
+        """Draws actions. `[..., A]`"""
+
+    @property
+    def mode(self) -> Tensor:
+        """The likeliest actions. `[..., A]`"""
+
+    def log_prob(self, actions: Tensor) -> Tensor:
+        """Log-likelihood, summed over the action's dimensions. `[...]`"""
+
+    def entropy(self) -> Tensor:
+        """Entropy in nats, summed over the action's dimensions. `[...]`"""
+
+
+class NormalPolicy:
+    """Independent normals with a tanh mean and a standard deviation in (0.1, 1); draws are not squashed.
+
+    Args:
+        raw_mean: Network output. `[..., A]`
+        raw_std: Network output. `[..., A]`
+    """
+
+    def __init__(self, raw_mean: Tensor, raw_std: Tensor) -> None:
+        self.mean = torch.tanh(raw_mean.float())
+        self.std = 0.9 * torch.sigmoid(raw_std.float() + 2.0) + 0.1
+
+    @property
+    def mode(self) -> Tensor:
+        """The mean. `[..., A]`"""
+        return self.mean
+
+    def sample(self) -> Tensor:
+        """Draws actions; they may leave [-1, 1]. `[..., A]`"""
+        return torch.addcmul(self.mean, self.std, torch.randn_like(self.mean))
+
+    def log_prob(self, actions: Tensor) -> Tensor:
+        """Log-likelihood, summed over the action's dimensions. `[...]`"""
+        normalised = (actions - self.mean) / self.std
+        return -(0.5 * normalised.square() + self.std.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def entropy(self) -> Tensor:
+        """`0.5 * log(2 pi e std^2)`, summed over the action's dimensions. `[...]`"""
+        return (self.std.log() + 0.5 * math.log(2 * math.pi) + 0.5).sum(-1)
+
+
+class CategoricalPolicy:
+    """One or several independent softmaxes, side by side in one vector; actions are concatenated one-hots.
+
+    Without the latents' unimix: the reference lists it for the policy, but its categorical head does not read it.
+
+    Args:
+        logits: `[..., A]`
+        classes: Width of each softmax; they sum to A.
+    """
+
+    def __init__(self, logits: Tensor, classes: tuple[int, ...]) -> None:
+        self.classes = classes
+        self.logprobs = torch.cat([log_softmax(part) for part in logits.float().split(classes, -1)], -1)
+
+    @property
+    def mode(self) -> Tensor:
+        """The likeliest class of each softmax, one-hot. `[..., A]`"""
+        return self._onehots([part.argmax(-1) for part in self._parts()])
+
+    def sample(self) -> Tensor:
+        """Draws one class of each softmax, one-hot. `[..., A]`"""
+        return self._onehots([_inverse_cdf(part.exp()) for part in self._parts()])
+
+    def log_prob(self, actions: Tensor) -> Tensor:
+        """Log-likelihood of one-hot actions. `[...]`"""
+        return (actions * self.logprobs).sum(-1)
+
+    def entropy(self) -> Tensor:
+        """Summed over the softmaxes. `[...]`"""
+        return -(self.logprobs.exp() * self.logprobs).sum(-1)
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        return self.logprobs.detach().split(self.classes, -1)
+
+    def _onehots(self, indices: Sequence[Tensor]) -> Tensor:
+        pairs = zip(indices, self.classes, strict=True)
+        return torch.cat([F.one_hot(index, width) for index, width in pairs], -1).to(self.logprobs.dtype)

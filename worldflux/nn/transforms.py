@@ -1,0 +1,35 @@
+"""Squashing transforms and the bins of two-hot distributions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def symlog(x: Tensor) -> Tensor:
+    """`sign(x) * log(1 + |x|)`: linear around zero, logarithmic far from it. Inverse of `symexp`."""
+    return torch.sign(x) * torch.log1p(torch.abs(x))
+
+
+def symexp(x: Tensor) -> Tensor:
+    """`sign(x) * (exp|x| - 1)`. Inverse of `symlog`."""
+    return torch.sign(x) * torch.expm1(torch.abs(x))
+
+
+def symexp_bins(count: int, limit: float = 20.0) -> Tensor:
+    """Bin positions for two-hot targets, spaced evenly in symlog space from `-symexp(limit)` to `symexp(limit)`.
+
+    One half is mirrored onto the other, so that the bins are antisymmetric to the last bit: a uniform distribution
+    over them has a mean of exactly zero.
+
+    Args:
+        count: Odd number of bins; the middle one is 0.
+        limit: Largest magnitude in symlog space.
+
+    Returns:
+        Increasing positions. `[count]`
+
+    Source: DreamerV3, arXiv:2301.04104, symexp twohot loss.
+    """
+    half = symexp(torch.linspace(-limit, 0.0, (count - 1) // 2 + 1, dtype=torch.float64)).float()
+    return torch.cat([half, -half[:-1].flip(0)])

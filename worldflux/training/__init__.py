@@ -1,0 +1,63 @@
+"""Learning from stored experience: replay buffer, batches, the trainer and its callbacks.
+
+Names are imported when they are first used, so that `import worldflux.training` stays light.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from worldflux.training.batch import Batch, BatchRequest
+    from worldflux.training.callbacks import (
+        Callback,
+        CheckpointCallback,
+        EarlyStoppingCallback,
+        LoggingCallback,
+        ProgressCallback,
+    )
+    from worldflux.training.config import TrainingConfig
+    from worldflux.training.data import create_random_buffer
+    from worldflux.training.replay import ReplayBuffer
+    from worldflux.training.trainer import Trainer, train
+
+_MODULE_OF = {
+    "Batch": "batch",
+    "BatchRequest": "batch",
+    "Callback": "callbacks",
+    "CheckpointCallback": "callbacks",
+    "EarlyStoppingCallback": "callbacks",
+    "LoggingCallback": "callbacks",
+    "ProgressCallback": "callbacks",
+    "ReplayBuffer": "replay",
+    "Trainer": "trainer",
+    "TrainingConfig": "config",
+    "create_random_buffer": "data",
+    "train": "trainer",
+}
+
+__all__ = [
+    "Batch",
+    "BatchRequest",
+    "Callback",
+    "CheckpointCallback",
+    "EarlyStoppingCallback",
+    "LoggingCallback",
+    "ProgressCallback",
+    "ReplayBuffer",
+    "Trainer",
+    "TrainingConfig",
+    "create_random_buffer",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

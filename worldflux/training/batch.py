@@ -1,0 +1,117 @@
+"""What a model learns from: one batch of windows of experience, and the request for one.
+
+This module imports nothing but torch, so that models can name `Batch` without importing the rest of `training`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worldflux.errors import ShapeMismatchError
+
+Observation = Tensor | dict[str, Tensor]
+"""One tensor, or a dict of tensors where the environment's observation is a dictionary."""
+
+_FLAGS = ("terminations", "truncations", "is_first", "obs_mask")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows of consecutive rows, batch first.
+
+    How a row's observation, action and reward belong together is drawn in `ReplayBuffer`. The first four fields are
+    all that a user's own provider needs to give. Flags may come in any dtype and are bool here.
+
+    Raises:
+        ShapeMismatchError: If the fields do not agree on `[B, T]`.
+    """
+
+    obs: Observation
+    """float32, or uint8 images `[B, T, C, H, W]`. `[B, T, ...]`"""
+    actions: Tensor
+    """Taken at `obs`; continuous ones in [-1, 1], discrete ones one-hot (several: concatenated). `[B, T, A]` float32"""
+    rewards: Tensor
+    """What `actions` earned. `[B, T]` float32"""
+    terminations: Tensor
+    """That step ended the episode for good: beyond it the future is worth 0. `[B, T]` bool"""
+    truncations: Tensor | None = None
+    """That step was cut from outside (a time limit): the next observation is still bootstrapped. `[B, T]` bool"""
+    is_first: Tensor | None = None
+    """The row starts an episode: recurrent state and previous action are reset. `[B, T]` bool"""
+    obs_mask: Tensor | None = None
+    """False where no observation was recorded (`obs` is zero there); None if all were. `[B, T]` bool"""
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    """What the model stored beside each row, by name. `[B, T, ...]`"""
+    rows: Tensor | None = None
+    """The rows' ids for `ReplayBuffer.update_extras`; stays on the CPU. `[B, T]` int64"""
+
+    def __post_init__(self) -> None:
+        if self.rewards.dim() != 2:
+            raise ShapeMismatchError(f"rewards have shape {tuple(self.rewards.shape)}, expected [B, T].")
+        if self.actions.dim() != 3:
+            raise ShapeMismatchError(
+                f"actions have shape {tuple(self.actions.shape)}, expected [B, T, A]. "
+                "Discrete actions are passed one-hot."
+            )
+        for name, tensor in self._named_tensors():
+            if tensor.shape[:2] != self.rewards.shape:
+                raise ShapeMismatchError(
+                    f"{name} has shape {tuple(tensor.shape)}, expected [B, T] = {list(self.rewards.shape)} "
+                    "to lead it, as in rewards."
+                )
+        for name in _FLAGS:
+            flag = getattr(self, name)
+            if flag is None:
+                continue
+            if flag.dim() != 2:
+                raise ShapeMismatchError(f"{name} has shape {tuple(flag.shape)}, expected [B, T].")
+            object.__setattr__(self, name, flag.bool())
+
+    @property
+    def batch_size(self) -> int:
+        """B, the number of windows."""
+        return self.rewards.shape[0]
+
+    @property
+    def seq_len(self) -> int:
+        """T, the rows of each window."""
+        return self.rewards.shape[1]
+
+    def to(self, device: str | torch.device) -> Batch:
+        """The same batch on `device`; `rows` stay on the CPU, where the buffer reads them."""
+        moved: dict[str, Any] = {}
+        for part in fields(self):
+            value = getattr(self, part.name)
+            if value is None or part.name == "rows":
+                moved[part.name] = value
+            elif isinstance(value, dict):
+                moved[part.name] = {name: tensor.to(device) for name, tensor in value.items()}
+            else:
+                moved[part.name] = value.to(device)
+        return Batch(**moved)
+
+    def _named_tensors(self) -> list[tuple[str, Tensor]]:
+        named: list[tuple[str, Tensor]] = []
+        for part in fields(self):
+            value = getattr(self, part.name)
+            if isinstance(value, dict):
+                named += [(f"{part.name}[{name!r}]", tensor) for name, tensor in value.items()]
+            elif value is not None:
+                named.append((part.name, value))
+        return named
+
+
+@dataclass(frozen=True)
+class BatchRequest:
+    """What to sample, for providers of the form `sample(request) -> Batch`."""
+
+    batch_size: int
+    """Windows. `B`"""
+    seq_len: int | None = None
+    """Rows of each window, `T`; None leaves it to the provider."""
+    device: str | torch.device = "cpu"
+    """Where the batch is wanted."""
