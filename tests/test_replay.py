@@ -1,0 +1,484 @@
+"""The buffer against a plain Python model of it, and what it refuses.
+
+The counting environment observes `1000 * episode + t`, so every number says where it belongs.
+"""
+
+import json
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError
+from worldflux.training import rows as row_store
+from worldflux.training.batch import BatchRequest
+from worldflux.training.replay import ReplayBuffer
+
+
+def counts(episode, length):
+    """obs, actions and rewards of one episode. `[T+1, 1]`, `[T, 1]`, `[T]`"""
+    count = 1000.0 * episode + np.arange(length + 1)
+    return count[:, None], count[:-1, None] + 0.25, count[:-1] + 0.5
+
+
+class PlainBuffer:
+    """What `ReplayBuffer` should hold: a list of rows for each stream, counted by `n` from the stream's beginning."""
+
+    def __init__(self, capacity, n_envs, spare):
+        self.limits = [capacity // n_envs + (env < capacity % n_envs) for env in range(n_envs)]
+        self.ring = self.limits[0] + spare(self.limits[0], n_envs)
+        self.streams = [[] for _ in range(n_envs)]
+        self.written = [0] * n_envs
+        self.open = [False] * n_envs
+
+    def row(self, env, obs, *, action=0.0, reward=0.0, term=False, trunc=False, final=False, seen=True, mark=0.0):
+        first = not self.open[env] and not final
+        self.open[env] = not (term or trunc or final)
+        self.written[env] += 1
+        return dict(
+            n=self.written[env] - 1, obs=obs, action=action, reward=reward, term=term, trunc=trunc,
+            first=first, final=final, seen=seen, mark=mark,
+        )  # fmt: skip
+
+    def extend(self, env, rows):
+        """Appends; then the oldest rows go until everything fits, and no final row is left without a step."""
+        stream = self.streams[env] + rows
+        while self.steps(stream) > self.limits[env] or len(stream) > self.ring or (stream and stream[0]["final"]):
+            stream.pop(0)
+        self.streams[env] = stream
+
+    @staticmethod
+    def steps(stream):
+        return sum(not row["final"] for row in stream)
+
+    def add(self, env, obs, action, reward, term, trunc, mark):
+        rows = [self.row(env, obs, action=action, reward=reward, term=term, trunc=trunc, mark=mark)]
+        if term or trunc:
+            rows.append(self.row(env, obs + 1, final=True))
+        self.extend(env, rows)
+
+    def add_episode(self, lengths, first_episode, truncated, last_known):
+        free = [env for env in range(len(self.streams)) if not self.open[env]]
+        env = min(free, key=lambda env: self.steps(self.streams[env]))
+        rows = []
+        for i, length in enumerate(lengths):
+            obs, actions, rewards = counts(first_episode + i, length)
+            for t in range(length):
+                ends = t == length - 1
+                rows.append(
+                    self.row(
+                        env, obs[t, 0], action=actions[t, 0], reward=rewards[t],
+                        term=ends and not truncated, trunc=ends and truncated,
+                    )
+                )  # fmt: skip
+            known = last_known and i == len(lengths) - 1
+            rows.append(self.row(env, obs[-1, 0] if known else 0.0, final=True, seen=known))
+        self.extend(env, rows)
+
+    def end_episodes(self, env, final_obs):
+        if self.open[env]:
+            self.streams[env][-1]["trunc"] = True
+            known = final_obs is not None
+            self.extend(env, [self.row(env, final_obs[env][0] if known else 0.0, final=True, seen=known)])
+
+    def by_id(self):
+        return {row["n"] * len(self.streams) + env: row for env, rows in enumerate(self.streams) for row in rows}
+
+
+def assert_rows_equal(batch, known):
+    expected = [[known[i] for i in window] for window in batch.rows.tolist()]
+
+    def column(name):
+        return [[row[name] for row in window] for window in expected]
+
+    assert batch.obs[..., 0].tolist() == column("obs")
+    assert batch.actions[..., 0].tolist() == column("action")
+    assert batch.rewards.tolist() == column("reward")
+    assert batch.terminations.tolist() == column("term")
+    assert batch.truncations.tolist() == column("trunc")
+    assert batch.is_first.tolist() == column("first")
+    assert batch.obs_mask.tolist() == column("seen")
+    assert batch.extras["mark"].tolist() == column("mark")
+
+
+def assert_holds(buffer, plain, n_envs):
+    known = plain.by_id()
+    assert len(buffer) == buffer.num_transitions == sum(plain.steps(stream) for stream in plain.streams)
+    assert buffer.num_episodes == sum(row["final"] for row in known.values())
+    for seq_len in (1, 3, 7):
+        windows = sum(max(0, len(stream) - seq_len + 1) for stream in plain.streams)
+        assert buffer.num_windows(seq_len) == windows
+        if windows:
+            batch = buffer.sample(30 * windows, seq_len)
+            assert torch.all(batch.rows[:, 1:] == batch.rows[:, :-1] + n_envs)
+            # Far more draws than windows: each of them has come up.
+            assert len(torch.unique(batch.rows[:, 0])) == windows
+            assert_rows_equal(batch, known)
+        else:
+            with pytest.raises(BufferError, match=f"seq_len is {seq_len}"):
+                buffer.sample(1, seq_len)
+
+
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.just("steps"), st.integers(1, 12), st.sampled_from([0.05, 0.3, 0.9])),
+        st.tuples(
+            st.just("episode"), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.booleans(), st.booleans()
+        ),
+        st.tuples(st.just("close"), st.sampled_from([None, 0]), st.booleans()),
+        st.tuples(st.just("mark"), st.integers(1, 5)),
+        st.tuples(st.just("file")),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    capacity=st.integers(3, 24),
+    n_envs=st.integers(1, 3),
+    spare=st.sampled_from([1, 2, 50]),
+    todo=operations,
+    seed=st.integers(0, 99),
+)
+def test_the_buffer_holds_what_a_plain_model_of_it_holds(tmp_path_factory, capacity, n_envs, spare, todo, seed):
+    def spare_rows(transitions, n_envs):
+        return min(transitions, spare)
+
+    rng = np.random.default_rng(seed)
+    path = tmp_path_factory.mktemp("replay") / "buffer.npz"
+    with mock.patch.object(row_store, "spare_rows", spare_rows):
+        buffer = ReplayBuffer(capacity, (1,), 1, n_envs=n_envs, extras={"mark": ((), np.float32)}, seed=seed)
+        plain = PlainBuffer(capacity, n_envs, spare_rows)
+        episode, now, old_batches = n_envs, [(env, 0) for env in range(n_envs)], []
+        for name, *args in todo:
+            if name == "steps":
+                steps, end_rate = args
+                for _ in range(steps):
+                    obs = np.array([[1000.0 * e + t] for e, t in now])
+                    term, trunc = rng.random((2, n_envs)) < end_rate / 2
+                    buffer.add(
+                        obs, obs + 0.25, obs[:, 0] + 0.5, term, trunc, final_obs=obs + 1, extras={"mark": obs[:, 0] / 2}
+                    )
+                    for env, (e, t) in enumerate(now):
+                        count = 1000.0 * e + t
+                        plain.add(env, count, count + 0.25, count + 0.5, term[env], trunc[env], count / 2)
+                        now[env] = (e, t + 1)
+                        if term[env] or trunc[env]:
+                            now[env] = (episode, 0)
+                            episode += 1
+            elif name == "episode":
+                lengths, truncated, last_known = args
+                parts = [counts(episode + i, length) for i, length in enumerate(lengths)]
+                obs = np.concatenate([part[0][:-1] for part in parts] + ([parts[-1][0][-1:]] if last_known else []))
+                ends = np.isin(np.arange(sum(lengths)), np.cumsum(lengths) - 1)
+                flags = {"truncations": ends} if truncated else {"dones": ends}
+                arrays = obs, np.concatenate([p[1] for p in parts]), np.concatenate([p[2] for p in parts])
+                if all(plain.open):
+                    with pytest.raises(BufferError, match="end_episodes"):
+                        buffer.add_episode(*arrays, **flags)
+                else:
+                    buffer.add_episode(*arrays, **flags)
+                    plain.add_episode(lengths, episode, truncated, last_known)
+                episode += len(lengths)
+            elif name == "close":
+                env, known = args
+                final_obs = [[1000.0 * e + t] for e, t in now] if known else None
+                buffer.end_episodes(env, final_obs=final_obs)
+                for closed in range(n_envs) if env is None else [env]:
+                    plain.end_episodes(closed, final_obs)
+                    now[closed] = (episode, 0)
+                    episode += 1
+            elif name == "mark" and buffer.num_windows(args[0]):
+                old_batches.append(buffer.sample(4, args[0]))
+                # Batches from before may hold rows that are gone by now; those are left out.
+                for number, batch in enumerate(old_batches):
+                    value = 1e6 + number
+                    buffer.update_extras(batch.rows, {"mark": torch.full(batch.rows.shape, value)})
+                    known = plain.by_id()
+                    for i in batch.rows.flatten().tolist():
+                        if i in known:
+                            known[i]["mark"] = value
+            elif name == "file":
+                buffer.save(path)
+                buffer = ReplayBuffer.load(path, extras=buffer.extras, seed=seed)
+                # The file has no extras, and rows are counted anew.
+                old_batches.clear()
+                for env, stream in enumerate(plain.streams):
+                    plain.written[env] = len(stream)
+                    for n, row in enumerate(stream):
+                        row.update(n=n, mark=0.0)
+            assert_holds(buffer, plain, n_envs)
+
+
+def test_a_sampled_step_follows_the_one_before_except_at_episode_starts():
+    buffer = ReplayBuffer(60, (1,), 1, seed=0)
+    for episode in range(20):
+        buffer.add_episode(*counts(episode, 7))
+    batch = buffer.sample(200, 20)
+    count = batch.obs[..., 0]  # [B, T]
+    assert torch.all((count[:, 1:] == count[:, :-1] + 1) | batch.is_first[:, 1:])
+    assert torch.all(count[batch.is_first] % 1000 == 0)
+    assert torch.all(batch.terminations == (count % 1000 == 6))  # the seventh of seven steps
+    final = count % 1000 == 7
+    assert torch.all(batch.actions[..., 0] == torch.where(final, 0.0, count + 0.25))
+    assert torch.all(batch.rewards == torch.where(final, 0.0, count + 0.5))
+    assert batch.obs_mask.all() and not batch.truncations.any()
+    assert count.min() == 11 * 1000 + 3  # 60 transitions: the eighth-last episode is cut to its last four steps
+    assert (len(buffer), buffer.num_episodes) == (60, 9)
+
+
+def steps_of(buffer, steps, start=0):
+    for t in range(start, start + steps):
+        obs = np.array([[t + 1000.0 * env] for env in range(buffer.n_envs)])
+        no = np.zeros(buffer.n_envs, bool)
+        buffer.add(obs, obs, obs[:, 0], no, no)
+
+
+def test_windows_that_were_just_completed_come_first_once_and_in_order():
+    buffer = ReplayBuffer(100, (1,), 1, n_envs=2, seed=0)
+    steps_of(buffer, 7)
+    first = buffer.sample(3, 3).obs[..., 0].tolist()
+    assert first == [[0, 1, 2], [1000, 1001, 1002], [3, 4, 5]]
+    steps_of(buffer, 2, start=7)
+    batch = buffer.sample(50, 3).obs[..., 0].tolist()
+    assert batch[:3] == [[1003, 1004, 1005], [6, 7, 8], [1006, 1007, 1008]]
+    assert sum(window == [6, 7, 8] for window in batch) < 15  # from then on as often as any other of 14 windows
+    assert len({tuple(window) for window in batch[3:]}) > 10
+
+
+def test_waiting_windows_that_were_overwritten_are_dropped():
+    buffer = ReplayBuffer(10, (1,), 1, seed=0)
+    steps_of(buffer, 14)  # rows 4 to 13 remain: of the windows at 0, 3, 6, 9 the last two are whole
+    assert buffer.sample(2, 3).obs[..., 0].tolist() == [[6, 7, 8], [9, 10, 11]]
+
+
+def test_whole_episodes_and_loaded_ones_are_drawn_uniformly_from_the_start(tmp_path):
+    buffer = ReplayBuffer(1000, (1,), 1, seed=0)
+    buffer.add_episode(*counts(0, 99))
+    starts = torch.cat([buffer.sample(1000, 51).obs[:, 0, 0] for _ in range(10)])
+    frequency = torch.bincount(starts.long(), minlength=50)
+    assert len(frequency) == 50
+    assert frequency.min() > 140 and frequency.max() < 260  # 200 expected, sigma 14
+    steps_of(buffer, 60)
+    buffer.save(tmp_path / "buffer.npz")
+    loaded = ReplayBuffer.load(tmp_path / "buffer.npz", seed=0)
+    assert len({tuple(w) for w in loaded.sample(5, 10).obs[..., 0].tolist()} & {tuple(range(0, 10))}) == 0
+
+
+def test_rows_of_an_episode_in_flight_are_sampled_at_once():
+    buffer = ReplayBuffer(10, (1,), 1, seed=0)
+    steps_of(buffer, 2)
+    assert buffer.sample(1, 2).obs[..., 0].tolist() == [[0, 1]]
+    assert (len(buffer), buffer.num_episodes) == (2, 0)
+
+
+def test_one_seed_gives_the_same_samples_and_the_state_continues_them():
+    buffers = [ReplayBuffer(100, (1,), 1, seed=seed) for seed in (7, 7, 8)]
+    for buffer in buffers:
+        buffer.add_episode(*counts(0, 80))
+    same, again, other = (buffer.sample(20, 5).obs for buffer in buffers)
+    assert torch.equal(same, again) and not torch.equal(same, other)
+    state = json.loads(json.dumps(buffers[0].rng_state()))
+    later = buffers[0].sample(20, 5).obs
+    buffers[2].set_rng_state(state)
+    assert torch.equal(buffers[2].sample(20, 5).obs, later)
+    with pytest.raises(BufferError, match="rng_state"):
+        buffers[2].set_rng_state({"state": 1})
+
+
+def test_a_request_and_three_arguments_give_the_same_batch():
+    buffer = ReplayBuffer(100, (1,), 1)
+    buffer.add_episode(*counts(0, 80))
+    buffer.seed(1)
+    by_request = buffer.sample(BatchRequest(batch_size=4, seq_len=6))
+    buffer.seed(1)
+    assert torch.equal(by_request.obs, buffer.sample(4, seq_len=6, device="cpu").obs)
+    assert buffer.sample(2).seq_len == buffer.sample(BatchRequest(2)).seq_len == 50
+
+
+def test_dictionaries_of_images_and_vectors_keep_their_dtypes():
+    shapes = {"camera": (3, 8, 8), "speed": (2,)}
+    buffer = ReplayBuffer(50, shapes, 1, seed=0)
+    camera = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((3, 8, 8), np.uint8)
+    buffer.add_episode({"camera": camera, "speed": np.arange(12.0).reshape(6, 2)}, np.zeros((5, 1)), np.zeros(5))
+    batch = buffer.sample(9, 6)
+    assert buffer.obs_shape == shapes
+    assert batch.obs["camera"].dtype == torch.uint8 and batch.obs["camera"].shape == (9, 6, 3, 8, 8)
+    assert batch.obs["camera"][0, :, 2, 7, 7].tolist() == [0, 1, 2, 3, 4, 5]
+    assert batch.obs["speed"][0, :, 1].tolist() == [1, 3, 5, 7, 9, 11]
+
+
+def test_bytes_that_are_no_images_are_given_as_floats():
+    buffer = ReplayBuffer(10, (2,), 1, obs_dtype=np.uint8)
+    buffer.add_episode(np.array([[1, 2], [3, 4]]), np.zeros((1, 1)), np.zeros(1))
+    assert buffer.sample(1, 2).obs.tolist() == [[[1.0, 2.0], [3.0, 4.0]]]
+
+
+def test_a_last_step_without_a_flag_counts_as_truncated_and_without_any_flags_as_terminated():
+    buffer = ReplayBuffer(50, (1,), 1)
+    obs, actions, rewards = counts(0, 3)
+    buffer.add_episode(obs, actions, rewards)
+    buffer.add_episode(obs, actions, rewards, [0, 0, 0])
+    buffer.add_episode(obs, actions, rewards, terminations=[0, 0, 1], truncations=[0, 0, 1])
+    batch = buffer.sample(1, 12)
+    assert batch.terminations[0].nonzero().flatten().tolist() == [2, 10]
+    assert batch.truncations[0].nonzero().flatten().tolist() == [6, 10]
+    assert batch.is_first[0].nonzero().flatten().tolist() == [0, 4, 8]
+
+
+def test_capacity_is_kept_to_the_transition_over_all_streams():
+    buffer = ReplayBuffer(10, (1,), 1, n_envs=4)
+    for _ in range(9):
+        obs = np.zeros((4, 1))
+        buffer.add(obs, obs, np.zeros(4), np.ones(4), np.zeros(4), final_obs=obs)
+    assert len(buffer) == buffer.capacity == 10
+
+
+def test_what_is_stored_is_a_copy_and_what_is_sampled_too():
+    buffer = ReplayBuffer(10, (1,), 1)
+    obs, actions, rewards = counts(0, 3)
+    obs = obs.astype(np.float32)
+    buffer.add_episode(obs, actions, rewards)
+    obs[:] = -1
+    buffer.sample(1, 4).obs.fill_(-2)
+    assert buffer.sample(1, 4).obs[0, :, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_half_precision_extras_are_cast_on_the_way_in():
+    buffer = ReplayBuffer(10, (1,), 1, extras={"deter": ((2,), np.float16), "stoch": ((3,), np.uint8)})
+    steps_of(buffer, 4)
+    batch = buffer.sample(1, 4)
+    assert batch.extras["deter"].dtype == torch.float16 and not batch.extras["deter"].any()
+    deter = torch.rand(1, 3, 2, requires_grad=True).bfloat16()
+    buffer.update_extras(batch.rows[:, 1:], {"deter": deter, "stoch": torch.full((1, 3, 3), 7)})
+    after = buffer.sample(1, 4).extras
+    assert torch.equal(after["deter"][0, 1:], deter[0].half()) and not after["deter"][0, 0].any()
+    assert after["stoch"][0, :, 0].tolist() == [0, 7, 7, 7]
+    with pytest.raises(BufferError, match="without extras 'latent'; it has \\['deter', 'stoch'\\]"):
+        buffer.update_extras(batch.rows, {"latent": deter})
+    with pytest.raises(ShapeMismatchError, match=r"extras\['stoch'\] has shape \(1, 4, 2\), expected \(1, 4, 3\)"):
+        buffer.update_extras(batch.rows, {"stoch": torch.zeros(1, 4, 2)})
+
+
+def test_memory_of_a_large_image_buffer_is_within_a_tenth_of_the_raw_data():
+    buffer = ReplayBuffer(100_000, (3, 64, 64), 6)
+    raw = 100_000 * (3 * 64 * 64 + 6 * 4 + 4 + 2)
+    assert raw < buffer.nbytes <= 1.1 * raw
+
+
+def episode(length=4, **changes):
+    obs, actions, rewards = counts(0, length)
+    return {**dict(obs=obs, actions=actions, rewards=rewards), **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"obs": np.zeros((5, 2))}, ShapeMismatchError, r"obs has shape \(5, 2\), expected \(5, 1\)"),
+        ({"obs": np.zeros((3, 1))}, ShapeMismatchError, "obs has 3 rows and rewards has 4: expected 4 "),
+        ({"actions": np.zeros(4)}, ShapeMismatchError, "one-hot"),
+        ({"actions": np.zeros((4, 3))}, ShapeMismatchError, r"\(4, 3\), expected \(4, 1\)"),
+        ({"rewards": np.zeros((4, 1))}, ShapeMismatchError, r"rewards has shape \(4, 1\), expected \(4,\)"),
+        ({"rewards": np.zeros(0)}, ShapeMismatchError, "at least one step"),
+        ({"rewards": [0, 0, np.nan, 0]}, BufferError, r"rewards has nan at index \(2,\)"),
+        ({"actions": np.full((4, 1), np.inf)}, BufferError, r"actions has inf at index \(0, 0\)"),
+        ({"obs": np.full((5, 1), 1e300)}, BufferError, "obs has inf"),
+        ({"obs": np.array([["a"]] * 5)}, BufferError, "dtype <U1, expected numbers"),
+        ({"obs": np.array([[None]] * 5)}, BufferError, "dtype object"),
+        ({"obs": [[1], [2, 3]]}, ShapeMismatchError, "obs is no array"),
+        ({"obs": {"a": np.zeros((5, 1))}}, ShapeMismatchError, r"obs is a dict with \['a'\], expected one array"),
+        ({"dones": [0, 0, 0, 2]}, BufferError, "dones has values other than 0 and 1"),
+        ({"dones": [0, 1]}, ShapeMismatchError, r"dones has shape \(2,\), expected \(4,\)"),
+        ({"dones": [0] * 4, "terminations": [0] * 4}, BufferError, "pass one of them"),
+    ],
+)  # fmt: skip
+def test_an_episode_that_does_not_fit_is_refused_and_nothing_is_stored(changes, error, message):
+    buffer = ReplayBuffer(20, (1,), 1)
+    buffer.add_episode(**episode())
+    with pytest.raises(error, match=message):
+        buffer.add_episode(**episode(**changes))
+    assert (len(buffer), buffer.num_episodes) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"obs": np.zeros((1, 1))}, ShapeMismatchError, r"obs has shape \(1, 1\), expected \(2, 1\)"),
+        ({"obs": np.full((2, 1), np.nan)}, BufferError, "obs has nan"),
+        ({"terminations": [True, False]}, BufferError, r"environments \[0\], but final_obs is missing"),
+        ({"truncations": [0, 1], "final_obs": np.zeros((1, 1))}, ShapeMismatchError, "final_obs has shape"),
+        ({"truncations": [0, 1], "final_obs": [[0], [np.nan]]}, BufferError, "final_obs has nan"),
+        ({"extras": {"mark": np.zeros(2)}}, BufferError, "without extras 'mark'"),
+    ],
+)
+def test_a_step_that_does_not_fit_is_refused_and_nothing_is_stored(changes, error, message):
+    buffer = ReplayBuffer(20, (1,), 1, n_envs=2)
+    step = dict(obs=np.zeros((2, 1)), actions=np.zeros((2, 1)), rewards=[0, 0], terminations=[0, 0], truncations=[0, 0])
+    with pytest.raises(error, match=message):
+        buffer.add(**{**step, **changes})
+    assert len(buffer) == 0
+    buffer.add(**{**step, "truncations": [0, 1], "final_obs": [[np.nan], [5]]})  # only the ended one's row is read
+    assert (len(buffer), buffer.num_episodes) == (2, 1)
+    with pytest.raises(BufferError, match="env is 2, expected 0 to 1"):
+        buffer.end_episodes(2)
+    with pytest.raises(BufferError, match="final_obs has nan"):
+        buffer.end_episodes(final_obs=np.full((2, 1), np.nan))
+    assert buffer.num_episodes == 1
+
+
+def test_channel_last_images_are_answered_with_the_transposition_that_helps():
+    with pytest.raises(ShapeMismatchError, match=r"channel-last.*pass \(3, 64, 64\)"):
+        ReplayBuffer(10, (64, 64, 3), 1)
+    buffer = ReplayBuffer(10, (3, 16, 12), 1)
+    images = np.zeros((3, 16, 12, 3), np.uint8)
+    with pytest.raises(ShapeMismatchError, match=r"np.transpose\(obs, \(0, 3, 1, 2\)\).*\(3, 3, 16, 12\)"):
+        buffer.add_episode(images, np.zeros((2, 1)), np.zeros(2))
+    buffer.add_episode(np.transpose(images, (0, 3, 1, 2)), np.zeros((2, 1)), np.zeros(2))
+    with pytest.raises(ShapeMismatchError, match="channel-last"):
+        buffer.add(images[:1], np.zeros((1, 1)), [0], [0], [0])
+
+
+def test_images_are_bytes_unless_the_buffer_was_made_for_floats():
+    images = np.full((2, 1, 8, 8), 0.5)
+    step = (np.zeros((1, 1)), np.zeros(1))
+    with pytest.raises(BufferError, match=r"dtype float64, expected uint8.*obs_dtype=np.float32"):
+        ReplayBuffer(10, (1, 8, 8), 1).add_episode(images, *step)
+    with pytest.raises(BufferError, match="values from 0 to 256, expected 0 to 255"):
+        ReplayBuffer(10, (1, 8, 8), 1).add_episode(np.arange(2)[:, None, None, None] * np.full((1, 8, 8), 256), *step)
+    buffer = ReplayBuffer(10, (1, 8, 8), 1, obs_dtype=np.float32)
+    buffer.add_episode(images, *step)
+    assert buffer.sample(1, 2).obs.unique().tolist() == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((0, (1,), 1), ConfigurationError, "capacity is 0"),
+        ((10, (1,), 1.5), ConfigurationError, "action_dim is 1.5"),
+        ((10, (), 1), ConfigurationError, r"that of a number is \(1,\)"),
+        ((10, 4, 1), ConfigurationError, "obs_shape is 4"),
+        ((10, {}, 1), ConfigurationError, "empty dict"),
+        ((10**15, (3, 64, 64), 1), BufferError, "1000000000000000 transitions does not fit"),
+    ],
+)
+def test_a_buffer_that_cannot_be_says_which_argument_is_wrong(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ReplayBuffer(*arguments)
+    with pytest.raises(ConfigurationError, match=r"capacity is 2, expected at least n_envs \(3\)"):
+        ReplayBuffer(2, (1,), 1, n_envs=3)
+    with pytest.raises(ConfigurationError, match="obs_dtype is float64"):
+        ReplayBuffer(2, (1,), 1, obs_dtype=np.float64)
+
+
+def test_a_buffer_too_small_to_sample_from_says_both_numbers():
+    buffer = ReplayBuffer(100, (1,), 1)
+    buffer.add_episode(**episode(8))
+    with pytest.raises(BufferError, match=r"longest stream has 9 rows, but seq_len is 10.*Add more steps"):
+        buffer.sample(4, 10)
+    with pytest.raises(BufferError, match="batch_size is 0"):
+        buffer.sample(0, 3)

@@ -1,0 +1,345 @@
+"""What happens around training steps: progress, logs, checkpoints, stopping early.
+
+Order of the calls in `Trainer.train`: `on_train_begin`; then for each gradient step `on_eval_end`, where an evaluation
+is due, and `on_step_end`; at last `on_train_end`, also when training ends with an error. Callbacks are called in the
+order in which they were added, all of them also when one asks to stop.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from worldflux.errors import ConfigurationError, MissingDependencyError, nearest
+from worldflux.training.checkpoint import remove_directory
+
+if TYPE_CHECKING:
+    from worldflux.training.trainer import Trainer
+
+logger = logging.getLogger("worldflux.training")
+
+
+class Losses(Mapping[str, float]):
+    """The losses of a step by name, fetched from the device at once when one is first read.
+
+    A callback that looks at them only now and then costs nothing at the other steps. `losses.tensors` gives them as
+    they are, for arithmetic on the device.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = dict(tensors)
+        self._values: dict[str, float] | None = None
+
+    def __getitem__(self, name: str) -> float:
+        """The loss as a Python number."""
+        if self._values is None:
+            stacked = torch.stack([tensor.float() for tensor in self.tensors.values()])
+            self._values = dict(zip(self.tensors, stacked.tolist(), strict=True))
+        return self._values[name]
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a loss of that name; reads nothing."""
+        return name in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterates over the names."""
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        """Number of losses."""
+        return len(self.tensors)
+
+    def __repr__(self) -> str:
+        """Names and numbers."""
+        return f"Losses({dict(self)})"
+
+
+class Callback:
+    """Base of everything that takes part in training. Override what you need."""
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Called once before the first step.
+
+        Args:
+            trainer: Has `model`, `config`, `step_count` (steps done) and `target_step` (where this call will end).
+        """
+
+    def on_step_end(self, step: int, losses: Mapping[str, float]) -> bool | None:
+        """Called after each gradient step.
+
+        Args:
+            step: Gradient steps done, from 1.
+            losses: The model's loss terms, `"loss"`, which is what was differentiated, and `"grad_norm"`. Reading one
+                waits for the device.
+
+        Returns:
+            False to stop training; anything else goes on.
+        """
+        return None
+
+    def on_eval_end(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Called after each evaluation.
+
+        Args:
+            step: Gradient steps done.
+            metrics: Means of the loss terms over the evaluation batches, `"loss"` included.
+        """
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Called once after the last step.
+
+        Args:
+            trainer: `trainer.finished` is False if an error or an interrupt ended the training.
+        """
+
+
+class ProgressCallback(Callback):
+    """Shows how far training is: a bar where tqdm is installed, else a line at each `log_interval` of the trainer."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._interval = 1
+        self._target = 0
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Opens the bar."""
+        self._interval, self._target = trainer.config.log_interval, trainer.target_step
+        try:
+            from tqdm.auto import tqdm
+        except ImportError:
+            self._bar = None
+        else:
+            self._bar = tqdm(total=self._target, initial=trainer.step_count, unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, step: int, losses: Mapping[str, float]) -> None:
+        """Moves the bar, and shows the loss where it is read anyway."""
+        due = step % self._interval == 0
+        if self._bar is None:
+            if due:
+                print(f"step {step}/{self._target}  loss {losses['loss']:.4g}", file=sys.stderr, flush=True)
+            return
+        if due:
+            self._bar.set_postfix_str(f"loss {losses['loss']:.4g}", refresh=False)
+        self._bar.update(1)
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Closes the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class LoggingCallback(Callback):
+    """Logs losses and evaluations to the Python logger `worldflux.training`, and to Weights & Biases on request.
+
+    A program that has not set up logging gets the lines on stderr.
+
+    Args:
+        log_interval: Steps between lines.
+        use_wandb: Log to Weights & Biases as well; into the run that is open, else into one opened here.
+
+    Raises:
+        ConfigurationError: If `log_interval` is below 1.
+        MissingDependencyError: If `use_wandb` is set and wandb is not installed.
+    """
+
+    def __init__(self, log_interval: int = 100, use_wandb: bool = False) -> None:
+        self.log_interval = _at_least_one("log_interval", log_interval)
+        self.use_wandb = use_wandb
+        self._wandb: Any = _import_wandb() if use_wandb else None
+        self._opened_run = False
+        self._since: tuple[float, int] | None = None
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Starts the clock, and the wandb run if there is none."""
+        if not logger.hasHandlers():
+            logger.addHandler(logging.StreamHandler())
+            logger.setLevel(logging.INFO)
+        if self._wandb is not None and self._wandb.run is None:
+            self._wandb.init(project="worldflux", config=trainer.config.to_dict())
+            self._opened_run = True
+        self._since = (time.perf_counter(), trainer.step_count)
+
+    def on_step_end(self, step: int, losses: Mapping[str, float]) -> None:
+        """Logs every `log_interval` steps."""
+        if step % self.log_interval:
+            return
+        metrics = dict(losses)
+        now = time.perf_counter()
+        if self._since is not None and step > self._since[1]:
+            metrics["steps_per_second"] = (step - self._since[1]) / max(now - self._since[0], 1e-9)
+        self._since = (now, step)
+        self._write(step, metrics)
+
+    def on_eval_end(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Logs every evaluation under `eval/`."""
+        self._write(step, {f"eval/{name}": value for name, value in metrics.items()})
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Closes the wandb run that was opened here."""
+        if self._opened_run:
+            self._wandb.finish(exit_code=0 if trainer.finished else 1)
+            self._opened_run = False
+
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
+        logger.info("step %d  %s", step, "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=step)
+
+
+class _ConfiguredInterval(int):
+    """The documented default of an interval; told apart from the same number given by the user."""
+
+
+class CheckpointCallback(Callback):
+    """Saves checkpoints `output_dir/step-00010000`, each a directory for `Trainer.load_checkpoint`.
+
+    One more is saved when training has finished between two intervals. Nothing is saved once a loss is not finite.
+
+    Args:
+        output_dir: Made if it does not exist.
+        save_interval: Steps between checkpoints. If it is not given, `TrainingConfig.save_interval` rules, which is
+            10000 by default too.
+        max_checkpoints: How many to keep in `output_dir`; the ones written longest ago are removed.
+
+    Raises:
+        ConfigurationError: If a number is below 1.
+    """
+
+    _NAME = re.compile(r"^step-\d{8,}$")
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        save_interval: int = _ConfiguredInterval(10_000),
+        max_checkpoints: int = 5,
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.save_interval = save_interval
+        if not isinstance(save_interval, _ConfiguredInterval):
+            self.save_interval = _at_least_one("save_interval", save_interval)
+        self.max_checkpoints = _at_least_one("max_checkpoints", max_checkpoints)
+        self._trainer: Trainer | None = None
+        self._saved_step: int | None = None
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Remembers the trainer."""
+        self._trainer = trainer
+        self._saved_step = trainer.step_count
+        if isinstance(self.save_interval, _ConfiguredInterval):
+            self.save_interval = _ConfiguredInterval(trainer.config.save_interval)
+
+    def on_step_end(self, step: int, losses: Mapping[str, float]) -> None:
+        """Saves every `save_interval` steps."""
+        if step % self.save_interval == 0:
+            self._save(step)
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Saves the last step."""
+        if trainer.finished and trainer.step_count != self._saved_step:
+            self._save(trainer.step_count)
+
+    def _save(self, step: int) -> None:
+        assert self._trainer is not None, "on_train_begin comes first"
+        self._trainer.save_checkpoint(self.output_dir / f"step-{step:08d}")
+        self._saved_step = step
+        mine = [entry for entry in self.output_dir.iterdir() if entry.is_dir() and self._NAME.match(entry.name)]
+        # By age and not by number: a new run into the directory of an older, longer one must keep its own.
+        mine.sort(key=lambda entry: (entry.stat().st_mtime_ns, entry.name))
+        for outdated in mine[: -self.max_checkpoints]:
+            remove_directory(outdated)
+
+
+class EarlyStoppingCallback(Callback):
+    """Stops when a loss has not fallen for a while.
+
+    What is compared is the mean of the loss over each `TrainingConfig.log_interval`, or over `patience` steps if that
+    is shorter: single batches are too noisy, and reading every step would wait for the device.
+
+    Args:
+        monitor: Name of a loss; `"eval/<name>"` for one of the evaluation.
+        patience: Gradient steps without improvement after which to stop.
+        min_delta: By how much the loss has to fall to count as improved.
+
+    Raises:
+        ConfigurationError: If a number is out of range; during training, if there is no loss of that name.
+    """
+
+    def __init__(self, monitor: str = "loss", patience: int = 5000, min_delta: float = 1e-4) -> None:
+        self.monitor = monitor
+        self.patience = _at_least_one("patience", patience)
+        if not (min_delta >= 0 and math.isfinite(min_delta)):
+            raise ConfigurationError(f"min_delta is {min_delta}, expected a finite number from 0.")
+        self.min_delta = min_delta
+        self.best = math.inf
+        self.best_step = 0
+        self._interval = 1
+        self._sum: Tensor | float = 0.0
+        self._count = 0
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Starts waiting anew; the best value so far stays."""
+        self._interval = min(trainer.config.log_interval, self.patience)
+        self.best_step = trainer.step_count
+        self._sum, self._count = 0.0, 0
+        if self.monitor.startswith("eval/") and trainer.eval_data is None:
+            raise ConfigurationError(
+                f"EarlyStoppingCallback monitors '{self.monitor}', and the trainer has no eval_data. "
+                "Pass Trainer(..., eval_data=buffer)."
+            )
+
+    def on_step_end(self, step: int, losses: Mapping[str, float]) -> bool:
+        """Compares every interval; False once the patience is spent."""
+        if not self.monitor.startswith("eval/"):
+            values = losses.tensors if isinstance(losses, Losses) else losses
+            self._sum = self._sum + self._pick(values, self.monitor)
+            self._count += 1
+            if step % self._interval == 0:
+                self._compare(step, float(self._sum) / self._count)
+                self._sum, self._count = 0.0, 0
+        if step - self.best_step < self.patience:
+            return True
+        logger.info("step %d  stopped: %s is best since step %d (%.4g)", step, self.monitor, self.best_step, self.best)
+        return False
+
+    def on_eval_end(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Compares an evaluation, if that is what is monitored."""
+        if self.monitor.startswith("eval/"):
+            self._compare(step, self._pick(metrics, self.monitor.removeprefix("eval/")))
+
+    def _pick(self, values: Mapping[str, Any], name: str) -> Any:
+        if name not in values:
+            raise ConfigurationError(
+                f"EarlyStoppingCallback monitors '{self.monitor}', which is no loss of this model"
+                f"{nearest(name, values)} There are: {', '.join(values)}."
+            )
+        return values[name]
+
+    def _compare(self, step: int, value: float) -> None:
+        if value < self.best - self.min_delta:
+            self.best, self.best_step = value, step
+
+
+def _at_least_one(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigurationError(f"{name} is {value!r}, expected a whole number from 1.")
+    return value
+
+
+def _import_wandb() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise MissingDependencyError(
+            'LoggingCallback(use_wandb=True) needs wandb. Install it with: pip install "worldflux[wandb]".'
+        ) from error
+    return wandb

@@ -1,0 +1,152 @@
+"""TrainingConfig: how long, on what and how fast a model is trained."""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from worldflux.errors import ConfigurationError, nearest
+from worldflux.files import write_atomically
+
+_COUNTS = {
+    "total_steps": 1,
+    "batch_size": 1,
+    "sequence_length": 1,
+    "warmup_steps": 0,
+    "log_interval": 1,
+    "eval_interval": 1,
+    "save_interval": 1,
+    "seed": 0,
+}
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Settings of `Trainer` and `train`, the same for every family of models.
+
+    A model brings the kind of its optimiser and that optimiser's own numbers; rate, warm-up, weight decay and clipping
+    are set here.
+
+    Raises:
+        ConfigurationError: If a value has the wrong type or is out of range.
+    """
+
+    total_steps: int = 100_000
+    """Gradient steps of the whole run, those before a checkpoint included."""
+    batch_size: int = 16
+    """Windows in each gradient step. More gives smoother gradients and costs linearly."""
+    sequence_length: int = 50
+    """Time steps in each window. Longer windows teach longer memory and cost linearly."""
+    learning_rate: float = 3e-4
+    """Step size of the optimiser after the warm-up."""
+    weight_decay: float = 0.0
+    """Share of each weight, times the rate, that a step takes away (decoupled). Larger keeps weights smaller."""
+    grad_clip: float = 100.0
+    """Largest norm of all gradients together; larger gradients are scaled down to it. 0 or infinity turns it off."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from zero."""
+    log_interval: int = 100
+    """Steps between the moments at which losses are read from the device, checked and shown."""
+    eval_interval: int = 1000
+    """Steps between evaluations, where the trainer was given `eval_data`."""
+    save_interval: int = 10_000
+    """Steps between checkpoints of a `CheckpointCallback` that was not given an interval of its own."""
+    device: str = "auto"
+    """Where to train: "cpu", "cuda", "cuda:1", ...; "auto" takes CUDA if there is a device."""
+    seed: int = 42
+    """Start of every random stream of the run: Python, NumPy, torch and the buffer's sampler."""
+
+    def __post_init__(self) -> None:
+        for name, least in _COUNTS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise ConfigurationError(f"{name} is {value!r}, expected a whole number from {least}.")
+            object.__setattr__(self, name, operator.index(value))
+            if getattr(self, name) < least:
+                raise ConfigurationError(f"{name} is {value}, expected a whole number from {least}.")
+        for name in ("learning_rate", "weight_decay", "grad_clip"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not hasattr(value, "__float__"):
+                raise ConfigurationError(f"{name} is {value!r}, expected a number.")
+            object.__setattr__(self, name, float(value))
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise ConfigurationError(f"learning_rate is {self.learning_rate}, expected a finite number above 0.")
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+            raise ConfigurationError(f"weight_decay is {self.weight_decay}, expected a finite number from 0.")
+        if not self.grad_clip >= 0:
+            raise ConfigurationError(f"grad_clip is {self.grad_clip}, expected a norm above 0, or 0 to turn it off.")
+        if self.seed >= 2**32:
+            raise ConfigurationError(f"seed is {self.seed}, expected a whole number below 2**32, which NumPy can take.")
+        resolve_device(self.device, must_exist=False)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TrainingConfig:
+        """Configuration from what `to_dict` returned; fields that are absent take their defaults.
+
+        Raises:
+            ConfigurationError: If a field is unknown or a value does not fit.
+        """
+        if not isinstance(data, Mapping):
+            raise ConfigurationError(f"A TrainingConfig is a mapping of names to values, got {type(data).__name__}.")
+        known = [item.name for item in fields(cls)]
+        for name in data:
+            if name not in known:
+                raise ConfigurationError(f"Unknown TrainingConfig field '{name}'{nearest(str(name), known)}")
+        return cls(**data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field with its value, as JSON can hold it."""
+        return asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the configuration to `path` as JSON, whole or not at all. Missing directories are made."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> TrainingConfig:
+        """Configuration that `save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            json.JSONDecodeError: If the file is not JSON.
+            ConfigurationError: If it is JSON, but not a training configuration.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except UnicodeDecodeError as error:
+            raise ConfigurationError(f"{path} is no text file. A TrainingConfig is JSON written by save().") from error
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{path}: {error}") from error
+
+
+def resolve_device(name: str | torch.device, *, must_exist: bool = True) -> torch.device:
+    """The device that a setting names.
+
+    Args:
+        name: As torch writes it, or "auto": CUDA if there is a device, else the CPU.
+        must_exist: Refuse a CUDA device that this machine does not have.
+
+    Raises:
+        ConfigurationError: If the name is no device, or the device is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigurationError(f"device is {name!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:<index>'.") from error
+    if must_exist and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigurationError(
+            f"device is '{device}', and torch sees {torch.cuda.device_count()} CUDA devices here. "
+            "Use device='auto' or 'cpu', or install a CUDA build of torch."
+        )
+    return device

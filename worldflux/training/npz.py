@@ -1,0 +1,184 @@
+"""`.npz` files in pieces: written and read without a second copy of the data in memory, and without pickle.
+
+The files are ordinary ones that `numpy.load` reads; what the arrays mean stands in `ReplayBuffer.save`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Literal
+
+import numpy as np
+from numpy.lib import format as npy
+
+from worldflux.errors import BufferError
+
+CHUNK_BYTES = 16 * 2**20
+
+
+def rows_per_chunk(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """How many rows of this shape (without the leading axis) make up `CHUNK_BYTES`; at least one."""
+    return max(1, CHUNK_BYTES // max(1, math.prod(shape) * dtype.itemsize))
+
+
+@dataclass(frozen=True)
+class Stream:
+    """An array that is handed over in chunks along its first axis."""
+
+    shape: tuple[int, ...]
+    """Of the whole array."""
+    dtype: np.dtype
+    chunks: Iterable[np.ndarray]
+    """In order; together they have `shape`."""
+
+
+def write_npz(path: str | Path, arrays: Mapping[str, np.ndarray | Stream]) -> None:
+    """Writes exactly `path`, uncompressed; directories above it are created.
+
+    The file is written beside its target and moved into place, so that a kill or a full disk at any moment leaves the
+    old file or the new one.
+
+    Args:
+        path: Target; no suffix is appended.
+        arrays: What to write, by name.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                for name, array in arrays.items():
+                    _write_array(archive, name, array)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; a saved buffer is as readable as any other file of the user.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray | Stream) -> None:
+    # A ZipInfo made by hand carries no time of writing: equal buffers give equal files.
+    with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+        if isinstance(array, np.ndarray):
+            npy.write_array(member, array, allow_pickle=False)
+            return
+        header = {"descr": npy.dtype_to_descr(array.dtype), "fortran_order": False, "shape": array.shape}
+        npy.write_array_header_1_0(member, header)
+        for chunk in array.chunks:
+            member.write(np.ascontiguousarray(chunk, array.dtype).data.cast("B"))
+
+
+class NpzFile:
+    """An `.npz` file open for reading; every way in which it can be broken is a `BufferError` that names it.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        BufferError: If it is no zip archive, or a truncated one.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self._archive = zipfile.ZipFile(self.path)
+        except FileNotFoundError:
+            raise
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            raise BufferError(f"{self.path} is not a readable .npz file (damaged or cut short): {error}") from error
+        self.names = [member.removesuffix(".npy") for member in self._archive.namelist()]
+
+    def __enter__(self) -> NpzFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._archive.close()
+
+    def require(self, names: Iterable[str]) -> None:
+        """Raises a `BufferError` that lists what is missing and what is there, unless the file has all `names`."""
+        missing = [name for name in names if name not in self.names]
+        if missing:
+            raise BufferError(
+                f"{self.path.name} has no array {', '.join(map(repr, missing))} "
+                f"(found: {', '.join(sorted(self.names)) or 'none'}). See ReplayBuffer.save for the schema."
+            )
+
+    def read(self, name: str) -> np.ndarray:
+        """The whole array."""
+        with self._member(name) as (file, shape, dtype, fortran):
+            return self._read_rest(name, file, shape, dtype, fortran)
+
+    def stream(self, name: str) -> Stream:
+        """The array's shape and dtype at once, its rows in chunks when asked for."""
+        with self._member(name) as (_, shape, dtype, _fortran):
+            return Stream(shape, dtype, self._chunks(name))
+
+    def _chunks(self, name: str) -> Iterator[np.ndarray]:
+        with self._member(name) as (file, shape, dtype, fortran):
+            if fortran or not shape:  # its first axis is not the outer one: no reading row by row
+                yield self._read_rest(name, file, shape, dtype, fortran)
+                return
+            step = rows_per_chunk(shape[1:], dtype)
+            for start in range(0, shape[0], step):
+                count = min(step, shape[0] - start)
+                yield self._read_rest(name, file, (count, *shape[1:]), dtype, False)
+
+    @contextmanager
+    def _member(self, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype, bool]]:
+        # What a damaged or hostile header makes zipfile and numpy raise is not a closed list.
+        try:
+            file = self._archive.open(f"{name}.npy")
+        except Exception as error:
+            raise self._unreadable(name, error) from error
+        with file:
+            try:
+                version = npy.read_magic(file)
+                read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+                shape, fortran, dtype = read_header(file)
+            except Exception as error:
+                raise self._unreadable(name, error) from error
+            if dtype.kind not in "biuf":
+                raise BufferError(
+                    f"{self.path.name}: array {name!r} has dtype {dtype}, expected numbers. "
+                    "Objects are never unpickled."
+                )
+            if any(size < 0 for size in shape):
+                raise BufferError(f"{self.path.name}: array {name!r} says that its shape is {shape}.")
+            yield file, shape, dtype, fortran
+
+    def _read_rest(
+        self, name: str, file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype, fortran: bool
+    ) -> np.ndarray:
+        size = math.prod(shape) * dtype.itemsize
+        try:
+            data = file.read(size)
+        except Exception as error:  # a wrong checksum, a broken compressed stream, no memory for a made-up size
+            raise self._unreadable(name, error) from error
+        if len(data) != size:
+            raise BufferError(
+                f"{self.path.name}: array {name!r} of shape {shape} needs {size} bytes, the file has {len(data)}."
+            )
+        order: Literal["F", "C"] = "F" if fortran else "C"
+        if dtype == np.bool_:  # a byte that is neither 0 nor 1 would be a bool of its own kind
+            return (np.frombuffer(data, np.uint8) != 0).reshape(shape, order=order)
+        return np.frombuffer(data, dtype).reshape(shape, order=order)
+
+    def _unreadable(self, name: str, error: Exception) -> BufferError:
+        return BufferError(f"{self.path.name}: array {name!r} cannot be read: {error}")

@@ -1,0 +1,263 @@
+"""Optimisers: LaProp with adaptive gradient clipping, Adam, and the warm-up that both share.
+
+Every update runs over whole lists of tensors (`torch._foreach_*`): a world model has about a hundred small tensors, and
+one kernel call for each of them and each operation would cost more than the arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from worldflux.errors import ConfigurationError, nearest
+from worldflux.models.base import OptimizerSpec
+
+AGC_MIN_NORM = 1e-3
+"""Norm that adaptive clipping takes a smaller tensor to have, so that a tensor that starts at zero can leave it."""
+
+
+def warmup_rate(lr: float, update: int, warmup_steps: int) -> float:
+    """Learning rate of one update: a line from zero, then constant.
+
+        lr * min(1, (update - 1) / warmup_steps)
+
+    The first update has rate 0: it only fills the moment estimates.
+
+    Args:
+        lr: Rate after the warm-up.
+        update: Number of the update, from 1.
+        warmup_steps: Updates until the full rate, which update `warmup_steps + 1` is the first to have. 0: none.
+    """
+    return lr if warmup_steps == 0 else lr * min(1.0, (update - 1) / warmup_steps)
+
+
+class LaProp(torch.optim.Optimizer):
+    """LaProp with adaptive gradient clipping (AGC), as DreamerV3 uses it.
+
+    Update k of a tensor p with gradient g:
+
+        g  = g / max(1, |g| / (agc * max(1e-3, |p|)))          norms over the whole tensor
+        nu = b2 * nu + (1 - b2) * g^2
+        mu = b1 * mu + (1 - b1) * g / (sqrt(nu / (1 - b2^k)) + eps)
+        p  = p - lr * mu / (1 - b1^k)
+
+    Against Adam, the momentum comes after the scaling: a single large gradient moves p by no more than a few rates.
+    Gradients are read and not changed. Tensors without a gradient are left alone and don't count the update.
+
+    Args:
+        params: Parameters, or groups of them with settings of their own.
+        lr: Step size after the warm-up.
+        betas: Decay of `mu` and of `nu`.
+        eps: Added to the root of `nu`; so small that only an exact zero meets it.
+        agc: Largest norm of a gradient as a share of the norm of its tensor. None turns clipping off.
+        warmup_steps: Updates over which the rate rises from zero, see `warmup_rate`.
+        weight_decay: Share of p, times the rate, that each update takes away (decoupled).
+
+    Raises:
+        ConfigurationError: If a setting is out of range.
+
+    Sources: LaProp, arXiv:2002.04839; AGC, arXiv:2102.06171; defaults of DreamerV3, arXiv:2301.04104.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 4e-5,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-20,
+        *,
+        agc: float | None = 0.3,
+        warmup_steps: int = 0,
+        weight_decay: float = 0.0,
+    ) -> None:
+        _check_settings(lr, betas, eps, warmup_steps, weight_decay)
+        if agc is not None and not agc > 0:
+            raise ConfigurationError(f"agc is {agc}, expected a ratio above 0, or None to turn clipping off.")
+        defaults = dict(
+            lr=lr, betas=betas, eps=eps, agc=agc, warmup_steps=warmup_steps, weight_decay=weight_decay, updates=0
+        )
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates every parameter that has a gradient.
+
+        Args:
+            closure: Recomputes the loss, if given.
+
+        Returns:
+            What `closure` returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            group["updates"] += 1
+            lr = warmup_rate(group["lr"], group["updates"], group["warmup_steps"])
+            # The bias corrections count a tensor's own updates, and tensors with one count are updated together.
+            same_age: defaultdict[int, list[Tensor]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = 0
+                    state["mu"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                    state["nu"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["step"] += 1
+                same_age[state["step"]].append(p)
+            for k, params in same_age.items():
+                self._update(params, k, lr, group)
+        return loss
+
+    def _update(self, params: list[Tensor], k: int, lr: float, group: dict[str, Any]) -> None:
+        """One update of tensors that are at their `k`-th."""
+        grads: Any = [p.grad for p in params]
+        mu = [self.state[p]["mu"] for p in params]
+        nu = [self.state[p]["nu"] for p in params]
+        beta1, beta2 = group["betas"]
+
+        if group["agc"] is not None:
+            allowed = torch._foreach_norm(params)
+            torch._foreach_clamp_min_(allowed, AGC_MIN_NORM)
+            torch._foreach_mul_(allowed, group["agc"])
+            excess = torch._foreach_norm(grads)
+            torch._foreach_div_(excess, allowed)
+            torch._foreach_clamp_min_(excess, 1.0)
+            grads = torch._foreach_div(grads, excess)
+
+        torch._foreach_mul_(nu, beta2)
+        torch._foreach_addcmul_(nu, grads, grads, value=1 - beta2)
+        # g / (sqrt(nu / c) + eps) = sqrt(c) * g / (sqrt(nu) + sqrt(c) * eps): one pass over the tensors less.
+        root = math.sqrt(1 - beta2**k)
+        scale = torch._foreach_sqrt(nu)
+        torch._foreach_add_(scale, root * group["eps"])
+        torch._foreach_mul_(mu, beta1)
+        torch._foreach_addcdiv_(mu, grads, scale, value=(1 - beta1) * root)
+
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(params, mu, alpha=-lr / (1 - beta1**k))
+
+
+class Adam(torch.optim.AdamW):
+    """torch's AdamW with the warm-up of `warmup_rate`; without weight decay it is Adam.
+
+    Args:
+        params: Parameters, or groups of them with settings of their own.
+        lr: Step size after the warm-up.
+        betas: Decay of the momentum and of the squared gradients.
+        eps: Added to the root of the squared gradients.
+        warmup_steps: Updates over which the rate rises from zero.
+        weight_decay: Share of a parameter, times the rate, that each update takes away (decoupled).
+
+    Raises:
+        ConfigurationError: If a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        *,
+        warmup_steps: int = 0,
+        weight_decay: float = 0.0,
+    ) -> None:
+        _check_settings(lr, betas, eps, warmup_steps, weight_decay)
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)
+        for group in self.param_groups:
+            group.setdefault("warmup_steps", warmup_steps)
+            group.setdefault("updates", 0)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates every parameter that has a gradient.
+
+        Args:
+            closure: Recomputes the loss, if given.
+
+        Returns:
+            What `closure` returned.
+        """
+        full_rates = [group["lr"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["updates"] += 1
+            group["lr"] = warmup_rate(group["lr"], group["updates"], group["warmup_steps"])
+        try:
+            return super().step(closure)
+        finally:
+            # group["lr"] is the rate after the warm-up to everybody else: schedules set it, checkpoints keep it.
+            for group, rate in zip(self.param_groups, full_rates, strict=True):
+                group["lr"] = rate
+
+
+def build_optimizer(spec: OptimizerSpec, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimiser that a model's specification asks for.
+
+    Clipping by the norm of all gradients together (`spec.grad_clip`) is no part of it, see `clip_by_global_norm`.
+
+    Args:
+        spec: Kind and numbers.
+        parameters: What it updates.
+
+    Raises:
+        ConfigurationError: If the kind is unknown, a number is out of range, or there is nothing to update.
+    """
+    parameters = list(parameters)
+    if not parameters:
+        raise ConfigurationError("The model has no parameter that requires a gradient. Unfreeze what is to learn.")
+    shared: dict[str, Any] = dict(
+        lr=spec.learning_rate,
+        betas=tuple(spec.betas),
+        eps=spec.eps,
+        warmup_steps=spec.warmup_steps,
+        weight_decay=spec.weight_decay,
+    )
+    if spec.kind == "laprop":
+        return LaProp(parameters, agc=spec.agc, **shared)
+    if spec.kind != "adam":
+        raise ConfigurationError(f"Unknown optimiser '{spec.kind}'{nearest(spec.kind, ('laprop', 'adam'))}")
+    if spec.agc is not None:
+        raise ConfigurationError(f"agc is {spec.agc} with kind 'adam'; adaptive clipping belongs to kind 'laprop'.")
+    return Adam(parameters, **shared)
+
+
+@torch.no_grad()
+def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Norm of all gradients together, which are scaled down to `max_norm` where it is larger.
+
+    Nothing is read by the host. A norm that is not finite makes every gradient NaN instead of hiding it.
+
+    Args:
+        parameters: Those without a gradient are skipped.
+        max_norm: Largest norm allowed. None, 0 and infinity only measure.
+
+    Returns:
+        The norm before clipping, a scalar.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if grads and max_norm and math.isfinite(max_norm):
+        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def _check_settings(lr: float, betas: tuple[float, float], eps: float, warmup_steps: int, weight_decay: float) -> None:
+    """Ranges that every optimiser here has."""
+    if not (lr >= 0 and math.isfinite(lr)):
+        raise ConfigurationError(f"The learning rate is {lr}, expected a finite number from 0.")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ConfigurationError(f"betas are {betas}, expected two numbers, each at least 0 and below 1.")
+    if not eps > 0:
+        raise ConfigurationError(f"eps is {eps}, expected a number above 0.")
+    if warmup_steps < 0:
+        raise ConfigurationError(f"warmup_steps is {warmup_steps}, expected 0 (none) or more.")
+    if not weight_decay >= 0:
+        raise ConfigurationError(f"weight_decay is {weight_decay}, expected 0 (none) or more.")

@@ -1,0 +1,321 @@
+"""The `.npz` of `ReplayBuffer.save`: what it says of the rows, whether its arrays agree, and back into rows."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from worldflux.errors import BufferError
+from worldflux.training.arrays import checked
+from worldflux.training.npz import NpzFile, Stream, rows_per_chunk, write_npz
+from worldflux.training.rows import FINAL, FIRST, TERMINATED, TRUNCATED, UNSEEN, RowStore
+
+SINGLE = "obs"
+"""Key of an observation that is one array."""
+
+_EPISODE_ARRAYS = ("episode_lengths", "episode_streams", "episode_starts", "episode_ends", "final_obs_mask", "n_envs")
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """S episodes, whole or in part, one after another; those of one stream in their order."""
+
+    lengths: np.ndarray
+    """Transitions. `[S]` int64"""
+    streams: np.ndarray
+    """The environment they come from. `[S]` int64"""
+    starts: np.ndarray
+    """False where the oldest rows are missing. `[S]` bool"""
+    ends: np.ndarray
+    """False where the episode is in flight. `[S]` bool"""
+    final_mask: np.ndarray
+    """False where the observation after the last step was not recorded. `[S]` bool"""
+
+
+@dataclass(frozen=True)
+class ReplayData:
+    """What a buffer's file says: N transitions in S episodes."""
+
+    capacity: int
+    n_envs: int
+    is_dict: bool
+    """Whether observations are dictionaries; if not, `obs` has the one key `SINGLE`."""
+    obs: dict[str, Stream]
+    """`[N, ...]` each"""
+    final_obs: dict[str, Stream]
+    """`[S, ...]` each; empty if the file has none"""
+    actions: np.ndarray
+    """`[N, A]` float32"""
+    rewards: np.ndarray
+    """`[N]` float32"""
+    terminations: np.ndarray
+    """`[N]` bool"""
+    truncations: np.ndarray
+    """`[N]` bool"""
+    episodes: Episodes
+
+    @property
+    def action_dim(self) -> int:
+        """Width of an action vector."""
+        return self.actions.shape[1]
+
+
+def write_replay(path: str | Path, data: ReplayData) -> None:
+    """Writes exactly `path`, moved into place when it is complete. The schema stands in `ReplayBuffer.save`."""
+    arrays: dict[str, np.ndarray | Stream] = {}
+    for key, obs in data.obs.items():
+        arrays[_member("obs", key, data.is_dict)] = obs
+        arrays[_member("final_obs", key, data.is_dict)] = data.final_obs[key]
+        arrays[_member("obs_shape", key, data.is_dict)] = np.array(obs.shape[1:], np.int64)
+    arrays |= {
+        "actions": data.actions,
+        "rewards": data.rewards,
+        "dones": data.terminations,
+        "action_dim": np.array(data.action_dim),
+        "capacity": np.array(data.capacity),
+        "truncations": data.truncations,
+        "episode_lengths": data.episodes.lengths,
+        "episode_streams": data.episodes.streams,
+        "episode_starts": data.episodes.starts,
+        "episode_ends": data.episodes.ends,
+        "final_obs_mask": data.episodes.final_mask,
+        "n_envs": np.array(data.n_envs),
+    }
+    write_npz(path, arrays)
+
+
+def read_replay(file: NpzFile) -> ReplayData:
+    """What `file` says, checked but for the observations' values, which are not read yet.
+
+    Of the arrays only the documented ones need to be there: a file without the episodes' table is split at its
+    dones, and then no observation after an episode's last step is known.
+
+    Raises:
+        BufferError: If arrays are missing, unreadable, or do not agree with each other.
+    """
+    keys = [name.removeprefix("obs/") for name in file.names if name.startswith("obs/")]
+    is_dict = bool(keys) and "obs" not in file.names
+    keys = keys if is_dict else [SINGLE]
+    file.require(_member(part, key, is_dict) for part in ("obs", "obs_shape") for key in keys)
+    file.require(("actions", "rewards", "dones", "action_dim", "capacity"))
+
+    capacity, action_dim = _number(file, "capacity"), _number(file, "action_dim")
+    actions = file.read("actions")
+    if actions.ndim != 2 or actions.shape[1] != action_dim:
+        raise _wrong(file, f"actions have shape {actions.shape}, expected [N, action_dim] with action_dim {action_dim}")
+    count = len(actions)
+    obs = {}
+    for key in keys:
+        name, shape_name = _member("obs", key, is_dict), _member("obs_shape", key, is_dict)
+        obs[key] = file.stream(name)
+        said = tuple(file.read(shape_name).reshape(-1).tolist())
+        if obs[key].shape != (count, *said):
+            raise _wrong(
+                file, f"{name} has shape {obs[key].shape}, but there are {count} actions and {shape_name} is {said}"
+            )
+
+    actions = _column(file, "actions", (count, action_dim), np.float32, actions)
+    rewards = _column(file, "rewards", (count,), np.float32)
+    terminations = _column(file, "dones", (count,), np.bool_)
+    truncations = np.zeros(count, np.bool_)
+    if "truncations" in file.names:
+        truncations = _column(file, "truncations", (count,), np.bool_)
+    if any(name in file.names for name in _EPISODE_ARRAYS):
+        file.require(_EPISODE_ARRAYS)
+        n_envs = _number(file, "n_envs")
+        if n_envs > capacity:
+            raise _wrong(file, f"n_envs is {n_envs}, expected at most capacity ({capacity})")
+        episodes = _read_episodes(file, terminations | truncations, n_envs)
+        names = {key: _member("final_obs", key, is_dict) for key in keys}
+        file.require(names.values())
+        final_obs = {key: file.stream(name) for key, name in names.items()}
+        for key, name in names.items():
+            if final_obs[key].shape != (len(episodes.lengths), *obs[key].shape[1:]):
+                raise _wrong(file, f"{name} has shape {final_obs[key].shape}, expected one row per episode")
+    else:
+        n_envs, final_obs = 1, {}
+        if count:  # what the file's end cuts off is an episode that goes on elsewhere
+            truncations[-1] |= not terminations[-1]
+        episodes = _split(terminations | truncations)
+    return ReplayData(capacity, n_envs, is_dict, obs, final_obs, actions, rewards, terminations, truncations, episodes)
+
+
+def collect_data(rows: RowStore, capacity: int, is_dict: bool) -> ReplayData:
+    """Everything that `rows` holds but the extras; the observations are read when the file is written."""
+    steps, firsts, lasts, lengths, streams = [], [], [], [], []
+    for stream in range(len(rows.base)):
+        at = rows.at(stream, np.arange(rows.begin[stream], rows.end[stream]))
+        is_final = (rows.flags[at] & FINAL) != 0
+        is_first = (rows.flags[at] & FIRST) != 0
+        is_first[:1] = True  # also where the oldest episode has lost its first rows
+        first = np.flatnonzero(is_first)
+        last = np.append(first[1:], len(at))[: len(first)] - 1
+        steps.append(at[~is_final])
+        firsts.append(at[first])
+        lasts.append(at[last])
+        lengths.append(last - first + 1 - is_final[last])
+        streams.append(np.full(len(first), stream))
+    step, first, last = np.concatenate(steps), np.concatenate(firsts), np.concatenate(lasts)
+    ends = (rows.flags[last] & FINAL) != 0
+    seen = ends & ((rows.flags[last] & UNSEEN) == 0)
+    return ReplayData(
+        capacity=capacity,
+        n_envs=len(rows.base),
+        is_dict=is_dict,
+        obs={key: _gathered(stored, step) for key, stored in rows.obs.items()},
+        final_obs={key: _gathered(stored, last, seen) for key, stored in rows.obs.items()},
+        actions=rows.actions[step],
+        rewards=rows.rewards[step],
+        terminations=(rows.flags[step] & TERMINATED) != 0,
+        truncations=(rows.flags[step] & TRUNCATED) != 0,
+        episodes=Episodes(
+            lengths=np.concatenate(lengths).astype(np.int64),
+            streams=np.concatenate(streams).astype(np.int64),
+            starts=(rows.flags[first] & FIRST) != 0,
+            ends=ends,
+            final_mask=seen,
+        ),
+    )
+
+
+def fill(rows: RowStore, data: ReplayData, file_name: str) -> None:
+    """Stores a file's episodes in `rows`, which are empty.
+
+    Where the file has another number of streams, episodes are shared out, and those in flight are closed as truncated.
+
+    Raises:
+        BufferError: If an observation cannot be read or holds NaN.
+    """
+    episodes, truncations = data.episodes, data.truncations
+    lengths, streams, starts, ends = episodes.lengths, episodes.streams, episodes.starts, episodes.ends
+    if len(rows.base) != data.n_envs:
+        streams = _shared_out(lengths, len(rows.base))
+        truncations[np.cumsum(lengths)[~ends] - 1] = True
+        # Where an episode's oldest rows are missing, another one may now lie in front of it.
+        starts = ends = np.ones(len(lengths), np.bool_)
+    begin = np.cumsum(lengths) - lengths
+    step_at = np.full(len(data.rewards), -1)  # where each transition goes; -1: nowhere, it is too old
+    final_at = np.full(len(lengths), -1)
+    for stream in np.unique(streams).tolist():
+        mine = np.flatnonzero(streams == stream)
+        place = rows.reserve(stream, lengths[mine], starts=starts[mine], ends=ends[mine])
+        offset = np.cumsum(lengths[mine]) - lengths[mine]
+        steps = np.repeat(begin[mine] - offset, lengths[mine]) + np.arange(lengths[mine].sum())
+        kept = steps[place.skipped :]
+        rows.write_steps(place, kept, data.actions, data.rewards, data.terminations, truncations)
+        rows.write_finals(place.finals, None)
+        step_at[kept] = place.steps
+        ended = mine[ends[mine]]
+        final_at[ended[len(ended) - len(place.finals) :]] = place.finals
+        rows.commit(stream, place)
+    final_at[~episodes.final_mask] = -1
+    for key, stored in rows.obs.items():
+        _copy(f"{file_name}: {_member('obs', key, data.is_dict)}", data.obs[key], stored, step_at)
+        if data.final_obs:
+            _copy(f"{file_name}: {_member('final_obs', key, data.is_dict)}", data.final_obs[key], stored, final_at)
+    rows.flags[final_at[final_at >= 0]] &= ~UNSEEN
+
+
+def dtype_in_memory(obs: Stream) -> np.dtype | None:
+    """A file's own choice between bytes and floats; None leaves it to the shape."""
+    if obs.dtype == np.uint8:
+        return np.dtype(np.uint8)
+    return np.dtype(np.float32) if obs.dtype.kind == "f" else None
+
+
+def _copy(name: str, source: Stream, stored: np.ndarray, at: np.ndarray) -> None:
+    """Checks all of `source` and copies its rows to `stored[at]`, but those where `at` is -1."""
+    start = 0
+    for chunk in source.chunks:
+        to = at[start : start + len(chunk)]
+        array = checked(name, chunk, (len(chunk), *stored.shape[1:]), stored.dtype)
+        stored[to[to >= 0]] = array[to >= 0]
+        start += len(chunk)
+
+
+def _gathered(stored: np.ndarray, at: np.ndarray, mask: np.ndarray | None = None) -> Stream:
+    """Rows `at` of an array in chunks, zero where `mask` is False."""
+
+    def chunks() -> Iterator[np.ndarray]:
+        step = rows_per_chunk(stored.shape[1:], stored.dtype)
+        for start in range(0, len(at), step):
+            chunk = stored[at[start : start + step]]
+            if mask is not None:
+                chunk[~mask[start : start + step]] = 0
+            yield chunk
+
+    return Stream((len(at), *stored.shape[1:]), stored.dtype, chunks())
+
+
+def _shared_out(lengths: np.ndarray, n_envs: int) -> np.ndarray:
+    """The stream of each episode: always the one with the fewest transitions so far. `[S]`."""
+    filled = [(0, stream) for stream in range(n_envs)]
+    streams = np.zeros(len(lengths), np.int64)
+    for episode, length in enumerate(lengths.tolist()):
+        count, stream = heapq.heappop(filled)
+        streams[episode] = stream
+        heapq.heappush(filled, (count + length, stream))
+    return streams
+
+
+def _read_episodes(file: NpzFile, ended: np.ndarray, n_envs: int) -> Episodes:
+    count = file.stream("episode_lengths").shape[:1]
+    lengths = _column(file, "episode_lengths", count, np.int64)
+    streams = _column(file, "episode_streams", count, np.int64)
+    starts = _column(file, "episode_starts", count, np.bool_)
+    ends = _column(file, "episode_ends", count, np.bool_)
+    final_mask = _column(file, "final_obs_mask", count, np.bool_)
+    # Each length is bounded before they are added up, so that the sum cannot wrap around to the right number.
+    if (lengths < 1).any() or (lengths > len(ended)).any() or sum(lengths.tolist()) != len(ended):
+        raise _wrong(file, f"episode_lengths add up to {sum(lengths.tolist())}, but there are {len(ended)} transitions")
+    if ((streams < 0) | (streams >= n_envs)).any():
+        raise _wrong(file, f"episode_streams has numbers outside of 0 to n_envs - 1 ({n_envs - 1})")
+    expected = np.zeros(len(ended), np.bool_)
+    expected[np.cumsum(lengths)[ends] - 1] = True
+    if not np.array_equal(expected, ended):
+        raise _wrong(file, "dones and truncations do not lie at the ends of the episodes")
+    by_stream = np.argsort(streams, kind="stable")
+    same = np.diff(streams[by_stream]) == 0
+    if (same & ~ends[by_stream][:-1]).any() or (same & ~starts[by_stream][1:]).any():
+        raise _wrong(file, "an episode goes on although another one follows it in its stream")
+    if (final_mask & ~ends).any():
+        raise _wrong(file, "final_obs_mask is set for an episode in flight")
+    return Episodes(lengths, streams, starts, ends, final_mask)
+
+
+def _split(ended: np.ndarray) -> Episodes:
+    lengths = np.diff(np.flatnonzero(ended), prepend=-1)
+    always = np.ones(len(lengths), np.bool_)
+    return Episodes(lengths, np.zeros(len(lengths), np.int64), always, always, ~always)
+
+
+def _column(
+    file: NpzFile, name: str, shape: tuple[int, ...], dtype: type, array: np.ndarray | None = None
+) -> np.ndarray:
+    array = file.read(name) if array is None else array
+    if dtype is np.int64 and array.dtype.kind not in "iu":
+        raise _wrong(file, f"{name} has dtype {array.dtype}, expected whole numbers")
+    try:
+        # A copy, because what is read from a file cannot be written to.
+        return checked(name, array, shape, np.dtype(dtype)).copy()
+    except ValueError as error:
+        raise _wrong(file, str(error).rstrip(".")) from error
+
+
+def _number(file: NpzFile, name: str) -> int:
+    value = file.read(name)
+    if value.size != 1 or value.dtype.kind not in "iu" or not 1 <= int(value.reshape(())) < 2**62:
+        raise _wrong(file, f"{name} is {value}, expected a whole number of at least 1")
+    return int(value.reshape(()))
+
+
+def _member(name: str, key: str, is_dict: bool) -> str:
+    return f"{name}/{key}" if is_dict else name
+
+
+def _wrong(file: NpzFile, what: str) -> BufferError:
+    return BufferError(f"{file.path.name}: {what}. See ReplayBuffer.save for the schema.")

@@ -1,0 +1,250 @@
+"""Where a replay buffer's rows lie: a ring of flat arrays for each stream, and how old rows make room for new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+# Bits of a row's flags.
+TERMINATED = np.uint8(1)
+TRUNCATED = np.uint8(2)
+FIRST = np.uint8(4)
+FINAL = np.uint8(8)
+"""The row holds the observation after an episode's last step, and no step of its own."""
+UNSEEN = np.uint8(16)
+"""A final row whose observation was never recorded."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the rows of new episodes go in one stream."""
+
+    skipped: int
+    """Transitions at the front that do not fit."""
+    begin: int
+    """The stream's oldest row from then on."""
+    end: int
+    steps: np.ndarray
+    """Index in the storage of each transition that is kept."""
+    finals: np.ndarray
+    """Of each final row that is kept."""
+    firsts: np.ndarray
+    """Of each first row of an episode that is kept."""
+    in_flight: bool
+    """Whether the last episode goes on."""
+
+
+def spare_rows(transitions: int, n_envs: int) -> int:
+    """Room for final rows, which are no transitions: a 16th of a large stream, and in a small one enough for any."""
+    return min(transitions, max(transitions // 16, 4096 // n_envs))
+
+
+class RowStore:
+    """Rows of several streams, each a ring that overwrites its oldest rows.
+
+    A stream's rows are counted from its beginning, without end; row r of stream s lies at index `base[s] + r % ring`
+    of each array, and rows `begin[s]` to `end[s] - 1` are stored. The oldest of them always holds a step.
+
+    Args:
+        capacity: Transitions of all streams together.
+        n_envs: Streams.
+        obs: Shape and dtype of each observation.
+        action_dim: Width of an action vector.
+        extras: Shape and dtype of what else lies beside each row.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        n_envs: int,
+        obs: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+        action_dim: int,
+        extras: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    ) -> None:
+        # Transitions that each stream may hold; together exactly the capacity.
+        self.limits = np.full(n_envs, capacity // n_envs)
+        self.limits[: capacity % n_envs] += 1
+        most = int(self.limits[0])
+        self.ring = most + spare_rows(most, n_envs)
+        self.base = np.arange(n_envs) * self.ring
+        count = n_envs * self.ring
+        # np.zeros leaves memory to the system until it is written to.
+        self.obs = {key: np.zeros((count, *shape), dtype) for key, (shape, dtype) in obs.items()}
+        self.actions = np.zeros((count, action_dim), np.float32)
+        self.rewards = np.zeros(count, np.float32)
+        self.flags = np.zeros(count, np.uint8)
+        self.extras = {name: np.zeros((count, *shape), dtype) for name, (shape, dtype) in extras.items()}
+
+        self.begin = np.zeros(n_envs, np.int64)
+        self.end = np.zeros(n_envs, np.int64)
+        self.transitions = np.zeros(n_envs, np.int64)
+        self.episodes = np.zeros(n_envs, np.int64)  # ended ones: as many as there are final rows
+        self.in_flight = np.zeros(n_envs, np.bool_)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays once every row has been written to."""
+        arrays = [*self.obs.values(), self.actions, self.rewards, self.flags, *self.extras.values()]
+        return sum(array.nbytes for array in arrays)
+
+    def at(self, stream: Any, row: Any) -> np.ndarray:
+        """Index in the arrays of rows of streams; the two broadcast."""
+        return self.base[stream] + row % self.ring
+
+    def add_step(
+        self,
+        obs: Mapping[str, np.ndarray],
+        actions: np.ndarray,
+        rewards: np.ndarray,
+        terminated: np.ndarray,
+        truncated: np.ndarray,
+        final_obs: Mapping[str, np.ndarray],
+        extras: Mapping[str, np.ndarray],
+    ) -> None:
+        """Appends one row to every stream, and a final row where the step ends an episode.
+
+        Args:
+            obs: `[n_envs, ...]` each
+            actions: `[n_envs, A]`
+            rewards: `[n_envs]`
+            terminated: `[n_envs]` bool
+            truncated: `[n_envs]` bool
+            final_obs: Of the streams whose episode ends, in their order.
+            extras: `[n_envs, ...]` each; what is left out becomes zero.
+        """
+        ended = terminated | truncated
+        self._make_room(1 + ended, 1)
+        at = self.base + self.end % self.ring
+        for key, array in obs.items():
+            self.obs[key][at] = array
+        self.actions[at] = actions
+        self.rewards[at] = rewards
+        self.flags[at] = terminated * TERMINATED | truncated * TRUNCATED | ~self.in_flight * FIRST
+        for name, stored in self.extras.items():
+            stored[at] = extras.get(name, 0)
+        streams = np.flatnonzero(ended)
+        if streams.size:
+            self.write_finals(self.at(streams, self.end[streams] + 1), final_obs)
+        self.end += 1 + ended
+        self.transitions += 1
+        self.episodes += ended
+        self.in_flight = ~ended
+
+    def close(self, streams: np.ndarray, final_obs: Mapping[str, np.ndarray] | None) -> None:
+        """Ends the episodes in flight of these streams as truncated; None: the last observations are not known."""
+        rows = np.zeros_like(self.end)
+        rows[streams] = 1
+        self._make_room(rows, 0)
+        self.flags[self.at(streams, self.end[streams] - 1)] |= TRUNCATED
+        self.write_finals(self.at(streams, self.end[streams]), final_obs)
+        self.end += rows
+        self.episodes += rows
+        self.in_flight[streams] = False
+
+    def reserve(self, stream: int, lengths: np.ndarray, *, starts: np.ndarray, ends: np.ndarray) -> Place:
+        """Makes room for episodes of so many transitions in one stream; `commit` is due when they are written.
+
+        Args:
+            stream: Its last episode must have ended.
+            lengths: Transitions of each episode. `[S]`
+            starts: Whether its first row is an episode's first. `[S]`
+            ends: Whether a final row follows. `[S]`
+
+        Returns:
+            Where each row goes. Of more than the stream can hold, the newest.
+        """
+        rows = lengths + ends
+        begin = np.cumsum(rows) - rows
+        is_final = np.zeros(int(rows.sum()), np.bool_)
+        is_final[(begin + lengths)[ends]] = True
+        steps, finals = np.flatnonzero(~is_final), np.flatnonzero(is_final)
+        skipped = max(0, len(steps) - int(self.limits[stream]))
+        # What is kept begins at a step, so that no final row stands alone.
+        skipped = max(skipped, int(np.searchsorted(steps, len(is_final) - self.ring)))
+        if skipped:
+            self.begin[stream] = self.end[stream]
+            self.transitions[stream] = self.episodes[stream] = 0
+        else:
+            self._drop(stream, len(steps), len(is_final))
+        oldest, end = int(steps[skipped]), int(self.end[stream])
+        return Place(
+            skipped=skipped,
+            begin=end + oldest if skipped else int(self.begin[stream]),
+            end=end + len(is_final),
+            steps=self.at(stream, end + steps[skipped:]),
+            finals=self.at(stream, end + finals[finals >= oldest]),
+            firsts=self.at(stream, end + begin[starts & (begin >= oldest)]),
+            in_flight=not bool(ends[-1]),
+        )
+
+    def write_steps(
+        self,
+        place: Place,
+        kept: slice | np.ndarray,
+        actions: np.ndarray,
+        rewards: np.ndarray,
+        terminated: np.ndarray,
+        truncated: np.ndarray,
+    ) -> None:
+        """Writes all of a place's steps but their observations; `kept` picks them from the arrays. `[N, ...]`."""
+        self.actions[place.steps] = actions[kept]
+        self.rewards[place.steps] = rewards[kept]
+        self.flags[place.steps] = terminated[kept] * TERMINATED | truncated[kept] * TRUNCATED
+        self.flags[place.firsts] |= FIRST
+        for stored in self.extras.values():
+            stored[place.steps] = 0
+
+    def write_finals(self, at: np.ndarray, obs: Mapping[str, np.ndarray] | None) -> None:
+        """Writes final rows: the observation, or zeros and a mark where it is not known, and no step."""
+        self.flags[at] = FINAL if obs is not None else FINAL | UNSEEN
+        self.actions[at] = 0
+        self.rewards[at] = 0
+        for key, stored in self.obs.items():
+            stored[at] = 0 if obs is None else obs[key]
+        for stored in self.extras.values():
+            stored[at] = 0
+
+    def commit(self, stream: int, place: Place) -> None:
+        """Makes a place's rows part of the stream."""
+        self.begin[stream] = place.begin
+        self.end[stream] = place.end
+        self.transitions[stream] += len(place.steps)
+        self.episodes[stream] += len(place.finals)
+        self.in_flight[stream] = place.in_flight
+
+    def _make_room(self, rows: np.ndarray, transitions: int) -> None:
+        """Drops the oldest rows of each stream until so many more fit."""
+        while True:
+            used = self.end - self.begin
+            full = (self.transitions + transitions > self.limits) | (used + rows > self.ring)
+            if not full.any():
+                return
+            streams = np.flatnonzero(full)
+            self.begin[streams] += 1
+            self.transitions[streams] -= 1
+            # An episode without a transition is none: its final row goes with its last step.
+            oldest = self.flags[self.at(streams, self.begin[streams])]
+            gone = streams[((oldest & FINAL) != 0) & (self.begin[streams] < self.end[streams])]
+            self.begin[gone] += 1
+            self.episodes[gone] -= 1
+
+    def _drop(self, stream: int, transitions: int, rows: int) -> None:
+        """Drops the oldest rows of one stream until so many more fit, looking at no more rows than that takes."""
+        begin, used = int(self.begin[stream]), int(self.end[stream] - self.begin[stream])
+        excess = int(self.transitions[stream]) + transitions - int(self.limits[stream])
+        rows_excess = used + rows - self.ring
+        if excess <= 0 and rows_excess <= 0:
+            return
+        # Every final row follows a step, so 2k rows hold at least k steps.
+        oldest = np.arange(begin, begin + min(used, max(2 * excess, rows_excess) + 1))
+        is_final = (self.flags[self.at(stream, oldest)] & FINAL) != 0
+        dropped = np.cumsum(~is_final)
+        count = max(int(np.searchsorted(dropped, excess)) + 1 if excess > 0 else 0, rows_excess)
+        if count < used and is_final[count]:
+            count += 1
+        self.begin[stream] += count
+        self.transitions[stream] -= dropped[count - 1]
+        self.episodes[stream] -= is_final[:count].sum()
