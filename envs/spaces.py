@@ -1,0 +1,345 @@
+"""Codecs between the spaces of Gymnasium and the form that worldflux stores and learns from.
+
+Everything here is NumPy and works on all environments at once: arrays have a leading axis `[N, ...]`, one row per
+environment. Nothing else in the library knows about Gymnasium spaces.
+
+| space | observation in the library | action in the library |
+| --- | --- | --- |
+| `Box`, numbers | `float32 [prod(shape)]` | `float32 [prod(shape)]`, the bounds mapped to [-1, 1] |
+| `Box`, `uint8` with three axes | `uint8 [C, H, W]`, whichever side the channels were on | (as numbers) |
+| `Box`, `uint8` with two axes, 0 to 255 | `uint8 [1, H, W]` | (as numbers) |
+| `Discrete` | one-hot | one-hot |
+| `MultiDiscrete`, `MultiBinary` | one-hots, concatenated | one-hots, concatenated |
+| `Dict` of the above | dict of the above | not supported |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+from worldflux.errors import ConfigurationError, ShapeMismatchError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Arrays = Array | dict[str, Array]
+
+SINGLE_KEY = "obs"
+"""Name under which `obs_classes` speaks of an observation that is one array, not a dictionary."""
+
+_OBSERVATIONS_SUPPORTED = "Box, Discrete, MultiDiscrete, MultiBinary and a flat Dict of these"
+_ACTIONS_SUPPORTED = "Box with finite bounds, Discrete, MultiDiscrete and MultiBinary"
+
+
+class OneHots:
+    """Concatenated one-hot vectors for several choices, and back.
+
+    Args:
+        classes: How many options each choice has.
+        starts: The number of the first option of each choice, as `Discrete(n, start=...)` has it.
+    """
+
+    def __init__(self, classes: tuple[int, ...], starts: tuple[int, ...]) -> None:
+        self.classes = classes
+        self.width = sum(classes)
+        self._starts = np.asarray(starts, dtype=np.int64)
+        self._sizes = np.asarray(classes, dtype=np.int64)
+        self._offsets = np.concatenate([[0], np.cumsum(self._sizes)[:-1]]).astype(np.int64)
+
+    def encode(self, values: Array, name: str) -> Array:
+        """One-hot vectors of whole numbers.
+
+        Args:
+            values: `[N, K]`, each within its choice's options.
+            name: What to call them in an error.
+
+        Returns:
+            `float32 [N, sum(classes)]`
+        """
+        indices = values.astype(np.int64) - self._starts
+        if np.any((indices < 0) | (indices >= self._sizes)):
+            last = (self._starts + self._sizes - 1).tolist()
+            raise ShapeMismatchError(
+                f"{name} has values between {values.min()} and {values.max()}, "
+                f"expected {self._starts.tolist()} to {last}."
+            )
+        encoded = np.zeros((len(values), self.width), dtype=np.float32)
+        encoded[np.arange(len(values))[:, None], indices + self._offsets] = 1.0
+        return encoded
+
+    def decode(self, encoded: Array) -> Array:
+        """The most likely option of each choice, `int64 [N, K]`, from vectors `[N, sum(classes)]`."""
+        ends = self._offsets + self._sizes
+        columns = [
+            encoded[:, begin:end].argmax(axis=1) for begin, end in zip(self._offsets, ends, strict=True)
+        ]  # K arrays [N]
+        return np.stack(columns, axis=1) + self._starts
+
+
+def _choices(space: spaces.Space[Any]) -> OneHots | None:
+    """The one-hot form of a space of whole numbers, or None for other spaces."""
+    if isinstance(space, spaces.Discrete):
+        return OneHots((int(space.n),), (int(space.start),))
+    if isinstance(space, spaces.MultiDiscrete):
+        starts = np.asarray(getattr(space, "start", np.zeros_like(space.nvec))).reshape(-1)
+        return OneHots(tuple(int(n) for n in space.nvec.reshape(-1)), tuple(int(start) for start in starts))
+    if isinstance(space, spaces.MultiBinary):
+        bits = int(np.prod(space.shape))
+        return OneHots((2,) * bits, (0,) * bits)
+    return None
+
+
+class _Leaf:
+    """Codec of one array of an observation: its library shape and dtype, and the check at the door."""
+
+    def __init__(self, space: spaces.Space[Any], name: str) -> None:
+        if not isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+            raise ConfigurationError(
+                f"{name} is a {type(space).__name__} space, which is not supported. "
+                f"Supported observations are {_OBSERVATIONS_SUPPORTED}; "
+                "gymnasium.wrappers.FlattenObservation turns most others into a Box."
+            )
+        self.name = name
+        self.given_shape: tuple[int, ...] = tuple(space.shape or ())
+        self.choices = _choices(space)
+        self.is_image = isinstance(space, spaces.Box) and _is_image(space)
+        self._other_layout: tuple[int, ...] | None = None
+        self._channels_last = False
+        self.dtype: np.dtype[Any] = np.dtype(np.uint8 if self.is_image else np.float32)
+        if self.choices is not None:
+            self.shape: tuple[int, ...] = (self.choices.width,)
+        elif self.is_image:
+            self._set_image_layout()
+        else:
+            _reject_float_images(self.given_shape, name)
+            self.shape = (int(np.prod(self.given_shape, dtype=np.int64)),)
+
+    def _set_image_layout(self) -> None:
+        if len(self.given_shape) == 2:
+            self.shape = (1, *self.given_shape)
+            return
+        self._channels_last = int(np.argmin(self.given_shape)) != 0
+        if self._channels_last:
+            height, width, channels = self.given_shape
+            self.shape = (channels, height, width)
+            self._other_layout = self.shape
+        else:
+            channels, height, width = self.shape = self.given_shape
+            self._other_layout = (height, width, channels)
+
+    def encode(self, value: Any) -> tuple[Array, bool]:
+        """The library form `[N, *shape]` as a fresh array, and whether a leading axis was given."""
+        array = np.asarray(value)
+        if array.dtype.kind not in ("biu" if self.choices is not None else "u" if self.is_image else "biuf"):
+            raise ShapeMismatchError(
+                f"{self.name} has dtype {array.dtype}, expected {self._expected_dtype()}."
+                + (" Images stay whole numbers from 0 to 255; the model scales them." if self.is_image else "")
+            )
+        channels_last = self._channels_last
+        axes = len(self.given_shape)
+        if array.shape == self.given_shape:
+            batched = False
+        elif array.ndim == axes + 1 and array.shape[1:] == self.given_shape:
+            batched = True
+        elif self._other_layout is not None and array.shape in (self._other_layout, (len(array), *self._other_layout)):
+            # The environment was wrapped in VecTransposeImage and a user hands over what the bare one gave.
+            channels_last, batched = not channels_last, array.ndim == axes + 1
+        else:
+            raise ShapeMismatchError(
+                f"{self.name} has shape {array.shape}, expected {self.given_shape} for one environment "
+                f"or (n_envs, {', '.join(map(str, self.given_shape))}) for several."
+            )
+        if not batched:
+            array = array[None]
+        if self.choices is not None:
+            return self.choices.encode(array.reshape(len(array), -1), self.name), batched
+        if self.is_image:
+            if array.dtype != np.uint8:
+                raise ShapeMismatchError(f"{self.name} has dtype {array.dtype}, expected uint8.")
+            if channels_last and array.ndim == 4:
+                array = array.transpose(0, 3, 1, 2)
+            return np.array(array.reshape(len(array), *self.shape), order="C"), batched
+        encoded = np.array(array, dtype=np.float32).reshape(len(array), *self.shape)
+        if not np.isfinite(encoded).all():
+            raise ShapeMismatchError(
+                f"{self.name} contains NaN or infinite values, expected finite numbers. "
+                "gymnasium.utils.env_checker.check_env finds where an environment makes them."
+            )
+        return encoded, batched
+
+    def _expected_dtype(self) -> str:
+        return "whole numbers" if self.choices is not None else "uint8" if self.is_image else "numbers"
+
+
+def _is_image(space: spaces.Box) -> bool:
+    if space.dtype != np.uint8:
+        return False
+    full_range = bool(np.all(space.low == 0) and np.all(space.high == 255))
+    return len(space.shape) == 3 or (len(space.shape) == 2 and full_range)
+
+
+def _reject_float_images(shape: tuple[int, ...], name: str) -> None:
+    """Flattening a picture of floats would build an MLP over every pixel, which nobody wants."""
+    if len(shape) == 3 and min(shape) <= 4 and sorted(shape)[1] >= 16:
+        raise ConfigurationError(
+            f"{name} looks like an image {shape} of floats, expected uint8 with values from 0 to 255. "
+            "Remove the wrapper that scales it; the model does that itself."
+        )
+
+
+class ObservationCodec:
+    """Turns observations of a Gymnasium space into the library's form.
+
+    Attributes:
+        obs_shape: Shape of one observation in the library, or a dict of them.
+        obs_dtype: NumPy dtype, or a dict of them: `uint8` for images, `float32` for all else.
+        obs_classes: For observations that became one-hots: the number of options of each choice. The key of an
+            observation that is one array is `"obs"`.
+
+    Args:
+        space: The observation space of a single environment.
+
+    Raises:
+        ConfigurationError: If the space is not supported; the message lists those that are.
+    """
+
+    def __init__(self, space: spaces.Space[Any]) -> None:
+        self.space = space
+        self._is_dict = isinstance(space, spaces.Dict)
+        if isinstance(space, spaces.Dict):
+            if not space.spaces:
+                raise ConfigurationError("The observation is an empty Dict space, expected at least one key.")
+            self._leaves = {key: _Leaf(part, f"observation '{key}'") for key, part in space.spaces.items()}
+        else:
+            self._leaves = {SINGLE_KEY: _Leaf(space, "observation")}
+        self.obs_shape: tuple[int, ...] | dict[str, tuple[int, ...]] = self._merge(
+            {key: leaf.shape for key, leaf in self._leaves.items()}
+        )
+        self.obs_dtype: np.dtype[Any] | dict[str, np.dtype[Any]] = self._merge(
+            {key: leaf.dtype for key, leaf in self._leaves.items()}
+        )
+        self.obs_classes: dict[str, tuple[int, ...]] = {
+            key: leaf.choices.classes for key, leaf in self._leaves.items() if leaf.choices is not None
+        }
+
+    def encode(self, obs: Any) -> Arrays:
+        """Library form of a batch of observations.
+
+        Args:
+            obs: As the environments gave it, with a leading axis `[N, ...]` (a dict of such arrays for `Dict`).
+
+        Returns:
+            Fresh arrays `[N, *obs_shape]`; changing what was passed in does not change them.
+
+        Raises:
+            ShapeMismatchError: If shape, dtype or values cannot be an observation of the space.
+        """
+        encoded, batched = self.encode_any(obs)
+        if not batched:
+            raise ShapeMismatchError("The observation has no leading axis, expected one row per environment.")
+        return encoded
+
+    def encode_any(self, obs: Any) -> tuple[Arrays, bool]:
+        """Library form `[N, *obs_shape]` of one observation or a batch, and whether it was a batch."""
+        if not self._is_dict:
+            if isinstance(obs, Mapping):
+                raise ShapeMismatchError(
+                    f"The observation is a dictionary with keys {sorted(map(str, obs))}, expected an array."
+                )
+            return self._leaves[SINGLE_KEY].encode(obs)
+        if not isinstance(obs, Mapping) or set(obs) != set(self._leaves):
+            given = f"keys {sorted(map(str, obs))}" if isinstance(obs, Mapping) else f"a {type(obs).__name__}"
+            raise ShapeMismatchError(
+                f"The observation is {given}, expected a dictionary with keys {sorted(self._leaves)}."
+            )
+        parts = {key: leaf.encode(obs[key]) for key, leaf in self._leaves.items()}
+        rows = {key: len(array) if batched else None for key, (array, batched) in parts.items()}
+        if len(set(rows.values())) > 1:
+            raise ShapeMismatchError(
+                f"The keys of the observation disagree on the number of environments: {rows} (None: no leading axis)."
+            )
+        return {key: array for key, (array, _) in parts.items()}, next(iter(rows.values())) is not None
+
+    def _merge(self, parts: dict[str, Any]) -> Any:
+        return parts if self._is_dict else parts[SINGLE_KEY]
+
+
+class ActionCodec:
+    """Turns actions of the library into those of a Gymnasium space, and back.
+
+    Attributes:
+        action_type: `"continuous"`, `"discrete"` or `"multi_discrete"`.
+        action_dim: Width of an action vector in the library.
+        action_classes: Options of each choice; `()` for continuous actions.
+
+    Args:
+        space: The action space of a single environment.
+
+    Raises:
+        ConfigurationError: If the space is not supported; the message lists those that are.
+    """
+
+    def __init__(self, space: spaces.Space[Any]) -> None:
+        if isinstance(space, spaces.Box):
+            low, high = space.low.astype(np.float64).reshape(-1), space.high.astype(np.float64).reshape(-1)
+            # The range itself overflows for a box that spans all of float64.
+            if not (np.isfinite(low).all() and np.isfinite(high).all() and np.isfinite(high / 2 - low / 2).all()):
+                raise ConfigurationError(
+                    f"The action space {space} has no finite bounds, expected {_ACTIONS_SUPPORTED}. "
+                    "gymnasium.wrappers.RescaleAction and ClipAction set them."
+                )
+            self._center, self._half = (low / 2 + high / 2), (high / 2 - low / 2)
+            self._low, self._high = low, high
+        elif not isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+            raise ConfigurationError(
+                f"The action space is a {type(space).__name__} space, which is not supported. "
+                f"Supported actions are {_ACTIONS_SUPPORTED}."
+            )
+        self.space = space
+        self._shape: tuple[int, ...] = tuple(space.shape or ())
+        self._dtype = np.dtype(space.dtype)
+        self._choices = _choices(space)
+        self.action_classes: tuple[int, ...] = () if self._choices is None else self._choices.classes
+        self.action_dim: int = self._half.size if self._choices is None else self._choices.width
+        if self._choices is None:
+            self.action_type = "continuous"
+        else:
+            self.action_type = "discrete" if isinstance(space, spaces.Discrete) else "multi_discrete"
+
+    def to_env(self, actions: Array) -> Array:
+        """Actions for the environments.
+
+        Args:
+            actions: Library form `[N, A]`; continuous ones are clipped to [-1, 1] here and nowhere else.
+
+        Returns:
+            `[N, *space.shape]` in the space's dtype.
+        """
+        if self._choices is not None:
+            values = self._choices.decode(actions)
+        else:
+            values = self._center + np.clip(actions, -1.0, 1.0).astype(np.float64) * self._half
+            if self._dtype.kind in "iu":
+                values = np.rint(values)
+            # Rounding must not leave the box: env.step may check that the action is inside.
+            values = np.clip(values, self._low, self._high)
+        return values.astype(self._dtype).reshape(len(actions), *self._shape)
+
+    def from_env(self, actions: Any) -> Array:
+        """Library form `float32 [N, A]` of actions `[N, *space.shape]` that somebody else chose.
+
+        Continuous actions outside the space's bounds stay outside [-1, 1]; they are recorded as they were.
+        """
+        array = np.asarray(actions)
+        if array.shape[1:] != self._shape or array.ndim != len(self._shape) + 1:
+            raise ShapeMismatchError(
+                f"actions have shape {array.shape}, expected (n_envs, {', '.join(map(str, self._shape))})."
+            )
+        flat = array.reshape(len(array), -1)
+        if self._choices is not None:
+            return self._choices.encode(flat, "action")
+        # An axis whose bounds coincide carries no choice: it is 0 in the library.
+        half = np.where(self._half > 0, self._half, 1.0)
+        return np.where(self._half > 0, (flat - self._center) / half, 0.0).astype(np.float32)

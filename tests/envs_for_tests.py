@@ -1,0 +1,165 @@
+"""One environment whose observations, rewards and flags say exactly where they belong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+IMAGE_SHAPE = (48, 48, 3)
+
+
+class CountingEnv(gym.Env[Any, Any]):
+    """Counts its episodes and their steps, and shows them.
+
+    The vector observation is `[env_id, episode, step, last action]`; the reward of the action taken at step t of
+    episode e is `100 * e + t + 1`; so every number of a replayed row can be checked against the others.
+
+    Args:
+        lengths: Steps of the episodes, in turn.
+        ends: How the episodes end, in turn: "terminate", "truncate" or "both" on the same step.
+        obs: "vector", "image" (HWC) or "dict" (an image, a vector and a Discrete).
+        action_space: By default `Box(0, 10, (1,))`.
+        env_id: First number of the observation.
+        raise_at: Step over all episodes at which `step` raises KeyboardInterrupt.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] = (5,),
+        ends: Sequence[str] = ("terminate",),
+        obs: str = "vector",
+        action_space: spaces.Space[Any] | None = None,
+        env_id: int = 0,
+        raise_at: int | None = None,
+    ) -> None:
+        self.lengths, self.ends, self.obs_kind = lengths, ends, obs
+        self.env_id, self.raise_at = env_id, raise_at
+        self.episode, self.t, self.last_action, self.total = -1, 0, 0.0, 0
+        vector = spaces.Box(-np.inf, np.inf, (4,), np.float64)
+        image = spaces.Box(0, 255, IMAGE_SHAPE, np.uint8)
+        parts = {"image": image, "vector": vector, "kind": spaces.Discrete(3, start=1)}
+        self.observation_space = {"vector": vector, "image": image, "dict": spaces.Dict(parts)}[obs]
+        self.action_space = action_space or spaces.Box(0.0, 10.0, (1,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.episode, self.t, self.last_action = self.episode + 1, 0, 0.0
+        return self._obs(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        assert self.action_space.contains(action), f"{action!r} is not in {self.action_space}"
+        if self.total == self.raise_at:
+            self.raise_at = None
+            raise KeyboardInterrupt
+        self.total += 1
+        reward = 100.0 * self.episode + self.t + 1
+        self.t, self.last_action = self.t + 1, float(np.asarray(action).reshape(-1)[0])
+        over = self.t >= self.lengths[self.episode % len(self.lengths)]
+        end = self.ends[self.episode % len(self.ends)]
+        return self._obs(), reward, over and end != "truncate", over and end != "terminate", {}
+
+    def _obs(self) -> Any:
+        vector = np.array([self.env_id, self.episode, self.t, self.last_action])
+        image = np.zeros(IMAGE_SHAPE, np.uint8)
+        image[..., 0], image[..., 1], image[..., 2] = self.t, self.episode, self.env_id
+        whole = {"image": image, "vector": vector, "kind": np.int64(1 + self.t % 3)}
+        return {"vector": vector, "image": image, "dict": whole}[self.obs_kind]
+
+
+def assert_rows_belong_together(obs: np.ndarray, actions: np.ndarray, rewards: np.ndarray, is_first: np.ndarray) -> int:
+    """Checks windows of `CountingEnv` with its own action space; the number of pairs of rows that were compared.
+
+    Args:
+        obs: Vector observations. `[B, T, 4]`
+        actions: Library form. `[B, T, 1]`
+        rewards: `[B, T]`
+        is_first: `[B, T]`
+    """
+    # Undoing VecNormalize costs the last digits of an episode's last observation.
+    whole = np.rint(obs)
+    np.testing.assert_allclose(obs[..., :3], whole[..., :3], atol=1e-3)
+    env_id, episode, step, last_action = whole[..., 0], whole[..., 1], whole[..., 2], obs[..., 3]
+    executed = 5.0 + 5.0 * np.clip(actions[..., 0], -1.0, 1.0)
+    follows = ~is_first[:, 1:]
+    assert np.all(env_id[:, 1:] == env_id[:, :-1])
+    assert np.all(step[is_first] == 0)
+    assert np.all(step[:, 1:][follows] == step[:, :-1][follows] + 1)
+    assert np.all(episode[:, 1:][follows] == episode[:, :-1][follows])
+    np.testing.assert_allclose(last_action[:, 1:][follows], executed[:, :-1][follows], atol=1e-3)
+    # A row that the next one follows in the same episode holds a step; the others may be final rows, which hold none.
+    np.testing.assert_array_equal(rewards[:, :-1][follows], (100 * episode + step + 1)[:, :-1][follows])
+    return int(follows.sum())
+
+
+class PixelCatch(gym.Env[np.ndarray, int]):
+    """Five balls fall one after the other; a paddle at the bottom, moved left or right, catches them.
+
+    The observation is the picture alone, and one picture does not show which way the ball drifts. Each ball caught
+    earns 1; the best return is 5, random actions earn about 1.
+    """
+
+    SIZE, BALLS, PADDLE, FALL, STEP = 64, 5, 10, 4, 6
+
+    def __init__(self) -> None:
+        self.observation_space = spaces.Box(0, 255, (self.SIZE, self.SIZE, 3), np.uint8)
+        self.action_space = spaces.Discrete(3)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.paddle, self.ball_number = self.SIZE // 2, 0
+        self._new_ball()
+        return self._picture(), {}
+
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        half = self.PADDLE // 2
+        self.paddle = int(np.clip(self.paddle + (int(action) - 1) * self.STEP, half, self.SIZE - half))
+        self.y += self.FALL
+        self.x += self.drift
+        if not 4 <= self.x <= self.SIZE - 4:
+            self.drift = -self.drift
+            self.x = int(np.clip(self.x, 4, self.SIZE - 4))
+        reward = 0.0
+        if self.y >= self.SIZE - 8:
+            reward = float(abs(self.x - self.paddle) <= half + 2)
+            self.ball_number += 1
+            self._new_ball()
+        return self._picture(), reward, self.ball_number == self.BALLS, False, {}
+
+    def _new_ball(self) -> None:
+        self.x, self.y = int(self.np_random.integers(4, self.SIZE - 3)), 4
+        self.drift = int(self.np_random.choice([-2, 2]))
+
+    def _picture(self) -> np.ndarray:
+        picture = np.zeros((self.SIZE, self.SIZE, 3), np.uint8)
+        half = self.PADDLE // 2
+        picture[self.SIZE - 8 : self.SIZE - 3, self.paddle - half : self.paddle + half] = (60, 160, 255)
+        picture[self.y - 4 : self.y + 4, self.x - 4 : self.x + 4] = (255, 200, 40)
+        return picture
+
+
+class Corridor(gym.Env[int, int]):
+    """Six cells in a row; going right from the leftmost one, the last is reached in five steps.
+
+    Every step costs 0.1, the last cell earns 1 and ends the episode; after 20 steps time is up. The best return is 0.5,
+    random actions earn about -1.2.
+    """
+
+    CELLS, LIMIT, BEST = 6, 20, 0.5
+
+    def __init__(self) -> None:
+        self.observation_space = spaces.Discrete(self.CELLS)
+        self.action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.cell, self.t = 0, 0
+        return self.cell, {}
+
+    def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
+        self.cell, self.t = max(0, self.cell + (1 if action == 1 else -1)), self.t + 1
+        arrived = self.cell == self.CELLS - 1
+        return self.cell, -0.1 + float(arrived), arrived, self.t == self.LIMIT and not arrived, {}

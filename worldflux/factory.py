@@ -1,0 +1,248 @@
+"""World models by name: presets, aliases, saved directories, and families that somebody else registered."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+
+from worldflux.config import DREAMERV3_SIZES, DreamerV3Config, ObsShape, WorldModelConfig
+from worldflux.errors import CheckpointError, ConfigurationError, nearest
+from worldflux.models.base import CONFIG_FILE, WorldModel
+from worldflux.models.dreamerv3.world_model import DreamerV3
+from worldflux.training.config import resolve_device
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What `register_model` was told."""
+
+    config_class: type[WorldModelConfig]
+    model_class: type[WorldModel]
+    presets: Mapping[str, Mapping[str, Any]]
+    """Fields of the configuration by the name that `create_world_model` takes."""
+    aliases: Mapping[str, str]
+    """Further names, each with the preset that it stands for."""
+    description: str
+
+    def names(self) -> list[str]:
+        """Presets and aliases."""
+        return [*self.presets, *self.aliases]
+
+
+_families: dict[str, _Family] = {}
+
+
+def create_world_model(
+    spec_or_path: str | os.PathLike[str],
+    *,
+    obs_shape: ObsShape | None = None,
+    action_dim: int | None = None,
+    device: str | torch.device = "cpu",
+    **overrides: Any,
+) -> WorldModel:
+    """A world model from a preset, an alias or a saved directory.
+
+        >>> model = create_world_model("dreamerv3:size12m", obs_shape=(4,), action_dim=2, action_type="discrete")
+
+    Args:
+        spec_or_path: A name that `list_models` shows, one of its aliases, or a directory written by `save_pretrained`.
+            A name wins over a directory that is called the same; write `./name` for the directory.
+        obs_shape: Shape of one observation, or shapes by key; images are `(C, H, W)`. Default: the configuration's, for
+            a preset `(3, 64, 64)`. A saved model has one already, which this must equal.
+        action_dim: Width of the action vector. Default: the configuration's, for a preset 6.
+        device: Where the model shall be; "auto" takes the GPU if there is one.
+        **overrides: Any other field of the model's configuration, such as `action_type` or `learning_rate`. Of a saved
+            model, those can change that leave its weights their shapes.
+
+    Raises:
+        ConfigurationError: If the name, a field or a value is not known or does not fit. The message says what would.
+        CheckpointError: If the directory is not a complete saved model.
+    """
+    name = os.fspath(spec_or_path)
+    place = resolve_device(device)
+    given = dict(overrides)
+    if obs_shape is not None:
+        given["obs_shape"] = obs_shape
+    if action_dim is not None:
+        given["action_dim"] = action_dim
+    found = _find(name) if isinstance(spec_or_path, str) else None
+    if found is None:
+        return _load(name, place, given)
+    preset, family = found
+    named = {"model_name": preset.split(":")[-1], **family.presets[preset]}
+    config = family.config_class.from_dict({**named, **given, "device": str(place)})
+    return family.model_class(config).to(place)
+
+
+@overload
+def list_models(verbose: Literal[False] = False) -> list[str]: ...
+@overload
+def list_models(verbose: Literal[True]) -> dict[str, dict[str, Any]]: ...
+def list_models(verbose: bool = False) -> list[str] | dict[str, dict[str, Any]]:
+    """The names that `create_world_model` takes.
+
+    Args:
+        verbose: Also tell what each is.
+
+    Returns:
+        The names; with `verbose`, for each a dict of `description`, `type` (the family), `params` (trainable parameters
+        for a 64x64 image with three channels and 6 continuous actions, counted on the model itself) and `aliases`.
+    """
+    if not verbose:
+        return [preset for family in _families.values() for preset in family.presets]
+    return {
+        preset: {
+            "description": _describe(family, fields),
+            "type": family.config_class.model_type,
+            "params": _count_parameters(preset),
+            "aliases": [alias for alias, target in family.aliases.items() if target == preset],
+        }
+        for family in _families.values()
+        for preset, fields in family.presets.items()
+    }
+
+
+def register_model(
+    name: str,
+    config_class: type[WorldModelConfig],
+    model_class: type[WorldModel],
+    *,
+    sizes: Mapping[str, Mapping[str, Any]] | None = None,
+    aliases: Mapping[str, str] | None = None,
+    description: str = "",
+) -> None:
+    """Make a family of your own available by name, here and in `WorldFluxAgent`.
+
+        >>> register_model("mine", MyConfig, MyModel, sizes={"small": {"hidden_dim": 64}})
+        >>> create_world_model("mine:small", obs_shape=(4,), action_dim=2)
+
+    Args:
+        name: Name of the family; without `sizes` it is the preset itself.
+        config_class: Its configuration, a `WorldModelConfig` with a `model_type` of its own.
+        model_class: Its model, a `WorldModel` that is built from one configuration.
+        sizes: Fields of the configuration by the name of the size. The presets are then called `name:size`, and `name`
+            alone stands for the first.
+        aliases: Further names, each with the preset that it stands for.
+        description: One sentence for `list_models`.
+
+    Raises:
+        ConfigurationError: If the name is taken, or a class or a size does not fit.
+    """
+    if not name or ":" in name or os.sep in name or "/" in name:
+        raise ConfigurationError(f"A family cannot be named '{name}'. Use a plain word; sizes are given apart.")
+    if not (isinstance(config_class, type) and issubclass(config_class, WorldModelConfig)):
+        raise ConfigurationError(f"config_class is {config_class!r}, expected a subclass of WorldModelConfig.")
+    if not (isinstance(model_class, type) and issubclass(model_class, WorldModel)):
+        raise ConfigurationError(f"model_class is {model_class!r}, expected a subclass of WorldModel.")
+    presets = {f"{name}:{size}": dict(fields) for size, fields in sizes.items()} if sizes else {name: {}}
+    added = dict(aliases or {})
+    if sizes:
+        added.setdefault(name, next(iter(presets)))
+    for alias, target in added.items():
+        if target not in presets:
+            raise ConfigurationError(f"The alias '{alias}' stands for '{target}'{nearest(target, presets)}")
+    known = _families.get(name)
+    if known is not None and _identity(known.model_class) != _identity(model_class):
+        raise ConfigurationError(f"The family '{name}' is {known.model_class.__name__} already. Choose another name.")
+    owners = {key.lower(): family for family, entry in _families.items() for key in entry.names()}
+    for key in (*presets, *added):
+        if owners.get(key.lower(), name) != name:
+            raise ConfigurationError(f"The name '{key}' belongs to '{owners[key.lower()]}'. Choose another one.")
+    for fields in presets.values():
+        config_class.from_dict(fields)
+    # A class that is defined again, as in a notebook, takes its own place.
+    _families[name] = _Family(config_class, model_class, presets, added, description)
+    _count_parameters.cache_clear()
+
+
+def _identity(cls: type) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__
+
+
+def _find(name: str) -> tuple[str, _Family] | None:
+    """The preset that a name or an alias stands for, in any case, with its family."""
+    for family in _families.values():
+        lowered = {key.lower(): key for key in family.names()}
+        if name.lower() in lowered:
+            key = lowered[name.lower()]
+            return family.aliases.get(key, key), family
+    return None
+
+
+def _load(name: str, device: torch.device, given: dict[str, Any]) -> WorldModel:
+    """The saved model in the directory `name`, with some fields of its configuration replaced."""
+    directory = Path(name)
+    if not directory.exists():
+        options = [key for family in _families.values() for key in family.names()]
+        raise ConfigurationError(f"Unknown model '{name}'{nearest(name, options)} list_models() shows all.")
+    try:
+        saved = WorldModelConfig.load(directory / CONFIG_FILE)
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{name} has no readable {CONFIG_FILE} ({error}). Pass a directory written by save_pretrained."
+        ) from error
+    family = next((entry for entry in _families.values() if type(saved) is entry.config_class), None)
+    if family is None:
+        known = ", ".join(_families)
+        raise ConfigurationError(
+            f"{name} holds a model of the family '{saved.model_type}', expected one of: {known}. "
+            "Call register_model for a family of your own first."
+        )
+    for field in ("obs_shape", "action_dim"):
+        if field in given and getattr(WorldModelConfig(**{field: given[field]}), field) != getattr(saved, field):
+            raise ConfigurationError(
+                f"{field} is {given[field]}, but the model in {name} was made for {getattr(saved, field)}. "
+                "Leave it out, or create a new model."
+            )
+    model = family.model_class.from_pretrained(directory, device=device)
+    try:
+        config = family.config_class.from_dict({**saved.to_dict(), **given, "device": str(device)})
+        if given:
+            weights = model.state_dict()
+            model = family.model_class(config).to(device)
+            model.load_state_dict(weights)
+    except (ConfigurationError, RuntimeError) as error:
+        raise ConfigurationError(f"The model in {name} cannot be changed to {given}. {error}") from error
+    model.config = config
+    return model
+
+
+def _describe(family: _Family, fields: Mapping[str, Any]) -> str:
+    dimensions = ", ".join(f"{key} {value}" for key, value in fields.items())
+    return "; ".join(part for part in (family.description, dimensions) if part)
+
+
+@cache
+def _count_parameters(preset: str) -> int:
+    """Trainable parameters of a preset for a 64x64x3 image and 6 continuous actions. No memory is taken for them."""
+    found = _find(preset)
+    assert found is not None, preset
+    family = found[1]
+    fields = {**family.presets[preset], "obs_shape": (3, 64, 64), "action_dim": 6}
+    with torch.device("meta"):
+        model = family.model_class(family.config_class.from_dict(fields))
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+register_model(
+    "dreamerv3",
+    DreamerV3Config,
+    DreamerV3,
+    sizes=DREAMERV3_SIZES,
+    aliases={
+        "dreamer": "dreamerv3:size12m",
+        "dreamerv3": "dreamerv3:size12m",
+        "dreamer-tiny": "dreamerv3:tiny",
+        "dreamer-small": "dreamerv3:size12m",
+        "dreamer-medium": "dreamerv3:size50m",
+        "dreamer-large": "dreamerv3:size200m",
+    },
+    description="DreamerV3: recurrent state-space model, actor and critic trained in imagination",
+)
