@@ -1,0 +1,674 @@
+"""WorldFluxAgent: a world model that acts, collects, learns, and keeps the interface of stable-baselines3 (SB3)."""
+
+from __future__ import annotations
+
+import io
+import operator
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import safetensors.torch
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorDict
+from stable_baselines3.common.utils import check_for_correct_spaces, get_system_info, safe_mean
+from stable_baselines3.common.vec_env import VecNormalize
+from torch import Tensor
+
+from worldflux.agents.acting import Actor, Memory
+from worldflux.agents.archive import ArchivePath, open_archive, write_archive
+from worldflux.agents.losses import MeanLosses
+from worldflux.agents.schedule import UpdateSchedule
+from worldflux.agents.spaces_json import space_from_json, space_to_json
+from worldflux.envs.make import make_env
+from worldflux.envs.record import VecEpisodeRecorder
+from worldflux.envs.spaces import SINGLE_KEY, ActionCodec, Array, ObservationCodec
+from worldflux.errors import CheckpointError, ConfigurationError, ShapeMismatchError, nearest
+from worldflux.factory import create_world_model
+from worldflux.models.base import CONFIG_FILE, WEIGHTS_FILE, State, WorldModel
+from worldflux.training.batch import Batch, Observation
+from worldflux.training.config import TrainingConfig
+from worldflux.training.replay import ReplayBuffer
+from worldflux.training.trainer import Trainer
+
+SelfAgent = TypeVar("SelfAgent", bound="WorldFluxAgent")
+
+CHECK_INTERVAL = 100
+"""Gradient steps between looks at whether all losses were finite. A look costs a wait for the device."""
+
+
+class WorldFluxAgent(BaseAlgorithm):
+    """Learns a world model of an environment while acting in it.
+
+        >>> agent = WorldFluxAgent("dreamerv3:size12m", "CartPole-v1").learn(10_000)
+        >>> action, state = agent.predict(obs)                          # first observation of an episode
+        >>> action, state = agent.predict(next_obs, state)              # and the ones after it
+
+    Settings that are None take the numbers of the model's family (`WorldModel.online_defaults`, `optimizer_spec`);
+    afterwards the attributes of the same names hold the numbers in use.
+
+    Attributes:
+        model: The world model; `policy` is another name of it, which SB3 uses.
+        replay_buffer: What was collected; None until there is an environment.
+        trainer: Owns the gradient steps.
+        schedule: Says how many of them are due.
+        last_losses: Of the last gradient step, as tensors on the device.
+
+    Args:
+        model: A preset (`list_models()` shows them), a directory written by `save_pretrained`, or a `WorldModel`.
+        env: An environment's id, a Gymnasium environment, or an SB3 `VecEnv`.
+        learning_rate: Step size of the optimiser after its warm-up.
+        train_ratio: Replayed time steps per environment step, over all environments. Larger learns more from each
+            step and takes longer. 0 only collects.
+        batch_size: Windows in a gradient step.
+        seq_len: Trained time steps in each window.
+        buffer_size: Transitions kept, over all environments.
+        learning_starts: Environment steps before the first gradient step.
+        replay_context: Start each window from the recurrent state that was stored beside its first row. Costs
+            memory in the buffer (`replay_buffer.nbytes`); False starts every window from nothing.
+        model_kwargs: Fields of the preset's configuration to override.
+        stats_window_size: Episodes over which `rollout/` logs average.
+        tensorboard_log: Directory for TensorBoard; None writes none.
+        verbose: 0 is silent, 1 prints what is logged.
+        device: "auto" takes CUDA if there is a device.
+        seed: Of Python, NumPy, torch, the environments and the sampler.
+
+    Raises:
+        ConfigurationError: If a name, a setting or a space cannot be used.
+        ShapeMismatchError: If a given model was built for other observations or actions.
+    """
+
+    _SETTINGS: ClassVar[tuple[str, ...]] = (
+        "learning_rate",
+        "train_ratio",
+        "batch_size",
+        "seq_len",
+        "buffer_size",
+        "learning_starts",
+        "replay_context",
+        "stats_window_size",
+        "tensorboard_log",
+        "verbose",
+        "seed",
+    )
+    _COUNTERS: ClassVar[tuple[str, ...]] = (
+        "num_timesteps",
+        "_total_timesteps",
+        "_num_timesteps_at_start",
+        "_n_updates",
+        "_episode_num",
+        "_current_progress_remaining",
+    )
+
+    policy: WorldModel  # type: ignore[assignment]
+    learning_rate: float
+
+    def __init__(
+        self,
+        model: str | Path | WorldModel,
+        env: GymEnv | str | None,
+        *,
+        learning_rate: float | None = None,
+        train_ratio: float | None = None,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        buffer_size: int | None = None,
+        learning_starts: int | None = None,
+        replay_context: bool = True,
+        model_kwargs: Mapping[str, Any] | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | Path | None = None,
+        verbose: int = 0,
+        device: torch.device | str = "auto",
+        seed: int | None = None,
+        _init_setup_model: bool = True,
+    ) -> None:
+        if env is None and _init_setup_model:
+            raise ConfigurationError(
+                "env is None, expected an id, a Gymnasium environment or a VecEnv. "
+                "WorldFluxAgent.load gives an agent that acts without one."
+            )
+        made = _made(env)
+        if made is not None:
+            # Before SB3's own assertions: these name what is supported.
+            ObservationCodec(made.observation_space)
+            ActionCodec(made.action_space)
+        super().__init__(
+            policy=WorldModel,  # type: ignore[arg-type]
+            env=made,
+            learning_rate=learning_rate,  # type: ignore[arg-type]
+            stats_window_size=stats_window_size,
+            tensorboard_log=None if tensorboard_log is None else str(tensorboard_log),
+            verbose=verbose,
+            device=device,
+            support_multi_env=True,
+            seed=None if seed is None else operator.index(seed),
+        )
+        self.stats_window_size = stats_window_size
+        self.replay_context = replay_context
+        self._given = {
+            "learning_rate": learning_rate,
+            "train_ratio": train_ratio,
+            "batch_size": batch_size,
+            "seq_len": seq_len,
+            "buffer_size": buffer_size,
+            "learning_starts": learning_starts,
+        }
+        self.replay_buffer: ReplayBuffer | None = None
+        self._model_source = model
+        self._model_kwargs = dict(model_kwargs or {})
+        self._recorder: VecEpisodeRecorder | None = None
+        self._acting: tuple[State, Tensor] | None = None  # recurrent state and previous actions during `learn`
+        self._training_started = False
+        self._random_started = False
+        self._losses = MeanLosses()
+        self.last_losses: Mapping[str, Tensor] = {}
+        if _init_setup_model:
+            self._setup_model()
+
+    @property
+    def model(self) -> WorldModel:
+        """The world model."""
+        return self.policy
+
+    # --- setting up
+
+    def _setup_model(self) -> None:
+        """Builds the model, the trainer and the buffer."""
+        self.set_random_seed(self.seed)
+        self.obs_codec = ObservationCodec(self.observation_space)
+        self.action_codec = ActionCodec(self.action_space)
+        self.policy = self._build_model()
+        self._check_model()
+        self._resolve_settings()
+        spec = self.model.optimizer_spec
+        self.trainer = Trainer(
+            self.model,
+            TrainingConfig(
+                batch_size=self.batch_size,
+                sequence_length=self.seq_len,
+                learning_rate=self.learning_rate,
+                weight_decay=spec.weight_decay,
+                grad_clip=spec.grad_clip or 0.0,
+                warmup_steps=spec.warmup_steps,
+                device=str(self.device),
+                seed=self.seed or 0,
+            ),
+        )
+        self.actor = Actor(self.model, self.obs_codec, self.action_codec)
+        self.schedule = UpdateSchedule(self.train_ratio, self.batch_size * self.seq_len)
+        self._setup_lr_schedule()
+        if self.env is not None:
+            self.replay_buffer = self._make_buffer()
+
+    def _build_model(self) -> WorldModel:
+        source = self._model_source
+        if isinstance(source, WorldModel):
+            if self._model_kwargs:
+                raise ConfigurationError(
+                    f"model_kwargs has {sorted(self._model_kwargs)}, but the model is built already. "
+                    "Pass a preset, or build the model with these fields."
+                )
+            return source.to(self.device)
+        if not isinstance(source, str | Path):
+            raise ConfigurationError(
+                f"model is a {type(source).__name__}, expected a preset, a saved directory or a WorldModel."
+            )
+        if isinstance(source, Path) or (Path(source) / CONFIG_FILE).is_file():
+            return create_world_model(Path(source), device=self.device, **self._model_kwargs)
+        return create_world_model(
+            source,
+            obs_shape=self.obs_codec.obs_shape,
+            action_dim=self.action_codec.action_dim,
+            device=self.device,
+            **{
+                "action_type": self.action_codec.action_type,
+                "action_classes": self.action_codec.action_classes,
+                "obs_classes": self.obs_codec.obs_classes,
+                **self._model_kwargs,
+            },
+        )
+
+    def _check_model(self) -> None:
+        """A model that was built elsewhere must have been built for these spaces."""
+        config = self.model.config
+        for name, expected in (
+            ("obs_shape", self.obs_codec.obs_shape),
+            ("obs_classes", self.obs_codec.obs_classes),
+            ("action_type", self.action_codec.action_type),
+            ("action_dim", self.action_codec.action_dim),
+            ("action_classes", self.action_codec.action_classes),
+        ):
+            if getattr(config, name) != expected:
+                raise ShapeMismatchError(
+                    f"The model has {name}={getattr(config, name)!r}, expected {expected!r} for this environment. "
+                    f"Build it with create_world_model(..., {name}={expected!r}), or pass the preset's name."
+                )
+
+    def _resolve_settings(self) -> None:
+        """The numbers that were given, and the family's own in place of the others."""
+        defaults = self.model.online_defaults()
+        own = {"learning_rate": self.model.optimizer_spec.learning_rate, **vars(defaults)}
+        chosen: dict[str, Any] = {name: own[name] if value is None else value for name, value in self._given.items()}
+        for name, least in (("batch_size", 1), ("seq_len", 1), ("buffer_size", 1), ("learning_starts", 0)):
+            value = chosen[name]
+            if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+                raise ConfigurationError(f"{name} is {value!r}, expected a whole number from {least}.")
+        for name in ("learning_rate", "train_ratio"):
+            if isinstance(chosen[name], bool) or not hasattr(chosen[name], "__float__"):
+                raise ConfigurationError(f"{name} is {chosen[name]!r}, expected a number.")
+        self.learning_rate = float(chosen["learning_rate"])
+        self.train_ratio = float(chosen["train_ratio"])
+        self.batch_size = operator.index(chosen["batch_size"])
+        self.seq_len = operator.index(chosen["seq_len"])
+        self.buffer_size = operator.index(chosen["buffer_size"])
+        self.learning_starts = operator.index(chosen["learning_starts"])
+
+    @property
+    def _window(self) -> int:
+        """Rows in a sampled window: the trained ones, and the one whose stored state they start from."""
+        return self.seq_len + bool(self._extras_spec())
+
+    def _extras_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+        return self.model.replay_extras() if self.replay_context else {}
+
+    def _make_buffer(self) -> ReplayBuffer:
+        least = max(self.learning_starts, self.n_envs * self._window + self.batch_size)
+        if self.train_ratio and self.buffer_size < least:
+            raise ConfigurationError(
+                f"buffer_size is {self.buffer_size}, expected at least {least}: "
+                f"learning_starts ({self.learning_starts}) transitions, "
+                f"and {self.batch_size} windows of {self._window} rows from {self.n_envs} environments."
+            )
+        return ReplayBuffer(
+            self.buffer_size,
+            self.obs_codec.obs_shape,
+            self.action_codec.action_dim,
+            obs_dtype=self.obs_codec.obs_dtype,
+            n_envs=self.n_envs,
+            extras=self._extras_spec(),
+            seed=self.seed,
+        )
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """Seeds Python, NumPy, torch, the environments, their action space and the sampler; None does nothing."""
+        super().set_random_seed(seed)
+        if seed is not None and self.replay_buffer is not None:
+            self.replay_buffer.seed(seed)
+
+    def set_env(self, env: GymEnv | str, force_reset: bool = True) -> None:
+        """Continues in another environment of the same spaces and the same number of copies, as SB3 checks."""
+        made = _made(env)
+        assert made is not None
+        self._leave_episodes()
+        super().set_env(made, force_reset)
+        if self.replay_buffer is None:
+            self.replay_buffer = self._make_buffer()
+
+    def _leave_episodes(self) -> None:
+        """Closes the episodes in flight; the next `learn` starts new ones."""
+        if self._recorder is not None:
+            self._recorder.interrupt()
+        self._recorder, self._acting, self._last_obs = None, None, None
+
+    # --- learning
+
+    def learn(
+        self: SelfAgent,
+        total_timesteps: int = 100_000,
+        callback: MaybeCallback = None,
+        log_interval: int | None = 4,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfAgent:
+        """Acts in the environments and trains on what was collected, by turns.
+
+        The agent stays usable after a `KeyboardInterrupt` or an error in the environment: what was learned and
+        collected remains, and the next call starts new episodes.
+
+        Args:
+            total_timesteps: Environment steps, over all environments; with several of them it may overshoot by
+                fewer than there are.
+            callback: As for every algorithm of SB3. It is called after each step was stored, before the training that
+                this step owes; returning False stops.
+            log_interval: Episodes between two dumps of the log; None leaves them to a callback.
+            tb_log_name: Name of the run for TensorBoard; None takes the model's family.
+            reset_num_timesteps: False continues the count of steps and the episodes in flight.
+            progress_bar: Show one.
+
+        Returns:
+            This agent.
+
+        Raises:
+            TrainingError: If a loss is not finite; it names the loss and the step.
+        """
+        if self.env is None:
+            raise ConfigurationError("The agent has no environment to learn in. Call set_env, or pass env to load.")
+        total_timesteps, callback = self._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name or self.model.config.model_type, progress_bar
+        )
+        if self.verbose >= 1:
+            print(self._describe_schedule())
+        callback.on_training_start(locals(), globals())
+        try:
+            keep_going = True
+            while keep_going and self.num_timesteps < total_timesteps:
+                logged_episodes = self._episode_num
+                keep_going = self._collect_step(callback)
+                if keep_going and self._can_train():
+                    for _ in range(self.schedule.updates_due(self.n_envs)):
+                        self._train_step()
+                if log_interval is not None and self._episode_num // log_interval > logged_episodes // log_interval:
+                    self.dump_logs()
+            self.trainer.check_finite()
+        except BaseException as error:
+            self._leave_episodes()
+            if isinstance(error, Exception):
+                # Sampling from a broken policy fails first, with a message that explains nothing.
+                self.trainer.check_finite()
+            raise
+        finally:
+            callback.on_training_end()
+        return self
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        if not self._random_started:
+            # Again, because other things may have drawn random numbers since the model was built.
+            self.set_random_seed(self.seed)
+            self._random_started = True
+        starts_episodes = reset_num_timesteps or self._last_obs is None or self._recorder is None
+        set_up = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        if self._recorder is None:
+            assert self.replay_buffer is not None and self.env is not None
+            self._recorder = VecEpisodeRecorder(self.replay_buffer, self.env)
+        if starts_episodes:
+            self._recorder.begin(self._last_obs)
+            self._last_episode_starts = np.ones(self.n_envs, dtype=bool)
+        return set_up
+
+    def _describe_schedule(self) -> str:
+        every = self.schedule.env_steps_per_update
+        if every == float("inf"):
+            return "train_ratio is 0: collecting without training"
+        rhythm = f"one gradient step every {every:g} environment steps"
+        if every < 1:
+            rhythm = f"{1 / every:g} gradient steps every environment step"
+        return f"{rhythm} (train_ratio {self.train_ratio:g}, batches of {self.batch_size} x {self.seq_len})"
+
+    def _collect_step(self, callback: BaseCallback) -> bool:
+        """Acts once in every environment and stores what came of it; False if the callback wants to stop."""
+        assert self.env is not None and self._recorder is not None
+        callback.on_rollout_start()
+        library_actions, extras = self._act()
+        actions = self.action_codec.to_env(library_actions)
+        new_obs, rewards, dones, infos = self.env.step(actions)
+        self.num_timesteps += self.n_envs
+
+        self._recorder.add_vec_step(library_actions, new_obs, rewards, dones, infos, extras=extras)
+        self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
+        self._episode_num += int(np.count_nonzero(dones))
+        self._update_info_buffer(infos, dones)
+        self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
+
+        callback.update_locals(locals())
+        keep_going = callback.on_step() is not False
+        callback.on_rollout_end()
+        return keep_going
+
+    def _act(self) -> tuple[Array, dict[str, Array]]:
+        """Samples an action for every environment; with the state it was chosen in, for the replay.
+
+        Returns:
+            Actions in the library's form `[n_envs, A]`, and `{name: [n_envs, ...]}`.
+        """
+        assert self._recorder is not None and self._recorder.obs is not None and self._last_episode_starts is not None
+        obs = self._recorder.obs
+        if self._vec_normalize_env is not None:
+            obs, _ = self.obs_codec.encode_any(self._last_obs)
+        state, previous = self._acting if self._acting is not None else self.actor.start(self.n_envs)
+        state, actions = self.actor.step(state, previous, obs, self._last_episode_starts, deterministic=False)
+        self._acting = state, actions
+        extras = self.model.extras_from_state(state) if self.replay_context else {}
+        return actions.cpu().numpy(), {name: value.cpu().numpy() for name, value in extras.items()}
+
+    def _can_train(self) -> bool:
+        """Whether the buffer has what training starts with; once it has, that stays so."""
+        assert self.replay_buffer is not None
+        if not self._training_started:
+            self._training_started = (
+                self.replay_buffer.num_transitions >= self.learning_starts
+                and self.replay_buffer.num_windows(self._window) >= self.batch_size
+            )
+        return self._training_started
+
+    def _train_step(self) -> None:
+        self.last_losses = self.trainer.step(self._sample(), self.replay_buffer)
+        self._losses.add(self.last_losses)
+        self._n_updates += 1
+        if self._n_updates % CHECK_INTERVAL == 0:
+            self.trainer.check_finite()
+
+    def _sample(self) -> Batch:
+        """Windows from the buffer, normalised as the policy sees observations now."""
+        assert self.replay_buffer is not None
+        normalize = self._vec_normalize_env
+        if normalize is None or not normalize.norm_obs:
+            return self.replay_buffer.sample(self.batch_size, self._window, self.trainer.device)
+        batch = self.replay_buffer.sample(self.batch_size, self._window)
+        return replace(batch, obs=_normalized(batch.obs, normalize))
+
+    def dump_logs(self) -> None:
+        """Writes what happened since the last dump to the logger, under SB3's names."""
+        assert self.ep_info_buffer is not None and self.ep_success_buffer is not None
+        self.trainer.check_finite()
+        elapsed = max((time.time_ns() - self.start_time) / 1e9, sys.float_info.epsilon)
+        record = self.logger.record
+        if self.ep_info_buffer:
+            record("rollout/ep_rew_mean", safe_mean([info["r"] for info in self.ep_info_buffer]))
+            record("rollout/ep_len_mean", safe_mean([info["l"] for info in self.ep_info_buffer]))
+        if self.ep_success_buffer:
+            record("rollout/success_rate", safe_mean(self.ep_success_buffer))
+        record("time/episodes", self._episode_num, exclude="tensorboard")
+        record("time/fps", int((self.num_timesteps - self._num_timesteps_at_start) / elapsed))
+        record("time/time_elapsed", int(elapsed), exclude="tensorboard")
+        record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
+        record("train/n_updates", self._n_updates, exclude="tensorboard")
+        record("train/learning_rate", self.learning_rate)
+        for name, mean in self._losses.take().items():
+            record(f"train/{name}", mean)
+        self.logger.dump(step=self.num_timesteps)
+
+    # --- acting
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: Memory | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, Memory | None]:
+        """Actions for observations, with the memory that goes from one call to the next.
+
+        Args:
+            observation: One observation, or one for each of n environments `[n, ...]`, as the environment gives them
+                (images in either channel order).
+            state: What the previous call returned; None where every episode has just begun.
+            episode_start: True where an episode has just begun, whose row of `state` is not used. `[n]`
+            deterministic: Take the most likely action in the most likely state, without random numbers. The agent
+                learns and explores with False.
+
+        Returns:
+            Actions in the environment's form, `[n, ...]` or for one observation a single one; and the next `state`, for
+            each of its arrays `[n, ...]`.
+
+        Raises:
+            ShapeMismatchError: If an array has another shape or dtype than expected, or holds NaN.
+        """
+        return self.actor.predict(observation, state, episode_start, deterministic)
+
+    # --- files
+
+    def save(
+        self, path: ArchivePath, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None
+    ) -> None:
+        """Writes the agent to a zip file without a pickle; the replay buffer has a file of its own.
+
+        Args:
+            path: Gets the suffix `.zip` if it has none; or a binary file that is open for writing.
+            exclude: Not supported; SB3's signature has it.
+            include: Not supported; SB3's signature has it.
+
+        Raises:
+            TrainingError: If a loss was not finite; nothing is written then.
+        """
+        if exclude or include:
+            raise ConfigurationError("exclude and include choose among pickled attributes, and this file has none.")
+        description = {
+            "observation_space": space_to_json(self.observation_space),
+            "action_space": space_to_json(self.action_space),
+            "n_envs": self.n_envs,
+            "settings": {name: getattr(self, name) for name in self._SETTINGS},
+            "counters": {name: getattr(self, name) for name in self._COUNTERS},
+            "schedule": self.schedule.state_dict(),
+        }
+        write_archive(path, description, self.trainer.save_checkpoint)
+
+    @classmethod
+    def load(
+        cls: type[SelfAgent],
+        path: ArchivePath,
+        env: GymEnv | str | None = None,
+        device: torch.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfAgent:
+        """Reads an agent that `save` wrote. It can act at once, and learn if it is given an environment.
+
+        The random streams of Python, NumPy and torch continue where they were when it was saved.
+
+        Args:
+            path: As given to `save`, or a binary file that is open for reading.
+            env: Of the same spaces; any number of copies. None: for `predict` alone, or until `set_env`.
+            device: As for the constructor.
+            custom_objects: Not needed, because nothing in the file is an object; SB3's signature has it.
+            print_system_info: Print the versions of this machine.
+            force_reset: The environment is always reset before training; SB3's signature has it.
+            **kwargs: Settings of the constructor that shall differ from the saved ones.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            CheckpointError: If the file is damaged, or was not written by `save`.
+            ConfigurationError: If a setting is unknown.
+        """
+        if print_system_info:
+            get_system_info()
+        for name in kwargs:
+            if name not in cls._SETTINGS:
+                raise ConfigurationError(f"Unknown setting '{name}'{nearest(name, cls._SETTINGS)}")
+        with open_archive(path) as (description, checkpoint):
+            try:
+                observation_space = space_from_json(description["observation_space"])
+                action_space = space_from_json(description["action_space"])
+                settings = {name: description["settings"][name] for name in cls._SETTINGS} | kwargs
+                counters = {name: description["counters"][name] for name in cls._COUNTERS}
+                schedule, n_envs = description["schedule"], int(description["n_envs"])
+            except (KeyError, TypeError) as error:
+                raise CheckpointError(f"{path} lacks {error} in its agent.json. The file is damaged.") from error
+            made = _made(env)
+            if made is not None:
+                made = cls._wrap_env(made, settings["verbose"])
+                check_for_correct_spaces(made, observation_space, action_space)
+            agent = cls(checkpoint, made, device=device, _init_setup_model=False, **settings)
+            if made is None:
+                agent.observation_space, agent.action_space, agent.n_envs = observation_space, action_space, n_envs
+            agent._setup_model()
+            agent.trainer.load_checkpoint(checkpoint)
+        agent._model_source = agent.model
+        for name, value in counters.items():
+            setattr(agent, name, value)
+        agent.schedule.load_state_dict(schedule)
+        # A saved agent's random streams go on; only one that was seeded anew starts them again.
+        agent._random_started = "seed" not in kwargs
+        return agent
+
+    def save_replay_buffer(self, path: str | Path) -> None:
+        """Writes the replay buffer to exactly this path, as `.npz` whatever its suffix."""
+        if self.replay_buffer is None:
+            raise ConfigurationError("There is no replay buffer yet. It is created with the environment: call set_env.")
+        self.replay_buffer.save(path)
+
+    def load_replay_buffer(self, path: str | Path, truncate_last_traj: bool = True) -> None:
+        """Replaces the replay buffer by one from a file; the next `learn` starts new episodes.
+
+        Args:
+            path: What `save_replay_buffer` or `ReplayBuffer.save` wrote. The newest `buffer_size` transitions are kept.
+            truncate_last_traj: Episodes in flight are always closed as truncated; SB3's signature has it.
+
+        Raises:
+            ShapeMismatchError: If the buffer was made for other spaces.
+        """
+        buffer = ReplayBuffer.load(
+            path, capacity=self.buffer_size, n_envs=self.n_envs, extras=self._extras_spec(), seed=self.seed
+        )
+        expected = (self.obs_codec.obs_shape, self.action_codec.action_dim)
+        if (buffer.obs_shape, buffer.action_dim) != expected:
+            raise ShapeMismatchError(
+                f"{path} holds observations {buffer.obs_shape} and {buffer.action_dim} action numbers, "
+                f"expected {expected[0]} and {expected[1]} for this agent."
+            )
+        buffer.end_episodes()
+        self._leave_episodes()
+        self.replay_buffer, self._training_started = buffer, False
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | Path | io.BufferedIOBase | TensorDict,
+        exact_match: bool = True,
+        device: torch.device | str = "auto",
+    ) -> None:
+        """Takes over the model's parameters from a saved agent, or from what `get_parameters` returned."""
+        if isinstance(load_path_or_dict, dict):
+            super().set_parameters(load_path_or_dict, exact_match, device)
+            return
+        with open_archive(load_path_or_dict) as (_, checkpoint):
+            weights = safetensors.torch.load_file(checkpoint / WEIGHTS_FILE)
+        super().set_parameters({"policy": weights}, exact_match, device)  # type: ignore[dict-item]
+
+
+def _made(env: GymEnv | str | None) -> Any:
+    """The environment itself, where its id was given; one that can be filmed, as SB3 makes it."""
+    if not isinstance(env, str):
+        return env
+    try:
+        return make_env(env, render_mode="rgb_array")
+    except TypeError:  # its constructor has no render_mode
+        return make_env(env)
+
+
+def _normalized(obs: Observation, normalize: VecNormalize) -> Observation:
+    """`VecNormalize`'s own normalisation, of observations in the library's form `[B, T, ...]`."""
+    if not isinstance(obs, dict):
+        return _normalized({SINGLE_KEY: obs}, normalize)[SINGLE_KEY]  # type: ignore[index]
+    statistics = normalize.obs_rms if isinstance(normalize.obs_rms, dict) else {SINGLE_KEY: normalize.obs_rms}
+    scaled = dict(obs)
+    for key, rms in statistics.items():
+        mean = torch.as_tensor(rms.mean.reshape(-1), dtype=torch.float32)
+        std = torch.as_tensor(np.sqrt(rms.var + normalize.epsilon).reshape(-1), dtype=torch.float32)
+        scaled[key] = ((obs[key] - mean) / std).clamp(-normalize.clip_obs, normalize.clip_obs)
+    return scaled
