@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from worldflux.config import DreamerV3Config
 from worldflux.errors import CheckpointError, ShapeMismatchError
 from worldflux.models.base import State
-from worldflux.models.dreamerv3.world_model import DreamerV3
+from worldflux.models.dreamerv3.world_model import Draws, DreamerV3
 from worldflux.training.batch import Batch
 
 SMALL = dict(
@@ -26,6 +27,7 @@ SMALL = dict(
     imagination_horizon=3,
 )
 OBSERVATIONS = {
+    "grid": dict(obs_shape={"grid": (2, 3), "number": ()}),
     "vector": dict(obs_shape=(5,)),
     "image": dict(obs_shape=(3, 48, 64)),
     "one-hot": dict(obs_shape=(7,), obs_classes={"obs": (3, 4)}),
@@ -176,14 +178,21 @@ def test_what_comes_before_an_episode_start_has_no_effect_on_its_losses():
 
 
 def test_a_batch_of_the_four_documented_fields_alone():
-    """The reward before the window is unknown and does not count; a termination starts a new episode."""
+    """The reward before the window is unknown and does not count; the last reward of an episode arrives unseen."""
     model = build()
     terminations = torch.zeros(2, 5, dtype=torch.bool)
     terminations[0, 1] = True
-    data = Batch(observations(model, 2, 5), actions(model, 2, 5), torch.full((2, 5), 3.0), terminations)
+    rewards = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0], [6.0, 7.0, 8.0, 9.0, 10.0]])
+    data = Batch(observations(model, 2, 5), actions(model, 2, 5), rewards, terminations)
     parts = model.loss_parts(data)
-    assert parts.rows.is_first.tolist() == [[True, False, True, False, False], [True, False, False, False, False]]
-    assert parts.rows.rewards.tolist() == [[0.0, 3.0, 0.0, 3.0, 3.0], [0.0, 3.0, 3.0, 3.0, 3.0]]
+    # Rows of the first window: o0, o1 (its action ends the episode), never seen, p0, p1; p2 is pushed out.
+    assert parts.rows.is_first.tolist() == [[True, False, False, True, False], [True, False, False, False, False]]
+    assert parts.rows.rewards.tolist() == [[0.0, 1.0, 2.0, 0.0, 3.0], [0.0, 6.0, 7.0, 8.0, 9.0]]
+    assert parts.rows.is_terminal.tolist() == [[0.0, 0.0, 1.0, 0.0, 0.0], [0.0] * 5]
+    assert parts.rows.obs_mask.tolist() == [[True, True, False, True, True], [True] * 5]
+    assert torch.equal(parts.rows.obs["obs"][0, 3:], data.obs[0, 2:4])
+    assert torch.equal(parts.rows.prev_actions[0, 1:3], data.actions[0, :2])
+    assert torch.equal(parts.rows.prev_actions[0, 4], data.actions[0, 2])
     assert parts.rows.arrival_known[:, 0].tolist() == [False, False]
     assert parts.losses["reward"][:, 0].tolist() == [0.0, 0.0]
     mean = parts.losses["reward"].sum() / 8
@@ -231,6 +240,38 @@ def test_stored_latents_start_the_window_and_come_back_refreshed():
     assert int(output.extras["stoch"].max()) <= 4
 
 
+@pytest.mark.parametrize(("length", "imag_last"), [(1, 0), (5, 1), (5, 2)])
+def test_short_windows_and_few_starts_have_finite_losses(length, imag_last):
+    model = build(imag_last=imag_last)
+    parts = model.loss_parts(batch(model, T=length))
+    starts = imag_last or length
+    assert parts.losses["actor"].shape == (2, starts)
+    assert parts.losses["replay_critic"].shape == (2, starts - 1)
+    output = model._reduce(parts)
+    output.loss.backward()
+    assert all(torch.isfinite(value) for value in output.terms.values())
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_imagination_from_the_last_steps_equals_those_steps_of_all():
+    few, every = build(imag_last=2), build()
+    torch.nn.init.normal_(few.critic.out.weight)
+    every.load_state_dict(few.state_dict())
+    data = batch(few, T=5)
+    torch.manual_seed(0)
+    whole = every.loss_parts(data)
+    H = SMALL["imagination_horizon"]
+    draws = Draws(
+        whole.observed.stoch.detach().argmax(-1),
+        whole.imagined.feat[..., 32:].unflatten(-1, (4, 4)).argmax(-1).unflatten(0, (2, 5))[:, -2:].flatten(0, 1),
+        whole.imagined.actions.unflatten(0, (2, 5))[:, -2:].flatten(0, 1),
+    )
+    part = few.loss_parts(data, draws)
+    assert draws.imagined_actions.shape == (4, H + 1, 2)
+    torch.testing.assert_close(part.losses["critic"], whole.losses["critic"][:, -2:])
+    torch.testing.assert_close(part.losses["replay_critic"], whole.losses["replay_critic"][:, -1:])
+
+
 def test_a_saved_model_loads_and_does_the_same(tmp_path):
     model = build("several", "multi_discrete")
     obs = observations(model, 2)
@@ -269,10 +310,25 @@ def test_wrong_shapes_say_what_was_expected():
         vector.encode(torch.zeros(2, 4))
     with pytest.raises(ShapeMismatchError, match="leading batch axes"):
         vector.encode(torch.zeros(5))
-    with pytest.raises(ShapeMismatchError, match="last dimension of 2"):
+    with pytest.raises(ShapeMismatchError, match=r"shape \[1, 3\], expected a tensor of shape \[1, 2\]"):
         vector.transition(vector.initial_state(1), torch.zeros(1, 3))
     with pytest.raises(ShapeMismatchError, match=r"keys \['a'\], expected \['obs'\]"):
         vector.encode({"a": torch.zeros(1, 5)})
+    state = vector.initial_state(3)
+    with pytest.raises(ShapeMismatchError, match=r"expected torch\.uint8"):
+        image.encode(torch.zeros(2, 3, 48, 64))
+    with pytest.raises(ShapeMismatchError, match="expected a torch tensor"):
+        vector.encode(np.zeros((2, 5), np.float32))
+    with pytest.raises(ShapeMismatchError, match=r"\[7, 2\], expected \[H, B, A\]"):
+        vector.rollout(state, torch.zeros(7, 2))
+    with pytest.raises(ShapeMismatchError, match=r"\[7, 2\], expected a tensor of shape \[3, 2\]"):
+        vector.rollout(state, torch.zeros(3, 7, 2))
+    with pytest.raises(ShapeMismatchError, match="at least 1"):
+        vector.rollout(state, torch.zeros(0, 3, 2))
+    with pytest.raises(ShapeMismatchError, match="2 rows, but the state has 3"):
+        vector.update(state, torch.zeros(3, 2), torch.zeros(2, 5))
+    with pytest.raises(ShapeMismatchError, match=r"is_first has shape \[2\], expected \[3\]"):
+        vector.update(state, torch.zeros(3, 2), torch.zeros(3, 5), is_first=torch.zeros(2))
     with pytest.raises(ShapeMismatchError, match="one-hot"):
         vector.loss(batch(vector, actions=torch.zeros(2, 5, 1)))
 

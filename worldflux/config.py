@@ -520,7 +520,7 @@ def _size(deter: int, groups: int, classes: int, hidden: int, units: int, depth:
 
 
 DREAMERV3_SIZES: dict[str, Mapping[str, int | float]] = {
-    "tiny": {**_size(256, 16, 8, 64, 64, 8), "bins": 63, "learning_rate": 4e-4, "warmup_steps": 100},
+    "tiny": {**_size(256, 16, 8, 64, 64, 8), "learning_rate": 4e-4, "warmup_steps": 100},
     "size12m": _size(2048, 16, 16, 256, 360, 20),
     "size25m": _size(4096, 32, 16, 512, 248, 16, blocks=16),
     "size50m": _size(4096, 32, 32, 640, 512, 48),
@@ -539,8 +539,7 @@ DREAMERV3_SIZES: dict[str, Mapping[str, int | float]] = {
 `size*` keep the recurrent state, latents and hidden width of their documentation; their `units`, `cnn_depth` and
 `blocks` are the ones that bring the parameter count nearest to the name. `reference-*` are the authors' own dimensions,
 in which hidden width and `units` are an eighth of the recurrent state, and classes and `cnn_depth` a 128th. `tiny` is
-for laptops: fewer bins, and a larger learning rate with a shorter warm-up, as runs of some thousand gradient steps
-need.
+for laptops, with a larger learning rate and a shorter warm-up, as runs of some thousand gradient steps need.
 """
 
 

@@ -41,7 +41,9 @@ class Batch:
     truncations: Tensor | None = None
     """That step was cut from outside (a time limit): the next observation is still bootstrapped. `[B, T]` bool"""
     is_first: Tensor | None = None
-    """The row starts an episode: recurrent state and previous action are reset. `[B, T]` bool"""
+    """The row starts an episode: recurrent state and previous action are reset. Where it is given, the last observation
+    of an episode has a row of its own; without it, a step that ends one is followed by the next one's first. `[B, T]`
+    """
     obs_mask: Tensor | None = None
     """False where no observation was recorded (`obs` is zero there); None if all were. `[B, T]` bool"""
     extras: dict[str, Tensor] = field(default_factory=dict)

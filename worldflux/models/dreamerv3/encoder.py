@@ -6,6 +6,7 @@ An observation is a dictionary here; a single tensor has the key "obs". Keys are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -23,8 +24,9 @@ class ObservationLayout:
 
     def __init__(self, config: DreamerV3Config) -> None:
         shapes = config.obs_shapes
-        self.vectors = {k: shapes[k][0] for k in sorted(shapes) if len(shapes[k]) == 1}
-        self.images = {k: shapes[k] for k in sorted(shapes) if len(shapes[k]) == 3}
+        self.vectors = {k: math.prod(shapes[k]) for k in config.vector_keys}
+        self.images = {k: shapes[k] for k in config.image_keys}
+        self.shapes = shapes
         self.classes = dict(config.obs_classes)
         self.use_symlog = config.use_symlog
 
@@ -69,9 +71,9 @@ class Encoder(nn.Module):
         parts = []
         layout = self.layout
         if layout.vectors:
-            # Rows without an observation may hold -inf; they enter as zeros, as in the reference.
-            vectors = [layout.squash(k, obs[k].float()) for k in layout.vectors]
+            vectors = [layout.squash(k, _flat(obs[k])) for k in layout.vectors]
             joined = torch.cat(vectors, -1)
+            # A missing observation may be marked by -inf and enters as zeros, as in the reference.
             parts.append(self.mlp(torch.where(joined.isneginf(), 0.0, joined)))
         if layout.images:
             images = torch.cat([obs[k] for k in layout.images], -3)
@@ -129,7 +131,7 @@ class Decoder(nn.Module):
         """
         losses = {}
         for key, predicted in predictions.items():
-            target = obs[key].float()
+            target = _flat(obs[key]) if key in self.layout.vectors else obs[key].float()
             if key in self.layout.classes:
                 groups = self.layout.classes[key]
                 parts = zip(predicted.split(groups, -1), target.split(groups, -1), strict=True)
@@ -141,4 +143,14 @@ class Decoder(nn.Module):
 
     def observations(self, predictions: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Predictions in the observations' own units; images stay floats in [0, 1]."""
-        return {k: v if k in self.layout.images else self.layout.unsquash(k, v) for k, v in predictions.items()}
+        layout = self.layout
+        vectors = {
+            k: layout.unsquash(k, predictions[k]).unflatten(-1, layout.shapes[k] or (1,)) for k in layout.vectors
+        }
+        scalars = {k: v.squeeze(-1) for k, v in vectors.items() if not layout.shapes[k]}
+        return {**predictions, **vectors, **scalars}
+
+
+def _flat(vector: Tensor) -> Tensor:
+    """`[N, ...]` as float32 `[N, width]`; a number per row has width 1."""
+    return vector.float().reshape(len(vector), -1)

@@ -30,6 +30,8 @@ def lambda_return(
     mix = lam if trace is None else lam * trace[:, 1:]
     fixed = reward[:, 1:] + discount[:, 1:] * (1 - mix) * bootstrap[:, 1:]
     carried = discount[:, 1:] * mix
+    if fixed.shape[1] == 0:
+        return fixed
     target = bootstrap[:, -1]
     targets = []
     for t in range(fixed.shape[1] - 1, -1, -1):
@@ -52,5 +54,7 @@ def update_percentiles(low: Tensor, high: Tensor, values: Tensor, rate: float) -
 
     Source: DreamerV3, arXiv:2301.04104, return normalisation.
     """
-    quantiles = torch.quantile(values.detach().float().flatten(), values.new_tensor([0.05, 0.95], dtype=torch.float32))
+    # Made on the device: a tensor from Python numbers would be a copy that the host waits for.
+    shares = torch.linspace(0.05, 0.95, 2, device=values.device)
+    quantiles = torch.quantile(values.detach().float().flatten(), shares)
     return torch.lerp(low, quantiles[0], rate), torch.lerp(high, quantiles[1], rate)

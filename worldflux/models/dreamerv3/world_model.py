@@ -112,8 +112,7 @@ class DreamerV3(WorldModel):
 
     def encode(self, obs: Observation, *, deterministic: bool = False) -> State:
         """State after the first observation of an episode `[B, ...]`."""
-        tensors = self._observations(obs, leading=1)
-        batch = next(iter(tensors.values())).shape[0]
+        batch = next(iter(self._observations(obs, leading=1).values())).shape[0]
         action = torch.zeros(batch, self.config.action_dim, device=self.device)
         is_first = torch.ones(batch, dtype=torch.bool, device=self.device)
         return self.update(self.initial_state(batch), action, obs, is_first=is_first, deterministic=deterministic)
@@ -128,10 +127,12 @@ class DreamerV3(WorldModel):
         deterministic: bool = False,
     ) -> State:
         """State after an action `[B, A]` and the observation `[B, ...]` that it led to; see `WorldModel.update`."""
-        tensors = self._observations(obs, leading=1)
-        self._check_actions(action)
         deter, stoch = state["deter"], state["stoch"]
+        tensors = self._observations(obs, leading=1, rows=len(deter))
+        self._check_actions(action, len(deter))
         if is_first is not None:
+            if is_first.shape != deter.shape[:1]:
+                raise ShapeMismatchError(f"is_first has shape {list(is_first.shape)}, expected [{len(deter)}].")
             keep = 1.0 - is_first.to(deter.dtype).unsqueeze(-1)
             deter, stoch, action = deter * keep, stoch * keep.unsqueeze(-1), action * keep
         with self._autocast():
@@ -141,7 +142,7 @@ class DreamerV3(WorldModel):
 
     def transition(self, state: State, action: Tensor, *, deterministic: bool = False) -> State:
         """State that the model expects after an action `[B, A]`."""
-        self._check_actions(action)
+        self._check_actions(action, len(state["deter"]))
         with self._autocast():
             deter = self.rssm.core(state["deter"], state["stoch"], action.float())
             logits = self.rssm.prior(deter)
@@ -165,7 +166,11 @@ class DreamerV3(WorldModel):
         }
 
     def rollout(self, state: State, actions: Tensor, *, deterministic: bool = False) -> Trajectory:
-        """Open-loop prediction of a sequence of actions `[H, B, A]`."""
+        """Open-loop prediction of a sequence of actions `[H, B, A]`, of at least one step."""
+        if actions.ndim != 3 or len(actions) == 0:
+            raise ShapeMismatchError(
+                f"actions have shape {list(actions.shape)}, expected [H, B, A] with H of at least 1."
+            )
         states = []
         for action in actions:
             state = self.transition(state, action, deterministic=deterministic)
@@ -204,7 +209,7 @@ class DreamerV3(WorldModel):
     def loss_parts(self, batch: Batch, draws: Draws | None = None) -> LossParts:
         """All losses before averaging; `draws` replaces the random draws."""
         self._observations(batch.obs, leading=2)
-        self._check_actions(batch.actions)
+        self._check_actions(batch.actions, *batch.rewards.shape)
         has_context = "deter" in batch.extras
         rows = arrival_rows(batch, has_context=has_context)
         deter, stoch = self._context(batch) if has_context else self.rssm.initial(batch.batch_size)
@@ -245,6 +250,8 @@ class DreamerV3(WorldModel):
             imagined = self._imagine(observed.deter[:, -K:], observed.stoch[:, -K:], draws)
             reward, cont = self._reward_and_continue(imagined.feat)
             slow_value = self.slow_critic(imagined.feat).mean
+        # Some versions of torch would take weights that autocast cached without gradient where they need one.
+        torch.clear_autocast_cache()
         critic = self.critic(imagined.feat)
         # The fast critic bootstraps; the slow one only holds it back.
         baseline = critic.mean.detach()
@@ -294,11 +301,15 @@ class DreamerV3(WorldModel):
         """Averages over all steps, weights and sums; adds what is logged."""
         # Steps whose reward lies before the window or whose observation was never recorded do not count in the
         # averages.
-        known = parts.rows.arrival_known.float().mean()
+        known = parts.rows.arrival_known.float().mean().clamp(min=1e-8)
         share = {"reward": known, "continue": known}
         if parts.rows.obs_mask is not None:
             share["reconstruction"] = parts.rows.obs_mask.float().mean().clamp(min=1e-8)
-        means = {name: loss.mean() / share.get(name, 1.0) for name, loss in parts.losses.items()}
+        # A window of a single step has no replayed transition for the critic: the mean of nothing counts as 0.
+        means = {
+            name: (loss.mean() if loss.numel() else loss.sum()) / share.get(name, 1.0)
+            for name, loss in parts.losses.items()
+        }
         total = torch.stack([self.loss_scale(name) * mean for name, mean in means.items()]).sum()
         behavior = parts.behavior
         terms = {name: mean.detach() for name, mean in means.items()}
@@ -416,8 +427,8 @@ class DreamerV3(WorldModel):
         enabled = self.config.dtype == "bfloat16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
-    def _observations(self, obs: Observation, *, leading: int) -> dict[str, Tensor]:
-        """The observation as a dictionary, its shapes checked after `leading` batch axes."""
+    def _observations(self, obs: Observation, *, leading: int, rows: int | None = None) -> dict[str, Tensor]:
+        """The observation as a dictionary, checked; the first of the `leading` batch axes has `rows` rows."""
         tensors = obs if isinstance(obs, dict) else {"obs": obs}
         shapes = self.config.obs_shapes
         if set(tensors) != set(shapes):
@@ -426,6 +437,11 @@ class DreamerV3(WorldModel):
                 "Pass the observations that the model was built for."
             )
         for key, expected in shapes.items():
+            if not isinstance(tensors[key], Tensor):
+                raise ShapeMismatchError(
+                    f"Observation '{key}' is a {type(tensors[key]).__name__}, expected a torch tensor. "
+                    "Convert arrays with torch.as_tensor, on the model's device."
+                )
             actual = tuple(tensors[key].shape[leading:])
             if tensors[key].ndim != leading + len(expected) or actual != tuple(expected):
                 hint = f"Pass it with {leading} leading batch axes."
@@ -435,12 +451,23 @@ class DreamerV3(WorldModel):
                     f"Observation '{key}' has shape {tuple(tensors[key].shape)}, "
                     f"expected {'B, T'[: 3 * leading - 2]} and then {tuple(expected)}. {hint}"
                 )
+            if len(expected) == 3 and tensors[key].dtype != torch.uint8:
+                raise ShapeMismatchError(
+                    f"Image '{key}' has dtype {tensors[key].dtype}, expected torch.uint8. "
+                    "Pass 0 to 255; the model scales them itself."
+                )
+            if rows is not None and len(tensors[key]) != rows:
+                raise ShapeMismatchError(
+                    f"Observation '{key}' has {len(tensors[key])} rows, but the state has {rows}. Pass one for each."
+                )
         return tensors
 
-    def _check_actions(self, actions: Tensor) -> None:
-        if actions.shape[-1] != self.config.action_dim:
+    def _check_actions(self, actions: Tensor, *leading: int) -> None:
+        expected = (*leading, self.config.action_dim)
+        if not isinstance(actions, Tensor) or tuple(actions.shape) != expected:
+            found = f"shape {list(actions.shape)}" if isinstance(actions, Tensor) else f"type {type(actions).__name__}"
             raise ShapeMismatchError(
-                f"actions have shape {tuple(actions.shape)}, expected a last dimension of {self.config.action_dim}. "
+                f"actions have {found}, expected a tensor of shape {list(expected)}. "
                 "Discrete actions are passed one-hot."
             )
 
