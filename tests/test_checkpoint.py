@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import random
 import signal
@@ -20,6 +22,7 @@ from training_fakes import MemoryProvider, NoisyRegression
 from worldflux.errors import CheckpointError
 from worldflux.training import Trainer, TrainingConfig
 from worldflux.training.checkpoint import atomic_directory, random_state, recover_directory, set_random_state
+from worldflux.training.replay import ReplayBuffer
 
 CONFIG = TrainingConfig(
     total_steps=8, batch_size=3, sequence_length=4, learning_rate=1e-2, warmup_steps=5, device="cpu"
@@ -137,6 +140,113 @@ def test_a_damaged_file_is_named_and_the_trainer_stays_as_it_was(saved, name, da
     with pytest.raises(CheckpointError, match=name):
         trainer.load_checkpoint(saved)
     assert same_weights(trainer, untouched) and trainer.step_count == 0
+
+
+def changed(content: dict, keys: str, value: object) -> dict:
+    """A deep copy of `content` with one entry, given as "a.b.c", replaced; without it if the value is None."""
+    content = copy.deepcopy(content)
+    *path, last = [int(key) if key.isdigit() else key for key in keys.split(".")]
+    inner = content
+    for key in path:
+        inner = inner[key]
+    if value is None:
+        del inner[last]
+    else:
+        inner[last] = value
+    return content
+
+
+def assert_refused(directory: Path, message: str) -> None:
+    trainer, untouched = new_trainer(), new_trainer()
+    before = json.dumps(random_state(CPU))
+    with pytest.raises(CheckpointError, match=message):
+        trainer.load_checkpoint(directory)
+    assert json.dumps(random_state(CPU)) == before
+    assert same_weights(trainer, untouched) and trainer.step_count == 0 and not trainer.optimizers[0].state
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        ("step", "x", "trainer.json: step is 'x', expected a whole number from 0"),
+        ("step", -1, "step is -1"),
+        ("step", 2.0, "step is 2.0"),
+        ("step", True, "step is True"),
+        ("sampler", "x", "sampler is 'x'"),
+        ("random", {}, "trainer.json: random is not the state"),
+        ("random", [], "random is not the state"),
+        ("random.python", [3, [1, 2], 0.5], "random is not the state"),
+        ("random.python.1.0", -1, "random is not the state"),
+        ("random.numpy", [1], "random is not the state"),
+        ("random.numpy.state", [1], "random is not the state"),
+        ("random.numpy.state.key", [1, 2], "random is not the state"),
+        ("random.numpy.state.pos", 10**6, "random is not the state .*pos is 1000000"),
+        ("random.numpy.bit_generator", "PCG64", "random is not the state"),
+        ("random.torch.cpu", "AAAA", "random is not the state"),
+        ("random.torch.cpu", None, "random is not the state"),
+        ("random.torch.cpu", "no base64", "random is not the state"),
+    ],
+)
+def test_progress_that_nobody_can_go_on_from_is_refused_before_anything_is_changed(saved, keys, value, message):
+    progress = json.loads((saved / "trainer.json").read_text())
+    (saved / "trainer.json").write_text(json.dumps(changed(progress, keys, value)))
+    assert_refused(saved, message)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        ("kind", None),
+        ("states", 3),
+        ("states", [3]),
+        ("states.0.param_groups", [{}]),
+        ("states.0.param_groups.0.params", [0, 1, 2, 2]),
+        ("states.0.param_groups.0.updates", "x"),
+        ("states.0.param_groups.0.updates", None),
+        ("states.0.state", [1]),
+        ("states.0.state.0", {}),
+        ("states.0.state.0.step", "x"),
+        ("states.0.state.0.mu", torch.zeros(2, 2)),
+        ("states.0.state.3.nu", None),
+    ],
+)
+def test_an_optimizer_that_cannot_go_on_is_refused_before_anything_is_changed(saved, keys, value):
+    content = torch.load(saved / "optimizer.pt", weights_only=True)
+    torch.save(changed(content, keys, value), saved / "optimizer.pt")
+    assert_refused(saved, "optimizer.pt is not the state of an optimiser")
+
+
+def test_a_checkpoint_of_adam_has_what_adam_goes_on_from(tmp_path):
+    def with_adam() -> Trainer:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 1)
+        model.loss = lambda batch: (model(batch.obs).squeeze(-1) - batch.rewards).square().mean()
+        return Trainer(model, CONFIG)
+
+    whole, first, continued = with_adam(), with_adam(), with_adam()
+    whole.train(MemoryProvider())
+    first.train(MemoryProvider(), num_steps=3)
+    first.save_checkpoint(tmp_path / "run")
+    continued.load_checkpoint(tmp_path / "run")
+    continued.train(MemoryProvider())
+    assert same_weights(whole, continued)
+
+
+def test_a_run_on_recorded_steps_continues_with_the_same_bits(tmp_path):
+    def recorded() -> ReplayBuffer:
+        buffer, rng = ReplayBuffer(100, (3,), 2), np.random.default_rng(0)
+        for _ in range(60):
+            buffer.add(rng.normal(size=(1, 3)), rng.uniform(-1, 1, (1, 2)), rng.normal(size=1), [False], [False])
+        return buffer
+
+    whole, first, continued, buffer = new_trainer(), new_trainer(), new_trainer(), recorded()
+    whole.train(recorded())
+    first.train(buffer, num_steps=3)
+    first.save_checkpoint(tmp_path / "run")
+    buffer.save(tmp_path / "buffer.npz")
+    continued.load_checkpoint(tmp_path / "run")
+    continued.train(ReplayBuffer.load(tmp_path / "buffer.npz"))
+    assert same_weights(whole, continued)
 
 
 def test_a_checkpoint_that_is_not_there_is_an_error_of_ours(tmp_path):

@@ -29,7 +29,51 @@ class ByRequest:
         return a_batch()
 
 
-@pytest.mark.parametrize("provider", [ByNumbers(), ByOtherNames(), ByRequest()])
+class ByRequestWithOptions(ByRequest):
+    def sample(self, wanted: BatchRequest, shuffle=True, weights=None):
+        assert shuffle is True and weights is None
+        return super().sample(wanted)
+
+
+class ByAnnotationInText(ByRequest):
+    def sample(self, wanted: "BatchRequest", other: "int" = 3, third=None):
+        assert other == 3
+        return super().sample(wanted)
+
+
+class ByNameAlone(ByRequest):
+    def sample(self, request=None, shuffle=True, weights=None):
+        return super().sample(request)
+
+
+class ByTheOnlyOneRequired(ByRequest):
+    def sample(self, wanted, shuffle=True, weights=None):
+        assert shuffle is True and weights is None
+        return super().sample(wanted)
+
+
+class ByNumbersWithOptions(ByNumbers):
+    def sample(self, batch_size, seq_len=None, device="cpu", shuffle=True):
+        return super().sample(batch_size, seq_len, device)
+
+
+class ByOtherNamesWithDefaults(ByNumbers):
+    def sample(self, n: int, length=None, where="cpu"):
+        return super().sample(n, length, where)
+
+
+class ByHalfOfTheNames(ByNumbers):
+    def sample(self, n, seq_len=None, device="cpu"):
+        return super().sample(n, seq_len, device)
+
+
+PROVIDERS = (
+    ByNumbers, ByNumbersWithOptions, ByOtherNames, ByOtherNamesWithDefaults, ByHalfOfTheNames,
+    ByRequest, ByRequestWithOptions, ByAnnotationInText, ByNameAlone, ByTheOnlyOneRequired,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("provider", [kind() for kind in PROVIDERS], ids=[kind.__name__ for kind in PROVIDERS])
 def test_a_provider_is_asked_in_its_own_form(provider):
     assert sample_from(provider, 2, 5, "cpu").rewards.shape == (2, 5)
     assert provider.got == (2, 5, "cpu")
@@ -92,3 +136,5 @@ def test_a_random_buffer_of_images_and_dictionaries():
     assert batch.obs["speed"].dtype == torch.float32
     with pytest.raises(ConfigurationError, match="episode_length is 0"):
         create_random_buffer(50, (2,), 1, 1, episode_length=0)
+    with pytest.raises(ConfigurationError, match=r"num_episodes is 1\.5, expected a whole number from 1"):
+        create_random_buffer(50, (2,), 1, 1.5)

@@ -108,6 +108,12 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
         create_world_model("dreamerv3:tiny", device="gpu")
 
 
+@pytest.mark.parametrize("spec", ["", None, 3, b"dreamerv3:tiny"])
+def test_what_is_no_name_at_all_is_an_unknown_model(spec: object) -> None:
+    with pytest.raises(ConfigurationError, match=f"^Unknown model {spec!r}.* list_models\\(\\) shows"):
+        create_world_model(spec)  # type: ignore[call-overload]
+
+
 def test_the_automatic_device_is_the_gpu_where_there_is_one() -> None:
     model = create_world_model("dreamerv3:tiny", obs_shape=(4,), device="auto")
     assert model.device.type == ("cuda" if torch.cuda.is_available() else "cpu") == model.config.device

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from worldflux.errors import BufferError, WorldFluxError
+from worldflux.files import write_atomically
 from worldflux.training import npz
 from worldflux.training.npz import write_npz
 from worldflux.training.replay import ReplayBuffer
@@ -50,7 +51,6 @@ def assert_same(batch, other):
 
 
 def drawn(buffer, seq_len=9):
-    buffer.sample(50, seq_len)  # windows that are given once first
     buffer.seed(3)
     return buffer.sample(100, seq_len)
 
@@ -260,6 +260,23 @@ def test_a_file_with_flipped_bytes_loads_or_is_a_worldflux_error(tmp_path):
         except WorldFluxError:
             outcomes.add("refused")
     assert outcomes == {"loaded", "refused"}
+
+
+def test_a_directory_is_no_place_for_a_buffer(tmp_path):
+    with pytest.raises(BufferError, match="runs is a directory, expected the path of a file"):
+        (tmp_path / "runs").mkdir()
+        filled().save(tmp_path / "runs")
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["runs"]
+
+
+def test_a_saved_file_is_as_readable_as_any_other(tmp_path):
+    umask = os.umask(0o027)
+    try:
+        filled().save(tmp_path / "a.npz")
+        write_atomically(tmp_path / "a.json", b"{}")
+    finally:
+        os.umask(umask)
+    assert [os.stat(tmp_path / name).st_mode & 0o777 for name in ("a.npz", "a.json")] == [0o640, 0o640]
 
 
 def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -239,13 +239,13 @@ def steps_of(buffer, steps, start=0):
         buffer.add(obs, obs, obs[:, 0], no, no)
 
 
-def test_windows_that_were_just_completed_come_first_once_and_in_order():
+def test_windows_that_were_just_completed_come_first_once_and_in_order_on_request():
     buffer = ReplayBuffer(100, (1,), 1, n_envs=2, seed=0)
     steps_of(buffer, 7)
-    first = buffer.sample(3, 3).obs[..., 0].tolist()
+    first = buffer.sample(3, 3, fresh=True).obs[..., 0].tolist()
     assert first == [[0, 1, 2], [1000, 1001, 1002], [3, 4, 5]]
     steps_of(buffer, 2, start=7)
-    batch = buffer.sample(50, 3).obs[..., 0].tolist()
+    batch = buffer.sample(BatchRequest(50, 3), fresh=True).obs[..., 0].tolist()
     assert batch[:3] == [[1003, 1004, 1005], [6, 7, 8], [1006, 1007, 1008]]
     assert sum(window == [6, 7, 8] for window in batch) < 15  # from then on as often as any other of 14 windows
     assert len({tuple(window) for window in batch[3:]}) > 10
@@ -254,7 +254,20 @@ def test_windows_that_were_just_completed_come_first_once_and_in_order():
 def test_waiting_windows_that_were_overwritten_are_dropped():
     buffer = ReplayBuffer(10, (1,), 1, seed=0)
     steps_of(buffer, 14)  # rows 4 to 13 remain: of the windows at 0, 3, 6, 9 the last two are whole
-    assert buffer.sample(2, 3).obs[..., 0].tolist() == [[6, 7, 8], [9, 10, 11]]
+    assert buffer.sample(2, 3, fresh=True).obs[..., 0].tolist() == [[6, 7, 8], [9, 10, 11]]
+
+
+def test_without_a_request_recorded_windows_are_drawn_like_all_others_and_stay_fresh():
+    buffer = ReplayBuffer(10, (1,), 1, seed=0)
+    steps_of(buffer, 14)
+    batches = []
+    for seq_len in (5, 3, 3):  # a window of another length between them has no influence
+        buffer.seed(1)
+        batches.append(buffer.sample(400, seq_len))
+    assert torch.equal(batches[1].rows, batches[2].rows)
+    starts = torch.bincount(batches[1].rows[:, 0] - 4)
+    assert len(starts) == 8 and starts.min() > 25 and starts.max() < 80  # 50 expected, sigma 7
+    assert buffer.sample(2, 3, fresh=True).obs[..., 0].tolist() == [[6, 7, 8], [9, 10, 11]]
 
 
 def test_whole_episodes_and_loaded_ones_are_drawn_uniformly_from_the_start(tmp_path):
@@ -266,8 +279,8 @@ def test_whole_episodes_and_loaded_ones_are_drawn_uniformly_from_the_start(tmp_p
     assert frequency.min() > 140 and frequency.max() < 260  # 200 expected, sigma 14
     steps_of(buffer, 60)
     buffer.save(tmp_path / "buffer.npz")
-    loaded = ReplayBuffer.load(tmp_path / "buffer.npz", seed=0)
-    assert len({tuple(w) for w in loaded.sample(5, 10).obs[..., 0].tolist()} & {tuple(range(0, 10))}) == 0
+    loaded, again = (ReplayBuffer.load(tmp_path / "buffer.npz", seed=0) for _ in range(2))
+    assert torch.equal(loaded.sample(5, 10, fresh=True).rows, again.sample(5, 10).rows)
 
 
 def test_rows_of_an_episode_in_flight_are_sampled_at_once():
@@ -287,8 +300,12 @@ def test_one_seed_gives_the_same_samples_and_the_state_continues_them():
     later = buffers[0].sample(20, 5).obs
     buffers[2].set_rng_state(state)
     assert torch.equal(buffers[2].sample(20, 5).obs, later)
-    with pytest.raises(BufferError, match="rng_state"):
-        buffers[2].set_rng_state({"state": 1})
+    before = buffers[2].rng_state()
+    no_position = {**state, "state": {"state": 1, "inc": 1}, "uinteger": None}
+    for wrong in ({"state": 1}, {**state, "bit_generator": "MT19937"}, {**state, "state": {"state": -1}}, no_position):
+        with pytest.raises(BufferError, match="rng_state"):
+            buffers[2].set_rng_state(wrong)
+        assert buffers[2].rng_state() == before
 
 
 def test_a_request_and_three_arguments_give_the_same_batch():
@@ -464,6 +481,7 @@ def test_images_are_bytes_unless_the_buffer_was_made_for_floats():
         ((10, 4, 1), ConfigurationError, "obs_shape is 4"),
         ((10, {}, 1), ConfigurationError, "empty dict"),
         ((10**15, (3, 64, 64), 1), BufferError, "1000000000000000 transitions does not fit"),
+        ((10**30, (1,), 1), BufferError, "does not fit into memory"),
     ],
 )
 def test_a_buffer_that_cannot_be_says_which_argument_is_wrong(arguments, error, message):
@@ -473,6 +491,14 @@ def test_a_buffer_that_cannot_be_says_which_argument_is_wrong(arguments, error, 
         ReplayBuffer(2, (1,), 1, n_envs=3)
     with pytest.raises(ConfigurationError, match="obs_dtype is float64"):
         ReplayBuffer(2, (1,), 1, obs_dtype=np.float64)
+    for seed in (-1, "a", 0.5):
+        with pytest.raises(ConfigurationError, match=f"seed is {seed!r}, expected a whole number from 0"):
+            ReplayBuffer(2, (1,), 1, seed=seed)
+    for extras in (3, (3, float), ((0,), float), ("3", float), ((3,), "words"), ((3,), object)):
+        with pytest.raises(ConfigurationError, match=r"extras\['x'\] is .*, expected a shape"):
+            ReplayBuffer(2, (1,), 1, extras={"x": extras})
+    with pytest.raises(ConfigurationError, match="extras is 3, expected a dict"):
+        ReplayBuffer(2, (1,), 1, extras=3)
 
 
 def test_a_buffer_too_small_to_sample_from_says_both_numbers():
@@ -480,5 +506,28 @@ def test_a_buffer_too_small_to_sample_from_says_both_numbers():
     buffer.add_episode(**episode(8))
     with pytest.raises(BufferError, match=r"longest stream has 9 rows, but seq_len is 10.*Add more steps"):
         buffer.sample(4, 10)
-    with pytest.raises(BufferError, match="batch_size is 0"):
-        buffer.sample(0, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((0, 3), BufferError, "batch_size is 0, expected a whole number from 1"),
+        ((2.5, 3), BufferError, "batch_size is 2.5, expected a whole number"),
+        (("2", 3), BufferError, "batch_size is '2', expected a whole number"),
+        ((2, 2.5), BufferError, "seq_len is 2.5, expected a whole number"),
+        ((True, 3), BufferError, "batch_size is True"),
+        ((BatchRequest(2, -1),), BufferError, "seq_len is -1"),
+        ((2, 3, "foo"), ConfigurationError, "device is 'foo', expected 'auto'"),
+        ((2, 3, "cuda:99"), ConfigurationError, "device is 'cuda:99', and torch sees"),
+    ],
+)
+def test_a_batch_that_cannot_be_given_says_which_argument_is_wrong(arguments, error, message):
+    buffer = ReplayBuffer(20, (1,), 1, seed=0)
+    buffer.add_episode(**episode(8))
+    before = buffer.rng_state()
+    with pytest.raises(error, match=message):
+        buffer.sample(*arguments)
+    assert buffer.rng_state() == before
+    with pytest.raises(BufferError, match=r"seq_len is 2\.5"):
+        buffer.num_windows(2.5)
+    assert buffer.sample(np.int64(2), torch.tensor(3)).obs.shape == (2, 3, 1)

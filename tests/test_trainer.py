@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from worldflux.models.base import LossOutput, Phase
 from worldflux.training import Callback, Trainer, TrainingConfig, train
 from worldflux.training.config import resolve_device
 from worldflux.training.optim import Adam, LaProp
+from worldflux.training.replay import ReplayBuffer
 
 FAST = TrainingConfig(total_steps=6, batch_size=4, sequence_length=5, learning_rate=1e-2, device="cpu")
 
@@ -313,6 +315,15 @@ def test_a_second_call_of_train_goes_on_with_other_batches():
     assert not torch.equal(provider.sampled[0], provider.sampled[2])
 
 
+@pytest.mark.parametrize("num_steps", [2.5, "2", -1])
+def test_a_number_of_steps_that_is_none_is_refused_before_anything_happens(num_steps):
+    recorder, provider = Recorder(), MemoryProvider()
+    trainer = Trainer(fresh_model(), FAST, [recorder])
+    with pytest.raises(ConfigurationError, match=f"num_steps is {num_steps!r}, expected a whole number from 0"):
+        trainer.train(provider, num_steps)
+    assert not recorder.calls and not provider.sampled and trainer.step_count == 0
+
+
 def test_only_callbacks_are_accepted():
     with pytest.raises(ConfigurationError, match=r"got type. Pass an instance, not a class"):
         Trainer(fresh_model(), FAST, [Recorder])
@@ -362,11 +373,34 @@ def test_evaluation_changes_nothing_and_repeats_itself():
     trainer = Trainer(model, FAST)
     before, stream, sampler = weights(model), torch.get_rng_state(), held_out.rng_state()
     first = trainer.evaluate(held_out)
+    with pytest.raises(ConfigurationError, match="num_batches is 0, expected a whole number from 1"):
+        trainer.evaluate(held_out, num_batches=0)
     assert torch.equal(torch.get_rng_state(), stream) and held_out.rng_state() == sampler
     assert torch.equal(weights(model), before) and model.training and model.steps == 0
     assert trainer.evaluate(held_out) == first
     assert set(first) == {"fit", "noise", "loss"}
     assert first["loss"] == pytest.approx(first["fit"] + first["noise"], rel=1e-5)
+
+
+def recorded() -> ReplayBuffer:
+    """What `add` stored, as a recorder calls it: its windows are fresh to the one who asks for that."""
+    buffer, rng = ReplayBuffer(100, (3,), 2, seed=0), np.random.default_rng(0)
+    for t in range(60):
+        obs, ends = rng.normal(size=(1, 3)), [t % 20 == 19]
+        buffer.add(obs, rng.uniform(-1, 1, (1, 2)), rng.normal(size=1), ends, [False], final_obs=obs)
+    return buffer
+
+
+def test_evaluation_on_the_training_buffer_repeats_itself_and_leaves_the_training_alone():
+    alone, evaluated = Trainer(fresh_model(), FAST), Trainer(fresh_model(), FAST)
+    buffer = recorded()
+    before = evaluated.evaluate(buffer)
+    assert evaluated.evaluate(buffer) == before
+    alone.train(recorded())
+    evaluated.train(buffer, num_steps=3)
+    evaluated.evaluate(buffer)
+    evaluated.train(buffer)
+    assert torch.equal(weights(alone.model), weights(evaluated.model))
 
 
 def test_training_with_evaluation_gives_the_same_bits_as_without():

@@ -65,6 +65,11 @@ def create_world_model(
         ConfigurationError: If the name, a field or a value is not known or does not fit. The message says what would.
         CheckpointError: If the directory is not a complete saved model.
     """
+    if not isinstance(spec_or_path, (str, os.PathLike)):
+        raise ConfigurationError(
+            f"Unknown model {spec_or_path!r}. Pass a name that list_models() shows, or a directory written by "
+            "save_pretrained."
+        )
     name = os.fspath(spec_or_path)
     place = resolve_device(device)
     given = dict(overrides)
@@ -179,7 +184,7 @@ def _find(name: str) -> tuple[str, _Family] | None:
 def _load(name: str, device: torch.device, given: dict[str, Any]) -> WorldModel:
     """The saved model in the directory `name`, with some fields of its configuration replaced."""
     directory = Path(name)
-    if not directory.exists():
+    if not name or not directory.exists():  # an empty path would be the working directory
         options = [key for family in _families.values() for key in family.names()]
         raise ConfigurationError(f"Unknown model '{name}'{nearest(name, options)} list_models() shows all.")
     try:

@@ -111,6 +111,30 @@ def obs_shapes(named: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def extras_spec(given: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of what is stored beside each row, by name; None is nothing.
+
+    Raises:
+        ConfigurationError: If an entry is no pair of a shape and a dtype of numbers.
+    """
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigurationError(f"extras is {given!r}, expected a dict of {{name: (shape, dtype)}}.")
+    spec = {}
+    for name, entry in (given or {}).items():
+        try:
+            shape, dtype = entry
+            spec[name] = tuple(operator.index(size) for size in shape), np.dtype(dtype)
+            fits = min(spec[name][0], default=1) >= 1 and spec[name][1].kind in "biuf"
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise ConfigurationError(
+                f"extras[{name!r}] is {entry!r}, expected a shape of whole numbers of at least 1 and a dtype of "
+                "numbers, such as ((3,), 'float32')."
+            )
+    return spec
+
+
 def obs_dtypes(given: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.dtype]:
     """The dtype in which each observation is stored: as `given` (for all, or by key), else uint8 for images.
 

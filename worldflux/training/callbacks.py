@@ -21,6 +21,7 @@ from torch import Tensor
 
 from worldflux.errors import ConfigurationError, MissingDependencyError, nearest
 from worldflux.training.checkpoint import remove_directory
+from worldflux.training.config import whole_number
 
 if TYPE_CHECKING:
     from worldflux.training.trainer import Trainer
@@ -153,7 +154,7 @@ class LoggingCallback(Callback):
     """
 
     def __init__(self, log_interval: int = 100, use_wandb: bool = False) -> None:
-        self.log_interval = _at_least_one("log_interval", log_interval)
+        self.log_interval = whole_number("log_interval", log_interval, 1)
         self.use_wandb = use_wandb
         self._wandb: Any = _import_wandb() if use_wandb else None
         self._opened_run = False
@@ -226,8 +227,8 @@ class CheckpointCallback(Callback):
         self.output_dir = Path(output_dir)
         self.save_interval = save_interval
         if not isinstance(save_interval, _ConfiguredInterval):
-            self.save_interval = _at_least_one("save_interval", save_interval)
-        self.max_checkpoints = _at_least_one("max_checkpoints", max_checkpoints)
+            self.save_interval = whole_number("save_interval", save_interval, 1)
+        self.max_checkpoints = whole_number("max_checkpoints", max_checkpoints, 1)
         self._trainer: Trainer | None = None
         self._saved_step: int | None = None
 
@@ -276,7 +277,7 @@ class EarlyStoppingCallback(Callback):
 
     def __init__(self, monitor: str = "loss", patience: int = 5000, min_delta: float = 1e-4) -> None:
         self.monitor = monitor
-        self.patience = _at_least_one("patience", patience)
+        self.patience = whole_number("patience", patience, 1)
         if not (min_delta >= 0 and math.isfinite(min_delta)):
             raise ConfigurationError(f"min_delta is {min_delta}, expected a finite number from 0.")
         self.min_delta = min_delta
@@ -327,12 +328,6 @@ class EarlyStoppingCallback(Callback):
     def _compare(self, step: int, value: float) -> None:
         if value < self.best - self.min_delta:
             self.best, self.best_step = value, step
-
-
-def _at_least_one(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{name} is {value!r}, expected a whole number from 1.")
-    return value
 
 
 def _import_wandb() -> Any:

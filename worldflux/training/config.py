@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from worldflux.errors import ConfigurationError, nearest
+from worldflux.errors import ConfigurationError, WorldFluxError, nearest
 from worldflux.files import write_atomically
 
 _COUNTS = {
@@ -65,12 +65,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name, least in _COUNTS.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not hasattr(value, "__index__"):
-                raise ConfigurationError(f"{name} is {value!r}, expected a whole number from {least}.")
-            object.__setattr__(self, name, operator.index(value))
-            if getattr(self, name) < least:
-                raise ConfigurationError(f"{name} is {value}, expected a whole number from {least}.")
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
         for name in ("learning_rate", "weight_decay", "grad_clip"):
             value = getattr(self, name)
             if isinstance(value, bool) or not hasattr(value, "__float__"):
@@ -126,6 +121,24 @@ class TrainingConfig:
             raise ConfigurationError(f"{path} is no text file. A TrainingConfig is JSON written by save().") from error
         except ConfigurationError as error:
             raise ConfigurationError(f"{path}: {error}") from error
+
+
+def whole_number(name: str, value: Any, least: int, *, error: type[WorldFluxError] = ConfigurationError) -> int:
+    """`value` as an int, if it is a whole number of Python, NumPy or torch, and no bool.
+
+    Args:
+        name: What it is called in the message.
+        value: What was given.
+        least: The smallest that is allowed.
+        error: Raised if it is something else or smaller.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or number < least:
+        raise error(f"{name} is {value!r}, expected a whole number from {least}.")
+    return number
 
 
 def resolve_device(name: str | torch.device, *, must_exist: bool = True) -> torch.device:

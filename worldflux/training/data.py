@@ -12,6 +12,7 @@ import torch
 from worldflux.errors import ConfigurationError
 from worldflux.training.arrays import ObsShape
 from worldflux.training.batch import Batch, BatchRequest
+from worldflux.training.config import whole_number
 from worldflux.training.replay import ReplayBuffer
 
 
@@ -24,7 +25,10 @@ class BatchProvider(Protocol):
 
 
 class BatchRequestProvider(Protocol):
-    """The same with one argument; the signature of its `sample` tells which of the two a provider is."""
+    """The same with one argument; the signature of its `sample` tells which of the two a provider is.
+
+    Name the argument `request` or annotate it; options with defaults may follow it.
+    """
 
     def sample(self, request: BatchRequest) -> Batch:
         """The batch that was asked for. `[B, T, ...]`."""
@@ -54,12 +58,12 @@ def sample_from(
             f"{type(provider).__name__} has no method sample(batch_size, seq_len, device) or sample(request)."
         )
     numbers = {"batch_size": batch_size, "seq_len": seq_len, "device": device}
-    if _accepts(sample, **numbers):
+    if _takes_request(sample):
+        batch = sample(BatchRequest(batch_size, seq_len, device))
+    elif _accepts(sample, **numbers):
         batch = sample(**numbers)
     elif _accepts(sample, batch_size, seq_len, device):
         batch = sample(batch_size, seq_len, device)
-    elif _accepts(sample, BatchRequest(batch_size)) and not _accepts(sample, batch_size=batch_size):
-        batch = sample(BatchRequest(batch_size, seq_len, device))
     else:
         raise ConfigurationError(
             f"{type(provider).__name__}.sample{inspect.signature(sample)} is of neither form: expected "
@@ -68,6 +72,22 @@ def sample_from(
     if not isinstance(batch, Batch):
         raise ConfigurationError(f"{type(provider).__name__}.sample returned {type(batch).__name__}, expected a Batch.")
     return batch.to(device)
+
+
+def _takes_request(function: Callable[..., Any]) -> bool:
+    """Whether the signature is of the form with one argument, whatever options with defaults follow it.
+
+    Its first parameter says so by its annotation or by the name `request`; otherwise by being the only one that must
+    be given, where nothing suggests that it is the number of windows.
+    """
+    parameters = inspect.signature(function).parameters
+    if not parameters or not _accepts(function, BatchRequest(1)):
+        return False
+    name, first = next(iter(parameters.items()))
+    if name == "request" or "BatchRequest" in str(first.annotation):
+        return True
+    of_numbers = first.annotation in (int, "int") or parameters.keys() & {"batch_size", "seq_len", "device"}
+    return first.default is first.empty and first.kind is not first.VAR_POSITIONAL and not of_numbers
 
 
 def _accepts(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
@@ -98,11 +118,10 @@ def create_random_buffer(
         seed: Of the data and of the buffer's sampler; None draws one.
 
     Raises:
-        ConfigurationError: If a number is less than 1.
+        ConfigurationError: If a number is not whole or less than 1.
     """
     for name, value in (("num_episodes", num_episodes), ("episode_length", episode_length)):
-        if value < 1:
-            raise ConfigurationError(f"{name} is {value}, expected at least 1.")
+        whole_number(name, value, 1)
     buffer = ReplayBuffer(capacity, obs_shape, action_dim, seed=seed)
     rng = np.random.default_rng(seed)
 

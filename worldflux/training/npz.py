@@ -6,8 +6,6 @@ The files are ordinary ones that `numpy.load` reads; what the arrays mean stands
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from worldflux.errors import BufferError
+from worldflux.files import replacing
 
 CHUNK_BYTES = 16 * 2**20
 
@@ -49,25 +48,17 @@ def write_npz(path: str | Path, arrays: Mapping[str, np.ndarray | Stream]) -> No
     Args:
         path: Target; no suffix is appended.
         arrays: What to write, by name.
+
+    Raises:
+        BufferError: If `path` is a directory.
     """
     path = Path(path)
+    if path.is_dir():
+        raise BufferError(f"{path} is a directory, expected the path of a file. Add a name, such as buffer.npz.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                for name, array in arrays.items():
-                    _write_array(archive, name, array)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files private; a saved buffer is as readable as any other file of the user.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            _write_array(archive, name, array)
 
 
 def _write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray | Stream) -> None:

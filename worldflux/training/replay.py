@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError
-from worldflux.training.arrays import ObsShape, as_numpy, checked, obs_dtypes, obs_shapes
+from worldflux.training.arrays import ObsShape, as_numpy, checked, extras_spec, obs_dtypes, obs_shapes
 from worldflux.training.batch import Batch, BatchRequest
+from worldflux.training.config import resolve_device, whole_number
 from worldflux.training.npz import NpzFile
 from worldflux.training.replay_file import SINGLE, collect_data, dtype_in_memory, fill, read_replay, write_replay
 from worldflux.training.rows import FIRST, TERMINATED, TRUNCATED, UNSEEN, RowStore
@@ -71,25 +72,23 @@ class ReplayBuffer:
         extras: Mapping[str, tuple[tuple[int, ...], Any]] | None = None,
         seed: int | None = None,
     ) -> None:
-        for name, value in (("capacity", capacity), ("action_dim", action_dim), ("n_envs", n_envs)):
-            if not isinstance(value, (int, np.integer)) or value < 1:
-                raise ConfigurationError(f"{name} is {value!r}, expected a whole number of at least 1.")
+        self._capacity = whole_number("capacity", capacity, 1)
+        self._action_dim = whole_number("action_dim", action_dim, 1)
+        self._n_envs = whole_number("n_envs", n_envs, 1)
         if capacity < n_envs:
             raise ConfigurationError(f"capacity is {capacity}, expected at least n_envs ({n_envs}).")
-        self._capacity = int(capacity)
-        self._action_dim = int(action_dim)
-        self._n_envs = int(n_envs)
         self._is_dict = isinstance(obs_shape, Mapping)
         self._shapes = obs_shapes(obs_shape if isinstance(obs_shape, Mapping) else {SINGLE: obs_shape})
-        self._extras_spec = {name: (tuple(shape), np.dtype(dtype)) for name, (shape, dtype) in (extras or {}).items()}
+        self._extras_spec = extras_spec(extras)
         self.seed(seed)
         dtypes = obs_dtypes(obs_dtype, self._shapes)
         spec = {key: (shape, dtypes[key]) for key, shape in self._shapes.items()}
         try:
             self._rows = RowStore(self._capacity, self._n_envs, spec, self._action_dim, self._extras_spec)
-        except (MemoryError, ValueError) as error:  # NumPy says either, depending on how much too much it is
+        except (MemoryError, OverflowError, ValueError) as error:  # depending on how much too much it is
             raise BufferError(f"A buffer of {capacity} transitions does not fit into memory: {error}") from error
-        # The row of each stream where the first window begins that was never sampled.
+        # The row of each stream where the first window begins that is still fresh. No part of the sampler's state:
+        # only who asks for fresh windows, while it records them, reads or moves it.
         self._fresh = np.zeros(self._n_envs, np.int64)
 
     # --- what it is and what it holds
@@ -145,7 +144,7 @@ class ReplayBuffer:
 
     def num_windows(self, seq_len: int) -> int:
         """How many different windows of `seq_len` rows there are to sample from."""
-        return int(self._windows(seq_len).sum())
+        return int(self._windows(whole_number("seq_len", seq_len, 1, error=BufferError)).sum())
 
     # --- putting in
 
@@ -298,28 +297,33 @@ class ReplayBuffer:
         batch_size: int | BatchRequest,
         seq_len: int | None = None,
         device: str | torch.device = "cpu",
+        *,
+        fresh: bool = False,
     ) -> Batch:
         """A batch of windows, each row of which is aligned as drawn above.
 
-        Every window that `add` has newly completed (non-overlapping ones of `seq_len` rows in each stream, in the
-        order of their completion) is given once first; all others are drawn uniformly, with replacement, from all
-        windows of all streams. Episodes that came through `add_episode` or a file have no such turn.
+        They are drawn uniformly, with replacement, from all windows of all streams: what is stored, `seed` and the
+        calls since then decide on them, and nothing else.
 
         Args:
             batch_size: Windows, `B`; or a request that holds all three.
             seq_len: Rows of each, `T`. None means 50.
             device: Where the batch is wanted.
+            fresh: For learning while recording: begin with the windows that `add` completed and no call with `fresh`
+                has given yet (non-overlapping ones of `seq_len` rows in each stream, oldest first), and draw only the
+                rest. Episodes that came through `add_episode` or a file have no such turn.
 
         Raises:
-            BufferError: If no stream holds `seq_len` rows.
+            BufferError: If a size is not a whole number from 1, or no stream holds `seq_len` rows.
+            ConfigurationError: If there is no such device.
         """
         if isinstance(batch_size, BatchRequest):
             request = batch_size
             batch_size, seq_len, device = request.batch_size, request.seq_len, request.device
-        seq_len = DEFAULT_SEQ_LEN if seq_len is None else seq_len
-        if batch_size < 1 or seq_len < 1:
-            raise BufferError(f"batch_size is {batch_size} and seq_len is {seq_len}, expected at least 1 of each.")
-        stream, start = self._choose(batch_size, seq_len)
+        batch_size = whole_number("batch_size", batch_size, 1, error=BufferError)
+        seq_len = whole_number("seq_len", DEFAULT_SEQ_LEN if seq_len is None else seq_len, 1, error=BufferError)
+        device = resolve_device(device)
+        stream, start = self._choose(batch_size, seq_len, fresh)
         row = start[:, None] + np.arange(seq_len)  # [B, T]
         at = self._rows.at(stream[:, None], row)  # [B, T]
 
@@ -342,28 +346,38 @@ class ReplayBuffer:
             extras={name: gathered(stored) for name, stored in self._rows.extras.items()},
             rows=torch.from_numpy(row * self._n_envs + stream[:, None]),
         )
-        return batch if torch.device(device).type == "cpu" else batch.to(device)
+        return batch if device.type == "cpu" else batch.to(device)
 
     def seed(self, seed: int | None) -> None:
-        """Starts the sampler's random numbers anew."""
-        self._rng = np.random.default_rng(seed)
+        """Starts the sampler's random numbers anew; None draws a seed.
+
+        Raises:
+            ConfigurationError: If it is not a whole number from 0.
+        """
+        self._rng = np.random.default_rng(None if seed is None else whole_number("seed", seed, 0))
 
     def rng_state(self) -> dict[str, Any]:
         """State of the sampler's random numbers, ready for JSON."""
         return dict(self._rng.bit_generator.state)
 
     def set_rng_state(self, state: Mapping[str, Any]) -> None:
-        """Continues the random numbers from what `rng_state` returned."""
+        """Continues the random numbers from what `rng_state` returned.
+
+        Raises:
+            BufferError: If it is something else; the sampler is as before then.
+        """
+        rng = np.random.default_rng()
         try:
-            self._rng.bit_generator.state = dict(state)
-        except (KeyError, TypeError, ValueError) as error:
+            rng.bit_generator.state = dict(state)
+        except (LookupError, OverflowError, TypeError, ValueError) as error:
             raise BufferError(f"This is no state that ReplayBuffer.rng_state returned: {error}") from error
+        self._rng = rng
 
     def _windows(self, seq_len: int) -> np.ndarray:
         """How many windows each stream has. `[n_envs]`."""
         return np.maximum(self._rows.end - self._rows.begin - seq_len + 1, 0)
 
-    def _choose(self, count: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    def _choose(self, count: int, seq_len: int, fresh: bool) -> tuple[np.ndarray, np.ndarray]:
         """Stream and first row of `count` windows. `[B]`, `[B]`."""
         windows = self._windows(seq_len)
         until = np.cumsum(windows)
@@ -373,14 +387,14 @@ class ReplayBuffer:
                 f"The longest stream has {longest} rows, but seq_len is {seq_len}: no window fits. "
                 "Add more steps, or sample shorter windows."
             )
-        stream, start = self._take_fresh(count, seq_len)
+        stream, start = self._take_fresh(count, seq_len) if fresh else np.zeros((2, 0), np.int64)
         drawn = self._rng.integers(until[-1], size=count - len(stream))
         drawn_stream = np.searchsorted(until, drawn, side="right")
         drawn_start = drawn - (until - windows)[drawn_stream] + self._rows.begin[drawn_stream]
         return np.concatenate([stream, drawn_stream]), np.concatenate([start, drawn_start])
 
     def _take_fresh(self, count: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-        """Up to `count` completed windows that were never sampled, oldest first; they count as sampled from now on."""
+        """Up to `count` completed windows that are fresh, oldest first; from now on they are not."""
         overwritten = np.maximum(self._rows.begin - self._fresh, 0)
         self._fresh += -(-overwritten // seq_len) * seq_len
         start = self._fresh[:, None] + np.arange(count) * seq_len  # [n_envs, B]
@@ -420,6 +434,9 @@ class ReplayBuffer:
 
         Args:
             path: Target; directories above it are created.
+
+        Raises:
+            BufferError: If `path` is a directory.
         """
         write_replay(path, collect_data(self._rows, self._capacity, self._is_dict))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,22 +18,25 @@ from worldflux.models.base import CONFIG_FILE, WEIGHTS_FILE, LossOutput, Optimiz
 from worldflux.training.batch import Batch
 from worldflux.training.callbacks import Callback, Losses
 from worldflux.training.checkpoint import (
+    FORMAT,
+    OPTIMIZER_FILE,
+    TRAINER_FILE,
     atomic_directory,
+    check_optimizers,
+    check_progress,
+    check_weights,
     random_state,
-    recover_directory,
+    read_checkpoint,
     seed_everything,
     set_random_state,
 )
-from worldflux.training.config import TrainingConfig, resolve_device
+from worldflux.training.config import TrainingConfig, resolve_device, whole_number
 from worldflux.training.data import BatchProvider, BatchRequestProvider, sample_from
 from worldflux.training.optim import build_optimizer, clip_by_global_norm
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Provider = BatchProvider | BatchRequestProvider
 
-_OPTIMIZER_FILE = "optimizer.pt"
-_TRAINER_FILE = "trainer.json"
-_FORMAT = 1
 _EVAL_BATCHES = 8
 _DEFAULT_SPEC = OptimizerSpec(kind="adam", learning_rate=3e-4)
 """For modules that don't say how they are optimised."""
@@ -146,12 +148,13 @@ class Trainer:
             The trained model, in evaluation mode.
 
         Raises:
+            ConfigurationError: If `num_steps` is not a whole number from 0.
             TrainingError: If a loss is not finite, with the term and the step at which it was not for the first time.
         """
-        if num_steps is not None and num_steps < 0:
-            raise ConfigurationError(f"num_steps is {num_steps}, expected 0 or more, or None for config.total_steps.")
         config = self.config
-        self.target_step = config.total_steps if num_steps is None else self.step_count + num_steps
+        self.target_step = (
+            config.total_steps if num_steps is None else self.step_count + whole_number("num_steps", num_steps, 0)
+        )
         self.finished = False
         self._start_random_streams(buffer)
         try:
@@ -243,7 +246,11 @@ class Trainer:
         Args:
             data: In the same forms as for `train`.
             num_batches: How many batches of `config.batch_size` windows to average over.
+
+        Raises:
+            ConfigurationError: If `num_batches` is not a whole number from 1.
         """
+        num_batches = whole_number("num_batches", num_batches, 1)
         sampler_state = data.rng_state() if isinstance(data, _Resumable) else None
         was_training = self.model.training
         self.model.eval()
@@ -283,10 +290,10 @@ class Trainer:
         path = Path(path)
         self.check_finite()
         self._write_back.flush()
-        if path.exists() and not (path / _TRAINER_FILE).is_file() and not (path.is_dir() and not any(path.iterdir())):
+        if path.exists() and not (path / TRAINER_FILE).is_file() and not (path.is_dir() and not any(path.iterdir())):
             raise CheckpointError(f"{path} exists and is no checkpoint of a Trainer. Choose another path or remove it.")
         progress = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "step": self.step_count,
             "training_config": self.config.to_dict(),
             "random": random_state(self.device),
@@ -299,8 +306,8 @@ class Trainer:
                 config = getattr(self.model, "config", None)
                 if config is not None and hasattr(config, "save"):
                     config.save(beside / CONFIG_FILE)
-                torch.save(optimizers, beside / _OPTIMIZER_FILE)
-                (beside / _TRAINER_FILE).write_text(json.dumps(progress), encoding="utf-8")
+                torch.save(optimizers, beside / OPTIMIZER_FILE)
+                (beside / TRAINER_FILE).write_text(json.dumps(progress), encoding="utf-8")
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             raise CheckpointError(
                 f"The checkpoint {path} could not be written: {error}. What was there before is unchanged."
@@ -320,24 +327,13 @@ class Trainer:
             CheckpointError: If it is missing, damaged, or of another model.
         """
         path = Path(path)
-        recover_directory(path)
-        for name in (_TRAINER_FILE, WEIGHTS_FILE, _OPTIMIZER_FILE):
-            if not (path / name).is_file():
-                raise CheckpointError(f"{path} has no {name}. Pass a directory written by Trainer.save_checkpoint.")
-        progress = _read(path / _TRAINER_FILE, lambda file: json.loads(file.read_text(encoding="utf-8")))
-        weights = _read(path / WEIGHTS_FILE, safetensors.torch.load_file)
-        optimizers = _read(path / _OPTIMIZER_FILE, lambda file: torch.load(file, map_location="cpu", weights_only=True))
-        if not isinstance(progress, dict) or not {"format", "step", "random", "sampler"} <= progress.keys():
-            raise CheckpointError(f"{path / _TRAINER_FILE} is not the progress of a Trainer. The file is damaged.")
-        if progress["format"] != _FORMAT:
-            raise CheckpointError(
-                f"{path} has format {progress['format']}, this version reads {_FORMAT}. Load it with a newer worldflux."
-            )
-        _check_weights(path, weights, self.model.state_dict())
-        states = self._check_optimizers(path, optimizers)
+        progress, weights, optimizers = read_checkpoint(path)
+        check_progress(path, progress, self.device)
+        check_weights(path, weights, self.model.state_dict())
+        check_optimizers(path, optimizers, self._kind, self._optimizers)
 
         self.model.load_state_dict(weights)
-        for optimizer, state in zip(self._optimizers, states, strict=True):
+        for optimizer, state in zip(self._optimizers, optimizers["states"], strict=True):
             settings = [{k: v for k, v in g.items() if k not in ("params", "updates")} for g in optimizer.param_groups]
             optimizer.load_state_dict(state)
             for group, setting in zip(optimizer.param_groups, settings, strict=True):
@@ -347,21 +343,6 @@ class Trainer:
         self._write_back = _WriteBack()
         set_random_state(progress["random"], self.device)
         self._restored = progress
-
-    def _check_optimizers(self, path: Path, saved: Any) -> list[dict[str, Any]]:
-        if not isinstance(saved, dict) or not {"kind", "states"} <= saved.keys():
-            raise CheckpointError(f"{path / _OPTIMIZER_FILE} is not the state of an optimiser. The file is damaged.")
-        if saved["kind"] != self._kind:
-            raise CheckpointError(f"{path} was trained with '{saved['kind']}', and this model uses '{self._kind}'.")
-        states: list[dict[str, Any]] = saved["states"]
-        expected = [[len(g["params"]) for g in optimizer.param_groups] for optimizer in self._optimizers]
-        found = [[len(g["params"]) for g in state["param_groups"]] for state in states]
-        if found != expected:
-            raise CheckpointError(
-                f"{path} has optimisers for {found} parameters, and this model trains {expected}. "
-                "Freeze the same parameters as when it was saved."
-            )
-        return states
 
     def _start_random_streams(self, buffer: Any) -> None:
         """Continues the streams of a checkpoint, or seeds those of a new run."""
@@ -561,31 +542,3 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
         weights[name] = tensor.clone() if memory in taken else tensor
         taken.add(memory)
     return weights
-
-
-def _check_weights(path: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    missing, unknown = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
-    if missing or unknown:
-        raise CheckpointError(
-            f"{path} is of another model: it lacks {_some(missing)} and has {_some(unknown)} that this model lacks. "
-            "Build the model with the configuration that was saved."
-        )
-    for name, tensor in saved.items():
-        if tensor.shape != own[name].shape:
-            raise CheckpointError(
-                f"{path} is of another model: {name} has shape {tuple(tensor.shape)}, expected "
-                f"{tuple(own[name].shape)}. Build the model with the configuration that was saved."
-            )
-
-
-def _some(names: Sequence[str]) -> str:
-    if not names:
-        return "nothing"
-    return f"'{names[0]}'" if len(names) == 1 else f"'{names[0]}' and {len(names) - 1} more"
-
-
-def _read(path: Path, reader: Any) -> Any:
-    try:
-        return reader(path)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. It is damaged or not a checkpoint.") from error
