@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import operator
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors.torch
@@ -18,22 +17,24 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorDict
 from stable_baselines3.common.utils import check_for_correct_spaces, get_system_info, safe_mean
-from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
 from worldflux.agents.acting import Actor, Memory
 from worldflux.agents.archive import ArchivePath, open_archive, write_archive
+from worldflux.agents.description import COUNTERS, AgentDescription
 from worldflux.agents.losses import MeanLosses
+from worldflux.agents.normalization import normalized
 from worldflux.agents.schedule import UpdateSchedule
-from worldflux.agents.spaces_json import space_from_json, space_to_json
-from worldflux.envs.make import make_env
+from worldflux.agents.settings import AgentSettings
+from worldflux.envs.make import as_env
 from worldflux.envs.record import VecEpisodeRecorder
-from worldflux.envs.spaces import SINGLE_KEY, ActionCodec, Array, ObservationCodec
+from worldflux.envs.spaces import ActionCodec, Array, ObservationCodec
+from worldflux.envs.watch import EnvWatch
 from worldflux.errors import CheckpointError, ConfigurationError, ShapeMismatchError, nearest
-from worldflux.factory import create_world_model
-from worldflux.models.base import CONFIG_FILE, WEIGHTS_FILE, State, WorldModel
-from worldflux.training.batch import Batch, Observation
-from worldflux.training.config import TrainingConfig
+from worldflux.factory import create_world_model, find_preset
+from worldflux.models.base import WEIGHTS_FILE, State, WorldModel
+from worldflux.training.batch import Batch
+from worldflux.training.config import TrainingConfig, resolve_device, whole_number
 from worldflux.training.replay import ReplayBuffer
 from worldflux.training.trainer import Trainer
 
@@ -61,7 +62,8 @@ class WorldFluxAgent(BaseAlgorithm):
         last_losses: Of the last gradient step, as tensors on the device.
 
     Args:
-        model: A preset (`list_models()` shows them), a directory written by `save_pretrained`, or a `WorldModel`.
+        model: A preset (`list_models()` shows them), a directory written by `save_pretrained`, or a `WorldModel`. A
+            preset's name wins over a directory that is called the same, as in `create_world_model`.
         env: An environment's id, a Gymnasium environment, or an SB3 `VecEnv`.
         learning_rate: Step size of the optimiser after its warm-up.
         train_ratio: Replayed time steps per environment step, over all environments. Larger learns more from each
@@ -84,30 +86,15 @@ class WorldFluxAgent(BaseAlgorithm):
         ShapeMismatchError: If a given model was built for other observations or actions.
     """
 
-    _SETTINGS: ClassVar[tuple[str, ...]] = (
-        "learning_rate",
-        "train_ratio",
-        "batch_size",
-        "seq_len",
-        "buffer_size",
-        "learning_starts",
-        "replay_context",
-        "stats_window_size",
-        "tensorboard_log",
-        "verbose",
-        "seed",
-    )
-    _COUNTERS: ClassVar[tuple[str, ...]] = (
-        "num_timesteps",
-        "_total_timesteps",
-        "_num_timesteps_at_start",
-        "_n_updates",
-        "_episode_num",
-        "_current_progress_remaining",
-    )
-
     policy: WorldModel  # type: ignore[assignment]
     learning_rate: float
+    train_ratio: float
+    batch_size: int
+    seq_len: int
+    buffer_size: int
+    learning_starts: int
+    replay_context: bool
+    stats_window_size: int
 
     def __init__(
         self,
@@ -134,7 +121,20 @@ class WorldFluxAgent(BaseAlgorithm):
                 "env is None, expected an id, a Gymnasium environment or a VecEnv. "
                 "WorldFluxAgent.load gives an agent that acts without one."
             )
-        made = _made(env)
+        settings = AgentSettings(
+            learning_rate=learning_rate,
+            train_ratio=train_ratio,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            buffer_size=buffer_size,
+            learning_starts=learning_starts,
+            replay_context=replay_context,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,  # type: ignore[arg-type]
+            verbose=verbose,
+            seed=seed,
+        )
+        made: Any = None if env is None else as_env(env)
         if made is not None:
             # Before SB3's own assertions: these name what is supported.
             ObservationCodec(made.observation_space)
@@ -142,28 +142,21 @@ class WorldFluxAgent(BaseAlgorithm):
         super().__init__(
             policy=WorldModel,  # type: ignore[arg-type]
             env=made,
-            learning_rate=learning_rate,  # type: ignore[arg-type]
-            stats_window_size=stats_window_size,
-            tensorboard_log=None if tensorboard_log is None else str(tensorboard_log),
-            verbose=verbose,
-            device=device,
+            learning_rate=settings.learning_rate,  # type: ignore[arg-type]
+            stats_window_size=settings.stats_window_size,
+            tensorboard_log=settings.tensorboard_log,
+            verbose=settings.verbose,
+            device=resolve_device(device),
             support_multi_env=True,
-            seed=None if seed is None else operator.index(seed),
+            seed=settings.seed,
         )
-        self.stats_window_size = stats_window_size
-        self.replay_context = replay_context
-        self._given = {
-            "learning_rate": learning_rate,
-            "train_ratio": train_ratio,
-            "batch_size": batch_size,
-            "seq_len": seq_len,
-            "buffer_size": buffer_size,
-            "learning_starts": learning_starts,
-        }
+        self._take_over(settings)
         self.replay_buffer: ReplayBuffer | None = None
         self._model_source = model
-        self._model_kwargs = dict(model_kwargs or {})
+        self._model_kwargs = _checked_model_kwargs(model_kwargs)
         self._recorder: VecEpisodeRecorder | None = None
+        self._watch: EnvWatch | None = None
+        self._collected = 0  # transitions that the replay buffer has received
         self._acting: tuple[State, Tensor] | None = None  # recurrent state and previous actions during `learn`
         self._training_started = False
         self._random_started = False
@@ -186,7 +179,7 @@ class WorldFluxAgent(BaseAlgorithm):
         self.action_codec = ActionCodec(self.action_space)
         self.policy = self._build_model()
         self._check_model()
-        self._resolve_settings()
+        self._take_over(self._settings().with_defaults(self.model))
         spec = self.model.optimizer_spec
         self.trainer = Trainer(
             self.model,
@@ -220,55 +213,38 @@ class WorldFluxAgent(BaseAlgorithm):
             raise ConfigurationError(
                 f"model is a {type(source).__name__}, expected a preset, a saved directory or a WorldModel."
             )
-        if isinstance(source, Path) or (Path(source) / CONFIG_FILE).is_file():
-            return create_world_model(Path(source), device=self.device, **self._model_kwargs)
-        return create_world_model(
-            source,
-            obs_shape=self.obs_codec.obs_shape,
-            action_dim=self.action_codec.action_dim,
-            device=self.device,
-            **{
-                "action_type": self.action_codec.action_type,
-                "action_classes": self.action_codec.action_classes,
-                "obs_classes": self.obs_codec.obs_classes,
-                **self._model_kwargs,
-            },
-        )
+        chosen = self._model_kwargs
+        if isinstance(source, str) and find_preset(source) is not None:
+            # What is saved knows its spaces, and `_check_model` compares them.
+            chosen = {**self._space_fields(), **chosen}
+        return create_world_model(source, device=self.device, **chosen)
+
+    def _space_fields(self) -> dict[str, Any]:
+        """What the model's configuration says of the spaces, by the names of its fields."""
+        return {
+            "obs_shape": self.obs_codec.obs_shape,
+            "obs_classes": self.obs_codec.obs_classes,
+            "action_type": self.action_codec.action_type,
+            "action_dim": self.action_codec.action_dim,
+            "action_classes": self.action_codec.action_classes,
+        }
 
     def _check_model(self) -> None:
         """A model that was built elsewhere must have been built for these spaces."""
         config = self.model.config
-        for name, expected in (
-            ("obs_shape", self.obs_codec.obs_shape),
-            ("obs_classes", self.obs_codec.obs_classes),
-            ("action_type", self.action_codec.action_type),
-            ("action_dim", self.action_codec.action_dim),
-            ("action_classes", self.action_codec.action_classes),
-        ):
+        for name, expected in self._space_fields().items():
             if getattr(config, name) != expected:
                 raise ShapeMismatchError(
                     f"The model has {name}={getattr(config, name)!r}, expected {expected!r} for this environment. "
                     f"Build it with create_world_model(..., {name}={expected!r}), or pass the preset's name."
                 )
 
-    def _resolve_settings(self) -> None:
-        """The numbers that were given, and the family's own in place of the others."""
-        defaults = self.model.online_defaults()
-        own = {"learning_rate": self.model.optimizer_spec.learning_rate, **vars(defaults)}
-        chosen: dict[str, Any] = {name: own[name] if value is None else value for name, value in self._given.items()}
-        for name, least in (("batch_size", 1), ("seq_len", 1), ("buffer_size", 1), ("learning_starts", 0)):
-            value = chosen[name]
-            if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
-                raise ConfigurationError(f"{name} is {value!r}, expected a whole number from {least}.")
-        for name in ("learning_rate", "train_ratio"):
-            if isinstance(chosen[name], bool) or not hasattr(chosen[name], "__float__"):
-                raise ConfigurationError(f"{name} is {chosen[name]!r}, expected a number.")
-        self.learning_rate = float(chosen["learning_rate"])
-        self.train_ratio = float(chosen["train_ratio"])
-        self.batch_size = operator.index(chosen["batch_size"])
-        self.seq_len = operator.index(chosen["seq_len"])
-        self.buffer_size = operator.index(chosen["buffer_size"])
-        self.learning_starts = operator.index(chosen["learning_starts"])
+    def _take_over(self, settings: AgentSettings) -> None:
+        for name, value in vars(settings).items():
+            setattr(self, name, value)
+
+    def _settings(self) -> AgentSettings:
+        return AgentSettings(**{item.name: getattr(self, item.name) for item in fields(AgentSettings)})
 
     @property
     def _window(self) -> int:
@@ -304,18 +280,27 @@ class WorldFluxAgent(BaseAlgorithm):
 
     def set_env(self, env: GymEnv | str, force_reset: bool = True) -> None:
         """Continues in another environment of the same spaces and the same number of copies, as SB3 checks."""
-        made = _made(env)
-        assert made is not None
+        made: Any = as_env(env)
         self._leave_episodes()
         super().set_env(made, force_reset)
         if self.replay_buffer is None:
             self.replay_buffer = self._make_buffer()
 
+    def _begin_episodes(self) -> None:
+        """The environments were just reset, to `_last_obs`."""
+        if self._recorder is None or self._watch is None:
+            assert self.replay_buffer is not None and self.env is not None
+            self._recorder = VecEpisodeRecorder(self.replay_buffer, self.env)
+            self._watch = EnvWatch(self.env)
+        self._recorder.begin(self._last_obs)
+        self._watch.mark()
+        self._last_episode_starts = np.ones(self.n_envs, dtype=bool)
+
     def _leave_episodes(self) -> None:
         """Closes the episodes in flight; the next `learn` starts new ones."""
         if self._recorder is not None:
             self._recorder.interrupt()
-        self._recorder, self._acting, self._last_obs = None, None, None
+        self._recorder, self._watch, self._acting, self._last_obs = None, None, None, None
 
     # --- learning
 
@@ -340,17 +325,25 @@ class WorldFluxAgent(BaseAlgorithm):
                 this step owes; returning False stops.
             log_interval: Episodes between two dumps of the log; None leaves them to a callback.
             tb_log_name: Name of the run for TensorBoard; None takes the model's family.
-            reset_num_timesteps: False continues the count of steps and the episodes in flight.
+            reset_num_timesteps: False continues the count of steps, and the episodes in flight. If somebody else has
+                reset or stepped the environments since then, as an evaluation in them does, these are closed as
+                truncated and new ones begin; so they are when that happens in a callback.
             progress_bar: Show one.
 
         Returns:
             This agent.
 
         Raises:
+            ConfigurationError: If there is no environment, or a number is out of its range.
             TrainingError: If a loss is not finite; it names the loss and the step.
         """
         if self.env is None:
             raise ConfigurationError("The agent has no environment to learn in. Call set_env, or pass env to load.")
+        if isinstance(total_timesteps, float) and total_timesteps % 1 == 0:  # such as 1e5
+            total_timesteps = int(total_timesteps)
+        total_timesteps = whole_number("total_timesteps", total_timesteps, 0)
+        if log_interval is not None:
+            log_interval = whole_number("log_interval", log_interval, 1)
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name or self.model.config.model_type, progress_bar
         )
@@ -390,14 +383,12 @@ class WorldFluxAgent(BaseAlgorithm):
             # Again, because other things may have drawn random numbers since the model was built.
             self.set_random_seed(self.seed)
             self._random_started = True
-        starts_episodes = reset_num_timesteps or self._last_obs is None or self._recorder is None
+        if self._watch is not None and self._watch.moved:
+            self._leave_episodes()
+        starts_episodes = reset_num_timesteps or self._last_obs is None
         set_up = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
-        if self._recorder is None:
-            assert self.replay_buffer is not None and self.env is not None
-            self._recorder = VecEpisodeRecorder(self.replay_buffer, self.env)
         if starts_episodes:
-            self._recorder.begin(self._last_obs)
-            self._last_episode_starts = np.ones(self.n_envs, dtype=bool)
+            self._begin_episodes()
         return set_up
 
     def _describe_schedule(self) -> str:
@@ -411,14 +402,20 @@ class WorldFluxAgent(BaseAlgorithm):
 
     def _collect_step(self, callback: BaseCallback) -> bool:
         """Acts once in every environment and stores what came of it; False if the callback wants to stop."""
-        assert self.env is not None and self._recorder is not None
+        assert self.env is not None and self._recorder is not None and self._watch is not None
         callback.on_rollout_start()
+        if self._watch.moved:
+            self._leave_episodes()
+            self._last_obs = self.env.reset()  # type: ignore[assignment]
+            self._begin_episodes()
         library_actions, extras = self._act()
         actions = self.action_codec.to_env(library_actions)
         new_obs, rewards, dones, infos = self.env.step(actions)
+        self._watch.mark()
         self.num_timesteps += self.n_envs
 
         self._recorder.add_vec_step(library_actions, new_obs, rewards, dones, infos, extras=extras)
+        self._collected += self.n_envs
         self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
         self._episode_num += int(np.count_nonzero(dones))
         self._update_info_buffer(infos, dones)
@@ -446,11 +443,14 @@ class WorldFluxAgent(BaseAlgorithm):
         return actions.cpu().numpy(), {name: value.cpu().numpy() for name, value in extras.items()}
 
     def _can_train(self) -> bool:
-        """Whether the buffer has what training starts with; once it has, that stays so."""
+        """Whether the buffer has received what training starts with; once it has, that stays so.
+
+        What it still holds would be the wrong measure: very short episodes can fill its rows with fewer transitions.
+        """
         assert self.replay_buffer is not None
         if not self._training_started:
             self._training_started = (
-                self.replay_buffer.num_transitions >= self.learning_starts
+                self._collected >= self.learning_starts
                 and self.replay_buffer.num_windows(self._window) >= self.batch_size
             )
         return self._training_started
@@ -467,9 +467,9 @@ class WorldFluxAgent(BaseAlgorithm):
         assert self.replay_buffer is not None
         normalize = self._vec_normalize_env
         if normalize is None or not normalize.norm_obs:
-            return self.replay_buffer.sample(self.batch_size, self._window, self.trainer.device)
-        batch = self.replay_buffer.sample(self.batch_size, self._window)
-        return replace(batch, obs=_normalized(batch.obs, normalize))
+            return self.replay_buffer.sample(self.batch_size, self._window, self.trainer.device, fresh=True)
+        batch = self.replay_buffer.sample(self.batch_size, self._window, fresh=True)
+        return replace(batch, obs=normalized(batch.obs, normalize))
 
     def dump_logs(self) -> None:
         """Writes what happened since the last dump to the logger, under SB3's names."""
@@ -537,15 +537,16 @@ class WorldFluxAgent(BaseAlgorithm):
         """
         if exclude or include:
             raise ConfigurationError("exclude and include choose among pickled attributes, and this file has none.")
-        description = {
-            "observation_space": space_to_json(self.observation_space),
-            "action_space": space_to_json(self.action_space),
-            "n_envs": self.n_envs,
-            "settings": {name: getattr(self, name) for name in self._SETTINGS},
-            "counters": {name: getattr(self, name) for name in self._COUNTERS},
-            "schedule": self.schedule.state_dict(),
-        }
-        write_archive(path, description, self.trainer.save_checkpoint)
+        description = AgentDescription(
+            observation_space=self.observation_space,
+            action_space=self.action_space,
+            n_envs=self.n_envs,
+            settings=self._settings(),
+            counters={name: getattr(self, name) for name in COUNTERS},
+            progress_remaining=self._current_progress_remaining,
+            schedule=self.schedule.state_dict(),
+        )
+        write_archive(path, description.to_json(), self.trainer.save_checkpoint)
 
     @classmethod
     def load(
@@ -574,35 +575,32 @@ class WorldFluxAgent(BaseAlgorithm):
         Raises:
             FileNotFoundError: If there is no such file.
             CheckpointError: If the file is damaged, or was not written by `save`.
-            ConfigurationError: If a setting is unknown.
+            ConfigurationError: If a setting is unknown or out of its range.
         """
         if print_system_info:
             get_system_info()
+        names = [item.name for item in fields(AgentSettings)]
         for name in kwargs:
-            if name not in cls._SETTINGS:
-                raise ConfigurationError(f"Unknown setting '{name}'{nearest(name, cls._SETTINGS)}")
-        with open_archive(path) as (description, checkpoint):
-            try:
-                observation_space = space_from_json(description["observation_space"])
-                action_space = space_from_json(description["action_space"])
-                settings = {name: description["settings"][name] for name in cls._SETTINGS} | kwargs
-                counters = {name: description["counters"][name] for name in cls._COUNTERS}
-                schedule, n_envs = description["schedule"], int(description["n_envs"])
-            except (KeyError, TypeError) as error:
-                raise CheckpointError(f"{path} lacks {error} in its agent.json. The file is damaged.") from error
-            made = _made(env)
+            if name not in names:
+                raise ConfigurationError(f"Unknown setting '{name}'{nearest(name, names)}")
+        with open_archive(path) as (data, checkpoint):
+            saved = AgentDescription.from_json(data, path)
+            settings = replace(saved.settings, **kwargs)
+            made: Any = None if env is None else as_env(env)
             if made is not None:
-                made = cls._wrap_env(made, settings["verbose"])
-                check_for_correct_spaces(made, observation_space, action_space)
-            agent = cls(checkpoint, made, device=device, _init_setup_model=False, **settings)
+                made = cls._wrap_env(made, settings.verbose)
+                check_for_correct_spaces(made, saved.observation_space, saved.action_space)
+            agent = cls(checkpoint, made, device=device, _init_setup_model=False, **vars(settings))
             if made is None:
-                agent.observation_space, agent.action_space, agent.n_envs = observation_space, action_space, n_envs
+                agent.observation_space, agent.action_space = saved.observation_space, saved.action_space
+                agent.n_envs = saved.n_envs
             agent._setup_model()
             agent.trainer.load_checkpoint(checkpoint)
         agent._model_source = agent.model
-        for name, value in counters.items():
+        for name, value in saved.counters.items():
             setattr(agent, name, value)
-        agent.schedule.load_state_dict(schedule)
+        agent._current_progress_remaining = saved.progress_remaining
+        agent.schedule.load_state_dict(saved.schedule)
         # A saved agent's random streams go on; only one that was seeded anew starts them again.
         agent._random_started = "seed" not in kwargs
         return agent
@@ -634,7 +632,7 @@ class WorldFluxAgent(BaseAlgorithm):
             )
         buffer.end_episodes()
         self._leave_episodes()
-        self.replay_buffer, self._training_started = buffer, False
+        self.replay_buffer, self._collected, self._training_started = buffer, buffer.num_transitions, False
 
     def set_parameters(
         self,
@@ -647,28 +645,21 @@ class WorldFluxAgent(BaseAlgorithm):
             super().set_parameters(load_path_or_dict, exact_match, device)
             return
         with open_archive(load_path_or_dict) as (_, checkpoint):
-            weights = safetensors.torch.load_file(checkpoint / WEIGHTS_FILE)
+            try:
+                weights = safetensors.torch.load_file(checkpoint / WEIGHTS_FILE)
+            except Exception as error:  # safetensors raises its own Rust exception class
+                raise CheckpointError(f"{load_path_or_dict} has no readable {WEIGHTS_FILE}: {error}.") from error
         super().set_parameters({"policy": weights}, exact_match, device)  # type: ignore[dict-item]
 
 
-def _made(env: GymEnv | str | None) -> Any:
-    """The environment itself, where its id was given; one that can be filmed, as SB3 makes it."""
-    if not isinstance(env, str):
-        return env
-    try:
-        return make_env(env, render_mode="rgb_array")
-    except TypeError:  # its constructor has no render_mode
-        return make_env(env)
-
-
-def _normalized(obs: Observation, normalize: VecNormalize) -> Observation:
-    """`VecNormalize`'s own normalisation, of observations in the library's form `[B, T, ...]`."""
-    if not isinstance(obs, dict):
-        return _normalized({SINGLE_KEY: obs}, normalize)[SINGLE_KEY]  # type: ignore[index]
-    statistics = normalize.obs_rms if isinstance(normalize.obs_rms, dict) else {SINGLE_KEY: normalize.obs_rms}
-    scaled = dict(obs)
-    for key, rms in statistics.items():
-        mean = torch.as_tensor(rms.mean.reshape(-1), dtype=torch.float32)
-        std = torch.as_tensor(np.sqrt(rms.var + normalize.epsilon).reshape(-1), dtype=torch.float32)
-        scaled[key] = ((obs[key] - mean) / std).clamp(-normalize.clip_obs, normalize.clip_obs)
-    return scaled
+def _checked_model_kwargs(given: Any) -> dict[str, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise ConfigurationError(
+            f"model_kwargs is {given!r}, expected a dictionary with fields of the model's configuration, "
+            "such as {'hidden_dim': 128}."
+        )
+    if "device" in given:
+        raise ConfigurationError(f"model_kwargs has device={given['device']!r}. Pass device to WorldFluxAgent itself.")
+    return dict(given)

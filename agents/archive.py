@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from worldflux.errors import CheckpointError
+from worldflux.training.checkpoint import remove_leftovers
 
 AGENT_FILE = "agent.json"
 FORMAT = 1
@@ -36,19 +37,25 @@ def write_archive(path: ArchivePath, description: dict[str, Any], save_checkpoin
         path: A path, to which `.zip` is appended if it has no suffix and whose directories are made, or a binary file.
         description: Content of `agent.json`.
         save_checkpoint: Writes the trainer's checkpoint into a directory that does not exist yet.
+
+    Raises:
+        CheckpointError: If the path is a directory.
     """
     target = None if isinstance(path, io.IOBase) else _with_suffix(Path(path))
-    if target is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, so that the last move stays inside one file system.
-    with tempfile.TemporaryDirectory(prefix=".agent-", dir=target and target.parent) as scratch:
-        checkpoint = Path(scratch) / "checkpoint"
+    if target is not None and target.is_dir():
+        raise CheckpointError(f"{target} is a directory, expected the path of a file. Add a name, such as agent.zip.")
+    with _scratch(target) as scratch:
+        checkpoint = scratch / "checkpoint"
         save_checkpoint(checkpoint)
-        whole = Path(scratch) / "agent.zip"
-        with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive:
-            archive.writestr(AGENT_FILE, json.dumps({"format": FORMAT, **description}, indent=2))
-            for entry in sorted(checkpoint.iterdir()):
-                archive.write(entry, entry.name)
+        whole = scratch / "agent.zip"
+        with whole.open("wb") as file:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                archive.writestr(AGENT_FILE, json.dumps({"format": FORMAT, **description}, indent=2))
+                for entry in sorted(checkpoint.iterdir()):
+                    archive.write(entry, entry.name)
+            file.flush()
+            # On the disk before the old file is gone.
+            os.fsync(file.fileno())
         if target is not None:
             os.replace(whole, target)
         else:
@@ -81,12 +88,36 @@ def open_archive(path: ArchivePath) -> Iterator[tuple[dict[str, Any], Path]]:
                 for entry in _ENTRIES:  # these names only: a zip may hold any path
                     archive.extract(entry, scratch)
             description = json.loads((Path(scratch) / AGENT_FILE).read_text(encoding="utf-8"))
-        except (zipfile.BadZipFile, EOFError, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except CheckpointError:
+            raise
+        except Exception as error:  # what a damaged zip makes zipfile raise is not a closed list
             raise CheckpointError(f"{path} is not a readable file of an agent: {error}.") from error
         if not isinstance(description, dict) or description.get("format") != FORMAT:
             found = description.get("format") if isinstance(description, dict) else None
             raise CheckpointError(f"{path} has format {found}, this version reads {FORMAT}. Use a newer worldflux.")
         yield description, Path(scratch)
+
+
+@contextmanager
+def _scratch(target: Path | None) -> Iterator[Path]:
+    """A directory to write in, which is removed afterwards.
+
+    It lies beside the target, so that the last move stays inside one file system. What saves that were killed left
+    there is removed first.
+    """
+    if target is None:
+        with tempfile.TemporaryDirectory(prefix="agent-") as directory:
+            yield Path(directory)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target.parent)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.writing")  # the name that says whose it is
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        yield beside
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _with_suffix(path: Path) -> Path:

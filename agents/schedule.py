@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from worldflux.errors import ConfigurationError
 
 
@@ -53,7 +55,7 @@ class UpdateSchedule:
         """Where the count stands, for a checkpoint."""
         return {"env_steps": self._env_steps, "handed_out": self._handed_out}
 
-    def load_state_dict(self, state: dict[str, int | None]) -> None:
+    def load_state_dict(self, state: Mapping[str, int | None]) -> None:
         """Continue a count that `state_dict` described.
 
         The handed-out total is counted anew where the ratio has changed since: nothing is owed for the past.

@@ -153,6 +153,8 @@ class _Leaf:
             )
         if not batched:
             array = array[None]
+        if not len(array):
+            raise ShapeMismatchError(f"{self.name} has shape {array.shape}, expected at least one row.")
         if self.choices is not None:
             return self.choices.encode(array.reshape(len(array), -1), self.name), batched
         if self.is_image:

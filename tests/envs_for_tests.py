@@ -95,52 +95,6 @@ def assert_rows_belong_together(obs: np.ndarray, actions: np.ndarray, rewards: n
     return int(follows.sum())
 
 
-class PixelCatch(gym.Env[np.ndarray, int]):
-    """Five balls fall one after the other; a paddle at the bottom, moved left or right, catches them.
-
-    The observation is the picture alone, and one picture does not show which way the ball drifts. Each ball caught
-    earns 1; the best return is 5, random actions earn about 1.
-    """
-
-    SIZE, BALLS, PADDLE, FALL, STEP = 64, 5, 10, 4, 6
-
-    def __init__(self) -> None:
-        self.observation_space = spaces.Box(0, 255, (self.SIZE, self.SIZE, 3), np.uint8)
-        self.action_space = spaces.Discrete(3)
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        super().reset(seed=seed)
-        self.paddle, self.ball_number = self.SIZE // 2, 0
-        self._new_ball()
-        return self._picture(), {}
-
-    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        half = self.PADDLE // 2
-        self.paddle = int(np.clip(self.paddle + (int(action) - 1) * self.STEP, half, self.SIZE - half))
-        self.y += self.FALL
-        self.x += self.drift
-        if not 4 <= self.x <= self.SIZE - 4:
-            self.drift = -self.drift
-            self.x = int(np.clip(self.x, 4, self.SIZE - 4))
-        reward = 0.0
-        if self.y >= self.SIZE - 8:
-            reward = float(abs(self.x - self.paddle) <= half + 2)
-            self.ball_number += 1
-            self._new_ball()
-        return self._picture(), reward, self.ball_number == self.BALLS, False, {}
-
-    def _new_ball(self) -> None:
-        self.x, self.y = int(self.np_random.integers(4, self.SIZE - 3)), 4
-        self.drift = int(self.np_random.choice([-2, 2]))
-
-    def _picture(self) -> np.ndarray:
-        picture = np.zeros((self.SIZE, self.SIZE, 3), np.uint8)
-        half = self.PADDLE // 2
-        picture[self.SIZE - 8 : self.SIZE - 3, self.paddle - half : self.paddle + half] = (60, 160, 255)
-        picture[self.y - 4 : self.y + 4, self.x - 4 : self.x + 4] = (255, 200, 40)
-        return picture
-
-
 class Corridor(gym.Env[int, int]):
     """Six cells in a row; going right from the leftmost one, the last is reached in five steps.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from worldflux.agents import WorldFluxAgent
+from worldflux.agents.archive import open_archive, write_archive
 from worldflux.errors import CheckpointError, ConfigurationError, ShapeMismatchError, TrainingError, WorldFluxError
 from worldflux.training.replay import ReplayBuffer
 
@@ -133,6 +135,30 @@ def test_training_waits_for_a_batch_of_windows() -> None:
     assert agent._n_updates == 1
 
 
+def test_training_waits_for_what_was_collected_not_for_what_is_still_stored() -> None:
+    # Episodes of one step fill the buffer's rows with their last observations long before it holds 8000 transitions.
+    agent = make_agent(counting_envs(64, lengths=(1,)), buffer_size=64 * 128, learning_starts=8000)
+
+    agent.learn(7936)
+    assert agent._n_updates == 0
+    agent.learn(64, reset_num_timesteps=False)
+
+    assert agent.replay_buffer.num_transitions < 8000
+    assert agent._n_updates == 1
+
+
+def test_a_window_is_trained_on_once_when_it_is_complete() -> None:
+    agent = make_agent(counting_envs(1, lengths=(10_000,)), train_ratio=1e-6, learning_starts=0, replay_context=False)
+    agent.learn(50)
+
+    batches = [agent._sample() for _ in range(3)]
+
+    # The first gradient step, after 7 rows, had the first window; two of six rows come with each batch from then on.
+    assert agent._n_updates == 1
+    first_rows = torch.stack([batch.rows[:, 0] for batch in batches])
+    assert first_rows.tolist() == [[6, 12], [18, 24], [30, 36]]
+
+
 def test_without_replay_context_nothing_is_stored_beside_the_rows() -> None:
     agent = make_agent(replay_context=False).learn(30)
 
@@ -174,6 +200,45 @@ def test_learning_anew_resets_the_environments_and_closes_their_episodes() -> No
     batch = agent.replay_buffer.sample(100, 3)
     assert_rows_belong_together(batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy())
     assert bool(batch.obs_mask.all()) and not batch.terminations.any()
+
+
+HANDLES: dict[str, Callable[[WorldFluxAgent, Any], Any]] = {
+    "the agent's": lambda agent, venv: agent.get_env(),
+    "the one below a wrapper": lambda agent, venv: venv,
+    "one environment alone": lambda agent, venv: venv.envs[1],
+    "the innermost environment": lambda agent, venv: venv.envs[1].unwrapped,
+}
+
+
+@pytest.mark.parametrize("handle", HANDLES)
+def test_whoever_moves_the_environments_in_between_new_episodes_begin(handle: str) -> None:
+    venv = counting_envs(2, lengths=(30,))
+    agent = make_agent(VecNormalize(venv, norm_obs=False), train_ratio=0).learn(40)
+
+    HANDLES[handle](agent, venv).reset()
+    agent.learn(40, reset_num_timesteps=False)
+
+    assert agent.num_timesteps == agent.replay_buffer.num_transitions == 80
+    assert agent.replay_buffer.num_episodes == 2
+    batch = agent.replay_buffer.sample(200, 5)
+    compared = assert_rows_belong_together(
+        batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy()
+    )
+    assert compared > 500 and bool(batch.obs_mask.all())
+    cut = batch.truncations
+    assert bool(cut.any()) and set(batch.obs[cut][:, 2].tolist()) == {19}
+
+
+def test_an_evaluation_in_the_training_environments_breaks_no_rows() -> None:
+    agent = make_agent(counting_envs(2, lengths=(9,)), train_ratio=0).learn(24)
+    evaluate_policy(agent, agent.get_env(), n_eval_episodes=3)
+
+    evaluation = EvalCallback(agent.get_env(), n_eval_episodes=1, eval_freq=5, verbose=0)
+    agent.learn(60, callback=evaluation, reset_num_timesteps=False)
+
+    assert agent.num_timesteps == agent.replay_buffer.num_transitions == 84
+    batch = agent.replay_buffer.sample(300, 6)
+    assert_rows_belong_together(batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy())
 
 
 def test_a_keyboard_interrupt_leaves_a_usable_agent() -> None:
@@ -378,6 +443,7 @@ def test_images_are_predicted_from_as_the_environment_gives_them() -> None:
     ("arguments", "message"),
     [
         ((np.zeros(5, np.float32),), r"observation has shape \(5,\), expected \(4,\)"),
+        ((np.zeros((0, 4), np.float32),), r"observation has shape \(0, 4\), expected at least one row"),
         ((np.full(4, np.nan, np.float32),), "contains NaN"),
         ((np.zeros(4, np.float32), (np.zeros(3),)), r"state is 1 arrays, expected the 4 arrays that predict returned"),
         ((np.zeros((2, 4), np.float32), (np.zeros((1, 1)),) * 4), r"state 'deter' has shape \(1, 1\)"),
@@ -446,6 +512,73 @@ def test_a_saved_agent_holds_no_pickle_of_objects(tmp_path: Path, trained: World
     assert list(tmp_path.iterdir()) == [tmp_path / "agent.zip"]
 
 
+def test_numbers_of_numpy_can_be_saved() -> None:
+    agent = make_agent(
+        batch_size=np.int64(2),
+        train_ratio=np.float32(6),
+        learning_starts=np.array(10),
+        replay_context=np.bool_(True),
+        stats_window_size=np.int64(5),
+        verbose=np.int64(0),
+        seed=np.uint8(3),
+    )
+    agent.learn(np.int64(12), log_interval=np.int64(4))
+    file = io.BytesIO()
+    agent.save(file)
+
+    loaded = WorldFluxAgent.load(file)
+
+    assert loaded._total_timesteps == loaded.num_timesteps == 12
+    settings = [loaded.batch_size, loaded.train_ratio, loaded.replay_context, loaded.stats_window_size, loaded.seed]
+    assert settings == [2, 6.0, True, 5, 3]
+    assert [type(setting) for setting in settings] == [int, float, bool, int, int]
+
+
+def test_a_float_that_is_whole_counts_steps() -> None:
+    agent = make_agent(train_ratio=0).learn(1e1)
+
+    assert agent.num_timesteps == agent._total_timesteps == 10
+    with pytest.raises(ConfigurationError, match=r"total_timesteps is 10.5, expected a whole number from 0"):
+        agent.learn(10.5)
+    with pytest.raises(ConfigurationError, match="log_interval is 0, expected a whole number from 1"):
+        agent.learn(10, log_interval=0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process that dies in the middle is made by forking")
+def test_the_next_save_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        write_archive(tmp_path / "other.zip", {}, lambda checkpoint: os._exit(9))
+    os.waitpid(child, 0)
+    assert [entry.is_dir() for entry in tmp_path.iterdir()] == [True]
+    of_a_running_process = tmp_path / f".third.zip.{os.getppid()}.writing"
+    of_a_running_process.mkdir()
+
+    write_archive(tmp_path / "agent.zip", {}, lambda checkpoint: checkpoint.mkdir())
+
+    assert set(tmp_path.iterdir()) == {tmp_path / "agent.zip", of_a_running_process}
+
+
+def test_a_file_is_on_the_disk_before_it_takes_the_place_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[Any] = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (events.append(os.fstat(handle).st_size), sync(handle)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (events.append("replaced"), replace(old, new)))
+
+    write_archive(tmp_path / "agent.zip", {"n_envs": 1}, lambda checkpoint: checkpoint.mkdir())
+
+    assert events == [(tmp_path / "agent.zip").stat().st_size, "replaced"]
+
+
+def test_a_directory_is_not_overwritten_by_a_file(tmp_path: Path) -> None:
+    (tmp_path / "agent.zip").mkdir()
+
+    with pytest.raises(CheckpointError, match=r"agent\.zip is a directory, expected the path of a file"):
+        write_archive(tmp_path / "agent", {}, lambda checkpoint: checkpoint.mkdir())
+
+
 @pytest.mark.parametrize("obs", ["vector", "image", "dict"])
 @pytest.mark.parametrize(
     "action_space", [spaces.MultiDiscrete([3, 2], start=[1, 0]), spaces.MultiBinary(2), spaces.Box(-1.0, 3.0, (2,))]
@@ -483,6 +616,59 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
         archive.writestr("data", "{}")
     with pytest.raises(CheckpointError, match="saved by stable-baselines3 itself"):
         WorldFluxAgent.load(tmp_path / "sb3.zip")
+
+
+def test_no_flipped_byte_gives_anything_but_our_own_error(tmp_path: Path) -> None:
+    def checkpoint(directory: Path) -> None:
+        directory.mkdir()
+        for name in ("config.json", "model.safetensors", "optimizer.pt", "trainer.json"):
+            (directory / name).write_text("{}")
+
+    path = tmp_path / "agent.zip"
+    write_archive(path, {}, checkpoint)
+    whole = path.read_bytes()
+    damaged = 0
+    for place in range(0, len(whole), 2):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            with open_archive(path):
+                pass
+        except CheckpointError:
+            damaged += 1
+    assert damaged > len(whole) / 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schedule": {}}, r"agent.json has no 'env_steps'"),
+        ({"schedule": {"env_steps": "x", "handed_out": 0}}, "schedule: env_steps is 'x', expected a whole number"),
+        ({"n_envs": "x"}, "n_envs is 'x', expected a whole number from 1"),
+        ({"n_envs": 10**400}, "n_envs is above 9e18, expected a whole number below"),
+        ({"counters": []}, r"is damaged\. In its agent\.json: list indices"),
+        ({"counters": {"num_timesteps": -1}}, "num_timesteps is -1, expected a whole number from 0"),
+        ({"settings": {"learning_rate": "fast"}}, "learning_rate is 'fast', expected a finite number|no 'train_ratio'"),
+        ({"settings": None}, "is damaged"),
+        ({"progress_remaining": "x"}, "progress_remaining is 'x', expected a finite number"),
+        ({"action_space": {"type": "Discrete", "n": 10**30, "start": 0}}, "description of a space is damaged"),
+        ({"observation_space": {"type": "MultiBinary", "shape": [-1]}}, "description of a space is damaged"),
+        ({"n_envs": ...}, "agent.json has no 'n_envs'"),
+    ],
+)
+def test_a_description_that_was_changed_is_refused(
+    tmp_path: Path, trained: WorldFluxAgent, change: dict[str, Any], message: str
+) -> None:
+    trained.save(tmp_path / "agent.zip")
+    with zipfile.ZipFile(tmp_path / "agent.zip") as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    description = {**json.loads(entries["agent.json"]), **change}
+    description = {name: value for name, value in description.items() if value is not ...}
+    with zipfile.ZipFile(tmp_path / "changed.zip", "w") as archive:
+        for name, data in {**entries, "agent.json": json.dumps(description)}.items():
+            archive.writestr(name, data)
+
+    with pytest.raises(CheckpointError, match=message):
+        WorldFluxAgent.load(tmp_path / "changed.zip", "CartPole-v1")
 
 
 def test_the_replay_buffer_is_saved_to_exactly_the_path_that_was_given(tmp_path: Path, trained: WorldFluxAgent) -> None:
@@ -526,6 +712,21 @@ def test_models_are_given_by_name_by_directory_and_as_objects(tmp_path: Path, tr
     assert isinstance(from_object.policy, torch.nn.Module)
 
 
+def test_a_name_means_the_same_model_as_for_the_factory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: WorldFluxAgent
+) -> None:
+    trained.model.save_pretrained(tmp_path / "dreamerv3:tiny")
+    trained.model.save_pretrained(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+
+    for name, is_saved in (("dreamerv3:tiny", False), ("DreamerV3:Tiny", False), ("./dreamerv3:tiny", True)):
+        # Without the fields that make the preset smaller, so that the two differ in size.
+        agent = WorldFluxAgent(name, "CartPole-v1", **{**SETTINGS, "model_kwargs": None})
+        assert agent.model.config.deter_dim == (TINY["deter_dim"] if is_saved else 256), name
+    by_path = WorldFluxAgent("mine", "CartPole-v1", **{**SETTINGS, "model_kwargs": None})
+    assert torch.equal(weights(by_path), weights(trained))
+
+
 def test_settings_that_are_not_given_are_the_familys_own() -> None:
     agent = WorldFluxAgent("dreamerv3:tiny", "CartPole-v1", device="cpu")
     defaults = agent.model.online_defaults()
@@ -546,6 +747,27 @@ def test_settings_that_are_not_given_are_the_familys_own() -> None:
         (lambda: make_agent(seq_len=2.5), "seq_len is 2.5, expected a whole number"),
         (lambda: make_agent(buffer_size=8), "buffer_size is 8, expected at least 10: learning_starts"),
         (lambda: make_agent(train_ratio=-1), "train_ratio is -1.0, expected a number of 0 or more"),
+        (lambda: make_agent(train_ratio=1e300), "train_ratio is 1e.300, expected a number of 0 or more, up to 1e9"),
+        (lambda: make_agent(learning_rate=float("nan")), "learning_rate is nan, expected a finite number"),
+        (lambda: make_agent(learning_rate="3e-4"), "learning_rate is '3e-4', expected a finite number"),
+        (lambda: make_agent(replay_context="yes"), "replay_context is 'yes', expected True or False"),
+        (lambda: make_agent(stats_window_size=0), "stats_window_size is 0, expected a whole number from 1"),
+        (lambda: make_agent(verbose="loud"), "verbose is 'loud', expected a whole number from 0"),
+        (lambda: make_agent(tensorboard_log=5), "tensorboard_log is 5, expected a directory or None"),
+        (lambda: make_agent(seed=-1), "seed is -1, expected a whole number from 0"),
+        (lambda: make_agent(seed=2**40), r"seed is 1099511627776, expected a whole number below 2\*\*32"),
+        (lambda: make_agent(seed="a"), "seed is 'a', expected a whole number"),
+        (lambda: make_agent(seed=1.0), r"seed is 1\.0, expected a whole number"),
+        (lambda: make_agent(device="gpu"), "device is 'gpu', expected 'auto', 'cpu', 'cuda' or 'cuda:<index>'"),
+        (lambda: make_agent(model_kwargs=[1]), r"model_kwargs is \[1\], expected a dictionary with fields"),
+        (lambda: make_agent(model_kwargs={"device": "cpu"}), "Pass device to WorldFluxAgent itself"),
+        (lambda: make_agent(model_kwargs={"obs_shape": (3,)}), r"model has obs_shape=\(3,\), expected \(4,\)"),
+        (lambda: make_agent(5), "env is 5, expected an id, a Gymnasium environment or an SB3 VecEnv"),
+        (lambda: make_agent(CountingEnv), r"env is the class CountingEnv, .* Pass an instance: CountingEnv\(\)"),
+        (lambda: make_agent([CountingEnv()]), "env is a list, .* Several environments are passed as a VecEnv"),
+        (lambda: make_agent().set_env(None), "env is None, expected an id"),
+        (lambda: make_agent("bad id!!"), "Environment 'bad id!!' cannot be made: Malformed environment ID"),
+        (lambda: WorldFluxAgent("", "CartPole-v1"), r"Unknown model ''.*list_models\(\) shows all"),
         (lambda: make_agent("CartPol-v1"), "Unknown environment 'CartPol-v1'; did you mean"),
         (lambda: make_agent(None), "env is None, expected an id"),
         (lambda: WorldFluxAgent(3, "CartPole-v1"), "model is a int, expected a preset"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import gymnasium as gym
@@ -9,10 +11,11 @@ import numpy as np
 import pytest
 from envs_for_tests import CountingEnv, assert_rows_belong_together
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 
 from worldflux.envs import RecordEpisodes, VecRecordEpisodes, make_env, make_vec_env
-from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError
+from worldflux.envs.watch import EnvWatch
+from worldflux.errors import BufferError, ConfigurationError, MissingDependencyError, ShapeMismatchError
 from worldflux.training.batch import Batch
 from worldflux.training.replay import ReplayBuffer
 
@@ -214,3 +217,85 @@ def test_environments_are_made_from_their_names() -> None:
         make_env("CartPol-v1")
     with pytest.raises(ConfigurationError, match="n_envs is 0, expected at least 1"):
         make_vec_env("Pendulum-v1", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Pendulum-v0", "'Pendulum-v0' cannot be made: .*use `Pendulum-v1` instead"),
+        ("bad id!!", r"'bad id!!' cannot be made: Malformed .* gymnasium\.pprint_registry\(\) shows all"),
+        ("", "'' cannot be made: Malformed environment ID"),
+        (5, "name is 5, expected an id such as 'CartPole-v1'"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*out of date")
+def test_names_that_cannot_be_made_say_what_to_do(name: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        make_env(name)
+
+
+@pytest.mark.filterwarnings("ignore:.*out of date")
+def test_an_environment_whose_package_is_missing_says_so() -> None:
+    with pytest.raises(MissingDependencyError, match="'Humanoid-v3' needs a package that is not installed"):
+        make_env("Humanoid-v3")
+
+
+# --- who moves an environment
+
+
+def test_every_handle_to_an_environment_is_watched() -> None:
+    venv = VecNormalize(DummyVecEnv([lambda: gym.wrappers.TimeLimit(CountingEnv(lengths=(9,)), 5)] * 2))
+    watch = EnvWatch(venv)
+    venv.reset()
+    assert watch.moved
+    action = np.ones(1, np.float32)
+    for move in (
+        venv.venv.reset,
+        venv.venv.envs[1].reset,
+        lambda: venv.step(np.stack([action] * 2)),
+        lambda: venv.venv.envs[0].step(action),
+        lambda: venv.venv.envs[1].unwrapped.step(action),
+        lambda: venv.env_method("reset", indices=[1]),
+    ):
+        watch.mark()
+        assert not watch.moved
+        move()
+        assert watch.moved
+
+
+def test_environments_in_other_processes_are_watched_where_they_are_reached() -> None:
+    venv = SubprocVecEnv([CountingEnv] * 2, start_method="fork")
+    try:
+        watch = EnvWatch(VecFrameStack(venv, 2))
+        assert not watch.moved
+        venv.reset()
+        assert watch.moved
+        watch.mark()
+        venv.step(np.ones((2, 1), np.float32))
+        assert watch.moved
+    finally:
+        venv.close()
+
+
+def test_two_who_watch_do_not_count_each_others_marks() -> None:
+    venv = DummyVecEnv([CountingEnv])
+    first, second = EnvWatch(venv), EnvWatch(venv)
+    venv.reset()
+    first.mark()
+
+    assert second.moved and not first.moved
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
+def test_a_copy_of_a_watched_environment_moves_alone(copied: Any) -> None:
+    env = CountingEnv(lengths=(9,))
+    watch = EnvWatch(DummyVecEnv([lambda: env]))
+    env.reset()
+    twin = copied(env)
+    watch.mark()
+
+    twin.reset()
+    twin.step(np.ones(1, np.float32))
+
+    assert (env.episode, env.t) == (0, 0) and (twin.episode, twin.t) == (1, 1)
+    assert not watch.moved

@@ -77,7 +77,7 @@ def create_world_model(
         given["obs_shape"] = obs_shape
     if action_dim is not None:
         given["action_dim"] = action_dim
-    found = _find(name) if isinstance(spec_or_path, str) else None
+    found = find_preset(name) if isinstance(spec_or_path, str) else None
     if found is None:
         return _load(name, place, given)
     preset, family = found
@@ -171,7 +171,7 @@ def _identity(cls: type) -> tuple[str, str]:
     return cls.__module__, cls.__qualname__
 
 
-def _find(name: str) -> tuple[str, _Family] | None:
+def find_preset(name: str) -> tuple[str, _Family] | None:
     """The preset that a name or an alias stands for, in any case, with its family."""
     for family in _families.values():
         lowered = {key.lower(): key for key in family.names()}
@@ -227,7 +227,7 @@ def _describe(family: _Family, fields: Mapping[str, Any]) -> str:
 @cache
 def _count_parameters(preset: str) -> int:
     """Trainable parameters of a preset for a 64x64x3 image and 6 continuous actions. No memory is taken for them."""
-    found = _find(preset)
+    found = find_preset(preset)
     assert found is not None, preset
     family = found[1]
     fields = {**family.presets[preset], "obs_shape": (3, 64, 64), "action_dim": 6}

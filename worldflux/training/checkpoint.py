@@ -47,7 +47,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_directory(path)
-    _remove_leftovers(path.parent)
+    remove_leftovers(path.parent)
     beside = path.with_name(f".{path.name}.{os.getpid()}.writing")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
@@ -252,7 +252,7 @@ def _decoded(state: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], di
     return (version, tuple(words), gauss), {**state["numpy"], "state": internal}, streams
 
 
-def _remove_leftovers(directory: Path) -> None:
+def remove_leftovers(directory: Path) -> None:
     """Removes what writers that no longer run left unfinished in `directory`."""
     for entry in directory.iterdir():
         match = _BESIDE.match(entry.name)

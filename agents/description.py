@@ -1,0 +1,77 @@
+"""What the file of an agent says of it besides its model: spaces, settings and counters, as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from gymnasium import spaces
+
+from worldflux.agents.settings import AgentSettings, count, finite_number
+from worldflux.agents.spaces_json import space_from_json, space_to_json
+from worldflux.errors import CheckpointError, ConfigurationError
+
+COUNTERS = ("num_timesteps", "_total_timesteps", "_num_timesteps_at_start", "_n_updates", "_episode_num")
+"""Attributes of an agent that go on counting after loading."""
+
+
+@dataclass(frozen=True)
+class AgentDescription:
+    """An agent without its model and optimiser."""
+
+    observation_space: spaces.Space[Any]
+    action_space: spaces.Space[Any]
+    n_envs: int
+    settings: AgentSettings
+    counters: Mapping[str, int]
+    """By the names in `COUNTERS`."""
+    progress_remaining: float
+    """1 at the beginning of a call of `learn`, 0 at its end."""
+    schedule: Mapping[str, int | None]
+    """Where `UpdateSchedule` stands."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` builds an equal description from."""
+        return {
+            "observation_space": space_to_json(self.observation_space),
+            "action_space": space_to_json(self.action_space),
+            "n_envs": self.n_envs,
+            "settings": asdict(self.settings),
+            "counters": dict(self.counters),
+            "progress_remaining": self.progress_remaining,
+            "schedule": dict(self.schedule),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], source: object) -> AgentDescription:
+        """The description that `to_json` turned into JSON.
+
+        Args:
+            data: Its content.
+            source: Named in errors.
+
+        Raises:
+            CheckpointError: If something is missing, or no agent can have such a value.
+        """
+        try:
+            return cls(
+                observation_space=space_from_json(data["observation_space"]),
+                action_space=space_from_json(data["action_space"]),
+                n_envs=count("n_envs", data["n_envs"], 1),
+                settings=AgentSettings(**{item.name: data["settings"][item.name] for item in fields(AgentSettings)}),
+                counters={name: count(name, data["counters"][name], 0) for name in COUNTERS},
+                progress_remaining=finite_number("progress_remaining", data["progress_remaining"]),
+                schedule={
+                    "env_steps": _whole_or_none("schedule: env_steps", data["schedule"]["env_steps"]),
+                    "handed_out": count("schedule: handed_out", data["schedule"]["handed_out"], 0),
+                },
+            )
+        except KeyError as error:
+            raise CheckpointError(f"{source} is damaged: its agent.json has no {error}.") from error
+        except (CheckpointError, ConfigurationError, TypeError) as error:
+            raise CheckpointError(f"{source} is damaged. In its agent.json: {error}") from error
+
+
+def _whole_or_none(name: str, value: Any) -> int | None:
+    return None if value is None else count(name, value, 0)

@@ -1,0 +1,93 @@
+"""The settings of a `WorldFluxAgent`, in the types that its file can hold."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from worldflux.errors import ConfigurationError
+from worldflux.models.base import WorldModel
+from worldflux.training.config import whole_number
+
+_COUNTS = {"batch_size": 1, "seq_len": 1, "buffer_size": 1, "learning_starts": 0, "seed": 0}
+
+
+@dataclass(frozen=True)
+class AgentSettings:
+    """Settings as they are described in `WorldFluxAgent`; None stands for the model family's own number.
+
+    Numbers of NumPy and torch become Python's.
+
+    Raises:
+        ConfigurationError: If a value has the wrong type or is out of range.
+    """
+
+    learning_rate: float | None = None
+    train_ratio: float | None = None
+    batch_size: int | None = None
+    seq_len: int | None = None
+    buffer_size: int | None = None
+    learning_starts: int | None = None
+    replay_context: bool = True
+    stats_window_size: int = 100
+    tensorboard_log: str | None = None
+    verbose: int = 0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        checked: dict[str, Any] = {
+            name: count(name, getattr(self, name), least)
+            for name, least in _COUNTS.items()
+            if getattr(self, name) is not None
+        }
+        if checked.get("seed", 0) >= 2**32:
+            raise ConfigurationError(f"seed is {self.seed}, expected a whole number below 2**32, which NumPy can take.")
+        if self.learning_rate is not None:
+            checked["learning_rate"] = rate = finite_number("learning_rate", self.learning_rate)
+            if not rate > 0:
+                raise ConfigurationError(f"learning_rate is {rate}, expected a number above 0.")
+        if self.train_ratio is not None:
+            checked["train_ratio"] = ratio = finite_number("train_ratio", self.train_ratio)
+            if not 0 <= ratio <= 1e9:
+                raise ConfigurationError(f"train_ratio is {ratio}, expected a number of 0 or more, up to 1e9.")
+        if not isinstance(self.replay_context, bool | np.bool_):
+            raise ConfigurationError(f"replay_context is {self.replay_context!r}, expected True or False.")
+        checked["replay_context"] = bool(self.replay_context)
+        checked["stats_window_size"] = count("stats_window_size", self.stats_window_size, 1)
+        # SB3 counts, and others say True.
+        verbose = int(self.verbose) if isinstance(self.verbose, bool | np.bool_) else self.verbose
+        checked["verbose"] = count("verbose", verbose, 0)
+        if self.tensorboard_log is not None:
+            if not isinstance(self.tensorboard_log, str | Path):
+                raise ConfigurationError(f"tensorboard_log is {self.tensorboard_log!r}, expected a directory or None.")
+            checked["tensorboard_log"] = str(self.tensorboard_log)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def with_defaults(self, model: WorldModel) -> AgentSettings:
+        """The same settings with the numbers of a model's family where none were given."""
+        own = {"learning_rate": model.optimizer_spec.learning_rate, **vars(model.online_defaults())}
+        return replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
+
+
+def count(name: str, value: Any, least: int) -> int:
+    """`value` as an int, if it is a whole number from `least` that fits into 64 bits."""
+    number = whole_number(name, value, least)
+    if number >= 2**63:
+        raise ConfigurationError(f"{name} is above 9e18, expected a whole number below 2**63.")
+    return number
+
+
+def finite_number(name: str, value: Any) -> float:
+    """`value` as a finite float, if it is a number of Python, NumPy or torch, and no bool."""
+    try:
+        number = float(value) if hasattr(value, "__float__") else math.nan
+    except (OverflowError, TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, bool | np.bool_) or not math.isfinite(number):
+        raise ConfigurationError(f"{name} is {value!r}, expected a finite number.")
+    return number
