@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-SOURCES := worldflux envs agents tests $(wildcard examples benchmarks)
+SOURCES := worldflux envs agents tests examples benchmarks
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help

@@ -1,0 +1,182 @@
+"""Learning curves of small tasks on a CPU: do the algorithms learn, how fast, over several seeds.
+
+    python benchmarks/learning.py cartpole pendulum --seeds 0 1 2
+    python benchmarks/learning.py --plot docs/learning_curves.png        # draws what was measured before
+
+Each run appends to `benchmarks/results/<task>.csv` (`step,score,seed`: the return of every training episode, whose
+actions are sampled) and prints one line of JSON with the mean return of ten episodes of deterministic actions. The exit
+code is 1 if one of them is below the task's accepted score.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import matplotlib
+import numpy as np
+import torch
+from pixel_choice import PixelChoice
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
+
+from worldflux import WorldFluxAgent
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned, for how long, with which settings, and what counts as learned."""
+
+    title: str
+    make: Callable[[], gym.Env[Any, Any]]
+    steps: int
+    accepted: float
+    """Mean return of deterministic actions that a run must reach."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    n_envs: int = 1
+    """Copies of the environment that collect together."""
+    preset: str = "dreamerv3:tiny"
+
+
+TASKS = {
+    "cartpole": Task(
+        "CartPole-v1",
+        lambda: gym.make("CartPole-v1"),
+        8_000,
+        400.0,
+        {"train_ratio": 64, "seq_len": 16, "learning_rate": 1e-3},
+        n_envs=4,
+    ),
+    "pendulum": Task(
+        "Pendulum-v1", lambda: gym.make("Pendulum-v1"), 10_000, -250.0, {"train_ratio": 64, "seq_len": 16}
+    ),
+    "pixelchoice": Task(
+        "PixelChoice (64x64 pixels)",
+        PixelChoice,
+        6_000,
+        0.75,
+        {"train_ratio": 32, "batch_size": 8, "seq_len": 16, "model_kwargs": {"cnn_depth": 4}},
+    ),
+}
+
+
+class Returns(BaseCallback):
+    """Remembers the return of every training episode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.curve: list[tuple[int, float]] = []
+
+    def _on_step(self) -> bool:
+        for info in self.locals["infos"]:
+            if "episode" in info:
+                self.curve.append((self.num_timesteps, float(info["episode"]["r"])))
+        return True
+
+
+def run(name: str, seed: int) -> tuple[dict[str, Any], list[tuple[int, float]]]:
+    """Learns a task.
+
+    Returns:
+        What is printed, and the curve: environment steps and return of each training episode.
+    """
+    task = TASKS[name]
+    started = time.perf_counter()
+    env = make_vec_env(task.make, n_envs=task.n_envs)
+    agent = WorldFluxAgent(task.preset, env, seed=seed, **task.settings)
+    returns = Returns()
+    agent.learn(task.steps, callback=returns)
+    seconds = time.perf_counter() - started
+    test_env = Monitor(task.make())
+    test_env.reset(seed=10_000 + seed)
+    scores, _ = evaluate_policy(agent, test_env, n_eval_episodes=10, deterministic=True, return_episode_rewards=True)
+    result = {
+        "task": name,
+        "seed": seed,
+        "score": round(float(np.mean(scores)), 2),
+        "worst_episode": round(float(np.min(scores)), 2),
+        "accepted": task.accepted,
+        "env_steps": agent.num_timesteps,
+        "gradient_steps": agent.trainer.step_count,
+        "seconds": round(seconds, 1),
+    }
+    return result, returns.curve
+
+
+def append(name: str, seed: int, curve: list[tuple[int, float]]) -> None:
+    """Adds a run to the task's file, in place of an older one with the same seed."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.csv"
+    rows = [row for row in read(path) if row[2] != seed] if path.exists() else []
+    rows += [(step, round(score, 3), seed) for step, score in curve]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([("step", "score", "seed"), *sorted(rows, key=lambda row: (row[2], row[0]))])
+
+
+def read(path: Path) -> list[tuple[int, float, int]]:
+    """The rows of a results file."""
+    with path.open(newline="") as file:
+        return [(int(row["step"]), float(row["score"]), int(row["seed"])) for row in csv.DictReader(file)]
+
+
+def plot(target: Path) -> None:
+    """Draws all results: every episode, and a running mean of ten for each seed."""
+    names = [name for name in TASKS if (RESULTS / f"{name}.csv").exists()]
+    figure, grid = plt.subplots(1, len(names), figsize=(4.5 * len(names), 3.5), squeeze=False)
+    for axes, name in zip(grid.flat, names, strict=True):
+        rows = np.array(read(RESULTS / f"{name}.csv"))
+        for i, seed in enumerate(np.unique(rows[:, 2])):
+            steps, scores = rows[rows[:, 2] == seed, :2].T
+            smooth = [scores[max(0, k - 9) : k + 1].mean() for k in range(len(scores))]
+            axes.plot(steps, scores, ".", color=f"C{i}", alpha=0.15)
+            axes.plot(steps, smooth, color=f"C{i}", label=f"seed {int(seed)}")
+        axes.axhline(TASKS[name].accepted, color="gray", linestyle=":", label="accepted score")
+        axes.set(title=TASKS[name].title, xlabel="environment steps", ylabel="return (sampled actions)")
+        axes.legend(loc="best")
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+
+
+def main() -> int:
+    """Runs the tasks; 1 if one of them stayed below its accepted score."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", help=f"of {', '.join(TASKS)}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU; layers this small gain little from more")
+    parser.add_argument("--plot", type=Path, help="draw all results into this file")
+    options = parser.parse_args()
+    unknown = set(options.tasks) - set(TASKS)
+    if unknown:
+        parser.error(f"unknown tasks {sorted(unknown)}, expected some of {sorted(TASKS)}")
+    torch.set_num_threads(options.threads)
+    failed = False
+    for name in options.tasks:
+        for seed in options.seeds:
+            result, curve = run(name, seed)
+            append(name, seed, curve)
+            print(json.dumps(result), flush=True)
+            failed |= result["score"] < result["accepted"]
+    if options.plot:
+        plot(options.plot)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

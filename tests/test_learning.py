@@ -1,0 +1,55 @@
+"""Learning is the proof: a known optimum in seconds, and real tasks in minutes (marked slow)."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from envs_for_tests import Corridor
+from learning import TASKS, run
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
+
+from worldflux import WorldFluxAgent
+
+SMALL = dict(deter_dim=64, hidden_dim=32, units=32, stoch_discrete=8, stoch_classes=4, bins=31, imagination_horizon=5)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small layers gain nothing from more, and the results do not depend on the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def mean_return(agent: WorldFluxAgent, env: gym.Env, episodes: int = 10) -> float:
+    env = Monitor(env)
+    env.reset(seed=12345)
+    return float(np.mean(evaluate_policy(agent, env, n_eval_episodes=episodes, deterministic=True)[0]))
+
+
+def test_the_shortest_way_through_a_corridor_is_learned_in_seconds():
+    agent = WorldFluxAgent(
+        "dreamerv3:tiny",
+        Corridor(),
+        train_ratio=64,
+        batch_size=8,
+        seq_len=8,
+        learning_starts=100,
+        learning_rate=2e-3,
+        model_kwargs=SMALL,
+        seed=0,
+    )
+    agent.learn(400)
+    assert mean_return(agent, Corridor()) == pytest.approx(Corridor.BEST)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_real_tasks_are_learned_in_minutes(task):
+    result, _ = run(task, seed=0)
+    print(result)
+    assert result["score"] >= result["accepted"]
