@@ -24,7 +24,7 @@ import gymnasium as gym
 import matplotlib
 import numpy as np
 import torch
-from pixel_choice import PixelChoice
+from pixel_seek import PixelSeek
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -65,12 +65,18 @@ TASKS = {
     "pendulum": Task(
         "Pendulum-v1", lambda: gym.make("Pendulum-v1"), 10_000, -250.0, {"train_ratio": 64, "seq_len": 16}
     ),
-    "pixelchoice": Task(
-        "PixelChoice (64x64 pixels)",
-        PixelChoice,
-        6_000,
-        0.75,
-        {"train_ratio": 32, "batch_size": 8, "seq_len": 16, "model_kwargs": {"cnn_depth": 4}},
+    "pixelseek": Task(
+        "PixelSeek (64x64 pixels)",
+        PixelSeek,
+        8_000,
+        15.0,
+        {
+            "train_ratio": 32,
+            "batch_size": 8,
+            "seq_len": 16,
+            "learning_rate": 1e-3,
+            "model_kwargs": {"cnn_depth": 4},
+        },
     ),
 }
 

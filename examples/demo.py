@@ -161,8 +161,10 @@ def main() -> dict[str, Any]:
     env = make_vec_env(ENV, n_envs=4)
     agent = WorldFluxAgent("dreamerv3:tiny", env, train_ratio=64, seq_len=16, learning_rate=1e-3, seed=options.seed)
     progress = Progress(options.steps)
+    evaluation_env = Monitor(gym.make(ENV))
+    evaluation_env.reset(seed=20_000 + options.seed)
     evaluation = EvalCallback(
-        Monitor(gym.make(ENV)),
+        evaluation_env,
         n_eval_episodes=5,
         eval_freq=500 // env.num_envs,
         best_model_save_path=str(options.out),
