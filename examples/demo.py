@@ -29,7 +29,7 @@ from worldflux.envs import make_vec_env
 ENV = "CartPole-v1"
 BEST_RETURN = 500
 SOLVED = 490
-"""Mean return of five evaluation episodes at which training stops."""
+"""Mean return of ten evaluation episodes at which training stops."""
 STATE_NAMES = ("cart position", "cart velocity", "pole angle", "pole angular velocity")
 CONTEXT, HORIZON = 20, 60
 
@@ -89,7 +89,7 @@ def draw_curve(
     steps, values = np.array(returns).T
     figure, axes = plt.subplots(figsize=(7, 4))
     axes.plot(steps, values, ".", color="tab:blue", alpha=0.4, label="training episode (sampled actions)")
-    axes.plot(evaluations[0], evaluations[1].mean(1), "o-", color="tab:orange", label="evaluation (5 episodes)")
+    axes.plot(evaluations[0], evaluations[1].mean(1), "o-", color="tab:orange", label="evaluation (10 episodes)")
     axes.axhline(random, color="gray", linestyle=":", label="random actions")
     axes.axhline(BEST_RETURN, color="tab:green", linestyle="--", label="best possible")
     axes.set(xlabel="environment steps", ylabel="return", title=f"DreamerV3 on {ENV}")
@@ -165,7 +165,7 @@ def main() -> dict[str, Any]:
     evaluation_env.reset(seed=20_000 + options.seed)
     evaluation = EvalCallback(
         evaluation_env,
-        n_eval_episodes=5,
+        n_eval_episodes=10,
         eval_freq=500 // env.num_envs,
         best_model_save_path=str(options.out),
         log_path=str(options.out),
