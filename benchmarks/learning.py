@@ -69,7 +69,7 @@ TASKS = {
         "PixelSeek (64x64 pixels)",
         PixelSeek,
         8_000,
-        15.0,
+        8.0,
         {
             "train_ratio": 32,
             "batch_size": 8,
