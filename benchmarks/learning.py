@@ -68,14 +68,14 @@ TASKS = {
     "pixelseek": Task(
         "PixelSeek (64x64 pixels)",
         PixelSeek,
-        8_000,
-        8.0,
+        4_500,
+        15.0,
         {
             "train_ratio": 32,
             "batch_size": 8,
             "seq_len": 16,
             "learning_rate": 1e-3,
-            "model_kwargs": {"cnn_depth": 4},
+            "model_kwargs": {"cnn_depth": 4, "entropy_scale": 3e-3},
         },
     ),
 }
