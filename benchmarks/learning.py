@@ -1,6 +1,6 @@
 """Learning curves of small tasks on a CPU: do the algorithms learn, how fast, over several seeds.
 
-    python benchmarks/learning.py cartpole pendulum --seeds 0 1 2
+    python benchmarks/learning.py pendulum pixelseek --seeds 0 1 2
     python benchmarks/learning.py --plot docs/learning_curves.png        # draws what was measured before
 
 Each run appends to `benchmarks/results/<task>.csv` (`step,score,seed`: the return of every training episode, whose
@@ -48,20 +48,10 @@ class Task:
     accepted: float
     """Mean return of deterministic actions that a run must reach."""
     settings: dict[str, Any] = field(default_factory=dict)
-    n_envs: int = 1
-    """Copies of the environment that collect together."""
     preset: str = "dreamerv3:tiny"
 
 
 TASKS = {
-    "cartpole": Task(
-        "CartPole-v1",
-        lambda: gym.make("CartPole-v1"),
-        8_000,
-        400.0,
-        {"train_ratio": 64, "seq_len": 16, "learning_rate": 1e-3},
-        n_envs=4,
-    ),
     "pendulum": Task(
         "Pendulum-v1", lambda: gym.make("Pendulum-v1"), 10_000, -250.0, {"train_ratio": 64, "seq_len": 16}
     ),
@@ -103,7 +93,7 @@ def run(name: str, seed: int) -> tuple[dict[str, Any], list[tuple[int, float]]]:
     """
     task = TASKS[name]
     started = time.perf_counter()
-    env = make_vec_env(task.make, n_envs=task.n_envs)
+    env = make_vec_env(task.make)
     agent = WorldFluxAgent(task.preset, env, seed=seed, **task.settings)
     returns = Returns()
     agent.learn(task.steps, callback=returns)

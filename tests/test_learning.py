@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -45,6 +50,18 @@ def test_the_shortest_way_through_a_corridor_is_learned_in_seconds():
     )
     agent.learn(400)
     assert mean_return(agent, Corridor()) == pytest.approx(Corridor.BEST)
+
+
+@pytest.mark.slow
+def test_the_demo_learns_cartpole_and_draws_it(tmp_path):
+    demo = Path(__file__).parent.parent / "examples" / "demo.py"
+    command = [sys.executable, str(demo), "--seed", "1", "--out", str(tmp_path)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    result = json.loads(output.splitlines()[-1])
+    assert set(result) == {"env", "mean_return", "random_return", "env_steps", "seconds"}
+    assert result["mean_return"] >= 400.0
+    for name in ("agent.zip", "learning_curve.png", "imagination.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
 
 
 @pytest.mark.slow
