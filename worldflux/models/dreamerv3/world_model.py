@@ -175,10 +175,7 @@ class DreamerV3(WorldModel):
         for action in actions:
             state = self.transition(state, action, deterministic=deterministic)
             states.append(state)
-        stacked = State.stack(states)
-        with self._autocast():
-            reward, cont = self._reward_and_continue(self.features(stacked))
-        return Trajectory(stacked, reward, (cont / self.discount).clamp(max=1.0))
+        return self._trajectory(states)
 
     def policy(self, state: State, deterministic: bool = False) -> Tensor:
         """Actions of the actor `[B, A]`; continuous draws may leave [-1, 1], and the environment's side clips them."""
@@ -341,10 +338,7 @@ class DreamerV3(WorldModel):
             actions.append(self.policy(state))
             state = self.transition(state, actions[-1])
             states.append(state)
-        stacked = State.stack(states)
-        with self._autocast():
-            reward, cont = self._reward_and_continue(self.features(stacked))
-        return Trajectory(stacked, reward, (cont / self.discount).clamp(max=1.0)), torch.stack(actions)
+        return self._trajectory(states), torch.stack(actions)
 
     def _imagine(self, deter: Tensor, stoch: Tensor, draws: Draws | None) -> Imagined:
         """Rolls the policy out from replayed states `[B, K, D]`, `[B, K, S, C]`."""
@@ -418,6 +412,13 @@ class DreamerV3(WorldModel):
     def _state(self, deter: Tensor, logits: Tensor, deterministic: bool) -> State:
         dist = self.rssm.dist(logits)
         return State({"deter": deter, "stoch": dist.mode if deterministic else dist.sample(), "logits": logits})
+
+    def _trajectory(self, states: Sequence[State]) -> Trajectory:
+        """What the heads read off the states after each action; the discount is taken out of the continuation."""
+        stacked = State.stack(states)
+        with self._autocast():
+            reward, cont = self._reward_and_continue(self.features(stacked))
+        return Trajectory(stacked, reward, (cont / self.discount).clamp(max=1.0))
 
     def _reward_and_continue(self, feat: Tensor) -> tuple[Tensor, Tensor]:
         """Reward and (discounted) probability of going on, at features `[..., F]`."""
