@@ -65,7 +65,7 @@ class CountingEnv(gym.Env[Any, Any]):
     def _obs(self) -> Any:
         vector = np.array([self.env_id, self.episode, self.t, self.last_action])
         image = np.zeros(IMAGE_SHAPE, np.uint8)
-        image[..., 0], image[..., 1], image[..., 2] = self.t, self.episode, self.env_id
+        image[..., 0], image[..., 1], image[..., 2] = self.t % 256, self.episode % 256, self.env_id
         whole = {"image": image, "vector": vector, "kind": np.int64(1 + self.t % 3)}
         return {"vector": vector, "image": image, "dict": whole}[self.obs_kind]
 
@@ -117,3 +117,38 @@ class Corridor(gym.Env[int, int]):
         self.cell, self.t = max(0, self.cell + (1 if action == 1 else -1)), self.t + 1
         arrived = self.cell == self.CELLS - 1
         return self.cell, -0.1 + float(arrived), arrived, self.t == self.LIMIT and not arrived, {}
+
+
+class DiceEnv(gym.Env[Any, Any]):
+    """Throws dice for all it does, with random numbers that go on from one episode to the next.
+
+    An episode has 1 to 6 steps and ends by a termination, a truncation or both at once. The observation is
+    `[a random number, the step, the last action]`, or a dictionary of that and an image; the reward is random.
+
+    Args:
+        obs: "vector" or "dict".
+    """
+
+    def __init__(self, obs: str = "vector") -> None:
+        self.obs_kind = obs
+        vector = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+        parts = {"vector": vector, "image": spaces.Box(0, 255, (12, 10, 3), np.uint8)}
+        self.observation_space = vector if obs == "vector" else spaces.Dict(parts)
+        self.action_space = spaces.Discrete(3)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.t, self.length, self.end = 0, int(self.np_random.integers(1, 7)), int(self.np_random.integers(3))
+        return self._obs(0), {"length": self.length}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.t += 1
+        over = self.t == self.length
+        reward = float(self.np_random.normal()) + float(action)
+        return self._obs(int(action)), reward, over and self.end != 0, over and self.end != 1, {"step": self.t}
+
+    def _obs(self, action: int) -> Any:
+        vector = np.array([self.np_random.random(), self.t, action], np.float32)
+        if self.obs_kind == "vector":
+            return vector
+        return {"vector": vector, "image": self.np_random.integers(0, 256, (12, 10, 3), dtype=np.uint8)}

@@ -122,9 +122,32 @@ def assert_holds(buffer, plain, n_envs):
                 buffer.sample(1, seq_len)
 
 
+class HeldBack:
+    """Hands over as many steps at once as the buffer takes."""
+
+    def __init__(self, buffer):
+        self.buffer, self.steps = buffer, []
+        self.most = buffer.hold_back(self.hand_over)
+
+    def add(self, obs, term, trunc, on):
+        if len(self.steps) == self.most:
+            self.hand_over()
+        flags = on * (term * row_store.TERMINATED | trunc * row_store.TRUNCATED | row_store.STEP)
+        self.steps.append((obs.astype(np.float32), flags))
+
+    def hand_over(self):
+        if self.steps:
+            obs, flags = (np.stack(part) for part in zip(*self.steps, strict=True))
+            self.steps = []
+            finals = {"obs": obs[flags > row_store.STEP] + 1}
+            self.buffer.add_checked({"obs": obs}, obs + 0.25, obs[..., 0] + 0.5, flags, finals)
+
+
 operations = st.lists(
     st.one_of(
-        st.tuples(st.just("steps"), st.integers(1, 12), st.sampled_from([0.05, 0.3, 0.9])),
+        st.tuples(st.just("steps"), st.integers(1, 12), st.sampled_from([0.05, 0.3, 0.9]), st.sampled_from([1.0, 0.6])),
+        st.tuples(st.just("chunk"), st.integers(1, 12), st.sampled_from([0.05, 0.3, 0.9]), st.sampled_from([1.0, 0.6])),
+        st.tuples(st.just("grow"), st.integers(0, 5)),
         st.tuples(
             st.just("episode"), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.booleans(), st.booleans()
         ),
@@ -156,21 +179,38 @@ def test_the_buffer_holds_what_a_plain_model_of_it_holds(tmp_path_factory, capac
         plain = PlainBuffer(capacity, n_envs, spare_rows)
         episode, now, old_batches = n_envs, [(env, 0) for env in range(n_envs)], []
         for name, *args in todo:
-            if name == "steps":
-                steps, end_rate = args
+            if name in ("steps", "chunk"):
+                steps, end_rate, active_rate = args
+                held = HeldBack(buffer) if name == "chunk" else None
                 for _ in range(steps):
                     obs = np.array([[1000.0 * e + t] for e, t in now])
                     term, trunc = rng.random((2, n_envs)) < end_rate / 2
-                    buffer.add(
-                        obs, obs + 0.25, obs[:, 0] + 0.5, term, trunc, final_obs=obs + 1, extras={"mark": obs[:, 0] / 2}
-                    )
-                    for env, (e, t) in enumerate(now):
+                    on = rng.random(n_envs) < active_rate
+                    if held is not None:
+                        held.add(obs, term, trunc, on)
+                    else:
+                        # Of the environments that make no step nothing is read.
+                        given = np.where(on[:, None], obs, np.nan)
+                        buffer.add(
+                            given, given + 0.25, given[:, 0] + 0.5, np.where(on, term, 7), np.where(on, trunc, 7),
+                            final_obs=given + 1, extras={"mark": obs[:, 0] / 2}, active=None if on.all() else on,
+                        )  # fmt: skip
+                    for env in np.flatnonzero(on):
+                        e, t = now[env]
                         count = 1000.0 * e + t
-                        plain.add(env, count, count + 0.25, count + 0.5, term[env], trunc[env], count / 2)
+                        mark = 0.0 if held is not None else count / 2
+                        plain.add(env, count, count + 0.25, count + 0.5, term[env], trunc[env], mark)
                         now[env] = (e, t + 1)
                         if term[env] or trunc[env]:
                             now[env] = (episode, 0)
                             episode += 1
+                if held is not None:
+                    held.hand_over()
+            elif name == "grow":
+                capacity += args[0]
+                buffer.grow(capacity)
+                larger = PlainBuffer(capacity, n_envs, spare_rows)
+                plain.limits, plain.ring = larger.limits, larger.ring
             elif name == "episode":
                 lengths, truncated, last_known = args
                 parts = [counts(episode + i, length) for i, length in enumerate(lengths)]
@@ -230,6 +270,40 @@ def test_a_sampled_step_follows_the_one_before_except_at_episode_starts():
     assert batch.obs_mask.all() and not batch.truncations.any()
     assert count.min() == 11 * 1000 + 3  # 60 transitions: the eighth-last episode is cut to its last four steps
     assert (len(buffer), buffer.num_episodes) == (60, 9)
+
+
+def test_steps_that_are_held_back_are_there_for_whoever_looks():
+    buffer = ReplayBuffer(100, (1,), 1, seed=0)
+    held = HeldBack(buffer)
+    no, yes = np.zeros(1, bool), np.ones(1, bool)
+    held.add(np.zeros((1, 1)), no, no, yes)
+    assert len(buffer) == 1 and not held.steps
+    held.add(np.ones((1, 1)), no, no, yes)
+    assert buffer.sample(1, 2).obs[..., 0].tolist() == [[0, 1]]
+    held.add(np.full((1, 1), 2), no, no, yes)
+    buffer.end_episodes(final_obs=[[3]])
+    held.add(np.full((1, 1), 4), no, no, yes)
+    other = HeldBack(buffer)  # the first hands over and is forgotten
+    assert not held.steps and buffer.is_fed_by(other.hand_over) and not buffer.is_fed_by(held.hand_over)
+    steps_of(buffer, 1, start=5)
+    assert buffer.sample(1, 6).obs[..., 0].tolist() == [[0, 1, 2, 3, 4, 5]]
+
+
+def test_a_buffer_with_room_does_not_drop_rows_and_one_that_grew_has_more():
+    buffer = ReplayBuffer(10_000, (1,), 1, n_envs=2)
+    row = np.zeros((2, 1))
+    for _ in range(2):
+        for _ in range(buffer.room):  # the worst case: every step ends an episode
+            buffer.add(row, row, [0, 0], [1, 1], [0, 0], final_obs=row)
+    before = len(buffer)
+    while buffer.room:
+        buffer.add(row, row, [0, 0], [1, 1], [0, 0], final_obs=row)
+        before += 2
+    assert len(buffer) == before < 10_000  # final rows fill it earlier
+    buffer.grow(20_000)
+    assert (buffer.capacity, len(buffer)) == (20_000, before) and buffer.room > 1000
+    with pytest.raises(ConfigurationError, match="capacity is 5, expected a whole number from 20000"):
+        buffer.grow(5)
 
 
 def steps_of(buffer, steps, start=0):
@@ -431,6 +505,9 @@ def test_an_episode_that_does_not_fit_is_refused_and_nothing_is_stored(changes, 
         ({"truncations": [0, 1], "final_obs": np.zeros((1, 1))}, ShapeMismatchError, "final_obs has shape"),
         ({"truncations": [0, 1], "final_obs": [[0], [np.nan]]}, BufferError, "final_obs has nan"),
         ({"extras": {"mark": np.zeros(2)}}, BufferError, "without extras 'mark'"),
+        ({"active": [True]}, ShapeMismatchError, r"active has shape \(1,\), expected \(2,\)"),
+        ({"active": [0, 1], "rewards": [0]}, ShapeMismatchError, r"rewards has shape \(1,\), expected \(2,\)"),
+        ({"active": [0, 1], "rewards": [0, np.nan]}, BufferError, r"rewards has nan at index \(1,\)"),
     ],
 )
 def test_a_step_that_does_not_fit_is_refused_and_nothing_is_stored(changes, error, message):
@@ -438,6 +515,8 @@ def test_a_step_that_does_not_fit_is_refused_and_nothing_is_stored(changes, erro
     step = dict(obs=np.zeros((2, 1)), actions=np.zeros((2, 1)), rewards=[0, 0], terminations=[0, 0], truncations=[0, 0])
     with pytest.raises(error, match=message):
         buffer.add(**{**step, **changes})
+    assert len(buffer) == 0
+    buffer.add(**step, active=[False, False])
     assert len(buffer) == 0
     buffer.add(**{**step, "truncations": [0, 1], "final_obs": [[np.nan], [5]]})  # only the ended one's row is read
     assert (len(buffer), buffer.num_episodes) == (2, 1)

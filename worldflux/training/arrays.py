@@ -27,7 +27,14 @@ def as_numpy(name: str, value: Any) -> np.ndarray:
         raise ShapeMismatchError(f"{name} is no array: {error}") from error
 
 
-def checked(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def all_finite(array: np.ndarray) -> bool:
+    """Whether no number is NaN or infinite."""
+    return bool(np.count_nonzero(np.isfinite(array)) == array.size)  # half the time of `all` for a few numbers
+
+
+def checked(
+    name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype, rows: np.ndarray | None = None
+) -> np.ndarray:
     """`value` as an array of exactly this shape and dtype, all of it finite.
 
     Numbers are converted where nothing is lost but float precision: integers into uint8 only within 0..255, anything
@@ -38,6 +45,7 @@ def checked(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype) -> n
         value: Array, tensor, list or number.
         shape: Expected shape.
         dtype: Expected dtype.
+        rows: Along the first axis; only these are looked at and returned. None is all of them.
 
     Raises:
         ShapeMismatchError: If the shape differs.
@@ -48,11 +56,14 @@ def checked(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype) -> n
         raise ShapeMismatchError(
             f"{name} has shape {array.shape}, expected {shape}.{_shape_hint(name, array.shape, shape)}"
         )
+    if rows is not None:
+        array = array[rows]
     if array.dtype != dtype:
         array = _converted(name, array, dtype)
-    if dtype.kind == "f" and not np.isfinite(array).all():
+    if dtype.kind == "f" and not all_finite(array):
         where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
-        raise BufferError(f"{name} has {array[where]} at index {where}, expected finite numbers. Nothing was stored.")
+        place = where if rows is None else (int(rows[where[0]]), *where[1:])
+        raise BufferError(f"{name} has {array[where]} at index {place}, expected finite numbers. Nothing was stored.")
     return array
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from worldflux.training.batch import Batch, BatchRequest
 from worldflux.training.config import resolve_device, whole_number
 from worldflux.training.npz import NpzFile
 from worldflux.training.replay_file import SINGLE, collect_data, dtype_in_memory, fill, read_replay, write_replay
-from worldflux.training.rows import FIRST, TERMINATED, TRUNCATED, UNSEEN, RowStore
+from worldflux.training.rows import FIRST, STEP, TERMINATED, TRUNCATED, UNSEEN, RowStore
 
 DEFAULT_SEQ_LEN = 50
 
@@ -81,15 +81,26 @@ class ReplayBuffer:
         self._shapes = obs_shapes(obs_shape if isinstance(obs_shape, Mapping) else {SINGLE: obs_shape})
         self._extras_spec = extras_spec(extras)
         self.seed(seed)
-        dtypes = obs_dtypes(obs_dtype, self._shapes)
-        spec = {key: (shape, dtypes[key]) for key, shape in self._shapes.items()}
-        try:
-            self._rows = RowStore(self._capacity, self._n_envs, spec, self._action_dim, self._extras_spec)
-        except (MemoryError, OverflowError, ValueError) as error:  # depending on how much too much it is
-            raise BufferError(f"A buffer of {capacity} transitions does not fit into memory: {error}") from error
+        self._dtypes = obs_dtypes(obs_dtype, self._shapes)
+        self._hand_over: Callable[[], None] | None = None  # of a recorder that holds steps back
+        self._store = self._make_store(self._capacity)
         # The row of each stream where the first window begins that is still fresh. No part of the sampler's state:
         # only who asks for fresh windows, while it records them, reads or moves it.
         self._fresh = np.zeros(self._n_envs, np.int64)
+
+    def _make_store(self, capacity: int) -> RowStore:
+        spec = {key: (shape, self._dtypes[key]) for key, shape in self._shapes.items()}
+        try:
+            return RowStore(capacity, self._n_envs, spec, self._action_dim, self._extras_spec)
+        except (MemoryError, OverflowError, ValueError) as error:  # depending on how much too much it is
+            raise BufferError(f"A buffer of {capacity} transitions does not fit into memory: {error}") from error
+
+    @property
+    def _rows(self) -> RowStore:
+        """The store with every step that was made; nothing but this is to look into `_store`."""
+        if self._hand_over is not None:
+            self._hand_over()
+        return self._store
 
     # --- what it is and what it holds
 
@@ -102,6 +113,11 @@ class ReplayBuffer:
     def obs_shape(self) -> ObsShape:
         """Shape of one observation, or a dict of them."""
         return dict(self._shapes) if self._is_dict else self._shapes[SINGLE]
+
+    @property
+    def obs_dtype(self) -> np.dtype | dict[str, np.dtype]:
+        """In which observations are stored, or a dict of them."""
+        return dict(self._dtypes) if self._is_dict else self._dtypes[SINGLE]
 
     @property
     def action_dim(self) -> int:
@@ -142,6 +158,26 @@ class ReplayBuffer:
             f"obs_shape={self.obs_shape}, action_dim={self.action_dim}, n_envs={self.n_envs})"
         )
 
+    @property
+    def room(self) -> int:
+        """Steps of every environment that `add` can take, however their episodes end, before it drops old rows."""
+        return self._rows.room
+
+    def grow(self, capacity: int) -> None:
+        """Makes room for more transitions; what is stored stays, with the same numbers in `Batch.rows`.
+
+        Args:
+            capacity: At least the present one.
+
+        Raises:
+            ConfigurationError: If it is less.
+            BufferError: If the machine has no memory for it; nothing is changed then.
+        """
+        capacity = whole_number("capacity", capacity, self._capacity)
+        store = self._make_store(capacity)
+        self._rows.move_to(store)
+        self._store, self._capacity = store, capacity
+
     def num_windows(self, seq_len: int) -> int:
         """How many different windows of `seq_len` rows there are to sample from."""
         return int(self._windows(whole_number("seq_len", seq_len, 1, error=BufferError)).sum())
@@ -158,6 +194,7 @@ class ReplayBuffer:
         *,
         final_obs: Any = None,
         extras: Mapping[str, Any] | None = None,
+        active: Any = None,
     ) -> None:
         """Stores one step of every environment; the rows can be sampled at once.
 
@@ -170,21 +207,74 @@ class ReplayBuffer:
             final_obs: The observation after the step, required where an episode ended; only the rows of those
                 environments are read. `[n_envs, ...]`
             extras: What to store beside the rows, zero where nothing is given. `{name: [n_envs, ...]}`
+            active: The environments that made a step; the rows of the others are neither read nor stored. None means
+                all of them. `[n_envs]`
 
         Raises:
             ShapeMismatchError: If a shape is not as above; nothing is stored then.
             BufferError: If a value cannot be stored or `final_obs` is missing; nothing is stored then.
         """
         n = self._n_envs
-        obs_arrays = self._checked_obs("obs", obs, (n,))
-        actions = checked("actions", actions, (n, self._action_dim), _FLOAT)
-        rewards = checked("rewards", rewards, (n,), _FLOAT)
-        terminated = checked("terminations", terminations, (n,), _BOOL)
-        truncated = checked("truncations", truncations, (n,), _BOOL)
-        extra_arrays = {name: self._extra(name, value, (n,)) for name, value in (extras or {}).items()}
-        envs = np.flatnonzero(terminated | truncated)
-        final_arrays = self._checked_finals(final_obs, envs) if envs.size else {}
-        self._rows.add_step(obs_arrays, actions, rewards, terminated, truncated, final_arrays, extra_arrays)
+        rows = None if active is None else np.flatnonzero(checked("active", active, (n,), _BOOL))
+        terminated = checked("terminations", terminations, (n,), _BOOL, rows)
+        truncated = checked("truncations", truncations, (n,), _BOOL, rows)
+        obs_arrays = self._checked_obs("obs", obs, (n,), rows)
+        actions = checked("actions", actions, (n, self._action_dim), _FLOAT, rows)
+        rewards = checked("rewards", rewards, (n,), _FLOAT, rows)
+        extra_arrays = {name: self._extra(name, value, (n,), rows) for name, value in (extras or {}).items()}
+        flags = terminated * TERMINATED | truncated * TRUNCATED | STEP
+        ended = np.flatnonzero(flags > STEP)
+        finals = self._checked_finals(final_obs, ended if rows is None else rows[ended]) if ended.size else {}
+        if rows is not None and len(rows) < n:
+            obs_arrays = {key: _spread(array, rows, n) for key, array in obs_arrays.items()}
+            extra_arrays = {name: _spread(array, rows, n) for name, array in extra_arrays.items()}
+            actions, rewards, flags = (_spread(array, rows, n) for array in (actions, rewards, flags))
+        self._rows.add_steps(
+            {key: array[None] for key, array in obs_arrays.items()},
+            actions[None],
+            rewards[None],
+            flags[None],
+            finals,
+            {name: array[None] for name, array in extra_arrays.items()},
+        )
+
+    def hold_back(self, hand_over: Callable[[], None]) -> int:
+        """For a recorder that passes its steps on several at a time: `hand_over` is called before anybody looks.
+
+        Whoever was registered before hands over and is forgotten.
+
+        Args:
+            hand_over: Calls `add_checked` with what was held back.
+
+        Returns:
+            How many steps may be held back.
+        """
+        most = self._rows.most_steps
+        self._hand_over = hand_over
+        return most
+
+    def is_fed_by(self, hand_over: Callable[[], None]) -> bool:
+        """Whether `hand_over` was the last that was registered with `hold_back`."""
+        return self._hand_over == hand_over
+
+    def add_checked(
+        self,
+        obs: Mapping[str, np.ndarray],
+        actions: np.ndarray,
+        rewards: np.ndarray,
+        flags: np.ndarray,
+        finals: Mapping[str, np.ndarray],
+    ) -> None:
+        """Several steps from who has checked everything: these are arrays of the stored dtypes, and finite.
+
+        Args:
+            obs: By key; the key of an observation that is one array is `SINGLE`. `[K, n_envs, ...]`
+            actions: `[K, n_envs, A]`
+            rewards: `[K, n_envs]`
+            flags: As for `RowStore.add_steps`. `[K, n_envs]`
+            finals: The observations after the ends of episodes, in the order of `flags`. `[E, ...]`
+        """
+        self._store.add_steps(obs, actions, rewards, flags, finals, {})
 
     def add_episode(
         self,
@@ -491,13 +581,16 @@ class ReplayBuffer:
 
     # --- checks
 
-    def _checked_obs(self, name: str, obs: Any, lead: tuple[int, ...]) -> dict[str, np.ndarray]:
+    def _checked_obs(
+        self, name: str, obs: Any, lead: tuple[int, ...], rows: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
         return {
             key: checked(
                 name if not self._is_dict else f"{name}[{key!r}]",
                 value,
                 (*lead, *self._shapes[key]),
-                self._rows.obs[key].dtype,
+                self._dtypes[key],
+                rows,
             )
             for key, value in self._by_key(name, obs).items()
         }
@@ -508,15 +601,7 @@ class ReplayBuffer:
                 f"Episodes ended in environments {envs.tolist()}, but final_obs is missing: pass the observations "
                 "after the step, those before the reset."
             )
-        ended = {}
-        for key, value in self._by_key("final_obs", final_obs).items():
-            array = as_numpy("final_obs", value)
-            if array.shape[:1] != (self._n_envs,):
-                raise ShapeMismatchError(
-                    f"final_obs has shape {array.shape}, expected {(self._n_envs, *self._shapes[key])}."
-                )
-            ended[key] = array[envs]
-        return self._checked_obs("final_obs", ended if self._is_dict else ended[SINGLE], (len(envs),))
+        return self._checked_obs("final_obs", final_obs, (self._n_envs,), envs)
 
     def _by_key(self, name: str, obs: Any) -> Mapping[str, Any]:
         if isinstance(obs, Mapping) != self._is_dict or (self._is_dict and obs.keys() != self._shapes.keys()):
@@ -525,14 +610,14 @@ class ReplayBuffer:
             raise ShapeMismatchError(f"{name} is {given}, expected {wanted}.")
         return obs if self._is_dict else {SINGLE: obs}
 
-    def _extra(self, name: str, value: Any, lead: tuple[int, ...]) -> np.ndarray:
+    def _extra(self, name: str, value: Any, lead: tuple[int, ...], rows: np.ndarray | None = None) -> np.ndarray:
         if name not in self._extras_spec:
             raise BufferError(f"The buffer was created without extras {name!r}; it has {sorted(self._extras_spec)}.")
         shape, dtype = self._extras_spec[name]
         array = as_numpy(f"extras[{name!r}]", value)
         if array.shape != (*lead, *shape):
             raise ShapeMismatchError(f"extras[{name!r}] has shape {array.shape}, expected {(*lead, *shape)}.")
-        return array.astype(dtype, copy=False)
+        return (array if rows is None else array[rows]).astype(dtype, copy=False)
 
 
 def _length(name: str, value: Any) -> int:
@@ -545,6 +630,13 @@ def _length(name: str, value: Any) -> int:
 def _flags_or_zeros(name: str, value: Any, count: int) -> np.ndarray:
     """A copy, because the end of the last episode may be added. `[T]`."""
     return np.zeros(count, np.bool_) if value is None else checked(name, value, (count,), _BOOL).copy()
+
+
+def _spread(array: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
+    """An array of so many rows with the given ones at their places."""
+    spread = np.zeros((count, *array.shape[1:]), array.dtype)
+    spread[rows] = array
+    return spread
 
 
 def _has(flags: np.ndarray, bit: np.uint8) -> Tensor:

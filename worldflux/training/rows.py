@@ -16,6 +16,8 @@ FINAL = np.uint8(8)
 """The row holds the observation after an episode's last step, and no step of its own."""
 UNSEEN = np.uint8(16)
 """A final row whose observation was never recorded."""
+STEP = np.uint8(32)
+"""A step on its way into the store, where it is left out."""
 
 
 @dataclass(frozen=True)
@@ -85,59 +87,128 @@ class RowStore:
         self.in_flight = np.zeros(n_envs, np.bool_)
 
     @property
+    def _arrays(self) -> list[np.ndarray]:
+        return [*self.obs.values(), self.actions, self.rewards, self.flags, *self.extras.values()]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all arrays once every row has been written to."""
-        arrays = [*self.obs.values(), self.actions, self.rewards, self.flags, *self.extras.values()]
-        return sum(array.nbytes for array in arrays)
+        return sum(array.nbytes for array in self._arrays)
+
+    @property
+    def most_steps(self) -> int:
+        """Steps that `add_steps` takes at once, however their episodes end."""
+        return max(1, min(int(self.limits.min()), self.ring // 2))
+
+    @property
+    def room(self) -> int:
+        """Steps of every stream that fit, however their episodes end, before the oldest rows are dropped."""
+        rows = self.ring - int((self.end - self.begin).max())
+        return min(int((self.limits - self.transitions).min()), rows // 2)
+
+    def move_to(self, other: RowStore) -> None:
+        """Copies all rows into an empty store of the same form with at least this one's limits."""
+        for stream in range(len(self.end)):
+            rows = np.arange(self.begin[stream], self.end[stream])
+            old, new = self.at(stream, rows), other.at(stream, rows)
+            for mine, its in zip(self._arrays, other._arrays, strict=True):
+                its[new] = mine[old]
+        for name in ("begin", "end", "transitions", "episodes", "in_flight"):
+            getattr(other, name)[:] = getattr(self, name)
 
     def at(self, stream: Any, row: Any) -> np.ndarray:
         """Index in the arrays of rows of streams; the two broadcast."""
         return self.base[stream] + row % self.ring
 
-    def add_step(
+    def add_steps(
         self,
         obs: Mapping[str, np.ndarray],
         actions: np.ndarray,
         rewards: np.ndarray,
-        terminated: np.ndarray,
-        truncated: np.ndarray,
-        final_obs: Mapping[str, np.ndarray],
+        flags: np.ndarray,
+        finals: Mapping[str, np.ndarray],
         extras: Mapping[str, np.ndarray],
     ) -> None:
-        """Appends one row to every stream, and a final row where the step ends an episode.
+        """Appends K steps to every stream, with a final row after each that ends an episode; K up to `most_steps`.
+
+        For many steps it takes little longer than for one.
 
         Args:
-            obs: `[n_envs, ...]` each
-            actions: `[n_envs, A]`
-            rewards: `[n_envs]`
-            terminated: `[n_envs]` bool
-            truncated: `[n_envs]` bool
-            final_obs: Of the streams whose episode ends, in their order.
-            extras: `[n_envs, ...]` each; what is left out becomes zero.
+            obs: `[K, n_envs, ...]` each
+            actions: `[K, n_envs, A]`
+            rewards: `[K, n_envs]`
+            flags: STEP where a stream makes a step, with TERMINATED or TRUNCATED where that ends an episode, and 0
+                where it makes none. `[K, n_envs]` uint8
+            finals: The observations after the ends of episodes, in the order of `flags`. `[E, ...]`
+            extras: `[K, n_envs, ...]` each; what is left out becomes zero.
         """
-        ended = terminated | truncated
-        self._make_room(1 + ended, 1)
-        at = self.base + self.end % self.ring
-        for key, array in obs.items():
-            self.obs[key][at] = array
-        self.actions[at] = actions
-        self.rewards[at] = rewards
-        self.flags[at] = terminated * TERMINATED | truncated * TRUNCATED | ~self.in_flight * FIRST
+        count, ended = len(flags), flags > STEP
+        is_whole = np.count_nonzero(flags) == flags.size
+        if is_whole and not np.count_nonzero(ended):
+            self._add_plain_steps(count, obs, actions, rewards, extras)
+            return
+        active = flags != 0  # [K, n_envs]
+        rows = active.astype(np.int64) + ended
+        after = self.end + np.cumsum(rows, axis=0)  # the row that follows each step and its final row
+        end, steps = after[-1], np.count_nonzero(active, axis=0)
+        self._make_room(steps, end - self.end)
+
+        kept: Any = ... if is_whole else np.nonzero(active)
+        at = (self.base + (after - rows) % self.ring)[kept]
+        self._write_rows(at, {key: array[kept] for key, array in obs.items()}, actions[kept], rewards[kept])
+        self.flags[at] = flags[kept] & (TERMINATED | TRUNCATED)
+        for name, stored in self.extras.items():
+            stored[at] = extras[name][kept] if name in extras else 0
+
+        starts = np.flatnonzero((steps > 0) & ~self.in_flight)
+        self.flags[self.at(starts, self.end[starts])] |= FIRST
+        step, stream = np.nonzero(ended)
+        if step.size:
+            following = after[step, stream]
+            self.write_finals(self.at(stream, following - 1), finals)
+            goes_on = following < end[stream]
+            self.flags[self.at(stream[goes_on], following[goes_on])] |= FIRST
+
+        self.end[:] = end
+        self.transitions += steps
+        self.episodes += np.count_nonzero(ended, axis=0)
+        moved = np.flatnonzero(steps)
+        self.in_flight[moved] = (self.flags[self.at(moved, end[moved] - 1)] & FINAL) == 0
+
+    def _add_plain_steps(
+        self,
+        count: int,
+        obs: Mapping[str, np.ndarray],
+        actions: np.ndarray,
+        rewards: np.ndarray,
+        extras: Mapping[str, np.ndarray],
+    ) -> None:
+        """The same where every stream makes every step and no episode ends."""
+        self._make_room(count, count)
+        at = self.base + (self.end + np.arange(count)[:, None]) % self.ring  # [K, n_envs]
+        self._write_rows(at, obs, actions, rewards)
+        self.flags[at] = 0
         for name, stored in self.extras.items():
             stored[at] = extras.get(name, 0)
-        streams = np.flatnonzero(ended)
-        if streams.size:
-            self.write_finals(self.at(streams, self.end[streams] + 1), final_obs)
-        self.end += 1 + ended
-        self.transitions += 1
-        self.episodes += ended
-        self.in_flight = ~ended
+        if np.count_nonzero(self.in_flight) < len(self.in_flight):
+            self.flags[at[0, ~self.in_flight]] = FIRST
+            self.in_flight[:] = True
+        self.end += count
+        self.transitions += count
+
+    def _write_rows(
+        self, at: np.ndarray, obs: Mapping[str, np.ndarray], actions: np.ndarray, rewards: np.ndarray
+    ) -> None:
+        for key, stored in self.obs.items():
+            stored[at] = obs[key]
+        self.actions[at] = actions
+        self.rewards[at] = rewards
 
     def close(self, streams: np.ndarray, final_obs: Mapping[str, np.ndarray] | None) -> None:
         """Ends the episodes in flight of these streams as truncated; None: the last observations are not known."""
         rows = np.zeros_like(self.end)
         rows[streams] = 1
-        self._make_room(rows, 0)
+        self._make_room(np.zeros_like(rows), rows)
         self.flags[self.at(streams, self.end[streams] - 1)] |= TRUNCATED
         self.write_finals(self.at(streams, self.end[streams]), final_obs)
         self.end += rows
@@ -215,21 +286,13 @@ class RowStore:
         self.episodes[stream] += len(place.finals)
         self.in_flight[stream] = place.in_flight
 
-    def _make_room(self, rows: np.ndarray, transitions: int) -> None:
-        """Drops the oldest rows of each stream until so many more fit."""
-        while True:
-            used = self.end - self.begin
-            full = (self.transitions + transitions > self.limits) | (used + rows > self.ring)
-            if not full.any():
-                return
-            streams = np.flatnonzero(full)
-            self.begin[streams] += 1
-            self.transitions[streams] -= 1
-            # An episode without a transition is none: its final row goes with its last step.
-            oldest = self.flags[self.at(streams, self.begin[streams])]
-            gone = streams[((oldest & FINAL) != 0) & (self.begin[streams] < self.end[streams])]
-            self.begin[gone] += 1
-            self.episodes[gone] -= 1
+    def _make_room(self, transitions: Any, rows: Any) -> None:
+        """Drops the oldest rows of each stream until so many more fit; `[n_envs]`, or a number for all."""
+        full = (self.transitions + transitions > self.limits) | (self.end - self.begin + rows > self.ring)
+        if np.count_nonzero(full):
+            transitions, rows = np.broadcast_to(transitions, full.shape), np.broadcast_to(rows, full.shape)
+            for stream in np.flatnonzero(full).tolist():
+                self._drop(stream, int(transitions[stream]), int(rows[stream]))
 
     def _drop(self, stream: int, transitions: int, rows: int) -> None:
         """Drops the oldest rows of one stream until so many more fit, looking at no more rows than that takes."""
