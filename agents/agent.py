@@ -26,6 +26,7 @@ from worldflux.agents.losses import MeanLosses
 from worldflux.agents.normalization import normalized
 from worldflux.agents.schedule import UpdateSchedule
 from worldflux.agents.settings import AgentSettings
+from worldflux.agents.vec_envs import frames_per_vec_step, steps_elsewhere
 from worldflux.envs.make import as_env
 from worldflux.envs.record import VecEpisodeRecorder
 from worldflux.envs.spaces import ActionCodec, Array, ObservationCodec
@@ -64,7 +65,7 @@ class WorldFluxAgent(BaseAlgorithm):
     Args:
         model: A preset (`list_models()` shows them), a directory written by `save_pretrained`, or a `WorldModel`. A
             preset's name wins over a directory that is called the same, as in `create_world_model`.
-        env: An environment's id, a Gymnasium environment, or an SB3 `VecEnv`.
+        env: A name as in `make_env`, a Gymnasium environment, an SB3 `VecEnv`, or a Gymnasium vector environment.
         learning_rate: Step size of the optimiser after its warm-up.
         train_ratio: Replayed time steps per environment step, over all environments. Larger learns more from each
             step and takes longer. 0 only collects.
@@ -118,7 +119,7 @@ class WorldFluxAgent(BaseAlgorithm):
     ) -> None:
         if env is None and _init_setup_model:
             raise ConfigurationError(
-                "env is None, expected an id, a Gymnasium environment or a VecEnv. "
+                "env is None, expected a name, a Gymnasium environment or a VecEnv. "
                 "WorldFluxAgent.load gives an agent that acts without one."
             )
         settings = AgentSettings(
@@ -160,6 +161,8 @@ class WorldFluxAgent(BaseAlgorithm):
         self._acting: tuple[State, Tensor] | None = None  # recurrent state and previous actions during `learn`
         self._training_started = False
         self._random_started = False
+        self._steps_elsewhere = False
+        self._frames_per_step = 1
         self._losses = MeanLosses()
         self.last_losses: Mapping[str, Tensor] = {}
         if _init_setup_model:
@@ -292,6 +295,8 @@ class WorldFluxAgent(BaseAlgorithm):
             assert self.replay_buffer is not None and self.env is not None
             self._recorder = VecEpisodeRecorder(self.replay_buffer, self.env)
             self._watch = EnvWatch(self.env)
+            self._steps_elsewhere = steps_elsewhere(self.env)
+            self._frames_per_step = frames_per_vec_step(self.env)
         self._recorder.begin(self._last_obs)
         self._watch.mark()
         self._last_episode_starts = np.ones(self.n_envs, dtype=bool)
@@ -314,6 +319,9 @@ class WorldFluxAgent(BaseAlgorithm):
         progress_bar: bool = False,
     ) -> SelfAgent:
         """Acts in the environments and trains on what was collected, by turns.
+
+        Where environments step in processes of their own (`SubprocVecEnv`, Gymnasium's `AsyncVectorEnv`), the agent
+        trains while they do: what a step owes is paid during the next one, whose actions were chosen before.
 
         The agent stays usable after a `KeyboardInterrupt` or an error in the environment: what was learned and
         collected remains, and the next call starts new episodes.
@@ -351,15 +359,17 @@ class WorldFluxAgent(BaseAlgorithm):
             print(self._describe_schedule())
         callback.on_training_start(locals(), globals())
         try:
-            keep_going = True
+            keep_going, owed = True, 0
             while keep_going and self.num_timesteps < total_timesteps:
                 logged_episodes = self._episode_num
-                keep_going = self._collect_step(callback)
-                if keep_going and self._can_train():
-                    for _ in range(self.schedule.updates_due(self.n_envs)):
-                        self._train_step()
+                keep_going = self._collect_step(callback, owed)
+                owed = self.schedule.updates_due(self.n_envs) if keep_going and self._can_train() else 0
+                if not self._steps_elsewhere:
+                    self._train(owed)
+                    owed = 0
                 if log_interval is not None and self._episode_num // log_interval > logged_episodes // log_interval:
                     self.dump_logs()
+            self._train(owed)
             self.trainer.check_finite()
         except BaseException as error:
             self._leave_episodes()
@@ -400,8 +410,16 @@ class WorldFluxAgent(BaseAlgorithm):
             rhythm = f"{1 / every:g} gradient steps every environment step"
         return f"{rhythm} (train_ratio {self.train_ratio:g}, batches of {self.batch_size} x {self.seq_len})"
 
-    def _collect_step(self, callback: BaseCallback) -> bool:
-        """Acts once in every environment and stores what came of it; False if the callback wants to stop."""
+    def _collect_step(self, callback: BaseCallback, owed: int) -> bool:
+        """Acts once in every environment and stores what came of it.
+
+        Args:
+            callback: Called when it is stored.
+            owed: Gradient steps of earlier environment steps, taken while other processes make this one.
+
+        Returns:
+            False if the callback wants to stop.
+        """
         assert self.env is not None and self._recorder is not None and self._watch is not None
         callback.on_rollout_start()
         if self._watch.moved:
@@ -410,7 +428,11 @@ class WorldFluxAgent(BaseAlgorithm):
             self._begin_episodes()
         library_actions, extras = self._act()
         actions = self.action_codec.to_env(library_actions)
-        new_obs, rewards, dones, infos = self.env.step(actions)
+        self.env.step_async(actions)
+        try:
+            self._train(owed)
+        finally:  # other processes answer once to each step, whatever happened here
+            new_obs, rewards, dones, infos = self.env.step_wait()
         self._watch.mark()
         self.num_timesteps += self.n_envs
 
@@ -455,12 +477,13 @@ class WorldFluxAgent(BaseAlgorithm):
             )
         return self._training_started
 
-    def _train_step(self) -> None:
-        self.last_losses = self.trainer.step(self._sample(), self.replay_buffer)
-        self._losses.add(self.last_losses)
-        self._n_updates += 1
-        if self._n_updates % CHECK_INTERVAL == 0:
-            self.trainer.check_finite()
+    def _train(self, updates: int) -> None:
+        for _ in range(updates):
+            self.last_losses = self.trainer.step(self._sample(), self.replay_buffer)
+            self._losses.add(self.last_losses)
+            self._n_updates += 1
+            if self._n_updates % CHECK_INTERVAL == 0:
+                self.trainer.check_finite()
 
     def _sample(self) -> Batch:
         """Windows from the buffer, normalised as the policy sees observations now."""
@@ -486,6 +509,8 @@ class WorldFluxAgent(BaseAlgorithm):
         record("time/fps", int((self.num_timesteps - self._num_timesteps_at_start) / elapsed))
         record("time/time_elapsed", int(elapsed), exclude="tensorboard")
         record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
+        if self._frames_per_step > 1:
+            record("time/total_frames", self.num_timesteps * self._frames_per_step, exclude="tensorboard")
         record("train/n_updates", self._n_updates, exclude="tensorboard")
         record("train/learning_rate", self.learning_rate)
         for name, mean in self._losses.take().items():

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
+from gymnasium.vector import SyncVectorEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-_MOVES = ("reset", "step", "step_wait")
+from worldflux.envs.vector import GymnasiumVecEnv
+
+_MOVES = ("reset", "step", "step_wait", "reset_wait", "recv")
 
 
 class EnvWatch:
@@ -16,16 +19,23 @@ class EnvWatch:
 
     A `VecEnv` is shared easily: `get_env()` hands it out, and who made it still holds it, its wrappers and the
     environments in it. All of them end in the same innermost objects, and there the calls are counted. In another
-    process nobody but the `VecEnv` reaches an environment, so that it is the innermost object itself.
+    process nobody but the `VecEnv` or the vector environment reaches an environment, so that it is the innermost
+    object itself; there `env_method` counts if it calls `reset` or `step`. Other methods and `set_attr` do not: they
+    are for asking and for what the next episodes are like.
 
     Args:
         venv: To watch.
     """
 
     def __init__(self, venv: VecEnv) -> None:
-        base = venv.unwrapped
-        owners = [_innermost(env) for env in base.envs] if isinstance(base, DummyVecEnv) else [base]
+        base: Any = venv.unwrapped
+        if isinstance(base, GymnasiumVecEnv):
+            base = base.vector_env.unwrapped
+        reachable = isinstance(base, DummyVecEnv | SyncVectorEnv)
+        owners = [_innermost(env) for env in base.envs] if reachable else [base]
         self._calls = [_counted(owner, name) for owner in owners for name in _MOVES if hasattr(owner, name)]
+        if isinstance(base, VecEnv) and not reachable:
+            self._calls.append(_counted(base, "env_method", only=("reset", "step")))
         self.mark()
 
     def mark(self) -> None:
@@ -44,20 +54,28 @@ class EnvWatch:
 class _CountedCall:
     """A method of one object. Copies and pickles of the object take one of their own with them."""
 
-    def __init__(self, method: Callable[..., Any]) -> None:
+    def __init__(self, method: Callable[..., Any], only: tuple[str, ...] = ()) -> None:
         self.method = method
+        self.only = only
         self.count = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.count += 1
+        if not self.only or (args[0] if args else kwargs.get("method_name")) in self.only:
+            self.count += 1
         return self.method(*args, **kwargs)
 
 
-def _counted(owner: Any, name: str) -> _CountedCall:
-    """Puts a counter in the place of a method; one that is there already serves all who watch."""
+def _counted(owner: Any, name: str, only: tuple[str, ...] = ()) -> _CountedCall:
+    """Puts a counter in the place of a method; one that is there already serves all who watch.
+
+    Args:
+        owner: Of the method.
+        name: Of the method.
+        only: Count calls with one of these as first argument; `()` counts all.
+    """
     method = getattr(owner, name)
     if not isinstance(method, _CountedCall):
-        method = _CountedCall(method)
+        method = _CountedCall(method, only)
         setattr(owner, name, method)
     return method
 

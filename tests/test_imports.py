@@ -28,6 +28,7 @@ LAYERS = (
     ("worldflux.factory",),
     ("worldflux.envs",),
     ("worldflux.agents",),
+    ("worldflux.cli",),
     ("worldflux",),
 )
 LEVEL = {prefix: level for level, layer in enumerate(LAYERS) for prefix in layer}

@@ -67,9 +67,9 @@ def test_the_version_is_said_once() -> None:
     assert PROJECT["project"]["version"] == worldflux.__version__
 
 
-def test_the_core_needs_six_packages() -> None:
+def test_the_core_needs_seven_packages() -> None:
     names = {line.split(">")[0] for line in PROJECT["project"]["dependencies"]}
-    assert names == {"torch", "numpy", "gymnasium", "stable-baselines3", "safetensors", "opencv-python"}
+    assert names == {"torch", "numpy", "gymnasium", "stable-baselines3", "safetensors", "opencv-python", "tyro"}
     assert {"dmc", "atari", "wandb", "minari", "hub", "dev"} <= set(PROJECT["project"]["optional-dependencies"])
 
 

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from envs_for_tests import CountingEnv, assert_rows_belong_together
 from gymnasium import spaces
+from gymnasium.vector import SyncVectorEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 
-from worldflux.envs import RecordEpisodes, VecRecordEpisodes, make_env, make_vec_env
+from worldflux.envs import RecordEpisodes, VecRecordEpisodes, VectorRecordEpisodes, make_env, make_vec_env
+from worldflux.envs.vector import GymnasiumVecEnv
 from worldflux.envs.watch import EnvWatch
 from worldflux.errors import BufferError, ConfigurationError, MissingDependencyError, ShapeMismatchError
 from worldflux.training.batch import Batch
@@ -121,7 +123,289 @@ def test_a_step_that_raises_leaves_nothing_behind() -> None:
     with pytest.raises(KeyboardInterrupt):
         env.step(np.array([1.0], np.float32))
 
-    assert buffer.num_transitions == 2
+    # What was stored until then is an episode that was cut.
+    assert (buffer.num_transitions, buffer.num_episodes) == (2, 1)
+    batch = everything(buffer, rows=3)
+    assert batch.obs[0, :, 2].tolist() == [0, 1, 2] and batch.truncations[0].tolist() == [False, True, False]
+    with pytest.raises(BufferError, match=r"Call env.reset\(\) first"):
+        env.step(np.array([1.0], np.float32))
+    env.reset()
+    env.step(np.array([1.0], np.float32))
+    assert everything(buffer, rows=4).is_first[0].tolist() == [True, False, False, True]
+
+
+def recorded_together(name: str, buffer: ReplayBuffer, **options: Any) -> Any:
+    """Two counting environments, the second with options, behind one of the recording wrappers."""
+    makers = [lambda: CountingEnv(**ENDINGS), lambda: CountingEnv(**ENDINGS, **options)]
+    if name == "VecEnv":
+        return VecRecordEpisodes(DummyVecEnv(makers), buffer)
+    if name == "face":
+        return VecRecordEpisodes(GymnasiumVecEnv(SyncVectorEnv(makers)), buffer)
+    return VectorRecordEpisodes(SyncVectorEnv(makers, autoreset_mode=name), buffer)
+
+
+PATHS = ("VecEnv", "face", "NextStep", "SameStep", "Disabled")
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_where_one_of_several_raises_nothing_of_that_step_is_stored(name: str) -> None:
+    buffer = buffer_for_counting(n_envs=2)
+    env = recorded_together(name, buffer, raise_at=2)
+    env.reset()
+    actions = np.full((2, 1), 2.5, np.float32)
+    for _ in range(2):
+        env.step(actions)
+    with pytest.raises(KeyboardInterrupt):
+        env.step(actions)
+
+    assert (buffer.num_transitions, buffer.num_episodes) == (4, 2)
+    batch = buffer.sample(50, 3)
+    assert batch.obs[:, :, 2].tolist() == [[0, 1, 2]] * 50 and batch.truncations[:, 1].all()
+    with pytest.raises(BufferError, match=r"Call env.reset\(\) first"):
+        env.step(actions)
+    env.reset()
+    env.step(actions)
+    batch = buffer.sample(50, 4)
+    assert batch.is_first[batch.rows[:, 0] < 2].tolist()[:9] == [[True, False, False, True]] * 9
+    assert_rows_belong_together(batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy())
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_reset_that_raises_ends_the_episodes_and_another_begins_new_ones(name: str) -> None:
+    buffer = buffer_for_counting(n_envs=2)
+    env = recorded_together(name, buffer)
+    first = env.envs[0] if name == "VecEnv" else (env.vector_env if name == "face" else env.env).envs[0]
+    env.reset()
+    env.step(np.ones((2, 1), np.float32))
+    reset, first.reset = first.reset, "not callable"
+    with pytest.raises(TypeError):
+        env.reset()
+    assert buffer.num_episodes == 2
+    with pytest.raises(BufferError, match=r"Call env.reset\(\) first"):
+        env.step(np.ones((2, 1), np.float32))
+    first.reset = reset
+    env.reset()
+    env.step(np.ones((2, 1), np.float32))
+    batch = buffer.sample(50, 3)
+    assert (
+        buffer.num_transitions == 4 and batch.is_first[batch.rows[:, 0] < 2].tolist()[:9] == [[True, False, True]] * 9
+    )
+
+
+class OutOfRangeEnv(CountingEnv):
+    """Its third step gives a number that is none."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(lengths=(9,))
+        self.what = what
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        obs, reward, *ends = super().step(action)
+        if self.total == 3 and self.what == "obs":
+            obs[3] = np.inf
+        return obs, float("nan") if self.total == 3 and self.what == "reward" else reward, *ends
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [("obs", "observation contains NaN or infinite"), ("reward", r"rewards has nan at index \(0,\)")],
+)
+@pytest.mark.parametrize("name", ["single", "VecEnv", "vector"])
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_number_that_is_none_is_refused_in_the_step_that_brings_it(name: str, what: str, message: str) -> None:
+    buffer = buffer_for_counting()
+    makers = [lambda: OutOfRangeEnv(what)]
+    env: Any = {
+        "single": lambda: RecordEpisodes(makers[0](), buffer),
+        "VecEnv": lambda: VecRecordEpisodes(DummyVecEnv(makers), buffer),
+        "vector": lambda: VectorRecordEpisodes(SyncVectorEnv(makers), buffer),
+    }[name]()
+    action = np.ones(1 if name == "single" else (1, 1), np.float32)
+    env.reset()
+    env.step(action)
+    env.step(action)
+    with pytest.raises((BufferError, ShapeMismatchError), match=message):
+        env.step(action)
+    assert (buffer.num_transitions, buffer.num_episodes) == (2, 1)
+    with pytest.raises(BufferError, match=r"Call env.reset\(\) first"):
+        env.step(action)
+
+
+def test_an_action_that_is_none_is_refused_before_the_environment_moves() -> None:
+    inner = CountingEnv(lengths=(9,), action_space=spaces.Discrete(3, start=1))
+    buffer = ReplayBuffer(100, (4,), 3, seed=0)
+    env = RecordEpisodes(inner, buffer)
+    env.reset()
+    for wrong in (0, 4, -1, 1.5):
+        with pytest.raises(ShapeMismatchError, match=rf"values between {wrong} and {wrong}, expected \[1\] to \[3\]"):
+            env.step(wrong)
+    with pytest.raises(ShapeMismatchError, match=r"actions have shape \(1, 2\), expected"):
+        env.step([1, 2])
+    env.step(np.int64(3))
+    assert inner.t == 1 and everything(buffer, rows=1).actions[0].tolist() == [[0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("space", "given", "expected"),
+    [
+        (spaces.MultiDiscrete([2, 3]), np.array([1, 2]), [0, 1, 0, 0, 1]),
+        (spaces.MultiBinary(2), np.array([1, 0], np.int8), [0, 1, 1, 0]),
+        (spaces.Box(np.array([0.0, 3.0]), np.array([4.0, 3.0]), dtype=np.float64), np.array([1.0, 3.0]), [-0.5, 0]),
+    ],
+)
+def test_every_kind_of_action_is_stored_in_the_librarys_form(space: Any, given: Any, expected: list[float]) -> None:
+    buffer = ReplayBuffer(100, (4,), len(expected), seed=0)
+    env = RecordEpisodes(CountingEnv(lengths=(9,), action_space=space), buffer)
+    env.reset()
+    for _ in range(2):
+        env.step(given)
+    assert everything(buffer, rows=2).actions[0].tolist() == [expected] * 2
+
+
+def test_what_is_recorded_is_a_copy() -> None:
+    buffer = buffer_for_counting(n_envs=2)
+    venv = VecRecordEpisodes(DummyVecEnv([lambda: CountingEnv(lengths=(2,))] * 2), buffer)
+    actions = np.ones((2, 1), np.float32)
+    given: Any = [venv.reset()]
+    for value in range(1, 7):
+        actions[:] = value
+        venv.step_async(actions.copy() if value < 6 else actions)
+        actions[:] = -1  # whoever overwrites arrays has no influence on what was recorded
+        *arrays, infos = venv.step_wait() if value < 6 else (np.zeros(1), [])
+        given += [*arrays, *(info["terminal_observation"] for info in infos if "terminal_observation" in info)]
+        for array in given:
+            array[...] = 77 if array.dtype != bool else True
+    batch = buffer.sample(50, 5)
+    assert buffer.num_transitions == 10 and batch.obs.max() < 77 and batch.rewards.max() < 300
+    assert_rows_belong_together(batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy())
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_whoever_looks_in_the_middle_changes_nothing(name: str) -> None:
+    batches = []
+    for look_every in (1, 7, 10_000):
+        buffer = buffer_for_counting(n_envs=2, capacity=700)
+        env = recorded_together(name, buffer)
+        env.reset()
+        seen = 0
+        for step in range(600):
+            _, _, terminations, truncations, *_ = env.step(np.full((2, 1), step % 9 + 1.0, np.float32))
+            if name == "Disabled" and (terminations | truncations).any():
+                env.reset(options={"reset_mask": terminations | truncations})
+            if step % look_every == 0:
+                assert len(buffer) >= seen
+                seen = len(buffer)
+        buffer.seed(0)
+        batches.append(buffer.sample(200, 6))
+        assert len(buffer) == 700
+    for batch in batches[1:]:
+        for part in ("rows", "obs", "actions", "rewards", "terminations", "truncations", "is_first"):
+            np.testing.assert_array_equal(getattr(batch, part), getattr(batches[0], part))
+    first = batches[0]
+    compared = assert_rows_belong_together(
+        first.obs.numpy(), first.actions.numpy(), first.rewards.numpy(), first.is_first.numpy()
+    )
+    assert compared > 500
+
+
+def test_a_vector_environment_that_resets_nothing_itself_must_be_reset_where_episodes_ended() -> None:
+    buffer = buffer_for_counting(n_envs=2)
+    env = recorded_together("Disabled", buffer)
+    with pytest.raises(BufferError, match="No episode has begun: call reset"):
+        env.reset(options={"reset_mask": np.array([True, False])})
+    env.reset()
+    for _ in range(3):
+        env.step(np.ones((2, 1), np.float32))
+    with pytest.raises(BufferError, match=r"environments \[0, 1\] have ended. Reset them with options="):
+        env.step(np.ones((2, 1), np.float32))
+    env.reset(options={"reset_mask": np.array([True, False])})
+    with pytest.raises(BufferError, match=r"environments \[1\] have ended"):
+        env.step(np.ones((2, 1), np.float32))
+    env.reset(options={"reset_mask": np.array([False, True])})
+    env.step(np.ones((2, 1), np.float32))
+    assert (buffer.num_transitions, buffer.num_episodes) == (8, 4)  # their second episodes have one step
+
+
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep", "Disabled"])
+def test_a_reset_of_some_environments_cuts_only_their_episodes(mode: str) -> None:
+    buffer = buffer_for_counting(n_envs=2)
+    makers = [lambda: CountingEnv(lengths=(9,)), lambda: CountingEnv(lengths=(2, 9))]
+    env = VectorRecordEpisodes(SyncVectorEnv(makers, autoreset_mode=mode, copy=False), buffer)
+    env.reset()
+    actions = np.full((2, 1), 2.5, np.float32)
+    for _ in range(2):
+        env.step(actions)
+    # The first is in flight, the second's episode has just ended.
+    mask = {"NextStep": [True, False], "SameStep": [True, False], "Disabled": [True, True]}[mode]
+    env.reset(options={"reset_mask": np.array(mask)})
+    assert buffer.num_episodes == 2
+    for _ in range(3):
+        env.step(actions)
+    batch = buffer.sample(100, 5)
+    assert_rows_belong_together(batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy())
+    assert batch.truncations.sum() > 10 and batch.terminations.sum() > 10
+    # Where it resets on the next step, one of the second's three steps was that.
+    assert buffer.num_transitions == {"NextStep": 9, "SameStep": 10, "Disabled": 10}[mode]
+    final = (batch.obs[..., 1] == 0) & (batch.obs[..., 2] == 2)
+    assert final.any() and batch.obs_mask.all() and not batch.rewards[final].any()
+
+
+def test_actions_that_are_ignored_may_be_anything() -> None:
+    makers = [lambda: CountingEnv(lengths=(1,), action_space=spaces.Discrete(2)), lambda: CountingEnv(lengths=(9,))]
+    makers[1] = lambda: CountingEnv(lengths=(9,), action_space=spaces.Discrete(2))
+    buffer = ReplayBuffer(100, (4,), 2, n_envs=2, seed=0)
+    env = VectorRecordEpisodes(SyncVectorEnv(makers), buffer)
+    env.reset()
+    env.step(np.array([1, 1]))
+    env.step(np.array([-5, 1]))  # the first only resets
+    with pytest.raises(ShapeMismatchError, match="values between -5 and 1"):
+        env.step(np.array([-5, 1]))
+    env.step(np.array([0, 1]))
+    assert (buffer.num_transitions, buffer.num_episodes) == (5, 2)
+
+
+def test_the_atari_vector_environment_is_recorded() -> None:
+    ale_vector = pytest.importorskip("ale_py.vector_env")
+    for mode in ("NextStep", "SameStep"):
+        envs = ale_vector.AtariVectorEnv(
+            "breakout", 2, max_num_frames_per_episode=60, autoreset_mode=mode, img_height=20, img_width=20, stack_num=2
+        )
+        buffer = ReplayBuffer(200, (2, 20, 20), 4, n_envs=2, seed=0)
+        env = VectorRecordEpisodes(envs, buffer)
+        try:
+            obs, _ = env.reset(seed=1)
+            seen, ended = [obs], []
+            for step in range(40):
+                obs, _, terminations, truncations, _ = env.step(np.array([step % 4, 1]))
+                seen.append(obs)
+                ended.append(terminations | truncations)
+        finally:
+            env.close()
+        ends = np.array(ended)[:, 0]
+        first = int(ends.argmax())
+        assert ends.sum() >= 2 and buffer.num_episodes == np.sum(ended)
+        assert buffer.num_transitions == 80 - (np.sum(np.array(ended)[:-1]) if mode == "NextStep" else 0)
+        window = everything(buffer, rows=first + 2)
+        if window.rows[0, 0] == 0:
+            np.testing.assert_array_equal(window.obs[0, : first + 1], [obs[0] for obs in seen[: first + 1]])
+            assert window.truncations[0].nonzero().flatten().tolist() == [first]
+
+
+def test_the_wrong_wrapper_names_the_right_one() -> None:
+    single, vec, vector = CountingEnv(), DummyVecEnv([CountingEnv]), SyncVectorEnv([CountingEnv])
+    buffer = buffer_for_counting()
+    for wrapper, env, right in (
+        (RecordEpisodes, vec, "VecRecordEpisodes"),
+        (RecordEpisodes, vector, "VectorRecordEpisodes"),
+        (VecRecordEpisodes, single, "RecordEpisodes"),
+        (VecRecordEpisodes, vector, "VectorRecordEpisodes"),
+        (VectorRecordEpisodes, single, "RecordEpisodes"),
+        (VectorRecordEpisodes, vec, "VecRecordEpisodes"),
+    ):
+        with pytest.raises(ConfigurationError, match=f"{wrapper.__name__} got a.* Record it with {right}."):
+            wrapper(env, buffer)  # type: ignore[operator]
+    with pytest.raises(ConfigurationError, match="VectorRecordEpisodes got 'CartPole-v1', expected a Gymnasium vector"):
+        VectorRecordEpisodes("CartPole-v1", buffer)  # type: ignore[arg-type]
 
 
 def test_several_environments_are_recorded_as_each_would_be_alone() -> None:
@@ -208,6 +492,8 @@ def test_a_buffer_that_does_not_fit_is_refused() -> None:
         RecordEpisodes(CountingEnv(), buffer_for_counting(n_envs=2))
     with pytest.raises(ConfigurationError, match="buffer is for 2 environments, expected 1"):
         VecRecordEpisodes(DummyVecEnv([CountingEnv]), buffer_for_counting(n_envs=2))
+    with pytest.raises(ConfigurationError, match="buffer is for 2 environments, expected 1"):
+        VectorRecordEpisodes(SyncVectorEnv([CountingEnv]), buffer_for_counting(n_envs=2))
 
 
 def test_environments_are_made_from_their_names() -> None:
@@ -215,7 +501,7 @@ def test_environments_are_made_from_their_names() -> None:
     assert make_vec_env("Pendulum-v1", 3, seed=0, max_episode_steps=7).num_envs == 3
     with pytest.raises(ConfigurationError, match=r"Unknown environment 'CartPol-v1'; did you mean 'CartPole-v[01]'"):
         make_env("CartPol-v1")
-    with pytest.raises(ConfigurationError, match="n_envs is 0, expected at least 1"):
+    with pytest.raises(ConfigurationError, match="n_envs is 0, expected a whole number from 1"):
         make_vec_env("Pendulum-v1", 0)
 
 
@@ -270,9 +556,16 @@ def test_environments_in_other_processes_are_watched_where_they_are_reached() ->
         assert not watch.moved
         venv.reset()
         assert watch.moved
-        watch.mark()
-        venv.step(np.ones((2, 1), np.float32))
-        assert watch.moved
+        for move in (
+            lambda: venv.step(np.ones((2, 1), np.float32)),
+            lambda: venv.env_method("reset"),
+            lambda: venv.env_method(method_name="step", action=np.ones(1, np.float32)),
+        ):
+            watch.mark()
+            venv.env_method("get_wrapper_attr", "t")  # a question moves nothing
+            assert not watch.moved
+            move()
+            assert watch.moved
     finally:
         venv.close()
 

@@ -84,6 +84,17 @@ def test_images_are_accepted_in_both_channel_orders(space_shape: tuple[int, ...]
         assert not was_batched
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_stacked_frames_become_channels_one_frame_after_another(channels_last: bool) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (2, 4, 3, 20, 24), dtype=np.uint8)  # N, S, C, H, W
+    given_frames = np.moveaxis(frames, 2, 4) if channels_last else frames
+    codec = ObservationCodec(spaces.Box(0, 255, given_frames.shape[1:], np.uint8))
+    assert codec.obs_shape == (12, 20, 24) and codec.obs_dtype == np.uint8
+    encoded = codec.encode(given_frames)
+    np.testing.assert_array_equal(encoded, frames.reshape(2, 12, 20, 24))
+    np.testing.assert_array_equal(encoded[1, 3:6], frames[1, 1])
+
+
 def test_an_encoded_observation_does_not_change_with_the_array_that_was_given() -> None:
     for space, given_obs in (
         (unbounded((2,)), np.ones((1, 2), np.float32)),

@@ -10,6 +10,7 @@ Names are imported when they are first used, so that `import worldflux` loads no
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -81,3 +82,8 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
+
+
+if "gymnasium" in sys.modules:
+    # gymnasium.make then knows the suites' ids at once; otherwise importing worldflux.envs tells it.
+    importlib.import_module("worldflux.envs")

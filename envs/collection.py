@@ -1,0 +1,185 @@
+"""Collecting: an environment and a policy become a replay buffer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import VectorEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+
+from worldflux.envs.make import as_env, make_env
+from worldflux.envs.recorder import VecEpisodeRecorder
+from worldflux.envs.spaces import ActionCodec, Array, ObservationCodec
+from worldflux.envs.vector import row_of
+from worldflux.errors import ConfigurationError, MissingDependencyError
+from worldflux.training.config import whole_number
+from worldflux.training.replay import ReplayBuffer
+
+_FIRST_STEPS = 1000
+"""Steps of each environment that a buffer has room for before it grows."""
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """What SB3's algorithms and `WorldFluxAgent` have in common."""
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[Any, Any]:
+        """Actions, and the state to hand in with the next observation."""
+
+
+Policy = Predictor | Callable[[Any], Any]
+
+
+def collect(
+    env: str | gym.Env[Any, Any] | VecEnv | VectorEnv[Any, Any, Any],
+    policy: Policy | None = None,
+    *,
+    steps: int | None = None,
+    episodes: int | None = None,
+    capacity: int | None = None,
+    seed: int | None = None,
+    deterministic: bool = False,
+    progress: bool = False,
+) -> ReplayBuffer:
+    """A buffer with what a policy did in an environment.
+
+        >>> collect("CartPole-v1", episodes=10, seed=0).save("cartpole.npz")
+
+    Each environment has a stream of its own in the buffer. Several environments share the episodes out evenly
+    beforehand, as SB3's `evaluate_policy` does: those that come first would be the short ones. Which of them has
+    made its share waits for the others, and what it does meanwhile is not stored.
+
+    Args:
+        env: An environment's name as in `make_env`, a Gymnasium environment, an SB3 `VecEnv` or a Gymnasium vector
+            environment. It is reset first; one that was given stays open, somewhere in an episode.
+        policy: An object with SB3's `predict`, or a function that gives the action for an observation; for a `VecEnv`
+            or a vector environment, the actions for all observations. None acts at random.
+        steps: Transitions, at least; several environments may overshoot by fewer than there are. Episodes that are in
+            flight then are closed as truncated, with their last observation.
+        episodes: Complete episodes, exactly. Give this or `steps`.
+        capacity: Of the buffer, whose oldest transitions make room for newer ones; None keeps all.
+        seed: Of the environments, the random actions and the buffer's sampler.
+        deterministic: Passed on to `predict`.
+        progress: Show a bar, with tqdm.
+
+    Raises:
+        ConfigurationError: If an argument cannot be used.
+        MissingDependencyError: If a package is needed that is not installed.
+        BufferError: If the environment gives what cannot be stored, or the memory does not suffice.
+    """
+    if (steps is None) == (episodes is None):
+        raise ConfigurationError(f"steps is {steps} and episodes is {episodes}, expected a number for one of them.")
+    goal = whole_number("steps", steps, 1) if episodes is None else whole_number("episodes", episodes, 1)
+    if capacity is not None:
+        capacity = whole_number("capacity", capacity, 1)
+    if seed is not None:
+        seed = whole_number("seed", seed, 0)
+    if policy is not None and not (isinstance(policy, Predictor) or callable(policy)):
+        raise ConfigurationError(f"policy is {policy!r}, expected an object with predict(), a function or None.")
+    bar = _bar(goal, "steps" if episodes is None else "episodes") if progress else None
+    venv = _as_vec_env(env)
+    try:
+        if seed is not None:
+            venv.seed(seed)
+        single = not isinstance(env, VecEnv | VectorEnv)
+        return _collect(venv, _actor(venv, policy, seed, deterministic, single), steps, episodes, capacity, seed, bar)
+    finally:
+        if bar is not None:
+            bar.close()
+        if isinstance(env, str):
+            venv.close()
+
+
+def _collect(
+    venv: VecEnv,
+    act: Callable[[Any, Array], Any],
+    steps: int | None,
+    episodes: int | None,
+    capacity: int | None,
+    seed: int | None,
+    bar: Any,
+) -> ReplayBuffer:
+    n_envs = venv.num_envs
+    obs_codec, action_codec = ObservationCodec(venv.observation_space), ActionCodec(venv.action_space)
+    buffer = ReplayBuffer(
+        capacity or n_envs * (-(-steps // n_envs) if steps is not None else _FIRST_STEPS),
+        obs_codec.obs_shape,
+        action_codec.action_dim,
+        obs_dtype=obs_codec.obs_dtype,
+        n_envs=n_envs,
+        seed=seed,
+    )
+    recorder = VecEpisodeRecorder(buffer, venv)
+    left = None
+    if episodes is not None:
+        # As SB3's evaluate_policy has it: where they do not share evenly, the last environments make one more.
+        left = [(episodes + env) // n_envs for env in range(n_envs)]
+    resting = [] if left is None else [env for env in range(n_envs) if not left[env]]
+    obs, starts = venv.reset(), np.ones(n_envs, dtype=bool)
+    recorder.begin(obs)
+    room = 0
+    while recorder.steps < steps if steps is not None else len(resting) < n_envs:
+        if capacity is None and room < 1:
+            if buffer.room < 1:
+                buffer.grow(2 * buffer.capacity)
+            room = buffer.room
+        room -= 1
+        before = recorder.steps
+        actions = act(obs, starts)
+        checked = recorder.checked_actions(actions)
+        obs, rewards, starts, infos = venv.step(actions)
+        ended = recorder.add_vec_step(checked, obs, rewards, starts, infos, skipped=resting, is_compact=True)
+        if left is not None and ended:
+            for env in ended:
+                left[env] -= 1
+            resting = [env for env in range(n_envs) if not left[env]]
+        if bar is not None:
+            bar.update(recorder.steps - before if left is None else len(ended))
+    recorder.interrupt()
+    return buffer
+
+
+def _as_vec_env(env: Any) -> VecEnv:
+    made = as_env(make_env(env) if isinstance(env, str) else env)
+    return made if isinstance(made, VecEnv) else DummyVecEnv([lambda: made])
+
+
+def _actor(
+    venv: VecEnv, policy: Policy | None, seed: int | None, deterministic: bool, single: bool
+) -> Callable[[Any, Array], Array]:
+    """What takes observations `[n_envs, ...]` and where episodes start `[n_envs]` to actions `[n_envs, ...]`."""
+    space = copy.deepcopy(venv.action_space)
+    if policy is None:
+        if seed is not None:
+            space.seed(seed)
+        return lambda obs, starts: np.stack([space.sample() for _ in range(venv.num_envs)])
+    state: Any = None
+
+    def act(obs: Any, starts: Array) -> Array:
+        nonlocal state
+        if isinstance(policy, Predictor):
+            actions, state = policy.predict(obs, state=state, episode_start=starts, deterministic=deterministic)
+        else:
+            actions = [policy(row_of(obs, 0))] if single else policy(obs)
+        array = np.asarray(actions)
+        # Functions tend to give Python numbers, and environments want their own dtype.
+        fits = isinstance(space, gym.spaces.Box) or array.dtype.kind in "iub"
+        return array.astype(space.dtype, copy=False) if fits else array
+
+    return act
+
+
+def _bar(goal: int, unit: str) -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise MissingDependencyError(
+            'The progress bar needs tqdm. Install it with: pip install "worldflux[extra]".'
+        ) from error
+    return tqdm(total=goal, unit=f" {unit}")

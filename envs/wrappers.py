@@ -1,0 +1,124 @@
+"""Wrappers that Gymnasium does not have in this form: a counted action repeat, images resized wherever they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.wrappers import RepeatAction
+
+from worldflux.errors import ConfigurationError, MissingDependencyError
+
+Size = int | tuple[int, int]
+"""Side of a square, or height and width."""
+
+Layout = tuple[int, bool]
+"""Axis of the height, and whether there is an axis of channels."""
+
+
+class ActionRepeat(RepeatAction[Any, Any]):
+    """Repeats each action and sums the rewards; says how many frames a step takes.
+
+    Args:
+        env: To wrap.
+        num_repeats: Steps of it for each step of the wrapper; fewer where the episode ends.
+    """
+
+    @property
+    def action_repeat(self) -> int:
+        """Frames in a step, counted with the repeats of the wrapped environment."""
+        return self.num_repeats * frames_per_step(self.env)
+
+
+def frames_per_step(env: gym.Env[Any, Any]) -> int:
+    """Frames (steps of the simulator) that one step of an environment takes, by its attribute `action_repeat`."""
+    return int(env.get_wrapper_attr("action_repeat")) if env.has_wrapper_attr("action_repeat") else 1
+
+
+class ResizeImages(gym.ObservationWrapper[Any, Any, Any]):
+    """Resizes every image of the observations, also in dictionaries and with channels first.
+
+    Pixels are averaged over areas, which is how both Atari protocols make their frames smaller.
+
+    Args:
+        env: With at least one image: a `uint8` Box of three axes, or of two.
+        size: Of the result.
+
+    Raises:
+        ConfigurationError: If no observation is an image.
+        MissingDependencyError: If opencv-python cannot be imported.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], size: Size) -> None:
+        super().__init__(env)
+        self._size = checked_size(size)
+        space = env.observation_space
+        parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
+        self._layouts = {key: layout for key, part in parts.items() if (layout := _image_layout(part)) is not None}
+        if not self._layouts:
+            raise ConfigurationError(
+                f"size is {size}, but the observation {space} has no image (a uint8 Box with two or three axes). "
+                "Leave size out, or pass pixels=True to observe what the environment renders."
+            )
+        resized: dict[str, spaces.Space[Any]] = {
+            **parts,
+            **{key: spaces.Box(0, 255, self._new_shape(parts[key]), np.uint8) for key in self._layouts},
+        }
+        self.observation_space = spaces.Dict(resized) if isinstance(space, spaces.Dict) else resized[""]
+        try:
+            import cv2
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"Resizing images needs opencv-python, which cannot be imported: {error}. "
+                'pip install opencv-python; on slim Linux machines also "apt-get install libgl1 libglib2.0-0".'
+            ) from error
+        self._resize, self._interpolation = cv2.resize, cv2.INTER_AREA
+
+    def observation(self, observation: Any) -> Any:
+        """The observation with its images resized; everything else is passed on."""
+        if isinstance(self.observation_space, spaces.Dict):
+            resized = {key: self._resized(observation[key], layout) for key, layout in self._layouts.items()}
+            return {**observation, **resized}
+        return self._resized(observation, self._layouts[""])
+
+    def _resized(self, image: np.ndarray, layout: Layout) -> np.ndarray:
+        height_axis, has_channels = layout
+        first = has_channels and height_axis == 1
+        image = np.moveaxis(image, 0, -1) if first else image
+        channels = image.shape[2:]
+        small = self._resize(np.ascontiguousarray(image), self._size[::-1], interpolation=self._interpolation)
+        small = small.reshape(*self._size, *channels)  # a single channel's axis is dropped by the resize
+        return np.ascontiguousarray(np.moveaxis(small, -1, 0)) if first else small
+
+    def _new_shape(self, space: spaces.Space[Any]) -> tuple[int, ...]:
+        layout = _image_layout(space)
+        assert space.shape is not None and layout is not None
+        height_axis, _ = layout
+        return (*space.shape[:height_axis], *self._size, *space.shape[height_axis + 2 :])
+
+
+def checked_size(size: Any, name: str = "size") -> tuple[int, int]:
+    """Height and width, from one number or both.
+
+    Raises:
+        ConfigurationError: If it is neither.
+    """
+    sides = (size, size) if isinstance(size, int) else size
+    if (
+        not isinstance(sides, tuple | list)
+        or len(sides) != 2
+        or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides)
+    ):
+        raise ConfigurationError(f"{name} is {size!r}, expected a number of pixels such as 64, or (height, width).")
+    return sides[0], sides[1]
+
+
+def _image_layout(space: spaces.Space[Any]) -> Layout | None:
+    """Where an image's height is; None for what is no image. Channels are on the shorter side, as everywhere here."""
+    if not isinstance(space, spaces.Box) or space.dtype != np.uint8 or len(space.shape) not in (2, 3):
+        return None
+    if len(space.shape) == 2:
+        return 0, False
+    return (1 if int(np.argmin(space.shape)) == 0 else 0), True
