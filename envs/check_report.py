@@ -1,0 +1,86 @@
+"""What `check_env` looks at, and what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from worldflux.errors import WorldFluxError
+
+SPACES = "spaces are supported"
+MODELS = "models take their shapes"
+RESET = "reset gives an observation of the space"
+OBSERVATIONS = "steps give observations of the space"
+REWARDS = "rewards are finite numbers"
+FLAGS = "terminated and truncated are booleans"
+LAST = "episodes end with their own last observation"
+KEPT = "what was handed over is not changed later"
+SEEDS = "a seed repeats what happens"
+INSTANCES = "two instances with one seed agree"
+ACTIONS = "every action of the space is accepted"
+RENDERING = "render gives pictures"
+GYMNASIUM = "Gymnasium's checker"
+SB3 = "Stable-Baselines3's checker"
+
+ORDER = (
+    *(SPACES, MODELS, RESET, OBSERVATIONS, REWARDS, FLAGS, LAST, KEPT),
+    *(SEEDS, INSTANCES, ACTIONS, RENDERING, GYMNASIUM, SB3),
+)
+"""Of the checks in a report."""
+
+
+class EnvironmentCheckError(WorldFluxError, AssertionError):
+    """Raised when an environment breaks its contract; the message lists every check that failed.
+
+    Attributes:
+        report: All checks, those that passed too.
+    """
+
+    def __init__(self, report: CheckReport) -> None:
+        failed = [check for check in report.checks if not check.passed]
+        lines = [f"\n- {check.name}: {check.detail}" for check in failed]
+        super().__init__(f"{report.name} failed {len(failed)} of {len(report.checks)} checks." + "".join(lines))
+        self.report = report
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.report,)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One point of the contract."""
+
+    name: str
+    """What must hold."""
+    passed: bool
+    """Whether it does."""
+    detail: str = ""
+    """What was found; of a failed check, also what to do."""
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `check_env` found."""
+
+    name: str
+    """The environment."""
+    checks: tuple[Check, ...]
+    """Every check that was made, in order."""
+    advice: tuple[str, ...]
+    """What works, and could be better."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed."""
+        return all(check.passed for check in self.checks)
+
+    def __str__(self) -> str:
+        return "\n".join([self.name, *(f"  {status:<7} {text}" for status, text in self.lines())])
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """A status ("ok", "failed" or "advice") and a text for each check and each advice."""
+        for check in self.checks:
+            yield "ok" if check.passed else "failed", f"{check.name}{': ' if check.detail else ''}{check.detail}"
+        for text in self.advice:
+            yield "advice", text

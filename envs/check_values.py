@@ -1,0 +1,119 @@
+"""Small questions about observations, actions and errors that an environment's check asks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.wrappers import TimeLimit
+
+from worldflux.envs.spaces import ActionCodec
+
+MOST_ACTIONS = 1000
+"""Of a space with more options, only so many are tried."""
+
+
+def parts(space: spaces.Space[Any]) -> list[tuple[str, spaces.Space[Any]]]:
+    """The arrays that an observation consists of, with what to call them."""
+    if isinstance(space, spaces.Dict):
+        return [(f"observation '{key}'", part) for key, part in space.spaces.items()]
+    return [("observation", space)]
+
+
+def mismatch(space: spaces.Space[Any], obs: Any) -> str | None:
+    """Why an observation is not one of the space, or None if it is one."""
+    if not isinstance(space, spaces.Dict):
+        return _array_mismatch(space, obs, "observation")
+    if not isinstance(obs, Mapping) or set(obs) != set(space.spaces):
+        given = f"the keys {sorted(map(str, obs))}" if isinstance(obs, Mapping) else kind(obs)
+        return f"the observation has {given}, expected a dictionary with the keys {sorted(space.spaces)}."
+    problems = (_array_mismatch(part, obs[key], f"observation '{key}'") for key, part in space.spaces.items())
+    return next((problem for problem in problems if problem is not None), None)
+
+
+def _array_mismatch(space: spaces.Space[Any], value: Any, name: str) -> str | None:
+    if isinstance(space, spaces.Box | spaces.MultiDiscrete | spaces.MultiBinary):
+        if not isinstance(value, np.ndarray):
+            return f"the {name} is {kind(value)}, expected a NumPy array {space.shape} of {space.dtype}."
+        if value.shape != space.shape:
+            return f"the {name} has shape {value.shape}, expected {space.shape}. Change it, or observation_space."
+        if not np.can_cast(value.dtype, space.dtype):
+            return f"the {name} has dtype {value.dtype}, expected {space.dtype}: use .astype, or change the space."
+    if isinstance(space, spaces.Box):
+        if not np.isfinite(value).all():
+            return f"the {name} contains NaN or infinite values, expected finite numbers."
+        outside = np.argwhere((value < space.low) | (value > space.high))
+        if len(outside):
+            at = tuple(int(index) for index in outside[0])
+            return (
+                f"the {name} is {value[at]} at index {list(at)}, expected {space.low[at]} to {space.high[at]}. "
+                "Widen the space's bounds, or clip."
+            )
+    return None if space.contains(value) else f"the {name} is {value!r}, expected one of {space}."
+
+
+def extreme_actions(codec: ActionCodec) -> Iterator[Any]:
+    """Actions at both ends of all bounds together, or with each option of each choice."""
+    if codec.action_type == "continuous":
+        rows = np.stack([np.full(codec.action_dim, value, np.float32) for value in (-1.0, 0.0, 1.0)])
+    else:
+        starts = np.concatenate([[0], np.cumsum(codec.action_classes)[:-1]])
+        rows = np.zeros((min(codec.action_dim, MOST_ACTIONS), codec.action_dim), np.float32)
+        rows[:, starts] = 0.5  # the first option of each choice, unless another one is set
+        rows[np.arange(len(rows)), np.arange(len(rows))] = 1.0
+    yield from codec.to_env(rows)
+
+
+def has_time_limit(env: gym.Env[Any, Any]) -> bool:
+    """Whether an environment cuts its episodes after so many steps."""
+    if env.spec is not None and env.spec.max_episode_steps is not None:
+        return True
+    if env.has_wrapper_attr("max_episode_steps") and env.get_wrapper_attr("max_episode_steps") is not None:
+        return True
+    while isinstance(env, gym.Wrapper):
+        if isinstance(env, TimeLimit):
+            return True
+        env = env.env
+    return False
+
+
+def same_bytes(one: Any, other: Any) -> bool:
+    """Whether two copies of an observation or an action are equal, NaN for NaN."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(same_bytes(one[key], other[key]) for key in one)
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return one.shape == other.shape and one.dtype == other.dtype and one.tobytes() == other.tobytes()
+    return True  # anything else cannot be changed in place, or is not supported
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is one finite number."""
+    try:
+        return np.ndim(value) == 0 and bool(np.isfinite(float(value)))
+    except (TypeError, ValueError):
+        return False
+
+
+def kind(value: Any) -> str:
+    """What a value is, in a few words."""
+    if isinstance(value, np.ndarray):
+        return f"an array {value.shape} of {value.dtype}"
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)}"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def one_line(error: BaseException) -> str:
+    """Kind and message of an error."""
+    message = plain_text(error)
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def plain_text(message: Warning | BaseException | str) -> str:
+    """A message on one line, without the colours and the prefix that Gymnasium gives it."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(message))
+    return " ".join(re.sub(r"^(WARN|ERROR): ", "", text).split()).rstrip(".")

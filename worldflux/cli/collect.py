@@ -1,0 +1,70 @@
+"""`worldflux collect`: an environment and a policy become a file to train from."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from worldflux.cli.environments import EnvName, find_environment
+from worldflux.errors import ConfigurationError
+
+RANDOM = "random"
+
+_Number = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+
+
+def collect(
+    env: EnvName,
+    *,
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
+    steps: _Number = None,
+    episodes: _Number = None,
+    policy: str = RANDOM,
+    n_envs: int = 1,
+    seed: _Number = None,
+    overwrite: bool = False,
+) -> int:
+    """Record a policy's episodes in a file that `worldflux.training.train` learns from.
+
+    Args:
+        env: An id (CartPole-v1, dmc/walker-walk, atari/pong), or where your class is: module:Class or path.py:Class.
+        output: File to write, an .npz.
+        steps: Environment steps to record, over all environments.
+        episodes: Whole episodes to record, instead of steps.
+        policy: "random", or an agent that WorldFluxAgent.save wrote.
+        n_envs: Environments that are stepped together.
+        seed: Of the environments and of random actions. Without one, chance decides.
+        overwrite: Replace the file if it exists.
+
+    Returns:
+        0
+    """
+    if output.exists() and not overwrite:
+        raise ConfigurationError(f"{output} exists. Pass --overwrite to replace it, or choose another --output.")
+    if not output.absolute().parent.is_dir():
+        raise ConfigurationError(f"There is no directory '{output.parent}' for {output.name}. Make it first.")
+    if policy != RANDOM and not Path(policy).is_file():
+        raise ConfigurationError(
+            f"There is no file '{policy}'. --policy is 'random', or a file of WorldFluxAgent.save."
+        )
+    found = find_environment(env)
+
+    from worldflux.envs.collection import collect as collect_steps
+    from worldflux.envs.make import make_vec_env
+
+    acting: Any = None
+    if policy != RANDOM:
+        from worldflux.agents import WorldFluxAgent
+
+        acting = WorldFluxAgent.load(policy)
+    envs = make_vec_env(found, n_envs, seed=seed)
+    try:
+        buffer = collect_steps(envs, acting, steps=steps, episodes=episodes, seed=seed, progress=sys.stderr.isatty())
+    finally:
+        envs.close()
+    buffer.save(output)
+    print(f"{output}: {buffer.num_transitions} steps of {buffer.num_episodes} episodes.")
+    return 0
