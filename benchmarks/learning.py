@@ -31,6 +31,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
 from worldflux import WorldFluxAgent
+from worldflux.envs import make_env
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -67,6 +68,26 @@ TASKS = {
             "learning_rate": 1e-3,
             "model_kwargs": {"cnn_depth": 4, "entropy_scale": 3e-3},
         },
+    ),
+    "dmc_cartpole_balance_pixels": Task(
+        "dmc/cartpole-balance (64x64 pixels)",
+        lambda: make_env("dmc/cartpole-balance", pixels=True),
+        6_000,
+        600.0,
+        {
+            "train_ratio": 64,
+            "batch_size": 8,
+            "seq_len": 16,
+            "learning_rate": 1e-3,
+            "model_kwargs": {"cnn_depth": 4, "entropy_scale": 3e-3},
+        },
+    ),
+    "atari100k_boxing": Task(
+        "atari100k/boxing (64x64 pixels)",
+        lambda: make_env("atari100k/boxing"),
+        9_000,
+        -10.0,
+        {"train_ratio": 32, "batch_size": 8, "seq_len": 16, "model_kwargs": {"cnn_depth": 4}},
     ),
 }
 

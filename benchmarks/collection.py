@@ -1,0 +1,83 @@
+"""What training while other processes step their environments gains, against doing one after the other.
+
+    python benchmarks/collection.py dmc/cartpole-balance --pixels --envs 2
+    python benchmarks/collection.py CartPole-v1 --envs 4
+
+Two agents with the same settings take turns of the same length, so that both meet the same machine. The line of JSON
+has the median of environment steps per second over all turns, and of the ratio of the two. The gain is largest where a
+step of all environments takes as long as the training that it owes, and where there is a core for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+
+import worldflux.agents.agent as agent_module
+from worldflux import WorldFluxAgent
+from worldflux.agents.vec_envs import steps_elsewhere
+from worldflux.envs import make_vec_env
+
+
+def main() -> None:
+    """Measures one environment."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("env", help="a name as in make_env")
+    parser.add_argument("--pixels", action="store_true")
+    parser.add_argument("--envs", type=int, default=2)
+    parser.add_argument("--preset", default="dreamerv3:tiny")
+    parser.add_argument("--train-ratio", type=float, default=32.0)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=16)
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=100, help="environment steps in a turn")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    agents = {}
+    for together in (True, False):
+        env = make_vec_env(options.env, options.envs, seed=0, processes=True, **({"pixels": True} * options.pixels))
+        agents[together] = WorldFluxAgent(
+            options.preset,
+            env,
+            train_ratio=options.train_ratio,
+            batch_size=options.batch,
+            seq_len=options.length,
+            learning_starts=options.envs * options.length * 2,
+            seed=0,
+        )
+    rates: dict[bool, list[float]] = {True: [], False: []}
+    for turn in range(options.turns + 1):  # the first turn fills the buffer and is not counted
+        for together, agent in agents.items():
+            agent_module.steps_elsewhere = steps_elsewhere if together else lambda venv: False
+            updates, started = agent.trainer.step_count, time.perf_counter()
+            agent.learn(options.steps + 2 * options.envs * options.length * (turn == 0), reset_num_timesteps=turn == 0)
+            if turn:
+                rates[together].append(options.steps / (time.perf_counter() - started))
+                assert agent.trainer.step_count > updates
+    for agent in agents.values():
+        env = agent.get_env()
+        assert env is not None
+        env.close()
+    together_rate, serial_rate = statistics.median(rates[True]), statistics.median(rates[False])
+    print(
+        json.dumps(
+            {
+                "env": options.env,
+                "pixels": options.pixels,
+                "envs": options.envs,
+                "steps_per_s_together": round(together_rate, 1),
+                "steps_per_s_one_after_the_other": round(serial_rate, 1),
+                "ratio": round(statistics.median(a / b for a, b in zip(rates[True], rates[False], strict=True)), 2),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
