@@ -2,6 +2,7 @@
 
     python benchmarks/collection.py dmc/cartpole-balance --pixels --envs 2
     python benchmarks/collection.py CartPole-v1 --envs 4
+    python benchmarks/collection.py waiting --envs 4          # steps of 50 ms that need no processor of this machine
 
 Two agents with the same settings take turns of the same length, so that both meet the same machine. The line of JSON
 has the median of environment steps per second over all turns, and of the ratio of the two. The gain is largest where a
@@ -14,13 +15,35 @@ import argparse
 import json
 import statistics
 import time
+from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import torch
+from gymnasium import spaces
 
 import worldflux.agents.agent as agent_module
 from worldflux import WorldFluxAgent
 from worldflux.agents.vec_envs import steps_elsewhere
 from worldflux.envs import make_vec_env
+
+
+class Waiting(gym.Env[Any, Any]):
+    """Takes 50 ms for a step and leaves the processor alone, as a simulator on cores of its own would."""
+
+    def __init__(self) -> None:
+        self.observation_space = spaces.Box(-1, 1, (24,), np.float32)
+        self.action_space = spaces.Box(-1, 1, (6,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Zeros."""
+        super().reset(seed=seed)
+        return np.zeros(24, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Zeros, later."""
+        time.sleep(0.05)
+        return np.zeros(24, np.float32), 0.0, False, False, {}
 
 
 def main() -> None:
@@ -41,7 +64,9 @@ def main() -> None:
 
     agents = {}
     for together in (True, False):
-        env = make_vec_env(options.env, options.envs, seed=0, processes=True, **({"pixels": True} * options.pixels))
+        name = Waiting if options.env == "waiting" else options.env
+        pixels = {"pixels": True} if options.pixels else {}
+        env = make_vec_env(name, options.envs, seed=0, processes=True, **pixels)
         agents[together] = WorldFluxAgent(
             options.preset,
             env,

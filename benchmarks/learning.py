@@ -86,7 +86,7 @@ TASKS = {
         "atari100k/boxing (64x64 pixels)",
         lambda: make_env("atari100k/boxing"),
         9_000,
-        -10.0,
+        5.0,
         {"train_ratio": 32, "batch_size": 8, "seq_len": 16, "model_kwargs": {"cnn_depth": 4}},
     ),
 }
