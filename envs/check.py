@@ -19,6 +19,7 @@ from worldflux.envs.check_values import kind, one_line
 from worldflux.envs.inspection import Inspection
 from worldflux.envs.make import make_env
 from worldflux.errors import ConfigurationError, WorldFluxError
+from worldflux.training.config import whole_number
 
 
 def check_env(
@@ -50,8 +51,7 @@ def check_env(
         ConfigurationError: If it is no single environment, or cannot be made.
         MissingDependencyError: If a package that it needs is not installed.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ConfigurationError(f"steps is {steps!r}, expected a whole number from 1.")
+    steps, seed = whole_number("steps", steps, 1), whole_number("seed", seed, 0)
     make, made, name = _maker(env, render)
     try:
         first = make() if made is None else made

@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from worldflux.envs.make import as_env, make_env
+from worldflux.envs.make import as_env, check_batches, make_env
 from worldflux.envs.recorder import VecEpisodeRecorder
 from worldflux.envs.spaces import ActionCodec, Array, ObservationCodec
 from worldflux.envs.vector import row_of
@@ -147,6 +147,8 @@ def _collect(
 
 def _as_vec_env(env: Any) -> VecEnv:
     made = as_env(make_env(env) if isinstance(env, str) else env)
+    if not isinstance(made, VecEnv):
+        check_batches(made)
     return made if isinstance(made, VecEnv) else DummyVecEnv([lambda: made])
 
 

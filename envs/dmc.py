@@ -20,6 +20,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 _FAST_FLAGS = {"shadow": False, "reflection": False}
 
+_DRAWN_DOMAINS = ("lqr",)
+"""Whose model dm_control draws from the seed, too: the springs between the balls."""
+
 
 class DMCEnv(gym.Env[Array, Array], gym.utils.EzPickle):
     """A task of dm_control's suite.
@@ -97,19 +100,13 @@ class DMCEnv(gym.Env[Array, Array], gym.utils.EzPickle):
         self.name, self.pixels, self.action_repeat, self.render_mode = name, pixels, action_repeat, render_mode
         self._size, self._render_size = checked_size(size, "size"), checked_size(render_size, "render_size")
         self._render_flags = _FAST_FLAGS if fast_rendering else {}
-        domain, task = DMC_TASKS[name]
-        self._dmc = _load_task(domain, task)
+        self._fast_rendering = fast_rendering
+        domain, _ = DMC_TASKS[name]
+        self._views: dict[tuple[int, int], Any] = {}
+        self._dmc = self._load()
         if pixels:
             rendering.check_backend()
         self._camera = _camera_number(self.physics, (2 if domain == "quadruped" else 0) if camera is None else camera)
-        self._views: dict[tuple[int, int], Any] = {}
-        # The frame buffer is made once, so it must be large enough for both sizes.
-        visual = self.physics.model.vis
-        visual.global_.offheight = max(visual.global_.offheight, self._size[0], self._render_size[0])
-        visual.global_.offwidth = max(visual.global_.offwidth, self._size[1], self._render_size[1])
-        if fast_rendering:
-            visual.quality.offsamples = 0
-
         control_steps = self._dmc._step_limit  # dm_control does not publish it
         self.max_episode_steps = (
             None if math.isinf(control_steps) else math.ceil(math.ceil(control_steps) / action_repeat)
@@ -157,7 +154,7 @@ class DMCEnv(gym.Env[Array, Array], gym.utils.EzPickle):
         super().reset(seed=seed)
         self._obs = None
         if seed is not None:
-            self.task.random.seed(_words(seed))
+            self._seed(seed)
         with _nothing_drawn(self.physics):
             time_step = self._dmc.reset()
         self._obs = self._observe(time_step.observation)
@@ -212,11 +209,34 @@ class DMCEnv(gym.Env[Array, Array], gym.utils.EzPickle):
         """Frees the simulation and its OpenGL context. Closing again does nothing; anything else is an error then."""
         if self._dmc is None:
             return
+        self._free()
+        self._dmc = self._obs = None
+
+    def _load(self, random: Any = None) -> Any:
+        """dm_control's `Environment`, with `random` for what it draws."""
+        dmc = _load_task(*DMC_TASKS[self.name], random)
+        # The frame buffer is made once, so it must be large enough for both sizes.
+        visual = dmc.physics.model.vis
+        visual.global_.offheight = max(visual.global_.offheight, self._size[0], self._render_size[0])
+        visual.global_.offwidth = max(visual.global_.offwidth, self._size[1], self._render_size[1])
+        if self._fast_rendering:
+            visual.quality.offsamples = 0
+        return dmc
+
+    def _seed(self, seed: int) -> None:
+        self._check_open()
+        if DMC_TASKS[self.name][0] not in _DRAWN_DOMAINS:
+            self.task.random.seed(_words(seed))
+            return
+        self._free()
+        self._dmc = self._load(np.random.RandomState(_words(seed)))
+
+    def _free(self) -> None:
+        """Frees the simulation and its OpenGL context."""
         self._views.clear()
         # A context that was inherited by a fork belongs to the parent, and freeing it here could hang.
         if not rendering.drawn_before_fork():
             self._dmc.physics.free()
-        self._dmc = self._obs = None
 
     def _check_open(self) -> None:
         if self._dmc is None:
@@ -285,7 +305,7 @@ def drop_missing_fields(array_sizes: dict[str, dict[str, Any]], model: type, dat
             del fields[field]
 
 
-def _load_task(domain: str, task: str) -> Any:
+def _load_task(domain: str, task: str, random: Any) -> Any:
     """A `dm_control.rl.control.Environment`, with the backend chosen before dm_control asks for it."""
     rendering.choose_backend()
     try:
@@ -300,7 +320,7 @@ def _load_task(domain: str, task: str) -> Any:
     except Exception as error:  # a backend that does not load can raise anything
         raise rendering.explain("dm_control cannot be imported", error) from error
     drop_missing_fields(sizes.array_sizes, mujoco.MjModel, mujoco.MjData)
-    return suite.load(domain, task)
+    return suite.load(domain, task, task_kwargs={"random": random})
 
 
 def _physics_error() -> type[Exception]:

@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium import spaces
 
 from worldflux.envs.spaces import SINGLE_KEY, ActionCodec, Array, Arrays, ObservationCodec
-from worldflux.errors import ShapeMismatchError
+from worldflux.errors import BufferError, ShapeMismatchError
 from worldflux.training.replay import ReplayBuffer
 from worldflux.training.rows import STEP, TERMINATED, TRUNCATED
 
@@ -38,41 +38,61 @@ class HeldSteps:
         shapes = obs_codec.obs_shape if isinstance(obs_codec.obs_shape, dict) else {SINGLE_KEY: obs_codec.obs_shape}
         dtypes = obs_codec.obs_dtype if isinstance(obs_codec.obs_dtype, dict) else {SINGLE_KEY: obs_codec.obs_dtype}
         sizes = {key: int(np.prod(shape)) for key, shape in shapes.items()}
-        floats = {key: size for key, size in sizes.items() if dtypes[key] == np.float32}
-        width = sum(floats.values()) + action_dim + 1
-        step_bytes = envs * (4 * width + sum(size for key, size in sizes.items() if key not in floats))
+        self._floats = {key: shapes[key] for key in sizes if dtypes[key] == np.float32}
+        width = sum(sizes[key] for key in self._floats) + action_dim + 1
+        step_bytes = envs * (4 * width + sum(size for key, size in sizes.items() if key not in self._floats))
         self._most = max(1, min(MOST_STEPS, MOST_BYTES // step_bytes, buffer.hold_back(self.hand_over)))
 
         # Row k + 1 belongs to step k: its action, its reward, and the observation that followed. Row 0 has the
         # observation before the first. All floats lie together, so that one look finds a NaN among them.
         rows = self._most + 1
-        block = np.zeros((rows, envs, width), np.float32)
-        self._lines = block.reshape(rows, -1)
+        self._block = np.zeros((rows, envs, width), np.float32)
         self._zeros = np.zeros(envs * width, np.float32)
-        self._obs: dict[str, Array] = {}
-        begin = 0
-        for key, shape in shapes.items():
-            if key in floats:
-                self._obs[key] = block[..., begin : begin + floats[key]].reshape(rows, envs, *shape)
-                begin += floats[key]
-            else:
-                self._obs[key] = np.zeros((rows, envs, *shape), dtypes[key])
-        self._actions, self._rewards = block[..., begin:-1], block[..., -1]
+        self._obs: dict[str, Array] = {key: np.zeros((rows, envs, *shapes[key]), dtypes[key]) for key in shapes}
         self._compact: list[Array] = []  # actions before their translation, of all steps or of none
         self._flags = np.full((rows, envs), STEP)
         self._finals: list[Arrays] = []
         self._count = 0
         self._rewards_shape = (envs,) if buffer.obs_dtype == obs_codec.obs_dtype else None
         self._vectors: Array | None = None  # of observations that are plain vectors
-        if isinstance(obs_codec.space, spaces.Box) and len(obs_codec.space.shape) == 1:
+        self._vectors_shape: tuple[int, ...] = (envs, *shapes.get(SINGLE_KEY, ()))
+        self._no_vector = np.zeros(self._vectors_shape[1:], np.float32)
+        self._look_into_block()
+
+    def _look_into_block(self) -> None:
+        """Makes the arrays that are parts of the block."""
+        begin, lead = 0, self._block.shape[:2]
+        self._lines = self._block.reshape(len(self._block), -1)
+        for key, shape in self._floats.items():
+            end = begin + int(np.prod(shape))
+            self._obs[key] = self._block[..., begin:end].reshape(*lead, *shape)
+            begin = end
+        self._actions, self._rewards = self._block[..., begin:-1], self._block[..., -1]
+        space = self._obs_codec.space
+        if isinstance(space, spaces.Box) and len(space.shape) == 1:
             self._vectors = self._obs[SINGLE_KEY]
-            self._vectors_shape = self._vectors.shape[1:]
-            self._no_vector = np.zeros(self._vectors_shape[1], np.float32)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a copy, each of these arrays would be one of its own."""
+        self.__dict__.update(state)
+        self._look_into_block()
 
     @property
     def is_attached(self) -> bool:
         """Whether nobody else has held back steps from this buffer since."""
         return self._buffer.is_fed_by(self.hand_over)
+
+    def check_attached(self) -> None:
+        """Before a step is stored.
+
+        Raises:
+            BufferError: If somebody else holds back steps from the buffer.
+        """
+        if not self._buffer.is_fed_by(self.hand_over):
+            raise BufferError(
+                "Another recorder writes into this buffer now. Call env.reset() before this environment goes on, or "
+                "give each one a buffer of its own."
+            )
 
     @property
     def obs(self) -> Arrays:
@@ -99,7 +119,9 @@ class HeldSteps:
 
         Raises:
             ShapeMismatchError: If `next_obs` are no observations of the space; nothing is kept then.
+            BufferError: If somebody else holds back steps from the buffer.
         """
+        self.check_attached()
         if type(rewards) is not np.ndarray or rewards.shape != self._rewards_shape:
             return False
         if self._count == self._most or (self._count and is_compact is not bool(self._compact)):

@@ -85,13 +85,46 @@ class _Step(NamedTuple):
 
 
 class _PlainNumbers(gym.Wrapper[Any, Any, Any, Any]):
-    """Rewards and flags of NumPy as Python's own, which the two checkers insist on."""
+    """Rewards and flags of NumPy as Python's own, which the two checkers insist on.
+
+    If `keep_scalars` is False, numbers in boxes of shape `()` become arrays of one: SB3's checker looks for indices.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], keep_scalars: bool = True) -> None:
+        super().__init__(env)
+        self._keep_scalars = keep_scalars
+        if not keep_scalars:
+            self.observation_space = _without_scalars(env.observation_space)
+        if env.has_wrapper_attr("compute_reward"):  # SB3's checker asks the outermost environment
+            self.compute_reward = env.get_wrapper_attr("compute_reward")
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        result = self.env.reset(seed=seed, options=options)
+        if self._keep_scalars or not isinstance(result, tuple) or len(result) != 2:
+            return result
+        return _scalars_as_arrays(result[0]), result[1]
 
     def step(self, action: Any) -> Any:
         result = self.env.step(action)
-        if not isinstance(result, tuple):
+        if not isinstance(result, tuple) or not result:
             return result
-        return tuple(item.item() if isinstance(item, np.generic) and i > 0 else item for i, item in enumerate(result))
+        obs, *rest = result
+        plain = (item.item() if isinstance(item, np.generic) else item for item in rest)
+        return (obs if self._keep_scalars else _scalars_as_arrays(obs), *plain)
+
+
+def _scalars_as_arrays(obs: Any) -> Any:
+    if isinstance(obs, dict):
+        return {key: _scalars_as_arrays(part) for key, part in obs.items()}
+    return obs[None] if isinstance(obs, np.ndarray) and not obs.shape else obs
+
+
+def _without_scalars(space: spaces.Space[Any]) -> spaces.Space[Any]:
+    if isinstance(space, spaces.Dict):
+        return spaces.Dict({key: _without_scalars(part) for key, part in space.spaces.items()})
+    if not isinstance(space, spaces.Box) or space.shape:
+        return space
+    return spaces.Box(space.low[None], space.high[None], dtype=space.dtype.type)
 
 
 class _StopRollout(Exception):
@@ -137,7 +170,7 @@ class Inspection:
             from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
             with self._external(SB3):
-                sb3_check_env(_PlainNumbers(self.env), skip_render_check=True)
+                sb3_check_env(_PlainNumbers(self.env, keep_scalars=False), skip_render_check=True)
 
     def _fail(self, name: str, problem: str) -> None:
         """Notes the first problem of a check."""
@@ -362,27 +395,31 @@ class Inspection:
     def _check_last_observation(self, trace: list[_Step]) -> None:
         """Whether the step that ends an episode resets the environment already.
 
-        Seen from outside: a reset in place of that step gives the observation that the step gave. Where all episodes
-        begin alike, that may be how the task is, and is advice only.
+        Seen from outside: a reset in place of that step gives the observation that the step gave. If it does so in
+        place of the step before, too, observations are drawn anew each time, and both are the same draw. Where all
+        episodes begin alike, or have a single step, that may be how the task is, and is advice only.
         """
         end = next((t for t, step in enumerate(trace) if step.terminated or step.truncated), None)
-        if end is None:
+        if end is None or not self._resembles_reset(trace, end):
             return
-        until = self._replayed(self.env, self.seed, end - 1, LAST)
-        if until is None or len(until) != end:
-            return
-        instead = self.env.reset()[0]
         last, first = trace[end].observation, trace[0].observation
-        if not data_equivalence(last, instead, exact=True) or data_equivalence(trace[end - 1].observation, last):
+        if data_equivalence(trace[end - 1].observation, last) or (end > 1 and self._resembles_reset(trace, end - 1)):
             return
         text = (
             f"The observation of step {end - 1}, which ended an episode, is what reset() gives in its place: step() "
             "seems to reset the environment. Return the last observation of the episode that ended."
         )
-        if data_equivalence(first, instead, exact=True):
+        if end == 1 or data_equivalence(first, last, exact=True):
             self._advise(text)
         else:
             self._fail(LAST, text)
+
+    def _resembles_reset(self, trace: list[_Step], t: int) -> bool:
+        """Whether a reset in place of the `t`-th step of the first episode gives the observation of that step."""
+        until = self._replayed(self.env, self.seed, t - 1, LAST)
+        if until is None or len(until) != t:
+            return False
+        return bool(data_equivalence(trace[t].observation, self.env.reset()[0], exact=True))
 
     def _advise_on_episodes(self, trace: list[_Step]) -> None:
         lengths: list[int] = []  # of terminated episodes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,9 +16,11 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from worldflux.envs.atari import register_ale
 from worldflux.envs.registration import register_suites, suite_id, suite_names
+from worldflux.envs.spaces import ObservationCodec
 from worldflux.envs.vector import GymnasiumVecEnv
 from worldflux.envs.wrappers import ActionRepeat, ResizeImages, Size
 from worldflux.errors import ConfigurationError, MissingDependencyError, WorldFluxError, nearest
+from worldflux.training.config import whole_number
 
 _NAMES = "'CartPole-v1', 'dmc/walker-walk', 'atari/pong' or 'atari100k/pong'"
 _OWN_SUITES = ("dmc/", "atari/", "atari100k/")
@@ -61,8 +64,7 @@ def _adapted(
     name: str, *, pixels: bool = False, size: Size | None = None, action_repeat: int = 1, **options: Any
 ) -> gym.Env[Any, Any]:
     """An environment of Gymnasium with the options that the suites have of their own."""
-    if isinstance(action_repeat, bool) or not isinstance(action_repeat, int) or action_repeat < 1:
-        raise ConfigurationError(f"action_repeat is {action_repeat!r}, expected a whole number from 1.")
+    action_repeat = whole_number("action_repeat", action_repeat, 1)
     if pixels and options.setdefault("render_mode", "rgb_array") != "rgb_array":
         raise ConfigurationError(
             f"pixels=True renders in the mode 'rgb_array', but render_mode is {options['render_mode']!r}. Leave it out."
@@ -140,6 +142,18 @@ def as_env(env: Any) -> gym.Env[Any, Any] | VecEnv:
     raise ConfigurationError(f"env is {given}, expected a name, a Gymnasium environment or an SB3 VecEnv.{advice}")
 
 
+def check_batches(env: gym.Env[Any, Any]) -> None:
+    """Makes sure that observations can be put together into arrays, which SB3's `VecEnv`s do.
+
+    Raises:
+        ConfigurationError: If they cannot; the message lists what is supported.
+    """
+    space: Any = getattr(env, "observation_space", None)
+    parts = space.spaces.values() if isinstance(space, gym.spaces.Dict) else [space]
+    if isinstance(space, gym.spaces.Space) and any(part.shape is None for part in parts):
+        ObservationCodec(space)
+
+
 def make_vec_env(
     name: str | Callable[[], gym.Env[Any, Any]],
     n_envs: int = 1,
@@ -163,8 +177,7 @@ def make_vec_env(
     Raises:
         ConfigurationError: If an argument cannot be used, or the environment cannot be made.
     """
-    if isinstance(n_envs, bool) or not isinstance(n_envs, int) or n_envs < 1:
-        raise ConfigurationError(f"n_envs is {n_envs!r}, expected a whole number from 1.")
+    n_envs, seed = whole_number("n_envs", n_envs, 1), None if seed is None else whole_number("seed", seed, 0)
     if not isinstance(name, str) and not callable(name):
         raise ConfigurationError(f"name is {name!r}, expected an environment's name, or a function that makes one.")
     if not isinstance(name, str) and options:
@@ -173,7 +186,12 @@ def make_vec_env(
         )
 
     def make_one() -> gym.Env[Any, Any]:
-        return make_env(name, **options) if isinstance(name, str) else name()
+        if processes:
+            # Ctrl-C reaches all processes. This one ends the others; if it catches it, they go on.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        env = make_env(name, **options) if isinstance(name, str) else name()
+        check_batches(env)
+        return env
 
     if not processes:
         return sb3_make_vec_env(make_one, n_envs=n_envs, seed=seed, vec_env_cls=DummyVecEnv)

@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from worldflux.envs.held_steps import HeldSteps
 from worldflux.envs.spaces import ActionCodec, Array, Arrays, ObservationCodec
-from worldflux.envs.vector import ENDED, RESET_STEP, GymnasiumVecEnv
+from worldflux.envs.vector import ENDED, RESET_STEP, GymnasiumVecEnv, settle
 from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError
 from worldflux.training.replay import ReplayBuffer
 from worldflux.training.rows import TERMINATED, TRUNCATED
@@ -64,14 +64,21 @@ class EpisodeRecorder:
         self._shape = (buffer.n_envs,)
 
     @property
+    def _is_attached(self) -> bool:
+        """Whether the buffer's episodes in flight are this recorder's."""
+        return self._held is not None and self._held.is_attached
+
+    @property
     def obs(self) -> Arrays | None:
         """What the next actions will be taken at, in the library's form `[n_envs, ...]`; None before a reset."""
         return self._held.obs if self._began else None
 
     def begin(self, obs: Any) -> None:
         """All environments were reset to `obs` `[n_envs, ...]`; episodes in flight end there, truncated."""
-        attached = self._held is not None and self._held.is_attached
-        if self._began or not attached:
+        attached = self._is_attached
+        if not attached:
+            self.buffer.end_episodes()  # of whoever wrote into it before
+        elif self._began:
             self.interrupt()
         first, _ = self.obs_codec.encode_any(obs)
         count = len(next(iter(first.values())) if isinstance(first, dict) else first)
@@ -87,7 +94,8 @@ class EpisodeRecorder:
 
         That is due when a reset, a step or storing it has failed, too: nobody knows where the environments are then.
         """
-        self.buffer.end_episodes(final_obs=self.obs)
+        if self._is_attached:
+            self.buffer.end_episodes(final_obs=self.obs)
         self._began = False
 
     def finish(self) -> None:
@@ -148,6 +156,7 @@ class EpisodeRecorder:
         is_compact: bool,
     ) -> None:
         """Through the buffer's own door, which takes extras and says what cannot be stored."""
+        self._held.check_attached()
         following, _ = self.obs_codec.encode_any(next_obs)
         envs = [env for env, _ in ends]
         flags = np.zeros(self._shape, np.uint8)
@@ -191,7 +200,7 @@ class VecEpisodeRecorder(EpisodeRecorder):
         if buffer.n_envs != venv.num_envs:
             raise ConfigurationError(f"The buffer is for {buffer.n_envs} environments, expected {venv.num_envs}.")
         self.steps = 0
-        base = venv.unwrapped
+        self._base = base = venv.unwrapped
         self._hears_late = isinstance(base, GymnasiumVecEnv) and base.autoreset_mode is AutoresetMode.NEXT_STEP
         self._normalize = unwrap_vec_normalize(venv)
         self._normalizes_obs = self._normalize is not None and self._normalize.norm_obs
@@ -206,6 +215,11 @@ class VecEpisodeRecorder(EpisodeRecorder):
     def begin(self, obs: Any) -> None:
         """The environments were reset to `obs` `[n_envs, ...]`; episodes in flight end there, truncated."""
         super().begin(self._unnormalized(obs))
+
+    def interrupt(self) -> None:
+        """Ends the episodes in flight, and makes sure that the next answers are to the next questions."""
+        super().interrupt()
+        settle(self._base)
 
     def add_vec_step(
         self,

@@ -116,7 +116,7 @@ class _Leaf:
         elif self.is_image:
             self._set_image_layout()
         else:
-            _reject_float_images(self.given_shape, name)
+            _reject_other_images(self.given_shape, np.dtype(space.dtype), name)
             self.shape = (int(np.prod(self.given_shape, dtype=np.int64)),)
         self._is_vector = self.choices is None and not self.is_image and len(self.given_shape) == 1
         self._kinds = "biu" if self.choices is not None else "u" if self.is_image else "biuf"
@@ -188,11 +188,12 @@ def _is_image(space: spaces.Box) -> bool:
     return len(space.shape) == 3 or (len(space.shape) in (2, 4) and full_range)
 
 
-def _reject_float_images(shape: tuple[int, ...], name: str) -> None:
-    """Flattening a picture of floats would build an MLP over every pixel, which nobody wants."""
-    if len(shape) == 3 and min(shape) <= 4 and sorted(shape)[1] >= 16:
+def _reject_other_images(shape: tuple[int, ...], dtype: np.dtype[Any], name: str) -> None:
+    """Flattening a picture of numbers would build an MLP over every pixel, which nobody wants."""
+    if len(shape) in (3, 4) and min(shape[-3:]) <= 4 and sorted(shape[-3:])[1] >= 16:
+        of = "floats" if dtype.kind == "f" else str(dtype)
         raise ConfigurationError(
-            f"{name} looks like an image {shape} of floats, expected uint8 with values from 0 to 255. "
+            f"{name} looks like an image {shape} of {of}, expected uint8 with values from 0 to 255. "
             "Remove the wrapper that scales it; the model does that itself."
         )
 
@@ -296,7 +297,8 @@ class ActionCodec:
             if not (np.isfinite(low).all() and np.isfinite(high).all() and np.isfinite(high / 2 - low / 2).all()):
                 raise ConfigurationError(
                     f"The action space {space} has no finite bounds, expected {_ACTIONS_SUPPORTED}. "
-                    "gymnasium.wrappers.RescaleAction and ClipAction set them."
+                    "gymnasium.wrappers.TransformAction(env, lambda action: action, Box(low, high, shape)) sets them; "
+                    "ClipAction takes them away, and is not needed: actions stay within bounds."
                 )
             self._center, self._half = (low / 2 + high / 2), (high / 2 - low / 2)
             self._low, self._high = low, high

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector.async_vector_env import AsyncState
+from gymnasium.wrappers.vector import DictInfoToList
 from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 from worldflux.envs.spaces import Array
@@ -23,6 +26,9 @@ ENDED = "worldflux.ended"
 """In the info of an episode's last step that is reported one step late: "terminated" or "truncated"."""
 RESET_STEP = "worldflux.reset_step"
 """In the info of the step that reports it: the environment was only reset."""
+
+_PATIENCE = 10.0
+"""Seconds in which an environment is expected to finish a step that was interrupted."""
 
 _NOT_TO_BE_CALLED = ("reset", "step", "close")
 
@@ -42,6 +48,14 @@ def autoreset_mode(envs: VectorEnv[Any, Any, Any]) -> AutoresetMode:
             f"{type(base).__name__} has metadata['autoreset_mode'] {given!r}, expected one of Gymnasium's "
             "AutoresetMode: without it nobody knows what a step after an episode's end does."
         ) from None
+    layer: Any = envs
+    while layer is not base:
+        if isinstance(layer, DictInfoToList):
+            raise ConfigurationError(
+                "DictInfoToList gives infos in a form that has no last observations to be found. Leave it out, or put "
+                "it outside of what records."
+            )
+        layer = layer.env
     batch = getattr(base, "batch_size", envs.num_envs)
     if batch != envs.num_envs:
         raise ConfigurationError(
@@ -99,6 +113,37 @@ def split_infos(infos: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
     return split
 
 
+def settle(venv: VecEnv) -> None:
+    """Clears away the answers of other processes that nobody fetched, because a step was interrupted.
+
+    The next answers would be taken for those to the next questions. How many are on their way cannot be seen, so each
+    process is asked something whose answer looks like no other one. Where no step was interrupted, nothing is done.
+
+    Args:
+        venv: The innermost `VecEnv`.
+    """
+    if isinstance(venv, SubprocVecEnv) and venv.waiting:
+        _clear(venv.remotes, ("get_spaces", None), lambda answer: isinstance(answer[-1], spaces.Space))
+        venv.waiting = False
+    elif isinstance(venv, GymnasiumVecEnv) and isinstance(base := venv.vector_env.unwrapped, AsyncVectorEnv):
+        if base._state is not AsyncState.DEFAULT and not venv.is_stepping:
+            question: tuple[str, Any] = ("_call", ("has_wrapper_attr", ["reset"], {}))
+            pipes = [pipe for pipe in base.parent_pipes if pipe is not None]  # None where a process has failed
+            _clear(pipes, question, lambda answer: isinstance(answer[0], bool))
+            base._state = AsyncState.DEFAULT
+
+
+def _clear(pipes: Sequence[Any], question: tuple[str, Any], is_answer: Callable[[Any], bool]) -> None:
+    try:
+        for pipe in pipes:
+            pipe.send(question)
+        for pipe in pipes:
+            while pipe.poll(_PATIENCE) and not is_answer(pipe.recv()):
+                pass
+    except (EOFError, OSError):
+        pass  # that process has ended, which is the next caller's error
+
+
 class GymnasiumVecEnv(VecEnv):
     """A Gymnasium vector environment as SB3's algorithms and `WorldFluxAgent` drive it.
 
@@ -140,10 +185,16 @@ class GymnasiumVecEnv(VecEnv):
 
     # --- moving
 
+    @property
+    def is_stepping(self) -> bool:
+        """Whether a step was asked for and not fetched."""
+        return self._stepping
+
     def reset(self) -> VecEnvObs:
         """Resets all environments, with the seeds and options that were set for it."""
         if self._stepping:
             self._finish_step()
+        settle(self)
         if any(options != self._options[0] for options in self._options):
             raise ConfigurationError(
                 "The options differ between environments, but a Gymnasium vector environment takes the same for all."

@@ -498,6 +498,66 @@ def test_episodes_of_one_step_and_flags_of_numpy_are_fine() -> None:
     assert check_env(Bandit).passed
 
 
+def test_observations_that_are_drawn_anew_in_each_step_are_fine() -> None:
+    class Noise(Walk):
+        def obs(self) -> Any:
+            return self.np_random.uniform(-1, 1, 2).astype(np.float32)
+
+    class Contexts(Noise):
+        """A bandit: every episode has one step."""
+
+        def step(self, action: Any) -> Result:
+            obs, reward, *_ = super().step(action)
+            return obs, reward, True, False, {}
+
+    assert check_env(Noise).passed
+    assert check_env(Contexts).passed
+
+
+@pytest.mark.parametrize("in_dict", [False, True])
+def test_an_observation_that_is_one_number_is_fine(in_dict: bool) -> None:
+    class Scalar(Walk):
+        def __init__(self) -> None:
+            super().__init__()
+            number = spaces.Box(-100, 100, (), np.float32)
+            self.observation_space = spaces.Dict(x=number) if in_dict else number  # type: ignore[assignment]
+
+        def obs(self) -> Any:
+            x = np.array(self.x, np.float32)
+            return {"x": x} if in_dict else x
+
+    report = check_env(Scalar)
+    assert check.SB3 in {item.name for item in report.checks}
+
+
+def test_an_environment_with_goals_is_asked_for_its_rewards() -> None:
+    class Reach(Walk):
+        def __init__(self) -> None:
+            super().__init__()
+            goal = spaces.Box(-100, 100, (1,), np.float32)
+            self.observation_space = spaces.Dict(observation=goal, achieved_goal=goal, desired_goal=goal)  # type: ignore[assignment]
+
+        def obs(self) -> Any:
+            x = np.array([self.x], np.float32)
+            return {"observation": x, "achieved_goal": x.copy(), "desired_goal": np.zeros(1, np.float32)}
+
+        def step(self, action: Any) -> Result:
+            obs, _, *rest = super().step(action)
+            reward = float(self.compute_reward(obs["achieved_goal"][None], obs["desired_goal"][None], [{}])[0])
+            return (obs, reward, *rest)
+
+        def compute_reward(self, achieved: Any, desired: Any, info: Any) -> Any:
+            return -np.linalg.norm(achieved - desired, axis=-1)
+
+    assert check_env(Reach).passed
+
+
+def test_the_seed_is_checked() -> None:
+    for seed in (-1, 1.5, None):
+        with pytest.raises(ConfigurationError, match=r"seed is .* expected a whole number from 0"):
+            check_env("CartPole-v1", seed=seed)  # type: ignore[arg-type]
+
+
 def test_pictures_are_checked_on_request() -> None:
     class Painted(Walk):
         render_mode = "rgb_array"

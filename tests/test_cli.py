@@ -226,3 +226,26 @@ def test_collect_says_what_it_cannot_do_before_it_begins(
     assert main(["collect", "coin_env.py:Coin", *args]) == 2
     assert message in capsys.readouterr().err
     assert not (own / "data.npz").exists()
+
+
+def test_collect_says_that_it_cannot_write_there_before_it_begins(
+    own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (own / "folder").mkdir()
+    assert main(["collect", "coin_env.py:Nothing", "--steps", "9", "-o", "folder", "--overwrite"]) == 2
+    assert "folder is a directory" in capsys.readouterr().err
+    if Path("/proc/self").exists():
+        assert main(["collect", "coin_env.py:Coin", "--steps", "9", "-o", "/proc/data.npz"]) == 2
+        assert "/proc/data.npz cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["check-env", "collect"])
+def test_a_negative_seed_is_one_line(command: str, own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--steps", "5", "--output", "data.npz"] if command == "collect" else []
+    assert main([command, "coin_env.py:Coin", "--seed", "-1", *options]) == 2
+    assert capsys.readouterr().err == "worldflux: seed is -1, expected a whole number from 0.\n"
+
+
+def test_a_file_and_a_colon_ask_for_the_class(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check-env", "coin_env.py:"]) == 2
+    assert "expected a class in it as well: coin_env.py:MyEnv" in capsys.readouterr().err

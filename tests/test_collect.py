@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from envs_for_tests import CountingEnv, DiceEnv, assert_rows_belong_together
+from gymnasium import spaces
 from gymnasium.vector import SyncVectorEnv
 from stable_baselines3 import A2C
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -176,3 +177,11 @@ def test_the_package_gives_the_function_whatever_was_imported_before() -> None:
     from worldflux.envs import check_env, collect
 
     assert collect is worldflux.envs.collection.collect and callable(check_env)
+
+
+@pytest.mark.parametrize("space", [spaces.Dict(a=spaces.Dict(b=spaces.Discrete(2))), spaces.Text(3)])
+def test_observations_that_cannot_be_stored_say_what_is_supported(space: Any) -> None:
+    env = CountingEnv()
+    env.observation_space = space
+    with pytest.raises(ConfigurationError, match=r"which is not supported\. Supported observations are Box"):
+        collect(env, steps=1)

@@ -241,6 +241,21 @@ def test_a_seed_fixes_this_episode_and_the_following_ones(name: str) -> None:
     assert np.any(first[0][0] != second[0][0]) and np.any(first[0][0] != other[0][0])
 
 
+def test_a_seed_draws_the_system_of_lqr_too() -> None:
+    env, twin = DMCEnv("lqr-6-2"), DMCEnv("lqr-6-2")
+    first, again = episode(env, 10, seed=1), episode(twin, 10, seed=1)
+
+    np.testing.assert_array_equal(first[0], again[0])
+    np.testing.assert_array_equal(episode(env, 10, seed=None)[0], episode(twin, 10, seed=None)[0])
+    original = load_original("lqr-6-2", seed=1)
+    np.testing.assert_array_equal(first[0][0], flat(original.reset().observation))
+    env.reset(seed=1)
+    np.testing.assert_array_equal(env.physics.model.jnt_stiffness, original.physics.model.jnt_stiffness)
+    pictures = DMCEnv("lqr-2-1", pixels=True, fast_rendering=True)
+    assert np.any(pictures.reset(seed=1)[0] != pictures.reset(seed=2)[0])
+    pictures.close()
+
+
 def test_a_seed_means_the_same_in_another_process() -> None:
     code = (
         "import hashlib, numpy as np; from worldflux.envs.dmc import DMCEnv\n"

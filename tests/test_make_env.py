@@ -289,6 +289,43 @@ def test_the_number_of_copies_is_a_whole_number(n_envs: Any) -> None:
         make_vec_env("CartPole-v1", n_envs)
 
 
+def test_ctrl_c_reaches_this_process_and_not_the_environments_processes() -> None:
+    code = (
+        "import os, signal, numpy as np; from worldflux.envs import make_vec_env\n"
+        "if __name__ == '__main__':\n"
+        "    envs = make_vec_env('CartPole-v1', 2, processes=True); envs.reset()\n"
+        "    try:\n"
+        "        os.killpg(0, signal.SIGINT); signal.pause()\n"
+        "    except KeyboardInterrupt:\n"
+        "        print(envs.step(np.array([0, 1]))[0].shape)\n"
+        "    envs.close()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, start_new_session=True
+    )
+    assert (done.returncode, done.stdout) == (0, "(2, 4)\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    "space", [spaces.Dict(a=spaces.Dict(b=spaces.Discrete(2))), spaces.Text(3), spaces.Sequence(spaces.Discrete(2))]
+)
+def test_observations_that_cannot_be_batched_say_what_is_supported(space: Any) -> None:
+    class Odd(CountingEnv):
+        def __init__(self) -> None:
+            super().__init__()
+            self.observation_space = space
+
+    with pytest.raises(ConfigurationError, match=r"which is not supported\. Supported observations are Box"):
+        make_vec_env(Odd)
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, True])
+def test_a_seed_is_a_whole_number(seed: Any) -> None:
+    with pytest.raises(ConfigurationError, match="expected a whole number from 0"):
+        make_vec_env("CartPole-v1", seed=seed)
+    assert make_vec_env("CartPole-v1", np.int64(2), seed=np.int64(3)).num_envs == 2
+
+
 def test_processes_are_not_forked_and_step_as_one_process_does() -> None:
     envs = make_vec_env("CartPole-v1", 2, seed=3, processes=True)
     try:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from envs_for_tests import CountingEnv, assert_rows_belong_together
 from gymnasium import spaces
-from gymnasium.vector import SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 
 from worldflux.envs import RecordEpisodes, VecRecordEpisodes, VectorRecordEpisodes, make_env, make_vec_env
@@ -229,6 +229,106 @@ def test_a_number_that_is_none_is_refused_in_the_step_that_brings_it(name: str, 
     assert (buffer.num_transitions, buffer.num_episodes) == (2, 1)
     with pytest.raises(BufferError, match=r"Call env.reset\(\) first"):
         env.step(action)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
+def test_a_copy_of_a_recorder_holds_what_was_made_and_goes_on_by_itself(copied: Any) -> None:
+    env = RecordEpisodes(OutOfRangeEnv("reward"), buffer_for_counting())
+    env.reset()
+    env.step(np.array([1.0], np.float32))
+
+    twin = copied(env)
+    twin.step(np.array([2.0], np.float32))
+
+    assert (len(env.buffer), len(twin.buffer)) == (1, 2)
+    assert everything(twin.buffer, rows=2).obs[0, :, 3].tolist() == [0, 1]
+    with pytest.raises(BufferError, match="finite"):
+        twin.step(np.array([3.0], np.float32))
+    assert everything(twin.buffer, rows=3).rewards[0].tolist() == [1, 2, 0]
+
+
+def test_one_recorder_at_a_time_writes_into_a_buffer() -> None:
+    buffer, action = buffer_for_counting(), np.array([1.0], np.float32)
+    one, other = (RecordEpisodes(CountingEnv(lengths=(9,), env_id=number), buffer) for number in (1, 2))
+    one.reset()
+    one.step(action)
+    other.reset()
+    other.step(action)
+
+    with pytest.raises(BufferError, match=r"Another recorder writes into this buffer.*reset"):
+        one.step(action)
+    other.step(action)
+    assert len(buffer) == 3
+    one.reset()
+    one.step(action)
+
+    batch = everything(buffer, rows=6)
+    assert batch.obs[0, :, 0].tolist() == [1, 0, 2, 2, 0, 1]
+    assert batch.obs_mask[0].tolist() == [True, False, True, True, False, True], "nobody knows their last observations"
+    assert batch.is_first[0].nonzero().flatten().tolist() == [0, 2, 5]
+
+
+def test_a_reset_that_fails_leaves_another_recorders_episode_alone() -> None:
+    buffer, action = buffer_for_counting(), np.array([1.0], np.float32)
+    one = RecordEpisodes(CountingEnv(lengths=(9,)), buffer)
+    other = RecordEpisodes(CountingEnv(), buffer)
+    other.env.reset = lambda **_: 1 / 0  # type: ignore[method-assign,assignment]
+    one.reset()
+    one.step(action)
+
+    with pytest.raises(ZeroDivisionError):
+        other.reset()
+    one.step(action)
+
+    assert everything(buffer, rows=2).truncations[0].tolist() == [False, False]
+
+
+class InterruptedPipe:
+    """Raises KeyboardInterrupt once, instead of fetching an answer that `left` others come before."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe, self.left = pipe, -1
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipe, name)
+
+    def recv(self) -> Any:
+        self.left -= 1
+        if self.left == -1:
+            raise KeyboardInterrupt
+        return self._pipe.recv()
+
+
+@pytest.mark.parametrize("kind", ["SubprocVecEnv", "AsyncVectorEnv"])
+def test_an_interrupt_between_the_answers_of_processes_leaves_them_usable(kind: str) -> None:
+    makers = [lambda i=i: CountingEnv(env_id=i, **ENDINGS) for i in range(2)]  # type: ignore[misc]
+    venv: Any
+    if kind == "SubprocVecEnv":
+        venv = SubprocVecEnv(makers, start_method="forkserver")
+        pipe = InterruptedPipe(venv.remotes[1])
+        venv.remotes = (venv.remotes[0], pipe)
+    else:
+        venv = GymnasiumVecEnv(AsyncVectorEnv(makers, context="forkserver"))
+        pipe = InterruptedPipe(venv.vector_env.parent_pipes[1])
+        venv.vector_env.parent_pipes[1] = pipe
+    buffer, action = buffer_for_counting(n_envs=2), np.full((2, 1), 5.0, np.float32)
+    env = VecRecordEpisodes(venv, buffer)
+    try:
+        env.reset()
+        pipe.left = 2
+        with pytest.raises(KeyboardInterrupt):
+            for _ in range(9):
+                env.step(action)
+        made = len(buffer)
+        env.reset()
+        for _ in range(9):
+            env.step(action)
+    finally:
+        env.close()
+
+    assert made == 4 and len(buffer) > made + 8
+    batch = buffer.sample(100, 2)
+    assert_rows_belong_together(batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy())
 
 
 def test_an_action_that_is_none_is_refused_before_the_environment_moves() -> None:

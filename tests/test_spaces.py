@@ -216,3 +216,15 @@ def test_an_unsupported_action_space_names_those_that_are(space: Any, message: s
 def test_actions_of_another_shape_are_refused() -> None:
     with pytest.raises(ShapeMismatchError, match=r"actions have shape \(2, 3\), expected \(n_envs, 1\)"):
         ActionCodec(spaces.Box(-1.0, 1.0, (1,))).from_env(np.zeros((2, 3)))
+
+
+def test_stacked_pictures_of_numbers_that_are_no_bytes_are_refused_with_their_dtype() -> None:
+    for shape, dtype, kind in (((2, 64, 64, 3), np.float32, "floats"), ((64, 64, 3), np.int32, "int32")):
+        with pytest.raises(ConfigurationError, match=rf"looks like an image \(.*\) of {kind}, expected uint8"):
+            ObservationCodec(spaces.Box(0, 1, shape, dtype))
+
+
+def test_unbounded_actions_say_how_bounds_are_set() -> None:
+    space = unbounded((2,))
+    with pytest.raises(ConfigurationError, match=r"TransformAction\(env, lambda action: action, Box\(low, high"):
+        ActionCodec(space)

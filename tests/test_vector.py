@@ -11,13 +11,13 @@ import pytest
 from envs_for_tests import CountingEnv, DiceEnv
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
-from gymnasium.wrappers.vector import ClipReward
+from gymnasium.wrappers.vector import ClipReward, DictInfoToList
 from stable_baselines3 import A2C
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
 
-from worldflux.envs.record import VecRecordEpisodes
+from worldflux.envs.record import VecRecordEpisodes, VectorRecordEpisodes
 from worldflux.envs.vector import ENDED, RESET_STEP, GymnasiumVecEnv, autoreset_mode
 from worldflux.envs.watch import EnvWatch
 from worldflux.errors import BufferError, ConfigurationError
@@ -308,3 +308,11 @@ def test_a_vector_environment_that_cannot_be_followed_says_why() -> None:
             GymnasiumVecEnv(envs)
     finally:
         envs.close()
+
+
+def test_infos_as_a_list_say_which_wrapper_to_leave_out() -> None:
+    envs = DictInfoToList(SyncVectorEnv([talkative(0), talkative(1)], autoreset_mode="SameStep"))
+    with pytest.raises(ConfigurationError, match="DictInfoToList"):
+        GymnasiumVecEnv(envs)
+    with pytest.raises(ConfigurationError, match="DictInfoToList"):
+        VectorRecordEpisodes(envs, ReplayBuffer(10, (4,), 1, n_envs=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,10 +43,13 @@ def collect(
     Returns:
         0
     """
+    if output.is_dir():
+        raise ConfigurationError(f"{output} is a directory, expected a file. Add a name: {output / 'data.npz'}.")
     if output.exists() and not overwrite:
         raise ConfigurationError(f"{output} exists. Pass --overwrite to replace it, or choose another --output.")
     if not output.absolute().parent.is_dir():
         raise ConfigurationError(f"There is no directory '{output.parent}' for {output.name}. Make it first.")
+    _check_writable(output)
     if policy != RANDOM and not Path(policy).is_file():
         raise ConfigurationError(
             f"There is no file '{policy}'. --policy is 'random', or a file of WorldFluxAgent.save."
@@ -68,3 +72,12 @@ def collect(
     buffer.save(output)
     print(f"{output}: {buffer.num_transitions} steps of {buffer.num_episodes} episodes.")
     return 0
+
+
+def _check_writable(output: Path) -> None:
+    """Tries it out, because the permissions of a directory do not say all."""
+    try:
+        with tempfile.TemporaryFile(dir=output.absolute().parent):
+            pass
+    except OSError as error:
+        raise ConfigurationError(f"{output} cannot be written: {error.strerror}. Choose another --output.") from error

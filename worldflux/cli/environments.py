@@ -37,8 +37,9 @@ def find_environment(text: str) -> str | Callable[[], gym.Env[Any, Any]]:
     """
     found = _WHERE.fullmatch(text)
     if found is None:
-        if text.endswith(".py"):
-            raise ConfigurationError(f"'{text}' is a file, expected a class in it as well: {text}:MyEnv.")
+        file = text.removesuffix(":")
+        if file.endswith(".py"):
+            raise ConfigurationError(f"'{file}' is a file, expected a class in it as well: {file}:MyEnv.")
         return text
     where, name = found["module"], found["name"]
     module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
