@@ -1,0 +1,419 @@
+"""Planning in latent space: the sampling planner of TD-MPC2 (MPPI with elites) for any model with reward and value.
+
+    >>> planner = Planner(model, PlannerConfig.from_model(model.config))
+    >>> plan = planner.start(rows=1)
+    >>> actions, plan = planner.plan(state, plan, is_first=is_first)        # [N, A], and the plan for the next step
+
+A model needs `rollout`, `policy` and `value`. One that knows better ways (TD-MPC2: an ensemble of critics, a hard
+threshold on termination, action masks, a discount per task) offers the three methods of `PlanningModel`, and the
+planner calls those instead.
+
+Source: TD-MPC2, arXiv:2310.16828, and its reference implementation; MPPI with a blended mean: TD-MPC, arXiv:2203.04955.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from worldflux.config import WorldModelConfig
+from worldflux.errors import ConfigurationError, ShapeMismatchError
+from worldflux.models.base import State, WorldModel
+
+_NOISE_SEED = 0  # of the fixed noise that deterministic planning uses
+_LARGE_ACTION_DIM = 20  # from here on the paper plans with two iterations more
+
+
+@dataclass(frozen=True)
+class PlannerConfig:
+    """Sampling-based planning in latent space. Defaults follow TD-MPC2, arXiv:2310.16828."""
+
+    horizon: int = 3
+    """Latent steps per candidate. Larger sees further and compounds the model's error."""
+    num_samples: int = 512
+    """Candidates per iteration. Cost grows linearly."""
+    num_elites: int = 64
+    """Candidates the next distribution is fitted to; at most `num_samples`. Fewer converge faster, and too early."""
+    num_pi_trajs: int = 24
+    """Candidates that follow the policy, the same in every iteration; fewer than `num_samples`."""
+    iterations: int = 6
+    """Times the distribution is fitted. Cost grows linearly."""
+    temperature: float = 0.5
+    """Factor on the values in the elites' weights, `softmax(temperature * value)`. Larger favours the best one, and
+    settles before the search has come close."""
+    min_std: float = 0.05
+    """Least standard deviation of the candidates' actions, and of the noise added to what is carried out."""
+    max_std: float = 2.0
+    """Largest standard deviation; every plan starts with it."""
+    momentum: float = 0.0
+    """Share of the old mean in the new one, below 1. Larger moves slower; 0 is the paper."""
+    discount: float | None = None
+    """Weight of the next step's reward, in (0, 1]. None takes the model's own."""
+
+    def __post_init__(self) -> None:
+        for name in ("horizon", "num_samples", "num_elites", "iterations"):
+            self._check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "an integer above 0")
+        most = self.num_samples
+        self._check("num_elites", self.num_elites <= most, f"at most num_samples ({most})")
+        few = isinstance(self.num_pi_trajs, int) and 0 <= self.num_pi_trajs < most
+        self._check("num_pi_trajs", few, f"an integer from 0 on, below num_samples ({most})")
+        self._check("temperature", 0.0 < self.temperature < math.inf, "a number above 0")
+        self._check("max_std", 0.0 < self.max_std < math.inf, "a number above 0")
+        self._check("min_std", 0.0 <= self.min_std <= self.max_std, f"0 to max_std ({self.max_std})")
+        self._check("momentum", 0.0 <= self.momentum < 1.0, "at least 0 and below 1")
+        self._check("discount", self.discount is None or 0.0 < self.discount <= 1.0, "above 0 and at most 1, or None")
+
+    def _check(self, name: str, good: bool, expected: str) -> None:
+        if not good:
+            raise ConfigurationError(f"{name} is {getattr(self, name)!r}, expected {expected}.")
+
+    @classmethod
+    def from_model(cls, config: WorldModelConfig, **overrides: Any) -> PlannerConfig:
+        """The planner that a model's configuration describes: every field that both have is taken over.
+
+        From 20 action dimensions on there are two `iterations` more, as in the paper. Where nothing is said of
+        `num_pi_trajs`, it is at most half of `num_samples`. The discount stays the model's.
+
+        Args:
+            config: Of the model.
+            **overrides: Fields that get exactly this value.
+        """
+        names = {item.name for item in fields(cls)} - {"discount"}
+        values = {name: getattr(config, name) for name in names if hasattr(config, name)}
+        if config.action_dim >= _LARGE_ACTION_DIM:
+            values["iterations"] = values.get("iterations", cls.iterations) + 2
+        values |= overrides
+        values.setdefault("num_pi_trajs", min(cls.num_pi_trajs, values.get("num_samples", cls.num_samples) // 2))
+        return cls(**values)
+
+
+@runtime_checkable
+class PlanningModel(Protocol):
+    """What a model may offer to be planned with in its own way; all three methods, or none."""
+
+    def action_mask(self, state: State) -> Tensor | None:
+        """1 where a row's task has that action dimension, 0 where it has not; None if all have all. `[N, A]`"""
+
+    def propose(self, state: State, noise: Tensor, *, deterministic: bool) -> Tensor:
+        """Actions of the policy that are a function of the state and of standard normal noise. `[B, A]`
+
+        Noise 0 is the policy's likeliest action. What `noise` cannot express may be drawn, unless `deterministic`.
+        """
+
+    def trajectory_value(
+        self,
+        state: State,
+        actions: Tensor,
+        *,
+        discount: float | None,
+        deterministic: bool,
+        noise: Tensor | None = None,
+        members: Tensor | None = None,
+    ) -> Tensor:
+        """What sequences of actions are worth.
+
+        Args:
+            state: Where they start, once for all sequences of a row. `[N, ...]`
+            actions: `[H, N, S, A]`
+            discount: None takes the model's own.
+            deterministic: Draw nothing: the policy's mean action in the last state, and all critics or fixed ones.
+            noise: Of the policy's action in the last state; None draws it. `[N, S, A]`
+            members: Which critics of an ensemble judge the last state; None draws them. `[2]`
+
+        Returns:
+            `[N, S]`
+        """
+
+
+def sequence_return(rewards: Tensor, continues: Tensor, value: Tensor, discount: float | Tensor) -> Tensor:
+    """Discounted return of action sequences, each term weighted with the chance that the episode gets there.
+
+        return = sum_t discount^t * alive_t * rewards_t + discount^H * alive_H * value
+        alive_0 = 1,  alive_{t+1} = alive_t * continues_t
+
+    Args:
+        rewards: What each action earned. `[H, ...]`
+        continues: Probability of going on after it, or 0 and 1 for TD-MPC2's hard threshold. `[H, ...]`
+        value: Of the last state. `[...]`
+        discount: Per step; a tensor must broadcast with `value`.
+
+    Returns:
+        `[...]`
+    """
+    total, weight = torch.zeros_like(value), torch.ones_like(value)
+    for reward, cont in zip(rewards, continues, strict=True):
+        total = total + weight * reward
+        weight = weight * cont * discount
+    return total + weight * value
+
+
+class RolloutPlanning:
+    """The three methods of `PlanningModel`, out of `rollout`, `policy` and `value`.
+
+    Args:
+        model: Any model; its rows are planned with independently.
+        spread: Size of the noise on the policy's actions in deterministic planning. A model that draws its actions
+            itself cannot be handed the noise, and equal sequences would count several times among the elites.
+    """
+
+    def __init__(self, model: WorldModel, *, spread: float) -> None:
+        self.model = model
+        self.spread = spread
+
+    def action_mask(self, state: State) -> Tensor | None:
+        """None: all rows have all actions."""
+        return None
+
+    def propose(self, state: State, noise: Tensor, *, deterministic: bool) -> Tensor:
+        """The model's own draw; deterministic: its likeliest action plus `spread * noise`. `[B, A]`"""
+        if deterministic:
+            return self.model.policy(state, deterministic=True) + self.spread * noise
+        return self.model.policy(state)
+
+    def trajectory_value(
+        self,
+        state: State,
+        actions: Tensor,
+        *,
+        discount: float | None,
+        deterministic: bool,
+        noise: Tensor | None = None,
+        members: Tensor | None = None,
+    ) -> Tensor:
+        """Rewards of the rollout and the value of its last state; `noise` and `members` are not used. `[N, S]`"""
+        _, N, S, _ = actions.shape
+        trajectory = self.model.rollout(_repeat(state, N, S), actions.flatten(1, 2), deterministic=deterministic)
+        final = self.model.value(trajectory.states[-1])
+        # Without a discount here, the planner has seen to it that the model has one.
+        weight: float = self.model.discount if discount is None else discount  # type: ignore[assignment]
+        return sequence_return(trajectory.rewards, trajectory.continues, final, weight).unflatten(0, (N, S))
+
+
+@dataclass(frozen=True)
+class PlanDraws:
+    """All randomness of a plan; given, it makes `Planner.plan` reproduce a recorded one. N may be 1 for all rows."""
+
+    policy: Tensor
+    """Noise of the policy's trajectories. `[H, N, K, A]`"""
+    actions: Tensor
+    """Noise of the other candidates in each iteration. `[I, H, N, S - K, A]`"""
+    gumbel: Tensor
+    """Added to the elites' log weights before the largest is carried out; 0 takes the best one. `[N, E]`"""
+    final: Tensor | None
+    """Noise on the action that is carried out; None adds none. `[N, A]`"""
+    value: Tensor | None = None
+    """Noise of the policy in the last states in each iteration; None leaves it to the model. `[I, N, S, A]`"""
+    members: Tensor | None = None
+    """Critics that judge in each iteration; None leaves them to the model. `[I, 2]`"""
+
+
+@dataclass(frozen=True)
+class PlanTrace:
+    """What one iteration found. The last one is what was acted on."""
+
+    values: Tensor
+    """Of all candidates. `[N, S]`"""
+    elites: Tensor
+    """Their numbers, best first. `[N, E]`"""
+    weights: Tensor
+    """Of the elites. `[N, E]`"""
+    mean: Tensor
+    """`[N, H, A]`"""
+    std: Tensor
+    """`[N, H, A]`"""
+
+
+class Planner:
+    """Searches for the sequence of actions that a model values most, and gives back its first action.
+
+    Each iteration draws candidates from a normal distribution per step, values them with the model, and fits the
+    distribution to the best ones; some candidates follow the policy. The means of a plan, one step on, start the next
+    one. They go in and out of `plan` explicitly (`[N, H, A]`, zeros before the first observation); the planner keeps
+    nothing between two calls.
+
+    Args:
+        model: What is planned with, in its present state of learning. It should be in evaluation mode.
+        config: Sizes and constants of the search.
+
+    Raises:
+        ConfigurationError: If the actions are not continuous, or there is no discount.
+    """
+
+    def __init__(self, model: WorldModel, config: PlannerConfig) -> None:
+        if model.config.action_type != "continuous":
+            raise ConfigurationError(
+                f"The model has action_type '{model.config.action_type}', but planning needs continuous actions. "
+                "Act with the policy instead: planner=None; DreamerV3 has one for every action space."
+            )
+        self.model = model
+        self.config = config
+        self.action_dim = model.config.action_dim
+        self._scorer: PlanningModel
+        if isinstance(model, PlanningModel):
+            self._scorer = model
+        else:
+            self._scorer = RolloutPlanning(model, spread=config.min_std)
+            if config.discount is None and not hasattr(model, "discount"):
+                raise ConfigurationError(
+                    f"{type(model).__name__} has no discount. Give the planner one: PlannerConfig(discount=0.99)."
+                )
+        self._fixed: PlanDraws | None = None
+
+    def start(self, rows: int) -> Tensor:
+        """The plan before the first observation: zeros `[N, H, A]`."""
+        return torch.zeros(rows, self.config.horizon, self.action_dim, device=self.model.device)
+
+    @torch.no_grad()
+    def plan(
+        self,
+        state: State,
+        previous: Tensor,
+        *,
+        is_first: Tensor | None = None,
+        deterministic: bool = False,
+        draws: PlanDraws | None = None,
+        trace: Callable[[PlanTrace], None] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Actions to take in a state.
+
+        Deterministic planning draws nothing. It searches with fixed noise, the same for every row, so that a row's
+        result depends on that row's state and previous plan alone; among the policy's trajectories one is free of
+        noise. It carries out the best elite without noise on top. The reference draws an elite by its weight when it
+        evaluates, too; the best one is the likeliest of these draws.
+
+        Args:
+            state: `[N, ...]`
+            previous: What the last call returned, or `start`. `[N, H, A]`
+            is_first: True where a row begins an episode: its previous plan is ignored. `[N]`
+            deterministic: Give the same actions for the same arguments.
+            draws: Replaces the random draws.
+            trace: Called with each iteration's findings.
+
+        Returns:
+            Actions in [-1, 1] `[N, A]`, and the plan to hand to the next call `[N, H, A]`.
+        """
+        c = self.config
+        self._check(state, previous, is_first)
+        N, H, A = previous.shape
+        S, K = c.num_samples, c.num_pi_trajs
+        if draws is None:
+            draws = self._fixed_draws(previous) if deterministic else self._sample_draws(previous)
+        mask = self._scorer.action_mask(state)
+        keep = previous.new_ones(()) if mask is None else mask.to(previous.dtype)  # broadcasts with [H, N, A]
+
+        # The distribution starts from the last plan, one step on; steps come first from here on, as in `rollout`.
+        mean = torch.cat([previous[:, 1:], torch.zeros_like(previous[:, :1])], 1)
+        if is_first is not None:
+            mean = torch.where(is_first[:, None, None], 0.0, mean)
+        mean = mean.transpose(0, 1) * keep  # [H, N, A]
+        std = torch.full_like(mean, c.max_std) * keep
+
+        candidates = previous.new_empty(H, N, S, A)
+        if K:
+            candidates[:, :, :K] = self._policy_trajectories(state, draws, deterministic)
+        for i in range(c.iterations):
+            drawn = mean.unsqueeze(2) + std.unsqueeze(2) * draws.actions[i]
+            candidates[:, :, K:] = drawn.clamp(-1.0, 1.0)
+            if mask is not None:
+                candidates *= keep.unsqueeze(-2)
+            values = self._scorer.trajectory_value(
+                state,
+                candidates,
+                discount=c.discount,
+                deterministic=deterministic,
+                noise=None if draws.value is None else draws.value[i],
+                members=None if draws.members is None else draws.members[i],
+            )
+            # A candidate that takes the model to infinity must not be chosen, nor spoil the weights of the others:
+            # NaN counts as 0, as in the reference.
+            values = values.float().nan_to_num(0.0)
+            # Stable, so that ties (a fresh critic says 0 to everything) fall the same way for every batch size.
+            values_sorted, order = values.sort(dim=-1, descending=True, stable=True)
+            elites, elite_values = order[:, : c.num_elites], values_sorted[:, : c.num_elites]
+            elite_actions = torch.take_along_dim(candidates, elites[None, :, :, None], dim=2)  # [H, N, E, A]
+            # The largest is taken off first: values may be as large as a float can be.
+            log_weights = torch.log_softmax(c.temperature * (elite_values - elite_values[:, :1]), -1)
+            weights = log_weights.exp()[None, :, :, None]
+            # The spread is around the elites' own mean; momentum moves the distribution's mean only (TD-MPC).
+            fitted = (weights * elite_actions).sum(2)
+            variance = (weights * (elite_actions - fitted.unsqueeze(2)).square()).sum(2)
+            std = variance.sqrt().clamp(c.min_std, c.max_std) * keep
+            mean = c.momentum * mean + (1.0 - c.momentum) * fitted
+            if trace is not None:
+                trace(PlanTrace(values, elites, weights[0, :, :, 0], mean.transpose(0, 1), std.transpose(0, 1)))
+
+        chosen = (log_weights + draws.gumbel).argmax(-1)
+        actions = torch.take_along_dim(elite_actions[0], chosen[:, None, None], dim=1).squeeze(1)
+        if draws.final is not None:
+            actions = actions + std[0] * draws.final
+        return actions.clamp(-1.0, 1.0), mean.transpose(0, 1)
+
+    def _policy_trajectories(self, state: State, draws: PlanDraws, deterministic: bool) -> Tensor:
+        """Actions of the policy along its own rollouts. `[H, N, K, A]`"""
+        H, _, K, A = draws.policy.shape
+        N = _rows(state)
+        state = _repeat(state, N, K)
+        noise = draws.policy.expand(H, N, K, A).flatten(1, 2)
+        actions = []
+        for t in range(H):
+            action = self._scorer.propose(state, noise[t], deterministic=deterministic).float().clamp(-1.0, 1.0)
+            actions.append(action)
+            if t + 1 < H:
+                state = self.model.rollout(state, action.unsqueeze(0), deterministic=deterministic).states[-1]
+        return torch.stack(actions).unflatten(1, (N, K))
+
+    def _sample_draws(self, like: Tensor) -> PlanDraws:
+        """Fresh draws from torch's generator, for the rows of `like` `[N, H, A]`."""
+        c = self.config
+        N, H, A = like.shape
+        S, K, E = c.num_samples, c.num_pi_trajs, c.num_elites
+        return PlanDraws(
+            policy=torch.randn(H, N, K, A, device=like.device),
+            actions=torch.randn(c.iterations, H, N, S - K, A, device=like.device),
+            gumbel=-torch.empty(N, E, device=like.device).exponential_().log(),
+            final=torch.randn(N, A, device=like.device),
+        )
+
+    def _fixed_draws(self, like: Tensor) -> PlanDraws:
+        """The draws of deterministic planning, the same on every device. They are constants, made once."""
+        if self._fixed is None or self._fixed.actions.device != like.device:
+            c = self.config
+            _, H, A = like.shape
+            S, K, E = c.num_samples, c.num_pi_trajs, c.num_elites
+            generator = torch.Generator().manual_seed(_NOISE_SEED)
+            policy = torch.randn(H, 1, K, A, generator=generator)
+            policy[:, :, :1] = 0.0
+            actions = torch.randn(c.iterations, H, 1, S - K, A, generator=generator)
+            self._fixed = PlanDraws(
+                policy=policy.to(like.device),
+                actions=actions.to(like.device),
+                gumbel=torch.zeros(1, E, device=like.device),
+                final=None,
+            )
+        return self._fixed
+
+    def _check(self, state: State, previous: Tensor, is_first: Tensor | None) -> None:
+        expected = (self.config.horizon, self.action_dim)
+        if previous.ndim != 3 or tuple(previous.shape[1:]) != expected:
+            raise ShapeMismatchError(
+                f"The previous plan has shape {list(previous.shape)}, expected [N, {expected[0]}, {expected[1]}]. "
+                "Pass what the last call returned, or start(rows)."
+            )
+        if _rows(state) != len(previous):
+            raise ShapeMismatchError(f"The state has {_rows(state)} rows, but the previous plan has {len(previous)}.")
+        if is_first is not None and is_first.shape != previous.shape[:1]:
+            raise ShapeMismatchError(f"is_first has shape {list(is_first.shape)}, expected [{len(previous)}].")
+
+
+def _rows(state: State) -> int:
+    return len(next(iter(state.values())))
+
+
+def _repeat(state: State, rows: int, times: int) -> State:
+    """Each row of a state several times in a row. `[N, ...]` → `[N * times, ...]`"""
+    return State({k: v.unsqueeze(1).expand(rows, times, *v.shape[1:]).flatten(0, 1) for k, v in state.items()})
