@@ -141,7 +141,8 @@ def one_iteration(model: WorldModel, draws: PlanDraws, previous: Tensor, state: 
     return actions, mean, traces
 
 
-def test_one_iteration_worked_by_hand():
+@pytest.mark.parametrize(("gumbel", "chosen"), [(0.1, 0.3), (0.2, -0.1)])
+def test_one_iteration_worked_by_hand(gumbel, chosen):
     """One row, one step, one action dimension that counts: values -(a - 0.3)^2 twice (reward and value)."""
     model = PointModel()
     model.discount = 1.0
@@ -150,7 +151,7 @@ def test_one_iteration_worked_by_hand():
     draws = PlanDraws(
         policy=torch.zeros(1, 1, 0, 2),
         actions=noise.reshape(1, 1, 1, 4, 2),
-        gumbel=torch.tensor([[0.0, 9.0]]),
+        gumbel=torch.tensor([[0.0, gumbel]]),
         final=torch.tensor([[1.0, -1.0]]),
     )
     start = torch.zeros(1, 1, 2)
@@ -165,8 +166,8 @@ def test_one_iteration_worked_by_hand():
     torch.testing.assert_close(trace.weights, torch.tensor([[0.539915, 0.460085]]))
     torch.testing.assert_close(mean[0, 0], torch.tensor([0.115966, -0.6]))
     torch.testing.assert_close(trace.std[0, 0], torch.tensor([0.199362, 0.05]))
-    # The Gumbel numbers choose the second elite, and noise of the final spread is added to it.
-    torch.testing.assert_close(actions, torch.tensor([[-0.1 + 0.199362, -0.65]]))
+    # The log weights are 0.16 apart, so the Gumbel number chooses; noise of the final spread is added.
+    torch.testing.assert_close(actions, torch.tensor([[chosen + 0.199362, -0.65]]))
 
 
 def test_momentum_keeps_a_share_of_the_old_mean_and_leaves_the_spread():
@@ -212,7 +213,7 @@ def test_infinite_values_leave_the_weights_finite():
 def test_masked_dimensions_stay_zero_and_the_others_reach_the_goal():
     model = MaskedPointModel()
     traces: list[PlanTrace] = []
-    search = planner(model, num_samples=512, temperature=10.0)
+    search = planner(model, num_samples=512, temperature=10.0, momentum=0.1)
     previous = torch.full((4, 3, 2), 0.5)
 
     actions, mean = search.plan(PLACES, previous, trace=traces.append)
@@ -303,13 +304,15 @@ def test_a_critic_that_says_the_same_of_everything_gives_the_same_action_alone_a
 def test_sampled_plans_differ_between_rows_and_follow_the_seed():
     search = planner()
     same = points((0.5, 0.5), (0.5, 0.5))
+    traces: list[PlanTrace] = []
     torch.manual_seed(3)
-    actions, _ = search.plan(same, search.start(2))
+    actions, _ = search.plan(same, search.start(2), trace=traces.append)
     torch.manual_seed(3)
     again, _ = search.plan(same, search.start(2))
 
     assert torch.equal(actions, again)
     assert (actions[0] != actions[1]).any()
+    assert (traces[0].values[0] != traces[0].values[1]).all()
     assert actions.abs().max() <= 1.0
 
 
@@ -327,7 +330,22 @@ def test_the_deterministic_plan_is_never_worse_than_the_policy_by_the_models_own
     trajectory = model.rollout(PLACES, torch.stack(policy))
     value = sequence_return(trajectory.rewards, trajectory.continues, model.value(trajectory.states[-1]), 0.9)
     torch.testing.assert_close(traces[0].values[:, 0], value)
+    # Its other trajectories differ from it, or it would count several times among the elites.
+    assert (traces[0].values[:, 1 : SMALL["num_pi_trajs"]] != value.unsqueeze(1)).all()
     assert (traces[0].values.amax(1) >= value).all()
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("kind", [PointModel, MaskedPointModel])
+def test_planning_reads_no_number_on_the_host(kind, deterministic):
+    """Tensors without data cannot be read, so nothing in a plan waits for the device."""
+    model = kind().to("meta")
+    search = planner(model, momentum=0.1)
+    is_first = torch.empty(4, dtype=torch.bool, device="meta")
+
+    actions, mean = search.plan(PLACES.to("meta"), search.start(4), is_first=is_first, deterministic=deterministic)
+
+    assert actions.shape == (4, 2) and mean.shape == (4, 3, 2)
 
 
 def test_planning_leaves_no_gradient():
