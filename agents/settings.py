@@ -71,7 +71,7 @@ class AgentSettings:
     def with_defaults(self, model: WorldModel) -> AgentSettings:
         """The same settings with the numbers of a model's family where none were given."""
         own = {"learning_rate": model.optimizer_spec.learning_rate, **vars(model.online_defaults())}
-        return replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
+        return replace(self, **{name: own[name] for name, value in vars(self).items() if value is None and name in own})
 
 
 def count(name: str, value: Any, least: int) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from worldflux.agents.agent import WorldFluxAgent
-    from worldflux.config import DreamerV3Config, DynamicsType, LatentType, WorldModelConfig
+    from worldflux.config import DreamerV3Config, DynamicsType, LatentType, TDMPC2Config, WorldModelConfig
     from worldflux.errors import (
         BufferError,
         CheckpointError,
@@ -35,6 +35,7 @@ _HOMES = {
     "DreamerV3Config": "worldflux.config",
     "DynamicsType": "worldflux.config",
     "LatentType": "worldflux.config",
+    "TDMPC2Config": "worldflux.config",
     "WorldModelConfig": "worldflux.config",
     "BufferError": "worldflux.errors",
     "CheckpointError": "worldflux.errors",
@@ -60,6 +61,7 @@ __all__ = [
     "MissingDependencyError",
     "ShapeMismatchError",
     "State",
+    "TDMPC2Config",
     "TrainingError",
     "WorldFluxAgent",
     "WorldFluxError",

@@ -12,10 +12,18 @@ from typing import Any, Literal, overload
 
 import torch
 
-from worldflux.config import DREAMERV3_SIZES, DreamerV3Config, ObsShape, WorldModelConfig
+from worldflux.config import (
+    DREAMERV3_SIZES,
+    TDMPC2_SIZES,
+    DreamerV3Config,
+    ObsShape,
+    TDMPC2Config,
+    WorldModelConfig,
+)
 from worldflux.errors import CheckpointError, ConfigurationError, nearest
 from worldflux.models.base import CONFIG_FILE, WorldModel
 from worldflux.models.dreamerv3.world_model import DreamerV3
+from worldflux.models.tdmpc2.world_model import TDMPC2
 from worldflux.training.config import resolve_device
 
 
@@ -250,4 +258,12 @@ register_model(
         "dreamer-large": "dreamerv3:size200m",
     },
     description="DreamerV3: recurrent state-space model, actor and critic trained in imagination",
+)
+register_model(
+    "tdmpc2",
+    TDMPC2Config,
+    TDMPC2,
+    sizes=TDMPC2_SIZES,
+    aliases={"tdmpc": "tdmpc2:5m", "tdmpc2": "tdmpc2:5m", "tdmpc2-tiny": "tdmpc2:tiny"},
+    description="TD-MPC2: implicit world model, value ensemble and policy prior for planning, continuous actions",
 )

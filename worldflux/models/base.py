@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from worldflux.config import WorldModelConfig
-from worldflux.errors import CheckpointError
+from worldflux.errors import CheckpointError, ShapeMismatchError
 from worldflux.files import write_atomically
 from worldflux.training.batch import Batch, Observation
 
@@ -98,6 +98,8 @@ class LossOutput:
     """What to store beside the last T' rows of the batch. `[B, T', ...]`"""
     updates: dict[str, Tensor] = field(default_factory=dict)
     """Buffers of the model that `after_step` moves to these values (running normalisers)."""
+    carry: dict[str, Tensor] = field(default_factory=dict)
+    """What later phases of the same step go on with, without gradient."""
 
 
 @dataclass(frozen=True)
@@ -123,13 +125,40 @@ class OptimizerSpec:
 
 
 @dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters with a learning rate of their own."""
+
+    parameters: list[nn.Parameter]
+    rate_scale: float = 1.0
+    """Factor on the optimiser's learning rate."""
+
+
+@dataclass(frozen=True)
 class Phase:
-    """One loss of a gradient step with the parameters that it trains."""
+    """One loss of a gradient step with the parameters that it trains.
+
+    Each phase has an optimiser of its own, and its gradient is clipped by itself.
+    """
 
     name: str
-    parameters: list[nn.Parameter]
+    parameters: list[nn.Parameter] | list[ParameterGroup]
     loss: Callable[[Batch, Sequence[LossOutput]], LossOutput]
     """Called with the batch and the outputs of the phases before it."""
+    eps: float | None = None
+    """In place of the specification's `eps`."""
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """Every parameter that the phase trains."""
+        return [p for group in parameter_groups(self.parameters) for p in group.parameters]
+
+
+def parameter_groups(parameters: Iterable[nn.Parameter | ParameterGroup]) -> list[ParameterGroup]:
+    """Groups as they are given; loose parameters become one more group, with the optimiser's own rate."""
+    items = list(parameters)
+    groups = [item for item in items if isinstance(item, ParameterGroup)]
+    loose = [item for item in items if not isinstance(item, ParameterGroup)]
+    return [*groups, ParameterGroup(loose)] if loose else groups
 
 
 @dataclass(frozen=True)
@@ -146,6 +175,10 @@ class OnlineDefaults:
     """Transitions kept."""
     learning_starts: int
     """Environment steps before the first gradient step."""
+    random_actions: bool = False
+    """Take uniformly random actions until then, instead of the fresh policy's."""
+    pretrain_updates: int = 0
+    """Gradient steps on that first data before the first learned action."""
 
 
 class WorldModel(nn.Module):
@@ -314,3 +347,53 @@ class WorldModel(nn.Module):
             self.load_state_dict(tensors)
         except RuntimeError as error:
             raise CheckpointError(f"{source} does not fit the model's configuration. {error}") from error
+
+    # For the families: what they are given, and in which precision they compute
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.config.dtype == "bfloat16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def _observations(self, obs: Observation, *, leading: int, rows: int | None = None) -> dict[str, Tensor]:
+        """The observation as a dictionary, checked; the first of the `leading` batch axes has `rows` rows."""
+        tensors = obs if isinstance(obs, dict) else {"obs": obs}
+        shapes = self.config.obs_shapes
+        if set(tensors) != set(shapes):
+            raise ShapeMismatchError(
+                f"The observation has the keys {sorted(tensors)}, expected {sorted(shapes)}. "
+                "Pass the observations that the model was built for."
+            )
+        for key, expected in shapes.items():
+            if not isinstance(tensors[key], Tensor):
+                raise ShapeMismatchError(
+                    f"Observation '{key}' is a {type(tensors[key]).__name__}, expected a torch tensor. "
+                    "Convert arrays with torch.as_tensor, on the model's device."
+                )
+            actual = tuple(tensors[key].shape[leading:])
+            if tensors[key].ndim != leading + len(expected) or actual != tuple(expected):
+                hint = f"Pass it with {leading} leading batch axes."
+                if len(expected) == 3 and actual == (*expected[1:], expected[0]):
+                    hint = "Images are channel-first here: transpose HWC to CHW."
+                raise ShapeMismatchError(
+                    f"Observation '{key}' has shape {tuple(tensors[key].shape)}, "
+                    f"expected {'B, T'[: 3 * leading - 2]} and then {tuple(expected)}. {hint}"
+                )
+            if len(expected) == 3 and tensors[key].dtype != torch.uint8:
+                raise ShapeMismatchError(
+                    f"Image '{key}' has dtype {tensors[key].dtype}, expected torch.uint8. "
+                    "Pass 0 to 255; the model scales them itself."
+                )
+            if rows is not None and len(tensors[key]) != rows:
+                raise ShapeMismatchError(
+                    f"Observation '{key}' has {len(tensors[key])} rows, but the state has {rows}. Pass one for each."
+                )
+        return tensors
+
+    def _check_actions(self, actions: Tensor, *leading: int) -> None:
+        expected = (*leading, self.config.action_dim)
+        if not isinstance(actions, Tensor) or tuple(actions.shape) != expected:
+            found = f"shape {list(actions.shape)}" if isinstance(actions, Tensor) else f"type {type(actions).__name__}"
+            raise ShapeMismatchError(
+                f"actions have {found}, expected a tensor of shape {list(expected)}. "
+                "Discrete actions are passed one-hot."
+            )

@@ -1,4 +1,4 @@
-"""Initialisation of kernels as DreamerV3's reference implementation does it."""
+"""Initialisation of kernels as the reference implementations do it."""
 
 from __future__ import annotations
 
@@ -24,3 +24,9 @@ def truncated_normal_(kernel: Tensor, fan_in: int, scale: float = 1.0) -> Tensor
         return kernel.zero_()
     torch.nn.init.trunc_normal_(kernel, std=1.0, a=-2.0, b=2.0)
     return kernel.mul_(scale * _TRUNCATION_CORRECTION / math.sqrt(fan_in))
+
+
+@torch.no_grad()
+def narrow_normal_(weight: Tensor) -> Tensor:
+    """Fills a weight in place with normal numbers of standard deviation 0.02, as TD-MPC2 does; never beyond 2."""
+    return torch.nn.init.trunc_normal_(weight, std=0.02)

@@ -33,3 +33,27 @@ def symexp_bins(count: int, limit: float = 20.0) -> Tensor:
     """
     half = symexp(torch.linspace(-limit, 0.0, (count - 1) // 2 + 1, dtype=torch.float64)).float()
     return torch.cat([half, -half[:-1].flip(0)])
+
+
+def symlog_bins(count: int, limit: float) -> Tensor:
+    """Evenly spaced bin positions from `-limit` to `limit`, for two-hot distributions over symlog values.
+
+    One half is mirrored onto the other, so that a uniform distribution over them has a mean of exactly zero.
+
+    Args:
+        count: Odd number of bins; the middle one is 0.
+        limit: Largest magnitude.
+
+    Returns:
+        Increasing positions. `[count]`
+    """
+    half = torch.linspace(-limit, 0.0, (count - 1) // 2 + 1, dtype=torch.float64).float()
+    return torch.cat([half, -half[:-1].flip(0)])
+
+
+def simnorm(x: Tensor, dim: int) -> Tensor:
+    """Softmax within consecutive groups of `dim` numbers: each group lies on a simplex. `[..., L]` → `[..., L]`
+
+    Source: TD-MPC2, arXiv:2310.16828, simplicial normalisation.
+    """
+    return torch.softmax(x.unflatten(-1, (-1, dim)), -1).flatten(-2)

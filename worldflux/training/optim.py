@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from worldflux.errors import ConfigurationError, nearest
-from worldflux.models.base import OptimizerSpec
+from worldflux.models.base import OptimizerSpec, ParameterGroup, parameter_groups
 
 AGC_MIN_NORM = 1e-3
 """Norm that adaptive clipping takes a smaller tensor to have, so that a tensor that starts at zero can leave it."""
@@ -50,7 +50,7 @@ class LaProp(torch.optim.Optimizer):
     Gradients are read and not changed. Tensors without a gradient are left alone and don't count the update.
 
     Args:
-        params: Parameters, or groups of them with settings of their own.
+        params: Parameters, or groups of them with settings of their own; `rate_scale` is a factor on the rate.
         lr: Step size after the warm-up.
         betas: Decay of `mu` and of `nu`.
         eps: Added to the root of `nu`; so small that only an exact zero meets it.
@@ -79,7 +79,14 @@ class LaProp(torch.optim.Optimizer):
         if agc is not None and not agc > 0:
             raise ConfigurationError(f"agc is {agc}, expected a ratio above 0, or None to turn clipping off.")
         defaults = dict(
-            lr=lr, betas=betas, eps=eps, agc=agc, warmup_steps=warmup_steps, weight_decay=weight_decay, updates=0
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            agc=agc,
+            warmup_steps=warmup_steps,
+            weight_decay=weight_decay,
+            rate_scale=1.0,
+            updates=0,
         )
         super().__init__(params, defaults)
 
@@ -99,7 +106,7 @@ class LaProp(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             group["updates"] += 1
-            lr = warmup_rate(group["lr"], group["updates"], group["warmup_steps"])
+            lr = group["rate_scale"] * warmup_rate(group["lr"], group["updates"], group["warmup_steps"])
             # The bias corrections count a tensor's own updates, and tensors with one count are updated together.
             same_age: defaultdict[int, list[Tensor]] = defaultdict(list)
             for p in group["params"]:
@@ -150,7 +157,7 @@ class Adam(torch.optim.AdamW):
     """torch's AdamW with the warm-up of `warmup_rate`; without weight decay it is Adam.
 
     Args:
-        params: Parameters, or groups of them with settings of their own.
+        params: Parameters, or groups of them with settings of their own; `rate_scale` is a factor on the rate.
         lr: Step size after the warm-up.
         betas: Decay of the momentum and of the squared gradients.
         eps: Added to the root of the squared gradients.
@@ -175,6 +182,7 @@ class Adam(torch.optim.AdamW):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)
         for group in self.param_groups:
             group.setdefault("warmup_steps", warmup_steps)
+            group.setdefault("rate_scale", 1.0)
             group.setdefault("updates", 0)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -189,29 +197,33 @@ class Adam(torch.optim.AdamW):
         full_rates = [group["lr"] for group in self.param_groups]
         for group in self.param_groups:
             group["updates"] += 1
-            group["lr"] = warmup_rate(group["lr"], group["updates"], group["warmup_steps"])
+            group["lr"] = group["rate_scale"] * warmup_rate(group["lr"], group["updates"], group["warmup_steps"])
         try:
             return super().step(closure)
         finally:
-            # group["lr"] is the rate after the warm-up to everybody else: schedules set it, checkpoints keep it.
+            # group["lr"] is the common rate after the warm-up to everybody else: schedules set it, checkpoints keep it.
             for group, rate in zip(self.param_groups, full_rates, strict=True):
                 group["lr"] = rate
 
 
-def build_optimizer(spec: OptimizerSpec, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def build_optimizer(spec: OptimizerSpec, parameters: Iterable[nn.Parameter | ParameterGroup]) -> torch.optim.Optimizer:
     """The optimiser that a model's specification asks for.
 
     Clipping by the norm of all gradients together (`spec.grad_clip`) is no part of it, see `clip_by_global_norm`.
 
     Args:
         spec: Kind and numbers.
-        parameters: What it updates.
+        parameters: What it updates; groups of them may have rates of their own.
 
     Raises:
         ConfigurationError: If the kind is unknown, a number is out of range, or there is nothing to update.
     """
-    parameters = list(parameters)
-    if not parameters:
+    groups = [
+        {"params": group.parameters, "rate_scale": group.rate_scale}
+        for group in parameter_groups(parameters)
+        if group.parameters
+    ]
+    if not groups:
         raise ConfigurationError("The model has no parameter that requires a gradient. Unfreeze what is to learn.")
     shared: dict[str, Any] = dict(
         lr=spec.learning_rate,
@@ -221,12 +233,12 @@ def build_optimizer(spec: OptimizerSpec, parameters: Iterable[nn.Parameter]) -> 
         weight_decay=spec.weight_decay,
     )
     if spec.kind == "laprop":
-        return LaProp(parameters, agc=spec.agc, **shared)
+        return LaProp(groups, agc=spec.agc, **shared)
     if spec.kind != "adam":
         raise ConfigurationError(f"Unknown optimiser '{spec.kind}'{nearest(spec.kind, ('laprop', 'adam'))}")
     if spec.agc is not None:
         raise ConfigurationError(f"agc is {spec.agc} with kind 'adam'; adaptive clipping belongs to kind 'laprop'.")
-    return Adam(parameters, **shared)
+    return Adam(groups, **shared)
 
 
 @torch.no_grad()

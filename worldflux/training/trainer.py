@@ -107,7 +107,10 @@ class Trainer:
         )
         self._kind = spec.kind
         self._phases = _phases_of(model)
-        self._optimizers = [build_optimizer(spec, phase.parameters) for phase in self._phases]
+        self._optimizers = [
+            build_optimizer(spec if phase.eps is None else replace(spec, eps=phase.eps), phase.parameters)
+            for phase in self._phases
+        ]
         self._watch = _FiniteWatch()
         self._write_back = _WriteBack()
         self._sampler: Any = None
@@ -210,10 +213,12 @@ class Trainer:
             self.model.zero_grad(set_to_none=True)
             output = _as_loss_output(phase.loss(batch, outputs))
             output.loss.backward()
-            norms.append(clip_by_global_norm(phase.parameters, self.config.grad_clip))
+            norms.append(clip_by_global_norm(phase.trained, self.config.grad_clip))
             optimizer.step()
             outputs.append(output)
-            named = output.terms if len(self._phases) == 1 else {**output.terms, f"{phase.name}_loss": output.loss}
+            named = output.terms
+            if len(self._phases) > 1:
+                named = {**named, f"{phase.name}_loss": output.loss, f"{phase.name}_grad_norm": norms[-1]}
             terms.update({name: value.detach() for name, value in named.items()})
         after_step = getattr(self.model, "after_step", None)
         if after_step is not None:

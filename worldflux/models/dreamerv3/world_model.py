@@ -424,54 +424,6 @@ class DreamerV3(WorldModel):
         """Reward and (discounted) probability of going on, at features `[..., F]`."""
         return self.reward_head(feat).mean, torch.sigmoid(self.continue_head(feat))
 
-    def _autocast(self) -> torch.autocast:
-        enabled = self.config.dtype == "bfloat16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
-
-    def _observations(self, obs: Observation, *, leading: int, rows: int | None = None) -> dict[str, Tensor]:
-        """The observation as a dictionary, checked; the first of the `leading` batch axes has `rows` rows."""
-        tensors = obs if isinstance(obs, dict) else {"obs": obs}
-        shapes = self.config.obs_shapes
-        if set(tensors) != set(shapes):
-            raise ShapeMismatchError(
-                f"The observation has the keys {sorted(tensors)}, expected {sorted(shapes)}. "
-                "Pass the observations that the model was built for."
-            )
-        for key, expected in shapes.items():
-            if not isinstance(tensors[key], Tensor):
-                raise ShapeMismatchError(
-                    f"Observation '{key}' is a {type(tensors[key]).__name__}, expected a torch tensor. "
-                    "Convert arrays with torch.as_tensor, on the model's device."
-                )
-            actual = tuple(tensors[key].shape[leading:])
-            if tensors[key].ndim != leading + len(expected) or actual != tuple(expected):
-                hint = f"Pass it with {leading} leading batch axes."
-                if len(expected) == 3 and actual == (*expected[1:], expected[0]):
-                    hint = "Images are channel-first here: transpose HWC to CHW."
-                raise ShapeMismatchError(
-                    f"Observation '{key}' has shape {tuple(tensors[key].shape)}, "
-                    f"expected {'B, T'[: 3 * leading - 2]} and then {tuple(expected)}. {hint}"
-                )
-            if len(expected) == 3 and tensors[key].dtype != torch.uint8:
-                raise ShapeMismatchError(
-                    f"Image '{key}' has dtype {tensors[key].dtype}, expected torch.uint8. "
-                    "Pass 0 to 255; the model scales them itself."
-                )
-            if rows is not None and len(tensors[key]) != rows:
-                raise ShapeMismatchError(
-                    f"Observation '{key}' has {len(tensors[key])} rows, but the state has {rows}. Pass one for each."
-                )
-        return tensors
-
-    def _check_actions(self, actions: Tensor, *leading: int) -> None:
-        expected = (*leading, self.config.action_dim)
-        if not isinstance(actions, Tensor) or tuple(actions.shape) != expected:
-            found = f"shape {list(actions.shape)}" if isinstance(actions, Tensor) else f"type {type(actions).__name__}"
-            raise ShapeMismatchError(
-                f"actions have {found}, expected a tensor of shape {list(expected)}. "
-                "Discrete actions are passed one-hot."
-            )
-
 
 def _features(deter: Tensor, stoch: Tensor) -> Tensor:
     """`[..., D]`, `[..., S, C]` → `[..., D + S * C]`"""

@@ -1,0 +1,16 @@
+"""What a world model is made of: its sizes, its inputs and its hyperparameters, checked when they are put together."""
+
+from worldflux.config.base import DynamicsType, LatentType, ObsShape, WorldModelConfig
+from worldflux.config.dreamerv3 import DREAMERV3_SIZES, DreamerV3Config
+from worldflux.config.tdmpc2 import TDMPC2_SIZES, TDMPC2Config
+
+__all__ = [
+    "DREAMERV3_SIZES",
+    "DreamerV3Config",
+    "DynamicsType",
+    "LatentType",
+    "ObsShape",
+    "TDMPC2_SIZES",
+    "TDMPC2Config",
+    "WorldModelConfig",
+]

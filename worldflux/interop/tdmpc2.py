@@ -1,0 +1,192 @@
+"""Checkpoints of TD-MPC2's reference implementation (nicklashansen/tdmpc2) as worldflux models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worldflux.config import TDMPC2Config
+from worldflux.errors import CheckpointError, ConfigurationError
+from worldflux.models.tdmpc2.world_model import TDMPC2
+
+_NETWORKS = {
+    "_dynamics": "dynamics",
+    "_reward": "reward_head",
+    "_pi": "actor",
+    "_termination": "termination_head",
+    "_Qs.params": "critics",
+    "_target_Qs_params": "target_critics",
+}
+_STACKED_LEAVES = ("weight", "bias", "ln.weight", "ln.bias")
+"""What the old format numbers within each layer of the value networks."""
+_FIRST_CONV, _CONV_STEP = 2, 2
+"""Positions of the convolutions in the reference's image encoder."""
+
+
+def load_official_tdmpc2(
+    checkpoint_or_path: Mapping[str, Any] | str | Path,
+    *,
+    obs_shape: tuple[int, ...],
+    action_dim: int,
+    **overrides: Any,
+) -> TDMPC2:
+    """A model with the weights of a checkpoint of TD-MPC2's reference implementation.
+
+    All dimensions are read from the weights' shapes. What shapes don't tell takes the reference's defaults, unless it
+    is given in `overrides`: `episode_length` above all, which the discount follows from, and for several tasks
+    `task_episode_lengths` and, of old checkpoints, `task_action_dims`.
+
+    Args:
+        checkpoint_or_path: A `.pt` file, or what `torch.load` returns for it. Files are loaded with
+            `weights_only=True`, which runs no code. Both key formats are read: the present one, and that of the
+            checkpoints published in 2023 and 2024.
+        obs_shape: Of the environment that the checkpoint was trained in; images `(C, H, W)`. For several tasks, of the
+            padded observation.
+        action_dim: A; for several tasks, of the padded action.
+        **overrides: Further fields of `TDMPC2Config`.
+
+    Returns:
+        The model, on the CPU, in evaluation mode.
+
+    Raises:
+        CheckpointError: If the file cannot be read, or its weights do not fit the shapes given.
+        ConfigurationError: If an override is no field of `TDMPC2Config`, or does not fit.
+    """
+    params = _present_names(_read(checkpoint_or_path))
+    try:
+        fields = _dimensions(params, tuple(obs_shape), action_dim)
+    except (KeyError, IndexError) as error:
+        raise CheckpointError(
+            f"The checkpoint has no parameter {error}, which a TD-MPC2 of these observations needs. "
+            "Check obs_shape, and that the file is one of nicklashansen/tdmpc2."
+        ) from error
+    try:
+        config = TDMPC2Config.from_dict({**fields, **overrides})
+    except ConfigurationError as error:
+        if overrides:
+            raise
+        raise CheckpointError(f"The checkpoint's weights give no possible TD-MPC2. {error}") from error
+    model = TDMPC2(config)
+    tensors = official_to_state_dict(params)
+    own = {name for name, _ in model.named_parameters()}
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name in own}
+    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    wrong = sorted(name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape)
+    if missing or unknown or wrong:
+        problem = f"lacks {missing[:3]}" if missing else f"has {unknown[:3]} besides what it needs"
+        if wrong:
+            name = wrong[0]
+            problem = f"has {name} in shape {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}"
+        raise CheckpointError(
+            f"The checkpoint {problem}, for a TD-MPC2 with obs_shape={tuple(obs_shape)} and action_dim={action_dim}. "
+            "Pass the shapes of the environment that it was trained in."
+        )
+    model.load_state_dict(tensors, strict=False)
+    if model.tasks is not None:
+        model.tasks.renormalize()
+    if model.termination_head is not None:
+        model.termination_seen.fill_(1.0)
+    return model.eval()
+
+
+def official_to_state_dict(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renames the reference's parameters (or gradients of them) in the present format to ours; leaves out all else."""
+    last = max((int(m[1]) for m in (re.match(r"_encoder\.state\.(\d+)\.", name) for name in params) if m), default=0)
+    tensors: dict[str, Tensor] = {}
+    for name, value in params.items():
+        ours = None
+        if name == "_task_emb.weight":
+            ours = "tasks.weight"
+        elif match := re.fullmatch(r"_encoder\.state\.(\d+)\.(.+)", name):
+            layer = int(match[1])
+            ours = f"encoder.project.{match[2]}" if layer == last else f"encoder.parts.0.{layer}.{match[2]}"
+        elif match := re.fullmatch(r"_encoder\.rgb\.(\d+)\.(.+)", name):
+            ours = f"encoder.parts.0.convs.{(int(match[1]) - _FIRST_CONV) // _CONV_STEP}.{match[2]}"
+        elif match := re.fullmatch(r"(.+?)\.(\d+)\.((?:ln\.)?(?:weight|bias))", name):
+            if match[1] in _NETWORKS:
+                ours = f"{_NETWORKS[match[1]]}.layers.{match[2]}.{match[3]}"
+        if ours is not None:
+            tensors[ours.replace(".ln.", ".norm.")] = value.detach().float()
+    return tensors
+
+
+def _read(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
+    """The parameters in a checkpoint, whatever lies around them."""
+    content: Any = source
+    if not isinstance(source, Mapping):
+        path = Path(source)
+        if not path.is_file():
+            raise CheckpointError(f"{path} is no file. Pass a checkpoint (.pt) of TD-MPC2.")
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # what a damaged or foreign file makes torch raise is not a closed list
+            raise CheckpointError(
+                f"{path} is not a checkpoint of tensors: {error}. It is damaged, or holds objects that could run code."
+            ) from error
+    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
+        content = content["model"]
+    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError("The checkpoint has no mapping of names to tensors. Is it one of TD-MPC2?")
+    return dict(content)
+
+
+def _present_names(params: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors under the names of the present format."""
+    found: dict[str, Tensor] = {}
+    for name, value in params.items():
+        if not isinstance(value, Tensor):
+            continue
+        if match := re.fullmatch(r"(_target_Qs|_Qs)\.params\.(\d+)", name):
+            layer, leaf = divmod(int(match[2]), len(_STACKED_LEAVES))
+            prefix = "_Qs.params" if match[1] == "_Qs" else "_target_Qs_params"
+            name = f"{prefix}.{layer}.{_STACKED_LEAVES[leaf]}"
+        found[name] = value
+    # A second name of the value networks, which the reference loads later than the first.
+    for name in [name for name in found if name.startswith("_detach_Qs_params.")]:
+        found[name.replace("_detach_Qs_params", "_Qs.params")] = found[name]
+    return found
+
+
+def _dimensions(params: Mapping[str, Tensor], obs_shape: tuple[int, ...], action_dim: int) -> dict[str, Any]:
+    """Fields of the configuration that the weights' shapes tell."""
+
+    def layers(network: str) -> int:
+        pattern = re.compile(re.escape(network) + r"\.(\d+)\.weight")
+        found = [int(match[1]) for match in map(pattern.fullmatch, params) if match]
+        if not found:
+            raise KeyError(f"{network}.0.weight")
+        return max(found) + 1
+
+    count = layers("_dynamics")
+    members, bins, mlp_dim = params[f"_Qs.params.{layers('_Qs.params') - 1}.weight"].shape
+    fields: dict[str, Any] = {
+        "model_type": "tdmpc2",
+        "model_name": "official",
+        "obs_shape": obs_shape,
+        "action_dim": action_dim,
+        "latent_dim": params[f"_dynamics.{count - 1}.weight"].shape[0],
+        "hidden_dim": params["_dynamics.0.weight"].shape[0],
+        "num_hidden_layers": count - 1,
+        "mlp_dim": mlp_dim,
+        "num_q_networks": members,
+        "num_bins": bins,
+        "episodic": "_termination.0.weight" in params,
+    }
+    if len(obs_shape) == 3:
+        fields["num_channels"] = params[f"_encoder.rgb.{_FIRST_CONV}.weight"].shape[0]
+    else:
+        fields["enc_dim"] = params["_encoder.state.0.weight"].shape[0]
+        fields["num_enc_layers"] = layers("_encoder.state")
+    if "_task_emb.weight" in params:
+        fields["num_tasks"], fields["task_dim"] = params["_task_emb.weight"].shape
+        if "_action_masks" in params:
+            fields["task_action_dims"] = tuple(int(used) for used in params["_action_masks"].sum(-1))
+    if "log_std_min" in params and "log_std_dif" in params:
+        fields["log_std_min"] = float(params["log_std_min"])
+        fields["log_std_max"] = float(params["log_std_min"] + params["log_std_dif"])
+    return fields

@@ -1,0 +1,1 @@
+"""TD-MPC2: implicit world model, value ensemble and policy prior."""

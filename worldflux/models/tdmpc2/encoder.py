@@ -1,0 +1,178 @@
+"""Observations in, latent states out; and, for pictures, back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldflux.config import TDMPC2Config
+from worldflux.nn.mish import MishMLP, NormedLinear
+from worldflux.nn.transforms import simnorm
+
+MAX_SHIFT = 3
+"""Pixels that an image is shifted by at most, in each direction."""
+
+
+class Encoder(nn.Module):
+    """Observations to latent states.
+
+    Each key has an encoder of its own, in sorted order: hidden layers for vectors, convolutions for images. What they
+    give is joined and brought to the latent width by one layer with LayerNorm and SimNorm. A single image whose
+    convolutions give as many numbers as the latent state needs no such layer, as in the reference.
+
+    Args:
+        config: Of the model.
+        task_dim: Width of what every vector encoder sees beside its observation; 0 for a single task.
+    """
+
+    def __init__(self, config: TDMPC2Config, task_dim: int) -> None:
+        super().__init__()
+        shapes = config.obs_shapes
+        self.image_keys = config.image_keys
+        self.keys = tuple(shapes)
+        self.parts = nn.ModuleList()
+        width = 0
+        for key, shape in shapes.items():
+            if key in self.image_keys:
+                conv = ConvEncoder(shape, config.num_channels)
+                self.parts.append(conv)
+                width += conv.out_features
+            else:
+                self.parts.append(_hidden_layers(math.prod(shape) + task_dim, config))
+                width += config.enc_dim
+        self.simnorm = partial(simnorm, dim=config.simnorm_dim)
+        direct = len(shapes) == 1 and bool(self.image_keys) and width == config.latent_dim
+        self.project = None if direct else NormedLinear(width, config.latent_dim, self.simnorm)
+
+    def forward(self, obs: Mapping[str, Tensor], task: Tensor | None, shift: Tensor | None) -> Tensor:
+        """Maps `[N, ...]` for each key to `[N, L]`.
+
+        Args:
+            obs: Images uint8, the others any numbers.
+            task: Embedding of each row's task. `[N, E]`
+            shift: How far each row's images are moved, see `shifted`; None leaves them where they are. `[N, 2]`
+        """
+        features = []
+        for key, part in zip(self.keys, self.parts, strict=True):
+            if key in self.image_keys:
+                image = obs[key] if shift is None else shifted(obs[key], shift)
+                features.append(part(image.float() / 255.0 - 0.5))
+            else:
+                vector = obs[key].float().flatten(1) if obs[key].ndim > 1 else obs[key].float().unsqueeze(1)
+                features.append(part(vector if task is None else torch.cat([vector, task], -1)))
+        joined = features[0] if len(features) == 1 else torch.cat(features, -1)
+        return self.simnorm(joined) if self.project is None else self.project(joined)
+
+
+def _hidden_layers(in_features: int, config: TDMPC2Config) -> nn.Module:
+    """All but the last layer of a vector encoder, which the encoders of all keys share."""
+    count = max(config.num_enc_layers - 1, 1)
+    widths = [in_features] + [config.enc_dim] * count
+    return nn.Sequential(*(NormedLinear(i, o) for i, o in pairwise(widths)))
+
+
+class ConvEncoder(nn.Module):
+    """Four convolutions with ReLU between them, flattened in the order (channel, row, column).
+
+    Args:
+        shape: Of one image `[C, H, W]`.
+        channels: Of every convolution.
+    """
+
+    KERNELS_AND_STRIDES = ((7, 2), (5, 2), (3, 2), (3, 1))
+
+    def __init__(self, shape: tuple[int, ...], channels: int) -> None:
+        super().__init__()
+        in_channels, *sides = shape
+        self.convs = nn.ModuleList()
+        for kernel, stride in self.KERNELS_AND_STRIDES:
+            self.convs.append(nn.Conv2d(in_channels, channels, kernel, stride))
+            in_channels = channels
+            sides = [(side - kernel) // stride + 1 for side in sides]
+        self.out_features = channels * sides[0] * sides[1]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Maps centred images `[N, C, H, W]` to `[N, channels * h * w]`."""
+        last = len(self.convs) - 1
+        for index, conv in enumerate(self.convs):
+            image = conv(image)
+            if index < last:
+                image = F.relu(image)
+        return image.flatten(1)
+
+
+def shifted(image: Tensor, shift: Tensor) -> Tensor:
+    """Moves each image by whole pixels; its edge pixels fill what becomes free. `[N, C, H, W]`
+
+    The reference pads the image by 3 on each side, repeating its edge, and takes a window of the old size from there by
+    bilinear sampling at whole pixels, which differs from this by rounding only.
+
+    Args:
+        image: `[N, C, H, W]`
+        shift: First column and first row of the window in the padded image, 0 to 6; 3 and 3 is the image itself.
+            `[N, 2]`
+    """
+    N, _, H, W = image.shape
+    start = shift.long() - MAX_SHIFT
+    columns = (torch.arange(W, device=image.device) + start[:, :1]).clamp(0, W - 1)  # [N, W]
+    rows = (torch.arange(H, device=image.device) + start[:, 1:]).clamp(0, H - 1)  # [N, H]
+    each = torch.arange(N, device=image.device)[:, None, None]
+    # Indexed axes first, channels last: [N, H, W, C].
+    return image.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+class Decoder(nn.Module):
+    """Latent states to observations, to look at what the model imagines; no part of the reference."""
+
+    def __init__(self, config: TDMPC2Config) -> None:
+        super().__init__()
+        self.shapes = config.obs_shapes
+        self.image_keys = config.image_keys
+        hidden = [config.mlp_dim] * config.num_hidden_layers
+        self.parts = nn.ModuleList(
+            ConvDecoder(config.latent_dim, shape, config.num_channels)
+            if key in self.image_keys
+            else MishMLP(config.latent_dim, hidden, math.prod(shape))
+            for key, shape in self.shapes.items()
+        )
+
+    def forward(self, latent: Tensor) -> dict[str, Tensor]:
+        """Maps `[N, L]` to `[N, ...]` for each key; images are floats in [0, 1]."""
+        found = {}
+        for (key, shape), part in zip(self.shapes.items(), self.parts, strict=True):
+            output = part(latent).float()
+            found[key] = output if key in self.image_keys else output.reshape(len(latent), *shape)
+        return found
+
+    def losses(self, predicted: Mapping[str, Tensor], obs: Mapping[str, Tensor]) -> Tensor:
+        """Mean squared error of each row, summed over the keys. `[N]`"""
+        total = []
+        for key, prediction in predicted.items():
+            target = obs[key].float() / 255.0 if key in self.image_keys else obs[key].float()
+            total.append((prediction - target).square().reshape(len(target), -1).mean(-1))
+        return torch.stack(total).sum(0)
+
+
+class ConvDecoder(nn.Module):
+    """A small map of features, doubled three times and cut to the image's size. `[N, L]` → `[N, C, H, W]`"""
+
+    def __init__(self, in_features: int, shape: tuple[int, ...], channels: int) -> None:
+        super().__init__()
+        out_channels, self.height, self.width = shape
+        self.grid = (math.ceil(self.height / 8), math.ceil(self.width / 8))
+        self.start = NormedLinear(in_features, channels * self.grid[0] * self.grid[1])
+        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3))
+        self.out = nn.Conv2d(channels, out_channels, 3, padding=1)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Maps `[N, L]` to images in [0, 1]."""
+        x = self.start(latent).unflatten(-1, (-1, *self.grid))
+        for conv in self.convs:
+            x = F.mish(conv(F.interpolate(x, scale_factor=2, mode="nearest")))
+        return torch.sigmoid(self.out(x[..., : self.height, : self.width]).float())

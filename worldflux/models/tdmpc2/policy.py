@@ -1,0 +1,60 @@
+"""The policy prior: a normal distribution squashed by tanh."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PolicySample:
+    """One draw of the policy in each row, and what its loss needs."""
+
+    action: Tensor
+    """In [-1, 1]. `[..., A]`"""
+    mean: Tensor
+    """The action without noise. `[..., A]`"""
+    log_std: Tensor
+    """Before squashing. `[..., A]`"""
+    log_prob: Tensor
+    """Log-density of the squashed action. `[...]`"""
+    scaled_entropy: Tensor
+    """What the policy is rewarded for: the number of used action dimensions times minus the log-density before
+    squashing. `[...]`"""
+
+    @property
+    def entropy(self) -> Tensor:
+        """One sample's estimate of the entropy, `-log_prob`. `[...]`"""
+        return -self.log_prob
+
+
+def squashed_normal(
+    raw: Tensor, noise: Tensor, *, log_std_min: float, log_std_max: float, mask: Tensor | None = None
+) -> PolicySample:
+    """Reads the network's output as a squashed normal and draws from it.
+
+    Args:
+        raw: Means, then raw log-stds. `[..., 2A]`
+        noise: Standard normal. `[..., A]`
+        log_std_min: Smallest log-std.
+        log_std_max: Largest one.
+        mask: 1 where the row's task uses an action dimension, else 0; None uses all. `[..., A]`
+
+    Source: TD-MPC2, arXiv:2310.16828, policy prior.
+    """
+    mean, raw_std = raw.float().chunk(2, -1)
+    log_std = log_std_min + 0.5 * (log_std_max - log_std_min) * (torch.tanh(raw_std) + 1.0)
+    used: Tensor | int = mean.shape[-1]
+    if mask is not None:
+        mean, log_std, noise = mean * mask, log_std * mask, noise * mask
+        used = mask.sum(-1)
+    action = torch.tanh(mean + log_std.exp() * noise)
+    # An unused dimension has log_std 0 and noise 0 and still counts -log(2 pi) / 2, as in the reference.
+    gaussian = (-0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi)).sum(-1)
+    log_prob = gaussian - torch.log(F.relu(1.0 - action.square()) + 1e-6).sum(-1)
+    # The reference multiplies this by log_prob / (log_prob + 1e-8), which is 1 but for rounding.
+    return PolicySample(action, torch.tanh(mean), log_std, log_prob, -used * gaussian)
