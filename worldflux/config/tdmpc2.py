@@ -11,8 +11,6 @@ from worldflux.errors import ConfigurationError
 
 _LEAST_IMAGE_SIDE = 39
 """Smallest height and width of which the encoder's four convolutions leave one pixel."""
-_WIDE_ACTION_DIM = 20
-"""Actions from which on the planner gets two more iterations, as in the authors' implementation."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ class TDMPC2Config(WorldModelConfig):
     num_pi_trajs: int = 24
     """Sequences among the samples that the policy proposes; fewer than `num_samples`."""
     iterations: int = 6
-    """Iterations of the planner; see `plan_iterations`."""
+    """Iterations of the planner, which makes two more from 20 action dimensions on."""
     temperature: float = 0.5
     """Weight of an elite's value in its score. Larger trusts the best ones more."""
     momentum: float = 0.0
@@ -145,6 +143,7 @@ class TDMPC2Config(WorldModelConfig):
         "num_samples",
         "num_elites",
         "iterations",
+        "temperature",
         "min_std",
         "max_std",
     )
@@ -169,11 +168,6 @@ class TDMPC2Config(WorldModelConfig):
         lengths = self.task_episode_lengths or (self.episode_length,) * self.num_tasks
         found = (1.0 - self.discount_denom / length for length in lengths)
         return tuple(min(max(discount, self.discount_min), self.discount_max) for discount in found)
-
-    @property
-    def plan_iterations(self) -> int:
-        """Iterations that the planner makes: `iterations`, and two more from 20 action dimensions on."""
-        return self.iterations + 2 * (self.action_dim >= _WIDE_ACTION_DIM)
 
     def _derive(self) -> None:
         super()._derive()
@@ -214,11 +208,12 @@ class TDMPC2Config(WorldModelConfig):
                 )
 
     def _check_ranges(self) -> None:
-        for name in ("rho", "tau", "momentum"):
+        for name in ("rho", "tau"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}, expected a share between 0 and 1.")
-        if not 0 <= self.dropout < 1:
-            raise ConfigurationError(f"dropout is {self.dropout}, expected a share from 0 and below 1.")
+        for name in ("dropout", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}, expected a share from 0 and below 1.")
         for name in (
             "consistency_coef",
             "reward_coef",
@@ -226,7 +221,6 @@ class TDMPC2Config(WorldModelConfig):
             "termination_coef",
             "entropy_coef",
             "encoder_lr_scale",
-            "temperature",
             "num_pi_trajs",
         ):
             if getattr(self, name) < 0:

@@ -60,7 +60,7 @@ def load_official_tdmpc2(
     params = _present_names(_read(checkpoint_or_path))
     try:
         fields = _dimensions(params, tuple(obs_shape), action_dim)
-    except (KeyError, IndexError) as error:
+    except KeyError as error:
         raise CheckpointError(
             f"The checkpoint has no parameter {error}, which a TD-MPC2 of these observations needs. "
             "Check obs_shape, and that the file is one of nicklashansen/tdmpc2."
@@ -72,7 +72,7 @@ def load_official_tdmpc2(
             raise
         raise CheckpointError(f"The checkpoint's weights give no possible TD-MPC2. {error}") from error
     model = TDMPC2(config)
-    tensors = official_to_state_dict(params)
+    tensors = official_to_state_dict(params, model)
     own = {name for name, _ in model.named_parameters()}
     expected = {name: tensor for name, tensor in model.state_dict().items() if name in own}
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
@@ -94,9 +94,9 @@ def load_official_tdmpc2(
     return model.eval()
 
 
-def official_to_state_dict(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the reference's parameters (or gradients of them) in the present format to ours; leaves out all else."""
-    last = max((int(m[1]) for m in (re.match(r"_encoder\.state\.(\d+)\.", name) for name in params) if m), default=0)
+def official_to_state_dict(params: Mapping[str, Tensor], model: TDMPC2) -> dict[str, Tensor]:
+    """Renames the reference's parameters (or gradients of them) in the present format to the model's; drops all else."""
+    last = model.config.num_enc_layers - 1 or 1  # the reference builds no encoder of one layer
     tensors: dict[str, Tensor] = {}
     for name, value in params.items():
         ours = None

@@ -1,0 +1,319 @@
+"""TD-MPC2's networks and everything that they predict: all of the common interface but learning."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from worldflux.config import TDMPC2Config
+from worldflux.errors import ConfigurationError, ShapeMismatchError
+from worldflux.models.base import State, Trajectory, WorldModel
+from worldflux.models.planning import sequence_return
+from worldflux.models.tdmpc2.encoder import MAX_SHIFT, Decoder, Encoder
+from worldflux.models.tdmpc2.policy import PolicySample, squashed_normal
+from worldflux.models.tdmpc2.tasks import Tasks
+from worldflux.nn.distributions import TwoHot
+from worldflux.nn.mish import Ensemble, MishMLP
+from worldflux.nn.transforms import simnorm, symexp, symlog_bins
+from worldflux.training.batch import Observation
+
+_SAMPLED_MEMBERS = 2
+"""Value networks in each estimate."""
+
+
+class LatentModel(WorldModel):
+    """Encoder, dynamics, reward, termination, values and policy prior on one latent state.
+
+    States have `latent` `[B, L]`, and, where several tasks share the model, `task` `[B]`.
+    """
+
+    config_class: ClassVar[type[TDMPC2Config]] = TDMPC2Config
+    config: TDMPC2Config
+    bins: Tensor
+    value_scale: Tensor
+    termination_seen: Tensor
+
+    def __init__(self, config: TDMPC2Config) -> None:
+        super().__init__(config)
+        c = config
+        task_dim = c.task_dim if c.num_tasks > 1 else 0
+        hidden = [c.mlp_dim] * c.num_hidden_layers
+        state_dim, step_dim = c.latent_dim + task_dim, c.latent_dim + task_dim + c.action_dim
+        self.tasks = Tasks(c) if c.num_tasks > 1 else None
+        self.encoder = Encoder(c, task_dim)
+        self.dynamics = MishMLP(
+            step_dim, [c.hidden_dim] * c.num_hidden_layers, c.latent_dim, partial(simnorm, dim=c.simnorm_dim)
+        )
+        self.reward_head = MishMLP(step_dim, hidden, c.num_bins)
+        nn.init.zeros_(self.reward_head.layers[-1].weight)  # type: ignore[arg-type]
+        self.actor = MishMLP(state_dim, hidden, 2 * c.action_dim)
+        self.critics = Ensemble(c.num_q_networks, step_dim, hidden, c.num_bins)
+        self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
+        self.termination_head = MishMLP(state_dim, hidden, 1) if c.episodic else None
+        self.decoder = Decoder(c) if c.use_decoder else None
+        self.register_buffer("bins", symlog_bins(c.num_bins, c.vmax), persistent=False)
+        self.register_buffer("value_scale", torch.ones(()))
+        if c.episodic:
+            # 1 from the first termination on that was learned from: until then the head's answers are not used.
+            self.register_buffer("termination_seen", torch.zeros(()))
+
+    # States
+
+    def initial_state(self, batch_size: int, *, task: Tensor | int = 0) -> State:
+        """A placeholder before any observation, of the given task or tasks `[B]`."""
+        latent = torch.zeros(batch_size, self.config.latent_dim, device=self.device)
+        return _state(latent, self._task(task, batch_size))
+
+    def encode(
+        self,
+        obs: Observation,
+        *,
+        deterministic: bool = False,
+        task: Tensor | int = 0,
+        shift: Tensor | None = None,
+    ) -> State:
+        """State of an observation `[B, ...]`; it depends on nothing before it.
+
+        Args:
+            obs: What is seen.
+            deterministic: Leave images where they are, instead of moving each at random as in training.
+            task: Number of the task, or of each row's `[B]`.
+            shift: How far images are moved, in place of a random draw; see `encoder.shifted`. `[B, 2]`
+        """
+        tensors = self._observations(obs, leading=1)
+        rows = len(next(iter(tensors.values())))
+        tasks = self._task(task, rows)
+        if shift is None and self.encoder.image_keys and not deterministic:
+            shift = self._shifts(rows)
+        return _state(self._encode(tensors, tasks, shift), tasks)
+
+    def update(
+        self,
+        state: State,
+        action: Tensor,
+        obs: Observation,
+        *,
+        is_first: Tensor | None = None,
+        deterministic: bool = False,
+    ) -> State:
+        """State of the new observation: TD-MPC2 does not remember. Of `state` only the task matters."""
+        self._observations(obs, leading=1, rows=len(state["latent"]))
+        self._check_actions(action, len(state["latent"]))
+        return self.encode(obs, deterministic=deterministic, task=state.get("task", 0))
+
+    def transition(self, state: State, action: Tensor, *, deterministic: bool = False) -> State:
+        """State that the model expects after an action `[B, A]`."""
+        self._check_actions(action, len(state["latent"]))
+        task = state.get("task")
+        return _state(self._next(state["latent"], action.float(), task), task)
+
+    def decode(self, state: State) -> dict[str, Any]:
+        """What a state predicts; a reward needs an action as well, see `rollout`.
+
+        Returns:
+            `"obs"` with a decoder, in the observation's own form, images as floats in [0, 1]; `"continue"` with a
+            termination head: probability that the episode goes on there `[B]`.
+        """
+        found: dict[str, Any] = {}
+        if self.decoder is not None:
+            latent = state["latent"]
+            with self._autocast():
+                obs = self.decoder(latent.flatten(0, -2))
+            obs = {key: value.unflatten(0, latent.shape[:-1]) for key, value in obs.items()}
+            found["obs"] = obs if isinstance(self.config.obs_shape, dict) else obs["obs"]
+        if self.termination_head is not None:
+            found["continue"] = self._continues(state["latent"], state.get("task"))
+        return found
+
+    def rollout(self, state: State, actions: Tensor, *, deterministic: bool = False) -> Trajectory:
+        """Open-loop prediction of a sequence of actions `[H, B, A]`, of at least one step."""
+        if actions.ndim != 3 or len(actions) == 0:
+            raise ShapeMismatchError(
+                f"actions have shape {list(actions.shape)}, expected [H, B, A] with H of at least 1."
+            )
+        self._check_actions(actions, len(actions), len(state["latent"]))
+        actions, task = actions.float(), state.get("task")
+        latents = [state["latent"]]
+        for action in actions:
+            latents.append(self._next(latents[-1], action, task))
+        before, after = torch.stack(latents[:-1]), torch.stack(latents[1:])  # [H, B, L]
+        tasks = None if task is None else task.expand(len(actions), -1)
+        with self._autocast():
+            rewards = self._decoded(self.reward_head(self._joined(before, tasks, actions)))
+        return Trajectory(_state(after, tasks), rewards, self._continues(after, tasks))
+
+    def policy(self, state: State, deterministic: bool = False) -> Tensor:
+        """Actions of the policy prior; deterministic: its mean. `[B, A]`"""
+        latent = state["latent"]
+        shape = () if deterministic else (*latent.shape[:-1], self.config.action_dim)
+        noise = torch.zeros(shape, device=latent.device) if deterministic else torch.randn(shape, device=latent.device)
+        return self._policy(latent, state.get("task"), noise).action
+
+    def q_values(self, state: State, action: Tensor) -> Tensor:
+        """Discounted reward from each state and action on, as every value network sees it. `[Q, B]`"""
+        self._check_actions(action, len(state["latent"]))
+        return self._q(self.critics, self._joined(state["latent"], state.get("task"), action.float()))
+
+    def value(self, state: State) -> Tensor:
+        """Discounted reward from a state on, acting with the policy's mean; mean of all value networks. `[B]`"""
+        return self._final_value(state["latent"], state.get("task"), noise=None, members=None)
+
+    @property
+    def discount(self) -> float:
+        """Weight of the next step; of the first task, where there are several."""
+        return self.config.discounts[0]
+
+    # Planning: what the planner asks of a model that knows better than `rollout` and `value`
+
+    def action_mask(self, state: State) -> Tensor | None:
+        """1 where a row's task has that action dimension, else 0; None for a single task. `[N, A]`"""
+        return None if self.tasks is None else self.tasks.action_masks[state["task"]]
+
+    def propose(self, state: State, noise: Tensor, *, deterministic: bool) -> Tensor:
+        """Actions of the policy with given standard normal noise. `[B, A]`"""
+        return self._policy(state["latent"], state.get("task"), noise).action
+
+    def trajectory_value(
+        self,
+        state: State,
+        actions: Tensor,
+        *,
+        discount: float | None,
+        deterministic: bool,
+        noise: Tensor | None = None,
+        members: Tensor | None = None,
+    ) -> Tensor:
+        """What sequences of actions are worth: their discounted rewards and the value of the policy after them.
+
+        A step that is expected to terminate, with a probability above one half, ends the sequence: nothing after it
+        counts.
+
+        Args:
+            state: Where they start, once for all sequences of a row. `[N, ...]`
+            actions: `[H, N, S, A]`
+            discount: None takes the task's own.
+            deterministic: Without `noise` take the policy's mean, without `members` all value networks. Otherwise both
+                are drawn.
+            noise: Of the policy's action in the last state. `[N, S, A]`
+            members: Value networks whose mean judges the last state. `[2]`
+
+        Returns:
+            `[N, S]`
+        """
+        _, N, S, A = actions.shape
+        latent = state["latent"].unsqueeze(1).expand(N, S, -1).flatten(0, 1)
+        task = None if self.tasks is None else state["task"].unsqueeze(1).expand(N, S).flatten()
+        if noise is not None:
+            noise = noise.flatten(0, 1)
+        elif not deterministic:
+            noise = torch.randn(N * S, A, device=latent.device)
+        if members is None and not deterministic:
+            members = self._members()
+        trajectory = self.rollout(_state(latent, task), actions.flatten(1, 2))
+        final = self._final_value(trajectory.states["latent"][-1], task, noise=noise, members=members)
+        goes_on = (trajectory.continues >= 0.5).float()
+        weight = self._discount(task) if discount is None else discount
+        return sequence_return(trajectory.rewards, goes_on, final, weight).unflatten(0, (N, S))
+
+    def _final_value(
+        self, latent: Tensor, task: Tensor | None, *, noise: Tensor | None, members: Tensor | None
+    ) -> Tensor:
+        """Value of the policy from a latent on: its mean action without noise, the mean of all networks or some."""
+        sample = self._policy(latent, task, latent.new_zeros(()) if noise is None else noise)
+        return self._q(self.critics, self._joined(latent, task, sample.action), members).mean(0)
+
+    # Networks on latents `[..., L]`, tasks `[...]` and actions `[..., A]`
+
+    def _encode(self, obs: dict[str, Tensor], task: Tensor | None, shift: Tensor | None) -> Tensor:
+        with self._autocast():
+            embedding = None if task is None or self.tasks is None else self.tasks(task)
+            return self.encoder(obs, embedding, shift)
+
+    def _next(self, latent: Tensor, action: Tensor, task: Tensor | None) -> Tensor:
+        with self._autocast():
+            return self.dynamics(self._joined(latent, task, action))
+
+    def _termination_logits(self, latent: Tensor, task: Tensor | None) -> Tensor:
+        assert self.termination_head is not None
+        with self._autocast():
+            return self.termination_head(self._joined(latent, task)).squeeze(-1).float()
+
+    def _continues(self, latent: Tensor, task: Tensor | None) -> Tensor:
+        """Probability that the episode goes on at a latent; 1 as long as no termination was learned from. `[...]`"""
+        if self.termination_head is None:
+            return torch.ones(latent.shape[:-1], device=latent.device)
+        return 1.0 - self.termination_seen * torch.sigmoid(self._termination_logits(latent, task))
+
+    def _policy(
+        self, latent: Tensor, task: Tensor | None, noise: Tensor, *, frozen_tasks: bool = False
+    ) -> PolicySample:
+        with self._autocast():
+            raw = self.actor(self._joined(latent, task, frozen_tasks=frozen_tasks))
+        return squashed_normal(
+            raw,
+            noise,
+            log_std_min=self.config.log_std_min,
+            log_std_max=self.config.log_std_max,
+            mask=None if task is None or self.tasks is None else self.tasks.action_masks[task],
+        )
+
+    def _q(
+        self,
+        ensemble: Ensemble,
+        x: Tensor,
+        members: Tensor | None = None,
+        *,
+        dropout: Tensor | None = None,
+        frozen: bool = False,
+    ) -> Tensor:
+        """Values of the members asked for, at what `_joined` makes of states and actions `[...]`. `[m, ...]`"""
+        with self._autocast():
+            logits = ensemble(x.flatten(0, -2), members, dropout=dropout, frozen=frozen)
+        return self._decoded(logits).unflatten(1, x.shape[:-1])
+
+    def _decoded(self, logits: Tensor) -> Tensor:
+        """Expectation in symlog space, then symexp. `[..., K]` → `[...]`"""
+        return symexp(TwoHot(logits, self.bins).mean)
+
+    def _joined(
+        self, latent: Tensor, task: Tensor | None, action: Tensor | None = None, *, frozen_tasks: bool = False
+    ) -> Tensor:
+        """What the networks see: latent, embedding of the task, action."""
+        parts = [latent]
+        if task is not None and self.tasks is not None:
+            embedding = self.tasks(task)
+            parts.append(embedding.detach() if frozen_tasks else embedding)
+        if action is not None:
+            parts.append(action)
+        return torch.cat(parts, -1) if len(parts) > 1 else latent
+
+    # Helpers
+
+    def _task(self, task: Tensor | int, rows: int) -> Tensor | None:
+        """Number of each row's task `[B]`, or None where there is only one."""
+        if isinstance(task, int) and not 0 <= task < self.config.num_tasks:
+            raise ConfigurationError(f"task is {task}, expected 0 to {self.config.num_tasks - 1}.")
+        if self.tasks is None:
+            return None
+        return torch.as_tensor(task, dtype=torch.int64, device=self.device).expand(rows)
+
+    def _discount(self, task: Tensor | None) -> Tensor | float:
+        """Weight of the next step: a number, or, where several tasks share the model, one for each entry."""
+        return self.discount if task is None or self.tasks is None else self.tasks.discounts[task]
+
+    def _members(self) -> Tensor:
+        """Two different value networks, or the one that there is. `[m]`"""
+        count = self.config.num_q_networks
+        return torch.rand(count, device=self.device).topk(min(_SAMPLED_MEMBERS, count)).indices
+
+    def _shifts(self, *shape: int) -> Tensor:
+        """Random moves of images. `[..., 2]`"""
+        return torch.randint(0, 2 * MAX_SHIFT + 1, (*shape, 2), device=self.device)
+
+
+def _state(latent: Tensor, task: Tensor | None) -> State:
+    return State({"latent": latent} if task is None else {"latent": latent, "task": task})
