@@ -1,4 +1,4 @@
-"""TD-MPC2's networks against the reference: encoder, dynamics, reward, values, policy, termination, action sequences."""
+"""TD-MPC2's networks against the reference: each network, values of action sequences, fresh weights."""
 
 import numpy as np
 import pytest
@@ -35,9 +35,7 @@ def test_encoder(ref):
     net, obs = model(ref.kind), ref["in/obs"]
     shift = ref["fwd/shift"] if "fwd/shift" in ref else None
     for t in range(len(obs)):
-        state = net.encode(
-            obs[t], task=0 if ref.task is None else ref.task, shift=None if shift is None else shift[t]
-        )
+        state = net.encode(obs[t], task=0 if ref.task is None else ref.task, shift=None if shift is None else shift[t])
         check(ref, state["latent"], "fwd/z", (t,))
 
 

@@ -178,9 +178,7 @@ def test_full_updates_through_the_trainer(ref):
     replayed = Replayed(ref, grad_clip=20.0)
     terms = TERMS | (EPISODIC_TERMS if ref.kind == "episodic" else {})
     for update in range(updates_of(ref)):
-        parts = replayed.net.model_parts(
-            replayed.net._windows(batch_of(ref, update)), ref.model_draws(f"upd{update}/")
-        )
+        parts = replayed.net.model_parts(replayed.net._windows(batch_of(ref, update)), ref.model_draws(f"upd{update}/"))
         assert_matches(parts.next_latents, ref.rows(f"upd{update}/next_z"), 1e-4)
         assert_matches(parts.targets, ref.rows(f"upd{update}/td_targets"), 1e-4)
         assert_matches(parts.latents, ref.rows(f"upd{update}/zs"), 1e-4)

@@ -95,7 +95,7 @@ def load_official_tdmpc2(
 
 
 def official_to_state_dict(params: Mapping[str, Tensor], model: TDMPC2) -> dict[str, Tensor]:
-    """Renames the reference's parameters (or gradients of them) in the present format to the model's; drops all else."""
+    """The reference's parameters (or gradients of them), in the present format, under the model's names; no others."""
     last = model.config.num_enc_layers - 1 or 1  # the reference builds no encoder of one layer
     tensors: dict[str, Tensor] = {}
     for name, value in params.items():

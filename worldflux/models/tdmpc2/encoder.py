@@ -37,17 +37,19 @@ class Encoder(nn.Module):
         self.image_keys = config.image_keys
         self.keys = tuple(shapes)
         self.parts = nn.ModuleList()
+        several = len(shapes) > 1
         width = 0
         for key, shape in shapes.items():
             if key in self.image_keys:
-                conv = ConvEncoder(shape, config.num_channels)
+                # Beside other features those of an image would be too small to be heard.
+                conv = ConvEncoder(shape, config.num_channels, normed=several)
                 self.parts.append(conv)
                 width += conv.out_features
             else:
                 self.parts.append(_hidden_layers(math.prod(shape) + task_dim, config))
                 width += config.enc_dim
         self.simnorm = partial(simnorm, dim=config.simnorm_dim)
-        direct = len(shapes) == 1 and bool(self.image_keys) and width == config.latent_dim
+        direct = not several and bool(self.image_keys) and width == config.latent_dim
         self.project = None if direct else NormedLinear(width, config.latent_dim, self.simnorm)
 
     def forward(self, obs: Mapping[str, Tensor], task: Tensor | None, shift: Tensor | None) -> Tensor:
@@ -83,11 +85,12 @@ class ConvEncoder(nn.Module):
     Args:
         shape: Of one image `[C, H, W]`.
         channels: Of every convolution.
+        normed: End with a LayerNorm.
     """
 
     KERNELS_AND_STRIDES = ((7, 2), (5, 2), (3, 2), (3, 1))
 
-    def __init__(self, shape: tuple[int, ...], channels: int) -> None:
+    def __init__(self, shape: tuple[int, ...], channels: int, *, normed: bool) -> None:
         super().__init__()
         in_channels, *sides = shape
         self.convs = nn.ModuleList()
@@ -96,6 +99,7 @@ class ConvEncoder(nn.Module):
             in_channels = channels
             sides = [(side - kernel) // stride + 1 for side in sides]
         self.out_features = channels * sides[0] * sides[1]
+        self.norm = nn.LayerNorm(self.out_features) if normed else None
 
     def forward(self, image: Tensor) -> Tensor:
         """Maps centred images `[N, C, H, W]` to `[N, channels * h * w]`."""
@@ -104,7 +108,8 @@ class ConvEncoder(nn.Module):
             image = conv(image)
             if index < last:
                 image = F.relu(image)
-        return image.flatten(1)
+        features = image.flatten(1)
+        return features if self.norm is None else self.norm(features)
 
 
 def shifted(image: Tensor, shift: Tensor) -> Tensor:
