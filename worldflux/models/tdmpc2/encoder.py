@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldflux.config import TDMPC2Config
-from worldflux.nn.mish import MishMLP, NormedLinear
+from worldflux.nn.mish import MishMLP, NormedLinear, mish
 from worldflux.nn.transforms import simnorm
 
 MAX_SHIFT = 3
@@ -179,5 +179,5 @@ class ConvDecoder(nn.Module):
         """Maps `[N, L]` to images in [0, 1]."""
         x = self.start(latent).unflatten(-1, (-1, *self.grid))
         for conv in self.convs:
-            x = F.mish(conv(F.interpolate(x, scale_factor=2, mode="nearest")))
+            x = mish(conv(F.interpolate(x, scale_factor=2, mode="nearest")))
         return torch.sigmoid(self.out(x[..., : self.height, : self.width]).float())
