@@ -479,7 +479,7 @@ def test_tasks_differ_in_embedding_actions_and_discount():
     assert not torch.equal(state["latent"][0], state["latent"][2])
     torch.testing.assert_close(state["latent"][1:2], model.encode(obs[:1], task=1)["latent"])
     actions = model.policy(state)
-    assert float(actions[1, 1]) == 0.0 and (actions[[0, 2]] != 0.0).all()
+    assert actions[1, 1] == 0.0 and (actions[[0, 2]] != 0.0).all()
     assert model.action_mask(state).tolist() == [[1, 1], [1, 0], [1, 1]]
     torch.testing.assert_close(model._discount(state["task"]), torch.tensor([0.99, 0.95, 0.995]))
     later = model.transition(state, actions)
