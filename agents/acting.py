@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,24 @@ from torch import Tensor
 from worldflux.envs.spaces import ActionCodec, Array, Arrays, ObservationCodec
 from worldflux.errors import ShapeMismatchError
 from worldflux.models.base import State, WorldModel
+from worldflux.models.planning import Planner
 from worldflux.training.batch import Observation
 
 Memory = tuple[np.ndarray, ...]
-"""What `predict` hands back and takes again: the state's arrays in the order of their names, and the last actions."""
+"""What `predict` hands back and takes again: the state's arrays in the order of their names, the last actions, and,
+where the agent plans, the plan."""
+
+
+@dataclass(frozen=True)
+class Acting:
+    """What goes from one observation to the next, for N environments."""
+
+    state: State
+    """`[N, ...]`"""
+    actions: Tensor
+    """The last ones, in the library's form. `[N, A]`"""
+    plan: Tensor | None
+    """The planner's means; None where there is no planner. `[N, H, A]`"""
 
 
 class Actor:
@@ -24,43 +39,64 @@ class Actor:
         model: Which acts.
         obs_codec: Of the environment's observations.
         action_codec: Of the environment's actions.
+        planner: Chooses the actions in place of the model's policy.
     """
 
-    def __init__(self, model: WorldModel, obs_codec: ObservationCodec, action_codec: ActionCodec) -> None:
+    def __init__(
+        self,
+        model: WorldModel,
+        obs_codec: ObservationCodec,
+        action_codec: ActionCodec,
+        planner: Planner | None = None,
+    ) -> None:
         self.model = model
         self.obs_codec = obs_codec
         self.action_codec = action_codec
+        self.planner = planner
 
     @torch.inference_mode()
-    def start(self, rows: int) -> tuple[State, Tensor]:
-        """State and previous actions `[N, A]` before the first observation."""
+    def start(self, rows: int) -> Acting:
+        """What there is before the first observation."""
         no_actions = torch.zeros(rows, self.action_codec.action_dim, device=self.model.device)
-        return self.model.initial_state(rows), no_actions
+        plan = None if self.planner is None else self.planner.start(rows)
+        return Acting(self.model.initial_state(rows), no_actions, plan)
 
     @torch.inference_mode()
-    def step(
-        self, state: State, previous: Tensor, obs: Arrays, episode_starts: Array, *, deterministic: bool
-    ) -> tuple[State, Tensor]:
-        """State after the previous actions and the observations that followed, and the actions to take there.
+    def observe(self, acting: Acting, obs: Arrays, episode_starts: Array, *, deterministic: bool) -> Acting:
+        """With the state after the last actions and the observations that followed.
 
         Args:
-            state: Before the previous actions. `[N, ...]`
-            previous: In the library's form. `[N, A]`
+            acting: From the step before.
             obs: In the library's form. `[N, ...]`
             episode_starts: True where `obs` begins an episode; state and action of that row are ignored. `[N]`
-            deterministic: Take the likeliest everywhere, without random numbers.
-
-        Returns:
-            The state `[N, ...]` and unclipped actions `[N, A]`.
+            deterministic: Take the likeliest state, without random numbers.
         """
         if self.model.training:
             self.model.eval()
         device = self.model.device
-        is_first = torch.as_tensor(episode_starts, dtype=torch.bool, device=device)
         state = self.model.update(
-            state, previous, _to_torch(obs, device), is_first=is_first, deterministic=deterministic
+            acting.state,
+            acting.actions,
+            _to_torch(obs, device),
+            is_first=torch.as_tensor(episode_starts, dtype=torch.bool, device=device),
+            deterministic=deterministic,
         )
-        return state, self.model.policy(state, deterministic=deterministic).float()
+        return replace(acting, state=state)
+
+    @torch.inference_mode()
+    def act(self, acting: Acting, episode_starts: Array, *, deterministic: bool) -> Acting:
+        """With the actions to take in the state, unclipped, and the plan behind them.
+
+        Args:
+            acting: From `observe`.
+            episode_starts: True where an episode begins; the plan of that row is ignored. `[N]`
+            deterministic: Take the likeliest actions, without random numbers.
+        """
+        if self.planner is None or acting.plan is None:
+            return replace(acting, actions=self.model.policy(acting.state, deterministic=deterministic).float())
+        is_first = torch.as_tensor(episode_starts, dtype=torch.bool, device=self.model.device)
+        actions, plan = self.planner.plan(acting.state, acting.plan, is_first=is_first, deterministic=deterministic)
+        return replace(acting, actions=actions.float(), plan=plan)
 
     def predict(
         self, observation: Any, memory: Memory | None, episode_start: Any, deterministic: bool
@@ -68,35 +104,41 @@ class Actor:
         """SB3's protocol; see `WorldFluxAgent.predict`."""
         obs, batched = self.obs_codec.encode_any(observation)
         rows = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
-        state, previous = self.start(rows)
+        acting = self.start(rows)
         starts = np.ones(rows, dtype=bool)
         if memory is not None:
-            state, previous = _recall(memory, state, previous)
+            acting = _recall(memory, acting)
             starts = _episode_starts(episode_start, rows)
-        state, library_actions = self.step(state, previous, obs, starts, deterministic=deterministic)
-        memory = (*(_to_numpy(state[name]) for name in sorted(state)), _to_numpy(library_actions))
-        actions = self.action_codec.to_env(memory[-1])
+        acting = self.observe(acting, obs, starts, deterministic=deterministic)
+        acting = self.act(acting, starts, deterministic=deterministic)
+        actions = self.action_codec.to_env(_to_numpy(acting.actions))
+        memory = tuple(_to_numpy(tensor) for tensor in _tensors(acting).values())
         return (actions if batched else actions.squeeze(axis=0)), memory
 
 
-def _recall(memory: Memory, like: State, previous: Tensor) -> tuple[State, Tensor]:
-    """State and previous actions out of a memory; `like` and `previous` show what is expected."""
-    names = [*sorted(like), "actions"]
-    expected = [*(like[name] for name in names[:-1]), previous]
-    if not isinstance(memory, tuple | list) or len(memory) != len(names):
+def _tensors(acting: Acting) -> dict[str, Tensor]:
+    """All tensors by their names, in the order of a memory."""
+    named = {**{name: acting.state[name] for name in sorted(acting.state)}, "actions": acting.actions}
+    return named if acting.plan is None else {**named, "plan": acting.plan}
+
+
+def _recall(memory: Memory, like: Acting) -> Acting:
+    """What a memory holds; `like` shows what is expected."""
+    expected = _tensors(like)
+    if not isinstance(memory, tuple | list) or len(memory) != len(expected):
         given = f"{len(memory)} arrays" if isinstance(memory, tuple | list) else f"a {type(memory).__name__}"
         raise ShapeMismatchError(
-            f"state is {given}, expected the {len(names)} arrays that predict returned: {', '.join(names)}."
+            f"state is {given}, expected the {len(expected)} arrays that predict returned: {', '.join(expected)}."
         )
     tensors = {}
-    for name, array, tensor in zip(names, memory, expected, strict=True):
+    for (name, tensor), array in zip(expected.items(), memory, strict=True):
         if np.shape(array) != tuple(tensor.shape):
             raise ShapeMismatchError(
                 f"state '{name}' has shape {np.shape(array)}, expected {tuple(tensor.shape)} "
                 f"for {len(tensor)} observations. Pass state=None when the number of environments changes."
             )
         tensors[name] = torch.as_tensor(array, dtype=tensor.dtype, device=tensor.device)
-    return State({name: tensors[name] for name in names[:-1]}), tensors["actions"]
+    return Acting(State({name: tensors[name] for name in like.state}), tensors["actions"], tensors.get("plan"))
 
 
 def _episode_starts(given: Any, rows: int) -> Array:

@@ -19,21 +19,22 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorD
 from stable_baselines3.common.utils import check_for_correct_spaces, get_system_info, safe_mean
 from torch import Tensor
 
-from worldflux.agents.acting import Actor, Memory
+from worldflux.agents.acting import Acting, Actor, Memory
 from worldflux.agents.archive import ArchivePath, open_archive, write_archive
 from worldflux.agents.description import COUNTERS, AgentDescription
 from worldflux.agents.losses import MeanLosses
 from worldflux.agents.normalization import normalized
 from worldflux.agents.schedule import UpdateSchedule
 from worldflux.agents.settings import AgentSettings
-from worldflux.agents.vec_envs import frames_per_vec_step, steps_elsewhere
+from worldflux.agents.vec_envs import frames_per_vec_step, max_vec_episode_steps, steps_elsewhere
 from worldflux.envs.make import as_env
 from worldflux.envs.record import VecEpisodeRecorder
 from worldflux.envs.spaces import ActionCodec, Array, ObservationCodec
 from worldflux.envs.watch import EnvWatch
 from worldflux.errors import CheckpointError, ConfigurationError, ShapeMismatchError, nearest
 from worldflux.factory import create_world_model, find_preset
-from worldflux.models.base import WEIGHTS_FILE, State, WorldModel
+from worldflux.models.base import WEIGHTS_FILE, WorldModel
+from worldflux.models.planning import Planner, PlannerConfig
 from worldflux.training.batch import Batch
 from worldflux.training.config import TrainingConfig, resolve_device, whole_number
 from worldflux.training.replay import ReplayBuffer
@@ -75,6 +76,9 @@ class WorldFluxAgent(BaseAlgorithm):
         learning_starts: Environment steps before the first gradient step.
         replay_context: Start each window from the recurrent state that was stored beside its first row. Costs
             memory in the buffer (`replay_buffer.nbytes`); False starts every window from nothing.
+        planner: "mppi" plans each action in the latent space of the model, None acts with its policy, and "auto" does
+            what the family's paper does: TD-MPC2 plans, DreamerV3 does not. Planning needs continuous actions.
+        planner_kwargs: Fields of `PlannerConfig` to override, such as `{"num_samples": 128}`.
         model_kwargs: Fields of the preset's configuration to override.
         stats_window_size: Episodes over which `rollout/` logs average.
         tensorboard_log: Directory for TensorBoard; None writes none.
@@ -95,6 +99,8 @@ class WorldFluxAgent(BaseAlgorithm):
     buffer_size: int
     learning_starts: int
     replay_context: bool
+    planner: str | None
+    planner_kwargs: Mapping[str, Any] | None
     stats_window_size: int
 
     def __init__(
@@ -109,6 +115,8 @@ class WorldFluxAgent(BaseAlgorithm):
         buffer_size: int | None = None,
         learning_starts: int | None = None,
         replay_context: bool = True,
+        planner: str | None = "auto",
+        planner_kwargs: Mapping[str, Any] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | Path | None = None,
@@ -130,6 +138,8 @@ class WorldFluxAgent(BaseAlgorithm):
             buffer_size=buffer_size,
             learning_starts=learning_starts,
             replay_context=replay_context,
+            planner=planner,
+            planner_kwargs=planner_kwargs,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,  # type: ignore[arg-type]
             verbose=verbose,
@@ -158,7 +168,7 @@ class WorldFluxAgent(BaseAlgorithm):
         self._recorder: VecEpisodeRecorder | None = None
         self._watch: EnvWatch | None = None
         self._collected = 0  # transitions that the replay buffer has received
-        self._acting: tuple[State, Tensor] | None = None  # recurrent state and previous actions during `learn`
+        self._acting: Acting | None = None  # of the last step of `learn`
         self._training_started = False
         self._random_started = False
         self._steps_elsewhere = False
@@ -197,11 +207,19 @@ class WorldFluxAgent(BaseAlgorithm):
                 seed=self.seed or 0,
             ),
         )
-        self.actor = Actor(self.model, self.obs_codec, self.action_codec)
-        self.schedule = UpdateSchedule(self.train_ratio, self.batch_size * self.seq_len)
+        self.actor = Actor(self.model, self.obs_codec, self.action_codec, self._make_planner())
+        replayed = self.batch_size * self.seq_len
+        self._family = self.model.online_defaults()
+        made_up = int(self.learning_starts * self.train_ratio / replayed) if self._family.random_start else 1
+        self.schedule = UpdateSchedule(self.train_ratio, replayed, max(made_up, 1))
         self._setup_lr_schedule()
         if self.env is not None:
             self.replay_buffer = self._make_buffer()
+
+    def _make_planner(self) -> Planner | None:
+        if self.planner is None:
+            return None
+        return Planner(self.model, PlannerConfig.from_model(self.model.config, **(self.planner_kwargs or {})))
 
     def _build_model(self) -> WorldModel:
         source = self._model_source
@@ -217,9 +235,12 @@ class WorldFluxAgent(BaseAlgorithm):
                 f"model is a {type(source).__name__}, expected a preset, a saved directory or a WorldModel."
             )
         chosen = self._model_kwargs
-        if isinstance(source, str) and find_preset(source) is not None:
+        preset = find_preset(source) if isinstance(source, str) else None
+        if preset is not None:
             # What is saved knows its spaces, and `_check_model` compares them.
-            chosen = {**self._space_fields(), **chosen}
+            _, family = preset
+            max_steps = None if self.env is None else max_vec_episode_steps(self.env)
+            chosen = {**self._space_fields(), **family.config_class.episode_fields(max_steps), **chosen}
         return create_world_model(source, device=self.device, **chosen)
 
     def _space_fields(self) -> dict[str, Any]:
@@ -458,11 +479,17 @@ class WorldFluxAgent(BaseAlgorithm):
         obs = self._recorder.obs
         if self._vec_normalize_env is not None:
             obs, _ = self.obs_codec.encode_any(self._last_obs)
-        state, previous = self._acting if self._acting is not None else self.actor.start(self.n_envs)
-        state, actions = self.actor.step(state, previous, obs, self._last_episode_starts, deterministic=False)
-        self._acting = state, actions
-        extras = self.model.extras_from_state(state) if self.replay_context else {}
-        return actions.cpu().numpy(), {name: value.cpu().numpy() for name, value in extras.items()}
+        starts = self._last_episode_starts
+        acting = self._acting if self._acting is not None else self.actor.start(self.n_envs)
+        acting = self.actor.observe(acting, obs, starts, deterministic=False)
+        if self._family.random_start and self._n_updates == 0 and not self._training_started:
+            sampled = np.stack([self.action_space.sample() for _ in range(self.n_envs)])
+            drawn = torch.from_numpy(self.action_codec.from_env(sampled)).to(acting.actions.device)
+            self._acting = acting = replace(acting, actions=drawn)
+        else:
+            self._acting = acting = self.actor.act(acting, starts, deterministic=False)
+        extras = self.model.extras_from_state(acting.state) if self.replay_context else {}
+        return acting.actions.cpu().numpy(), {name: value.cpu().numpy() for name, value in extras.items()}
 
     def _can_train(self) -> bool:
         """Whether the buffer has received what training starts with; once it has, that stays so.
@@ -488,10 +515,10 @@ class WorldFluxAgent(BaseAlgorithm):
     def _sample(self) -> Batch:
         """Windows from the buffer, normalised as the policy sees observations now."""
         assert self.replay_buffer is not None
-        normalize = self._vec_normalize_env
+        normalize, fresh = self._vec_normalize_env, self._family.fresh_windows
         if normalize is None or not normalize.norm_obs:
-            return self.replay_buffer.sample(self.batch_size, self._window, self.trainer.device, fresh=True)
-        batch = self.replay_buffer.sample(self.batch_size, self._window, fresh=True)
+            return self.replay_buffer.sample(self.batch_size, self._window, self.trainer.device, fresh=fresh)
+        batch = self.replay_buffer.sample(self.batch_size, self._window, fresh=fresh)
         return replace(batch, obs=normalized(batch.obs, normalize))
 
     def dump_logs(self) -> None:

@@ -10,22 +10,24 @@ from worldflux.errors import ConfigurationError
 class UpdateSchedule:
     """Keeps replayed time steps and environment steps at a fixed ratio.
 
-    Counting starts with the first call, that is when training starts, and that call owes one gradient step. After
+    Counting starts with the first call, that is when training starts, and that call owes `first_updates`. After
     it, every environment step owes `train_ratio / replayed_per_update` of one; whole ones are handed out and the
     remainder is kept, so that the ratio holds over any stretch, whatever the number of environments.
 
     Args:
         train_ratio: Replayed time steps per environment step. Larger learns more from each step and takes longer.
         replayed_per_update: Time steps in one batch, `batch_size * seq_len`.
+        first_updates: Gradient steps that the first call owes; more than one make up for the time before it.
 
-    Source: DreamerV3's training loop, arXiv:2301.04104.
+    Source: the training loops of DreamerV3, arXiv:2301.04104, and TD-MPC2, arXiv:2310.16828.
     """
 
-    def __init__(self, train_ratio: float, replayed_per_update: int) -> None:
+    def __init__(self, train_ratio: float, replayed_per_update: int, first_updates: int = 1) -> None:
         if not train_ratio >= 0 or train_ratio == float("inf"):
             raise ConfigurationError(f"train_ratio is {train_ratio}, expected a number of 0 or more.")
         self.train_ratio = train_ratio
         self.replayed_per_update = replayed_per_update
+        self.first_updates = first_updates
         self._env_steps: int | None = None
         self._handed_out = 0
 
@@ -44,7 +46,7 @@ class UpdateSchedule:
             return 0
         if self._env_steps is None:
             self._env_steps = 0
-            return 1
+            return self.first_updates
         self._env_steps += new_env_steps
         # Totals rather than a running remainder: rounding cannot add up over millions of steps.
         total = int(self._env_steps * self.train_ratio / self.replayed_per_update)

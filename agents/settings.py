@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from worldflux.errors import ConfigurationError
+from worldflux.errors import ConfigurationError, nearest
 from worldflux.models.base import WorldModel
+from worldflux.models.planning import PlannerConfig
 from worldflux.training.config import whole_number
 
 _COUNTS = {"batch_size": 1, "seq_len": 1, "buffer_size": 1, "learning_starts": 0, "seed": 0}
+
+PLANNERS = ("auto", "mppi", None)
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class AgentSettings:
     buffer_size: int | None = None
     learning_starts: int | None = None
     replay_context: bool = True
+    planner: str | None = "auto"
+    planner_kwargs: Mapping[str, Any] | None = None
     stats_window_size: int = 100
     tensorboard_log: str | None = None
     verbose: int = 0
@@ -57,6 +63,13 @@ class AgentSettings:
         if not isinstance(self.replay_context, bool | np.bool_):
             raise ConfigurationError(f"replay_context is {self.replay_context!r}, expected True or False.")
         checked["replay_context"] = bool(self.replay_context)
+        if self.planner not in PLANNERS:
+            raise ConfigurationError(
+                f"planner is {self.planner!r}, expected 'mppi' to plan, None to act with the policy, or 'auto' for the "
+                "family's own way."
+            )
+        if self.planner_kwargs is not None:
+            checked["planner_kwargs"] = _planner_fields(self.planner_kwargs)
         checked["stats_window_size"] = count("stats_window_size", self.stats_window_size, 1)
         # SB3 counts, and others say True.
         verbose = int(self.verbose) if isinstance(self.verbose, bool | np.bool_) else self.verbose
@@ -70,8 +83,25 @@ class AgentSettings:
 
     def with_defaults(self, model: WorldModel) -> AgentSettings:
         """The same settings with the numbers of a model's family where none were given."""
-        own = {"learning_rate": model.optimizer_spec.learning_rate, **vars(model.online_defaults())}
-        return replace(self, **{name: own[name] for name, value in vars(self).items() if value is None and name in own})
+        defaults = model.online_defaults()
+        own = {"learning_rate": model.optimizer_spec.learning_rate, **vars(defaults)}
+        taken = {name: own[name] for name, value in vars(self).items() if value is None and name in own}
+        taken["planner"] = defaults.planner if self.planner == "auto" else self.planner
+        return replace(self, **taken)
+
+
+def _planner_fields(given: Any) -> dict[str, int | float]:
+    """Fields of `PlannerConfig` as Python's numbers; the planner checks their ranges."""
+    names = [item.name for item in fields(PlannerConfig)]
+    if not isinstance(given, Mapping):
+        raise ConfigurationError(f"planner_kwargs is {given!r}, expected a dictionary with some of {names}.")
+    found: dict[str, int | float] = {}
+    for name, value in given.items():
+        if name not in names:
+            raise ConfigurationError(f"Unknown field '{name}' in planner_kwargs{nearest(name, names)}")
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        found[name] = int(value) if whole else finite_number(name, value)
+    return found
 
 
 def count(name: str, value: Any, least: int) -> int:

@@ -16,6 +16,15 @@ def steps_elsewhere(venv: VecEnv) -> bool:
     return isinstance(base, SubprocVecEnv)
 
 
+def max_vec_episode_steps(venv: VecEnv) -> int | None:
+    """Steps after which each environment cuts its episodes; None where it does not say."""
+    if venv.has_attr("max_episode_steps"):
+        steps = venv.get_attr("max_episode_steps", indices=[0])[0]
+        return None if steps is None else int(steps)
+    spec = venv.get_attr("spec", indices=[0])[0] if venv.has_attr("spec") else None
+    return None if spec is None else spec.max_episode_steps
+
+
 def frames_per_vec_step(venv: VecEnv) -> int:
     """Frames that a step of each environment takes, by the attribute `action_repeat`; 1 where there is none."""
     if not venv.has_attr("action_repeat"):

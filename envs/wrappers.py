@@ -31,10 +31,24 @@ class ActionRepeat(RepeatAction[Any, Any]):
         """Frames in a step, counted with the repeats of the wrapped environment."""
         return self.num_repeats * frames_per_step(self.env)
 
+    @property
+    def max_episode_steps(self) -> int | None:
+        """Steps after which an episode is cut, None without a limit."""
+        steps = max_episode_steps(self.env)
+        return None if steps is None else -(-steps // self.num_repeats)
+
 
 def frames_per_step(env: gym.Env[Any, Any]) -> int:
     """Frames (steps of the simulator) that one step of an environment takes, by its attribute `action_repeat`."""
     return int(env.get_wrapper_attr("action_repeat")) if env.has_wrapper_attr("action_repeat") else 1
+
+
+def max_episode_steps(env: gym.Env[Any, Any]) -> int | None:
+    """Steps after which an environment cuts its episodes, by its attribute of this name or its specification."""
+    if env.has_wrapper_attr("max_episode_steps"):
+        steps = env.get_wrapper_attr("max_episode_steps")
+        return None if steps is None else int(steps)
+    return None if env.spec is None else env.spec.max_episode_steps
 
 
 class ResizeImages(gym.ObservationWrapper[Any, Any, Any]):

@@ -136,6 +136,15 @@ class WorldModelConfig:
         return tuple(key for key, shape in self.obs_shapes.items() if len(shape) != 3)
 
     @classmethod
+    def episode_fields(cls, max_steps: int | None) -> dict[str, Any]:
+        """Fields of a preset that follow from an environment's episodes.
+
+        Args:
+            max_steps: Decisions after which an episode is cut, if it is known.
+        """
+        return {}
+
+    @classmethod
     def from_dict(cls: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
         """Configuration from what `to_dict` returned; fields that are absent take their defaults.
 

@@ -162,6 +162,11 @@ class TDMPC2Config(WorldModelConfig):
         """
         return cls(**sized_fields(cls, TDMPC2_SIZES, size, overrides))
 
+    @classmethod
+    def episode_fields(cls, max_steps: int | None) -> dict[str, Any]:
+        """The discount follows the length of episodes; the termination head waits for a first termination."""
+        return {"episodic": True} | ({} if max_steps is None else {"episode_length": max_steps})
+
     @property
     def discounts(self) -> tuple[float, ...]:
         """Discount of each task: `1 - discount_denom / n` for n decisions, within `discount_min` and `discount_max`."""

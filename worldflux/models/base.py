@@ -175,10 +175,12 @@ class OnlineDefaults:
     """Transitions kept."""
     learning_starts: int
     """Environment steps before the first gradient step."""
-    random_actions: bool = False
-    """Take uniformly random actions until then, instead of the fresh policy's."""
-    pretrain_updates: int = 0
-    """Gradient steps on that first data before the first learned action."""
+    random_start: bool = False
+    """Take uniformly random actions until then, and make up for the gradient steps of that time at its end."""
+    fresh_windows: bool = False
+    """Train on each new window once before drawing at random."""
+    planner: str | None = None
+    """How actions are chosen: "mppi" plans, None acts with the policy."""
 
 
 class WorldModel(nn.Module):

@@ -384,6 +384,7 @@ class DreamerV3(WorldModel):
             seq_len=64,
             buffer_size=1_000_000,
             learning_starts=1024,
+            fresh_windows=True,
         )
 
     def replay_extras(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:

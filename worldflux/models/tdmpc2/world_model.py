@@ -269,15 +269,14 @@ class TDMPC2(LatentModel):
         The start lasts for five episodes and at least 1000 steps, and as many gradient steps follow it at once.
         """
         rows, windows_per_step = self.config.horizon + 1, 256
-        start = max(1000, 5 * self.config.episode_length)
         return OnlineDefaults(
             train_ratio=float(windows_per_step * rows),
             batch_size=windows_per_step,
             seq_len=rows,
             buffer_size=1_000_000,
-            learning_starts=start,
-            random_actions=True,
-            pretrain_updates=start,
+            learning_starts=max(1000, 5 * self.config.episode_length),
+            random_start=True,
+            planner="mppi",
         )
 
     def replay_extras(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
