@@ -192,7 +192,12 @@ class WorldFluxAgent(BaseAlgorithm):
         self.action_codec = ActionCodec(self.action_space)
         self.policy = self._build_model()
         self._check_model()
+        self._family = self.model.online_defaults()
         self._take_over(self._settings().with_defaults(self.model))
+        if self.seq_len < self._family.min_seq_len:
+            raise ConfigurationError(
+                f"seq_len is {self.seq_len}, expected at least {self._family.min_seq_len} for this model's losses."
+            )
         spec = self.model.optimizer_spec
         self.trainer = Trainer(
             self.model,
@@ -209,7 +214,6 @@ class WorldFluxAgent(BaseAlgorithm):
         )
         self.actor = Actor(self.model, self.obs_codec, self.action_codec, self._make_planner())
         replayed = self.batch_size * self.seq_len
-        self._family = self.model.online_defaults()
         made_up = int(self.learning_starts * self.train_ratio / replayed) if self._family.random_start else 1
         self.schedule = UpdateSchedule(self.train_ratio, replayed, max(made_up, 1))
         self._setup_lr_schedule()

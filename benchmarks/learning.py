@@ -82,6 +82,16 @@ TASKS = {
             "model_kwargs": {"cnn_depth": 4, "entropy_scale": 3e-3},
         },
     ),
+    "pendulum_tdmpc2": Task(
+        "Pendulum-v1, TD-MPC2", lambda: make_env("Pendulum-v1"), 5_000, -200.0, preset="tdmpc2:tiny"
+    ),
+    "dmc_cartpole_swingup_tdmpc2": Task(
+        "dmc/cartpole-swingup, TD-MPC2",
+        lambda: make_env("dmc/cartpole-swingup"),
+        15_000,
+        600.0,
+        preset="tdmpc2:tiny",
+    ),
     "atari100k_boxing": Task(
         "atari100k/boxing (64x64 pixels)",
         lambda: make_env("atari100k/boxing"),

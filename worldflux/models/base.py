@@ -177,6 +177,8 @@ class OnlineDefaults:
     """Environment steps before the first gradient step."""
     random_start: bool = False
     """Take uniformly random actions until then, and make up for the gradient steps of that time at its end."""
+    min_seq_len: int = 1
+    """Least trained time steps per window that the losses can be computed on."""
     fresh_windows: bool = False
     """Train on each new window once before drawing at random."""
     planner: str | None = None

@@ -276,6 +276,7 @@ class TDMPC2(LatentModel):
             buffer_size=1_000_000,
             learning_starts=max(1000, 5 * self.config.episode_length),
             random_start=True,
+            min_seq_len=rows,
             planner="mppi",
         )
 
