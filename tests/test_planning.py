@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from worldflux.config import DreamerV3Config, WorldModelConfig
+from worldflux.config import DreamerV3Config, TDMPC2Config, WorldModelConfig
 from worldflux.errors import ConfigurationError, ShapeMismatchError
 from worldflux.models.base import State, Trajectory, WorldModel
 from worldflux.models.dreamerv3.world_model import DreamerV3
@@ -457,3 +457,11 @@ def test_a_models_configuration_sets_the_planner():
     assert PlannerConfig.from_model(small, num_samples=16, num_elites=4).num_pi_trajs == 8
     object.__setattr__(small, "momentum", 0.1)  # as TDMPC2Config has it
     assert PlannerConfig.from_model(small).momentum == 0.1
+
+
+def test_fewer_samples_than_the_model_plans_with_leave_room_beside_the_policys():
+    config = TDMPC2Config(obs_shape=(2,))
+    assert PlannerConfig.from_model(config).num_pi_trajs == 24
+    assert PlannerConfig.from_model(config, num_samples=128).num_pi_trajs == 24
+    assert PlannerConfig.from_model(config, num_samples=16, num_elites=4).num_pi_trajs == 8
+    assert PlannerConfig.from_model(config, num_samples=16, num_elites=4, num_pi_trajs=12).num_pi_trajs == 12

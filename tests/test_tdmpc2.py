@@ -556,3 +556,10 @@ def test_the_online_numbers_are_one_gradient_step_for_each_environment_step():
     assert (defaults.batch_size, defaults.seq_len, defaults.buffer_size) == (256, 4, 1_000_000)
     assert (defaults.learning_starts, defaults.random_start, defaults.planner) == (2500, True, "mppi")
     assert tdmpc2(episode_length=100).online_defaults().learning_starts == 1000
+
+
+@pytest.mark.parametrize(("samples", "proposed"), [(512, 24), (192, 12), (2048, 24), (16, 1), (8, 0)])
+def test_the_policys_share_of_the_samples_follows_their_number(samples: int, proposed: int):
+    assert TDMPC2Config.from_size("5m", num_samples=samples, num_elites=4).num_pi_trajs == proposed
+    assert TDMPC2Config.from_size("tiny", num_samples=samples, num_elites=4).num_pi_trajs == proposed
+    assert TDMPC2Config.from_size("5m", num_samples=samples, num_elites=4, num_pi_trajs=3).num_pi_trajs == 3

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from worldflux.config.base import DynamicsType, LatentType, WorldModelConfig, clean_sizes, sized_fields
+from worldflux.config.base import DynamicsType, LatentType, WorldModelConfig, as_integer, clean_sizes, sized_fields
 from worldflux.errors import ConfigurationError
 
+_SAMPLES_PER_PROPOSAL, _MOST_PROPOSALS = 16, 24
 _LEAST_IMAGE_SIDE = 39
 """Smallest height and width of which the encoder's four convolutions leave one pixel."""
 
@@ -111,8 +112,9 @@ class TDMPC2Config(WorldModelConfig):
     """Action sequences that the planner tries in each iteration. Cost grows linearly."""
     num_elites: int = 64
     """Best sequences that the planner's next distribution is fitted to; at most `num_samples`."""
-    num_pi_trajs: int = 24
-    """Sequences among the samples that the policy proposes; fewer than `num_samples`."""
+    num_pi_trajs: int = None  # type: ignore[assignment]
+    """Sequences among the samples that the policy proposes; fewer than `num_samples`. If it is not given, one in 16
+    samples, at most the paper's 24."""
     iterations: int = 6
     """Iterations of the planner, which makes two more from 20 action dimensions on."""
     temperature: float = 0.5
@@ -176,6 +178,9 @@ class TDMPC2Config(WorldModelConfig):
 
     def _derive(self) -> None:
         super()._derive()
+        if self.num_pi_trajs is None:
+            proposed = as_integer("num_samples", self.num_samples) // _SAMPLES_PER_PROPOSAL
+            self._set("num_pi_trajs", min(proposed, _MOST_PROPOSALS))
         for name in ("task_action_dims", "task_episode_lengths"):
             self._set(name, clean_sizes(name, getattr(self, name)))
 
@@ -281,7 +286,6 @@ TDMPC2_SIZES: dict[str, Mapping[str, int]] = {
         "num_q_networks": 3,
         "num_samples": 192,
         "num_elites": 24,
-        "num_pi_trajs": 12,
     },
     "5m": _size(256, 256, 664, 256, 16),
     "19m": _size(512, 512, 1328, 512, 32),

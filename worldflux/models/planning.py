@@ -76,8 +76,9 @@ class PlannerConfig:
     def from_model(cls, config: WorldModelConfig, **overrides: Any) -> PlannerConfig:
         """The planner that a model's configuration describes: every field that both have is taken over.
 
-        From 20 action dimensions on there are two `iterations` more, as in the paper. Where nothing is said of
-        `num_pi_trajs`, it is at most half of `num_samples`. The discount stays the model's.
+        From 20 action dimensions on there are two `iterations` more, as in the paper. Where `num_samples` is
+        overridden, or the configuration says nothing of `num_pi_trajs`, the policy gets at most half of the samples.
+        The discount stays the model's.
 
         Args:
             config: Of the model.
@@ -87,8 +88,11 @@ class PlannerConfig:
         values = {name: getattr(config, name) for name in names if hasattr(config, name)}
         if config.action_dim >= _LARGE_ACTION_DIM:
             values["iterations"] = values.get("iterations", cls.iterations) + 2
+        chosen_together = "num_pi_trajs" in values and "num_samples" not in overrides
         values |= overrides
-        values.setdefault("num_pi_trajs", min(cls.num_pi_trajs, values.get("num_samples", cls.num_samples) // 2))
+        if "num_pi_trajs" not in overrides and not chosen_together:
+            most = values.get("num_samples", cls.num_samples) // 2
+            values["num_pi_trajs"] = min(values.get("num_pi_trajs", cls.num_pi_trajs), most)
         return cls(**values)
 
 
