@@ -19,8 +19,12 @@ from worldflux import create_world_model
 from worldflux.agents import WorldFluxAgent
 from worldflux.agents.vec_envs import max_vec_episode_steps
 from worldflux.envs import make_env, make_vec_env
-from worldflux.errors import ConfigurationError, ShapeMismatchError
+from worldflux.errors import ConfigurationError, ShapeMismatchError, WorldFluxError
+from worldflux.interop import load_official_tdmpc2
+from worldflux.models.planning import Planner, PlannerConfig
+from worldflux.models.tdmpc2.world_model import TDMPC2
 
+OFFICIAL = Path(__file__).parent / "golden" / "tdmpc2_state_official.pt"
 TINY = dict(latent_dim=16, hidden_dim=16, mlp_dim=16, enc_dim=16, num_q_networks=2, num_channels=2)
 PLAN = dict(num_samples=16, num_elites=4, num_pi_trajs=4, iterations=2)
 SETTINGS: dict[str, Any] = dict(
@@ -249,6 +253,59 @@ def test_a_model_of_ones_own_is_planned_with() -> None:
     assert agent.actor.planner is not None and agent.actor.planner.config.num_samples == 16
     own = WorldFluxAgent(model, "Pendulum-v1", planner_kwargs={"horizon": 5})
     assert own.predict(observations(1), deterministic=True)[1][-1].shape == (1, 5, 1)
+
+
+# --- official checkpoints
+
+
+def official(**fields: Any) -> TDMPC2:
+    return load_official_tdmpc2(OFFICIAL, **{"obs_shape": (9,), "action_dim": 3, **fields})
+
+
+def spaces_of_the_checkpoint(**options: Any) -> CountingEnv:
+    env = CountingEnv(action_space=spaces.Box(-1.0, 1.0, (3,)), **options)
+    env.observation_space = spaces.Box(-np.inf, np.inf, (9,))
+    env._obs = lambda: np.full(9, 0.1 * env.t, np.float32)  # type: ignore[method-assign]
+    return env
+
+
+def test_an_official_checkpoint_acts_at_once_and_is_saved_with_the_agent(tmp_path: Path) -> None:
+    model = official()
+    agent = WorldFluxAgent(model, Monitor(spaces_of_the_checkpoint()), device="cpu")
+    obs = np.random.default_rng(0).normal(size=(2, 9)).astype(np.float32)
+    actions, _ = agent.predict(obs, deterministic=True)
+    planner = Planner(model, PlannerConfig())
+    planned, _ = planner.plan(model.encode(torch.from_numpy(obs)), planner.start(2), deterministic=True)
+    np.testing.assert_array_equal(actions, planned)
+    agent.save(tmp_path / "agent")
+    np.testing.assert_array_equal(
+        WorldFluxAgent.load(tmp_path / "agent", device="cpu").predict(obs, deterministic=True)[0], actions
+    )
+
+
+def test_an_official_checkpoint_goes_on_learning_where_episodes_terminate() -> None:
+    model = official(episodic=True, use_decoder=True)
+    assert model.termination_head is not None and model.termination_seen.item() == 0.0
+    old = [p.clone() for p in model.dynamics.parameters()]
+    for one, other in zip(official().dynamics.parameters(), old, strict=True):
+        assert torch.equal(one, other)
+    agent = make_agent(Monitor(spaces_of_the_checkpoint()), model=model).learn(30)
+    assert agent.model.termination_seen.item() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("source", "fields", "message"),
+    [
+        (OFFICIAL, {"obs_shape": 9}, r"obs_shape is 9, expected a tuple of integers above 0\. Write \(9,\)"),
+        (OFFICIAL, {"obs_shape": {"obs": (9,)}}, "obs_shape is {'obs': .*expected the shape of one tensor"),
+        (None, {}, "The checkpoint is a NoneType, expected a path or what torch.load returns"),
+        ({"_dynamics.0.weight": torch.zeros(()), "_Qs.params.0.weight": torch.zeros(2)}, {}, "that no TD-MPC2 has"),
+        ({3: torch.zeros(2)}, {}, "has no parameter '_dynamics.0.weight'"),
+    ],
+)
+def test_what_gives_no_model_is_one_of_our_errors(source: Any, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(WorldFluxError, match=message):
+        load_official_tdmpc2(source, **{"obs_shape": (9,), "action_dim": 3, **fields})
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from worldflux.config import TDMPC2Config
+from worldflux.config.base import clean_sizes
 from worldflux.errors import CheckpointError, ConfigurationError
 from worldflux.models.tdmpc2.world_model import TDMPC2
 
@@ -39,7 +41,8 @@ def load_official_tdmpc2(
 
     All dimensions are read from the weights' shapes. What shapes don't tell takes the reference's defaults, unless it
     is given in `overrides`: `episode_length` above all, which the discount follows from, and for several tasks
-    `task_episode_lengths` and, of old checkpoints, `task_action_dims`.
+    `task_episode_lengths` and, of old checkpoints, `task_action_dims`. `episodic=True` gives a checkpoint without a
+    termination head a fresh one, to go on learning where episodes terminate.
 
     Args:
         checkpoint_or_path: A `.pt` file, or what `torch.load` returns for it. Files are loaded with
@@ -55,15 +58,23 @@ def load_official_tdmpc2(
 
     Raises:
         CheckpointError: If the file cannot be read, or its weights do not fit the shapes given.
-        ConfigurationError: If an override is no field of `TDMPC2Config`, or does not fit.
+        ConfigurationError: If `obs_shape` is no shape, or an override is no field of `TDMPC2Config`, or does not fit.
     """
+    if isinstance(obs_shape, Mapping):
+        raise ConfigurationError(f"obs_shape is {obs_shape!r}, expected the shape of one tensor, as the reference has.")
+    obs_shape = clean_sizes("obs_shape", obs_shape)
     params = _present_names(_read(checkpoint_or_path))
     try:
-        fields = _dimensions(params, tuple(obs_shape), action_dim)
+        fields = _dimensions(params, obs_shape, action_dim)
     except KeyError as error:
         raise CheckpointError(
             f"The checkpoint has no parameter {error}, which a TD-MPC2 of these observations needs. "
             "Check obs_shape, and that the file is one of nicklashansen/tdmpc2."
+        ) from error
+    except (IndexError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"The weights of the checkpoint have shapes that no TD-MPC2 has ({error}). "
+            "Check that the file is one of nicklashansen/tdmpc2."
         ) from error
     try:
         config = TDMPC2Config.from_dict({**fields, **overrides})
@@ -73,7 +84,9 @@ def load_official_tdmpc2(
         raise CheckpointError(f"The checkpoint's weights give no possible TD-MPC2. {error}") from error
     model = TDMPC2(config)
     tensors = official_to_state_dict(params, model)
-    own = {name for name, _ in model.named_parameters()}
+    # What the checkpoint cannot have is fresh where an override asks for it.
+    fresh = ("decoder.",) if fields["episodic"] else ("decoder.", "termination_head.")
+    own = {name for name, _ in model.named_parameters() if not name.startswith(fresh)}
     expected = {name: tensor for name, tensor in model.state_dict().items() if name in own}
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     wrong = sorted(name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape)
@@ -83,13 +96,13 @@ def load_official_tdmpc2(
             name = wrong[0]
             problem = f"has {name} in shape {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}"
         raise CheckpointError(
-            f"The checkpoint {problem}, for a TD-MPC2 with obs_shape={tuple(obs_shape)} and action_dim={action_dim}. "
+            f"The checkpoint {problem}, for a TD-MPC2 with obs_shape={obs_shape} and action_dim={action_dim}. "
             "Pass the shapes of the environment that it was trained in."
         )
     model.load_state_dict(tensors, strict=False)
     if model.tasks is not None:
         model.tasks.renormalize()
-    if model.termination_head is not None:
+    if fields["episodic"]:
         model.termination_seen.fill_(1.0)
     return model.eval()
 
@@ -119,6 +132,10 @@ def _read(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """The parameters in a checkpoint, whatever lies around them."""
     content: Any = source
     if not isinstance(source, Mapping):
+        if not isinstance(source, str | os.PathLike):
+            raise CheckpointError(
+                f"The checkpoint is a {type(source).__name__}, expected a path or what torch.load returns for it."
+            )
         path = Path(source)
         if not path.is_file():
             raise CheckpointError(f"{path} is no file. Pass a checkpoint (.pt) of TD-MPC2.")
@@ -139,7 +156,7 @@ def _present_names(params: Mapping[str, Any]) -> dict[str, Tensor]:
     """Tensors under the names of the present format."""
     found: dict[str, Tensor] = {}
     for name, value in params.items():
-        if not isinstance(value, Tensor):
+        if not isinstance(name, str) or not isinstance(value, Tensor):
             continue
         if match := re.fullmatch(r"(_target_Qs|_Qs)\.params\.(\d+)", name):
             layer, leaf = divmod(int(match[2]), len(_STACKED_LEAVES))
