@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from gymnasium.vector import AsyncVectorEnv
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
@@ -18,15 +20,21 @@ def steps_elsewhere(venv: VecEnv) -> bool:
 
 def max_vec_episode_steps(venv: VecEnv) -> int | None:
     """Steps after which each environment cuts its episodes; None where it does not say."""
-    if venv.has_attr("max_episode_steps"):
-        steps = venv.get_attr("max_episode_steps", indices=[0])[0]
-        return None if steps is None else int(steps)
-    spec = venv.get_attr("spec", indices=[0])[0] if venv.has_attr("spec") else None
-    return None if spec is None else spec.max_episode_steps
+    steps = _of_the_first(venv, "max_episode_steps")
+    if steps is None:
+        steps = getattr(_of_the_first(venv, "spec"), "max_episode_steps", None)
+    if steps is None:
+        # Gymnasium's TimeLimit around an environment that has no specification.
+        steps = _of_the_first(venv, "_max_episode_steps")
+    return None if steps is None else int(steps)
 
 
 def frames_per_vec_step(venv: VecEnv) -> int:
     """Frames that a step of each environment takes, by the attribute `action_repeat`; 1 where there is none."""
-    if not venv.has_attr("action_repeat"):
-        return 1
-    return int(venv.get_attr("action_repeat", indices=[0])[0])
+    repeat = _of_the_first(venv, "action_repeat")
+    return 1 if repeat is None else int(repeat)
+
+
+def _of_the_first(venv: VecEnv, name: str) -> Any:
+    """An attribute of the first environment; None where it has none of that name."""
+    return venv.get_attr(name, indices=[0])[0] if venv.has_attr(name) else None
