@@ -73,7 +73,8 @@ class WorldFluxAgent(BaseAlgorithm):
         batch_size: Windows in a gradient step.
         seq_len: Trained time steps in each window.
         buffer_size: Transitions kept, over all environments.
-        learning_starts: Environment steps before the first gradient step.
+        learning_starts: Environment steps before the first gradient step. TD-MPC2 acts at random during these, and
+            makes up for their gradient steps when they are over.
         replay_context: Start each window from the recurrent state that was stored beside its first row. Costs
             memory in the buffer (`replay_buffer.nbytes`); False starts every window from nothing.
         planner: "mppi" plans each action in the latent space of the model, None acts with its policy, and "auto" does
@@ -168,6 +169,7 @@ class WorldFluxAgent(BaseAlgorithm):
         self._recorder: VecEpisodeRecorder | None = None
         self._watch: EnvWatch | None = None
         self._collected = 0  # transitions that the replay buffer has received
+        self._updates_owed = 0  # gradient steps that the schedule handed out and nobody has taken yet
         self._acting: Acting | None = None  # of the last step of `learn`
         self._training_started = False
         self._random_started = False
@@ -384,17 +386,17 @@ class WorldFluxAgent(BaseAlgorithm):
             print(self._describe_schedule())
         callback.on_training_start(locals(), globals())
         try:
-            keep_going, owed = True, 0
+            keep_going = True
             while keep_going and self.num_timesteps < total_timesteps:
                 logged_episodes = self._episode_num
-                keep_going = self._collect_step(callback, owed)
-                owed = self.schedule.updates_due(self.n_envs) if keep_going and self._can_train() else 0
+                keep_going = self._collect_step(callback)
+                if keep_going and self._can_train():
+                    self._updates_owed += self.schedule.updates_due(self.n_envs)
                 if not self._steps_elsewhere:
-                    self._train(owed)
-                    owed = 0
+                    self._train()
                 if log_interval is not None and self._episode_num // log_interval > logged_episodes // log_interval:
                     self.dump_logs()
-            self._train(owed)
+            self._train()
             self.trainer.check_finite()
         except BaseException as error:
             self._leave_episodes()
@@ -435,15 +437,10 @@ class WorldFluxAgent(BaseAlgorithm):
             rhythm = f"{1 / every:g} gradient steps every environment step"
         return f"{rhythm} (train_ratio {self.train_ratio:g}, batches of {self.batch_size} x {self.seq_len})"
 
-    def _collect_step(self, callback: BaseCallback, owed: int) -> bool:
-        """Acts once in every environment and stores what came of it.
+    def _collect_step(self, callback: BaseCallback) -> bool:
+        """Acts once in every environment and stores what came of it; False if the callback wants to stop.
 
-        Args:
-            callback: Called when it is stored.
-            owed: Gradient steps of earlier environment steps, taken while other processes make this one.
-
-        Returns:
-            False if the callback wants to stop.
+        Gradient steps that earlier environment steps owe are taken while other processes make this one.
         """
         assert self.env is not None and self._recorder is not None and self._watch is not None
         callback.on_rollout_start()
@@ -455,7 +452,7 @@ class WorldFluxAgent(BaseAlgorithm):
         actions = self.action_codec.to_env(library_actions)
         self.env.step_async(actions)
         try:
-            self._train(owed)
+            self._train()
         finally:  # other processes answer once to each step, whatever happened here
             new_obs, rewards, dones, infos = self.env.step_wait()
         self._watch.mark()
@@ -486,7 +483,8 @@ class WorldFluxAgent(BaseAlgorithm):
         starts = self._last_episode_starts
         acting = self._acting if self._acting is not None else self.actor.start(self.n_envs)
         acting = self.actor.observe(acting, obs, starts, deterministic=False)
-        if self._family.random_start and self._n_updates == 0 and not self._training_started:
+        untrained = self._n_updates == 0 and (self._updates_owed > 0 or not self._training_started)
+        if self._family.random_start and untrained:
             sampled = np.stack([self.action_space.sample() for _ in range(self.n_envs)])
             drawn = torch.from_numpy(self.action_codec.from_env(sampled)).to(acting.actions.device)
             self._acting = acting = replace(acting, actions=drawn)
@@ -508,10 +506,12 @@ class WorldFluxAgent(BaseAlgorithm):
             )
         return self._training_started
 
-    def _train(self, updates: int) -> None:
-        for _ in range(updates):
+    def _train(self) -> None:
+        """Takes the gradient steps that are owed; an interruption leaves the rest of them for the next call."""
+        while self._updates_owed and self._training_started:
             self.last_losses = self.trainer.step(self._sample(), self.replay_buffer)
             self._losses.add(self.last_losses)
+            self._updates_owed -= 1
             self._n_updates += 1
             if self._n_updates % CHECK_INTERVAL == 0:
                 self.trainer.check_finite()
@@ -657,6 +657,8 @@ class WorldFluxAgent(BaseAlgorithm):
             setattr(agent, name, value)
         agent._current_progress_remaining = saved.progress_remaining
         agent.schedule.load_state_dict(saved.schedule)
+        if not agent.train_ratio:
+            agent._updates_owed = 0
         # A saved agent's random streams go on; only one that was seeded anew starts them again.
         agent._random_started = "seed" not in kwargs
         return agent

@@ -64,6 +64,15 @@ def test_the_start_is_random_and_its_gradient_steps_are_made_up_for() -> None:
     assert (planned, agent._n_updates) == ([20, 21, 22, 23, 24], 25)
 
 
+def test_no_plan_is_made_before_the_random_start_was_learned_from() -> None:
+    agent = make_agent(make_vec_env("Pendulum-v1", 2, processes=True))
+    updates: list[int] = []
+    act = agent.actor.act
+    agent.actor.act = lambda *args, **kwargs: (updates.append(agent._n_updates), act(*args, **kwargs))[1]  # type: ignore[method-assign]
+    agent.learn(28)
+    assert updates == [20, 22, 24]  # a step of two environments owes two, which are paid during the next one
+
+
 def test_random_actions_fill_the_whole_space() -> None:
     agent = make_agent(learning_starts=300).learn(290)
     assert agent.replay_buffer is not None
@@ -119,6 +128,17 @@ def test_the_discount_follows_from_the_length_of_episodes(name: str, options: An
 
 def test_without_a_time_limit_the_discount_is_the_presets() -> None:
     assert make_agent(Monitor(CountingEnv())).model.config.episode_length == 500
+
+
+def limited() -> gym.Env[Any, Any]:
+    return gym.wrappers.TimeLimit(CountingEnv(), 300)
+
+
+@pytest.mark.parametrize(
+    "envs", [Monitor(limited()), DummyVecEnv([limited, limited]), gym.vector.SyncVectorEnv([limited, limited])]
+)
+def test_a_time_limit_around_an_environment_without_a_spec_is_found(envs: Any) -> None:
+    assert make_agent(envs).model.config.episode_length == 300
 
 
 def test_fields_that_are_given_go_before_the_environments() -> None:
@@ -227,6 +247,36 @@ def test_evaluation_over_several_environments(trained: WorldFluxAgent) -> None:
 
 
 # --- files and settings
+
+
+def test_gradient_steps_that_an_interruption_left_are_taken_later(tmp_path: Path, monkeypatch: Any) -> None:
+    agent = make_agent()
+    step = agent.trainer.step
+
+    def interrupted(*args: Any) -> Any:
+        if agent._n_updates == 5:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(agent.trainer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        agent.learn(40)
+    assert (agent.num_timesteps, agent._n_updates) == (20, 5)
+    monkeypatch.undo()
+    agent.save(tmp_path / "agent")
+    agent.save_replay_buffer(tmp_path / "buffer.npz")
+
+    loaded = WorldFluxAgent.load(tmp_path / "agent", "Pendulum-v1")
+    loaded.learn(10, reset_num_timesteps=False)  # an empty buffer: nothing can be trained on yet
+    assert loaded._n_updates == 5
+    loaded.load_replay_buffer(tmp_path / "buffer.npz")
+    for resumed in (loaded, agent):
+        before = resumed.num_timesteps
+        resumed.learn(4, reset_num_timesteps=False)
+        assert (resumed.num_timesteps - before, resumed._n_updates) == (4, 20 + 4)
+    collecting = WorldFluxAgent.load(tmp_path / "agent", "Pendulum-v1", train_ratio=0)
+    collecting.load_replay_buffer(tmp_path / "buffer.npz")
+    assert collecting.learn(4, reset_num_timesteps=False)._n_updates == 5
 
 
 def test_a_loaded_agent_acts_the_same_and_starts_at_random_no_more(tmp_path: Path, trained: WorldFluxAgent) -> None:
