@@ -435,7 +435,10 @@ class WorldFluxAgent(BaseAlgorithm):
         rhythm = f"one gradient step every {every:g} environment steps"
         if every < 1:
             rhythm = f"{1 / every:g} gradient steps every environment step"
-        return f"{rhythm} (train_ratio {self.train_ratio:g}, batches of {self.batch_size} x {self.seq_len})"
+        rhythm += f" (train_ratio {self.train_ratio:g}, batches of {self.batch_size} x {self.seq_len})"
+        if self._family.random_start and self._n_updates == 0:
+            rhythm += f", and {self.schedule.first_updates} at once after {self.learning_starts} random steps"
+        return rhythm
 
     def _collect_step(self, callback: BaseCallback) -> bool:
         """Acts once in every environment and stores what came of it; False if the callback wants to stop.

@@ -90,15 +90,18 @@ class AgentSettings:
         return replace(self, **taken)
 
 
-def _planner_fields(given: Any) -> dict[str, int | float]:
+def _planner_fields(given: Any) -> dict[str, int | float | None]:
     """Fields of `PlannerConfig` as Python's numbers; the planner checks their ranges."""
     names = [item.name for item in fields(PlannerConfig)]
     if not isinstance(given, Mapping):
         raise ConfigurationError(f"planner_kwargs is {given!r}, expected a dictionary with some of {names}.")
-    found: dict[str, int | float] = {}
+    found: dict[str, int | float | None] = {}
     for name, value in given.items():
         if name not in names:
             raise ConfigurationError(f"Unknown field '{name}' in planner_kwargs{nearest(name, names)}")
+        if name == "discount" and value is None:  # the model's own
+            found[name] = None
+            continue
         whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
         found[name] = int(value) if whole else finite_number(name, value)
     return found

@@ -73,6 +73,13 @@ def test_no_plan_is_made_before_the_random_start_was_learned_from() -> None:
     assert updates == [20, 22, 24]  # a step of two environments owes two, which are paid during the next one
 
 
+def test_the_pretraining_is_announced() -> None:
+    told = "one gradient step every 1 environment steps (train_ratio 16, batches of 4 x 4)"
+    agent = make_agent()
+    assert agent._describe_schedule() == f"{told}, and 20 at once after 20 random steps"
+    assert agent.learn(20)._describe_schedule() == told
+
+
 def test_random_actions_fill_the_whole_space() -> None:
     agent = make_agent(learning_starts=300).learn(290)
     assert agent.replay_buffer is not None
@@ -303,6 +310,7 @@ def test_a_model_of_ones_own_is_planned_with() -> None:
     assert agent.actor.planner is not None and agent.actor.planner.config.num_samples == 16
     own = WorldFluxAgent(model, "Pendulum-v1", planner_kwargs={"horizon": 5})
     assert own.predict(observations(1), deterministic=True)[1][-1].shape == (1, 5, 1)
+    assert make_agent(planner_kwargs={"discount": None}).actor.planner.config.discount is None
 
 
 # --- official checkpoints
