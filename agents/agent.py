@@ -21,20 +21,19 @@ from torch import Tensor
 
 from worldflux.agents.acting import Acting, Actor, Memory
 from worldflux.agents.archive import ArchivePath, open_archive, write_archive
+from worldflux.agents.building import build_model, build_planner, checked_model_kwargs
 from worldflux.agents.description import COUNTERS, AgentDescription
 from worldflux.agents.losses import MeanLosses
 from worldflux.agents.normalization import normalized
 from worldflux.agents.schedule import UpdateSchedule
 from worldflux.agents.settings import AgentSettings
-from worldflux.agents.vec_envs import frames_per_vec_step, max_vec_episode_steps, steps_elsewhere
+from worldflux.agents.vec_envs import frames_per_vec_step, steps_elsewhere
 from worldflux.envs.make import as_env
 from worldflux.envs.record import VecEpisodeRecorder
 from worldflux.envs.spaces import ActionCodec, Array, ObservationCodec
 from worldflux.envs.watch import EnvWatch
 from worldflux.errors import CheckpointError, ConfigurationError, ShapeMismatchError, nearest
-from worldflux.factory import create_world_model, find_preset
 from worldflux.models.base import WEIGHTS_FILE, WorldModel
-from worldflux.models.planning import Planner, PlannerConfig
 from worldflux.training.batch import Batch
 from worldflux.training.config import TrainingConfig, resolve_device, whole_number
 from worldflux.training.replay import ReplayBuffer
@@ -165,7 +164,7 @@ class WorldFluxAgent(BaseAlgorithm):
         self._take_over(settings)
         self.replay_buffer: ReplayBuffer | None = None
         self._model_source = model
-        self._model_kwargs = _checked_model_kwargs(model_kwargs)
+        self._model_kwargs = checked_model_kwargs(model_kwargs)
         self._recorder: VecEpisodeRecorder | None = None
         self._watch: EnvWatch | None = None
         self._collected = 0  # transitions that the replay buffer has received
@@ -192,8 +191,14 @@ class WorldFluxAgent(BaseAlgorithm):
         self.set_random_seed(self.seed)
         self.obs_codec = ObservationCodec(self.observation_space)
         self.action_codec = ActionCodec(self.action_space)
-        self.policy = self._build_model()
-        self._check_model()
+        self.policy = build_model(
+            self._model_source,
+            self._model_kwargs,
+            self.obs_codec,
+            self.action_codec,
+            env=self.env,
+            device=self.device,
+        )
         self._family = self.model.online_defaults()
         self._take_over(self._settings().with_defaults(self.model))
         if self.seq_len < self._family.min_seq_len:
@@ -214,60 +219,14 @@ class WorldFluxAgent(BaseAlgorithm):
                 seed=self.seed or 0,
             ),
         )
-        self.actor = Actor(self.model, self.obs_codec, self.action_codec, self._make_planner())
+        planner = build_planner(self.model, self.planner, self.planner_kwargs)
+        self.actor = Actor(self.model, self.obs_codec, self.action_codec, planner)
         replayed = self.batch_size * self.seq_len
         made_up = int(self.learning_starts * self.train_ratio / replayed) if self._family.random_start else 1
         self.schedule = UpdateSchedule(self.train_ratio, replayed, max(made_up, 1))
         self._setup_lr_schedule()
         if self.env is not None:
             self.replay_buffer = self._make_buffer()
-
-    def _make_planner(self) -> Planner | None:
-        if self.planner is None:
-            return None
-        return Planner(self.model, PlannerConfig.from_model(self.model.config, **(self.planner_kwargs or {})))
-
-    def _build_model(self) -> WorldModel:
-        source = self._model_source
-        if isinstance(source, WorldModel):
-            if self._model_kwargs:
-                raise ConfigurationError(
-                    f"model_kwargs has {sorted(self._model_kwargs)}, but the model is built already. "
-                    "Pass a preset, or build the model with these fields."
-                )
-            return source.to(self.device)
-        if not isinstance(source, str | Path):
-            raise ConfigurationError(
-                f"model is a {type(source).__name__}, expected a preset, a saved directory or a WorldModel."
-            )
-        chosen = self._model_kwargs
-        preset = find_preset(source) if isinstance(source, str) else None
-        if preset is not None:
-            # What is saved knows its spaces, and `_check_model` compares them.
-            _, family = preset
-            max_steps = None if self.env is None else max_vec_episode_steps(self.env)
-            chosen = {**self._space_fields(), **family.config_class.episode_fields(max_steps), **chosen}
-        return create_world_model(source, device=self.device, **chosen)
-
-    def _space_fields(self) -> dict[str, Any]:
-        """What the model's configuration says of the spaces, by the names of its fields."""
-        return {
-            "obs_shape": self.obs_codec.obs_shape,
-            "obs_classes": self.obs_codec.obs_classes,
-            "action_type": self.action_codec.action_type,
-            "action_dim": self.action_codec.action_dim,
-            "action_classes": self.action_codec.action_classes,
-        }
-
-    def _check_model(self) -> None:
-        """A model that was built elsewhere must have been built for these spaces."""
-        config = self.model.config
-        for name, expected in self._space_fields().items():
-            if getattr(config, name) != expected:
-                raise ShapeMismatchError(
-                    f"The model has {name}={getattr(config, name)!r}, expected {expected!r} for this environment. "
-                    f"Build it with create_world_model(..., {name}={expected!r}), or pass the preset's name."
-                )
 
     def _take_over(self, settings: AgentSettings) -> None:
         for name, value in vars(settings).items():
@@ -711,16 +670,3 @@ class WorldFluxAgent(BaseAlgorithm):
             except Exception as error:  # safetensors raises its own Rust exception class
                 raise CheckpointError(f"{load_path_or_dict} has no readable {WEIGHTS_FILE}: {error}.") from error
         super().set_parameters({"policy": weights}, exact_match, device)  # type: ignore[dict-item]
-
-
-def _checked_model_kwargs(given: Any) -> dict[str, Any]:
-    if given is None:
-        return {}
-    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
-        raise ConfigurationError(
-            f"model_kwargs is {given!r}, expected a dictionary with fields of the model's configuration, "
-            "such as {'hidden_dim': 128}."
-        )
-    if "device" in given:
-        raise ConfigurationError(f"model_kwargs has device={given['device']!r}. Pass device to WorldFluxAgent itself.")
-    return dict(given)

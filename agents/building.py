@@ -1,0 +1,105 @@
+"""The model of an agent: found by its name or taken as it is, made for an environment's spaces, and planned with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from stable_baselines3.common.vec_env import VecEnv
+
+from worldflux.agents.vec_envs import max_vec_episode_steps
+from worldflux.envs.spaces import ActionCodec, ObservationCodec
+from worldflux.errors import ConfigurationError, ShapeMismatchError
+from worldflux.factory import create_world_model, find_preset
+from worldflux.models.base import WorldModel
+from worldflux.models.planning import Planner, PlannerConfig
+
+
+def build_model(
+    source: str | Path | WorldModel,
+    chosen: Mapping[str, Any],
+    obs_codec: ObservationCodec,
+    action_codec: ActionCodec,
+    *,
+    env: VecEnv | None,
+    device: torch.device,
+) -> WorldModel:
+    """A model for the spaces of an environment.
+
+    Args:
+        source: A preset, a directory written by `save_pretrained`, or a model.
+        chosen: Fields of the configuration to override.
+        obs_codec: Of the environment's observations.
+        action_codec: Of its actions.
+        env: Where the model shall act; a preset takes the length of episodes from it.
+        device: Where the model shall be.
+
+    Raises:
+        ConfigurationError: If the source is unknown, or a field does not fit.
+        ShapeMismatchError: If a model that exists was built for other spaces.
+    """
+    spaces = _space_fields(obs_codec, action_codec)
+    if isinstance(source, WorldModel):
+        if chosen:
+            raise ConfigurationError(
+                f"model_kwargs has {sorted(chosen)}, but the model is built already. "
+                "Pass a preset, or build the model with these fields."
+            )
+        model = source.to(device)
+    elif isinstance(source, str | Path):
+        preset = find_preset(source) if isinstance(source, str) else None
+        if preset is not None:
+            # What is saved knows its spaces, and they are compared below.
+            _, family = preset
+            max_steps = None if env is None else max_vec_episode_steps(env)
+            chosen = {**spaces, **family.config_class.episode_fields(max_steps), **chosen}
+        model = create_world_model(source, device=device, **chosen)
+    else:
+        raise ConfigurationError(
+            f"model is a {type(source).__name__}, expected a preset, a saved directory or a WorldModel."
+        )
+    _check_spaces(model, spaces)
+    return model
+
+
+def build_planner(model: WorldModel, planner: str | None, overrides: Mapping[str, Any] | None) -> Planner | None:
+    """What plans in the model; None where its policy acts."""
+    if planner is None:
+        return None
+    return Planner(model, PlannerConfig.from_model(model.config, **(overrides or {})))
+
+
+def checked_model_kwargs(given: Any) -> dict[str, Any]:
+    """`model_kwargs` as a dictionary; the configuration itself checks the fields."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise ConfigurationError(
+            f"model_kwargs is {given!r}, expected a dictionary with fields of the model's configuration, "
+            "such as {'hidden_dim': 128}."
+        )
+    if "device" in given:
+        raise ConfigurationError(f"model_kwargs has device={given['device']!r}. Pass device to WorldFluxAgent itself.")
+    return dict(given)
+
+
+def _space_fields(obs_codec: ObservationCodec, action_codec: ActionCodec) -> dict[str, Any]:
+    """What a model's configuration says of the spaces, by the names of its fields."""
+    return {
+        "obs_shape": obs_codec.obs_shape,
+        "obs_classes": obs_codec.obs_classes,
+        "action_type": action_codec.action_type,
+        "action_dim": action_codec.action_dim,
+        "action_classes": action_codec.action_classes,
+    }
+
+
+def _check_spaces(model: WorldModel, spaces: Mapping[str, Any]) -> None:
+    for name, expected in spaces.items():
+        if getattr(model.config, name) != expected:
+            raise ShapeMismatchError(
+                f"The model has {name}={getattr(model.config, name)!r}, expected {expected!r} for this environment. "
+                f"Build it with create_world_model(..., {name}={expected!r}), or pass the preset's name."
+            )
