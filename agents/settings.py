@@ -86,6 +86,9 @@ class AgentSettings:
         defaults = model.online_defaults()
         own = {"learning_rate": model.optimizer_spec.learning_rate, **vars(defaults)}
         taken = {name: own[name] for name, value in vars(self).items() if value is None and name in own}
+        filled = {**vars(self), **taken}
+        if filled["train_ratio"] is None:
+            taken["train_ratio"] = float(filled["batch_size"] * filled["seq_len"])
         taken["planner"] = defaults.planner if self.planner == "auto" else self.planner
         return replace(self, **taken)
 

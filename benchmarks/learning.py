@@ -92,6 +92,9 @@ TASKS = {
         600.0,
         preset="tdmpc2:tiny",
     ),
+    "dmc_walker_stand_tdmpc2": Task(
+        "dmc/walker-stand, TD-MPC2", lambda: make_env("dmc/walker-stand"), 12_000, 800.0, preset="tdmpc2:tiny"
+    ),
     "atari100k_boxing": Task(
         "atari100k/boxing (64x64 pixels)",
         lambda: make_env("atari100k/boxing"),

@@ -104,6 +104,11 @@ def test_the_numbers_are_the_papers() -> None:
     assert agent.planner == "mppi"
 
 
+def test_batches_of_any_size_are_trained_on_once_for_each_environment_step() -> None:
+    agent = make_agent(batch_size=7, seq_len=9, train_ratio=None)
+    assert agent.train_ratio == 63.0 and agent.schedule.env_steps_per_update == 1.0
+
+
 def test_windows_are_drawn_at_random_from_the_beginning(trained: WorldFluxAgent, monkeypatch: Any) -> None:
     asked: list[Any] = []
     assert trained.replay_buffer is not None

@@ -165,8 +165,9 @@ def parameter_groups(parameters: Iterable[nn.Parameter | ParameterGroup]) -> lis
 class OnlineDefaults:
     """A family's own numbers for learning in an environment."""
 
-    train_ratio: float
-    """Replayed time steps per environment step. Higher learns more from each step and takes longer."""
+    train_ratio: float | None
+    """Replayed time steps per environment step. Higher learns more from each step and takes longer. None: one gradient
+    step for each environment step, whatever the size of its batch."""
     batch_size: int
     """Windows per gradient step."""
     seq_len: int

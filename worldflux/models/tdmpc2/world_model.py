@@ -268,10 +268,10 @@ class TDMPC2(LatentModel):
 
         The start lasts for five episodes and at least 1000 steps, and as many gradient steps follow it at once.
         """
-        rows, windows_per_step = self.config.horizon + 1, 256
+        rows = self.config.horizon + 1
         return OnlineDefaults(
-            train_ratio=float(windows_per_step * rows),
-            batch_size=windows_per_step,
+            train_ratio=None,
+            batch_size=256,
             seq_len=rows,
             buffer_size=1_000_000,
             learning_starts=max(1000, 5 * self.config.episode_length),
