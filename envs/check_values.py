@@ -9,9 +9,9 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from gymnasium.wrappers import TimeLimit
 
 from worldflux.envs.spaces import ActionCodec
+from worldflux.envs.wrappers import max_episode_steps
 
 MOST_ACTIONS = 1000
 """Of a space with more options, only so many are tried."""
@@ -70,15 +70,7 @@ def extreme_actions(codec: ActionCodec) -> Iterator[Any]:
 
 def has_time_limit(env: gym.Env[Any, Any]) -> bool:
     """Whether an environment cuts its episodes after so many steps."""
-    if env.spec is not None and env.spec.max_episode_steps is not None:
-        return True
-    if env.has_wrapper_attr("max_episode_steps") and env.get_wrapper_attr("max_episode_steps") is not None:
-        return True
-    while isinstance(env, gym.Wrapper):
-        if isinstance(env, TimeLimit):
-            return True
-        env = env.env
-    return False
+    return max_episode_steps(env) is not None
 
 
 def same_bytes(one: Any, other: Any) -> bool:

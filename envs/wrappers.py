@@ -44,11 +44,17 @@ def frames_per_step(env: gym.Env[Any, Any]) -> int:
 
 
 def max_episode_steps(env: gym.Env[Any, Any]) -> int | None:
-    """Steps after which an environment cuts its episodes, by its attribute of this name or its specification."""
-    if env.has_wrapper_attr("max_episode_steps"):
-        steps = env.get_wrapper_attr("max_episode_steps")
-        return None if steps is None else int(steps)
-    return None if env.spec is None else env.spec.max_episode_steps
+    """Steps after which an environment cuts its episodes; None where it does not say.
+
+    Looked for in its attribute of this name, in its specification, and in Gymnasium's `TimeLimit` around it.
+    """
+    for name in ("max_episode_steps", "_max_episode_steps"):
+        steps = env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else None
+        if steps is None and env.spec is not None:
+            steps = env.spec.max_episode_steps
+        if steps is not None:
+            return int(steps)
+    return None
 
 
 class ResizeImages(gym.ObservationWrapper[Any, Any, Any]):

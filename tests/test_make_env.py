@@ -25,7 +25,7 @@ from worldflux.envs.suites import (
     DMC_TASKS,
     DMC_TDMPC2,
 )
-from worldflux.envs.wrappers import frames_per_step
+from worldflux.envs.wrappers import frames_per_step, max_episode_steps
 from worldflux.errors import ConfigurationError, MissingDependencyError
 
 
@@ -204,6 +204,14 @@ def test_repeats_of_repeats_count_all_their_frames() -> None:
     assert frames_per_step(env) == 3
     assert frames_per_step(ActionRepeat(env, 2)) == 6
     assert frames_per_step(make_env("CartPole-v1")) == 1
+
+
+def test_a_time_limit_is_found_wherever_it_is_and_shrinks_with_repeats() -> None:
+    limited = gym.wrappers.TimeLimit(CountingEnv(), 30)  # CountingEnv has no specification
+    assert max_episode_steps(limited) == 30 and max_episode_steps(ActionRepeat(limited, 4)) == 8
+    assert max_episode_steps(make_env("CartPole-v1")) == 500
+    assert max_episode_steps(make_env("dmc/walker-walk", action_repeat=4)) == 250
+    assert max_episode_steps(CountingEnv()) is None and max_episode_steps(ActionRepeat(CountingEnv(), 2)) is None
 
 
 @pytest.mark.parametrize("options", [{"action_repeat": 0}, {"action_repeat": 2.0}, {"action_repeat": True}])
