@@ -134,14 +134,14 @@ def measure_online(preset: str, options: argparse.Namespace) -> dict[str, object
     settings = {"batch_size": options.batch, "seq_len": options.length, "device": options.device}
     agent = WorldFluxAgent(preset, env, seed=0, learning_starts=300, **settings)
     agent.learn(320 + options.envs)  # the start and the training that it owes are not counted
-    assert agent.replay_buffer is not None and agent._recorder is not None
+    assert agent.replay_buffer is not None and agent._collector is not None
     watch = Stopwatch()
     for owner, names, label in (
         (agent.actor, ("observe", "act"), "acting"),
         (agent.replay_buffer, ("sample",), "sampling"),
         (agent.trainer, ("step",), "training"),
         (env, ("step_wait",), "stepping"),
-        (agent._recorder, ("add_vec_step",), "recording"),
+        (agent._collector.recorder, ("add_vec_step",), "recording"),
     ):
         for name in names:
             setattr(owner, name, watch.wrapped(label, getattr(owner, name)))

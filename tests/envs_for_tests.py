@@ -152,3 +152,30 @@ class DiceEnv(gym.Env[Any, Any]):
         if self.obs_kind == "vector":
             return vector
         return {"vector": vector, "image": self.np_random.integers(0, 256, (12, 10, 3), dtype=np.uint8)}
+
+
+class Aim(gym.Env[Any, Any]):
+    """Shows a number, and pays more the nearer the action comes to it, for five steps.
+
+    The best return is 5; random actions earn about 1.7.
+    """
+
+    BEST = 5.0
+
+    def __init__(self) -> None:
+        self.observation_space = spaces.Box(-1, 1, (1,), np.float32)
+        self.action_space = spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.t = 0
+        return self._show(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        reward = 1.0 - abs(float(action[0] - self.shown[0]))
+        self.t += 1
+        return self._show(), reward, False, self.t == 5, {}
+
+    def _show(self) -> np.ndarray:
+        self.shown = self.np_random.uniform(-1, 1, 1).astype(np.float32)
+        return self.shown
