@@ -19,30 +19,24 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorD
 from stable_baselines3.common.utils import check_for_correct_spaces, get_system_info, safe_mean
 from torch import Tensor
 
-from worldflux.agents.acting import Acting, Actor, Memory
+from worldflux.agents.acting import Actor, Memory
 from worldflux.agents.archive import ArchivePath, open_archive, write_archive
 from worldflux.agents.building import build_model, build_planner, checked_model_kwargs
-from worldflux.agents.description import COUNTERS, AgentDescription
-from worldflux.agents.losses import MeanLosses
-from worldflux.agents.normalization import normalized
+from worldflux.agents.collecting import Collector
+from worldflux.agents.description import LOOP_COUNTERS, AgentDescription
+from worldflux.agents.learning import Learner
 from worldflux.agents.schedule import UpdateSchedule
 from worldflux.agents.settings import AgentSettings
 from worldflux.agents.vec_envs import frames_per_vec_step, steps_elsewhere
 from worldflux.envs.make import as_env
-from worldflux.envs.record import VecEpisodeRecorder
-from worldflux.envs.spaces import ActionCodec, Array, ObservationCodec
-from worldflux.envs.watch import EnvWatch
+from worldflux.envs.spaces import ActionCodec, ObservationCodec
 from worldflux.errors import CheckpointError, ConfigurationError, ShapeMismatchError, nearest
 from worldflux.models.base import WEIGHTS_FILE, WorldModel
-from worldflux.training.batch import Batch
 from worldflux.training.config import TrainingConfig, resolve_device, whole_number
 from worldflux.training.replay import ReplayBuffer
 from worldflux.training.trainer import Trainer
 
 SelfAgent = TypeVar("SelfAgent", bound="WorldFluxAgent")
-
-CHECK_INTERVAL = 100
-"""Gradient steps between looks at whether all losses were finite. A look costs a wait for the device."""
 
 
 class WorldFluxAgent(BaseAlgorithm):
@@ -165,17 +159,10 @@ class WorldFluxAgent(BaseAlgorithm):
         self.replay_buffer: ReplayBuffer | None = None
         self._model_source = model
         self._model_kwargs = checked_model_kwargs(model_kwargs)
-        self._recorder: VecEpisodeRecorder | None = None
-        self._watch: EnvWatch | None = None
-        self._collected = 0  # transitions that the replay buffer has received
-        self._updates_owed = 0  # gradient steps that the schedule handed out and nobody has taken yet
-        self._acting: Acting | None = None  # of the last step of `learn`
-        self._training_started = False
+        self._collector: Collector | None = None  # while the episodes in flight are known
         self._random_started = False
         self._steps_elsewhere = False
         self._frames_per_step = 1
-        self._losses = MeanLosses()
-        self.last_losses: Mapping[str, Tensor] = {}
         if _init_setup_model:
             self._setup_model()
 
@@ -183,6 +170,20 @@ class WorldFluxAgent(BaseAlgorithm):
     def model(self) -> WorldModel:
         """The world model."""
         return self.policy
+
+    @property
+    def last_losses(self) -> Mapping[str, Tensor]:
+        """Of the last gradient step, as tensors on the device; empty before the first."""
+        return self._learner.last_losses
+
+    @property
+    def _n_updates(self) -> int:
+        """SB3's name of the number of gradient steps."""
+        return self._learner.n_updates
+
+    @_n_updates.setter
+    def _n_updates(self, count: int) -> None:
+        assert count == 0, "the learner counts"  # SB3's constructor says 0, before there is one
 
     # --- setting up
 
@@ -199,11 +200,11 @@ class WorldFluxAgent(BaseAlgorithm):
             env=self.env,
             device=self.device,
         )
-        self._family = self.model.online_defaults()
+        family = self.model.online_defaults()
         self._take_over(self._settings().with_defaults(self.model))
-        if self.seq_len < self._family.min_seq_len:
+        if self.seq_len < family.min_seq_len:
             raise ConfigurationError(
-                f"seq_len is {self.seq_len}, expected at least {self._family.min_seq_len} for this model's losses."
+                f"seq_len is {self.seq_len}, expected at least {family.min_seq_len} for this model's losses."
             )
         spec = self.model.optimizer_spec
         self.trainer = Trainer(
@@ -222,8 +223,11 @@ class WorldFluxAgent(BaseAlgorithm):
         planner = build_planner(self.model, self.planner, self.planner_kwargs)
         self.actor = Actor(self.model, self.obs_codec, self.action_codec, planner)
         replayed = self.batch_size * self.seq_len
-        made_up = int(self.learning_starts * self.train_ratio / replayed) if self._family.random_start else 1
+        made_up = int(self.learning_starts * self.train_ratio / replayed) if family.random_start else 1
         self.schedule = UpdateSchedule(self.train_ratio, replayed, max(made_up, 1))
+        self._learner = Learner(
+            self.trainer, self.schedule, family, learning_starts=self.learning_starts, window=self._window
+        )
         self._setup_lr_schedule()
         if self.env is not None:
             self.replay_buffer = self._make_buffer()
@@ -277,21 +281,19 @@ class WorldFluxAgent(BaseAlgorithm):
 
     def _begin_episodes(self) -> None:
         """The environments were just reset, to `_last_obs`."""
-        if self._recorder is None or self._watch is None:
-            assert self.replay_buffer is not None and self.env is not None
-            self._recorder = VecEpisodeRecorder(self.replay_buffer, self.env)
-            self._watch = EnvWatch(self.env)
+        assert self.replay_buffer is not None and self.env is not None
+        if self._collector is None:
+            self._collector = Collector(self.env, self.replay_buffer, self.actor, replay_context=self.replay_context)
             self._steps_elsewhere = steps_elsewhere(self.env)
             self._frames_per_step = frames_per_vec_step(self.env)
-        self._recorder.begin(self._last_obs)
-        self._watch.mark()
+        self._collector.begin(self._last_obs)
         self._last_episode_starts = np.ones(self.n_envs, dtype=bool)
 
     def _leave_episodes(self) -> None:
         """Closes the episodes in flight; the next `learn` starts new ones."""
-        if self._recorder is not None:
-            self._recorder.interrupt()
-        self._recorder, self._watch, self._acting, self._last_obs = None, None, None, None
+        if self._collector is not None:
+            self._collector.close()
+        self._collector, self._last_obs = None, None
 
     # --- learning
 
@@ -331,7 +333,7 @@ class WorldFluxAgent(BaseAlgorithm):
             ConfigurationError: If there is no environment, or a number is out of its range.
             TrainingError: If a loss is not finite; it names the loss and the step.
         """
-        if self.env is None:
+        if self.env is None or self.replay_buffer is None:
             raise ConfigurationError("The agent has no environment to learn in. Call set_env, or pass env to load.")
         if isinstance(total_timesteps, float) and total_timesteps % 1 == 0:  # such as 1e5
             total_timesteps = int(total_timesteps)
@@ -342,15 +344,15 @@ class WorldFluxAgent(BaseAlgorithm):
             total_timesteps, callback, reset_num_timesteps, tb_log_name or self.model.config.model_type, progress_bar
         )
         if self.verbose >= 1:
-            print(self._describe_schedule())
+            print(self._learner.describe_schedule())
         callback.on_training_start(locals(), globals())
         try:
             keep_going = True
             while keep_going and self.num_timesteps < total_timesteps:
                 logged_episodes = self._episode_num
                 keep_going = self._collect_step(callback)
-                if keep_going and self._can_train():
-                    self._updates_owed += self.schedule.updates_due(self.n_envs)
+                if keep_going:
+                    self._learner.owe(self.n_envs, self.replay_buffer)
                 if not self._steps_elsewhere:
                     self._train()
                 if log_interval is not None and self._episode_num // log_interval > logged_episodes // log_interval:
@@ -379,7 +381,7 @@ class WorldFluxAgent(BaseAlgorithm):
             # Again, because other things may have drawn random numbers since the model was built.
             self.set_random_seed(self.seed)
             self._random_started = True
-        if self._watch is not None and self._watch.moved:
+        if self._collector is not None and self._collector.moved:
             self._leave_episodes()
         starts_episodes = reset_num_timesteps or self._last_obs is None
         set_up = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
@@ -387,42 +389,24 @@ class WorldFluxAgent(BaseAlgorithm):
             self._begin_episodes()
         return set_up
 
-    def _describe_schedule(self) -> str:
-        every = self.schedule.env_steps_per_update
-        if every == float("inf"):
-            return "train_ratio is 0: collecting without training"
-        rhythm = f"one gradient step every {every:g} environment steps"
-        if every < 1:
-            rhythm = f"{1 / every:g} gradient steps every environment step"
-        rhythm += f" (train_ratio {self.train_ratio:g}, batches of {self.batch_size} x {self.seq_len})"
-        if self._family.random_start and self._n_updates == 0:
-            rhythm += f", and {self.schedule.first_updates} at once after {self.learning_starts} random steps"
-        return rhythm
-
     def _collect_step(self, callback: BaseCallback) -> bool:
         """Acts once in every environment and stores what came of it; False if the callback wants to stop.
 
         Gradient steps that earlier environment steps owe are taken while other processes make this one.
         """
-        assert self.env is not None and self._recorder is not None and self._watch is not None
+        assert self.env is not None and self._collector is not None
         callback.on_rollout_start()
-        if self._watch.moved:
+        if self._collector.moved:
             self._leave_episodes()
             self._last_obs = self.env.reset()  # type: ignore[assignment]
             self._begin_episodes()
-        library_actions, extras = self._act()
-        actions = self.action_codec.to_env(library_actions)
-        self.env.step_async(actions)
-        try:
-            self._train()
-        finally:  # other processes answer once to each step, whatever happened here
-            new_obs, rewards, dones, infos = self.env.step_wait()
-        self._watch.mark()
+        assert self._last_episode_starts is not None
+        actions, new_obs, rewards, dones, infos = self._collector.step(
+            self._last_obs, self._last_episode_starts, at_random=self._learner.acts_at_random, meanwhile=self._train
+        )
         self.num_timesteps += self.n_envs
-
-        self._recorder.add_vec_step(library_actions, new_obs, rewards, dones, infos, extras=extras)
-        self._collected += self.n_envs
-        self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
+        self._learner.collected += self.n_envs
+        self._last_obs, self._last_episode_starts = new_obs, dones
         self._episode_num += int(np.count_nonzero(dones))
         self._update_info_buffer(infos, dones)
         self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
@@ -432,60 +416,10 @@ class WorldFluxAgent(BaseAlgorithm):
         callback.on_rollout_end()
         return keep_going
 
-    def _act(self) -> tuple[Array, dict[str, Array]]:
-        """Samples an action for every environment; with the state it was chosen in, for the replay.
-
-        Returns:
-            Actions in the library's form `[n_envs, A]`, and `{name: [n_envs, ...]}`.
-        """
-        assert self._recorder is not None and self._recorder.obs is not None and self._last_episode_starts is not None
-        obs = self._recorder.obs
-        if self._vec_normalize_env is not None:
-            obs, _ = self.obs_codec.encode_any(self._last_obs)
-        starts = self._last_episode_starts
-        acting = self._acting if self._acting is not None else self.actor.start(self.n_envs)
-        acting = self.actor.observe(acting, obs, starts, deterministic=False)
-        untrained = self._n_updates == 0 and (self._updates_owed > 0 or not self._training_started)
-        if self._family.random_start and untrained:
-            sampled = np.stack([self.action_space.sample() for _ in range(self.n_envs)])
-            drawn = torch.from_numpy(self.action_codec.from_env(sampled)).to(acting.actions.device)
-            self._acting = acting = replace(acting, actions=drawn)
-        else:
-            self._acting = acting = self.actor.act(acting, starts, deterministic=False)
-        extras = self.model.extras_from_state(acting.state) if self.replay_context else {}
-        return acting.actions.cpu().numpy(), {name: value.cpu().numpy() for name, value in extras.items()}
-
-    def _can_train(self) -> bool:
-        """Whether the buffer has received what training starts with; once it has, that stays so.
-
-        What it still holds would be the wrong measure: very short episodes can fill its rows with fewer transitions.
-        """
-        assert self.replay_buffer is not None
-        if not self._training_started:
-            self._training_started = (
-                self._collected >= self.learning_starts
-                and self.replay_buffer.num_windows(self._window) >= self.batch_size
-            )
-        return self._training_started
-
     def _train(self) -> None:
-        """Takes the gradient steps that are owed; an interruption leaves the rest of them for the next call."""
-        while self._updates_owed and self._training_started:
-            self.last_losses = self.trainer.step(self._sample(), self.replay_buffer)
-            self._losses.add(self.last_losses)
-            self._updates_owed -= 1
-            self._n_updates += 1
-            if self._n_updates % CHECK_INTERVAL == 0:
-                self.trainer.check_finite()
-
-    def _sample(self) -> Batch:
-        """Windows from the buffer, normalised as the policy sees observations now."""
+        """Takes the gradient steps that are owed."""
         assert self.replay_buffer is not None
-        normalize, fresh = self._vec_normalize_env, self._family.fresh_windows
-        if normalize is None or not normalize.norm_obs:
-            return self.replay_buffer.sample(self.batch_size, self._window, self.trainer.device, fresh=fresh)
-        batch = self.replay_buffer.sample(self.batch_size, self._window, fresh=fresh)
-        return replace(batch, obs=normalized(batch.obs, normalize))
+        self._learner.train(self.replay_buffer, self._vec_normalize_env)
 
     def dump_logs(self) -> None:
         """Writes what happened since the last dump to the logger, under SB3's names."""
@@ -506,7 +440,7 @@ class WorldFluxAgent(BaseAlgorithm):
             record("time/total_frames", self.num_timesteps * self._frames_per_step, exclude="tensorboard")
         record("train/n_updates", self._n_updates, exclude="tensorboard")
         record("train/learning_rate", self.learning_rate)
-        for name, mean in self._losses.take().items():
+        for name, mean in self._learner.mean_losses.take().items():
             record(f"train/{name}", mean)
         self.logger.dump(step=self.num_timesteps)
 
@@ -560,7 +494,7 @@ class WorldFluxAgent(BaseAlgorithm):
             action_space=self.action_space,
             n_envs=self.n_envs,
             settings=self._settings(),
-            counters={name: getattr(self, name) for name in COUNTERS},
+            counters={name: getattr(self, name) for name in LOOP_COUNTERS} | self._learner.counters(),
             progress_remaining=self._current_progress_remaining,
             schedule=self.schedule.state_dict(),
         )
@@ -615,12 +549,11 @@ class WorldFluxAgent(BaseAlgorithm):
             agent._setup_model()
             agent.trainer.load_checkpoint(checkpoint)
         agent._model_source = agent.model
-        for name, value in saved.counters.items():
-            setattr(agent, name, value)
+        for name in LOOP_COUNTERS:
+            setattr(agent, name, saved.counters[name])
         agent._current_progress_remaining = saved.progress_remaining
         agent.schedule.load_state_dict(saved.schedule)
-        if not agent.train_ratio:
-            agent._updates_owed = 0
+        agent._learner.load_counters(saved.counters)
         # A saved agent's random streams go on; only one that was seeded anew starts them again.
         agent._random_started = "seed" not in kwargs
         return agent
@@ -652,7 +585,8 @@ class WorldFluxAgent(BaseAlgorithm):
             )
         buffer.end_episodes()
         self._leave_episodes()
-        self.replay_buffer, self._collected, self._training_started = buffer, buffer.num_transitions, False
+        self.replay_buffer = buffer
+        self._learner.take_new_buffer(buffer)
 
     def set_parameters(
         self,

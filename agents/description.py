@@ -12,15 +12,11 @@ from worldflux.agents.settings import AgentSettings, count, finite_number
 from worldflux.agents.spaces_json import space_from_json, space_to_json
 from worldflux.errors import CheckpointError, ConfigurationError
 
-COUNTERS = (
-    "num_timesteps",
-    "_total_timesteps",
-    "_num_timesteps_at_start",
-    "_n_updates",
-    "_updates_owed",
-    "_episode_num",
-)
+LOOP_COUNTERS = ("num_timesteps", "_total_timesteps", "_num_timesteps_at_start", "_episode_num")
 """Attributes of an agent that go on counting after loading."""
+
+COUNTERS = (*LOOP_COUNTERS, "_n_updates", "_updates_owed")
+"""These and what its `Learner` goes on counting."""
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def test_a_window_is_trained_on_once_when_it_is_complete() -> None:
     agent = make_agent(counting_envs(1, lengths=(10_000,)), train_ratio=1e-6, learning_starts=0, replay_context=False)
     agent.learn(50)
 
-    batches = [agent._sample() for _ in range(3)]
+    batches = [agent._learner.sample(agent.replay_buffer, agent.get_vec_normalize_env()) for _ in range(3)]
 
     # The first gradient step, after 7 rows, had the first window; two of six rows come with each batch from then on.
     assert agent._n_updates == 1
@@ -273,7 +273,7 @@ def test_normalised_observations_reach_the_model_and_raw_ones_the_buffer() -> No
     assert_rows_belong_together(raw.obs.numpy(), raw.actions.numpy(), raw.rewards.numpy(), raw.is_first.numpy())
     assert raw.rewards.max() > 20
     agent.replay_buffer.seed(1)
-    seen = agent._sample().obs
+    seen = agent._learner.sample(agent.replay_buffer, agent.get_vec_normalize_env()).obs
     agent.replay_buffer.seed(1)
     stored = agent.replay_buffer.sample(agent.batch_size, agent._window).obs
     expected = agent.get_vec_normalize_env().normalize_obs(stored.numpy())
@@ -737,7 +737,7 @@ def test_settings_that_are_not_given_are_the_familys_own() -> None:
         agent.learning_rate == agent.model.optimizer_spec.learning_rate
         and agent.learning_starts == defaults.learning_starts
     )
-    assert agent._describe_schedule().startswith("one gradient step every 1 environment steps")
+    assert agent._learner.describe_schedule().startswith("one gradient step every 1 environment steps")
 
 
 @pytest.mark.parametrize(

@@ -76,8 +76,8 @@ def test_no_plan_is_made_before_the_random_start_was_learned_from() -> None:
 def test_the_pretraining_is_announced() -> None:
     told = "one gradient step every 1 environment steps (train_ratio 16, batches of 4 x 4)"
     agent = make_agent()
-    assert agent._describe_schedule() == f"{told}, and 20 at once after 20 random steps"
-    assert agent.learn(20)._describe_schedule() == told
+    assert agent._learner.describe_schedule() == f"{told}, and 20 at once after 20 random steps"
+    assert agent.learn(20)._learner.describe_schedule() == told
 
 
 def test_random_actions_fill_the_whole_space() -> None:
@@ -116,7 +116,7 @@ def test_windows_are_drawn_at_random_from_the_beginning(trained: WorldFluxAgent,
     monkeypatch.setattr(
         trained.replay_buffer, "sample", lambda *args, **kwargs: (asked.append(kwargs["fresh"]), sample(*args))[1]
     )
-    trained._sample()
+    trained._learner.sample(trained.replay_buffer, trained.get_vec_normalize_env())
     assert asked == [False]
 
 
