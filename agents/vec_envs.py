@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from gymnasium.vector import AsyncVectorEnv
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 from worldflux.envs.vector import GymnasiumVecEnv
+from worldflux.envs.wrappers import stated_frames, stated_limit
 
 
 def steps_elsewhere(venv: VecEnv) -> bool:
@@ -20,19 +22,12 @@ def steps_elsewhere(venv: VecEnv) -> bool:
 
 def max_vec_episode_steps(venv: VecEnv) -> int | None:
     """Steps after which each environment cuts its episodes; None where it does not say."""
-    steps = _of_the_first(venv, "max_episode_steps")
-    if steps is None:
-        steps = getattr(_of_the_first(venv, "spec"), "max_episode_steps", None)
-    if steps is None:
-        # Gymnasium's TimeLimit around an environment that has no specification.
-        steps = _of_the_first(venv, "_max_episode_steps")
-    return None if steps is None else int(steps)
+    return stated_limit(partial(_of_the_first, venv))
 
 
 def frames_per_vec_step(venv: VecEnv) -> int:
     """Frames that a step of each environment takes, by the attribute `action_repeat`; 1 where there is none."""
-    repeat = _of_the_first(venv, "action_repeat")
-    return 1 if repeat is None else int(repeat)
+    return stated_frames(partial(_of_the_first, venv))
 
 
 def _of_the_first(venv: VecEnv, name: str) -> Any:

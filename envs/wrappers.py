@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -40,21 +41,36 @@ class ActionRepeat(RepeatAction[Any, Any]):
 
 def frames_per_step(env: gym.Env[Any, Any]) -> int:
     """Frames (steps of the simulator) that one step of an environment takes, by its attribute `action_repeat`."""
-    return int(env.get_wrapper_attr("action_repeat")) if env.has_wrapper_attr("action_repeat") else 1
+    return stated_frames(_attributes(env))
 
 
 def max_episode_steps(env: gym.Env[Any, Any]) -> int | None:
-    """Steps after which an environment cuts its episodes; None where it does not say.
+    """Steps after which an environment cuts its episodes; None where it does not say."""
+    return stated_limit(_attributes(env))
 
-    Looked for in its attribute of this name, in its specification, and in Gymnasium's `TimeLimit` around it.
+
+def stated_frames(attribute: Callable[[str], Any]) -> int:
+    """`frames_per_step` of whatever can be asked for attributes, None where it has none of a name."""
+    repeat = attribute("action_repeat")
+    return 1 if repeat is None else int(repeat)
+
+
+def stated_limit(attribute: Callable[[str], Any]) -> int | None:
+    """`max_episode_steps` of whatever can be asked for attributes, None where it has none of a name.
+
+    Looked for in the attribute of this name, in the specification, and in Gymnasium's `TimeLimit`, which keeps it to
+    itself and may stand around an environment that has no specification.
     """
-    for name in ("max_episode_steps", "_max_episode_steps"):
-        steps = env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else None
-        if steps is None and env.spec is not None:
-            steps = env.spec.max_episode_steps
-        if steps is not None:
-            return int(steps)
-    return None
+    steps = attribute("max_episode_steps")
+    if steps is None:
+        steps = getattr(attribute("spec"), "max_episode_steps", None)
+    if steps is None:
+        steps = attribute("_max_episode_steps")
+    return None if steps is None else int(steps)
+
+
+def _attributes(env: gym.Env[Any, Any]) -> Callable[[str], Any]:
+    return lambda name: env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else None
 
 
 class ResizeImages(gym.ObservationWrapper[Any, Any, Any]):
