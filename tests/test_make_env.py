@@ -251,6 +251,13 @@ def test_images_of_every_layout_are_averaged_over_areas(layout: str) -> None:
     assert env.observation_space.contains(obs)
 
 
+def test_every_pixel_has_its_share_in_a_smaller_image() -> None:
+    stripes = np.zeros((32, 32, 3), np.uint8)
+    stripes[:, ::2] = 200
+    obs, _ = ResizeImages(Pictures(stripes, image_space(32, 32, 3)), 16).reset()
+    np.testing.assert_array_equal(obs, np.full((16, 16, 3), 100, np.uint8))
+
+
 def test_in_a_dictionary_only_images_are_resized() -> None:
     space = spaces.Dict({"camera": image_space(40, 60, 3), "speed": spaces.Box(0, 1, (2,)), "mode": spaces.Discrete(3)})
     given = {"camera": halves(40, 60), "speed": np.array([0.5, 0.1], np.float32), "mode": np.int64(2)}
@@ -301,6 +308,7 @@ def test_ctrl_c_reaches_this_process_and_not_the_environments_processes() -> Non
     code = (
         "import os, signal, numpy as np; from worldflux.envs import make_vec_env\n"
         "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job inherits that it is ignored
         "    envs = make_vec_env('CartPole-v1', 2, processes=True); envs.reset()\n"
         "    try:\n"
         "        os.killpg(0, signal.SIGINT); signal.pause()\n"
