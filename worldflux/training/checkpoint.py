@@ -53,9 +53,8 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     beside.mkdir()
     try:
         yield beside
-        for file in beside.rglob("*"):
-            if file.is_file():
-                _sync(file)
+        for entry in beside.rglob("*"):
+            _sync(entry)
         _sync(beside)
         aside = path.with_name(_ASIDE.format(name=path.name))
         if path.exists():

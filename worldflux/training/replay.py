@@ -498,6 +498,22 @@ class ReplayBuffer:
 
     # --- files
 
+    def stored(self) -> tuple[RowStore, np.ndarray]:
+        """What it holds, for who keeps it on disk: the rows, and where the fresh windows of each stream begin.
+
+        Both are the buffer's own; `[n_envs]` int64 the second.
+        """
+        return self._rows, self._fresh
+
+    def checked_final_obs(self, final_obs: Any, envs: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows `envs` of `final_obs`, an array or a dict of them, by key as they are stored. `[E, ...]` each.
+
+        Raises:
+            ShapeMismatchError: If `final_obs` has another shape than `[n_envs, ...]`.
+            BufferError: If it cannot be stored.
+        """
+        return self._checked_finals(final_obs, envs)
+
     def save(self, path: str | Path) -> None:
         """Writes everything but the extras and the sampler's state to exactly `path`, an `.npz` without pickle.
 
