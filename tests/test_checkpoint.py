@@ -20,8 +20,9 @@ import torch
 from training_fakes import MemoryProvider, NoisyRegression
 
 from worldflux.errors import CheckpointError
+from worldflux.files import atomic_directory, recover_directory
 from worldflux.training import Trainer, TrainingConfig
-from worldflux.training.checkpoint import atomic_directory, random_state, recover_directory, set_random_state
+from worldflux.training.randomness import random_state, set_random_state
 from worldflux.training.replay import ReplayBuffer
 
 CONFIG = TrainingConfig(
@@ -318,7 +319,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
 
 _WRITER = """
 import sys
-from worldflux.training.checkpoint import atomic_directory
+from worldflux.files import atomic_directory
 i = 0
 while True:
     i += 1

@@ -21,9 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worldflux.errors import CheckpointError, ConfigurationError, ShapeMismatchError, WorldFluxError
+from worldflux.files import atomic_directory
 from worldflux.training import rows as row_store
 from worldflux.training import segments as segment_files
-from worldflux.training.checkpoint import atomic_directory
 from worldflux.training.npz import NpzFile, write_npz
 from worldflux.training.replay import ReplayBuffer
 from worldflux.training.replay_segments import ReplaySegments

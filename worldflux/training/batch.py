@@ -5,6 +5,7 @@ This module imports nothing but torch, so that models can name `Batch` without i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -83,18 +84,34 @@ class Batch:
         """T, the rows of each window."""
         return self.rewards.shape[1]
 
-    def to(self, device: str | torch.device) -> Batch:
-        """The same batch on `device`; `rows` stay on the CPU, where the buffer reads them."""
-        moved: dict[str, Any] = {}
+    def to(self, device: str | torch.device, *, non_blocking: bool = False) -> Batch:
+        """The same batch on `device`; `rows` stay on the CPU, where the buffer reads them.
+
+        Args:
+            device: Where to.
+            non_blocking: As in `torch.Tensor.to`: from pinned memory the copies are only begun.
+        """
+        return self._with_each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in memory from which a CUDA device copies by itself; `rows` are left alone."""
+        return self._with_each(Tensor.pin_memory)
+
+    def tensors(self) -> list[Tensor]:
+        """All its tensors but `rows`."""
+        return [tensor for name, tensor in self._named_tensors() if name != "rows"]
+
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        changed: dict[str, Any] = {}
         for part in fields(self):
             value = getattr(self, part.name)
             if value is None or part.name == "rows":
-                moved[part.name] = value
+                changed[part.name] = value
             elif isinstance(value, dict):
-                moved[part.name] = {name: tensor.to(device) for name, tensor in value.items()}
+                changed[part.name] = {name: change(tensor) for name, tensor in value.items()}
             else:
-                moved[part.name] = value.to(device)
-        return Batch(**moved)
+                changed[part.name] = change(value)
+        return Batch(**changed)
 
     def _named_tensors(self) -> list[tuple[str, Tensor]]:
         named: list[tuple[str, Tensor]] = []

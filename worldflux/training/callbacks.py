@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from worldflux.errors import ConfigurationError, MissingDependencyError, nearest
-from worldflux.training.checkpoint import remove_directory
+from worldflux.training.checkpoint import checkpoint_name, keep_newest
 from worldflux.training.config import whole_number
 
 if TYPE_CHECKING:
@@ -99,8 +98,16 @@ class Callback:
         """Called once after the last step.
 
         Args:
-            trainer: `trainer.finished` is False if an error or an interrupt ended the training.
+            trainer: `trainer.finished` is False if an error or an interrupt ended the training; then
+                `trainer.interrupted` tells whether it was a signal, which waits for the end of a step.
         """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run has to remember when it is resumed, as JSON can hold it; empty for most callbacks."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` gave; called behind `on_train_begin`, and only if that was not empty."""
 
 
 class ProgressCallback(Callback):
@@ -204,7 +211,9 @@ class _ConfiguredInterval(int):
 class CheckpointCallback(Callback):
     """Saves checkpoints `output_dir/step-00010000`, each a directory for `Trainer.load_checkpoint`.
 
-    One more is saved when training has finished between two intervals. Nothing is saved once a loss is not finite.
+    One more is saved when training has finished between two intervals, or was stopped by Ctrl-C or SIGTERM. Nothing is
+    saved once a loss is not finite: the newest checkpoint is a good one, and `Trainer.train(buffer, resume=True)` goes
+    on from it.
 
     Args:
         output_dir: Made if it does not exist.
@@ -215,8 +224,6 @@ class CheckpointCallback(Callback):
     Raises:
         ConfigurationError: If a number is below 1.
     """
-
-    _NAME = re.compile(r"^step-\d{8,}$")
 
     def __init__(
         self,
@@ -246,18 +253,14 @@ class CheckpointCallback(Callback):
 
     def on_train_end(self, trainer: Trainer) -> None:
         """Saves the last step."""
-        if trainer.finished and trainer.step_count != self._saved_step:
+        if (trainer.finished or trainer.interrupted) and trainer.step_count != self._saved_step:
             self._save(trainer.step_count)
 
     def _save(self, step: int) -> None:
         assert self._trainer is not None, "on_train_begin comes first"
-        self._trainer.save_checkpoint(self.output_dir / f"step-{step:08d}")
+        self._trainer.save_checkpoint(self.output_dir / checkpoint_name(step))
         self._saved_step = step
-        mine = [entry for entry in self.output_dir.iterdir() if entry.is_dir() and self._NAME.match(entry.name)]
-        # By age and not by number: a new run into the directory of an older, longer one must keep its own.
-        mine.sort(key=lambda entry: (entry.stat().st_mtime_ns, entry.name))
-        for outdated in mine[: -self.max_checkpoints]:
-            remove_directory(outdated)
+        keep_newest(self.output_dir, self.max_checkpoints)
 
 
 class EarlyStoppingCallback(Callback):
@@ -295,7 +298,7 @@ class EarlyStoppingCallback(Callback):
         if self.monitor.startswith("eval/") and trainer.eval_data is None:
             raise ConfigurationError(
                 f"EarlyStoppingCallback monitors '{self.monitor}', and the trainer has no eval_data. "
-                "Pass Trainer(..., eval_data=buffer)."
+                "Pass Trainer(..., eval_data=buffer), or eval_data=0.1 to hold out a tenth of the episodes."
             )
 
     def on_step_end(self, step: int, losses: Mapping[str, float]) -> bool:
@@ -316,6 +319,16 @@ class EarlyStoppingCallback(Callback):
         """Compares an evaluation, if that is what is monitored."""
         if self.monitor.startswith("eval/"):
             self._compare(step, self._pick(metrics, self.monitor.removeprefix("eval/")))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value so far, how long ago it was, and the mean that is being taken."""
+        best = self.best if math.isfinite(self.best) else None
+        return {"best": best, "best_step": self.best_step, "sum": float(self._sum), "count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on waiting where the saved run did."""
+        self.best = math.inf if state["best"] is None else state["best"]
+        self.best_step, self._sum, self._count = state["best_step"], state["sum"], state["count"]
 
     def _pick(self, values: Mapping[str, Any], name: str) -> Any:
         if name not in values:

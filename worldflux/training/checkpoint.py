@@ -1,26 +1,26 @@
-"""Checkpoints on disk: directories that appear whole or not at all, the random state in them, and whether they fit."""
+"""Checkpoints on disk: which there are, what is in them, and whether they fit."""
 
 from __future__ import annotations
 
-import base64
 import json
-import os
 import random
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from worldflux.errors import CheckpointError
+from worldflux.errors import CheckpointError, WorldFluxError
+from worldflux.files import recover_directories, recover_directory, remove_directory
 from worldflux.models.base import WEIGHTS_FILE
 from worldflux.training.config import whole_number
+from worldflux.training.randomness import decoded
 
 OPTIMIZER_FILE = "optimizer.pt"
 TRAINER_FILE = "trainer.json"
@@ -30,102 +30,56 @@ FORMAT = 1
 _MOMENTS = {"laprop": ("mu", "nu"), "adam": ("exp_avg", "exp_avg_sq")}
 """What each kind of optimiser remembers of a parameter, in its shape."""
 
-_BESIDE = re.compile(r"^\.(?P<name>.+)\.(?P<pid>\d+)\.writing$")
-_ASIDE = ".{name}.replaced"
+_NAME = re.compile(r"^step-\d{8,}$")
+
+
+def checkpoint_name(step: int) -> str:
+    """Of the checkpoint of a step, in a directory of several."""
+    return f"step-{step:08d}"
+
+
+def checkpoints_in(directory: Path) -> list[Path]:
+    """The checkpoints in a directory, the one written last at the end.
+
+    They are ordered by when they were written and not by their steps: a new run into the directory of an older, longer
+    one goes on from its own.
+    """
+    if not directory.is_dir():
+        return []
+    recover_directories(directory)
+    mine = [entry for entry in directory.iterdir() if entry.is_dir() and _NAME.match(entry.name)]
+    return sorted(mine, key=lambda entry: (_saved_at(entry), entry.name))
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The checkpoint in a directory that was written last; None if there is none."""
+    found = checkpoints_in(directory)
+    return found[-1] if found else None
+
+
+def keep_newest(directory: Path, count: int) -> None:
+    """Removes all checkpoints in a directory but those written last."""
+    for outdated in checkpoints_in(directory)[:-count]:
+        remove_directory(outdated)
 
 
 @contextmanager
-def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """Gives an empty directory to fill, which becomes `path` when the block ends without an error.
-
-    A directory that is already there stays until then. The files reach the disk before it is replaced. What writers
-    that were killed left beside `path` is removed.
-
-    Args:
-        path: Target. Missing parents are made; an existing directory is replaced as a whole.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    recover_directory(path)
-    remove_leftovers(path.parent)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
+def writing_checkpoint(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while a checkpoint is written into a `CheckpointError`."""
     try:
-        yield beside
-        for entry in beside.rglob("*"):
-            _sync(entry)
-        _sync(beside)
-        aside = path.with_name(_ASIDE.format(name=path.name))
-        if path.exists():
-            # A directory cannot be renamed over a full one. A kill between the two renames is what
-            # `recover_directory` mends.
-            os.rename(path, aside)
-        os.rename(beside, path)
-        _sync(path.parent)
-        shutil.rmtree(aside, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        recover_directory(path)
-        raise
+        yield
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        if isinstance(error, WorldFluxError):
+            raise
+        raise CheckpointError(
+            f"The checkpoint {path} could not be written: {error}. What was there before is unchanged."
+        ) from error
 
 
-def recover_directory(path: str | Path) -> None:
-    """Brings back the directory that a killed `atomic_directory` had moved aside, if it left none at `path`."""
-    path = Path(path)
-    aside = path.with_name(_ASIDE.format(name=path.name))
-    if not aside.exists():
-        return
-    if path.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        os.rename(aside, path)
-
-
-def remove_directory(path: Path) -> None:
-    """Removes a directory so that a kill on the way does not leave half of it under its name."""
-    going = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    os.rename(path, going)
-    shutil.rmtree(going, ignore_errors=True)
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """State of the global random streams of Python, NumPy and torch, as JSON can hold it.
-
-    Args:
-        device: Its own stream is included if it is a CUDA device.
-    """
-    version, words, gauss = random.getstate()
-    legacy = np.random.get_state(legacy=False)
-    assert isinstance(legacy, dict), legacy
-    streams = {"cpu": _encode(torch.get_rng_state())}
-    if device.type == "cuda":
-        streams["cuda"] = _encode(torch.cuda.get_rng_state(device))
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": {**legacy, "state": {k: np.asarray(v).tolist() for k, v in legacy["state"].items()}},
-        "torch": streams,
-    }
-
-
-def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Continues the streams that `random_state` described.
-
-    A CUDA stream is continued where both it and the device are there.
-    """
-    python, legacy, streams = _decoded(state)
-    random.setstate(python)
-    np.random.set_state(legacy)
-    torch.set_rng_state(streams["cpu"])
-    if device.type == "cuda" and "cuda" in streams:
-        torch.cuda.set_rng_state(streams["cuda"], device)
-
-
-def seed_everything(seed: int) -> None:
-    """Starts the global random streams of Python, NumPy and torch (on every device)."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+def check_target(path: Path) -> None:
+    """Raises a `CheckpointError` if a checkpoint would replace something that is none."""
+    if path.exists() and not (path / TRAINER_FILE).is_file() and not (path.is_dir() and not any(path.iterdir())):
+        raise CheckpointError(f"{path} exists and is no checkpoint. Choose another path or remove it.")
 
 
 def read_checkpoint(path: Path) -> tuple[Any, dict[str, Tensor], Any]:
@@ -157,8 +111,14 @@ def check_progress(path: Path, progress: Any, device: torch.device) -> None:
     whole_number(f"{file}: step", progress["step"], 0, error=CheckpointError)
     if not isinstance(progress["sampler"], dict | None):
         raise CheckpointError(f"{file}: sampler is {progress['sampler']!r}, expected a state. The file is damaged.")
+    callbacks = progress.get("callbacks", [])
+    if not isinstance(callbacks, list) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("type"), str) and isinstance(entry.get("state"), dict)
+        for entry in callbacks
+    ):
+        raise CheckpointError(f"{file}: callbacks is {callbacks!r}, expected a list of states. The file is damaged.")
     try:
-        python, legacy, streams = _decoded(progress["random"])
+        python, legacy, streams = decoded(progress["random"])
         random.Random().setstate(python)
         np.random.RandomState().set_state(legacy)
         if not 0 <= legacy["state"]["pos"] <= len(legacy["state"]["key"]):  # NumPy would read beyond its words
@@ -170,6 +130,18 @@ def check_progress(path: Path, progress: Any, device: torch.device) -> None:
         raise CheckpointError(
             f"{file}: random is not the state of random streams ({error!r}). The file is damaged."
         ) from error
+
+
+def weights_on_cpu(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers on the CPU, each with memory of its own, as safetensors wants them."""
+    weights: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        weights[name] = tensor.clone() if memory in taken else tensor
+        taken.add(memory)
+    return weights
 
 
 def check_weights(path: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
@@ -224,6 +196,14 @@ def _continues(state: dict[str, Any], optimizer: torch.optim.Optimizer, moments:
     )
 
 
+def _saved_at(checkpoint: Path) -> float:
+    try:
+        saved_at = json.loads((checkpoint / TRAINER_FILE).read_text(encoding="utf-8"))["saved_at"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0.0
+    return saved_at if isinstance(saved_at, int | float) else 0.0
+
+
 def _some(names: Sequence[str]) -> str:
     if not names:
         return "nothing"
@@ -235,48 +215,3 @@ def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
         return reader(path)
     except Exception as error:  # what a damaged file makes unpickling raise is not a closed list
         raise CheckpointError(f"{path} cannot be read: {error}. It is damaged or not a checkpoint.") from error
-
-
-def _encode(state: torch.Tensor) -> str:
-    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
-
-
-def _decoded(state: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Tensor]]:
-    """The states in the form in which Python, NumPy and torch take them."""
-    version, words, gauss = state["python"]
-    internal = {k: np.array(v, np.uint32) if isinstance(v, list) else v for k, v in state["numpy"]["state"].items()}
-    streams = {
-        name: torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8) for name, text in state["torch"].items()
-    }
-    return (version, tuple(words), gauss), {**state["numpy"], "state": internal}, streams
-
-
-def remove_leftovers(directory: Path) -> None:
-    """Removes what writers that no longer run left unfinished in `directory`."""
-    for entry in directory.iterdir():
-        match = _BESIDE.match(entry.name)
-        if match and not _is_running(int(match["pid"])):
-            shutil.rmtree(entry, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    if os.name == "nt":  # os.kill ends processes there
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file or a directory's entries are on the disk."""
-    if os.name == "nt" and path.is_dir():  # directories cannot be opened there
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

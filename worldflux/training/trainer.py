@@ -3,36 +3,44 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from worldflux.errors import CheckpointError, ConfigurationError, TrainingError
-from worldflux.models.base import CONFIG_FILE, WEIGHTS_FILE, LossOutput, OptimizerSpec, Phase
+from worldflux.errors import CheckpointError, ConfigurationError
+from worldflux.files import atomic_directory, remove_leftovers
+from worldflux.models.base import CONFIG_FILE, WEIGHTS_FILE, LossOutput, OptimizerSpec
 from worldflux.training.batch import Batch
-from worldflux.training.callbacks import Callback, Losses
+from worldflux.training.callbacks import Callback, CheckpointCallback, Losses
 from worldflux.training.checkpoint import (
     FORMAT,
     OPTIMIZER_FILE,
     TRAINER_FILE,
-    atomic_directory,
     check_optimizers,
     check_progress,
+    check_target,
     check_weights,
-    random_state,
+    newest_checkpoint,
     read_checkpoint,
-    seed_everything,
-    set_random_state,
+    weights_on_cpu,
+    writing_checkpoint,
 )
 from worldflux.training.config import TrainingConfig, resolve_device, whole_number
 from worldflux.training.data import BatchProvider, BatchRequestProvider, sample_from
 from worldflux.training.optim import build_optimizer, clip_by_global_norm
+from worldflux.training.prefetch import Batches, Resumable, batches_from
+from worldflux.training.randomness import random_state, seed_everything, set_random_state
+from worldflux.training.signals import StopRequest, stopping_on_signals
+from worldflux.training.step import FiniteWatch, WriteBack, as_loss_output, evaluating, phases_of
+
+logger = logging.getLogger("worldflux.training")
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Provider = BatchProvider | BatchRequestProvider
@@ -43,14 +51,11 @@ _DEFAULT_SPEC = OptimizerSpec(kind="adam", learning_rate=3e-4)
 
 
 @runtime_checkable
-class _Resumable(Protocol):
-    """A provider whose random stream can be started and continued, such as `ReplayBuffer`."""
+class Digestible(Protocol):
+    """Data that can be told from other data."""
 
-    def seed(self, seed: int) -> None: ...
-
-    def rng_state(self) -> dict[str, Any]: ...
-
-    def set_rng_state(self, state: dict[str, Any]) -> None: ...
+    def digest(self) -> str:
+        """A short text that other data would not have."""
 
 
 class Trainer:
@@ -65,16 +70,18 @@ class Trainer:
         model: The model, on `device`.
         config: The settings.
         device: Where training takes place.
-        eval_data: What is evaluated every `eval_interval` steps, or None.
+        eval_data: What is evaluated every `eval_interval` steps, or None; what `train` holds out, while it runs.
         step_count: Gradient steps done.
         target_step: Step at which the current call of `train` ends.
         finished: True once `train` has ended without an error.
+        interrupted: True once Ctrl-C or SIGTERM has ended `train` behind a whole step.
 
     Args:
         model: Moved to `config.device`.
         config: Defaults as documented in `TrainingConfig`.
         callbacks: Called in this order.
-        eval_data: Experience kept from training, in the same forms as for `train`.
+        eval_data: Experience kept from training, in the same forms as for `train`; or a share between 0 and 1, which
+            `train` then holds out of its buffer, in whole episodes that `config.seed` draws.
 
     Raises:
         ConfigurationError: If the model has no loss or nothing to train, or the device is not there.
@@ -86,15 +93,17 @@ class Trainer:
         config: TrainingConfig | None = None,
         callbacks: Iterable[Callback] = (),
         *,
-        eval_data: Provider | None = None,
+        eval_data: Provider | float | None = None,
     ) -> None:
         self.config = config if config is not None else TrainingConfig()
         self.device = resolve_device(self.config.device)
         self.model = model.to(self.device)
-        self.eval_data = eval_data
+        self._held_out_share = _share(eval_data) if isinstance(eval_data, int | float) else None
+        self.eval_data = None if isinstance(eval_data, int | float) else eval_data
         self.step_count = 0
         self.target_step = 0
         self.finished = False
+        self.interrupted = False
         self._callbacks: list[Callback] = []
         for callback in callbacks:
             self.add_callback(callback)
@@ -106,15 +115,17 @@ class Trainer:
             weight_decay=self.config.weight_decay,
         )
         self._kind = spec.kind
-        self._phases = _phases_of(model)
+        self._phases = phases_of(model)
         self._optimizers = [
             build_optimizer(spec if phase.eps is None else replace(spec, eps=phase.eps), phase.parameters)
             for phase in self._phases
         ]
-        self._watch = _FiniteWatch()
-        self._write_back = _WriteBack()
-        self._sampler: Any = None
+        self._watch = FiniteWatch()
+        self._write_back = WriteBack()
+        self._sampler: Any = None  # what the last batch came from
+        self._batches: Batches | None = None  # while `train` runs
         self._restored: dict[str, Any] | None = None
+        self._data_digest: str | None = None
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -136,52 +147,82 @@ class Trainer:
 
     # Training
 
-    def train(self, buffer: Provider, num_steps: int | None = None) -> nn.Module:
+    def train(self, buffer: Provider, num_steps: int | None = None, *, resume: bool = False) -> nn.Module:
         """Trains on batches of stored experience.
 
         A new trainer seeds Python, NumPy, torch and the buffer's sampler from `config.seed`, so two runs give the same
-        bits on a CPU. One that has loaded a checkpoint continues those random streams instead.
+        bits on a CPU. One that has loaded a checkpoint continues those random streams instead: with the same data, it
+        gives the bits of a run that did not stop.
+
+        Ctrl-C and SIGTERM end the training when the step is done and a `CheckpointCallback` has saved it; then
+        `KeyboardInterrupt` is raised, or `SystemExit(143)`.
+
+        While a batch trains, the next one is sampled from a `ReplayBuffer` on another thread. Providers of your own are
+        asked on this one.
 
         Args:
             buffer: A `ReplayBuffer`, or anything with `sample(batch_size, seq_len=None, device="cpu")` or
                 `sample(BatchRequest)`.
             num_steps: Gradient steps to do now. None: what is missing from `config.total_steps`.
+            resume: Go on from the newest checkpoint of this trainer's `CheckpointCallback`, or begin if there is none
+                yet: a job that is started again with the same command continues.
 
         Returns:
             The trained model, in evaluation mode.
 
         Raises:
-            ConfigurationError: If `num_steps` is not a whole number from 0.
+            ConfigurationError: If `num_steps` is not a whole number from 0, nothing can be held out of the buffer, or
+                there is no `CheckpointCallback` to resume from.
+            CheckpointError: If the checkpoint is damaged, of another model, or was trained on other data.
             TrainingError: If a loss is not finite, with the term and the step at which it was not for the first time.
         """
+        if resume:
+            self._load_newest()
         config = self.config
         self.target_step = (
             config.total_steps if num_steps is None else self.step_count + whole_number("num_steps", num_steps, 0)
         )
-        self.finished = False
-        self._start_random_streams(buffer)
+        self.finished = self.interrupted = False
+        data = self._hold_out(buffer)
+        self._data_digest = data.digest() if isinstance(data, Digestible) else None
+        self._check_data(resume)
+        self._start_random_streams(data)
         try:
-            for callback in self._callbacks:
-                callback.on_train_begin(self)
-            keep_going = True
-            while keep_going and self.step_count < self.target_step:
-                batch = sample_from(buffer, config.batch_size, config.sequence_length, self.device)
-                losses = Losses(self.step(batch, buffer))
-                if self.step_count % config.log_interval == 0:
-                    self.check_finite()
-                if self.eval_data is not None and self.step_count % config.eval_interval == 0:
-                    metrics = self.evaluate(self.eval_data)
+            with stopping_on_signals() as stop:
+                try:
+                    with batches_from(data, config.batch_size, config.sequence_length, self.device) as self._batches:
+                        self._run(self._batches, stop)
+                finally:
+                    self._batches = None
                     for callback in self._callbacks:
-                        callback.on_eval_end(self.step_count, metrics)
-                for callback in self._callbacks:
-                    keep_going &= callback.on_step_end(self.step_count, losses) is not False
-            self.check_finite()
-            self._write_back.flush()
-            self.finished = True
+                        callback.on_train_end(self)
         finally:
-            for callback in self._callbacks:
-                callback.on_train_end(self)
+            if self._held_out_share is not None:
+                self.eval_data = None
         return self.model.eval()
+
+    def _run(self, batches: Batches, stop: StopRequest) -> None:
+        """The loop of `train`."""
+        config = self.config
+        for callback in self._callbacks:
+            callback.on_train_begin(self)
+        self._restore_callbacks()
+        keep_going = True
+        while keep_going and not stop and self.step_count < self.target_step:
+            losses = Losses(self.step(batches.next(), batches.provider))
+            batches.settle()
+            if self.step_count % config.log_interval == 0:
+                self.check_finite()
+            if self.eval_data is not None and self.step_count % config.eval_interval == 0:
+                metrics = self.evaluate(self.eval_data)
+                for callback in self._callbacks:
+                    callback.on_eval_end(self.step_count, metrics)
+            for callback in self._callbacks:
+                keep_going &= callback.on_step_end(self.step_count, losses) is not False
+        self.check_finite()
+        self._write_back.flush()
+        self.interrupted = bool(stop)
+        self.finished = not self.interrupted
 
     def step(self, batch: Batch, buffer: Any = None) -> dict[str, Tensor]:
         """One gradient step: each phase's loss, its gradient and its optimiser; then the model's `after_step`.
@@ -211,7 +252,7 @@ class Trainer:
         for phase, optimizer in zip(self._phases, self._optimizers, strict=True):
             # The whole model, because a phase's loss may reach parameters that it does not train.
             self.model.zero_grad(set_to_none=True)
-            output = _as_loss_output(phase.loss(batch, outputs))
+            output = as_loss_output(phase.loss(batch, outputs))
             output.loss.backward()
             norms.append(clip_by_global_norm(phase.trained, self.config.grad_clip))
             optimizer.step()
@@ -240,7 +281,6 @@ class Trainer:
         """
         self._watch.check()
 
-    @torch.no_grad()
     def evaluate(self, data: Provider, num_batches: int = _EVAL_BATCHES) -> dict[str, float]:
         """Mean losses on experience that is not trained on.
 
@@ -255,24 +295,20 @@ class Trainer:
         Raises:
             ConfigurationError: If `num_batches` is not a whole number from 1.
         """
-        num_batches = whole_number("num_batches", num_batches, 1)
-        sampler_state = data.rng_state() if isinstance(data, _Resumable) else None
-        was_training = self.model.training
-        self.model.eval()
+        config, num_batches = self.config, whole_number("num_batches", num_batches, 1)
+        sampler_state = data.rng_state() if isinstance(data, Resumable) else None
         total: dict[str, Tensor] = {}
         try:
-            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-                torch.manual_seed(self.config.seed)
-                if isinstance(data, _Resumable):
-                    data.seed(self.config.seed)
+            with evaluating(self.model, self.device, config.seed):
+                if isinstance(data, Resumable):
+                    data.seed(config.seed)
                 for _ in range(num_batches):
-                    batch = sample_from(data, self.config.batch_size, self.config.sequence_length, self.device)
-                    output = _as_loss_output(self.model.loss(batch))  # type: ignore[operator]
+                    batch = sample_from(data, config.batch_size, config.sequence_length, self.device)
+                    output = as_loss_output(self.model.loss(batch))  # type: ignore[operator]
                     for name, value in {**output.terms, "loss": output.loss}.items():
                         total[name] = total.get(name, 0.0) + value.detach().float() / num_batches
         finally:
-            self.model.train(was_training)
-            if isinstance(data, _Resumable) and sampler_state is not None:
+            if isinstance(data, Resumable) and sampler_state is not None:
                 data.set_rng_state(sampler_state)
         return dict(Losses(total))
 
@@ -282,8 +318,9 @@ class Trainer:
         """Writes everything that continuing needs into one directory, which appears whole or not at all.
 
         `model.safetensors` and `config.json` (if the model has a configuration) are what `save_pretrained` writes;
-        `optimizer.pt` holds the optimisers, `trainer.json` the step, the settings and the random states, the buffer's
-        sampler included. The buffer's content is not part of it.
+        `optimizer.pt` holds the optimisers, `trainer.json` the step, the settings, the callbacks' states and the random
+        states, the buffer's sampler included. The buffer's content is not part of it; what `train` was given is named
+        by a digest, so that resuming on other data is noticed.
 
         Args:
             path: The directory. One that holds a checkpoint is replaced.
@@ -293,30 +330,42 @@ class Trainer:
             CheckpointError: If `path` holds something else, or cannot be written.
         """
         path = Path(path)
+        check_target(path)
+        with writing_checkpoint(path), atomic_directory(path) as beside:
+            self.write_checkpoint(beside)
+
+    def write_checkpoint(self, directory: Path) -> None:
+        """Writes the same files into a directory that exists, for who adds others to them.
+
+        Args:
+            directory: Without such files yet.
+
+        Raises:
+            TrainingError: If a loss was not finite; nothing is written then.
+        """
         self.check_finite()
         self._write_back.flush()
-        if path.exists() and not (path / TRAINER_FILE).is_file() and not (path.is_dir() and not any(path.iterdir())):
-            raise CheckpointError(f"{path} exists and is no checkpoint of a Trainer. Choose another path or remove it.")
         progress = {
             "format": FORMAT,
             "step": self.step_count,
+            "saved_at": time.time(),
             "training_config": self.config.to_dict(),
             "random": random_state(self.device),
-            "sampler": self._sampler.rng_state() if isinstance(self._sampler, _Resumable) else None,
+            "sampler": self._sampler_state(),
+            "data": self._data_digest,
+            "callbacks": [
+                {"type": type(callback).__name__, "state": state}
+                for callback in self._callbacks
+                if (state := callback.state_dict())
+            ],
         }
+        safetensors.torch.save_file(weights_on_cpu(self.model), directory / WEIGHTS_FILE)
+        config = getattr(self.model, "config", None)
+        if config is not None and hasattr(config, "save"):
+            config.save(directory / CONFIG_FILE)
         optimizers = {"kind": self._kind, "states": [optimizer.state_dict() for optimizer in self._optimizers]}
-        try:
-            with atomic_directory(path) as beside:
-                safetensors.torch.save_file(_weights(self.model), beside / WEIGHTS_FILE)
-                config = getattr(self.model, "config", None)
-                if config is not None and hasattr(config, "save"):
-                    config.save(beside / CONFIG_FILE)
-                torch.save(optimizers, beside / OPTIMIZER_FILE)
-                (beside / TRAINER_FILE).write_text(json.dumps(progress), encoding="utf-8")
-        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-            raise CheckpointError(
-                f"The checkpoint {path} could not be written: {error}. What was there before is unchanged."
-            ) from error
+        torch.save(optimizers, directory / OPTIMIZER_FILE)
+        (directory / TRAINER_FILE).write_text(json.dumps(progress), encoding="utf-8")
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Continues from a checkpoint: weights, optimisers, step and random states become those that were saved.
@@ -344,10 +393,65 @@ class Trainer:
             for group, setting in zip(optimizer.param_groups, settings, strict=True):
                 group.update(setting)
         self.step_count = progress["step"]
-        self._watch = _FiniteWatch()
-        self._write_back = _WriteBack()
+        self._watch = FiniteWatch()
+        self._write_back = WriteBack()
         set_random_state(progress["random"], self.device)
         self._restored = progress
+
+    def _load_newest(self) -> None:
+        """Loads the newest checkpoint of this trainer's `CheckpointCallback`, if there is one."""
+        saving = [callback for callback in self._callbacks if isinstance(callback, CheckpointCallback)]
+        if not saving:
+            raise ConfigurationError(
+                "resume=True goes on from what a CheckpointCallback saved, and this trainer has none. Add one, or call "
+                "load_checkpoint(directory) before train(buffer)."
+            )
+        directory = saving[0].output_dir
+        if directory.is_dir():
+            remove_leftovers(directory)
+        newest = newest_checkpoint(directory)
+        if newest is None:
+            logger.info("no checkpoint in %s yet: training begins", directory)
+            return
+        self.load_checkpoint(newest)
+        logger.info("resumed from %s at step %d", newest, self.step_count)
+
+    def _hold_out(self, buffer: Provider) -> Any:
+        """What to train on: the buffer, or what is left of it beside the part that `eval_data` becomes."""
+        if self._held_out_share is None:
+            return buffer
+        split = getattr(buffer, "split", None)
+        if not callable(split):
+            raise ConfigurationError(
+                f"eval_data is {self._held_out_share}, and {type(buffer).__name__} has no split(fraction, seed) as "
+                "ReplayBuffer has. Pass a provider of its own as eval_data."
+            )
+        part, self.eval_data = split(self._held_out_share, seed=self.config.seed)
+        return part
+
+    def _check_data(self, resume: bool) -> None:
+        """Raises a `CheckpointError` if a resumed run would go on with other data."""
+        trained_on = self._restored.get("data") if self._restored is not None else None
+        if resume and trained_on is not None and trained_on != self._data_digest:
+            raise CheckpointError(
+                "The buffer holds other data than the one that the checkpoint was trained on, so the run cannot be "
+                "continued exactly. Pass the same data, or call load_checkpoint(directory) and train(buffer) without "
+                "resume to go on with these."
+            )
+
+    def _restore_callbacks(self) -> None:
+        """Gives the states in a checkpoint back to the callbacks that have the same types, in their order."""
+        saved = list(self._restored.get("callbacks", [])) if self._restored is not None else []
+        for callback in self._callbacks:
+            mine = next((entry for entry in saved if entry["type"] == type(callback).__name__), None)
+            if mine is not None:
+                saved.remove(mine)
+                callback.load_state_dict(mine["state"])
+
+    def _sampler_state(self) -> dict[str, Any] | None:
+        if self._batches is not None:
+            return self._batches.rng_state()
+        return self._sampler.rng_state() if isinstance(self._sampler, Resumable) else None
 
     def _start_random_streams(self, buffer: Any) -> None:
         """Continues the streams of a checkpoint, or seeds those of a new run."""
@@ -355,7 +459,7 @@ class Trainer:
         if self._restored is not None:
             # Once more, because the streams may have been used between loading and here (to build the buffer, say).
             set_random_state(self._restored["random"], self.device)
-            if self._restored["sampler"] is not None and isinstance(buffer, _Resumable):
+            if self._restored["sampler"] is not None and isinstance(buffer, Resumable):
                 buffer.set_rng_state(self._restored["sampler"])
         elif self.step_count == 0:
             seed_everything(self.config.seed)
@@ -371,70 +475,6 @@ class Trainer:
             if values:
                 steps = next(iter(values.values())).shape[1]
                 self._write_back.push(buffer, batch.rows[:, -steps:], values)
-
-
-class _FiniteWatch:
-    """Remembers on the device at which step each loss was not finite for the first time."""
-
-    def __init__(self) -> None:
-        self._names: tuple[str, ...] = ()
-        self._first: Tensor | None = None
-
-    def see(self, step: int, losses: Mapping[str, Tensor]) -> None:
-        """Looks at the losses of a step without reading them."""
-        values = torch.stack([value.float() for value in losses.values()])
-        if self._first is None or self._names != tuple(losses):
-            self.check()
-            self._names = tuple(losses)
-            self._first = torch.zeros(len(losses), dtype=torch.int64, device=values.device)  # 0: always finite
-        bad_now = ~torch.isfinite(values) & (self._first == 0)
-        self._first.masked_fill_(bad_now, step)
-
-    def check(self) -> None:
-        """Reads what was seen."""
-        if self._first is None:
-            return
-        first_bad = {name: step for name, step in zip(self._names, self._first.tolist(), strict=True) if step}
-        if not first_bad:
-            return
-        step = min(first_bad.values())
-        names = [name for name, bad_step in first_bad.items() if bad_step == step]
-        # The total and the gradient follow the term that went wrong.
-        for consequence in ("grad_norm", "loss"):
-            if len(names) > 1 and consequence in names:
-                names.remove(consequence)
-        raise TrainingError(
-            f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} not finite at step {step}. "
-            "Check the data for extreme values, lower learning_rate, or raise warmup_steps."
-        )
-
-
-class _WriteBack:
-    """Carries values from the device to the buffer they belong to."""
-
-    def __init__(self) -> None:
-        self._pending: list[tuple[Any, Tensor, dict[str, Tensor], Any]] = []
-
-    def push(self, buffer: Any, rows: Tensor, values: dict[str, Tensor]) -> None:
-        """Stores values `[B, T', ...]` at rows `[B, T']`; those from CUDA at the next `push` or `flush`."""
-        self.flush()
-        if not any(value.is_cuda for value in values.values()):
-            buffer.update_extras(rows, values)
-            return
-        copies = {}
-        for name, value in values.items():
-            copies[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-            copies[name].copy_(value, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        self._pending.append((buffer, rows, copies, arrived))
-
-    def flush(self) -> None:
-        """Stores what is still on its way."""
-        for buffer, rows, copies, arrived in self._pending:
-            arrived.synchronize()
-            buffer.update_extras(rows, copies)
-        self._pending.clear()
 
 
 def train(
@@ -454,7 +494,8 @@ def train(
     device: str = "auto",
     seed: int = 42,
     callbacks: Iterable[Callback] = (),
-    eval_data: Provider | None = None,
+    eval_data: Provider | float | None = None,
+    resume: bool = False,
 ) -> ModelT:
     """Trains a model on stored experience; `Trainer` in one call.
 
@@ -476,7 +517,8 @@ def train(
         device: "auto" takes CUDA if there is a device.
         seed: Start of every random stream.
         callbacks: Called in this order.
-        eval_data: Experience kept from training.
+        eval_data: Experience kept from training, or the share of the buffer to hold out.
+        resume: Go on from the newest checkpoint of the `CheckpointCallback` among `callbacks`.
 
     Returns:
         The same model, trained, on the device and in evaluation mode.
@@ -495,55 +537,11 @@ def train(
         device=device,
         seed=seed,
     )
-    Trainer(model, config, callbacks, eval_data=eval_data).train(buffer)
+    Trainer(model, config, callbacks, eval_data=eval_data).train(buffer, resume=resume)
     return model
 
 
-def _phases_of(model: nn.Module) -> list[Phase]:
-    """The model's own phases, or one of its `loss` over all that is trainable."""
-    if hasattr(model, "phases"):
-        phases: list[Phase] = model.phases()  # type: ignore[operator]
-        return phases
-    loss = getattr(model, "loss", None)
-    if not callable(loss):
-        raise ConfigurationError(
-            f"{type(model).__name__} has no method loss(batch). A model to train returns its loss from there: "
-            "a scalar tensor, a dict with 'loss', or a LossOutput."
-        )
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return [Phase("model", trainable, lambda batch, previous: loss(batch))]
-
-
-def _as_loss_output(result: Any) -> LossOutput:
-    """Whatever a `loss` may return, in one form. Entries of a dict that are no scalars are left out."""
-    if isinstance(result, Tensor):
-        result = LossOutput(result, {})
-    elif isinstance(result, Mapping) and "loss" in result:
-        loss = result["loss"]
-        scalars = {
-            name: torch.as_tensor(value, device=loss.device).detach().reshape(())
-            for name, value in result.items()
-            if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
-        }
-        result = LossOutput(loss, scalars)
-    if not isinstance(result, LossOutput):
-        raise TrainingError(
-            f"loss(batch) gave {type(result).__name__}, expected a scalar tensor, a dict with 'loss', or a LossOutput."
-        )
-    if result.loss.dim() != 0:
-        raise TrainingError(f"The loss has shape {tuple(result.loss.shape)}, expected a scalar. Reduce it to its mean.")
-    if torch.is_grad_enabled() and not result.loss.requires_grad:
-        raise TrainingError("The loss depends on no parameter that requires a gradient, so there is nothing to learn.")
-    return result
-
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers on the CPU, each with memory of its own, as safetensors wants them."""
-    weights: dict[str, Tensor] = {}
-    taken: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        tensor = tensor.detach().cpu().contiguous()
-        memory = tensor.untyped_storage().data_ptr()
-        weights[name] = tensor.clone() if memory in taken else tensor
-        taken.add(memory)
-    return weights
+def _share(value: float) -> float:
+    if isinstance(value, bool) or not 0 < value < 1:
+        raise ConfigurationError(f"eval_data is {value!r}, expected a buffer, or a share between 0 and 1 to hold out.")
+    return float(value)

@@ -1,0 +1,303 @@
+"""Training on stored experience that is stopped, killed, and resumed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import resource
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from killed import finish, kill, start, strays, wait_for
+from torch import Tensor
+from training_fakes import MemoryProvider, NoisyRegression
+
+from worldflux.errors import CheckpointError, ConfigurationError, TrainingError
+from worldflux.training import (
+    Callback,
+    CheckpointCallback,
+    EarlyStoppingCallback,
+    ReplayBuffer,
+    Trainer,
+    TrainingConfig,
+    create_random_buffer,
+    train,
+)
+from worldflux.training.checkpoint import checkpoints_in, newest_checkpoint
+
+CONFIG = TrainingConfig(total_steps=12, batch_size=4, sequence_length=6, log_interval=5, device="cpu", seed=3)
+
+
+def small_buffer() -> ReplayBuffer:
+    return create_random_buffer(400, (3,), 2, num_episodes=12, episode_length=9, seed=1)
+
+
+def new_trainer(directory: Path | None = None, *callbacks: Callback, every: int = 4, **changes: Any) -> Trainer:
+    torch.manual_seed(0)
+    saving = [] if directory is None else [CheckpointCallback(directory, save_interval=every, max_checkpoints=3)]
+    return Trainer(NoisyRegression(), replace(CONFIG, **changes), [*saving, *callbacks])
+
+
+def weights(trainer: Trainer) -> Tensor:
+    return torch.cat([value.flatten() for value in trainer.model.state_dict().values()])
+
+
+def uninterrupted(**changes: Any) -> Tensor:
+    trainer = new_trainer(**changes)
+    trainer.train(small_buffer())
+    return weights(trainer)
+
+
+class StopAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, step: int, losses: Any) -> None:
+        if step == self.step:
+            raise OSError("the machine is gone")
+
+
+@pytest.mark.parametrize("step", [4, 5, 7, 11])
+def test_a_resumed_run_has_the_bits_of_one_that_did_not_stop(tmp_path: Path, step: int) -> None:
+    expected = uninterrupted()
+    with pytest.raises(OSError, match="gone"):
+        new_trainer(tmp_path, StopAt(step)).train(small_buffer())
+    resumed = new_trainer(tmp_path)
+    resumed.train(small_buffer(), resume=True)
+    assert resumed.step_count == 12
+    torch.testing.assert_close(weights(resumed), expected, rtol=0, atol=0)
+
+
+def test_a_run_without_a_checkpoint_yet_begins(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = new_trainer(tmp_path / "new")
+    with caplog.at_level(logging.INFO, "worldflux.training"):
+        trainer.train(small_buffer(), resume=True)
+    assert "no checkpoint" in caplog.text
+    torch.testing.assert_close(weights(trainer), uninterrupted(), rtol=0, atol=0)
+
+
+def test_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:
+    new_trainer(tmp_path).train(small_buffer())
+    again = new_trainer(tmp_path)
+    again.train(small_buffer(), resume=True)
+    assert again.step_count == 12
+    torch.testing.assert_close(weights(again), uninterrupted(), rtol=0, atol=0)
+
+
+def test_resuming_needs_a_checkpoint_callback() -> None:
+    with pytest.raises(ConfigurationError, match="CheckpointCallback"):
+        new_trainer().train(small_buffer(), resume=True)
+
+
+def test_the_function_resumes_as_well(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    settings = {"batch_size": 4, "sequence_length": 6, "device": "cpu", "seed": 3, "log_interval": 5}
+    saving = [CheckpointCallback(tmp_path, 4)]
+    train(NoisyRegression(), small_buffer(), total_steps=8, callbacks=saving, **settings)  # type: ignore[arg-type]
+    model = train(
+        NoisyRegression(),
+        small_buffer(),
+        total_steps=12,
+        callbacks=saving,
+        resume=True,
+        **settings,  # type: ignore[arg-type]
+    )
+    found = torch.cat([value.flatten() for value in model.state_dict().values()])
+    torch.testing.assert_close(found, uninterrupted(), rtol=0, atol=0)
+
+
+def test_early_stopping_waits_on_where_it_was(tmp_path: Path) -> None:
+    def run(*callbacks: Callback, resume: bool = False, directory: Path) -> int:
+        stopping = EarlyStoppingCallback("fit", patience=3, min_delta=100.0)
+        trainer = new_trainer(directory, *callbacks, stopping, log_interval=2, every=1, total_steps=40)
+        trainer.train(small_buffer(), resume=resume)
+        return trainer.step_count
+
+    expected = run(directory=tmp_path / "whole")
+    assert expected < 40
+    with pytest.raises(OSError, match="gone"):
+        run(StopAt(expected - 1), directory=tmp_path / "parts")
+    assert run(resume=True, directory=tmp_path / "parts") == expected
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.5, 1.5, True, float("nan")])
+def test_a_share_to_hold_out_lies_between_0_and_1(share: float) -> None:
+    with pytest.raises(ConfigurationError, match="share between 0 and 1"):
+        Trainer(NoisyRegression(), CONFIG, eval_data=share)
+
+
+def test_nothing_can_be_held_out_of_a_provider_that_cannot_be_split() -> None:
+    with pytest.raises(ConfigurationError, match="split"):
+        Trainer(NoisyRegression(), CONFIG, eval_data=0.1).train(MemoryProvider())
+
+
+# --- signals
+
+
+def train_slowly(directory: Path, pace: float) -> None:
+    torch.set_num_threads(1)
+
+    class Pace(Callback):
+        def on_step_end(self, step: int, losses: Any) -> None:
+            time.sleep(pace)
+
+    new_trainer(directory, Pace(), every=100, total_steps=1000).train(small_buffer())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
+def test_a_signal_saves_the_step_and_stops(tmp_path: Path, number: int, code: int) -> None:
+    process = start(train_slowly, tmp_path, 0.01)
+    wait_for(lambda: (tmp_path / "step-00000100").exists(), process)
+    time.sleep(0.1)  # so that it comes behind a later step
+    os.kill(process.pid, number)
+    assert finish(process) == code
+    (stopped,) = (path for path in checkpoints_in(tmp_path) if path.name != "step-00000100")
+    step = int(stopped.name.removeprefix("step-"))
+    assert 100 < step < 1000 and strays(tmp_path) == []
+    resumed = new_trainer(tmp_path, total_steps=step + 3)
+    resumed.train(small_buffer(), resume=True)
+    torch.testing.assert_close(weights(resumed), uninterrupted(total_steps=step + 3), rtol=0, atol=0)
+
+
+class Signal(Callback):
+    """Sends a signal to this very process, some times."""
+
+    def __init__(self, number: int, steps: tuple[int, ...]) -> None:
+        self.number, self.steps = number, steps
+
+    def on_step_end(self, step: int, losses: Any) -> None:
+        if step in self.steps:
+            os.kill(os.getpid(), self.number)
+
+
+def test_ctrl_c_ends_in_a_keyboard_interrupt_behind_a_whole_step(tmp_path: Path) -> None:
+    trainer, buffer = new_trainer(tmp_path, Signal(signal.SIGINT, (6,)), every=100), small_buffer()
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(buffer)
+    assert (trainer.step_count, trainer.interrupted, trainer.finished) == (6, True, False)
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-00000006"]
+    assert signal.getsignal(signal.SIGINT) is before
+    trainer.train(buffer)
+    torch.testing.assert_close(weights(trainer), uninterrupted(), rtol=0, atol=0)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    class Twice(Callback):
+        def on_step_end(self, step: int, losses: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("the second one was not seen")
+
+    trainer = new_trainer(None, Twice())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(small_buffer())
+    assert not trainer.interrupted
+
+
+def test_a_programs_own_handler_is_left_alone() -> None:
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        trainer = new_trainer(None, Signal(signal.SIGTERM, (2,)))
+        trainer.train(small_buffer())
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIGTERM] and trainer.finished
+
+
+def test_training_works_on_another_thread() -> None:
+    trainer = new_trainer()
+    thread = threading.Thread(target=trainer.train, args=(small_buffer(),))
+    thread.start()
+    thread.join()
+    torch.testing.assert_close(weights(trainer), uninterrupted(), rtol=0, atol=0)
+
+
+# --- kills
+
+
+def train_to_the_end(directory: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    trainer = new_trainer(directory, every=1, total_steps=60)
+    trainer.train(small_buffer(), resume=True)
+    torch.save(weights(trainer), out)
+
+
+def run_with_kills(directory: Path, out: Path, kills: int, seed: int) -> int:
+    """Trains to the end in spite of so many kills; how many of them met a running training."""
+    moments, met = random.Random(seed), 0
+    for _ in range(kills):
+        process = start(train_to_the_end, directory, out)
+        before = newest_checkpoint(directory)
+        wait_for(lambda: newest_checkpoint(directory) != before, process)  # noqa: B023
+        time.sleep(moments.uniform(0, 0.03))
+        met += process.exitcode is None
+        kill(process)
+        loaded = new_trainer()
+        loaded.load_checkpoint(newest_checkpoint(directory))  # type: ignore[arg-type]
+    assert finish(start(train_to_the_end, directory, out)) == 0
+    return met
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_kills_at_any_moment_lose_nothing(tmp_path: Path, kills: int) -> None:
+    directory, out = tmp_path / "run", tmp_path / "weights.pt"
+    assert run_with_kills(directory, out, kills, seed=kills) >= 2
+    assert strays(directory) == []
+    torch.testing.assert_close(torch.load(out), uninterrupted(total_steps=60), rtol=0, atol=0)
+
+
+# --- a full disk
+
+
+def train_on_a_full_disk(directory: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+
+    class Fill(Callback):
+        def on_step_end(self, step: int, losses: Any) -> None:
+            if step == 6:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+
+    trainer = new_trainer(None, Fill(), CheckpointCallback(directory, 4))
+    try:
+        trainer.train(small_buffer())
+    except CheckpointError as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        out.write_text(str(error))
+
+
+def test_a_full_disk_is_an_error_that_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    directory, out = tmp_path / "run", tmp_path / "error.txt"
+    assert finish(start(train_on_a_full_disk, directory, out)) == 0
+    assert "step-00000008 could not be written" in out.read_text() and "unchanged" in out.read_text()
+    assert [path.name for path in directory.iterdir()] == ["step-00000004"]
+    resumed = new_trainer(directory)
+    resumed.train(small_buffer(), resume=True)
+    torch.testing.assert_close(weights(resumed), uninterrupted(), rtol=0, atol=0)
+
+
+# --- divergence
+
+
+def test_a_diverged_run_resumes_from_the_last_good_checkpoint(tmp_path: Path) -> None:
+    trainer = new_trainer(tmp_path, every=2)
+    trainer.model.poison_at = 6  # type: ignore[assignment]
+    with pytest.raises(TrainingError, match="noise is not finite at step 6"):
+        trainer.train(small_buffer())
+    assert newest_checkpoint(tmp_path) == tmp_path / "step-00000004"
+    resumed = new_trainer(tmp_path)
+    resumed.train(small_buffer(), resume=True)
+    torch.testing.assert_close(weights(resumed), uninterrupted(), rtol=0, atol=0)
+
+
+def test_an_error_of_the_buffer_reaches_the_caller() -> None:
+    with pytest.raises(ValueError, match="seq_len"):
+        new_trainer(sequence_length=500).train(small_buffer())

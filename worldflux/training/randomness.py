@@ -1,0 +1,64 @@
+"""The global random streams of Python, NumPy and torch: started from a seed, saved, continued."""
+
+from __future__ import annotations
+
+import base64
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """State of the global random streams of Python, NumPy and torch, as JSON can hold it.
+
+    Args:
+        device: Its own stream is included if it is a CUDA device.
+    """
+    version, words, gauss = random.getstate()
+    legacy = np.random.get_state(legacy=False)
+    assert isinstance(legacy, dict), legacy
+    streams = {"cpu": _encode(torch.get_rng_state())}
+    if device.type == "cuda":
+        streams["cuda"] = _encode(torch.cuda.get_rng_state(device))
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": {**legacy, "state": {k: np.asarray(v).tolist() for k, v in legacy["state"].items()}},
+        "torch": streams,
+    }
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Continues the streams that `random_state` described.
+
+    A CUDA stream is continued where both it and the device are there.
+    """
+    python, legacy, streams = decoded(state)
+    random.setstate(python)
+    np.random.set_state(legacy)
+    torch.set_rng_state(streams["cpu"])
+    if device.type == "cuda" and "cuda" in streams:
+        torch.cuda.set_rng_state(streams["cuda"], device)
+
+
+def seed_everything(seed: int) -> None:
+    """Starts the global random streams of Python, NumPy and torch (on every device)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _encode(state: torch.Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
+
+
+def decoded(state: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Tensor]]:
+    """The states in the form in which Python, NumPy and torch take them."""
+    version, words, gauss = state["python"]
+    internal = {k: np.array(v, np.uint32) if isinstance(v, list) else v for k, v in state["numpy"]["state"].items()}
+    streams = {
+        name: torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8) for name, text in state["torch"].items()
+    }
+    return (version, tuple(words), gauss), {**state["numpy"], "state": internal}, streams

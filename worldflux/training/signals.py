@@ -1,0 +1,67 @@
+"""Ctrl-C and SIGTERM: finish the step, save, then stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+_NOTICE = b"\nStopping when this step is done. Once more stops at once.\n"
+
+
+class StopRequest:
+    """Whether a signal has asked to stop.
+
+    Attributes:
+        signal: Its number; None as long as none came.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+@contextmanager
+def stopping_on_signals() -> Iterator[StopRequest]:
+    """Lets Ctrl-C and SIGTERM wait for the end of a step.
+
+    Inside the block the first of these signals only marks the request; a second one acts as it would without the
+    block. Whoever runs the steps looks at the request after each, saves and leaves the block, which then ends as the
+    signal asks: with `KeyboardInterrupt`, or with `SystemExit(143)` for SIGTERM, as shells and schedulers expect.
+
+    Handlers that a program has set itself are left alone, and so is everything outside of the main thread, where
+    Python allows no handlers.
+
+    Yields:
+        The request.
+    """
+    request = StopRequest()
+    replaced: dict[int, Any] = {}
+
+    def restore() -> None:
+        while replaced:
+            signal.signal(*replaced.popitem())
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        request.signal = number
+        restore()
+        os.write(2, _NOTICE)  # a print could meet another one halfway
+
+    if threading.current_thread() is threading.main_thread():
+        for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+            if signal.getsignal(number) == default:
+                replaced[number] = signal.signal(number, handle)
+    try:
+        yield request
+    finally:
+        restore()
+    if request.signal == signal.SIGINT:
+        raise KeyboardInterrupt
+    if request.signal is not None:
+        raise SystemExit(128 + request.signal)

@@ -1,0 +1,131 @@
+"""Parts of the gradient step: what a loss may return, whether it was finite, and what flows back into the buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from worldflux.errors import ConfigurationError, TrainingError
+from worldflux.models.base import LossOutput, Phase
+
+
+def phases_of(model: nn.Module) -> list[Phase]:
+    """The model's own phases, or one of its `loss` over all that is trainable."""
+    if hasattr(model, "phases"):
+        phases: list[Phase] = model.phases()  # type: ignore[operator]
+        return phases
+    loss = getattr(model, "loss", None)
+    if not callable(loss):
+        raise ConfigurationError(
+            f"{type(model).__name__} has no method loss(batch). A model to train returns its loss from there: "
+            "a scalar tensor, a dict with 'loss', or a LossOutput."
+        )
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return [Phase("model", trainable, lambda batch, previous: loss(batch))]
+
+
+def as_loss_output(result: Any) -> LossOutput:
+    """Whatever a `loss` may return, in one form. Entries of a dict that are no scalars are left out."""
+    if isinstance(result, Tensor):
+        result = LossOutput(result, {})
+    elif isinstance(result, Mapping) and "loss" in result:
+        loss = result["loss"]
+        scalars = {
+            name: torch.as_tensor(value, device=loss.device).detach().reshape(())
+            for name, value in result.items()
+            if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+        }
+        result = LossOutput(loss, scalars)
+    if not isinstance(result, LossOutput):
+        raise TrainingError(
+            f"loss(batch) gave {type(result).__name__}, expected a scalar tensor, a dict with 'loss', or a LossOutput."
+        )
+    if result.loss.dim() != 0:
+        raise TrainingError(f"The loss has shape {tuple(result.loss.shape)}, expected a scalar. Reduce it to its mean.")
+    if torch.is_grad_enabled() and not result.loss.requires_grad:
+        raise TrainingError("The loss depends on no parameter that requires a gradient, so there is nothing to learn.")
+    return result
+
+
+class FiniteWatch:
+    """Remembers on the device at which step each loss was not finite for the first time."""
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._first: Tensor | None = None
+
+    def see(self, step: int, losses: Mapping[str, Tensor]) -> None:
+        """Looks at the losses of a step without reading them."""
+        values = torch.stack([value.float() for value in losses.values()])
+        if self._first is None or self._names != tuple(losses):
+            self.check()
+            self._names = tuple(losses)
+            self._first = torch.zeros(len(losses), dtype=torch.int64, device=values.device)  # 0: always finite
+        bad_now = ~torch.isfinite(values) & (self._first == 0)
+        self._first.masked_fill_(bad_now, step)
+
+    def check(self) -> None:
+        """Reads what was seen."""
+        if self._first is None:
+            return
+        first_bad = {name: step for name, step in zip(self._names, self._first.tolist(), strict=True) if step}
+        if not first_bad:
+            return
+        step = min(first_bad.values())
+        names = [name for name, bad_step in first_bad.items() if bad_step == step]
+        # The total and the gradient follow the term that went wrong.
+        for consequence in ("grad_norm", "loss"):
+            if len(names) > 1 and consequence in names:
+                names.remove(consequence)
+        raise TrainingError(
+            f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} not finite at step {step}. "
+            "Check the data for extreme values, lower learning_rate, or raise warmup_steps."
+        )
+
+
+class WriteBack:
+    """Carries values from the device to the buffer they belong to."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[Any, Tensor, dict[str, Tensor], Any]] = []
+
+    def push(self, buffer: Any, rows: Tensor, values: dict[str, Tensor]) -> None:
+        """Stores values `[B, T', ...]` at rows `[B, T']`; those from CUDA at the next `push` or `flush`."""
+        self.flush()
+        if not any(value.is_cuda for value in values.values()):
+            buffer.update_extras(rows, values)
+            return
+        copies = {}
+        for name, value in values.items():
+            copies[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            copies[name].copy_(value, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._pending.append((buffer, rows, copies, arrived))
+
+    def flush(self) -> None:
+        """Stores what is still on its way."""
+        for buffer, rows, copies, arrived in self._pending:
+            arrived.synchronize()
+            buffer.update_extras(rows, copies)
+        self._pending.clear()
+
+
+@contextmanager
+def evaluating(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
+    """Inside the block nothing is trained: evaluation mode, no gradients, and random numbers that start from `seed`.
+
+    Behind it the model's mode and torch's random streams are as before.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        model.train(was_training)
