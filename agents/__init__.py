@@ -1,6 +1,7 @@
 """Agents: world models that collect their own experience, with the interface of stable-baselines3."""
 
 from worldflux.agents.agent import WorldFluxAgent
+from worldflux.agents.callbacks import AgentCheckpointCallback
 from worldflux.agents.schedule import UpdateSchedule
 
-__all__ = ["UpdateSchedule", "WorldFluxAgent"]
+__all__ = ["AgentCheckpointCallback", "UpdateSchedule", "WorldFluxAgent"]

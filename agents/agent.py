@@ -2,44 +2,42 @@
 
 from __future__ import annotations
 
-import io
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import safetensors.torch
 import torch
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorDict
-from stable_baselines3.common.utils import check_for_correct_spaces, get_system_info, safe_mean
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.utils import safe_mean
 from torch import Tensor
 
 from worldflux.agents.acting import Actor, Memory
-from worldflux.agents.archive import ArchivePath, open_archive, write_archive
 from worldflux.agents.building import build_model, build_planner, checked_model_kwargs
 from worldflux.agents.collecting import Collector
-from worldflux.agents.description import LOOP_COUNTERS, AgentDescription
 from worldflux.agents.learning import Learner
+from worldflux.agents.saving import SavedAgent
 from worldflux.agents.schedule import UpdateSchedule
 from worldflux.agents.settings import AgentSettings
 from worldflux.agents.vec_envs import frames_per_vec_step, steps_elsewhere
 from worldflux.envs.make import as_env
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
-from worldflux.errors import CheckpointError, ConfigurationError, ShapeMismatchError, nearest
-from worldflux.models.base import WEIGHTS_FILE, WorldModel
+from worldflux.errors import ConfigurationError
+from worldflux.models.base import WorldModel
 from worldflux.training.config import TrainingConfig, resolve_device, whole_number
 from worldflux.training.replay import ReplayBuffer
+from worldflux.training.replay_segments import ReplaySegments
+from worldflux.training.signals import StopRequest, stopping_on_signals
 from worldflux.training.trainer import Trainer
 
 SelfAgent = TypeVar("SelfAgent", bound="WorldFluxAgent")
 
 
-class WorldFluxAgent(BaseAlgorithm):
+class WorldFluxAgent(SavedAgent):
     """Learns a world model of an environment while acting in it.
 
         >>> agent = WorldFluxAgent("dreamerv3:size12m", "CartPole-v1").learn(10_000)
@@ -160,6 +158,8 @@ class WorldFluxAgent(BaseAlgorithm):
         self._model_source = model
         self._model_kwargs = checked_model_kwargs(model_kwargs)
         self._collector: Collector | None = None  # while the episodes in flight are known
+        self._segments: ReplaySegments | None = None  # of the replay buffer, once a checkpoint holds some of it
+        self._stop = StopRequest()
         self._random_started = False
         self._steps_elsewhere = False
         self._frames_per_step = 1
@@ -175,6 +175,11 @@ class WorldFluxAgent(BaseAlgorithm):
     def last_losses(self) -> Mapping[str, Tensor]:
         """Of the last gradient step, as tensors on the device; empty before the first."""
         return self._learner.last_losses
+
+    @property
+    def stopping(self) -> bool:
+        """Whether Ctrl-C or SIGTERM has come: this step of `learn` is its last."""
+        return bool(self._stop)
 
     @property
     def _n_updates(self) -> int:
@@ -311,8 +316,9 @@ class WorldFluxAgent(BaseAlgorithm):
         Where environments step in processes of their own (`SubprocVecEnv`, Gymnasium's `AsyncVectorEnv`), the agent
         trains while they do: what a step owes is paid during the next one, whose actions were chosen before.
 
-        The agent stays usable after a `KeyboardInterrupt` or an error in the environment: what was learned and
-        collected remains, and the next call starts new episodes.
+        Ctrl-C and SIGTERM end it when the step is done and callbacks, such as `AgentCheckpointCallback`, have seen it;
+        then `KeyboardInterrupt` is raised, or `SystemExit(143)`. The agent stays usable after these and after an error
+        in the environment: what was learned and collected remains, and the next call starts new episodes.
 
         Args:
             total_timesteps: Environment steps, over all environments; with several of them it may overshoot by
@@ -346,13 +352,19 @@ class WorldFluxAgent(BaseAlgorithm):
         if self.verbose >= 1:
             print(self._learner.describe_schedule())
         callback.on_training_start(locals(), globals())
+        with stopping_on_signals() as self._stop:
+            self._learn(total_timesteps, callback, log_interval)
+        return self
+
+    def _learn(self, total_timesteps: int, callback: BaseCallback, log_interval: int | None) -> None:
+        """The loop of `learn`."""
         try:
             keep_going = True
+            if not self._steps_elsewhere:
+                self._train()  # what was owed when the agent was saved
             while keep_going and self.num_timesteps < total_timesteps:
                 logged_episodes = self._episode_num
                 keep_going = self._collect_step(callback)
-                if keep_going:
-                    self._learner.owe(self.n_envs, self.replay_buffer)
                 if not self._steps_elsewhere:
                     self._train()
                 if log_interval is not None and self._episode_num // log_interval > logged_episodes // log_interval:
@@ -367,7 +379,6 @@ class WorldFluxAgent(BaseAlgorithm):
             raise
         finally:
             callback.on_training_end()
-        return self
 
     def _setup_learn(
         self,
@@ -394,7 +405,7 @@ class WorldFluxAgent(BaseAlgorithm):
 
         Gradient steps that earlier environment steps owe are taken while other processes make this one.
         """
-        assert self.env is not None and self._collector is not None
+        assert self.env is not None and self._collector is not None and self.replay_buffer is not None
         callback.on_rollout_start()
         if self._collector.moved:
             self._leave_episodes()
@@ -411,8 +422,11 @@ class WorldFluxAgent(BaseAlgorithm):
         self._update_info_buffer(infos, dones)
         self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
 
+        self._learner.owe(self.n_envs, self.replay_buffer)
+
         callback.update_locals(locals())
-        keep_going = callback.on_step() is not False
+        stopping = self.stopping  # one that comes later is for the next step, so that the callbacks see it
+        keep_going = callback.on_step() is not False and not stopping
         callback.on_rollout_end()
         return keep_going
 
@@ -471,136 +485,3 @@ class WorldFluxAgent(BaseAlgorithm):
             ShapeMismatchError: If an array has another shape or dtype than expected, or holds NaN.
         """
         return self.actor.predict(observation, state, episode_start, deterministic)
-
-    # --- files
-
-    def save(
-        self, path: ArchivePath, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None
-    ) -> None:
-        """Writes the agent to a zip file without a pickle; the replay buffer has a file of its own.
-
-        Args:
-            path: Gets the suffix `.zip` if it has none; or a binary file that is open for writing.
-            exclude: Not supported; SB3's signature has it.
-            include: Not supported; SB3's signature has it.
-
-        Raises:
-            TrainingError: If a loss was not finite; nothing is written then.
-        """
-        if exclude or include:
-            raise ConfigurationError("exclude and include choose among pickled attributes, and this file has none.")
-        description = AgentDescription(
-            observation_space=self.observation_space,
-            action_space=self.action_space,
-            n_envs=self.n_envs,
-            settings=self._settings(),
-            counters={name: getattr(self, name) for name in LOOP_COUNTERS} | self._learner.counters(),
-            progress_remaining=self._current_progress_remaining,
-            schedule=self.schedule.state_dict(),
-        )
-        write_archive(path, description.to_json(), self.trainer.save_checkpoint)
-
-    @classmethod
-    def load(
-        cls: type[SelfAgent],
-        path: ArchivePath,
-        env: GymEnv | str | None = None,
-        device: torch.device | str = "auto",
-        custom_objects: dict[str, Any] | None = None,
-        print_system_info: bool = False,
-        force_reset: bool = True,
-        **kwargs: Any,
-    ) -> SelfAgent:
-        """Reads an agent that `save` wrote. It can act at once, and learn if it is given an environment.
-
-        The random streams of Python, NumPy and torch continue where they were when it was saved.
-
-        Args:
-            path: As given to `save`, or a binary file that is open for reading.
-            env: Of the same spaces; any number of copies. None: for `predict` alone, or until `set_env`.
-            device: As for the constructor.
-            custom_objects: Not needed, because nothing in the file is an object; SB3's signature has it.
-            print_system_info: Print the versions of this machine.
-            force_reset: The environment is always reset before training; SB3's signature has it.
-            **kwargs: Settings of the constructor that shall differ from the saved ones.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            CheckpointError: If the file is damaged, or was not written by `save`.
-            ConfigurationError: If a setting is unknown or out of its range.
-        """
-        if print_system_info:
-            get_system_info()
-        names = [item.name for item in fields(AgentSettings)]
-        for name in kwargs:
-            if name not in names:
-                raise ConfigurationError(f"Unknown setting '{name}'{nearest(name, names)}")
-        with open_archive(path) as (data, checkpoint):
-            saved = AgentDescription.from_json(data, path)
-            settings = replace(saved.settings, **kwargs)
-            made: Any = None if env is None else as_env(env)
-            if made is not None:
-                made = cls._wrap_env(made, settings.verbose)
-                check_for_correct_spaces(made, saved.observation_space, saved.action_space)
-            agent = cls(checkpoint, made, device=device, _init_setup_model=False, **vars(settings))
-            if made is None:
-                agent.observation_space, agent.action_space = saved.observation_space, saved.action_space
-                agent.n_envs = saved.n_envs
-            agent._setup_model()
-            agent.trainer.load_checkpoint(checkpoint)
-        agent._model_source = agent.model
-        for name in LOOP_COUNTERS:
-            setattr(agent, name, saved.counters[name])
-        agent._current_progress_remaining = saved.progress_remaining
-        agent.schedule.load_state_dict(saved.schedule)
-        agent._learner.load_counters(saved.counters)
-        # A saved agent's random streams go on; only one that was seeded anew starts them again.
-        agent._random_started = "seed" not in kwargs
-        return agent
-
-    def save_replay_buffer(self, path: str | Path) -> None:
-        """Writes the replay buffer to exactly this path, as `.npz` whatever its suffix."""
-        if self.replay_buffer is None:
-            raise ConfigurationError("There is no replay buffer yet. It is created with the environment: call set_env.")
-        self.replay_buffer.save(path)
-
-    def load_replay_buffer(self, path: str | Path, truncate_last_traj: bool = True) -> None:
-        """Replaces the replay buffer by one from a file; the next `learn` starts new episodes.
-
-        Args:
-            path: What `save_replay_buffer` or `ReplayBuffer.save` wrote. The newest `buffer_size` transitions are kept.
-            truncate_last_traj: Episodes in flight are always closed as truncated; SB3's signature has it.
-
-        Raises:
-            ShapeMismatchError: If the buffer was made for other spaces.
-        """
-        buffer = ReplayBuffer.load(
-            path, capacity=self.buffer_size, n_envs=self.n_envs, extras=self._extras_spec(), seed=self.seed
-        )
-        expected = (self.obs_codec.obs_shape, self.action_codec.action_dim)
-        if (buffer.obs_shape, buffer.action_dim) != expected:
-            raise ShapeMismatchError(
-                f"{path} holds observations {buffer.obs_shape} and {buffer.action_dim} action numbers, "
-                f"expected {expected[0]} and {expected[1]} for this agent."
-            )
-        buffer.end_episodes()
-        self._leave_episodes()
-        self.replay_buffer = buffer
-        self._learner.take_new_buffer(buffer)
-
-    def set_parameters(
-        self,
-        load_path_or_dict: str | Path | io.BufferedIOBase | TensorDict,
-        exact_match: bool = True,
-        device: torch.device | str = "auto",
-    ) -> None:
-        """Takes over the model's parameters from a saved agent, or from what `get_parameters` returned."""
-        if isinstance(load_path_or_dict, dict):
-            super().set_parameters(load_path_or_dict, exact_match, device)
-            return
-        with open_archive(load_path_or_dict) as (_, checkpoint):
-            try:
-                weights = safetensors.torch.load_file(checkpoint / WEIGHTS_FILE)
-            except Exception as error:  # safetensors raises its own Rust exception class
-                raise CheckpointError(f"{load_path_or_dict} has no readable {WEIGHTS_FILE}: {error}.") from error
-        super().set_parameters({"policy": weights}, exact_match, device)  # type: ignore[dict-item]

@@ -1,4 +1,4 @@
-"""The file of a saved agent: a zip in which nothing can run code.
+"""The file of a saved agent, a zip in which nothing can run code; and the same entries in a checkpoint's directory.
 
 | entry | content |
 | --- | --- |
@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from worldflux.errors import CheckpointError
-from worldflux.training.checkpoint import remove_leftovers
+from worldflux.files import remove_leftovers
+from worldflux.training.checkpoint import newest_checkpoint
 
 AGENT_FILE = "agent.json"
 FORMAT = 1
@@ -50,7 +51,7 @@ def write_archive(path: ArchivePath, description: dict[str, Any], save_checkpoin
         whole = scratch / "agent.zip"
         with whole.open("wb") as file:
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                archive.writestr(AGENT_FILE, json.dumps({"format": FORMAT, **description}, indent=2))
+                archive.writestr(AGENT_FILE, _as_text(description))
                 for entry in sorted(checkpoint.iterdir()):
                     archive.write(entry, entry.name)
             file.flush()
@@ -63,17 +64,43 @@ def write_archive(path: ArchivePath, description: dict[str, Any], save_checkpoin
                 shutil.copyfileobj(source, path)  # type: ignore[arg-type]
 
 
+def write_description(directory: Path, description: dict[str, Any]) -> None:
+    """Writes `agent.json` beside the trainer's files in a checkpoint's directory."""
+    (directory / AGENT_FILE).write_text(_as_text(description), encoding="utf-8")
+
+
 @contextmanager
-def open_archive(path: ArchivePath) -> Iterator[tuple[dict[str, Any], Path]]:
-    """The description in an agent's file, and a directory with its checkpoint that is removed afterwards.
+def open_saved(path: ArchivePath) -> Iterator[tuple[dict[str, Any], Path]]:
+    """The description of a saved agent, and a directory with its checkpoint that may be gone afterwards.
 
     Args:
-        path: As given to `write_archive`; `.zip` may be left out.
+        path: As given to `write_archive`, where `.zip` may be left out; or the directory of a checkpoint, or one that
+            holds several, of which the newest is taken.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        CheckpointError: If it is not an agent's file, or damaged.
+        FileNotFoundError: If there is nothing.
+        CheckpointError: If it is no agent, or damaged.
     """
+    if isinstance(path, io.IOBase) or not Path(path).is_dir():
+        with _open_archive(path) as opened:
+            yield opened
+        return
+    directory = Path(path) if (Path(path) / AGENT_FILE).is_file() else newest_checkpoint(Path(path))
+    if directory is None:
+        raise FileNotFoundError(
+            f"The directory {path} holds no checkpoint of an agent. Pass one that save_checkpoint wrote, or that "
+            "holds several of them."
+        )
+    try:
+        description = json.loads((directory / AGENT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory} is not a readable checkpoint of an agent: {error}.") from error
+    yield _checked(description, directory), directory
+
+
+@contextmanager
+def _open_archive(path: ArchivePath) -> Iterator[tuple[dict[str, Any], Path]]:
+    """The same for a zip."""
     source: Any = path if isinstance(path, io.IOBase) else _existing(Path(path))
     with tempfile.TemporaryDirectory(prefix="agent-") as scratch:
         try:
@@ -92,10 +119,7 @@ def open_archive(path: ArchivePath) -> Iterator[tuple[dict[str, Any], Path]]:
             raise
         except Exception as error:  # what a damaged zip makes zipfile raise is not a closed list
             raise CheckpointError(f"{path} is not a readable file of an agent: {error}.") from error
-        if not isinstance(description, dict) or description.get("format") != FORMAT:
-            found = description.get("format") if isinstance(description, dict) else None
-            raise CheckpointError(f"{path} has format {found}, this version reads {FORMAT}. Use a newer worldflux.")
-        yield description, Path(scratch)
+        yield _checked(description, path), Path(scratch)
 
 
 @contextmanager
@@ -118,6 +142,17 @@ def _scratch(target: Path | None) -> Iterator[Path]:
         yield beside
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _as_text(description: dict[str, Any]) -> str:
+    return json.dumps({"format": FORMAT, **description}, indent=2)
+
+
+def _checked(description: Any, path: object) -> dict[str, Any]:
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        found = description.get("format") if isinstance(description, dict) else None
+        raise CheckpointError(f"{path} has format {found}, this version reads {FORMAT}. Use a newer worldflux.")
+    return description
 
 
 def _with_suffix(path: Path) -> Path:

@@ -62,6 +62,11 @@ class Collector:
         self.recorder.interrupt()
 
     @property
+    def obs(self) -> Any:
+        """What the environments show now, in the library's form. `[n_envs, ...]`"""
+        return self.recorder.obs
+
+    @property
     def moved(self) -> bool:
         """Whether somebody else has reset or stepped the environments since the last step here."""
         return self._watch.moved

@@ -109,6 +109,11 @@ class Learner:
         """Counts anew from what another buffer holds already."""
         self.collected, self._started = buffer.num_transitions, False
 
+    def resume(self, buffer: ReplayBuffer, collected: int) -> None:
+        """Goes on with the buffer of a checkpoint, which had received so many transitions."""
+        self.collected = collected
+        self._can_train(buffer)
+
     def _can_train(self, buffer: ReplayBuffer) -> bool:
         """Whether the buffer has received what training starts with; once it has, that stays so.
 

@@ -23,7 +23,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from worldflux.agents import WorldFluxAgent
-from worldflux.agents.archive import open_archive, write_archive
+from worldflux.agents.archive import open_saved, write_archive
 from worldflux.errors import CheckpointError, ConfigurationError, ShapeMismatchError, TrainingError, WorldFluxError
 from worldflux.training.replay import ReplayBuffer
 
@@ -631,7 +631,7 @@ def test_no_flipped_byte_gives_anything_but_our_own_error(tmp_path: Path) -> Non
     for place in range(0, len(whole), 2):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
         try:
-            with open_archive(path):
+            with open_saved(path):
                 pass
         except CheckpointError:
             damaged += 1

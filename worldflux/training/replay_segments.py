@@ -48,12 +48,15 @@ class ReplaySegments:
     and storing them anew would cost all of it at each checkpoint; after a resumption they are refreshed as their rows
     are replayed, as always. Two resumptions from one checkpoint start from the same bytes.
 
+    Attributes:
+        buffer: The buffer.
+
     Args:
         buffer: Of which nothing is on the disk yet.
     """
 
     def __init__(self, buffer: ReplayBuffer) -> None:
-        self._buffer = buffer
+        self.buffer = buffer
         self._folder: Path | None = None  # of the last checkpoint
         self._segments: list[Segment] = []  # in it, the oldest first
         self._settled = np.zeros(buffer.n_envs, np.int64)  # the first row of each stream that is in none of them
@@ -79,9 +82,9 @@ class ReplaySegments:
             OSError: If the disk does not take it.
         """
         self._written = None
-        store, _ = self._buffer.stored()
+        store, _ = self.buffer.stored()
         in_flight = np.flatnonzero(store.in_flight)
-        finals = None if final_obs is None else self._buffer.checked_final_obs(final_obs, in_flight)
+        finals = None if final_obs is None else self.buffer.checked_final_obs(final_obs, in_flight)
         folder = Path(directory) / REPLAY_FOLDER
         folder.mkdir()
 
@@ -100,7 +103,7 @@ class ReplaySegments:
             path = folder / IN_FLIGHT_FILE
             last_rows = write_segment(path, store, settled, store.end, beside=_final_columns(finals))
 
-        write_state(folder, self._buffer, segments, last_rows, finals is not None)
+        write_state(folder, self.buffer, segments, last_rows, finals is not None)
         self._written = segments, settled
 
     def moved_to(self, directory: str | Path) -> None:

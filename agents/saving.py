@@ -1,0 +1,267 @@
+"""The files of an agent: saved, loaded, and a run of it continued."""
+
+from __future__ import annotations
+
+import io
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import safetensors.torch
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.type_aliases import GymEnv, TensorDict
+from stable_baselines3.common.utils import check_for_correct_spaces, get_system_info
+
+from worldflux.agents.archive import ArchivePath, open_saved, write_archive, write_description
+from worldflux.agents.checkpoints import EPISODE_INFO, RunState, normalization_state, restore_normalization
+from worldflux.agents.collecting import Collector
+from worldflux.agents.description import LOOP_COUNTERS, AgentDescription
+from worldflux.agents.learning import Learner
+from worldflux.agents.schedule import UpdateSchedule
+from worldflux.agents.settings import AgentSettings
+from worldflux.envs.make import as_env
+from worldflux.envs.spaces import ActionCodec, ObservationCodec
+from worldflux.errors import CheckpointError, ConfigurationError, ShapeMismatchError, nearest
+from worldflux.files import atomic_directory
+from worldflux.models.base import WEIGHTS_FILE
+from worldflux.training.checkpoint import check_target, writing_checkpoint
+from worldflux.training.replay import ReplayBuffer
+from worldflux.training.replay_segments import ReplaySegments
+from worldflux.training.trainer import Trainer
+
+SelfAgent = TypeVar("SelfAgent", bound="SavedAgent")
+
+
+class SavedAgent(BaseAlgorithm):
+    """The part of `WorldFluxAgent` that reads and writes; the other part builds what is named here."""
+
+    trainer: Trainer
+    schedule: UpdateSchedule
+    replay_buffer: ReplayBuffer | None
+    buffer_size: int
+    obs_codec: ObservationCodec
+    action_codec: ActionCodec
+    _learner: Learner
+    _collector: Collector | None
+    _segments: ReplaySegments | None
+    _random_started: bool
+    _model_source: Any
+
+    def _settings(self) -> AgentSettings:
+        """The settings in use."""
+        raise NotImplementedError
+
+    def _extras_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+        """What lies beside the rows of the replay buffer."""
+        raise NotImplementedError
+
+    def _leave_episodes(self) -> None:
+        """Closes the episodes in flight."""
+        raise NotImplementedError
+
+    def save(
+        self, path: ArchivePath, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None
+    ) -> None:
+        """Writes the agent to a zip file without a pickle; the replay buffer has a file of its own.
+
+        Args:
+            path: Gets the suffix `.zip` if it has none; or a binary file that is open for writing.
+            exclude: Not supported; SB3's signature has it.
+            include: Not supported; SB3's signature has it.
+
+        Raises:
+            TrainingError: If a loss was not finite; nothing is written then.
+        """
+        if exclude or include:
+            raise ConfigurationError("exclude and include choose among pickled attributes, and this file has none.")
+        write_archive(path, self._description().to_json(), self.trainer.save_checkpoint)
+
+    def save_checkpoint(self, path: str | Path) -> None:
+        """Writes everything that the run goes on from into one directory, which appears whole or not at all.
+
+        It holds the agent, its random states and its replay data. Replay data lie in files that are written once, and
+        the next checkpoint of this run shares them (as hard links, where the file system has these): each costs only
+        what is new, and any of them can be deleted, moved or copied by itself. `load(path, env, resume=True)` goes on
+        from it. `AgentCheckpointCallback` saves some at an interval.
+
+        Args:
+            path: The directory. One that holds a checkpoint is replaced.
+
+        Raises:
+            TrainingError: If a loss was not finite; nothing is written then.
+            CheckpointError: If `path` holds something else, or cannot be written; an older checkpoint is unchanged.
+        """
+        if self.replay_buffer is None:
+            raise ConfigurationError("There is no run to save yet, only an agent: call save, or set_env first.")
+        path = Path(path)
+        check_target(path)
+        if self._segments is None or self._segments.buffer is not self.replay_buffer:
+            self._segments = ReplaySegments(self.replay_buffer)
+        run = RunState(
+            collected=self._learner.collected,
+            episode_infos=[{name: info[name] for name in EPISODE_INFO} for info in self.ep_info_buffer or ()],
+            episode_successes=[float(success) for success in self.ep_success_buffer or ()],
+            normalization=normalization_state(self._vec_normalize_env),
+        )
+        with writing_checkpoint(path), atomic_directory(path) as directory:
+            self.trainer.write_checkpoint(directory)
+            write_description(directory, self._description().to_json())
+            run.write(directory)
+            self._segments.write(directory, final_obs=None if self._collector is None else self._collector.obs)
+        self._segments.moved_to(path)
+
+    def _description(self) -> AgentDescription:
+        return AgentDescription(
+            observation_space=self.observation_space,
+            action_space=self.action_space,
+            n_envs=self.n_envs,
+            settings=self._settings(),
+            counters={name: getattr(self, name) for name in LOOP_COUNTERS} | self._learner.counters(),
+            progress_remaining=self._current_progress_remaining,
+            schedule=self.schedule.state_dict(),
+        )
+
+    @classmethod
+    def load(
+        cls: type[SelfAgent],
+        path: ArchivePath,
+        env: GymEnv | str | None = None,
+        device: torch.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        *,
+        resume: bool = False,
+        **kwargs: Any,
+    ) -> SelfAgent:
+        """Reads an agent that `save` or `save_checkpoint` wrote.
+
+        It can act at once, and learn if it is given an environment. The random streams of Python, NumPy and torch
+        continue where they were when it was saved.
+
+        With `resume`, the run goes on: `learn(..., reset_num_timesteps=False)` continues with the replay data, counters
+        and random streams of the checkpoint, and with the statistics of a `VecNormalize`. Episodes that were in flight
+        have ended as truncated, and new ones begin, with seeds from the continued random streams: two resumes of one
+        checkpoint give the same bits on a CPU.
+
+        Args:
+            path: As given to `save` or `save_checkpoint`; a directory of checkpoints, of which the newest is taken; or
+                a binary file that is open for reading.
+            env: Of the same spaces; any number of copies. None: for `predict` alone, or until `set_env`.
+            device: As for the constructor.
+            custom_objects: Not needed, because nothing in the file is an object; SB3's signature has it.
+            print_system_info: Print the versions of this machine.
+            force_reset: The environment is always reset before training; SB3's signature has it.
+            resume: Continue the run and not only the agent. Needs `env`, with as many copies as before.
+            **kwargs: Settings of the constructor that shall differ from the saved ones.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            CheckpointError: If the file is damaged or no agent's, or there is no run to resume.
+            ConfigurationError: If a setting is unknown or out of its range, or the run cannot be resumed in `env`.
+        """
+        if resume and env is None:
+            raise ConfigurationError("resume=True continues in an environment. Pass env to load.")
+        if print_system_info:
+            get_system_info()
+        names = [item.name for item in fields(AgentSettings)]
+        for name in kwargs:
+            if name not in names:
+                raise ConfigurationError(f"Unknown setting '{name}'{nearest(name, names)}")
+        with open_saved(path) as (data, checkpoint):
+            saved = AgentDescription.from_json(data, path)
+            settings = replace(saved.settings, **kwargs)
+            made: Any = None if env is None else as_env(env)
+            if made is not None:
+                made = cls._wrap_env(made, settings.verbose)
+                check_for_correct_spaces(made, saved.observation_space, saved.action_space)
+            agent: Any = cls(checkpoint, made, device=device, _init_setup_model=False, **vars(settings))  # type: ignore[arg-type, call-arg]
+            if made is None:
+                agent.observation_space, agent.action_space = saved.observation_space, saved.action_space
+                agent.n_envs = saved.n_envs
+            agent._setup_model()
+            agent.trainer.load_checkpoint(checkpoint)
+            resumed = agent._read_run(checkpoint) if resume else None
+        agent._model_source = agent.policy
+        for name in LOOP_COUNTERS:
+            setattr(agent, name, saved.counters[name])
+        agent._current_progress_remaining = saved.progress_remaining
+        agent.schedule.load_state_dict(saved.schedule)
+        agent._learner.load_counters(saved.counters)
+        # A saved agent's random streams go on; only one that was seeded anew starts them again.
+        agent._random_started = "seed" not in kwargs
+        if resumed is not None:
+            agent._resume(resumed)
+        return agent
+
+    def _read_run(self, checkpoint: Path) -> RunState:
+        """Takes the replay data from a checkpoint; the rest of the run is `_resume`'s."""
+        assert self.replay_buffer is not None
+        run = RunState.read(checkpoint)
+        self._segments = ReplaySegments.read(checkpoint, self.replay_buffer)
+        return run
+
+    def _resume(self, run: RunState) -> None:
+        """Continues a run, once everything else is as it was."""
+        assert self.replay_buffer is not None and self.env is not None
+        self._learner.resume(self.replay_buffer, run.collected)
+        restore_normalization(self._vec_normalize_env, run.normalization)
+        window = self._stats_window_size
+        self.ep_info_buffer = deque(run.episode_infos, maxlen=window)
+        self.ep_success_buffer = deque(run.episode_successes, maxlen=window)
+        if self._random_started:
+            # The environments' own streams cannot be saved; these seeds follow from the streams that were.
+            seed = int(np.random.randint(2**31 - 1))
+            self.env.seed(seed)
+            self.action_space.seed(seed)
+
+    def save_replay_buffer(self, path: str | Path) -> None:
+        """Writes the replay buffer to exactly this path, as `.npz` whatever its suffix."""
+        if self.replay_buffer is None:
+            raise ConfigurationError("There is no replay buffer yet. It is created with the environment: call set_env.")
+        self.replay_buffer.save(path)
+
+    def load_replay_buffer(self, path: str | Path, truncate_last_traj: bool = True) -> None:
+        """Replaces the replay buffer by one from a file; the next `learn` starts new episodes.
+
+        Args:
+            path: What `save_replay_buffer` or `ReplayBuffer.save` wrote. The newest `buffer_size` transitions are kept.
+            truncate_last_traj: Episodes in flight are always closed as truncated; SB3's signature has it.
+
+        Raises:
+            ShapeMismatchError: If the buffer was made for other spaces.
+        """
+        buffer = ReplayBuffer.load(
+            path, capacity=self.buffer_size, n_envs=self.n_envs, extras=self._extras_spec(), seed=self.seed
+        )
+        expected = (self.obs_codec.obs_shape, self.action_codec.action_dim)
+        if (buffer.obs_shape, buffer.action_dim) != expected:
+            raise ShapeMismatchError(
+                f"{path} holds observations {buffer.obs_shape} and {buffer.action_dim} action numbers, "
+                f"expected {expected[0]} and {expected[1]} for this agent."
+            )
+        buffer.end_episodes()
+        self._leave_episodes()
+        self.replay_buffer = buffer
+        self._learner.take_new_buffer(buffer)
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | Path | io.BufferedIOBase | TensorDict,
+        exact_match: bool = True,
+        device: torch.device | str = "auto",
+    ) -> None:
+        """Takes over the model's parameters from a saved agent, or from what `get_parameters` returned."""
+        if isinstance(load_path_or_dict, dict):
+            super().set_parameters(load_path_or_dict, exact_match, device)
+            return
+        with open_saved(load_path_or_dict) as (_, checkpoint):
+            try:
+                weights = safetensors.torch.load_file(checkpoint / WEIGHTS_FILE)
+            except Exception as error:  # safetensors raises its own Rust exception class
+                raise CheckpointError(f"{load_path_or_dict} has no readable {WEIGHTS_FILE}: {error}.") from error
+        super().set_parameters({"policy": weights}, exact_match, device)  # type: ignore[dict-item]
