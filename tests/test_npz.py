@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from worldflux.errors import BufferError, WorldFluxError
+from worldflux.errors import BufferError
 from worldflux.files import write_atomically
 from worldflux.training import npz
 from worldflux.training.npz import write_npz
@@ -193,8 +193,8 @@ def test_a_file_that_contradicts_itself_is_refused_by_name(tmp_path, changes, me
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"episode_lengths": np.array([3, 1])}, "episode_lengths add up to 4, but there are 5"),
-        ({"episode_lengths": np.array([6, -1])}, "episode_lengths add up to 5"),
+        ({"episode_lengths": np.array([3, 1])}, "episode_lengths add up to 4, expected .* the 5 transitions"),
+        ({"episode_lengths": np.array([6, -1])}, "episode_lengths add up to 5, expected numbers from 1"),
         ({"episode_lengths": np.array([2, 3])}, "do not lie at the ends"),
         ({"episode_lengths": np.array([3.0, 2.0])}, "episode_lengths has dtype float64, expected whole numbers"),
         ({"episode_streams": np.array([0, 1])}, r"outside of 0 to n_envs - 1 \(0\)"),
@@ -241,25 +241,6 @@ def test_a_member_shorter_than_its_header_says_is_refused(tmp_path):
             target.writestr(name, data[:-4] if name == "obs.npy" else data)
     with pytest.raises(BufferError, match=r"array 'obs' of shape \(5, 2\) needs 40 bytes, the file has 36"):
         ReplayBuffer.load(tmp_path / "b.npz")
-
-
-def test_a_file_with_flipped_bytes_loads_or_is_a_worldflux_error(tmp_path):
-    np.savez(tmp_path / "a.npz", **documented())
-    whole = np.frombuffer((tmp_path / "a.npz").read_bytes(), np.uint8)
-    rng = np.random.default_rng(0)
-    outcomes = set()
-    for _ in range(300):
-        damaged = whole.copy()
-        damaged[rng.integers(len(damaged), size=rng.integers(1, 4))] = rng.integers(256)
-        (tmp_path / "b.npz").write_bytes(
-            damaged.tobytes()[: None if rng.random() < 0.8 else rng.integers(len(damaged))]
-        )
-        try:
-            ReplayBuffer.load(tmp_path / "b.npz")
-            outcomes.add("loaded")
-        except WorldFluxError:
-            outcomes.add("refused")
-    assert outcomes == {"loaded", "refused"}
 
 
 def test_a_directory_is_no_place_for_a_buffer(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ from worldflux.errors import BufferError
 from worldflux.files import replacing
 
 CHUNK_BYTES = 16 * 2**20
+
+_MOST_EXPANSION = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1040}
+"""How many times larger than the file an array can be, by its kind of compression; NumPy writes no other kinds, and
+some of those expand without a bound."""
 
 
 def rows_per_chunk(shape: tuple[int, ...], dtype: np.dtype) -> int:
@@ -51,20 +56,26 @@ def write_npz(path: str | Path, arrays: Mapping[str, np.ndarray | Stream]) -> No
         arrays: What to write, by name.
 
     Raises:
-        BufferError: If `path` is a directory.
+        BufferError: If `path` is a directory or cannot be written: a full disk, no permission. The old file stays.
     """
     path = Path(path)
     if path.is_dir():
         raise BufferError(f"{path} is a directory, expected the path of a file. Add a name, such as buffer.npz.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for name, array in arrays.items():
-            _write_array(archive, name, array)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            for name, array in arrays.items():
+                _write_array(archive, name, array)
+    except OSError as error:
+        raise BufferError(f"{path} could not be written: {error}. What was there before is unchanged.") from error
 
 
 def _write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray | Stream) -> None:
     # A ZipInfo made by hand carries no time of writing: equal buffers give equal files.
-    with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+    info = zipfile.ZipInfo(f"{name}.npy")
+    if info.filename != f"{name}.npy" or not name.isprintable():  # zipfile cuts names at a NUL
+        raise BufferError(f"An array cannot be saved under the name {name!r}. Use printable characters in keys.")
+    with archive.open(info, "w", force_zip64=True) as member:
         if isinstance(array, np.ndarray):
             npy.write_array(member, array, allow_pickle=False)
             return
@@ -82,18 +93,29 @@ class NpzFile:
 
     Raises:
         FileNotFoundError: If there is none.
-        BufferError: If it is no zip archive, or a truncated one.
+        BufferError: If it is no zip archive, a truncated one, or one with two arrays of the same name.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
             self._archive = zipfile.ZipFile(self.path)
+            self._bytes = self.path.stat().st_size
         except FileNotFoundError:
             raise
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-            raise BufferError(f"{self.path} is not a readable .npz file (damaged or cut short): {error}") from error
-        self.names = [member.removesuffix(".npy") for member in self._archive.namelist()]
+        except Exception as error:  # what a damaged table of contents makes zipfile raise is not a closed list
+            raise BufferError(
+                f"{self.path} is not a readable .npz file (damaged or cut short): {_reason(error)}"
+            ) from error
+        members = [name for name in self._archive.namelist() if name.endswith(".npy")]
+        self.names = [name.removesuffix(".npy") for name in members]
+        """Of the arrays; other files in the archive are ignored."""
+        repeated = [name for name, count in Counter(self.names).items() if count > 1]
+        if repeated:
+            self._archive.close()
+            raise BufferError(
+                f"{self.path.name} has several arrays {', '.join(map(repr, repeated[:3]))}, expected one of each name."
+            )
 
     def __enter__(self) -> NpzFile:
         return self
@@ -133,7 +155,7 @@ class NpzFile:
                 yield self._read_rest(name, file, shape, dtype, fortran)
                 return
             step = rows_per_chunk(shape[1:], dtype)
-            for start in range(0, shape[0], step):
+            for start in range(0, max(1, shape[0]), step):
                 count = min(step, shape[0] - start)
                 yield self._read_rest(name, file, (count, *shape[1:]), dtype, False)
 
@@ -141,10 +163,16 @@ class NpzFile:
     def _member(self, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype, bool]]:
         # What a damaged or hostile header makes zipfile and numpy raise is not a closed list.
         try:
-            file = self._archive.open(f"{name}.npy")
+            info = self._archive.getinfo(f"{name}.npy")
+            file = self._archive.open(info)
         except Exception as error:
             raise self._unreadable(name, error) from error
         with file:
+            if info.compress_type not in _MOST_EXPANSION:
+                raise BufferError(
+                    f"{self.path.name}: array {name!r} is compressed in a way that NumPy does not use. "
+                    "Write the file with numpy.savez or numpy.savez_compressed."
+                )
             try:
                 version = npy.read_magic(file)
                 read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
@@ -158,6 +186,13 @@ class NpzFile:
                 )
             if any(size < 0 for size in shape):
                 raise BufferError(f"{self.path.name}: array {name!r} says that its shape is {shape}.")
+            # Before anything is read: a size that is made up asks for no memory.
+            size, there = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
+            if size != there or info.file_size > self._bytes * _MOST_EXPANSION[info.compress_type]:
+                raise BufferError(
+                    f"{self.path.name}: array {name!r} of shape {shape} needs {size} bytes, the file has "
+                    f"{min(there, self._bytes * _MOST_EXPANSION[info.compress_type])}."
+                )
             yield file, shape, dtype, fortran
 
     def _read_rest(
@@ -165,17 +200,24 @@ class NpzFile:
     ) -> np.ndarray:
         size = math.prod(shape) * dtype.itemsize
         try:
-            data = file.read(size)
-        except Exception as error:  # a wrong checksum, a broken compressed stream, no memory for a made-up size
+            data = file.read(size) or file.read(1)  # the checksum is compared at the end, which nothing never reaches
+        except Exception as error:  # a wrong checksum, a broken compressed stream, no memory
             raise self._unreadable(name, error) from error
         if len(data) != size:
             raise BufferError(
                 f"{self.path.name}: array {name!r} of shape {shape} needs {size} bytes, the file has {len(data)}."
             )
         order: Literal["F", "C"] = "F" if fortran else "C"
-        if dtype == np.bool_:  # a byte that is neither 0 nor 1 would be a bool of its own kind
-            return (np.frombuffer(data, np.uint8) != 0).reshape(shape, order=order)
-        return np.frombuffer(data, dtype).reshape(shape, order=order)
+        # A byte that is neither 0 nor 1 would be a bool of its own kind.
+        array = np.frombuffer(data, np.uint8) != 0 if dtype == np.bool_ else np.frombuffer(data, dtype)
+        try:
+            return array.reshape(shape, order=order)
+        except (OverflowError, ValueError) as error:  # no rows, each of a size beyond all measure
+            raise self._unreadable(name, error) from error
 
     def _unreadable(self, name: str, error: Exception) -> BufferError:
-        return BufferError(f"{self.path.name}: array {name!r} cannot be read: {error}")
+        return BufferError(f"{self.path.name}: array {name!r} cannot be read: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__  # a MemoryError says nothing

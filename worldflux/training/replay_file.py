@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,18 @@ from pathlib import Path
 import numpy as np
 
 from worldflux.errors import BufferError
-from worldflux.training.arrays import checked
+from worldflux.training.arrays import checked, obs_shapes
 from worldflux.training.npz import NpzFile, Stream, rows_per_chunk, write_npz
 from worldflux.training.rows import FINAL, FIRST, TERMINATED, TRUNCATED, UNSEEN, RowStore
 
 SINGLE = "obs"
 """Key of an observation that is one array."""
+
+_MOST_STREAMS = 2**20
+"""More than anybody steps at once; each takes memory even while it is empty."""
+
+_MOST_AXES = 64
+"""Of an array, in NumPy."""
 
 _EPISODE_ARRAYS = ("episode_lengths", "episode_streams", "episode_starts", "episode_ends", "final_obs_mask", "n_envs")
 
@@ -104,21 +111,25 @@ def read_replay(file: NpzFile) -> ReplayData:
     file.require(("actions", "rewards", "dones", "action_dim", "capacity"))
 
     capacity, action_dim = _number(file, "capacity"), _number(file, "action_dim")
-    actions = file.read("actions")
-    if actions.ndim != 2 or actions.shape[1] != action_dim:
-        raise _wrong(file, f"actions have shape {actions.shape}, expected [N, action_dim] with action_dim {action_dim}")
-    count = len(actions)
+    shape = file.stream("actions").shape
+    if len(shape) != 2 or shape[1] != action_dim:
+        raise _wrong(file, f"actions have shape {shape}, expected [N, action_dim] with action_dim {action_dim}")
+    count = shape[0]
     obs = {}
     for key in keys:
         name, shape_name = _member("obs", key, is_dict), _member("obs_shape", key, is_dict)
         obs[key] = file.stream(name)
-        said = tuple(file.read(shape_name).reshape(-1).tolist())
+        said = tuple(_small(file, shape_name).reshape(-1).tolist())
         if obs[key].shape != (count, *said):
             raise _wrong(
                 file, f"{name} has shape {obs[key].shape}, but there are {count} actions and {shape_name} is {said}"
             )
+        try:
+            obs_shapes({key: obs[key].shape[1:]})
+        except ValueError as error:
+            raise _wrong(file, str(error).rstrip(".")) from error
 
-    actions = _column(file, "actions", (count, action_dim), np.float32, actions)
+    actions = _column(file, "actions", (count, action_dim), np.float32)
     rewards = _column(file, "rewards", (count,), np.float32)
     terminations = _column(file, "dones", (count,), np.bool_)
     truncations = np.zeros(count, np.bool_)
@@ -127,8 +138,8 @@ def read_replay(file: NpzFile) -> ReplayData:
     if any(name in file.names for name in _EPISODE_ARRAYS):
         file.require(_EPISODE_ARRAYS)
         n_envs = _number(file, "n_envs")
-        if n_envs > capacity:
-            raise _wrong(file, f"n_envs is {n_envs}, expected at most capacity ({capacity})")
+        if n_envs > min(capacity, _MOST_STREAMS):
+            raise _wrong(file, f"n_envs is {n_envs}, expected at most capacity ({capacity}) and {_MOST_STREAMS}")
         episodes = _read_episodes(file, terminations | truncations, n_envs)
         names = {key: _member("final_obs", key, is_dict) for key in keys}
         file.require(names.values())
@@ -232,7 +243,8 @@ def _copy(name: str, source: Stream, stored: np.ndarray, at: np.ndarray) -> None
     start = 0
     for chunk in source.chunks:
         to = at[start : start + len(chunk)]
-        array = checked(name, chunk, (len(chunk), *stored.shape[1:]), stored.dtype)
+        place = name if len(chunk) == len(at) else f"{name}[{start}:{start + len(chunk)}]"
+        array = checked(place, chunk, (len(chunk), *stored.shape[1:]), stored.dtype)
         stored[to[to >= 0]] = array[to >= 0]
         start += len(chunk)
 
@@ -263,7 +275,11 @@ def _shared_out(lengths: np.ndarray, n_envs: int) -> np.ndarray:
 
 
 def _read_episodes(file: NpzFile, ended: np.ndarray, n_envs: int) -> Episodes:
-    count = file.stream("episode_lengths").shape[:1]
+    count = file.stream("episode_lengths").shape
+    if len(count) != 1 or count[0] > len(ended):
+        raise _wrong(
+            file, f"episode_lengths has shape {count}, expected one number for each of 0 to {len(ended)} episodes"
+        )
     lengths = _column(file, "episode_lengths", count, np.int64)
     streams = _column(file, "episode_streams", count, np.int64)
     starts = _column(file, "episode_starts", count, np.bool_)
@@ -271,7 +287,11 @@ def _read_episodes(file: NpzFile, ended: np.ndarray, n_envs: int) -> Episodes:
     final_mask = _column(file, "final_obs_mask", count, np.bool_)
     # Each length is bounded before they are added up, so that the sum cannot wrap around to the right number.
     if (lengths < 1).any() or (lengths > len(ended)).any() or sum(lengths.tolist()) != len(ended):
-        raise _wrong(file, f"episode_lengths add up to {sum(lengths.tolist())}, but there are {len(ended)} transitions")
+        raise _wrong(
+            file,
+            f"episode_lengths add up to {sum(lengths.tolist())}, expected numbers from 1 that add up to the "
+            f"{len(ended)} transitions",
+        )
     if ((streams < 0) | (streams >= n_envs)).any():
         raise _wrong(file, f"episode_streams has numbers outside of 0 to n_envs - 1 ({n_envs - 1})")
     expected = np.zeros(len(ended), np.bool_)
@@ -293,10 +313,11 @@ def _split(ended: np.ndarray) -> Episodes:
     return Episodes(lengths, np.zeros(len(lengths), np.int64), always, always, ~always)
 
 
-def _column(
-    file: NpzFile, name: str, shape: tuple[int, ...], dtype: type, array: np.ndarray | None = None
-) -> np.ndarray:
-    array = file.read(name) if array is None else array
+def _column(file: NpzFile, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    found = file.stream(name)
+    if found.shape != shape:  # before it is read: nobody knows how large it is
+        raise _wrong(file, f"{name} has shape {found.shape}, expected {shape}")
+    array = file.read(name)
     if dtype is np.int64 and array.dtype.kind not in "iu":
         raise _wrong(file, f"{name} has dtype {array.dtype}, expected whole numbers")
     try:
@@ -306,8 +327,16 @@ def _column(
         raise _wrong(file, str(error).rstrip(".")) from error
 
 
+def _small(file: NpzFile, name: str) -> np.ndarray:
+    """An array of a few numbers, of which a file cannot make many."""
+    shape = file.stream(name).shape
+    if math.prod(shape) > _MOST_AXES:
+        raise _wrong(file, f"{name} has shape {shape}, expected at most {_MOST_AXES} numbers")
+    return file.read(name)
+
+
 def _number(file: NpzFile, name: str) -> int:
-    value = file.read(name)
+    value = _small(file, name)
     if value.size != 1 or value.dtype.kind not in "iu" or not 1 <= int(value.reshape(())) < 2**62:
         raise _wrong(file, f"{name} is {value}, expected a whole number of at least 1")
     return int(value.reshape(()))
