@@ -59,13 +59,15 @@ def two_hot(target: Tensor, bins: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Neighbouring bins of each target and the weight of the upper one.
 
     Returns:
-        Lower index, upper index (int64) and the upper one's weight in [0, 1]. Each `[...]`.
+        Lower index, upper index (int64) and the upper one's weight in [0, 1], NaN if the target is NaN or infinite.
+        Each `[...]`.
     """
     last = bins.shape[0] - 1
     above = torch.searchsorted(bins, target.detach().contiguous(), right=True)  # first bin beyond the target
     lower, upper = (above - 1).clamp(0, last), above.clamp(0, last)
     low, high = bins[lower], bins[upper]
-    weight = torch.where(upper == lower, 0.0, (target - low) / torch.where(upper == lower, 1.0, high - low))
+    # Beyond the bins the weight is 0, and NaN for a target that is not finite: nobody shall learn from it unseen.
+    weight = torch.where(upper == lower, 0.0 * target, (target - low) / torch.where(upper == lower, 1.0, high - low))
     return lower, upper, weight
 
 

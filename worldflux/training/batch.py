@@ -28,7 +28,7 @@ class Batch:
     all that a user's own provider needs to give. Flags may come in any dtype and are bool here.
 
     Raises:
-        ShapeMismatchError: If the fields do not agree on `[B, T]`.
+        ShapeMismatchError: If a field is no tensor, or the fields do not agree on `[B, T]`.
     """
 
     obs: Observation
@@ -53,6 +53,11 @@ class Batch:
     """The rows' ids for `ReplayBuffer.update_extras`; stays on the CPU. `[B, T]` int64"""
 
     def __post_init__(self) -> None:
+        for name, given in self._named_tensors():
+            if not isinstance(given, Tensor):
+                raise ShapeMismatchError(
+                    f"{name} is a {type(given).__name__}, expected a torch tensor. Convert it with torch.as_tensor."
+                )
         if self.rewards.dim() != 2:
             raise ShapeMismatchError(f"rewards have shape {tuple(self.rewards.shape)}, expected [B, T].")
         if self.actions.dim() != 3:
