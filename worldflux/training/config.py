@@ -67,10 +67,7 @@ class TrainingConfig:
         for name, least in _COUNTS.items():
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
         for name in ("learning_rate", "weight_decay", "grad_clip"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not hasattr(value, "__float__"):
-                raise ConfigurationError(f"{name} is {value!r}, expected a number.")
-            object.__setattr__(self, name, float(value))
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise ConfigurationError(f"learning_rate is {self.learning_rate}, expected a finite number above 0.")
         if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
@@ -80,6 +77,7 @@ class TrainingConfig:
         if self.seed >= 2**32:
             raise ConfigurationError(f"seed is {self.seed}, expected a whole number below 2**32, which NumPy can take.")
         resolve_device(self.device, must_exist=False)
+        object.__setattr__(self, "device", str(self.device))  # a torch.device is none that JSON can hold
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrainingConfig:
@@ -121,6 +119,17 @@ class TrainingConfig:
             raise ConfigurationError(f"{path} is no text file. A TrainingConfig is JSON written by save().") from error
         except ConfigurationError as error:
             raise ConfigurationError(f"{path}: {error}") from error
+
+
+def _number(name: str, value: Any) -> float:
+    """`value` as a float, if it is one number of Python, NumPy or torch, and no bool."""
+    try:
+        number = float(value) if hasattr(value, "__float__") and not isinstance(value, bool) else None
+    except (OverflowError, TypeError, ValueError):  # several numbers
+        number = None
+    if number is None:
+        raise ConfigurationError(f"{name} is {value!r}, expected a number.")
+    return number
 
 
 def whole_number(name: str, value: Any, least: int, *, error: type[WorldFluxError] = ConfigurationError) -> int:

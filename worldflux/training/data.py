@@ -80,9 +80,10 @@ def _takes_request(function: Callable[..., Any]) -> bool:
     Its first parameter says so by its annotation or by the name `request`; otherwise by being the only one that must
     be given, where nothing suggests that it is the number of windows.
     """
-    parameters = inspect.signature(function).parameters
-    if not parameters or not _accepts(function, BatchRequest(1)):
+    signature = _signature(function)
+    if signature is None or not signature.parameters or not _accepts(function, BatchRequest(1)):
         return False
+    parameters = signature.parameters
     name, first = next(iter(parameters.items()))
     if name == "request" or "BatchRequest" in str(first.annotation):
         return True
@@ -92,11 +93,19 @@ def _takes_request(function: Callable[..., Any]) -> bool:
 
 def _accepts(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
     """Whether the signature takes these arguments; nothing is called, so a provider's own TypeError stays visible."""
+    signature = _signature(function)
     try:
-        inspect.signature(function).bind(*args, **kwargs)
+        return signature is None or signature.bind(*args, **kwargs) is not None
     except TypeError:
         return False
-    return True
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    """None where it cannot be read, as of some compiled functions, which are then asked in the first form."""
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
 
 
 def create_random_buffer(

@@ -1,0 +1,362 @@
+"""The documented training API at work: the examples, word for word apart from step counts and sizes; providers."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import worldflux
+import worldflux.training
+from worldflux import create_world_model
+from worldflux.errors import ShapeMismatchError, TrainingError
+from worldflux.models.base import LossOutput
+from worldflux.training import (
+    Batch,
+    BatchRequest,
+    Callback,
+    CheckpointCallback,
+    EarlyStoppingCallback,
+    LoggingCallback,
+    ProgressCallback,
+    ReplayBuffer,
+    Trainer,
+    TrainingConfig,
+    create_random_buffer,
+    train,
+)
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "dreamerv3:size12m": dict(
+        deter_dim=16, hidden_dim=8, units=8, stoch_discrete=2, stoch_classes=4, bins=15, imagination_horizon=2
+    ),
+    "tdmpc2:5m": dict(latent_dim=16, hidden_dim=16, mlp_dim=16, enc_dim=16, num_q_networks=2, num_bins=15),
+}
+"""Documented presets, with sizes that train in milliseconds."""
+
+family = pytest.mark.parametrize("preset", FAMILIES)
+
+
+@pytest.fixture
+def trajectories(tmp_path: Path) -> Path:
+    """An `.npz` of the documented keys alone, as a user's own script writes it."""
+    rng, count = np.random.default_rng(0), 120
+    np.savez(
+        tmp_path / "trajectories.npz",
+        obs=rng.normal(size=(count, 4)).astype(np.float32),
+        actions=rng.uniform(-1, 1, (count, 2)).astype(np.float32),
+        rewards=rng.normal(size=count).astype(np.float32),
+        dones=np.arange(count) % 30 == 29,
+        obs_shape=np.array((4,)),
+        action_dim=2,
+        capacity=1000,
+    )
+    return tmp_path / "trajectories.npz"
+
+
+def small(preset: str) -> worldflux.WorldModel:
+    return create_world_model(preset, obs_shape=(4,), action_dim=2, **FAMILIES[preset])
+
+
+def predictions(model: Any) -> list[Tensor]:
+    """What a model says of three steps ahead."""
+    torch.manual_seed(0)
+    model = model.cpu()
+    with torch.no_grad():
+        state = model.encode(torch.linspace(-1, 1, 12).reshape(3, 4), deterministic=True)
+        trajectory = model.rollout(state, torch.linspace(-1, 1, 18).reshape(3, 3, 2), deterministic=True)
+        return [*trajectory.states.values(), trajectory.rewards, model.value(state)]
+
+
+# The examples
+
+
+@family
+def test_the_complete_documented_example_runs(
+    preset: str, trajectories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO, "worldflux.training")
+
+    from worldflux import create_world_model
+    from worldflux.training import ReplayBuffer, Trainer, TrainingConfig
+    from worldflux.training.callbacks import (
+        CheckpointCallback,
+        EarlyStoppingCallback,
+        LoggingCallback,
+        ProgressCallback,
+    )
+
+    # Create model
+    model = create_world_model(preset, obs_shape=(4,), action_dim=2, device="cpu", **FAMILIES[preset])
+
+    # Load data
+    buffer = ReplayBuffer.load("trajectories.npz")
+
+    # Configure
+    config = TrainingConfig(
+        total_steps=8,
+        batch_size=4,
+        sequence_length=10,
+        learning_rate=3e-4,
+        log_interval=2,
+    )
+
+    # Setup trainer
+    trainer = Trainer(model, config)
+    trainer.add_callback(ProgressCallback())
+    trainer.add_callback(LoggingCallback(log_interval=2, use_wandb=False))
+    trainer.add_callback(CheckpointCallback(output_dir="./checkpoints", save_interval=4, max_checkpoints=1))
+    trainer.add_callback(EarlyStoppingCallback(monitor="loss", patience=5000, min_delta=1e-4))
+
+    # Train
+    trained_model = trainer.train(buffer)
+
+    # Save final
+    trained_model.save_pretrained("./final_model")
+    loaded = create_world_model("./final_model")
+
+    assert trained_model is model and trainer.step_count == 8
+    assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["step-00000008"]
+    assert [record.getMessage().split()[1] for record in caplog.records] == ["2", "4", "6", "8"]
+    for mine, its in zip(predictions(trained_model), predictions(loaded), strict=True):
+        assert torch.equal(mine, its)
+
+
+@family
+def test_the_one_line_example_trains_and_saves(
+    preset: str, trajectories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = small(preset)
+    before = [weight.clone() for weight in model.parameters()]
+    buffer = ReplayBuffer.load("trajectories.npz")
+    trained_model = train(model, buffer, total_steps=3, batch_size=4, sequence_length=8, learning_rate=1e-3)
+    trained_model.save_pretrained("./my_model")
+    assert trained_model is model
+    assert any(not torch.equal(old, new) for old, new in zip(before, trained_model.parameters(), strict=True))
+    loaded = create_world_model("./my_model")
+    for mine, its in zip(predictions(trained_model), predictions(loaded), strict=True):
+        assert torch.equal(mine, its)
+
+
+def test_train_takes_its_documented_arguments_in_their_order(trajectories: Path) -> None:
+    buffer, results = ReplayBuffer.load(trajectories), []
+    for arguments, named in (
+        ((3, 4, 8, 1e-3), {}),
+        ((), dict(total_steps=3, batch_size=4, sequence_length=8, learning_rate=1e-3)),
+    ):
+        torch.manual_seed(0)
+        results.append([*train(small("tdmpc2:5m"), buffer, *arguments, **named).parameters()])
+    for mine, its in zip(*results, strict=True):
+        assert torch.equal(mine, its)
+
+
+def test_collecting_by_hand_saving_and_loading(tmp_path: Path) -> None:
+    buffer = ReplayBuffer(100, (4,), 2)
+    rng = np.random.default_rng(0)
+    for length, last in ((20, 0), (30, 1)):  # T observations, and T+1
+        obs, actions = rng.normal(size=(length + last, 4)), rng.uniform(-1, 1, (length, 2))
+        rewards, dones = rng.normal(size=length), np.arange(length) == length - 1
+        buffer.add_episode(obs, actions, rewards, dones)
+        buffer.add_episode(obs=obs, actions=actions, rewards=rewards, dones=dones)
+    assert (buffer.num_episodes, buffer.num_transitions, len(buffer)) == (4, 100, 100)
+    buffer.save(tmp_path / "buffer.npz")
+    loaded = ReplayBuffer.load(tmp_path / "buffer.npz")
+    assert (loaded.num_episodes, loaded.num_transitions, len(loaded)) == (4, 100, 100)
+    for batch in (loaded.sample(16, 12, "cpu"), loaded.sample(batch_size=16, seq_len=12, device="cpu")):
+        assert batch.obs.shape == (16, 12, 4) and batch.obs.dtype == torch.float32
+        assert batch.actions.shape == (16, 12, 2)
+        assert batch.rewards.shape == batch.terminations.shape == (16, 12)
+    request = BatchRequest(3, 7, "cpu")
+    assert loaded.sample(request).rewards.shape == (3, 7)
+    assert loaded.sample(2).rewards.shape == (2, 50)
+    # Unseen are only the observations after the last steps of the two episodes that came without.
+    everything = loaded.sample(1, 104)
+    assert everything.obs_mask.logical_not().sum() == 2 and everything.terminations.sum() == 4
+
+
+def test_a_random_buffer_is_decided_by_its_seed() -> None:
+    named = dict(capacity=1000, obs_shape=(4,), action_dim=2, num_episodes=5, episode_length=20, seed=42)
+    buffer, again = create_random_buffer(**named), create_random_buffer(1000, (4,), 2, 5, 20, 42)
+    assert (buffer.capacity, buffer.num_episodes, len(buffer)) == (1000, 5, 100)
+    one, other = buffer.sample(8, 10), again.sample(8, 10)
+    assert torch.equal(one.obs, other.obs) and torch.equal(one.actions, other.actions)
+    assert not torch.equal(create_random_buffer(**{**named, "seed": 1}).sample(8, 10).obs, one.obs)
+
+
+# Providers
+
+
+def random_batch(rng: torch.Generator, batch_size: int, seq_len: int) -> Batch:
+    """The four documented fields and nothing else."""
+    return Batch(
+        obs=torch.randn(batch_size, seq_len, 4, generator=rng),
+        actions=torch.rand(batch_size, seq_len, 2, generator=rng) * 2 - 1,
+        rewards=torch.randn(batch_size, seq_len, generator=rng),
+        terminations=torch.rand(batch_size, seq_len, generator=rng) < 0.1,
+    )
+
+
+class ByNumbers:
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+        self.rng = torch.Generator().manual_seed(0)
+
+    def sample(self, batch_size: int, seq_len: int | None = None, device: str = "cpu") -> Batch:
+        self.asked.append((batch_size, seq_len, str(device)))
+        return random_batch(self.rng, batch_size, seq_len or 50)
+
+
+class ByRequest(ByNumbers):
+    def sample(self, request: BatchRequest) -> Batch:  # type: ignore[override]
+        assert isinstance(request, BatchRequest)
+        return super().sample(request.batch_size, request.seq_len, str(request.device))
+
+
+@family
+@pytest.mark.parametrize("kind", [ByNumbers, ByRequest])
+def test_a_provider_of_four_fields_trains_both_families(preset: str, kind: type[ByNumbers]) -> None:
+    provider, losses = kind(), Recorder()
+    trainer = Trainer(small(preset), TrainingConfig(total_steps=3, batch_size=4, sequence_length=8, device="cpu"))
+    trainer.add_callback(losses)
+    trainer.train(provider)
+    assert provider.asked == [(4, 8, "cpu")] * 3
+    assert [step for step, _ in losses.seen] == [1, 2, 3]
+    assert all(np.isfinite(list(terms.values())).all() for _, terms in losses.seen)
+
+
+@pytest.mark.parametrize("error", [TypeError("missing 1 required positional argument: 'seq_len'"), KeyError("obs")])
+@pytest.mark.parametrize("kind", [ByNumbers, ByRequest])
+def test_an_error_of_a_provider_is_the_users_to_see(kind: type[ByNumbers], error: Exception) -> None:
+    class Failing(kind):  # type: ignore[valid-type, misc]
+        if kind is ByNumbers:
+
+            def sample(self, batch_size, seq_len=None, device="cpu"):
+                self.asked.append(batch_size)
+                raise error
+        else:
+
+            def sample(self, request: BatchRequest):
+                self.asked.append(request.batch_size)
+                raise error
+
+    provider = Failing()
+    with pytest.raises(type(error)) as caught:
+        train(Linear(), provider, total_steps=3, device="cpu")
+    assert caught.value is error
+    assert provider.asked == [16]  # once: no second form was tried
+
+
+@family
+@pytest.mark.parametrize("field", ["obs", "actions", "rewards"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_is_never_learned_from_unseen(preset: str, field: str, value: float) -> None:
+    class Spoiled(ByNumbers):
+        def sample(self, batch_size: int, seq_len: int | None = None, device: str = "cpu") -> Batch:
+            batch = super().sample(batch_size, seq_len, device)
+            getattr(batch, field)[0, 2] = value
+            batch.terminations[:] = False
+            return batch
+
+    with pytest.raises(TrainingError, match="not finite at step 1"):
+        train(small(preset), Spoiled(), total_steps=2, batch_size=4, sequence_length=8, device="cpu")
+
+
+def test_a_provider_of_arrays_is_told_to_give_tensors() -> None:
+    class Arrays(ByNumbers):
+        def sample(self, batch_size: int, seq_len: int | None = None, device: str = "cpu") -> Batch:
+            batch = super().sample(batch_size, seq_len, device)
+            return Batch(batch.obs, batch.actions, batch.rewards.numpy(), batch.terminations)
+
+    with pytest.raises(ShapeMismatchError, match=r"rewards is a ndarray, expected a torch tensor.*torch\.as_tensor"):
+        train(Linear(), Arrays(), total_steps=2, device="cpu")
+
+
+def test_a_provider_whose_signature_cannot_be_read_is_asked_by_numbers() -> None:
+    class Compiled:
+        __signature__ = "unreadable"
+
+        def __call__(self, batch_size: int, seq_len: int, device: str) -> Batch:
+            return random_batch(torch.Generator().manual_seed(0), batch_size, seq_len)
+
+    class Provider:
+        sample = Compiled()
+
+    with pytest.raises(TypeError):
+        inspect.signature(Provider.sample)
+    trainer = Trainer(Linear(), TrainingConfig(total_steps=2, device="cpu"))
+    trainer.train(Provider())
+    assert trainer.step_count == 2
+
+
+# Models and callbacks of one's own
+
+
+class Linear(nn.Module):
+    """A user's own module; `form` is how its loss comes back."""
+
+    def __init__(self, form: str = "tensor") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.form = nn.Linear(4, 1), form
+
+    def loss(self, batch: Batch) -> Any:
+        assert isinstance(batch.obs, Tensor)
+        loss = (self.body(batch.obs).squeeze(-1) - batch.rewards).square().mean()
+        if self.form == "tensor":
+            return loss
+        return {"loss": loss, "error": loss.detach()} if self.form == "dict" else LossOutput(loss, {"error": loss})
+
+
+class Recorder(Callback):
+    """As the documentation shows: nothing but `on_step_end(step, losses)`."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, dict[str, float]]] = []
+
+    def on_step_end(self, step, losses):
+        self.seen.append((step, dict(losses)))
+
+
+@pytest.mark.parametrize("form", ["tensor", "dict", "LossOutput"])
+def test_any_module_with_a_loss_trains_and_its_terms_reach_the_callbacks(form: str) -> None:
+    recorder, buffer = Recorder(), create_random_buffer(200, (4,), 2, 4, 50, seed=0)
+    trainer = Trainer(
+        Linear(form), TrainingConfig(total_steps=30, sequence_length=10, learning_rate=0.05, device="cpu")
+    )
+    trainer.add_callback(recorder)
+    trained = trainer.train(buffer)
+    assert [step for step, _ in recorder.seen] == [*range(1, 31)]
+    first, last = recorder.seen[0][1], recorder.seen[-1][1]
+    assert last["loss"] < first["loss"]
+    assert first.keys() == {"loss", "grad_norm"} | ({"error"} if form != "tensor" else set())
+    assert isinstance(trained, Linear) and not trained.training
+
+
+def test_a_callback_that_returns_false_stops_the_training() -> None:
+    class Stop(Callback):
+        def on_step_end(self, step, losses):
+            return losses["loss"] < 0 or step < 4
+
+    trainer = Trainer(Linear(), TrainingConfig(total_steps=30, sequence_length=10, device="cpu"))
+    trainer.add_callback(Stop())
+    trainer.train(create_random_buffer(200, (4,), 2, 4, 50, seed=0))
+    assert trainer.step_count == 4
+
+
+def test_callbacks_take_their_documented_arguments_by_position_and_by_keyword(tmp_path: Path) -> None:
+    for logs in (LoggingCallback(7, False), LoggingCallback(log_interval=7, use_wandb=False)):
+        assert (logs.log_interval, logs.use_wandb) == (7, False)
+    named = dict(output_dir=tmp_path, save_interval=7, max_checkpoints=2)
+    for saves in (CheckpointCallback(tmp_path, 7, 2), CheckpointCallback(**named)):
+        assert (saves.output_dir, saves.save_interval, saves.max_checkpoints) == (tmp_path, 7, 2)
+    for stops in (EarlyStoppingCallback("kl", 7, 0.5), EarlyStoppingCallback(monitor="kl", patience=7, min_delta=0.5)):
+        assert (stops.monitor, stops.patience, stops.min_delta) == ("kl", 7, 0.5)
+    assert isinstance(ProgressCallback(), Callback)
