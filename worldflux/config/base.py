@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import operator
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -12,14 +10,19 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from worldflux.config.checks import (
+    ObsShape,
+    as_integer,
+    as_number,
+    check_choice,
+    clean_enum,
+    clean_obs_shape,
+    clean_sizes,
+)
 from worldflux.errors import ConfigurationError, nearest
 from worldflux.files import write_atomically
 
-ObsShape = tuple[int, ...] | dict[str, tuple[int, ...]]
-"""Shape of one observation without batch or time, or one such shape per key."""
-
 ConfigT = TypeVar("ConfigT", bound="WorldModelConfig")
-EnumT = TypeVar("EnumT", bound=Enum)
 
 _ACTION_TYPES = ("continuous", "discrete", "multi_discrete")
 _DTYPES = ("float32", "bfloat16")
@@ -87,7 +90,7 @@ class WorldModelConfig:
     grad_clip: float = 100.0
     """Bound on the size of a gradient; how it is measured is the family's choice. Smaller clips more."""
     device: str = "cpu"
-    """Where the model is built: "cpu", "cuda", "cuda:1", ..."""
+    """Where `create_world_model` puts the model: "cpu", "cuda", "cuda:1", ..."""
     dtype: str = "float32"
     """Precision of the computation: "float32", or "bfloat16" (parameters and losses stay float32)."""
 
@@ -210,9 +213,9 @@ class WorldModelConfig:
 
     def _derive(self) -> None:
         """Bring what was given to its stored form, and fill in what follows from it."""
-        self._set("obs_shape", _clean_obs_shape(self.obs_shape))
-        self._set("latent_type", _clean_enum("latent_type", self.latent_type, LatentType))
-        self._set("dynamics_type", _clean_enum("dynamics_type", self.dynamics_type, DynamicsType))
+        self._set("obs_shape", clean_obs_shape(self.obs_shape))
+        self._set("latent_type", clean_enum("latent_type", self.latent_type, LatentType))
+        self._set("dynamics_type", clean_enum("dynamics_type", self.dynamics_type, DynamicsType))
         self._set("action_dim", as_integer("action_dim", self.action_dim))
         self._set("action_classes", clean_sizes("action_classes", self.action_classes))
         if self.action_type == "discrete" and not self.action_classes:
@@ -221,6 +224,15 @@ class WorldModelConfig:
             raise ConfigurationError(f"obs_classes is {self.obs_classes!r}, expected a dict of key to classes.")
         cleaned = {key: clean_sizes(f"obs_classes['{key}']", value) for key, value in self.obs_classes.items()}
         self._set("obs_classes", dict(sorted(cleaned.items())))
+
+    def _derive_width(self, name: str, expected: int, formula: str) -> None:
+        """Fill in a field that follows from others, which may be given all the same if it agrees with them."""
+        given = getattr(self, name)
+        if given is not None and given != expected:
+            raise ConfigurationError(
+                f"{name} is {given}, expected {formula} = {expected}. Leave it out to have it derived."
+            )
+        self._set(name, expected)
 
     def _check_kinds(self) -> None:
         """Numbers are numbers, names are names. Fields of derived families are covered by their annotations."""
@@ -317,81 +329,6 @@ def check_field_names(cls: type[WorldModelConfig], given: Mapping[str, Any]) -> 
             raise ConfigurationError(
                 f"Unknown field '{name}'{nearest(name, known)} {cls.__name__} has: {', '.join(known)}."
             )
-
-
-def _clean_obs_shape(shape: Any) -> ObsShape:
-    if isinstance(shape, Mapping):
-        if not shape or not all(isinstance(key, str) and key for key in shape):
-            raise ConfigurationError(f"obs_shape is {shape!r}, expected at least one key, each a name, with its shape.")
-        return {key: _clean_shape(f"obs_shape['{key}']", shape[key]) for key in sorted(shape)}
-    return _clean_shape("obs_shape", shape)
-
-
-def _clean_shape(name: str, shape: Any) -> tuple[int, ...]:
-    cleaned = clean_sizes(name, shape)
-    if len(cleaned) > 3:
-        raise ConfigurationError(
-            f"{name} is {cleaned}, expected at most 3 dimensions: a vector (n,) or an image (C, H, W). "
-            "Fold further dimensions, such as stacked frames, into the channels."
-        )
-    if len(cleaned) == 3 and cleaned[2] in (1, 3, 4) and cleaned[0] not in (1, 3, 4):
-        height, width, channels = cleaned
-        raise ConfigurationError(
-            f"{name} is {cleaned}, which looks like an image with its channels last; expected channels first (CHW). "
-            f"Transpose the images and use ({channels}, {height}, {width})."
-        )
-    return cleaned
-
-
-def clean_sizes(name: str, sizes: Any) -> tuple[int, ...]:
-    """`sizes` as a tuple of integers, if all of them are above 0."""
-    try:
-        cleaned = tuple(as_integer(name, size) for size in sizes) if not isinstance(sizes, str) else None
-    except TypeError:
-        cleaned = None
-    if cleaned is None or any(size < 1 for size in cleaned):
-        example = f" Write ({sizes},) for one dimension." if isinstance(sizes, int) else ""
-        raise ConfigurationError(f"{name} is {sizes!r}, expected a tuple of integers above 0.{example}")
-    return cleaned
-
-
-def _clean_enum(name: str, value: Any, kind: type[EnumT]) -> EnumT:
-    try:
-        return kind(value.lower() if isinstance(value, str) and not isinstance(value, Enum) else value)
-    except ValueError:
-        options = [str(member.value) for member in kind]
-        raise ConfigurationError(
-            f"{name} is '{value}'{nearest(value, options)} It is one of: {', '.join(options)}."
-        ) from None
-
-
-def check_choice(name: str, value: Any, options: tuple[str, ...]) -> None:
-    """Raises a `ConfigurationError` unless the value is one of the options."""
-    if value not in options:
-        raise ConfigurationError(f"{name} is '{value}'{nearest(value, options)} It is one of: {', '.join(options)}.")
-
-
-def as_integer(name: str, value: Any) -> int:
-    """`value` as an `int`; NumPy's integers count, booleans and floats do not."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise ConfigurationError(f"{name} is {value!r}, expected an integer.") from None
-
-
-def as_number(name: str, value: Any) -> float:
-    """`value` as a finite `float`; booleans and text are none."""
-    try:
-        if isinstance(value, bool | str):
-            raise TypeError
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ConfigurationError(f"{name} is {value!r}, expected a number.") from None
-    if not math.isfinite(number):
-        raise ConfigurationError(f"{name} is {number}, expected a finite number.")
-    return number
 
 
 def _to_json(value: Any) -> Any:

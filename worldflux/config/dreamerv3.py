@@ -6,16 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from worldflux.config.base import (
-    DynamicsType,
-    LatentType,
-    WorldModelConfig,
-    as_integer,
-    as_number,
-    check_choice,
-    clean_sizes,
-    sized_fields,
-)
+from worldflux.config.base import DynamicsType, LatentType, WorldModelConfig, sized_fields
+from worldflux.config.checks import as_integer, as_number, check_choice, clean_sizes
 from worldflux.errors import ConfigurationError, nearest
 
 _ENCODER_TYPES = ("cnn", "mlp", "multi")
@@ -176,14 +168,6 @@ class DreamerV3Config(WorldModelConfig):
             self._set(name, expected)
         self._set("cnn_kernels", clean_sizes("cnn_kernels", self.cnn_kernels))
         self._set("loss_scales", _merge_loss_scales(self.loss_scales))
-
-    def _derive_width(self, name: str, expected: int, formula: str) -> None:
-        given = getattr(self, name)
-        if given is not None and given != expected:
-            raise ConfigurationError(
-                f"{name} is {given}, expected {formula} = {expected}. Leave it out to have it derived."
-            )
-        self._set(name, expected)
 
     def _check_common(self) -> None:
         super()._check_common()

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from worldflux.config.base import DynamicsType, LatentType, WorldModelConfig, as_integer, clean_sizes, sized_fields
+from worldflux.config.base import DynamicsType, LatentType, WorldModelConfig, sized_fields
+from worldflux.config.checks import as_integer, clean_sizes
 from worldflux.errors import ConfigurationError
 
 _SAMPLES_PER_PROPOSAL, _MOST_PROPOSALS = 16, 24
@@ -18,8 +19,9 @@ _LEAST_IMAGE_SIDE = 39
 class TDMPC2Config(WorldModelConfig):
     """TD-MPC2, arXiv:2310.16828. Numbers follow the authors' implementation, sizes its default of 5M parameters.
 
-    `from_size` gives the other sizes. Actions are continuous. Several tasks share one model when `num_tasks` is above
-    1: observations are then padded with zeros to `obs_shape`, actions to `action_dim`.
+    `from_size` gives the other sizes. `deter_dim` follows from `latent_dim`. Actions are continuous. Several tasks
+    share one model when `num_tasks` is above 1: observations are then padded with zeros to `obs_shape`, actions to
+    `action_dim`.
     """
 
     model_type: str = "tdmpc2"
@@ -30,6 +32,10 @@ class TDMPC2Config(WorldModelConfig):
     """Always an MLP."""
     latent_dim: int = 512
     """Width of the latent state. A multiple of `simnorm_dim`."""
+    deter_dim: int = None  # type: ignore[assignment]
+    """Width of the deterministic part of the state, which is all of it: `latent_dim`. Derived."""
+    stoch_dim: int = 0
+    """Width of the stochastic part of the state. Always 0: there is none."""
     hidden_dim: int = 512
     """Width of the hidden layers of the dynamics."""
     learning_rate: float = 3e-4
@@ -127,7 +133,7 @@ class TDMPC2Config(WorldModelConfig):
     """Standard deviation that the planner starts with."""
 
     _positive: ClassVar[tuple[str, ...]] = (
-        *WorldModelConfig._positive,
+        *(name for name in WorldModelConfig._positive if name != "stoch_dim"),
         "simnorm_dim",
         "num_hidden_layers",
         "mlp_dim",
@@ -178,6 +184,7 @@ class TDMPC2Config(WorldModelConfig):
 
     def _derive(self) -> None:
         super()._derive()
+        self._derive_width("deter_dim", as_integer("latent_dim", self.latent_dim), "latent_dim")
         if self.num_pi_trajs is None:
             proposed = as_integer("num_samples", self.num_samples) // _SAMPLES_PER_PROPOSAL
             self._set("num_pi_trajs", min(proposed, _MOST_PROPOSALS))
@@ -195,6 +202,10 @@ class TDMPC2Config(WorldModelConfig):
             raise ConfigurationError(
                 f"latent_type is '{self.latent_type.value}' and dynamics_type is '{self.dynamics_type.value}', "
                 "expected 'simnorm' and 'mlp': TD-MPC2 has no others."
+            )
+        if self.stoch_dim != 0:
+            raise ConfigurationError(
+                f"stoch_dim is {self.stoch_dim}, expected 0: TD-MPC2's state has no stochastic part. Leave it out."
             )
         if self.latent_dim % self.simnorm_dim:
             below = max(self.latent_dim // self.simnorm_dim, 1) * self.simnorm_dim

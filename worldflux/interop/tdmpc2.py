@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from worldflux.config import TDMPC2Config
-from worldflux.config.base import clean_sizes
+from worldflux.config.checks import clean_sizes
 from worldflux.errors import CheckpointError, ConfigurationError
 from worldflux.models.tdmpc2.world_model import TDMPC2
 

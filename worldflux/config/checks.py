@@ -1,0 +1,93 @@
+"""Values of configuration fields in the form in which they are kept, or an error that says what was expected."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any, TypeVar
+
+from worldflux.errors import ConfigurationError, nearest
+
+ObsShape = tuple[int, ...] | dict[str, tuple[int, ...]]
+"""Shape of one observation without batch or time, or one such shape per key."""
+
+EnumT = TypeVar("EnumT", bound=Enum)
+
+
+def clean_obs_shape(shape: Any) -> ObsShape:
+    """`shape` as a tuple, or a dict of tuples in the order of its keys."""
+    if isinstance(shape, Mapping):
+        if not shape or not all(isinstance(key, str) and key for key in shape):
+            raise ConfigurationError(f"obs_shape is {shape!r}, expected at least one key, each a name, with its shape.")
+        return {key: _clean_shape(f"obs_shape['{key}']", shape[key]) for key in sorted(shape)}
+    return _clean_shape("obs_shape", shape)
+
+
+def _clean_shape(name: str, shape: Any) -> tuple[int, ...]:
+    cleaned = clean_sizes(name, shape)
+    if len(cleaned) > 3:
+        raise ConfigurationError(
+            f"{name} is {cleaned}, expected at most 3 dimensions: a vector (n,) or an image (C, H, W). "
+            "Fold further dimensions, such as stacked frames, into the channels."
+        )
+    if len(cleaned) == 3 and cleaned[2] in (1, 3, 4) and cleaned[0] not in (1, 3, 4):
+        height, width, channels = cleaned
+        raise ConfigurationError(
+            f"{name} is {cleaned}, which looks like an image with its channels last; expected channels first (CHW). "
+            f"Transpose the images and use ({channels}, {height}, {width})."
+        )
+    return cleaned
+
+
+def clean_sizes(name: str, sizes: Any) -> tuple[int, ...]:
+    """`sizes` as a tuple of integers, if all of them are above 0."""
+    try:
+        cleaned = tuple(as_integer(name, size) for size in sizes) if not isinstance(sizes, str) else None
+    except TypeError:
+        cleaned = None
+    if cleaned is None or any(size < 1 for size in cleaned):
+        example = f" Write ({sizes},) for one dimension." if isinstance(sizes, int) else ""
+        raise ConfigurationError(f"{name} is {sizes!r}, expected a tuple of integers above 0.{example}")
+    return cleaned
+
+
+def clean_enum(name: str, value: Any, kind: type[EnumT]) -> EnumT:
+    """`value` as a member of the enumeration, whatever the case of its letters."""
+    try:
+        return kind(value.lower() if isinstance(value, str) and not isinstance(value, Enum) else value)
+    except ValueError:
+        options = [str(member.value) for member in kind]
+        raise ConfigurationError(
+            f"{name} is '{value}'{nearest(value, options)} It is one of: {', '.join(options)}."
+        ) from None
+
+
+def check_choice(name: str, value: Any, options: tuple[str, ...]) -> None:
+    """Raises a `ConfigurationError` unless the value is one of the options."""
+    if value not in options:
+        raise ConfigurationError(f"{name} is '{value}'{nearest(value, options)} It is one of: {', '.join(options)}.")
+
+
+def as_integer(name: str, value: Any) -> int:
+    """`value` as an `int`; NumPy's integers count, booleans and floats do not."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ConfigurationError(f"{name} is {value!r}, expected an integer.") from None
+
+
+def as_number(name: str, value: Any) -> float:
+    """`value` as a finite `float`; booleans and text are none."""
+    try:
+        if isinstance(value, bool | str):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ConfigurationError(f"{name} is {value!r}, expected a number.") from None
+    if not math.isfinite(number):
+        raise ConfigurationError(f"{name} is {number}, expected a finite number.")
+    return number
