@@ -56,18 +56,16 @@ def write_npz(path: str | Path, arrays: Mapping[str, np.ndarray | Stream]) -> No
         arrays: What to write, by name.
 
     Raises:
-        BufferError: If `path` is a directory or cannot be written: a full disk, no permission. The old file stays.
+        BufferError: If `path` is a directory.
+        OSError: If it cannot be written: a full disk, no permission. The old file stays.
     """
     path = Path(path)
     if path.is_dir():
         raise BufferError(f"{path} is a directory, expected the path of a file. Add a name, such as buffer.npz.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            for name, array in arrays.items():
-                _write_array(archive, name, array)
-    except OSError as error:
-        raise BufferError(f"{path} could not be written: {error}. What was there before is unchanged.") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            _write_array(archive, name, array)
 
 
 def _write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray | Stream) -> None:

@@ -92,7 +92,10 @@ def write_replay(path: str | Path, data: ReplayData) -> None:
         "final_obs_mask": data.episodes.final_mask,
         "n_envs": np.array(data.n_envs),
     }
-    write_npz(path, arrays)
+    try:
+        write_npz(path, arrays)
+    except OSError as error:
+        raise BufferError(f"{path} could not be written: {error}. What was there before is unchanged.") from error
 
 
 def read_replay(file: NpzFile) -> ReplayData:
