@@ -200,7 +200,7 @@ def test_any_arrays_at_all_load_or_are_a_buffer_error(place: Path, base: Any, ch
     try:
         buffer = load(place, bytes_of(base(**changes), save))
     except BufferError as error:
-        assert "a.npz" in str(error)
+        assert "a.npz" in str(error) or "memory" in str(error)
         return
     assert saved(place, load(place, saved(place, buffer))) == saved(place, buffer)
 
@@ -245,7 +245,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     ),
     "no action": (documented(action_dim=np.array(0)), "action_dim is 0, expected a whole number of at least 1"),
     "huge action_dim": (documented(action_dim=np.array(2**61)), r"actions have shape \(5, 1\), expected .* 230584300"),
-    "huge capacity": (documented(capacity=np.array(2**61)), "does not fit into memory"),
+    "huge capacity": (documented(capacity=np.array(2**61)), r"\bmemory\b"),
     "negative capacity": (documented(capacity=np.array(-5)), "capacity is -5, expected a whole number of at least 1"),
     "float capacity": (documented(capacity=np.array(20.0)), "capacity is 20.0, expected a whole number"),
     "many numbers": (documented(capacity=np.zeros(99, int)), r"capacity has shape \(99,\), expected at most 64"),
