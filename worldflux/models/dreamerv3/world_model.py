@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,7 +18,6 @@ from worldflux.config import DreamerV3Config
 from worldflux.errors import ShapeMismatchError
 from worldflux.models.base import LossOutput, OnlineDefaults, OptimizerSpec, State, Trajectory, WorldModel
 from worldflux.models.dreamerv3.behavior import (
-    ImaginationLosses,
     Imagined,
     ReturnNorm,
     imagination_losses,
@@ -29,38 +27,9 @@ from worldflux.models.dreamerv3.behavior import (
 from worldflux.models.dreamerv3.encoder import Decoder, Encoder
 from worldflux.models.dreamerv3.heads import Actor, ContinueHead, TwoHotHead
 from worldflux.models.dreamerv3.inputs import ArrivalRows, arrival_rows
-from worldflux.models.dreamerv3.rssm import RSSM, Observed, kl_losses
+from worldflux.models.dreamerv3.parts import Draws, LossParts
+from worldflux.models.dreamerv3.rssm import RSSM, kl_losses
 from worldflux.training.batch import Batch, Observation
-
-
-@dataclass(frozen=True)
-class Draws:
-    """Random draws of one loss computation; given, they make it reproduce a recorded one."""
-
-    stoch: Tensor
-    """Classes of the posterior samples. `[B, T, S]`"""
-    imagined_stoch: Tensor
-    """Classes of the imagined samples; index 0 is not used. `[B * K, H+1, S]`"""
-    imagined_actions: Tensor
-    """`[B * K, H+1, A]`"""
-
-
-@dataclass(frozen=True)
-class LossParts:
-    """All losses before they are averaged, and what they were computed from."""
-
-    losses: dict[str, Tensor]
-    """Per step: `[B, T]`; with K steps to imagine from, actor and critic `[B, K]`, `"replay_critic"` `[B, K-1]`."""
-    reconstruction: dict[str, Tensor]
-    """Of each observation key; their sum is `losses["reconstruction"]`. `[B, T]`"""
-    rows: ArrivalRows
-    observed: Observed
-    kl: Tensor
-    """Before the free nats. `[B, T]`"""
-    imagined: Imagined
-    behavior: ImaginationLosses
-    replay_returns: Tensor
-    """`[B, K-1]`"""
 
 
 class DreamerV3(WorldModel):
@@ -254,13 +223,14 @@ class DreamerV3(WorldModel):
         baseline = critic.mean.detach()
         returns, weight = imagined_returns(reward, cont, baseline, lam=c.lambda_)
         norm = ReturnNorm(self.return_low, self.return_high, c.return_norm_limit).update(returns, c.return_norm_rate)
+        policy = self.actor(imagined.feat)
         behavior = imagination_losses(
             returns=returns,
             weight=weight,
             baseline=baseline,
             critic=critic,
             slow_value=slow_value,
-            policy=self.actor(imagined.feat),
+            policy=policy,
             actions=imagined.actions,
             norm=norm,
             entropy_scale=c.entropy_scale,
@@ -286,7 +256,18 @@ class DreamerV3(WorldModel):
             "critic": behavior.critic.mean(1).unflatten(0, (B, K)),
             "replay_critic": replay_critic,
         }
-        return LossParts(losses, reconstruction, rows, observed, kl, imagined, behavior, replay_returns)
+        return LossParts(
+            losses=losses,
+            reconstruction=reconstruction,
+            rows=rows,
+            observed=observed,
+            posterior=posterior,
+            kl=kl,
+            imagined=imagined,
+            policy=policy,
+            behavior=behavior,
+            replay_returns=replay_returns,
+        )
 
     def loss_scale(self, name: str) -> float:
         """Weight of a loss; `kl_balance` splits the KL's between the prior and the posterior."""
