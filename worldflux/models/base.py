@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from worldflux.config import WorldModelConfig
 from worldflux.errors import CheckpointError, ShapeMismatchError
 from worldflux.files import write_atomically
+from worldflux.models.health import Vital
 from worldflux.training.batch import Batch, Observation
 
 CONFIG_FILE = "config.json"
@@ -282,6 +283,13 @@ class WorldModel(nn.Module):
         for output in outputs:
             for name, value in output.updates.items():
                 buffers[name].copy_(value)
+
+    def health(self, batch: Batch) -> tuple[Vital, ...]:
+        """Numbers that tell whether the model is dying, measured on a batch without a gradient; none by default.
+
+        It draws random numbers as `loss` does; `training.check_health` keeps them apart from those of training.
+        """
+        return ()
 
     # Replay and acting
 

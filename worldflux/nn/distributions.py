@@ -166,6 +166,15 @@ class PolicyDistribution(Protocol):
     def entropy(self) -> Tensor:
         """Entropy in nats, summed over the action's dimensions. `[...]`"""
 
+    @property
+    def entropy_range(self) -> tuple[float, float]:
+        """The smallest and the largest entropy that such a policy can have."""
+
+
+_STD_RANGE = (0.1, 1.0)
+_UNIT_ENTROPY = 0.5 * math.log(2 * math.pi) + 0.5
+"""Entropy of a standard normal."""
+
 
 class NormalPolicy:
     """Independent normals with a tanh mean and a standard deviation in (0.1, 1); draws are not squashed.
@@ -177,7 +186,8 @@ class NormalPolicy:
 
     def __init__(self, raw_mean: Tensor, raw_std: Tensor) -> None:
         self.mean = torch.tanh(raw_mean.float())
-        self.std = 0.9 * torch.sigmoid(raw_std.float() + 2.0) + 0.1
+        low, high = _STD_RANGE
+        self.std = (high - low) * torch.sigmoid(raw_std.float() + 2.0) + low
 
     @property
     def mode(self) -> Tensor:
@@ -195,7 +205,13 @@ class NormalPolicy:
 
     def entropy(self) -> Tensor:
         """`0.5 * log(2 pi e std^2)`, summed over the action's dimensions. `[...]`"""
-        return (self.std.log() + 0.5 * math.log(2 * math.pi) + 0.5).sum(-1)
+        return (self.std.log() + _UNIT_ENTROPY).sum(-1)
+
+    @property
+    def entropy_range(self) -> tuple[float, float]:
+        """From the smallest standard deviation in every dimension to the largest."""
+        low, high = (self.std.shape[-1] * (math.log(std) + _UNIT_ENTROPY) for std in _STD_RANGE)
+        return low, high
 
 
 class CategoricalPolicy:
@@ -228,6 +244,11 @@ class CategoricalPolicy:
     def entropy(self) -> Tensor:
         """Summed over the softmaxes. `[...]`"""
         return -(self.logprobs.exp() * self.logprobs).sum(-1)
+
+    @property
+    def entropy_range(self) -> tuple[float, float]:
+        """From one certain class in every softmax to even ones."""
+        return 0.0, sum(math.log(width) for width in self.classes)
 
     def _parts(self) -> tuple[Tensor, ...]:
         return self.logprobs.detach().split(self.classes, -1)

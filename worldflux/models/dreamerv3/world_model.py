@@ -26,9 +26,11 @@ from worldflux.models.dreamerv3.behavior import (
 )
 from worldflux.models.dreamerv3.encoder import Decoder, Encoder
 from worldflux.models.dreamerv3.heads import Actor, ContinueHead, TwoHotHead
+from worldflux.models.dreamerv3.health import vitals
 from worldflux.models.dreamerv3.inputs import ArrivalRows, arrival_rows
 from worldflux.models.dreamerv3.parts import Draws, LossParts
 from worldflux.models.dreamerv3.rssm import RSSM, kl_losses
+from worldflux.models.health import Vital
 from worldflux.training.batch import Batch, Observation
 
 
@@ -303,6 +305,19 @@ class DreamerV3(WorldModel):
         extras = self._extras(parts.observed.deter.detach(), parts.observed.stoch.detach())
         updates = {"return_low": behavior.norm.low, "return_high": behavior.norm.high}
         return LossOutput(total, terms, extras, updates)
+
+    @torch.no_grad()
+    def health(self, batch: Batch) -> tuple[Vital, ...]:
+        """What DreamerV3 dies of, measured on a batch; `models/dreamerv3/health.py` says where thresholds come from.
+
+        - `kl_at_free_nats`, bad above 0.95: share of steps whose latents carry no more than the free nats.
+        - `unused_codes`, bad above 0.9: share of the latents' classes that no step uses.
+        - `value_over_rewards`, bad above 1: the critic's targets (95th percentile of their magnitudes) or the scale of
+          returns, whichever is larger, over the batch's largest reward earned at every step for ever.
+        - `values_at_edge`, bad above 0.05: share of the critic's targets that its bins can hardly express.
+        - `policy_randomness`, bad below 0.001: entropy of the policy, from the least possible (0) to the most (1).
+        """
+        return vitals(self.loss_parts(batch), self.config, self.critic.bins)
 
     def imagine(self, state: State, horizon: int) -> tuple[Trajectory, Tensor]:
         """Open-loop prediction with the policy's own actions.

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldflux.models.base import LossOutput, OnlineDefaults, OptimizerSpec, ParameterGroup, Phase, State
+from worldflux.models.health import Vital
+from worldflux.models.tdmpc2.health import vitals
 from worldflux.models.tdmpc2.latent_model import LatentModel
 from worldflux.models.tdmpc2.losses import moved_scale, step_weights, termination_statistics, value_range
 from worldflux.models.tdmpc2.parts import ModelDraws, ModelParts, PolicyDraws
@@ -179,6 +181,33 @@ class TDMPC2(LatentModel):
         error = self.decoder.losses(predicted, obs).unflatten(0, w.states.shape)
         loss = (step_weights(w.states, 1.0) * error).sum()
         return LossOutput(loss, {"reconstruction": loss.detach()})
+
+    @torch.no_grad()
+    def health(self, batch: Batch) -> tuple[Vital, ...]:
+        """What TD-MPC2 dies of, measured on a batch; `models/tdmpc2/health.py` says where the thresholds come from.
+
+        - `saturated_groups`, bad above 0.25: share of the encodings' SimNorm groups that are one-hot.
+        - `constant_groups`, bad above 0.5: share of the SimNorm groups that do not vary with what is seen.
+        - `value_over_rewards`, bad above 1: the values' targets (95th percentile of their magnitudes) or the running
+          scale, whichever is larger, over the batch's largest reward earned at every step for ever. Without a discount,
+          "for ever" is a full episode.
+        - `values_at_edge`, bad above 0.05: share of the values' targets that the bins can hardly express.
+        - `policy_randomness`, bad below 0.01: log-std of the policy, from the least possible (0) to the largest (1).
+        """
+        w = self._windows(batch)
+        parts = self.model_parts(w)
+        N, T = w.states.shape
+        tasks = None if w.task is None else w.task.unsqueeze(1).expand(N, T)
+        policy = self._policy(parts.latents, tasks, torch.randn(N, T, self.config.action_dim, device=self.device))
+        return vitals(
+            w,
+            parts,
+            self.config,
+            discount=self._discount(None if tasks is None else tasks[:, 1:]),
+            value_scale=self.value_scale,
+            log_std=policy.log_std,
+            action_mask=None if tasks is None or self.tasks is None else self.tasks.action_masks[tasks],
+        )
 
     def model_draws(self, windows: int, steps: int) -> ModelDraws:
         """Random draws for the model's loss on `windows` windows of `steps` steps; dropout only in training."""

@@ -1,0 +1,135 @@
+"""What DreamerV3 dies of, as numbers of one batch: tensors in, scalars out.
+
+The thresholds come from measured runs. "Healthy" is what `dreamerv3:tiny` showed while it learned CartPole, Pendulum
+and a small task in pictures, from before the first gradient step on; "broken" are runs that were broken on purpose.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from worldflux.config import DreamerV3Config
+from worldflux.models.dreamerv3.parts import LossParts
+from worldflux.models.health import (
+    Limit,
+    Vital,
+    counted_mean,
+    largest_reward,
+    read,
+    share_at_edge,
+    value_over_rewards,
+)
+from worldflux.nn.transforms import symlog
+
+DREAMERV3_LIMITS: dict[str, Limit] = {
+    "kl_at_free_nats": Limit(
+        0.95,
+        "above",
+        "The latents say nothing about what was seen: lower kl_free or loss_scales['kl'], raise "
+        "loss_scales['reconstruction'], and see whether observations reach the model at a useful scale.",
+    ),
+    "unused_codes": Limit(
+        0.9,
+        "above",
+        "Nearly every categorical latent always takes the same class: lower learning_rate, keep unimix above 0, and "
+        "see whether observations vary and have no extreme values.",
+    ),
+    "value_over_rewards": Limit(
+        1.0,
+        "above",
+        "The critic promises more than the rewards can add up to: lower learning_rate or discount_horizon; if rewards "
+        "are rare, look at a larger batch first.",
+    ),
+    "values_at_edge": Limit(
+        0.05,
+        "above",
+        "Returns are too large for the critic's bins: scale the rewards down.",
+    ),
+    "policy_randomness": Limit(
+        0.001,
+        "below",
+        "The policy always takes the same action and explores no more: raise entropy_scale or lower learning_rate.",
+    ),
+}
+"""From where on each vital of DreamerV3 is bad; what each measures stands at `DreamerV3.health`."""
+
+_LEAST_NATS = 0.1
+"""Latents that say less than this are dead, however few nats are free."""
+_USED = 0.01
+"""Share of its even share of the probability, 1 / C, that a code has to get in order to count as used."""
+
+
+def vitals(parts: LossParts, config: DreamerV3Config, bins: Tensor) -> tuple[Vital, ...]:
+    """The vitals of one loss computation.
+
+    Args:
+        parts: What the losses were made of.
+        config: The model's.
+        bins: Of the critic, in reward units. `[n]`
+    """
+    probs, behavior, mask = parts.posterior.probs, parts.behavior, parts.rows.obs_mask
+    # Where nothing was seen the posterior is the prior, which says nothing about either.
+    seen = torch.ones_like(parts.kl) if mask is None else mask.float()
+    targets = torch.cat([behavior.returns.flatten(), parts.replay_returns.flatten()])
+    all_count = torch.ones_like(targets)
+    bound = largest_reward(parts.rows.rewards) * config.discount_horizon
+    values = {
+        "kl_at_free_nats": share_at_free_nats(parts.kl, probs, seen, config.kl_free),
+        "unused_codes": unused_codes(probs, seen, config.unimix),
+        "value_over_rewards": value_over_rewards(targets, all_count, bound, behavior.norm.scale / bound),
+        "values_at_edge": share_at_edge(targets, all_count, symlog(bins[-1])),
+        "policy_randomness": randomness(behavior.entropy, *parts.policy.entropy_range),
+    }
+    return read(values, DREAMERV3_LIMITS)
+
+
+def share_at_free_nats(kl: Tensor, probs: Tensor, counted: Tensor, free_nats: float) -> Tensor:
+    """Share of steps whose latents carry no more than what is free.
+
+    A step counts if neither the prior nor the batch's average would be a worse guess of its latents than the free nats
+    allow. The first alone is no illness: where the world is easy to predict, a good prior is always that close.
+
+    Args:
+        kl: From the prior to the posterior. `[B, T]`
+        probs: Of the posterior. `[B, T, S, C]`
+        counted: 1 or 0. `[B, T]`
+        free_nats: Below this the KL costs nothing.
+    """
+    free = max(free_nats, _LEAST_NATS)
+    mean = _mean_probs(probs, counted)
+    told = (torch.xlogy(probs, probs) - torch.xlogy(probs, mean)).sum((-2, -1))  # [B, T] nats
+    return counted_mean(((kl <= free) & (told <= free)).float(), counted)
+
+
+def unused_codes(probs: Tensor, counted: Tensor, unimix: float) -> Tensor:
+    """Share of codes that no step of the batch uses, of those that could be spared: each latent needs one.
+
+    Args:
+        probs: Of the posterior. `[B, T, S, C]`
+        counted: 1 or 0. `[B, T]`
+        unimix: Share of the uniform distribution in `probs`, which every code has anyway.
+    """
+    groups, classes = probs.shape[-2:]
+    own = _mean_probs(probs, counted) - unimix / classes
+    unused = (own < _USED / classes).sum()
+    return unused / max(groups * (classes - 1), 1)
+
+
+def randomness(entropy: Tensor, lowest: float, highest: float) -> Tensor:
+    """Mean entropy, 0 for the least and 1 for the greatest that the policy can have.
+
+    Args:
+        entropy: In nats. `[...]`
+        lowest: Of a policy without any exploration.
+        highest: Of a policy without any preference; where it is no more than that, there is nothing to choose: 1.
+    """
+    if highest <= lowest:
+        return torch.ones((), device=entropy.device)
+    return (entropy.mean() - lowest) / (highest - lowest)
+
+
+def _mean_probs(probs: Tensor, counted: Tensor) -> Tensor:
+    """Mean over the steps that count. `[B, T, S, C]`, `[B, T]` → `[S, C]`"""
+    weights = (counted / counted.sum().clamp(min=1.0))[..., None, None]
+    return (weights * probs).sum((0, 1))
