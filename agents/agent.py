@@ -456,6 +456,11 @@ class WorldFluxAgent(SavedAgent):
         record("train/learning_rate", self.learning_rate)
         for name, mean in self._learner.mean_losses.take().items():
             record(f"train/{name}", mean)
+        vitals, problems = self._learner.health()
+        for name, value in vitals.items():
+            record(f"health/{name}", value)
+        for problem in problems:
+            self.logger.warn(problem)
         self.logger.dump(step=self.num_timesteps)
 
     # --- acting

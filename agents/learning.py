@@ -17,7 +17,7 @@ from worldflux.training.replay import ReplayBuffer
 from worldflux.training.trainer import Trainer
 
 CHECK_INTERVAL = 100
-"""Gradient steps between looks at whether all losses were finite. A look costs a wait for the device."""
+"""Gradient steps between looks at whether all losses were finite, and at the health. A look waits for the device."""
 
 
 class Learner:
@@ -52,6 +52,8 @@ class Learner:
         self.last_losses: Mapping[str, Tensor] = {}
         self.mean_losses = MeanLosses()
         self._started = False
+        self._examined_at = 0  # gradient steps
+        self._problems: set[str] = set()  # which have been told
 
     @property
     def acts_at_random(self) -> bool:
@@ -95,6 +97,16 @@ class Learner:
             return buffer.sample(batch_size, self.window, self.trainer.device, fresh=fresh)
         batch = buffer.sample(batch_size, self.window, fresh=fresh)
         return replace(batch, obs=normalized(batch.obs, normalize))
+
+    def health(self) -> tuple[dict[str, float], list[str]]:
+        """The model's vitals by name, and what has gone wrong since the last call; nothing where little has changed."""
+        if self.n_updates - self._examined_at < CHECK_INTERVAL:
+            return {}, []
+        self._examined_at = self.n_updates
+        health = self.trainer.health()
+        new = [str(problem) for problem in health.problems if problem.name not in self._problems]
+        self._problems = {problem.name for problem in health.problems}
+        return health.metrics(), new
 
     def counters(self) -> dict[str, int]:
         """What goes on counting after loading, by the names in an agent's file."""

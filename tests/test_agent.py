@@ -22,7 +22,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from worldflux.agents import WorldFluxAgent
+from worldflux.agents import WorldFluxAgent, learning
 from worldflux.agents.archive import open_saved, write_archive
 from worldflux.errors import CheckpointError, ConfigurationError, ShapeMismatchError, TrainingError, WorldFluxError
 from worldflux.training.replay import ReplayBuffer
@@ -347,6 +347,18 @@ def test_logs_have_the_names_of_sb3_and_every_loss(tmp_path: Path) -> None:
     assert logs[0]["rollout/ep_rew_mean"] == np.mean([15, 15, 515, 515]) and logs[0]["rollout/ep_len_mean"] == 5
     assert logs[-1]["train/n_updates"] == agent._n_updates == agent.trainer.step_count
     assert {"train/loss", "train/reconstruction", "train/actor", "train/learning_rate", "time/fps"} <= set(logs[-1])
+
+
+def test_the_log_has_the_health_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning, "CHECK_INTERVAL", 5)
+    agent = make_agent()
+    agent.set_logger(configure(str(tmp_path), ["json"]))
+
+    agent.learn(200, log_interval=1)
+
+    lines = [json.loads(line) for line in (tmp_path / "progress.json").read_text().splitlines()]
+    measured = [line["health/kl_at_free_nats"] for line in lines if "health/kl_at_free_nats" in line]
+    assert 2 <= len(measured) < len(lines) and all(0 <= value <= 1 for value in measured)
 
 
 def test_evaluation_works_as_for_every_algorithm_of_sb3(tmp_path: Path) -> None:

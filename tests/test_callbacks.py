@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import inspect
 import logging
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,9 @@ import pytest
 import torch
 from training_fakes import MemoryProvider, NoisyRegression
 
+from worldflux import create_world_model
 from worldflux.errors import ConfigurationError, MissingDependencyError, TrainingError
+from worldflux.models.health import Limit, Vital
 from worldflux.training import (
     Callback,
     CheckpointCallback,
@@ -25,6 +28,7 @@ from worldflux.training import (
     TrainingConfig,
 )
 from worldflux.training.callbacks import Losses
+from worldflux.training.health import Health
 
 FAST = TrainingConfig(total_steps=10, batch_size=2, sequence_length=3, learning_rate=1e-3, log_interval=2, device="cpu")
 
@@ -207,3 +211,34 @@ def test_early_stopping_names_the_losses_there_are():
         trained(EarlyStoppingCallback("lost"))
     with pytest.raises(ConfigurationError, match="the trainer has no eval_data"):
         trained(EarlyStoppingCallback("eval/loss"))
+
+
+def test_the_log_has_the_models_health_and_warns_once(caplog: pytest.LogCaptureFixture) -> None:
+    limit = Limit(0.5, "above", "Do something.")
+
+    class Patient(NoisyRegression):
+        values = iter([0.1, 0.7, 0.8, 0.2, 0.9])
+
+    trainer = Trainer(Patient(), FAST, [LoggingCallback(log_interval=2)])
+    trainer.health = lambda: Health((Vital("fever", next(Patient.values), limit),))  # type: ignore[method-assign]
+    with caplog.at_level(logging.INFO, "worldflux.training"):
+        trainer.train(MemoryProvider())
+    logged = re.findall(r"health/fever (\S+)", caplog.text)
+    assert logged == ["0.1", "0.7", "0.8", "0.2", "0.9"]
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == [
+        "step 4  fever 0.7 (bad above 0.5): Do something.",
+        "step 10  fever 0.9 (bad above 0.5): Do something.",
+    ]
+
+
+def test_health_needs_a_step_and_leaves_training_as_it_was() -> None:
+    model = create_world_model("dreamerv3:tiny", obs_shape=(3,), action_dim=2)
+    trainer = Trainer(model, TrainingConfig(device="cpu"))
+    with pytest.raises(TrainingError, match="no gradient step"):
+        trainer.health()
+    trainer.step(MemoryProvider().sample(4, 6))
+    before = torch.get_rng_state()
+    first, second = trainer.health(), trainer.health()
+    assert first.metrics() == second.metrics() and "kl_at_free_nats" in first.metrics()
+    assert torch.equal(torch.get_rng_state(), before) and model.training

@@ -147,9 +147,10 @@ class ProgressCallback(Callback):
 
 
 class LoggingCallback(Callback):
-    """Logs losses and evaluations to the Python logger `worldflux.training`, and to Weights & Biases on request.
+    """Logs losses, health and evaluations to the Python logger `worldflux.training`, on request also to wandb.
 
-    A program that has not set up logging gets the lines on stderr.
+    The health (`Trainer.health`) stands under `health/`, and a value that goes beyond its limit is a warning. A program
+    that has not set up logging gets the lines on stderr.
 
     Args:
         log_interval: Steps between lines.
@@ -166,12 +167,15 @@ class LoggingCallback(Callback):
         self._wandb: Any = _import_wandb() if use_wandb else None
         self._opened_run = False
         self._since: tuple[float, int] | None = None
+        self._trainer: Trainer | None = None
+        self._problems: set[str] = set()  # which have been warned of
 
     def on_train_begin(self, trainer: Trainer) -> None:
         """Starts the clock, and the wandb run if there is none."""
         if not logger.hasHandlers():
             logger.addHandler(logging.StreamHandler())
             logger.setLevel(logging.INFO)
+        self._trainer = trainer
         if self._wandb is not None and self._wandb.run is None:
             self._wandb.init(project="worldflux", config=trainer.config.to_dict())
             self._opened_run = True
@@ -185,8 +189,8 @@ class LoggingCallback(Callback):
         now = time.perf_counter()
         if self._since is not None and step > self._since[1]:
             metrics["steps_per_second"] = (step - self._since[1]) / max(now - self._since[0], 1e-9)
-        self._since = (now, step)
-        self._write(step, metrics)
+        self._write(step, metrics | self._health(step))
+        self._since = (time.perf_counter(), step)
 
     def on_eval_end(self, step: int, metrics: Mapping[str, float]) -> None:
         """Logs every evaluation under `eval/`."""
@@ -197,6 +201,15 @@ class LoggingCallback(Callback):
         if self._opened_run:
             self._wandb.finish(exit_code=0 if trainer.finished else 1)
             self._opened_run = False
+
+    def _health(self, step: int) -> dict[str, float]:
+        assert self._trainer is not None, "on_train_begin comes first"
+        health = self._trainer.health()
+        for problem in health.problems:
+            if problem.name not in self._problems:
+                logger.warning("step %d  %s", step, problem)
+        self._problems = {problem.name for problem in health.problems}
+        return {f"health/{name}": value for name, value in health.metrics().items()}
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         logger.info("step %d  %s", step, "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))

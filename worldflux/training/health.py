@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from worldflux.models.base import WorldModel
 from worldflux.models.health import Vital
 from worldflux.training.batch import Batch
+from worldflux.training.step import evaluating
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,6 @@ class Health:
         return "\n".join(f"{'BAD' if vital.is_bad else 'ok ':<4}{vital}" for vital in self.vitals)
 
 
-@torch.no_grad()
 def check_health(model: nn.Module, batch: Batch, *, seed: int) -> Health:
     """Measures a model's vitals on a batch, in evaluation mode.
 
@@ -61,13 +60,5 @@ def check_health(model: nn.Module, batch: Batch, *, seed: int) -> Health:
     """
     if not isinstance(model, WorldModel):
         return Health()
-    device = model.device
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            return Health(model.health(batch.to(device)))
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model, model.device, seed):
+        return Health(model.health(batch.to(model.device)))

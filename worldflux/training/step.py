@@ -119,13 +119,14 @@ class WriteBack:
 def evaluating(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
     """Inside the block nothing is trained: evaluation mode, no gradients, and random numbers that start from `seed`.
 
-    Behind it the model's mode and torch's random streams are as before.
+    Behind it the modes of all modules and torch's random streams are as before.
     """
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             yield
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training

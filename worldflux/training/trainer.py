@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from worldflux.errors import CheckpointError, ConfigurationError
+from worldflux.errors import CheckpointError, ConfigurationError, TrainingError
 from worldflux.files import atomic_directory, remove_leftovers
 from worldflux.models.base import CONFIG_FILE, WEIGHTS_FILE, LossOutput, OptimizerSpec
 from worldflux.training.batch import Batch
@@ -34,6 +34,7 @@ from worldflux.training.checkpoint import (
 )
 from worldflux.training.config import TrainingConfig, resolve_device, whole_number
 from worldflux.training.data import BatchProvider, BatchRequestProvider, sample_from
+from worldflux.training.health import Health, check_health
 from worldflux.training.optim import build_optimizer, clip_by_global_norm
 from worldflux.training.prefetch import Batches, Resumable, batches_from
 from worldflux.training.randomness import random_state, seed_everything, set_random_state
@@ -126,6 +127,7 @@ class Trainer:
         self._batches: Batches | None = None  # while `train` runs
         self._restored: dict[str, Any] | None = None
         self._data_digest: str | None = None
+        self._last_batch: Batch | None = None
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -242,7 +244,7 @@ class Trainer:
         self._restored = None
         if buffer is not None:
             self._sampler = buffer
-        batch = batch.to(self.device)
+        batch = self._last_batch = batch.to(self.device)
         if not self.model.training:
             self.model.train()
 
@@ -311,6 +313,21 @@ class Trainer:
             if isinstance(data, Resumable) and sampler_state is not None:
                 data.set_rng_state(sampler_state)
         return dict(Losses(total))
+
+    def health(self) -> Health:
+        """How the model is, on the batch that it was trained on last.
+
+        What a family measures, and from where on a value is bad, stands at `DreamerV3.health` and `TDMPC2.health`:
+        latents that say nothing, codes or groups that are never used or saturated, values beyond what rewards allow.
+        It costs one forward pass, waits for the device, and leaves training as it was. `LoggingCallback` and the
+        agent's log call it at their intervals.
+
+        Raises:
+            TrainingError: If there was no step yet.
+        """
+        if self._last_batch is None:
+            raise TrainingError("There was no gradient step yet, so there is no batch to look at. Train first.")
+        return check_health(self.model, self._last_batch, seed=self.config.seed)
 
     # Checkpoints
 
