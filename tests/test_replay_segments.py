@@ -127,12 +127,12 @@ operations = st.lists(
         st.tuples(st.just("save"), st.booleans(), st.just("link")),
         st.tuples(st.just("read")),
     ),
-    min_size=3,
+    min_size=8,
     max_size=25,
 )
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(
     capacity=st.integers(3, 30),
     n_envs=st.integers(1, 3),
@@ -303,7 +303,8 @@ def test_a_checkpoint_writes_only_the_rows_since_the_last_one_and_links_the_othe
     assert len(written) == 3 and sum(stat.st_size for stat in written) < 8000 < 40_000 < old.st_size
     assert state_of(tmp_path / "b")["segments"][1]["first"] == [999, 999]
 
-    save(log, tmp_path / "c")  # nothing is new
+    with mock.patch.object(segment_files, "JOINED", 2):
+        save(log, tmp_path / "c")  # nothing is new, so that nothing is joined either
     assert segment_names(tmp_path / "c") == segment_names(tmp_path / "b")
     shutil.rmtree(tmp_path / "a")
     shutil.rmtree(tmp_path / "b")
@@ -347,6 +348,39 @@ def test_segments_are_joined_so_that_their_number_grows_with_the_logarithm_of_th
     # In rows of four for each save: 48 stayed alone at first, 12 times 4 and 3 times 16 were joined, and 64 in the end.
     assert written == 4 * (48 + 12 * 4 + 3 * 16 + 64)
     assert content(read(tmp_path / "64", capacity=4000)[0]) == content(buffer)
+
+
+def test_rows_that_were_dropped_are_not_written_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(segment_files, "JOINED", 3)
+    buffer = make(40)
+    log = ReplaySegments(buffer)
+    for number in range(3):
+        for t in range(8):
+            step(buffer, 8 * number + t)
+        save(log, tmp_path / str(number))
+    (joined,) = state_of(tmp_path / "2")["segments"]
+    assert (joined["first"], joined["end"]) == ([4, 4], [23, 23])
+
+    for t in range(25):  # the first stream drops all of it, the second one none
+        step(buffer, t, active=[True, False])
+    monkeypatch.setattr(os, "link", mock.Mock(side_effect=OSError(errno.EXDEV, "Invalid cross-device link")))
+    save(log, tmp_path / "3")
+    old, new = state_of(tmp_path / "3")["segments"]
+    assert (old["first"], old["end"]) == ([23, 4], [23, 23])
+    assert (new["first"], new["end"]) == ([29, 23], [48, 23])
+    loaded, _ = read(tmp_path / "3")
+    buffer.end_episodes()
+    assert content(loaded) == content(buffer)
+
+
+def test_after_reading_new_segments_get_new_names(tmp_path):
+    two_segments(tmp_path)
+    loaded, log = read(tmp_path / "a")
+    step(loaded, 1)
+    save(log, tmp_path / "b")
+    assert segment_names(tmp_path / "b") == ["rows-000000.npz", "rows-000001.npz", "rows-000002.npz"]
+    assert (tmp_path / "b" / "replay" / "rows-000001.npz").stat().st_nlink == 2
+    assert content(read(tmp_path / "b")[0])["end"] == [22, 22]  # each reading ended the episodes in flight
 
 
 def test_large_segments_are_split_and_never_written_again(tmp_path, monkeypatch):
@@ -465,6 +499,22 @@ def test_observations_that_do_not_fit_are_refused_before_anything_is_written(tmp
     with pytest.raises(ShapeMismatchError, match="final_obs is one array, expected a dict"):
         log.write(tmp_path, final_obs=np.zeros((2, 1)))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_is_on_the_disk_with_all_its_folders_before_it_gets_its_name(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino))
+    path = tmp_path / "a"
+    rename = os.rename
+
+    def renamed(source, target):
+        files = [source, *source.rglob("*")]
+        assert len(files) == 5 and {file.stat().st_ino for file in files} <= set(synced)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", renamed)
+    save(ReplaySegments(filled()), path)
+    assert path.is_dir()
 
 
 # --- what is not read

@@ -157,15 +157,15 @@ class ReplaySegments:
             raise ConfigurationError(f"{buffer} is not empty. Read a checkpoint into a new buffer.")
         folder = Path(directory).absolute() / REPLAY_FOLDER
         state = read_state(folder, buffer)
-        begin, in_flight = state.counters["begin"], state.in_flight
+        in_flight = state.in_flight
         for segment in state.segments:
-            read_segment(folder / segment.name, store, segment, begin)
+            read_segment(folder / segment.name, store, segment)
         finals = None
         if state.last_rows is not None:
             if state.has_final_obs:
                 count = np.count_nonzero(in_flight)
                 finals = {key: np.zeros((count, *column.shape[1:]), column.dtype) for key, column in store.obs.items()}
-            read_segment(folder / IN_FLIGHT_FILE, store, state.last_rows, begin, beside=_final_columns(finals))
+            read_segment(folder / IN_FLIGHT_FILE, store, state.last_rows, beside=_final_columns(finals))
         check_rows(folder, state, store)
         try:
             buffer.set_rng_state(state.sampler)
@@ -174,7 +174,6 @@ class ReplaySegments:
 
         for name in COUNTERS:
             getattr(store, name)[:] = state.counters[name]
-        store.in_flight[:] = in_flight
         fresh[:] = state.fresh
         if in_flight.any():
             store.close(np.flatnonzero(in_flight), finals)

@@ -110,17 +110,17 @@ def write_segment(
 
 
 def read_segment(
-    path: Path, store: RowStore, segment: Segment, begin: np.ndarray, *, beside: Mapping[str, np.ndarray] | None = None
+    path: Path, store: RowStore, segment: Segment, *, beside: Mapping[str, np.ndarray] | None = None
 ) -> None:
-    """Copies the rows of a segment to their places in `store`, but those before `begin`.
+    """Copies the rows of a segment to their places in `store`; the segments of a buffer are read in their order.
 
-    Nothing but the arrays is changed, so that a store which was empty still is when an error comes.
+    Rows that the ring dropped after the segment was written need no care: what lies at their places now is in a later
+    segment, or nothing. Only the arrays are changed, so that a store which was empty still is when an error comes.
 
     Args:
         path: The segment's file.
         store: Gets the rows.
         segment: What was said of the file.
-        begin: The oldest row of each stream that is still wanted. `[n_envs]`
         beside: Further arrays, by name, which are filled. `[E, ...]`
 
     Raises:
@@ -133,7 +133,6 @@ def read_segment(
             f"{path} has {path.stat().st_size} bytes, expected {segment.size}. The file is damaged (cut short?)."
         )
     streams, rows = _places(segment.first, segment.end)
-    wanted = rows >= begin[streams]
     at = store.at(streams, rows)
     try:
         with NpzFile(path) as file:
@@ -143,10 +142,9 @@ def read_segment(
                 if not np.array_equal(file.read(name), expected):
                     raise BufferError(f"{path.name}: array {name!r} is not {expected.tolist()}")
             for name, column in _columns(store).items():
-                _copy(file, name, column, at, wanted)
+                _copy(file, name, column, at)
             for name, array in (beside or {}).items():
-                every = np.arange(len(array))
-                _copy(file, name, array, every, every >= 0)
+                _copy(file, name, array, np.arange(len(array)))
     except BufferError as error:
         raise CheckpointError(f"{path.parent}: {str(error).rstrip('.')}. The file is damaged.") from error
 
@@ -200,8 +198,8 @@ def _gathered(column: np.ndarray, at: np.ndarray) -> Stream:
     return Stream((len(at), *column.shape[1:]), column.dtype, chunks)
 
 
-def _copy(file: NpzFile, name: str, column: np.ndarray, at: np.ndarray, wanted: np.ndarray) -> None:
-    """Checks all of an array and copies its wanted rows to `column[at]`."""
+def _copy(file: NpzFile, name: str, column: np.ndarray, at: np.ndarray) -> None:
+    """Checks an array and copies its rows to `column[at]`."""
     if name not in file.names:
         raise BufferError(f"{file.path.name} has no array {name!r}")
     source = file.stream(name)
@@ -215,6 +213,5 @@ def _copy(file: NpzFile, name: str, column: np.ndarray, at: np.ndarray, wanted: 
         # Extras are a model's own affair: what it computed is stored unchecked, and may be anything.
         if chunk.dtype.kind == "f" and not name.startswith("extras/") and not all_finite(chunk):
             raise BufferError(f"{file.path.name}: array {name!r} has values that are not finite")
-        part = wanted[start : start + len(chunk)]
-        column[at[start : start + len(chunk)][part]] = chunk if part.all() else chunk[part]
+        column[at[start : start + len(chunk)]] = chunk
         start += len(chunk)
