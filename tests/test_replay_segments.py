@@ -258,7 +258,8 @@ def test_extras_are_those_of_the_time_when_their_segment_was_written(tmp_path):
         step(buffer, t)
     save(log, tmp_path / "a")
     batch = buffer.sample(50, 2)
-    buffer.update_extras(batch.rows, {"mark": torch.full((*batch.rows.shape, 2), 9.0)})
+    computed = torch.tensor([9.0, float("nan")])  # what a model computed is stored as it is
+    buffer.update_extras(batch.rows, {"mark": computed.expand(*batch.rows.shape, 2)})
     for t in range(3, 5):
         step(buffer, t)
     save(log, tmp_path / "b")
@@ -643,6 +644,34 @@ def test_a_damaged_file_is_named_and_the_buffer_stays_empty(tmp_path, damage, me
     assert buffer.sample(4, 2).rewards[:, 0].tolist() == [1.5] * 4
 
 
+FIRST, TERMINATED, TRUNCATED = row_store.FIRST, row_store.TERMINATED, row_store.TRUNCATED
+FINAL, UNSEEN = row_store.FINAL, row_store.UNSEEN
+
+
+@pytest.mark.parametrize(
+    "flags, in_flight, fault",
+    [
+        ([], False, None),
+        ([FIRST, 0, TERMINATED, FINAL, FIRST | TRUNCATED, FINAL | UNSEEN], False, None),
+        ([0, TRUNCATED, FINAL, FIRST, 0], True, None),
+        ([FIRST, 64], True, "flag that does not exist"),
+        ([FINAL, FIRST], True, "at once"),
+        ([FIRST, UNSEEN], True, "at once"),
+        ([FIRST | TERMINATED, FINAL | TERMINATED, FINAL | FIRST], False, "at once"),
+        ([FIRST, 0], False, "does not follow"),
+        ([FIRST, TRUNCATED], True, "does not follow"),
+        ([FIRST, TRUNCATED, FINAL], True, "does not follow"),
+        ([FIRST, TRUNCATED, 0], True, "does not follow"),
+        ([FIRST, 0, FINAL], False, "does not follow"),
+        ([FIRST, TRUNCATED, FINAL, 0], True, "does not begin"),
+        ([FIRST, FIRST], True, "does not begin"),
+    ],
+)
+def test_flags_that_no_buffer_has_are_told_from_those_that_it_has(flags, in_flight, fault):
+    found = segment_files.fault_in_flags(np.array(flags, np.uint8), in_flight)
+    assert found is None if fault is None else fault in str(found)
+
+
 def put(value, *keys):
     def change(folder):
         state = json.loads((folder / "replay.json").read_text())
@@ -701,6 +730,7 @@ def put(value, *keys):
         (put("rows-000001.npz", "last_rows", "file"), "a segment is called 'rows-000001.npz', which none is"),
         (put(None, "segments", 0), "rows-000001.npz does not go on where the segments before it end"),
         (put([8, 9], "segments", 1, "first"), "rows-000001.npz does not go on where the segments before it end"),
+        (put([0, 9999], "segments", 0, "end"), r"rows-000000.npz cannot have rows \[0, 0\] to \[0, 9999\]"),
         (put([19, 9], "segments", 1, "first"), r"rows-000001.npz cannot have rows \[19, 9\] to \[18, 18\]"),
         (put("x", "segments", 1, "level"), "level of rows-000001.npz is 'x', expected a whole number"),
         (put(1, "segments", 1, "checksum"), "rows-000001.npz is not the file that was saved: its checksum differs"),

@@ -174,7 +174,7 @@ class _Reader:
             raise damaged(
                 self._file, f"rows {begin.tolist()} to {end.tolist()} are not what streams of this buffer hold"
             )
-        in_flight = self._in_flight(held)
+        in_flight = self._in_flight()
         sampler = self._get("sampler")
         if not isinstance(sampler, dict):
             raise damaged(self._file, f"sampler is {sampler!r}, expected a state")
@@ -189,12 +189,12 @@ class _Reader:
         fresh = self._numbers("fresh", self._get("fresh"))
         return ReplayState(counters, in_flight, fresh, sampler, segments, last_rows, has_final_obs)
 
-    def _in_flight(self, held: np.ndarray) -> np.ndarray:
+    def _in_flight(self) -> np.ndarray:
         listed = self._get("in_flight")
         numbers = listed if isinstance(listed, list) else []
         mask = np.array([stream in numbers for stream in range(self._n_envs)])
-        if np.flatnonzero(mask).tolist() != listed or (mask > held).any():
-            raise damaged(self._file, f"in_flight is {listed!r}, expected numbers of streams that hold rows")
+        if np.flatnonzero(mask).tolist() != listed:
+            raise damaged(self._file, f"in_flight is {listed!r}, expected numbers of streams in order")
         return mask
 
     def _segments(self, begin: np.ndarray, settled: np.ndarray) -> list[Segment]:
