@@ -65,19 +65,24 @@ class Batch:
                 f"actions have shape {tuple(self.actions.shape)}, expected [B, T, A]. "
                 "Discrete actions are passed one-hot."
             )
-        for name, tensor in self._named_tensors():
-            if tensor.shape[:2] != self.rewards.shape:
-                raise ShapeMismatchError(
-                    f"{name} has shape {tuple(tensor.shape)}, expected [B, T] = {list(self.rewards.shape)} "
-                    "to lead it, as in rewards."
-                )
+        lead = self.rewards.shape
+        for name, value in self.__dict__.items():
+            tensors = value.items() if isinstance(value, dict) else ((None, value),)
+            for key, tensor in tensors:
+                if tensor is not None and tensor.shape[:2] != lead:
+                    part = name if key is None else f"{name}[{key!r}]"
+                    raise ShapeMismatchError(
+                        f"{part} has shape {tuple(tensor.shape)}, expected [B, T] = {list(lead)} "
+                        "to lead it, as in rewards."
+                    )
         for name in _FLAGS:
             flag = getattr(self, name)
             if flag is None:
                 continue
             if flag.dim() != 2:
                 raise ShapeMismatchError(f"{name} has shape {tuple(flag.shape)}, expected [B, T].")
-            object.__setattr__(self, name, flag.bool())
+            if flag.dtype != torch.bool:
+                object.__setattr__(self, name, flag.bool())
 
     @property
     def batch_size(self) -> int:
@@ -117,16 +122,6 @@ class Batch:
             else:
                 changed[part.name] = change(value)
         return Batch(**changed)
-
-    def _named_tensors(self) -> list[tuple[str, Tensor]]:
-        named: list[tuple[str, Tensor]] = []
-        for part in fields(self):
-            value = getattr(self, part.name)
-            if isinstance(value, dict):
-                named += [(f"{part.name}[{name!r}]", tensor) for name, tensor in value.items()]
-            elif value is not None:
-                named.append((part.name, value))
-        return named
 
 
 @dataclass(frozen=True)
