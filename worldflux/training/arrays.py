@@ -10,8 +10,93 @@ import numpy as np
 import torch
 
 from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError
+from worldflux.training.config import whole_number
 
 ObsShape = tuple[int, ...] | dict[str, tuple[int, ...]]
+
+SINGLE = "obs"
+"""Key of an observation that is one array."""
+
+
+class RowForm:
+    """What a row of a replay buffer looks like, and whether what users hand in fits.
+
+    Attributes:
+        is_dict: Whether observations are dictionaries; if not, `shapes` and `dtypes` have the one key `SINGLE`.
+        shapes: Of one observation, by key.
+        dtypes: In which observations are stored, by key.
+        action_dim: Width of an action vector.
+        extras: Shape and dtype of what else lies beside a row, by name.
+
+    Args:
+        obs_shape: As for `ReplayBuffer`, and so are the others.
+        action_dim: See there.
+        obs_dtype: See there.
+        extras: See there.
+
+    Raises:
+        ConfigurationError: If an argument is out of its range.
+        ShapeMismatchError: If `obs_shape` is that of a channel-last image.
+    """
+
+    def __init__(self, obs_shape: ObsShape, action_dim: int, obs_dtype: Any, extras: Any) -> None:
+        self.action_dim = whole_number("action_dim", action_dim, 1)
+        self.is_dict = isinstance(obs_shape, Mapping)
+        self.shapes = obs_shapes(obs_shape if isinstance(obs_shape, Mapping) else {SINGLE: obs_shape})
+        self.extras = extras_spec(extras)
+        self.dtypes = obs_dtypes(obs_dtype, self.shapes)
+
+    @property
+    def obs_shape(self) -> ObsShape:
+        """Shape of one observation, or a dict of them."""
+        return dict(self.shapes) if self.is_dict else self.shapes[SINGLE]
+
+    @property
+    def obs_dtype(self) -> np.dtype | dict[str, np.dtype]:
+        """In which observations are stored, or a dict of them."""
+        return dict(self.dtypes) if self.is_dict else self.dtypes[SINGLE]
+
+    def checked_obs(
+        self, name: str, obs: Any, lead: tuple[int, ...], rows: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """Observations by key, as `checked` gives them. `[*lead, ...]`, or `[len(rows), ...]`."""
+        if isinstance(obs, Mapping) != self.is_dict or (self.is_dict and obs.keys() != self.shapes.keys()):
+            given = f"a dict with {sorted(obs)}" if isinstance(obs, Mapping) else "one array"
+            wanted = f"a dict with {sorted(self.shapes)}" if self.is_dict else f"one array of {self.obs_shape}"
+            raise ShapeMismatchError(f"{name} is {given}, expected {wanted}.")
+        return {
+            key: checked(
+                f"{name}[{key!r}]" if self.is_dict else name,
+                obs[key] if self.is_dict else obs,
+                (*lead, *shape),
+                self.dtypes[key],
+                rows,
+            )
+            for key, shape in self.shapes.items()
+        }
+
+    def checked_finals(self, final_obs: Any, n_envs: int, envs: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows of these environments of `final_obs`, by key. `[len(envs), ...]`."""
+        if final_obs is None:
+            raise BufferError(
+                f"Episodes ended in environments {envs.tolist()}, but final_obs is missing: pass the observations "
+                "after the step, those before the reset."
+            )
+        return self.checked_obs("final_obs", final_obs, (n_envs,), envs)
+
+    def checked_extra(self, name: str, value: Any, lead: tuple[int, ...], rows: np.ndarray | None = None) -> np.ndarray:
+        """What is to be stored beside rows, in its dtype. `[*lead, ...]`, or `[len(rows), ...]`."""
+        array = as_numpy(f"extras[{name!r}]", value)
+        self.check_extra(name, array.shape, lead)
+        return (array if rows is None else array[rows]).astype(self.extras[name][1], copy=False)
+
+    def check_extra(self, name: str, shape: tuple[int, ...], lead: tuple[int, ...]) -> None:
+        """Refuses extras of another name or shape."""
+        if name not in self.extras:
+            raise BufferError(f"The buffer was created without extras {name!r}; it has {sorted(self.extras)}.")
+        expected = (*lead, *self.extras[name][0])
+        if shape != expected:
+            raise ShapeMismatchError(f"extras[{name!r}] has shape {shape}, expected {expected}.")
 
 
 def as_numpy(name: str, value: Any) -> np.ndarray:
@@ -136,6 +221,7 @@ def extras_spec(given: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
             shape, dtype = entry
             spec[name] = tuple(operator.index(size) for size in shape), np.dtype(dtype)
             fits = min(spec[name][0], default=1) >= 1 and spec[name][1].kind in "biuf"
+            torch.from_numpy(np.zeros(0, spec[name][1]))  # not every dtype of NumPy is one of torch
         except (TypeError, ValueError):
             fits = False
         if not fits:

@@ -14,6 +14,7 @@ from worldflux.training.arrays import ObsShape
 from worldflux.training.batch import Batch, BatchRequest
 from worldflux.training.config import whole_number
 from worldflux.training.replay import ReplayBuffer
+from worldflux.training.storage import StoragePlace
 
 
 class BatchProvider(Protocol):
@@ -115,6 +116,8 @@ def create_random_buffer(
     num_episodes: int = 100,
     episode_length: int = 100,
     seed: int | None = None,
+    *,
+    storage: StoragePlace = None,
 ) -> ReplayBuffer:
     """A buffer of noise, for tests and for trying out a model's plumbing.
 
@@ -125,13 +128,16 @@ def create_random_buffer(
         num_episodes: Episodes to make, each ended by a termination.
         episode_length: Transitions of each.
         seed: Of the data and of the buffer's sampler; None draws one.
+        storage: Where the rows lie, as for `ReplayBuffer`.
 
     Raises:
         ConfigurationError: If a number is not whole or less than 1.
+        BufferError: If the machine has no room for it.
     """
     for name, value in (("num_episodes", num_episodes), ("episode_length", episode_length)):
         whole_number(name, value, 1)
-    buffer = ReplayBuffer(capacity, obs_shape, action_dim, seed=seed)
+    buffer = ReplayBuffer(capacity, obs_shape, action_dim, seed=seed, storage=storage)
+    buffer.check_budget(min(buffer.capacity, num_episodes * episode_length))
     rng = np.random.default_rng(seed)
 
     def random_obs(shape: tuple[int, ...]) -> np.ndarray:

@@ -11,12 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from worldflux.errors import BufferError
-from worldflux.training.arrays import checked, obs_shapes
+from worldflux.training.arrays import SINGLE, checked, obs_shapes
 from worldflux.training.npz import NpzFile, Stream, rows_per_chunk, write_npz
 from worldflux.training.rows import FINAL, FIRST, TERMINATED, TRUNCATED, UNSEEN, RowStore
-
-SINGLE = "obs"
-"""Key of an observation that is one array."""
+from worldflux.training.storage import RowArray
 
 _MOST_STREAMS = 2**20
 """More than anybody steps at once; each takes memory even while it is empty."""
@@ -241,7 +239,7 @@ def dtype_in_memory(obs: Stream) -> np.dtype | None:
     return np.dtype(np.float32) if obs.dtype.kind == "f" else None
 
 
-def _copy(name: str, source: Stream, stored: np.ndarray, at: np.ndarray) -> None:
+def _copy(name: str, source: Stream, stored: RowArray, at: np.ndarray) -> None:
     """Checks all of `source` and copies its rows to `stored[at]`, but those where `at` is -1."""
     start = 0
     for chunk in source.chunks:
@@ -252,7 +250,7 @@ def _copy(name: str, source: Stream, stored: np.ndarray, at: np.ndarray) -> None
         start += len(chunk)
 
 
-def _gathered(stored: np.ndarray, at: np.ndarray, mask: np.ndarray | None = None) -> Stream:
+def _gathered(stored: RowArray, at: np.ndarray, mask: np.ndarray | None = None) -> Stream:
     """Rows `at` of an array in chunks, zero where `mask` is False."""
 
     def chunks() -> Iterator[np.ndarray]:

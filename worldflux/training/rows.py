@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from worldflux.training.storage import MemoryStorage, RowArray, Storage
 
 # Bits of a row's flags.
 TERMINATED = np.uint8(1)
@@ -18,6 +21,9 @@ UNSEEN = np.uint8(16)
 """A final row whose observation was never recorded."""
 STEP = np.uint8(32)
 """A step on its way into the store, where it is left out."""
+
+_CHUNK_BYTES = 16 * 2**20
+"""Of rows that are copied at once."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,10 @@ class RowStore:
         obs: Shape and dtype of each observation.
         action_dim: Width of an action vector.
         extras: Shape and dtype of what else lies beside each row.
+        storage: Where the arrays lie; the flags lie in memory always. None is memory for all.
+
+    Raises:
+        BufferError: If there is no room for it.
     """
 
     def __init__(
@@ -65,6 +75,7 @@ class RowStore:
         obs: Mapping[str, tuple[tuple[int, ...], np.dtype]],
         action_dim: int,
         extras: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+        storage: Storage | None = None,
     ) -> None:
         # Transitions that each stream may hold; together exactly the capacity.
         self.limits = np.full(n_envs, capacity // n_envs)
@@ -72,28 +83,34 @@ class RowStore:
         most = int(self.limits[0])
         self.ring = most + spare_rows(most, n_envs)
         self.base = np.arange(n_envs) * self.ring
-        count = n_envs * self.ring
-        # np.zeros leaves memory to the system until it is written to.
-        self.obs = {key: np.zeros((count, *shape), dtype) for key, (shape, dtype) in obs.items()}
-        self.actions = np.zeros((count, action_dim), np.float32)
-        self.rewards = np.zeros(count, np.float32)
+        self.storage = MemoryStorage() if storage is None else storage
+        count, number = n_envs * self.ring, np.dtype(np.float32)
+        columns = [*obs.values(), ((action_dim,), number), ((), number), *extras.values()]
+        self._row_bytes = 1 + sum(math.prod(shape) * dtype.itemsize for shape, dtype in columns)
+        self.nbytes = count * self._row_bytes
+        """Of all arrays once every row has been written to."""
+        if self.storage.takes_all_at_once:
+            what = f"A replay buffer of {capacity:,} transitions"
+            budget = self.storage.budget()
+            budget.require(self.nbytes, what=what, fits=capacity * (budget.free or 0) // self.nbytes)
+
+        zeros = self.storage.zeros
+        self.obs = {key: zeros((count, *shape), dtype) for key, (shape, dtype) in obs.items()}
+        self.actions = zeros((count, action_dim), number)
+        self.rewards = zeros((count,), number)
         self.flags = np.zeros(count, np.uint8)
-        self.extras = {name: np.zeros((count, *shape), dtype) for name, (shape, dtype) in extras.items()}
+        self.extras = {name: zeros((count, *shape), dtype) for name, (shape, dtype) in extras.items()}
 
         self.begin = np.zeros(n_envs, np.int64)
         self.end = np.zeros(n_envs, np.int64)
         self.transitions = np.zeros(n_envs, np.int64)
         self.episodes = np.zeros(n_envs, np.int64)  # ended ones: as many as there are final rows
         self.in_flight = np.zeros(n_envs, np.bool_)
+        self._first_here = np.zeros(n_envs, np.int64)  # those before it were written to another store
 
     @property
-    def _arrays(self) -> list[np.ndarray]:
+    def _arrays(self) -> list[RowArray]:
         return [*self.obs.values(), self.actions, self.rewards, self.flags, *self.extras.values()]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays once every row has been written to."""
-        return sum(array.nbytes for array in self._arrays)
 
     @property
     def most_steps(self) -> int:
@@ -106,15 +123,38 @@ class RowStore:
         rows = self.ring - int((self.end - self.begin).max())
         return min(int((self.limits - self.transitions).min()), rows // 2)
 
+    @property
+    def bounds(self) -> bytes:
+        """Something that changes whenever rows are added or dropped, quick to compare."""
+        return self.begin.tobytes() + self.end.tobytes()
+
     def move_to(self, other: RowStore) -> None:
         """Copies all rows into an empty store of the same form with at least this one's limits."""
-        for stream in range(len(self.end)):
-            rows = np.arange(self.begin[stream], self.end[stream])
-            old, new = self.at(stream, rows), other.at(stream, rows)
-            for mine, its in zip(self._arrays, other._arrays, strict=True):
-                its[new] = mine[old]
+        step = max(1, _CHUNK_BYTES // self._row_bytes)
+        for stream, (begin, end) in enumerate(zip(self.begin.tolist(), self.end.tolist(), strict=True)):
+            for start in range(begin, end, step):
+                rows = np.arange(start, min(start + step, end))
+                old, new = self.at(stream, rows), other.at(stream, rows)
+                for mine, its in zip(self._arrays, other._arrays, strict=True):
+                    its[new] = mine[old]
         for name in ("begin", "end", "transitions", "episodes", "in_flight"):
             getattr(other, name)[:] = getattr(self, name)
+        other._first_here[:] = self.begin
+
+    @property
+    def bytes_taken(self) -> int:
+        """Bytes that the arrays have taken from the machine: of memory, those that were written to."""
+        if self.storage.takes_all_at_once:
+            return self.nbytes
+        return self._row_bytes * int(np.minimum(self.end - self._first_here, self.ring).sum())
+
+    def bytes_to_come(self, transitions: int | None) -> int:
+        """Bytes that the arrays will take from the machine with so many more transitions; None: until it is full."""
+        rest = self.nbytes - self.bytes_taken
+        if transitions is None:
+            return rest
+        with_finals = transitions + -(-transitions // 16)
+        return min(rest, self._row_bytes * with_finals)
 
     def at(self, stream: Any, row: Any) -> np.ndarray:
         """Index in the arrays of rows of streams; the two broadcast."""
@@ -239,7 +279,9 @@ class RowStore:
             self.begin[stream] = self.end[stream]
             self.transitions[stream] = self.episodes[stream] = 0
         else:
-            self._drop(stream, len(steps), len(is_final))
+            to_fit = np.zeros((2, len(self.end)), np.int64)
+            to_fit[:, stream] = len(steps), len(is_final)
+            self._make_room(*to_fit)
         oldest, end = int(steps[skipped]), int(self.end[stream])
         return Place(
             skipped=skipped,
@@ -290,24 +332,41 @@ class RowStore:
         """Drops the oldest rows of each stream until so many more fit; `[n_envs]`, or a number for all."""
         full = (self.transitions + transitions > self.limits) | (self.end - self.begin + rows > self.ring)
         if np.count_nonzero(full):
+            streams = np.flatnonzero(full)
             transitions, rows = np.broadcast_to(transitions, full.shape), np.broadcast_to(rows, full.shape)
-            for stream in np.flatnonzero(full).tolist():
-                self._drop(stream, int(transitions[stream]), int(rows[stream]))
+            self._drop(streams, transitions[streams], rows[streams])
 
-    def _drop(self, stream: int, transitions: int, rows: int) -> None:
-        """Drops the oldest rows of one stream until so many more fit, looking at no more rows than that takes."""
-        begin, used = int(self.begin[stream]), int(self.end[stream] - self.begin[stream])
-        excess = int(self.transitions[stream]) + transitions - int(self.limits[stream])
-        rows_excess = used + rows - self.ring
-        if excess <= 0 and rows_excess <= 0:
+    def _drop(self, streams: np.ndarray, transitions: np.ndarray, rows: np.ndarray) -> None:
+        """Drops the oldest rows of full streams until so many more fit, looking at no more rows than that takes.
+
+        Args:
+            streams: Each of them once. `[S]`
+            transitions: Those that are to fit. `[S]`
+            rows: Likewise. `[S]`
+        """
+        begin = self.begin[streams]
+        used = self.end[streams] - begin
+        excess = np.maximum(self.transitions[streams] + transitions - self.limits[streams], 0)
+        rows_excess = np.maximum(used + rows - self.ring, 0)
+        if max(excess.max(), rows_excess.max()) == 1:
+            # The oldest row is a step; a final row behind it is not left without it.
+            self.begin[streams] += 1
+            self.transitions[streams] -= 1
+            followed = streams[(self.flags[self.at(streams, begin + 1)] & FINAL != 0) & (used > 1)]
+            self.begin[followed] += 1
+            self.episodes[followed] -= 1
             return
         # Every final row follows a step, so 2k rows hold at least k steps.
-        oldest = np.arange(begin, begin + min(used, max(2 * excess, rows_excess) + 1))
-        is_final = (self.flags[self.at(stream, oldest)] & FINAL) != 0
-        dropped = np.cumsum(~is_final)
-        count = max(int(np.searchsorted(dropped, excess)) + 1 if excess > 0 else 0, rows_excess)
-        if count < used and is_final[count]:
-            count += 1
-        self.begin[stream] += count
-        self.transitions[stream] -= dropped[count - 1]
-        self.episodes[stream] -= is_final[:count].sum()
+        nth = np.arange(np.minimum(used, np.maximum(2 * excess, rows_excess) + 1).max())
+        oldest = self.at(streams[:, None], begin[:, None] + nth)  # [S, N]
+        is_step = ((self.flags[oldest] & FINAL) == 0) & (nth < used[:, None])
+        steps = np.cumsum(is_step, axis=1)
+        count = np.where(excess, np.count_nonzero(steps < excess[:, None], axis=1) + 1, 0)
+        count = np.maximum(count, rows_excess)
+        each = np.arange(len(streams))
+        # A final row is not left without its step.
+        count += (count < used) & ~is_step[each, np.minimum(count, len(nth) - 1)]
+        dropped = steps[each, count - 1]
+        self.begin[streams] += count
+        self.transitions[streams] -= dropped
+        self.episodes[streams] -= count - dropped

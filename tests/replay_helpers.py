@@ -1,0 +1,35 @@
+"""Numbers that say where they belong, and a recorder that holds steps back: for the tests of the replay buffer."""
+
+import numpy as np
+
+from worldflux.training import rows as row_store
+
+
+def counts(episode, length):
+    """obs, actions and rewards of one episode, whose observations are `1000 * episode + t`.
+
+    `[T+1, 1]`, `[T, 1]`, `[T]`
+    """
+    count = 1000.0 * episode + np.arange(length + 1)
+    return count[:, None], count[:-1, None] + 0.25, count[:-1] + 0.5
+
+
+class HeldBack:
+    """Hands over as many steps at once as the buffer takes."""
+
+    def __init__(self, buffer):
+        self.buffer, self.steps = buffer, []
+        self.most = buffer.hold_back(self.hand_over)
+
+    def add(self, obs, term, trunc, on):
+        if len(self.steps) == self.most:
+            self.hand_over()
+        flags = on * (term * row_store.TERMINATED | trunc * row_store.TRUNCATED | row_store.STEP)
+        self.steps.append((obs.astype(np.float32), flags))
+
+    def hand_over(self):
+        if self.steps:
+            obs, flags = (np.stack(part) for part in zip(*self.steps, strict=True))
+            self.steps = []
+            finals = {"obs": obs[flags > row_store.STEP] + 1}
+            self.buffer.add_checked({"obs": obs}, obs + 0.25, obs[..., 0] + 0.5, flags, finals)
