@@ -16,9 +16,18 @@ from worldflux.models.base import WorldModel
 from worldflux.models.dreamerv3 import health as dreamerv3_health
 from worldflux.models.dreamerv3.health import DREAMERV3_LIMITS, share_at_free_nats, unused_codes
 from worldflux.models.dreamerv3.world_model import DreamerV3
-from worldflux.models.health import Limit, Vital, counted_mean, largest_reward, read, share_at_edge, value_over_rewards
+from worldflux.models.health import (
+    Limit,
+    Vital,
+    counted_mean,
+    largest_reward,
+    read,
+    share_at_edge,
+    share_constant,
+    value_over_rewards,
+)
 from worldflux.models.tdmpc2 import health as tdmpc2_health
-from worldflux.models.tdmpc2.health import TDMPC2_LIMITS, constant_groups, saturated_groups, steps_that_count
+from worldflux.models.tdmpc2.health import TDMPC2_LIMITS, saturated_groups, steps_that_count
 from worldflux.models.tdmpc2.world_model import TDMPC2
 from worldflux.nn.distributions import CategoricalPolicy, NormalPolicy
 from worldflux.training.batch import Batch
@@ -110,6 +119,7 @@ def test_a_code_is_unused_if_all_of_its_probability_comes_from_the_unimix():
     assert unused_codes(probs, torch.ones(1, 2), unimix=0.01) == pytest.approx(4 / 6)
     assert unused_codes(probs, torch.tensor([[1.0, 0.0]]), unimix=0.01) == pytest.approx(5 / 6)
     assert unused_codes(own.unsqueeze(0), torch.ones(1, 2), unimix=0.0) == pytest.approx(4 / 6)
+    assert unused_codes(probs, torch.zeros(1, 2), unimix=0.01) == 0.0  # nothing seen, nothing said
     assert unused_codes(torch.ones(1, 2, 3, 1), torch.ones(1, 2), unimix=0.01) == 0.0  # single classes: none to spare
 
 
@@ -138,13 +148,13 @@ def test_saturated_groups_are_those_with_one_number_above_99_percent():
     assert saturated_groups(latents, torch.tensor([[1.0, 0.0]]), 2) == 0.5
 
 
-def test_constant_groups_are_those_that_are_the_same_for_all_observations():
-    latents = torch.tensor([[[0.3, 0.7, 0.5, 0.5], [0.3, 0.7, 0.6, 0.4], [0.9, 0.1, 0.5, 0.5]]])
-    assert constant_groups(latents, torch.ones(1, 3), 2) == 0.0
-    assert constant_groups(latents, torch.tensor([[1.0, 1.0, 0.0]]), 2) == 0.5
-    assert constant_groups(latents, torch.tensor([[1.0, 0.0, 0.0]]), 2) == 0.0  # one observation cannot vary
-    slightly = torch.tensor([[[0.5, 0.5], [0.5 + 1e-4, 0.5 - 1e-4]]])  # what a fresh encoder of pictures gives
-    assert constant_groups(slightly, torch.ones(1, 2), 2) == 0.0
+def test_constant_latents_are_those_that_are_the_same_in_all_steps():
+    groups = torch.tensor([[[[0.3, 0.7], [0.5, 0.5]], [[0.3, 0.7], [0.6, 0.4]], [[0.9, 0.1], [0.5, 0.5]]]])  # 2 groups
+    assert share_constant(groups, torch.ones(1, 3)) == 0.0
+    assert share_constant(groups, torch.tensor([[1.0, 1.0, 0.0]])) == 0.5
+    assert share_constant(groups, torch.tensor([[1.0, 0.0, 0.0]])) == 0.0  # one step cannot vary
+    slightly = torch.tensor([[[[0.5, 0.5]], [[0.5 + 1e-5, 0.5 - 1e-5]]]])  # what a fresh encoder of pictures gives
+    assert share_constant(slightly, torch.ones(1, 2)) == 0.0
 
 
 def test_values_are_compared_with_the_largest_reward_earned_for_ever():
@@ -240,16 +250,16 @@ def test_several_tasks_are_judged_by_their_own_discounts_and_action_dimensions()
     model = several_tasks()
     fill(model.actor.layers[-1], 0.0)
     with torch.no_grad():
-        # log_std = -4 + 6 tanh(bias): the first dimension at 0, the second, which task 0 lacks, at its largest.
-        model.actor.layers[-1].bias[2:] = torch.tensor([math.atanh(4 / 6), 99.0])
+        # log_std = -4 + 6 tanh(bias): the first dimension at -1, the second, which task 0 lacks, at its largest.
+        model.actor.layers[-1].bias[2:] = torch.tensor([math.atanh(3 / 6), 99.0])
     data = batch_for(model, B=4, T=4, rewards=torch.ones(4, 4))
     found = {}
     for task in (0, 1):
         health = check_health(model, replace(data, extras={"task": torch.full((4, 4), task)}), seed=0)
         found[task] = health.metrics()
         assert health.is_good, str(health)
-    assert found[0]["policy_randomness"] == pytest.approx(10 / 12)
-    assert found[1]["policy_randomness"] == pytest.approx((10 / 12 + 1) / 2)
+    assert found[0]["policy_randomness"] == pytest.approx(9 / 12)
+    assert found[1]["policy_randomness"] == pytest.approx((9 / 12 + 1) / 2)
     # Fresh values are 0, so that the targets are the rewards: 1 of 1 / (1 - 0.95) = 20, and of 1 / (1 - 0.995) = 200.
     assert found[0]["value_over_rewards"] == pytest.approx(1 / 20)
     assert found[1]["value_over_rewards"] == pytest.approx(1 / 200)
@@ -266,10 +276,11 @@ def point_at(layer: Any, index: int, size: float) -> None:
     layer.bias[..., index] = size
 
 
-def test_latents_that_do_not_see_the_observation_are_reported_as_kl_at_the_free_nats():
+@torch.no_grad()
+def test_latents_that_hardly_see_the_observation_are_reported_as_kl_at_the_free_nats():
     model = dreamerv3()
     for head in (model.rssm.posterior_out, model.rssm.prior_out):
-        fill(head, 0.0)
+        head.weight.mul_(0.01)
     assert problems(model) == ["kl_at_free_nats"]
 
 
@@ -290,14 +301,23 @@ def test_a_good_prior_is_no_illness():
     assert "kl_at_free_nats" not in problems(model, data)
 
 
-def test_latents_that_always_take_the_same_class_are_reported_as_unused_codes():
+@torch.no_grad()
+def test_latents_that_always_take_the_same_few_classes_are_reported_as_unused_codes():
     model = dreamerv3()
-    model.rssm.prior = lambda deter: torch.zeros(*deter.shape[:-1], 16, 8)
-    with torch.no_grad():
-        model.rssm.posterior_out.weight.zero_()
-        model.rssm.posterior_out.bias.copy_(99.0 * torch.eye(8)[0].repeat(16))
-    # The prior is far from them, so that this alone is wrong.
-    assert problems(model) == ["unused_codes"]
+    fill(model.rssm.prior_out, 0.0)
+    model.rssm.posterior_out.weight.mul_(20.0)
+    model.rssm.posterior_out.bias.view(16, 8)[:, 2:] = -999.0
+    health = check_health(model, batch_for(model), seed=0)
+    assert [vital.name for vital in health.problems] == ["unused_codes"]
+    assert health.metrics()["unused_codes"] == pytest.approx(6 / 7)
+
+
+@torch.no_grad()
+def test_latents_that_are_the_same_whatever_is_seen_are_reported():
+    model = dreamerv3()
+    fill(model.rssm.posterior_out, 0.0)
+    model.rssm.prior_out.weight.mul_(20.0)  # far from them, so that nothing else is wrong
+    assert problems(model) == ["constant_latents"]
 
 
 def test_a_critic_that_promises_more_than_rewards_can_add_up_to_is_reported():
@@ -317,7 +337,15 @@ def test_a_large_scale_of_returns_is_reported_until_it_has_come_down():
 def test_returns_beyond_the_last_bin_of_dreamerv3_are_reported():
     model = dreamerv3()
     point_at(model.critic.out, -1, 50.0)
-    assert problems(model, batch_for(model, rewards=torch.full((8, 6), 1e7))) == ["values_at_edge"]
+    data = batch_for(model, rewards=torch.full((8, 6), 1e7))  # no more than 333 of these add up to
+    assert problems(model, data) == ["values_at_edge"]
+    assert "values_at_edge" in problems(model, batch_for(model, T=1))  # windows without a replayed transition
+
+
+def test_rewards_too_large_for_the_bins_of_dreamerv3_are_reported_before_any_training():
+    model = dreamerv3()
+    assert problems(model, batch_for(model, rewards=torch.full((8, 6), 1e9))) == ["values_at_edge"]
+    assert problems(model, batch_for(model, rewards=torch.full((8, 6), 1e7))) == []
 
 
 @pytest.mark.parametrize("action", ACTIONS)
@@ -342,7 +370,7 @@ def test_an_encoder_that_gives_one_hot_groups_is_reported():
 def test_an_encoder_that_does_not_look_is_reported(obs):
     model = tdmpc2(obs)
     fill(model.encoder, 0.0)
-    assert problems(model) == ["constant_groups"]
+    assert problems(model) == ["constant_latents"]
 
 
 def test_value_networks_that_promise_more_than_rewards_can_add_up_to_are_reported():
@@ -405,18 +433,38 @@ def test_stored_latents_of_the_first_row_are_the_context_as_in_training():
 
 def test_a_window_that_runs_into_another_episode_is_measured_up_to_its_end():
     model = tdmpc2()
-    data = batch_for(model, T=4)
+    with torch.no_grad():
+        for parameter in model.encoder.parameters():
+            parameter.mul_(100.0)  # some groups are one-hot, which ones depends on the observation
     first = torch.zeros(8, 4, dtype=torch.bool)
     first[:, 2] = True
-    data = replace(data, is_first=first)
+    data = batch_for(model, T=4, is_first=first)
     behind = first.cumsum(1) > 0
-    moved = replace(data, obs=torch.where(behind.unsqueeze(-1), 99.0, data.obs), rewards=data.rewards.clone())
-    moved.rewards[:, 2:] = 1e9
+    moved = replace(
+        data,
+        obs=torch.where(behind.unsqueeze(-1), -data.obs, data.obs),
+        rewards=torch.where(behind, 1e9, data.rewards),
+    )
     before, after = (check_health(model, one, seed=0).metrics() for one in (data, moved))
     assert before == after
+    # Behind the end something else is seen, before it always the same.
+    same = replace(data, obs=torch.where(behind.unsqueeze(-1), data.obs, 1.0))
+    assert check_health(model, same, seed=0).metrics()["constant_latents"] == 1.0
 
 
 # Looking changes nothing
+
+
+def test_vitals_are_measured_in_evaluation_mode():
+    class Modes(WorldModel):
+        def __init__(self) -> None:
+            super().__init__(TDMPC2Config(**TD, obs_shape=(5,), action_dim=2))
+            self.layer = nn.Linear(1, 1)
+
+        def health(self, batch: Batch) -> tuple[Vital, ...]:
+            return read({"training": torch.tensor(self.layer.training)}, {"training": Limit(0.0, "above", "Stop.")})
+
+    assert check_health(Modes().train(), batch_for(tdmpc2()), seed=0).metrics() == {"training": 0.0}
 
 
 def test_a_batch_that_does_not_fit_is_refused_and_leaves_training_as_it_was():

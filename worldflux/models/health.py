@@ -19,6 +19,9 @@ from worldflux.nn.transforms import symlog
 _EDGE = 0.95
 """Share of a two-hot distribution's range in symlog space, from which on a number counts as at its edge."""
 
+_SAME = 1e-6
+"""Mean distance from the average up to which numbers are the same everywhere, but for rounding."""
+
 
 @dataclass(frozen=True)
 class Limit:
@@ -73,6 +76,24 @@ def counted_mean(values: Tensor, counted: Tensor) -> Tensor:
     """
     counted = counted.expand_as(values).float()
     return (values * counted).sum() / counted.sum().clamp(min=1.0)
+
+
+def share_constant(groups: Tensor, counted: Tensor) -> Tensor:
+    """Share of a latent state's groups that do not vary over the batch; 0 if fewer than two steps count.
+
+    A group is constant if its distance from the batch's average, half the sum of the absolute differences, is below
+    1e-6 in the mean over the steps: the same but for rounding. It is that small, because a fresh encoder of pictures
+    may give only 1e-5, and learns from there.
+
+    Args:
+        groups: Probabilities that sum to 1 within each of G groups. `[B, T, G, C]`
+        counted: 1 or 0. `[B, T]`
+    """
+    groups = groups.float()
+    weights = (counted / counted.sum().clamp(min=1.0))[..., None, None]
+    average = (weights * groups).sum((0, 1))
+    distance = (weights * (groups - average).abs()).sum((0, 1, 3)) / 2  # [G]
+    return (distance < _SAME).float().mean() * (counted.sum() > 1)
 
 
 def share_at_edge(targets: Tensor, counted: Tensor, limit: Tensor | float) -> Tensor:

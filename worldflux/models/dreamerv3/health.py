@@ -18,34 +18,45 @@ from worldflux.models.health import (
     largest_reward,
     read,
     share_at_edge,
+    share_constant,
     value_over_rewards,
 )
 from worldflux.nn.transforms import symlog
 
 DREAMERV3_LIMITS: dict[str, Limit] = {
+    # Healthy: at most 0.65, around the hundredth gradient step, and falling. Broken: 0.86 to 1 with an encoder that
+    # sees nothing, 1 with a KL loss weighted 1000 times.
     "kl_at_free_nats": Limit(
-        0.95,
+        0.8,
         "above",
         "The latents say nothing about what was seen: lower kl_free or loss_scales['kl'], raise "
         "loss_scales['reconstruction'], and see whether observations reach the model at a useful scale.",
     ),
+    # Healthy: 0, also with 32 classes. Broken: 0.6 to 1 with learning rates of 0.1 to 10, 0.95 with posterior logits
+    # 100 times as large.
     "unused_codes": Limit(
-        0.9,
+        0.5,
         "above",
-        "Nearly every categorical latent always takes the same class: lower learning_rate, keep unimix above 0, and "
-        "see whether observations vary and have no extreme values.",
+        "The categorical latents always take the same few classes: start anew with a lower learning_rate, and keep "
+        "unimix above 0.",
     ),
+    # Healthy: 0. Broken: 1 with learning rates of 1 and 10.
+    "constant_latents": Limit(
+        0.5,
+        "above",
+        "The latents are the same whatever is seen: see whether the observations of the batch vary at all; if they do, "
+        "start anew with a lower learning_rate.",
+    ),
+    # No policy can earn more. Healthy: at most 0.28, by an agent that had solved CartPole.
     "value_over_rewards": Limit(
         1.0,
         "above",
         "The critic promises more than the rewards can add up to: lower learning_rate or discount_horizon; if rewards "
         "are rare, look at a larger batch first.",
     ),
-    "values_at_edge": Limit(
-        0.05,
-        "above",
-        "Returns are too large for the critic's bins: scale the rewards down.",
-    ),
+    # Healthy: 0. Broken: 1 with CartPole's rewards multiplied by 10^8.
+    "values_at_edge": Limit(0.05, "above", "Returns are too large for the critic's bins: scale the rewards down."),
+    # Healthy: from 1 down to 0.03, where a good policy for CartPole ends. Broken: 10^-16 with a learning rate of 0.1.
     "policy_randomness": Limit(
         0.001,
         "below",
@@ -57,7 +68,7 @@ DREAMERV3_LIMITS: dict[str, Limit] = {
 _LEAST_NATS = 0.1
 """Latents that say less than this are dead, however few nats are free."""
 _USED = 0.01
-"""Share of its even share of the probability, 1 / C, that a code has to get in order to count as used."""
+"""Share of an even probability, 1 / C, that a code has to get on average in order to count as used."""
 
 
 def vitals(parts: LossParts, config: DreamerV3Config, bins: Tensor) -> tuple[Vital, ...]:
@@ -71,14 +82,21 @@ def vitals(parts: LossParts, config: DreamerV3Config, bins: Tensor) -> tuple[Vit
     probs, behavior, mask = parts.posterior.probs, parts.behavior, parts.rows.obs_mask
     # Where nothing was seen the posterior is the prior, which says nothing about either.
     seen = torch.ones_like(parts.kl) if mask is None else mask.float()
-    targets = torch.cat([behavior.returns.flatten(), parts.replay_returns.flatten()])
-    all_count = torch.ones_like(targets)
+    imagined, replayed = behavior.returns, parts.replay_returns
+    edge = symlog(bins[-1])
     bound = largest_reward(parts.rows.rewards) * config.discount_horizon
     values = {
         "kl_at_free_nats": share_at_free_nats(parts.kl, probs, seen, config.kl_free),
         "unused_codes": unused_codes(probs, seen, config.unimix),
-        "value_over_rewards": value_over_rewards(targets, all_count, bound, behavior.norm.scale / bound),
-        "values_at_edge": share_at_edge(targets, all_count, symlog(bins[-1])),
+        "constant_latents": share_constant(probs, seen),
+        "value_over_rewards": value_over_rewards(
+            imagined, torch.ones_like(imagined), bound, behavior.norm.scale / bound
+        ),
+        # Replayed returns hold the real rewards, and are too few to be seen among the imagined ones.
+        "values_at_edge": torch.maximum(
+            share_at_edge(imagined, torch.ones_like(imagined), edge),
+            share_at_edge(replayed, torch.ones_like(replayed), edge),
+        ),
         "policy_randomness": randomness(behavior.entropy, *parts.policy.entropy_range),
     }
     return read(values, DREAMERV3_LIMITS)
@@ -105,6 +123,8 @@ def share_at_free_nats(kl: Tensor, probs: Tensor, counted: Tensor, free_nats: fl
 def unused_codes(probs: Tensor, counted: Tensor, unimix: float) -> Tensor:
     """Share of codes that no step of the batch uses, of those that could be spared: each latent needs one.
 
+    A code is used if the mean of its probabilities, without the unimix, is at least a hundredth of 1 / C.
+
     Args:
         probs: Of the posterior. `[B, T, S, C]`
         counted: 1 or 0. `[B, T]`
@@ -112,7 +132,7 @@ def unused_codes(probs: Tensor, counted: Tensor, unimix: float) -> Tensor:
     """
     groups, classes = probs.shape[-2:]
     own = _mean_probs(probs, counted) - unimix / classes
-    unused = (own < _USED / classes).sum()
+    unused = (own < _USED / classes).sum() * (counted.sum() > 0)
     return unused / max(groups * (classes - 1), 1)
 
 

@@ -310,11 +310,13 @@ class DreamerV3(WorldModel):
     def health(self, batch: Batch) -> tuple[Vital, ...]:
         """What DreamerV3 dies of, measured on a batch; `models/dreamerv3/health.py` says where thresholds come from.
 
-        - `kl_at_free_nats`, bad above 0.95: share of steps whose latents carry no more than the free nats.
-        - `unused_codes`, bad above 0.9: share of the latents' classes that no step uses.
-        - `value_over_rewards`, bad above 1: the critic's targets (95th percentile of their magnitudes) or the scale of
-          returns, whichever is larger, over the batch's largest reward earned at every step for ever.
-        - `values_at_edge`, bad above 0.05: share of the critic's targets that its bins can hardly express.
+        - `kl_at_free_nats`, bad above 0.8: share of steps whose latents carry no more than the free nats.
+        - `unused_codes`, bad above 0.5: share of the latents' classes that no step uses.
+        - `constant_latents`, bad above 0.5: share of the categorical latents that do not vary over the batch.
+        - `value_over_rewards`, bad above 1: the critic's imagined targets (95th percentile of their magnitudes) or the
+          scale of returns, whichever is larger, over the batch's largest reward earned at every step for ever.
+        - `values_at_edge`, bad above 0.05: share of the critic's targets that its bins can hardly express; of imagined
+          and replayed ones, whichever is larger.
         - `policy_randomness`, bad below 0.001: entropy of the policy, from the least possible (0) to the most (1).
         """
         return vitals(self.loss_parts(batch), self.config, self.critic.bins)

@@ -187,7 +187,7 @@ class TDMPC2(LatentModel):
         """What TD-MPC2 dies of, measured on a batch; `models/tdmpc2/health.py` says where the thresholds come from.
 
         - `saturated_groups`, bad above 0.25: share of the encodings' SimNorm groups that are one-hot.
-        - `constant_groups`, bad above 0.5: share of the SimNorm groups that do not vary with what is seen.
+        - `constant_latents`, bad above 0.5: share of the SimNorm groups that do not vary over the batch.
         - `value_over_rewards`, bad above 1: the values' targets (95th percentile of their magnitudes) or the running
           scale, whichever is larger, over the batch's largest reward earned at every step for ever. Without a discount,
           "for ever" is a full episode.
