@@ -64,6 +64,8 @@ class WorldFluxAgent(SavedAgent):
         batch_size: Windows in a gradient step.
         seq_len: Trained time steps in each window.
         buffer_size: Transitions kept, over all environments.
+        buffer_storage: Where, as for `ReplayBuffer`: a directory for more than fits into memory, or a device. None:
+            in memory.
         learning_starts: Environment steps before the first gradient step. TD-MPC2 acts at random during these, and
             makes up for their gradient steps when they are over.
         replay_context: Start each window from the recurrent state that was stored beside its first row. Costs
@@ -89,6 +91,7 @@ class WorldFluxAgent(SavedAgent):
     batch_size: int
     seq_len: int
     buffer_size: int
+    buffer_storage: str | None
     learning_starts: int
     replay_context: bool
     planner: str | None
@@ -105,6 +108,7 @@ class WorldFluxAgent(SavedAgent):
         batch_size: int | None = None,
         seq_len: int | None = None,
         buffer_size: int | None = None,
+        buffer_storage: str | Path | torch.device | None = None,
         learning_starts: int | None = None,
         replay_context: bool = True,
         planner: str | None = "auto",
@@ -128,6 +132,7 @@ class WorldFluxAgent(SavedAgent):
             batch_size=batch_size,
             seq_len=seq_len,
             buffer_size=buffer_size,
+            buffer_storage=buffer_storage,  # type: ignore[arg-type]
             learning_starts=learning_starts,
             replay_context=replay_context,
             planner=planner,
@@ -268,6 +273,7 @@ class WorldFluxAgent(SavedAgent):
             n_envs=self.n_envs,
             extras=self._extras_spec(),
             seed=self.seed,
+            storage=self.buffer_storage,
         )
 
     def set_random_seed(self, seed: int | None = None) -> None:
@@ -337,6 +343,7 @@ class WorldFluxAgent(SavedAgent):
 
         Raises:
             ConfigurationError: If there is no environment, or a number is out of its range.
+            BufferError: If the replay data of so many steps would not fit into the machine's memory.
             TrainingError: If a loss is not finite; it names the loss and the step.
         """
         if self.env is None or self.replay_buffer is None:
@@ -346,6 +353,7 @@ class WorldFluxAgent(SavedAgent):
         total_timesteps = whole_number("total_timesteps", total_timesteps, 0)
         if log_interval is not None:
             log_interval = whole_number("log_interval", log_interval, 1)
+        self.replay_buffer.check_budget(total_timesteps)
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name or self.model.config.model_type, progress_bar
         )

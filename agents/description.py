@@ -19,6 +19,10 @@ COUNTERS = (*LOOP_COUNTERS, "_n_updates", "_updates_owed")
 """These and what its `Learner` goes on counting."""
 
 
+_LATER_SETTINGS = {"buffer_storage"}
+"""That the first files of this format lack."""
+
+
 @dataclass(frozen=True)
 class AgentDescription:
     """An agent without its model and optimiser."""
@@ -62,7 +66,7 @@ class AgentDescription:
                 observation_space=space_from_json(data["observation_space"]),
                 action_space=space_from_json(data["action_space"]),
                 n_envs=count("n_envs", data["n_envs"], 1),
-                settings=AgentSettings(**{item.name: data["settings"][item.name] for item in fields(AgentSettings)}),
+                settings=_settings(data["settings"]),
                 counters={name: count(name, data["counters"][name], 0) for name in COUNTERS},
                 progress_remaining=finite_number("progress_remaining", data["progress_remaining"]),
                 schedule={
@@ -74,6 +78,12 @@ class AgentDescription:
             raise CheckpointError(f"{source} is damaged: its agent.json has no {error}.") from error
         except (CheckpointError, ConfigurationError, TypeError) as error:
             raise CheckpointError(f"{source} is damaged. In its agent.json: {error}") from error
+
+
+def _settings(data: Mapping[str, Any]) -> AgentSettings:
+    """Settings as they were saved; one that came later than the file takes its default."""
+    known = [item.name for item in fields(AgentSettings) if item.name in data or item.name not in _LATER_SETTINGS]
+    return AgentSettings(**{name: data[name] for name in known})
 
 
 def _whole_or_none(name: str, value: Any) -> int | None:

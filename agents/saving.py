@@ -43,6 +43,7 @@ class SavedAgent(BaseAlgorithm):
     schedule: UpdateSchedule
     replay_buffer: ReplayBuffer | None
     buffer_size: int
+    buffer_storage: str | None
     obs_codec: ObservationCodec
     action_codec: ActionCodec
     _learner: Learner
@@ -236,7 +237,12 @@ class SavedAgent(BaseAlgorithm):
             ShapeMismatchError: If the buffer was made for other spaces.
         """
         buffer = ReplayBuffer.load(
-            path, capacity=self.buffer_size, n_envs=self.n_envs, extras=self._extras_spec(), seed=self.seed
+            path,
+            capacity=self.buffer_size,
+            n_envs=self.n_envs,
+            extras=self._extras_spec(),
+            seed=self.seed,
+            storage=self.buffer_storage,
         )
         expected = (self.obs_codec.obs_shape, self.action_codec.action_dim)
         if (buffer.obs_shape, buffer.action_dim) != expected:

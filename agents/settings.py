@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from worldflux.errors import ConfigurationError, nearest
 from worldflux.models.base import WorldModel
@@ -35,6 +36,7 @@ class AgentSettings:
     batch_size: int | None = None
     seq_len: int | None = None
     buffer_size: int | None = None
+    buffer_storage: str | None = None
     learning_starts: int | None = None
     replay_context: bool = True
     planner: str | None = "auto"
@@ -60,6 +62,12 @@ class AgentSettings:
             checked["train_ratio"] = ratio = finite_number("train_ratio", self.train_ratio)
             if not 0 <= ratio <= 1e9:
                 raise ConfigurationError(f"train_ratio is {ratio}, expected a number of 0 or more, up to 1e9.")
+        if self.buffer_storage is not None:
+            if not isinstance(self.buffer_storage, str | Path | torch.device):
+                raise ConfigurationError(
+                    f"buffer_storage is {self.buffer_storage!r}, expected a directory, a device or None for memory."
+                )
+            checked["buffer_storage"] = str(self.buffer_storage)
         if not isinstance(self.replay_context, bool | np.bool_):
             raise ConfigurationError(f"replay_context is {self.replay_context!r}, expected True or False.")
         checked["replay_context"] = bool(self.replay_context)

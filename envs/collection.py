@@ -115,6 +115,8 @@ def _collect(
         n_envs=n_envs,
         seed=seed,
     )
+    if steps is not None or capacity is not None:
+        buffer.check_budget(steps)
     recorder = VecEpisodeRecorder(buffer, venv)
     left = None
     if episodes is not None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from killed import finish, kill, start, strays, wait_for
@@ -21,6 +22,7 @@ from training_fakes import MemoryProvider, NoisyRegression
 
 from worldflux.errors import CheckpointError, ConfigurationError, TrainingError
 from worldflux.training import (
+    Batch,
     Callback,
     CheckpointCallback,
     EarlyStoppingCallback,
@@ -31,6 +33,7 @@ from worldflux.training import (
     train,
 )
 from worldflux.training.checkpoint import checkpoints_in, newest_checkpoint
+from worldflux.training.prefetch import PrefetchedBatches
 
 CONFIG = TrainingConfig(total_steps=12, batch_size=4, sequence_length=6, log_interval=5, device="cpu", seed=3)
 
@@ -113,6 +116,17 @@ def test_the_function_resumes_as_well(tmp_path: Path) -> None:
     torch.testing.assert_close(found, uninterrupted(), rtol=0, atol=0)
 
 
+def test_other_data_are_noticed(tmp_path: Path) -> None:
+    new_trainer(tmp_path, total_steps=8).train(small_buffer())
+    other = create_random_buffer(400, (3,), 2, num_episodes=12, episode_length=9, seed=2)
+    with pytest.raises(CheckpointError, match="other data"):
+        new_trainer(tmp_path).train(other, resume=True)
+    going_on = new_trainer()
+    going_on.load_checkpoint(newest_checkpoint(tmp_path))  # type: ignore[arg-type]
+    going_on.train(other)
+    assert going_on.step_count == 12
+
+
 def test_early_stopping_waits_on_where_it_was(tmp_path: Path) -> None:
     def run(*callbacks: Callback, resume: bool = False, directory: Path) -> int:
         stopping = EarlyStoppingCallback("fit", patience=3, min_delta=100.0)
@@ -125,6 +139,35 @@ def test_early_stopping_waits_on_where_it_was(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="gone"):
         run(StopAt(expected - 1), directory=tmp_path / "parts")
     assert run(resume=True, directory=tmp_path / "parts") == expected
+
+
+def test_what_a_run_held_out_stays_held_out(tmp_path: Path) -> None:
+    class Evaluations(Callback):
+        def __init__(self) -> None:
+            self.seen: dict[int, float] = {}
+
+        def on_eval_end(self, step: int, metrics: Any) -> None:
+            self.seen[step] = metrics["loss"]
+
+    def run(
+        *callbacks: Callback, resume: bool = False, directory: Path | None = None
+    ) -> tuple[Tensor, dict[int, float]]:
+        torch.manual_seed(0)
+        evaluations = Evaluations()
+        saving = [] if directory is None else [CheckpointCallback(directory, 4)]
+        config = replace(CONFIG, eval_interval=3)
+        trainer = Trainer(NoisyRegression(), config, [*saving, evaluations, *callbacks], eval_data=0.3)
+        trainer.train(small_buffer(), resume=resume)
+        assert trainer.eval_data is None
+        return weights(trainer), evaluations.seen
+
+    expected, losses = run()
+    assert sorted(losses) == [3, 6, 9, 12]
+    with pytest.raises(OSError, match="gone"):
+        run(StopAt(7), directory=tmp_path)
+    found, later = run(resume=True, directory=tmp_path)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert later == {step: losses[step] for step in (6, 9, 12)}
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.5, 1.5, True, float("nan")])
@@ -296,6 +339,67 @@ def test_a_diverged_run_resumes_from_the_last_good_checkpoint(tmp_path: Path) ->
     resumed = new_trainer(tmp_path)
     resumed.train(small_buffer(), resume=True)
     torch.testing.assert_close(weights(resumed), uninterrupted(), rtol=0, atol=0)
+
+
+# --- batches on their way
+
+
+class Recording(ReplayBuffer):
+    """Remembers on which thread windows were gathered, and where they begin."""
+
+    threads: list[str]
+
+    def sample_ahead(self, batch_size: int, seq_len: int | None = None) -> Batch:
+        self.threads.append(threading.current_thread().name)
+        return super().sample_ahead(batch_size, seq_len)
+
+
+def filled(kind: type[ReplayBuffer] = ReplayBuffer, extras: bool = False) -> Any:
+    spec = {"count": ((1,), np.float32)} if extras else None
+    buffer = kind(200, (3,), 2, extras=spec, seed=5)
+    data = np.random.default_rng(0)
+    for _ in range(10):
+        buffer.add_episode(data.normal(size=(10, 3)), data.uniform(-1, 1, (9, 2)), data.normal(size=9))
+    return buffer
+
+
+def test_prefetched_batches_are_those_of_the_buffer_itself() -> None:
+    plain, ahead = filled(), filled()
+    with PrefetchedBatches(ahead, 4, 6, torch.device("cpu")) as batches:
+        for _ in range(3):
+            mine, its = batches.next(), plain.sample(4, 6)
+            torch.testing.assert_close(mine.obs, its.obs)
+            assert mine.rows is not None and its.rows is not None
+            assert torch.equal(mine.rows, its.rows)
+        assert batches.rng_state() == plain.rng_state()
+    assert ahead.rng_state() == plain.rng_state()
+
+
+def test_a_batch_has_the_extras_that_the_step_before_wrote() -> None:
+    buffer = filled(extras=True)
+    with PrefetchedBatches(buffer, 8, 10, torch.device("cpu")) as batches:
+        first = batches.next()
+        assert first.rows is not None
+        buffer.update_extras(first.rows, {"count": np.ones((8, 10, 1), np.float32)})
+        second = batches.next()
+    assert second.rows is not None
+    expected = torch.isin(second.rows, first.rows).float()[..., None]
+    assert 0 < expected.mean() < 1
+    torch.testing.assert_close(second.extras["count"], expected, rtol=0, atol=0)
+
+
+def test_training_samples_on_another_thread_but_asks_a_users_provider_on_its_own() -> None:
+    buffer = filled(Recording)
+    buffer.threads = []
+    new_trainer().train(buffer)
+    assert len(buffer.threads) == 13 and all(name.startswith("prefetch") for name in buffer.threads)
+
+    class Own(MemoryProvider):
+        def sample(self, *args: Any, **kwargs: Any) -> Batch:
+            assert threading.current_thread() is threading.main_thread()
+            return super().sample(*args, **kwargs)
+
+    new_trainer().train(Own())
 
 
 def test_an_error_of_the_buffer_reaches_the_caller() -> None:

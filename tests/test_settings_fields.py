@@ -193,6 +193,12 @@ def transitions_kept(settings: AgentSettings) -> Any:
     return buffer.num_transitions
 
 
+def where_transitions_lie(settings: AgentSettings) -> Any:
+    buffer = agent(settings).replay_buffer
+    assert buffer is not None
+    return buffer.storage
+
+
 def decision(settings: AgentSettings) -> Any:
     return agent(settings).predict(np.zeros(2, np.float32), deterministic=True)[0]
 
@@ -227,6 +233,7 @@ AGENT = {
     "batch_size": Case(3, learned),
     "seq_len": Case(5, learned),
     "buffer_size": Case(12, transitions_kept),
+    "buffer_storage": Case("cpu", where_transitions_lie),  # as tensors on that device
     "learning_starts": Case(16, updates),
     "replay_context": Case(False, learned),
     "planner": Case("mppi", decision, dict(planner_kwargs=SEARCH)),

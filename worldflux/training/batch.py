@@ -5,7 +5,7 @@ This module imports nothing but torch, so that models can name `Batch` without i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -53,10 +53,11 @@ class Batch:
     """The rows' ids for `ReplayBuffer.update_extras`; stays on the CPU. `[B, T]` int64"""
 
     def __post_init__(self) -> None:
-        for name, given in self._named_tensors():
+        for name, key, given in self._parts():
             if not isinstance(given, Tensor):
                 raise ShapeMismatchError(
-                    f"{name} is a {type(given).__name__}, expected a torch tensor. Convert it with torch.as_tensor."
+                    f"{_part(name, key)} is a {type(given).__name__}, expected a torch tensor. Convert it with "
+                    "torch.as_tensor."
                 )
         if self.rewards.dim() != 2:
             raise ShapeMismatchError(f"rewards have shape {tuple(self.rewards.shape)}, expected [B, T].")
@@ -66,15 +67,12 @@ class Batch:
                 "Discrete actions are passed one-hot."
             )
         lead = self.rewards.shape
-        for name, value in self.__dict__.items():
-            tensors = value.items() if isinstance(value, dict) else ((None, value),)
-            for key, tensor in tensors:
-                if tensor is not None and tensor.shape[:2] != lead:
-                    part = name if key is None else f"{name}[{key!r}]"
-                    raise ShapeMismatchError(
-                        f"{part} has shape {tuple(tensor.shape)}, expected [B, T] = {list(lead)} "
-                        "to lead it, as in rewards."
-                    )
+        for name, key, tensor in self._parts():
+            if tensor.shape[:2] != lead:
+                raise ShapeMismatchError(
+                    f"{_part(name, key)} has shape {tuple(tensor.shape)}, expected [B, T] = {list(lead)} "
+                    "to lead it, as in rewards."
+                )
         for name in _FLAGS:
             flag = getattr(self, name)
             if flag is None:
@@ -109,7 +107,15 @@ class Batch:
 
     def tensors(self) -> list[Tensor]:
         """All its tensors but `rows`."""
-        return [tensor for name, tensor in self._named_tensors() if name != "rows"]
+        return [tensor for name, _, tensor in self._parts() if name != "rows"]
+
+    def _parts(self) -> Iterator[tuple[str, str | None, Tensor]]:
+        """Each tensor with its field, and its key where that is a dictionary."""
+        for name, value in self.__dict__.items():
+            if isinstance(value, dict):
+                yield from ((name, key, tensor) for key, tensor in value.items())
+            elif value is not None:
+                yield name, None, value
 
     def _with_each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         changed: dict[str, Any] = {}
@@ -122,6 +128,10 @@ class Batch:
             else:
                 changed[part.name] = change(value)
         return Batch(**changed)
+
+
+def _part(name: str, key: str | None) -> str:
+    return name if key is None else f"{name}[{key!r}]"
 
 
 @dataclass(frozen=True)

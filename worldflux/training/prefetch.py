@@ -8,10 +8,10 @@ from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
 
 from worldflux.training.batch import Batch
 from worldflux.training.data import BatchProvider, BatchRequestProvider, sample_from
+from worldflux.training.sampling import WindowSampler
 
 
 @runtime_checkable
@@ -26,20 +26,6 @@ class Resumable(Protocol):
 
     def set_rng_state(self, state: dict[str, Any]) -> None:
         """Continues it from there."""
-
-
-@runtime_checkable
-class Prefetchable(Resumable, Protocol):
-    """A provider that can be asked from another thread, such as `ReplayBuffer`.
-
-    What a training step writes back beside the rows (`extras`) is read separately, when the batch is needed.
-    """
-
-    def sample_without_extras(self, batch_size: int, seq_len: int | None = None) -> Batch:
-        """As `sample`, with the `rows` but without the `extras` beside them. `[B, T, ...]`"""
-
-    def extras_of(self, rows: Tensor) -> dict[str, Tensor]:
-        """What lies beside rows `[B, T]`. `{name: [B, T, ...]}`"""
 
 
 class Batches:
@@ -96,10 +82,10 @@ class PrefetchedBatches(Batches):
         device: Likewise. To CUDA, batches are copied from pinned memory on a stream of their own.
     """
 
-    provider: Prefetchable  # type: ignore[assignment]
+    provider: WindowSampler
 
-    def __init__(self, provider: Prefetchable, batch_size: int, seq_len: int, device: torch.device) -> None:
-        super().__init__(provider, batch_size, seq_len, device)  # type: ignore[arg-type]
+    def __init__(self, provider: WindowSampler, batch_size: int, seq_len: int, device: torch.device) -> None:
+        super().__init__(provider, batch_size, seq_len, device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._coming: Future[Any] | None = None
@@ -144,7 +130,7 @@ class PrefetchedBatches(Batches):
         self._coming = self._thread.submit(self._fetch)
 
     def _fetch(self) -> tuple[Batch, torch.cuda.Event | None]:
-        batch = self.provider.sample_without_extras(self.batch_size, self.seq_len)
+        batch = self.provider.sample_ahead(self.batch_size, self.seq_len)
         if self._stream is None:
             return batch, None
         with torch.cuda.stream(self._stream):
@@ -157,7 +143,10 @@ class PrefetchedBatches(Batches):
 def batches_from(
     provider: BatchProvider | BatchRequestProvider, batch_size: int, seq_len: int, device: torch.device
 ) -> Batches:
-    """Batches that are prefetched where the provider allows it; a user's own one is asked on the calling thread."""
-    if isinstance(provider, Prefetchable):
+    """Batches from a provider, prefetched from a replay buffer that lies in memory or on disk.
+
+    A user's own provider is always asked on the calling thread. What lies on a device is gathered there at once.
+    """
+    if isinstance(provider, WindowSampler) and provider.device.type == "cpu":
         return PrefetchedBatches(provider, batch_size, seq_len, device)
     return Batches(provider, batch_size, seq_len, device)

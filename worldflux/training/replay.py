@@ -286,7 +286,7 @@ class ReplayBuffer(RowReceiver, WindowSampler):
             ShapeMismatchError: If `final_obs` has another shape than `[n_envs, ...]`.
             BufferError: If it cannot be stored.
         """
-        return self._checked_finals(final_obs, envs)
+        return self._form.checked_finals(final_obs, self._n_envs, envs)
 
     def save(self, path: str | Path) -> None:
         """Writes everything but the extras and the sampler's state to exactly `path`, an `.npz` without pickle.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,11 @@ STEP = np.uint8(32)
 
 _CHUNK_BYTES = 16 * 2**20
 """Of rows that are copied at once."""
+
+
+_DIGESTED_AT_ONCE = 2**16
+_DIGESTED_OBS = 256
+"""Rows of a stream."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,19 @@ class RowStore:
     def bounds(self) -> bytes:
         """Something that changes whenever rows are added or dropped, quick to compare."""
         return self.begin.tobytes() + self.end.tobytes()
+
+    def digest(self) -> str:
+        """A short text that other rows would not have. Of observations, which may be large, some rows are looked at."""
+        found = hashlib.blake2b(self.bounds, digest_size=16)
+        for stream in range(len(self.end)):
+            rows = np.arange(self.begin[stream], self.end[stream])
+            for part in np.array_split(rows, 1 + len(rows) // _DIGESTED_AT_ONCE):
+                for array in (self.actions, self.rewards, self.flags):
+                    found.update(np.ascontiguousarray(array[self.at(stream, part)]).data)
+            some = rows[:: 1 + len(rows) // _DIGESTED_OBS]
+            for array in self.obs.values():
+                found.update(np.ascontiguousarray(array[self.at(stream, some)]).data)
+        return found.hexdigest()
 
     def move_to(self, other: RowStore) -> None:
         """Copies all rows into an empty store of the same form with at least this one's limits."""

@@ -157,6 +157,16 @@ class WindowSampler:
         seq_len = whole_number("seq_len", seq_len, 1, error=BufferError)
         return self._span(self._rows).num_windows(seq_len)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are gathered: of the storage, which is the CPU for memory and disk."""
+        rewards = self._rows.rewards
+        return rewards.tensor.device if isinstance(rewards, DeviceArray) else torch.device("cpu")
+
+    def digest(self) -> str:
+        """A short text that tells what is stored from other data; the extras have no part in it."""
+        return self._rows.digest()
+
     def sample(
         self, batch_size: int | BatchRequest, seq_len: int | None = None, device: str | torch.device = "cpu"
     ) -> Batch:

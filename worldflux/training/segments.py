@@ -13,6 +13,7 @@ from worldflux.errors import BufferError, CheckpointError
 from worldflux.training.arrays import all_finite
 from worldflux.training.npz import NpzFile, Stream, rows_per_chunk, write_npz
 from worldflux.training.rows import FINAL, FIRST, TERMINATED, TRUNCATED, UNSEEN, RowStore
+from worldflux.training.storage import RowArray
 
 SEGMENT_BYTES = 256 * 2**20
 SEGMENT_ROWS = 2**20
@@ -169,12 +170,12 @@ def fault_in_flags(flags: np.ndarray, in_flight: bool) -> str | None:
     return None
 
 
-def _row_bytes(column: np.ndarray) -> int:
+def _row_bytes(column: RowArray) -> int:
     """Bytes of one row."""
     return int(np.prod(column.shape[1:], dtype=np.int64)) * column.dtype.itemsize
 
 
-def _columns(store: RowStore) -> dict[str, np.ndarray]:
+def _columns(store: RowStore) -> dict[str, RowArray]:
     """The arrays of `store` by the names that they have in a segment."""
     return {
         **{f"obs/{key}": column for key, column in store.obs.items()},
@@ -192,13 +193,13 @@ def _places(first: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return streams, np.arange(counts.sum()) + np.repeat(first - (np.cumsum(counts) - counts), counts)
 
 
-def _gathered(column: np.ndarray, at: np.ndarray) -> Stream:
+def _gathered(column: RowArray, at: np.ndarray) -> Stream:
     step = rows_per_chunk(column.shape[1:], column.dtype)
     chunks = (column[at[start : start + step]] for start in range(0, len(at), step))
     return Stream((len(at), *column.shape[1:]), column.dtype, chunks)
 
 
-def _copy(file: NpzFile, name: str, column: np.ndarray, at: np.ndarray) -> None:
+def _copy(file: NpzFile, name: str, column: RowArray, at: np.ndarray) -> None:
     """Checks an array and copies its rows to `column[at]`."""
     if name not in file.names:
         raise BufferError(f"{file.path.name} has no array {name!r}")
