@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -20,7 +21,7 @@ from killed import finish, kill, start, strays, wait_for
 from torch import Tensor
 from training_fakes import MemoryProvider, NoisyRegression
 
-from worldflux.errors import CheckpointError, ConfigurationError, TrainingError
+from worldflux.errors import BufferError, CheckpointError, ConfigurationError, TrainingError
 from worldflux.training import (
     Batch,
     Callback,
@@ -76,6 +77,24 @@ def test_a_resumed_run_has_the_bits_of_one_that_did_not_stop(tmp_path: Path, ste
     resumed.train(small_buffer(), resume=True)
     assert resumed.step_count == 12
     torch.testing.assert_close(weights(resumed), expected, rtol=0, atol=0)
+
+
+def test_what_training_wrote_beside_the_rows_goes_on(tmp_path: Path) -> None:
+    def run(*callbacks: Callback, resume: bool = False) -> Any:
+        buffer = filled(extras=True)
+        new_trainer(tmp_path, *callbacks).train(buffer, resume=resume)
+        return buffer.extras_state()["count"]
+
+    expected = run()
+    assert expected.max() > 3
+    for checkpoint in checkpoints_in(tmp_path):
+        shutil.rmtree(checkpoint)
+    with pytest.raises(OSError, match="gone"):
+        run(StopAt(7))
+    assert torch.equal(run(resume=True), expected)
+    assert torch.equal(run(resume=True), expected)  # from the last checkpoint, which is written behind the last step
+    with pytest.raises(BufferError, match="extras have shapes"):
+        filled(extras=True).load_extras_state({"count": torch.zeros(3, 1)})
 
 
 def test_a_run_without_a_checkpoint_yet_begins(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -24,6 +24,8 @@ from worldflux.training.randomness import decoded
 
 OPTIMIZER_FILE = "optimizer.pt"
 TRAINER_FILE = "trainer.json"
+EXTRAS_FILE = "extras.safetensors"
+"""What training on stored data had written beside its rows; only where there is such."""
 FORMAT = 1
 """Of the files; a change that older versions cannot read raises it."""
 
@@ -82,8 +84,8 @@ def check_target(path: Path) -> None:
         raise CheckpointError(f"{path} exists and is no checkpoint. Choose another path or remove it.")
 
 
-def read_checkpoint(path: Path) -> tuple[Any, dict[str, Tensor], Any]:
-    """What the files of a checkpoint hold: the trainer's progress, the model's weights, the optimisers' states.
+def read_checkpoint(path: Path) -> tuple[Any, dict[str, Tensor], Any, dict[str, Tensor]]:
+    """What the files of a checkpoint hold: the trainer's progress, the weights, the optimisers' states, the extras.
 
     Raises:
         CheckpointError: If a file is missing or cannot be read.
@@ -96,6 +98,7 @@ def read_checkpoint(path: Path) -> tuple[Any, dict[str, Tensor], Any]:
         _read(path / TRAINER_FILE, lambda file: json.loads(file.read_text(encoding="utf-8"))),
         _read(path / WEIGHTS_FILE, safetensors.torch.load_file),
         _read(path / OPTIMIZER_FILE, lambda file: torch.load(file, map_location="cpu", weights_only=True)),
+        _read(path / EXTRAS_FILE, safetensors.torch.load_file) if (path / EXTRAS_FILE).exists() else {},
     )
 
 

@@ -134,6 +134,11 @@ class RowStore:
         """Something that changes whenever rows are added or dropped, quick to compare."""
         return self.begin.tobytes() + self.end.tobytes()
 
+    def stored_at(self) -> np.ndarray:
+        """Index in the arrays of all rows, stream by stream and oldest first. `[N]`"""
+        streams = range(len(self.end))
+        return np.concatenate([self.at(stream, np.arange(self.begin[stream], self.end[stream])) for stream in streams])
+
     def digest(self) -> str:
         """A short text that other rows would not have. Of observations, which may be large, some rows are looked at."""
         found = hashlib.blake2b(self.bounds, digest_size=16)

@@ -239,6 +239,26 @@ class WindowSampler:
                 checked = self._form.checked_extra(name, value, ids.shape)
                 store.extras[name][at[stored]] = checked[stored]
 
+    def extras_state(self) -> dict[str, Tensor]:
+        """What is stored beside all rows, for a checkpoint. `{name: [N, ...]}`"""
+        store = self._rows
+        return {name: torch.from_numpy(array[store.stored_at()]) for name, array in store.extras.items()}
+
+    def load_extras_state(self, state: Mapping[str, Tensor]) -> None:
+        """Puts back what `extras_state` gave, beside the same rows.
+
+        Raises:
+            BufferError: If it was given by another buffer.
+        """
+        store = self._rows
+        at = store.stored_at()
+        expected = {name: (len(at), *array.shape[1:]) for name, array in store.extras.items()}
+        found = {name: tuple(values.shape) for name, values in state.items()}
+        if found != expected:
+            raise BufferError(f"These extras have shapes {found}, expected {expected} for what is stored here.")
+        for name, values in state.items():
+            store.extras[name][at] = as_numpy(name, values)
+
     def seed(self, seed: int | None) -> None:
         """Starts the sampler's random numbers anew; None draws a seed.
 

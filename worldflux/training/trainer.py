@@ -20,6 +20,7 @@ from worldflux.models.base import CONFIG_FILE, WEIGHTS_FILE, LossOutput, Optimiz
 from worldflux.training.batch import Batch
 from worldflux.training.callbacks import Callback, CheckpointCallback, Losses
 from worldflux.training.checkpoint import (
+    EXTRAS_FILE,
     FORMAT,
     OPTIMIZER_FILE,
     TRAINER_FILE,
@@ -38,6 +39,7 @@ from worldflux.training.health import Health, check_health
 from worldflux.training.optim import build_optimizer, clip_by_global_norm
 from worldflux.training.prefetch import Batches, Resumable, batches_from
 from worldflux.training.randomness import random_state, seed_everything, set_random_state
+from worldflux.training.sampling import WindowSampler
 from worldflux.training.signals import StopRequest, stopping_on_signals
 from worldflux.training.step import FiniteWatch, WriteBack, as_loss_output, evaluating, phases_of
 
@@ -126,6 +128,7 @@ class Trainer:
         self._sampler: Any = None  # what the last batch came from
         self._batches: Batches | None = None  # while `train` runs
         self._restored: dict[str, Any] | None = None
+        self._restored_extras: dict[str, Tensor] = {}
         self._data_digest: str | None = None
         self._last_batch: Batch | None = None
 
@@ -382,6 +385,11 @@ class Trainer:
             config.save(directory / CONFIG_FILE)
         optimizers = {"kind": self._kind, "states": [optimizer.state_dict() for optimizer in self._optimizers]}
         torch.save(optimizers, directory / OPTIMIZER_FILE)
+        # Of data that `train` was given; an agent stores its own.
+        if self._data_digest is not None and isinstance(self._sampler, WindowSampler):
+            extras = self._sampler.extras_state()
+            if extras:
+                safetensors.torch.save_file(extras, directory / EXTRAS_FILE)
         (directory / TRAINER_FILE).write_text(json.dumps(progress), encoding="utf-8")
 
     def load_checkpoint(self, path: str | Path) -> None:
@@ -398,7 +406,7 @@ class Trainer:
             CheckpointError: If it is missing, damaged, or of another model.
         """
         path = Path(path)
-        progress, weights, optimizers = read_checkpoint(path)
+        progress, weights, optimizers, extras = read_checkpoint(path)
         check_progress(path, progress, self.device)
         check_weights(path, weights, self.model.state_dict())
         check_optimizers(path, optimizers, self._kind, self._optimizers)
@@ -413,7 +421,7 @@ class Trainer:
         self._watch = FiniteWatch()
         self._write_back = WriteBack()
         set_random_state(progress["random"], self.device)
-        self._restored = progress
+        self._restored, self._restored_extras = progress, extras
 
     def _load_newest(self) -> None:
         """Loads the newest checkpoint of this trainer's `CheckpointCallback`, if there is one."""
@@ -478,6 +486,8 @@ class Trainer:
             set_random_state(self._restored["random"], self.device)
             if self._restored["sampler"] is not None and isinstance(buffer, Resumable):
                 buffer.set_rng_state(self._restored["sampler"])
+            if self._restored_extras and isinstance(buffer, WindowSampler):
+                buffer.load_extras_state(self._restored_extras)
         elif self.step_count == 0:
             seed_everything(self.config.seed)
             if callable(getattr(buffer, "seed", None)):
