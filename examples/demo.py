@@ -25,6 +25,8 @@ from tqdm.auto import tqdm
 
 from worldflux import WorldFluxAgent
 from worldflux.envs import make_vec_env
+from worldflux.training import Batch
+from worldflux.training.prediction import open_loop
 
 ENV = "CartPole-v1"
 BEST_RETURN = 500
@@ -99,13 +101,12 @@ def draw_curve(
     plt.close(figure)
 
 
-@torch.no_grad()
 def draw_imagination(agent: WorldFluxAgent, seed: int, path: Path) -> None:
     """A real trajectory, and what the model expects of the same actions after seeing only its beginning.
 
     The actions are random after the context, so that there is something to predict: a balanced pole hardly moves.
     """
-    model, env = agent.model, gym.make(ENV)
+    env = gym.make(ENV)
     rng = np.random.default_rng(seed)
     obs, _ = env.reset(seed=seed)
     seen, actions, memory = [obs], [], None
@@ -119,17 +120,17 @@ def draw_imagination(agent: WorldFluxAgent, seed: int, path: Path) -> None:
         if terminated:
             break
     real = np.array(seen)
-    device = model.device
-    to_tensor = lambda x: torch.as_tensor(x, device=device).unsqueeze(0)  # noqa: E731
-    state = model.encode(to_tensor(real[0]), deterministic=True)
-    for t in range(1, CONTEXT + 1):
-        state = model.update(state, to_tensor(actions[t - 1]), to_tensor(real[t]), deterministic=True)
-    plan = torch.as_tensor(np.array(actions[CONTEXT:]), device=device)  # [H, A]
+    rows = len(real)
+    batch = Batch(
+        obs=torch.as_tensor(real).unsqueeze(0),
+        actions=torch.as_tensor(np.array([*actions, np.zeros(2)], np.float32)).unsqueeze(0),
+        rewards=torch.ones(1, rows),
+        terminations=torch.zeros(1, rows),
+        is_first=(torch.arange(rows) == 0).unsqueeze(0),
+    )
     # Several samples of the future show how sure the model is.
-    samples = 16
-    wide = state[torch.zeros(samples, dtype=torch.long, device=device)]
-    futures = model.rollout(wide, plan.unsqueeze(1).expand(-1, samples, -1))
-    imagined = model.decode(futures.states)["obs"].cpu().numpy()  # [H, samples, 4]
+    found = open_loop(agent.model, batch, CONTEXT + 1, samples=16, seed=seed)
+    imagined = found.obs["obs"][:, 0, CONTEXT + 1 :].transpose(0, 1).cpu().numpy()  # [H, samples, 4]
 
     figure, grid = plt.subplots(2, 2, figsize=(10, 6), sharex=True)
     time_axis = np.arange(CONTEXT + 1, CONTEXT + 1 + len(imagined))
