@@ -8,8 +8,6 @@ errors["reward"].unchanged.mean    # of whoever expects that nothing changes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +19,7 @@ from worldflux.models.base import State, Trajectory, WorldModel
 from worldflux.models.rows import with_final_rows
 from worldflux.training.batch import Batch, Observation
 from worldflux.training.config import whole_number
+from worldflux.training.step import evaluating
 
 
 @dataclass(frozen=True)
@@ -215,7 +214,7 @@ def open_loop(model: WorldModel, batch: Batch, context: int, *, samples: int | N
     batch = batch.to(model.device)
     if batch.is_first is None:
         batch = with_final_rows(batch)
-    with _evaluating(model, seed):
+    with evaluating(model, model.device, seed):
         observed = _observe(model, batch)
         futures = _imagine(model, batch, observed[context - 1], context, samples)
         obs = _pictures(model, observed[:context], futures.states)
@@ -241,23 +240,6 @@ def open_loop(model: WorldModel, batch: Batch, context: int, *, samples: int | N
         steps=within.expand(B, -1),
         arrived=arrived,
     )
-
-
-@contextmanager
-def _evaluating(model: WorldModel, seed: int) -> Iterator[None]:
-    """Evaluation mode and seeded draws, for as long as it lasts."""
-    was_training, device = model.training, model.device
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            # torch.manual_seed would reach CUDA devices that are not restored.
-            torch.default_generator.manual_seed(seed)
-            if device.type == "cuda":
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(seed)
-            yield
-    finally:
-        model.train(was_training)
 
 
 def _observe(model: WorldModel, batch: Batch) -> State:

@@ -125,7 +125,11 @@ def evaluating(model: nn.Module, device: torch.device, seed: int) -> Iterator[No
     model.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
+            # torch.manual_seed would reach CUDA devices whose streams are not brought back.
+            torch.default_generator.manual_seed(seed)
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
             yield
     finally:
         for module, training in modes.items():
