@@ -279,7 +279,7 @@ def draw_training(axes: Any, family: str, steps: Sequence[int], ratios: np.ndarr
             axes.plot(steps, ratios[:, ahead - 1], style, marker=".", color=COLORS[family], label=label)
     axes.axhline(1.0, color="gray", linestyle="--")
     axes.set_xscale("symlog", linthresh=100)
-    axes.set(xlabel="gradient steps", yscale="log")
+    axes.set(xlabel="gradient steps", xlim=(0, 1.1 * steps[-1]), yscale="log")
     axes.legend(fontsize=8)
 
 
@@ -290,15 +290,18 @@ def draw_window(angle_axes: Any, velocity_axes: Any, settings: Settings) -> None
     moved = batch.obs.std(1).sum(1) - 1e9 * batch.is_first[:, 1:].any(1)
     window = int(moved.argmax())
     real, time_axis = batch.obs[window].numpy(), np.arange(batch.seq_len) - settings.context + 1
-    for family in FAMILIES:
-        model = create_world_model(str(settings.out / family))
-        expected = open_loop(model, batch, settings.context).obs["obs"][0, window].numpy()
-        for axes, column in ((angle_axes, 0), (velocity_axes, 2)):
-            axes.plot(time_axis[settings.context :], expected[settings.context :, column], color=COLORS[family])
+    expected = {
+        family: open_loop(create_world_model(str(settings.out / family)), batch, settings.context).obs["obs"][0, window]
+        for family in FAMILIES
+    }
     for axes, column in ((angle_axes, 0), (velocity_axes, 2)):
-        axes.plot(time_axis, real[:, column], ".", color="black")
+        axes.plot(time_axis, real[:, column], ".", color="black", label="recorded")
+        for family, obs in expected.items():
+            ahead = slice(settings.context, None)
+            axes.plot(time_axis[ahead], obs[ahead, column].numpy(), color=COLORS[family], label=TITLES[family])
         axes.axvline(0, color="gray", linestyle=":")
         axes.set(title=f"{OBS_NAMES[column]} in one window", xlabel="steps ahead")
+        axes.legend()
 
 
 def report(settings: Settings, errors: Errors, seconds: float) -> None:
