@@ -79,7 +79,7 @@ class RowReceiver:
             name: self._form.checked_extra(name, value, (n,), rows) for name, value in (extras or {}).items()
         }
         flags = terminated * TERMINATED | truncated * TRUNCATED | STEP
-        ended = np.flatnonzero(flags > STEP)
+        ended = (flags > STEP).nonzero()[0]
         finals = self._form.checked_finals(final_obs, n, ended if rows is None else rows[ended]) if ended.size else {}
         if rows is not None and len(rows) < n:
             obs_arrays = {key: _spread(array, rows, n) for key, array in obs_arrays.items()}

@@ -354,32 +354,37 @@ class RowStore:
 
     def _make_room(self, transitions: Any, rows: Any) -> None:
         """Drops the oldest rows of each stream until so many more fit; `[n_envs]`, or a number for all."""
-        full = (self.transitions + transitions > self.limits) | (self.end - self.begin + rows > self.ring)
-        if np.count_nonzero(full):
-            streams = np.flatnonzero(full)
-            transitions, rows = np.broadcast_to(transitions, full.shape), np.broadcast_to(rows, full.shape)
-            self._drop(streams, transitions[streams], rows[streams])
+        excess = self.transitions + transitions - self.limits
+        rows_excess = self.end - self.begin + rows - self.ring
+        worst = np.maximum(excess, rows_excess)
+        most = worst.max()
+        if most > 0:
+            streams = (worst > 0).nonzero()[0]
+            if most == 1:
+                self._drop_one(streams)
+            else:
+                self._drop(streams, np.maximum(excess[streams], 0), np.maximum(rows_excess[streams], 0))
 
-    def _drop(self, streams: np.ndarray, transitions: np.ndarray, rows: np.ndarray) -> None:
-        """Drops the oldest rows of full streams until so many more fit, looking at no more rows than that takes.
+    def _drop_one(self, streams: np.ndarray) -> None:
+        """Drops the oldest row of streams, which is a step, and a final row behind it, which is not left without it."""
+        second = self.begin[streams] + 1
+        self.begin[streams] = second
+        self.transitions[streams] -= 1
+        followed = ((self.flags[self.at(streams, second)] & FINAL) != 0) & (second < self.end[streams])
+        if np.count_nonzero(followed):
+            self.begin[streams[followed]] += 1
+            self.episodes[streams[followed]] -= 1
+
+    def _drop(self, streams: np.ndarray, excess: np.ndarray, rows_excess: np.ndarray) -> None:
+        """Drops the oldest rows of streams, looking at no more rows than that takes.
 
         Args:
             streams: Each of them once. `[S]`
-            transitions: Those that are to fit. `[S]`
-            rows: Likewise. `[S]`
+            excess: Transitions that must go, at least. `[S]`
+            rows_excess: Rows that must go, at least. `[S]`
         """
         begin = self.begin[streams]
         used = self.end[streams] - begin
-        excess = np.maximum(self.transitions[streams] + transitions - self.limits[streams], 0)
-        rows_excess = np.maximum(used + rows - self.ring, 0)
-        if max(excess.max(), rows_excess.max()) == 1:
-            # The oldest row is a step; a final row behind it is not left without it.
-            self.begin[streams] += 1
-            self.transitions[streams] -= 1
-            followed = streams[(self.flags[self.at(streams, begin + 1)] & FINAL != 0) & (used > 1)]
-            self.begin[followed] += 1
-            self.episodes[followed] -= 1
-            return
         # Every final row follows a step, so 2k rows hold at least k steps.
         nth = np.arange(np.minimum(used, np.maximum(2 * excess, rows_excess) + 1).max())
         oldest = self.at(streams[:, None], begin[:, None] + nth)  # [S, N]
