@@ -45,6 +45,8 @@ def test_the_wheel_holds_every_module_of_the_checkout(wheel: Path) -> None:
         names = set(archive.namelist())
     assert {name for name in names if name.endswith(".py")} == expected
     assert "worldflux/py.typed" in names
+    hyperparams = {f"worldflux/agents/zoo/hyperparams/{algorithm}.yml" for algorithm in ("dreamerv3", "tdmpc2")}
+    assert hyperparams <= names
     assert {name.split("/")[0] for name in names} == {"worldflux", f"worldflux-{worldflux.__version__}.dist-info"}
 
 
