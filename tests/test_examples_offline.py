@@ -7,6 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -24,15 +25,6 @@ TINY = (
 )
 
 
-def run(out: Path, options: str) -> dict[str, Any]:
-    """What the example reports; everything it writes is in `out`."""
-    command = [sys.executable, str(EXAMPLE), "--out", str(out), *options.split()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return report
-
-
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
     spec = importlib.util.spec_from_file_location("offline_training", EXAMPLE)
@@ -43,7 +35,21 @@ def example() -> ModuleType:
     return module
 
 
-def test_both_families_learn_from_the_file_and_their_errors_are_drawn(tmp_path: Path) -> None:
+@pytest.fixture
+def run(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> Callable[[Path, str], dict[str, Any]]:
+    """Runs the example, and gives what it reports; everything it writes is in the directory."""
+
+    def report(out: Path, options: str) -> dict[str, Any]:
+        example.main(["--out", str(out), *options.split()])
+        found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return found
+
+    return report
+
+
+def test_both_families_learn_from_the_file_and_their_errors_are_drawn(
+    run: Callable[[Path, str], dict[str, Any]], tmp_path: Path
+) -> None:
     report = run(tmp_path, TINY)
     assert ReplayBuffer.load(tmp_path / "train.npz").num_transitions == 400
     assert ReplayBuffer.load(tmp_path / "test.npz").num_episodes == 1
@@ -87,7 +93,9 @@ def test_the_controller_swings_the_pendulum_up_and_every_third_episode_is_left_t
 
 
 @pytest.mark.slow
-def test_predictions_of_both_families_beat_that_nothing_changes_and_get_better(tmp_path: Path) -> None:
+def test_predictions_of_both_families_beat_that_nothing_changes(
+    run: Callable[[Path, str], dict[str, Any]], tmp_path: Path
+) -> None:
     report = run(tmp_path, "--episodes 20 --test-episodes 6 --looks 0 400 --windows 128")
     for family in ("dreamerv3", "tdmpc2"):
         assert report[family]["obs"]["5"] < 0.7
