@@ -19,8 +19,8 @@ is added. It does not store the observation after the last step, which ours does
     episode    the same in whole episodes
     16x50      rows sampled in a second, in batches of 16 windows of 50 rows; 256x4 likewise
 
-The results go to `benchmarks/results/replay.csv`, in place of older ones of the same sizes. The exit status is 1 if, of what was measured, the sampled rows per
-second are below `--least` times those of TorchRL without `cached`.
+The results go to `benchmarks/results/replay.csv`, in place of older ones of the same sizes. The exit status is 1 if, of
+what was measured, the sampled rows per second are below `--least` times those of TorchRL without `cached`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,7 @@ def worldflux_turns(kind: str, rows: int) -> dict[str, dict[str, Turn]]:
         buffer.add_episode(obs, actions, rewards, truncations=ends)
 
     turns: dict[str, Turn] = {
-        f"{count}x{length}": (lambda count=count, length=length: buffer.sample(count, length), count * length)
-        for count, length in BATCHES
+        f"{count}x{length}": (partial(buffer.sample, count, length), count * length) for count, length in BATCHES
     }
     return {"worldflux": {**turns, "step": (step, 1), "episode": (whole_episode, EPISODE)}}
 

@@ -111,6 +111,10 @@ def test_whole_episodes_and_loaded_ones_are_drawn_uniformly_from_the_start(tmp_p
     frequency = torch.bincount(starts.long(), minlength=50)
     assert len(frequency) == 50
     assert frequency.min() > 140 and frequency.max() < 260  # 200 expected, sigma 14
+    state = buffer.rng_state()
+    waiting = buffer.sample(5, 10, fresh=True)
+    buffer.set_rng_state(state)
+    assert torch.equal(waiting.rows, buffer.sample(5, 10).rows)
     steps_of(buffer, 60)
     buffer.save(tmp_path / "buffer.npz")
     loaded, again = (ReplayBuffer.load(tmp_path / "buffer.npz", seed=0) for _ in range(2))

@@ -126,7 +126,9 @@ class Replay(RuleBasedStateMachine):
         seed=st.integers(0, 99),
     )
     def create(self, capacity, n_envs, spare, storage, seed):
-        self.patch = mock.patch.object(row_store, "spare_rows", lambda transitions, n_envs: min(transitions, spare))
+        self.patch = mock.patch.multiple(
+            row_store, spare_rows=lambda transitions, n_envs: min(transitions, spare), _CHUNK_BYTES=50
+        )
         self.patch.start()
         self.path = self.folder / "buffer.npz"
         self.capacity, self.n_envs, self.spare, self.seed = capacity, n_envs, spare, seed
