@@ -55,4 +55,4 @@ type: $(READY)
 	@cd build/typed && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml -p worldflux
 
 clean:
-	rm -rf $(VENV) build dist demo worldflux.egg-info
+	rm -rf $(VENV) build dist demo offline worldflux.egg-info

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     )
     from worldflux.training.config import TrainingConfig
     from worldflux.training.data import create_random_buffer
+    from worldflux.training.health import Health, check_health
+    from worldflux.training.prediction import OpenLoop, open_loop
     from worldflux.training.replay import ReplayBuffer
     from worldflux.training.trainer import Trainer, train
 
@@ -28,12 +30,16 @@ _MODULE_OF = {
     "Callback": "callbacks",
     "CheckpointCallback": "callbacks",
     "EarlyStoppingCallback": "callbacks",
+    "Health": "health",
     "LoggingCallback": "callbacks",
+    "OpenLoop": "prediction",
     "ProgressCallback": "callbacks",
     "ReplayBuffer": "replay",
     "Trainer": "trainer",
     "TrainingConfig": "config",
+    "check_health": "health",
     "create_random_buffer": "data",
+    "open_loop": "prediction",
     "train": "trainer",
 }
 
@@ -43,12 +49,16 @@ __all__ = [
     "Callback",
     "CheckpointCallback",
     "EarlyStoppingCallback",
+    "Health",
     "LoggingCallback",
+    "OpenLoop",
     "ProgressCallback",
     "ReplayBuffer",
     "Trainer",
     "TrainingConfig",
+    "check_health",
     "create_random_buffer",
+    "open_loop",
     "train",
 ]
 
