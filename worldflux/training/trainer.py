@@ -448,10 +448,11 @@ class Trainer:
         split = getattr(buffer, "split", None)
         if not callable(split):
             raise ConfigurationError(
-                f"eval_data is {self._held_out_share}, and {type(buffer).__name__} has no split(fraction, seed) as "
+                f"eval_data is {self._held_out_share}, and {type(buffer).__name__} has no split(fraction, seed, seq_len) as "
                 "ReplayBuffer has. Pass a provider of its own as eval_data."
             )
-        part, self.eval_data = split(self._held_out_share, seed=self.config.seed)
+        config = self.config
+        part, self.eval_data = split(self._held_out_share, seed=config.seed, seq_len=config.sequence_length)
         return part
 
     def _check_data(self, resume: bool) -> None:
