@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from worldflux.errors import CheckpointError
-from worldflux.files import remove_leftovers
-from worldflux.training.checkpoint import newest_checkpoint
+from worldflux.files import directory_beside, recover_directory
+from worldflux.training.checkpoint import newest_checkpoint, writing_checkpoint
 
 AGENT_FILE = "agent.json"
 FORMAT = 1
@@ -126,22 +126,14 @@ def _open_archive(path: ArchivePath) -> Iterator[tuple[dict[str, Any], Path]]:
 def _scratch(target: Path | None) -> Iterator[Path]:
     """A directory to write in, which is removed afterwards.
 
-    It lies beside the target, so that the last move stays inside one file system. What saves that were killed left
-    there is removed first.
+    It lies beside the target, so that the last move stays inside one file system.
     """
     if target is None:
         with tempfile.TemporaryDirectory(prefix="agent-") as directory:
             yield Path(directory)
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(target.parent)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.writing")  # the name that says whose it is
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    try:
+    with writing_checkpoint(target), directory_beside(target) as beside:
         yield beside
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _as_text(description: dict[str, Any]) -> str:

@@ -20,8 +20,9 @@ import torch
 from training_fakes import MemoryProvider, NoisyRegression
 
 from worldflux.errors import CheckpointError
-from worldflux.files import atomic_directory, recover_directory
+from worldflux.files import atomic_directory, recover_directory, remove_directory
 from worldflux.training import Trainer, TrainingConfig
+from worldflux.training.checkpoint import newest_checkpoint
 from worldflux.training.randomness import random_state, set_random_state
 from worldflux.training.replay import ReplayBuffer
 
@@ -343,6 +344,68 @@ def test_a_killed_writer_leaves_a_whole_directory_and_the_next_one_cleans_up(tmp
     with atomic_directory(target) as beside:
         (beside / "a").write_text("new")
     assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+def test_leftovers_are_removed_but_not_what_somebody_may_be_writing(tmp_path):
+    with atomic_directory(tmp_path / "a") as beside:
+        mine = beside.name
+        with atomic_directory(tmp_path / "b"):
+            assert beside.is_dir()
+    # A container that is started again gives its processes the same numbers.
+    before_a_restart = tmp_path / mine.replace(".a.", ".c.")
+    elsewhere_now, elsewhere_long_ago = tmp_path / ".d.machine-1.writing", tmp_path / ".e.machine-1.writing"
+    for left in (before_a_restart, elsewhere_now, elsewhere_long_ago):
+        left.mkdir()
+    yesterday = time.time() - 90_000
+    os.utime(elsewhere_long_ago, (yesterday, yesterday))
+    with atomic_directory(tmp_path / "a"):
+        pass
+    assert {entry.name for entry in tmp_path.iterdir()} == {"a", "b", elsewhere_now.name}
+
+
+def test_a_reader_between_the_two_renames_disturbs_nobody(tmp_path, monkeypatch):
+    target, rename = tmp_path / "run", os.rename
+    with atomic_directory(target) as beside:
+        (beside / "a").write_text("1")
+
+    def rename_and_read(old, new):
+        rename(old, new)
+        if Path(old) == target:
+            monkeypatch.setattr(os, "rename", rename)
+            recover_directory(target)
+            assert (target / "a").read_text() == "1"
+
+    monkeypatch.setattr(os, "rename", rename_and_read)
+    with atomic_directory(target) as beside:
+        (beside / "a").write_text("2")
+    assert (target / "a").read_text() == "2"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_writer_may_be_quicker_than_a_reader_that_recovers(tmp_path, monkeypatch):
+    target, aside = tmp_path / "run", tmp_path / ".run.replaced"
+    aside.mkdir()
+
+    def too_late(old, new):
+        target.mkdir()
+        (target / "a").write_text("2")
+        raise OSError("Directory not empty")
+
+    monkeypatch.setattr(os, "rename", too_late)
+    recover_directory(target)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_somebody_else_has_removed_needs_no_removing(tmp_path):
+    remove_directory(tmp_path / "gone")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_looking_for_checkpoints_moves_nothing_that_is_none(tmp_path):
+    for name in ("notes", ".notes.replaced", ".step-00000004.replaced"):
+        (tmp_path / name).mkdir()
+    assert newest_checkpoint(tmp_path) == tmp_path / "step-00000004"
+    assert {entry.name for entry in tmp_path.iterdir()} == {"notes", ".notes.replaced", "step-00000004"}
 
 
 def test_the_random_streams_continue_where_they_were():

@@ -48,7 +48,7 @@ def checkpoints_in(directory: Path) -> list[Path]:
     """
     if not directory.is_dir():
         return []
-    recover_directories(directory)
+    recover_directories(directory, "step-*")
     mine = [entry for entry in directory.iterdir() if entry.is_dir() and _NAME.match(entry.name)]
     return sorted(mine, key=lambda entry: (_saved_at(entry), entry.name))
 
