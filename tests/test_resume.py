@@ -160,6 +160,15 @@ def test_early_stopping_waits_on_where_it_was(tmp_path: Path) -> None:
     assert run(resume=True, directory=tmp_path / "parts") == expected
 
 
+def test_a_clock_that_was_set_back_makes_no_new_checkpoint_an_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new_trainer(tmp_path, total_steps=8).train(small_buffer())
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    new_trainer(tmp_path, every=1).train(small_buffer(), resume=True)
+    assert [path.name for path in checkpoints_in(tmp_path)] == [f"step-000000{step}" for step in (10, 11, 12)]
+
+
 def test_what_a_run_held_out_stays_held_out(tmp_path: Path) -> None:
     class Evaluations(Callback):
         def __init__(self) -> None:

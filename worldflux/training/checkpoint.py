@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +59,15 @@ def newest_checkpoint(directory: Path) -> Path | None:
     """The checkpoint in a directory that was written last; None if there is none."""
     found = checkpoints_in(directory)
     return found[-1] if found else None
+
+
+def time_of_saving(directory: Path) -> float:
+    """The time, and behind that of all checkpoints in `directory`, however the clocks that they were written by differ.
+
+    A clock that was set back would otherwise make the newest checkpoint an old one, which is removed.
+    """
+    last = max((_saved_at(checkpoint) for checkpoint in checkpoints_in(directory)), default=0.0)
+    return max(time.time(), math.nextafter(last, math.inf))
 
 
 def keep_newest(directory: Path, count: int) -> None:
@@ -201,10 +212,10 @@ def _continues(state: dict[str, Any], optimizer: torch.optim.Optimizer, moments:
 
 def _saved_at(checkpoint: Path) -> float:
     try:
-        saved_at = json.loads((checkpoint / TRAINER_FILE).read_text(encoding="utf-8"))["saved_at"]
-    except (OSError, ValueError, LookupError, TypeError):
+        saved_at = float(json.loads((checkpoint / TRAINER_FILE).read_text(encoding="utf-8"))["saved_at"])
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
         return 0.0
-    return saved_at if isinstance(saved_at, int | float) else 0.0
+    return saved_at if math.isfinite(saved_at) else 0.0
 
 
 def _some(names: Sequence[str]) -> str:

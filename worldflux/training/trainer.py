@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from worldflux.training.checkpoint import (
     check_weights,
     newest_checkpoint,
     read_checkpoint,
+    time_of_saving,
     weights_on_cpu,
     writing_checkpoint,
 )
@@ -368,7 +368,7 @@ class Trainer:
         progress = {
             "format": FORMAT,
             "step": self.step_count,
-            "saved_at": time.time(),
+            "saved_at": time_of_saving(directory.parent),
             "training_config": self.config.to_dict(),
             "random": random_state(self.device),
             "sampler": self._sampler_state(),
