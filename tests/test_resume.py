@@ -160,6 +160,36 @@ def test_early_stopping_waits_on_where_it_was(tmp_path: Path) -> None:
     assert run(resume=True, directory=tmp_path / "parts") == expected
 
 
+def test_a_checkpoint_has_what_callbacks_remember_of_its_step(tmp_path: Path) -> None:
+    class Count(Callback):
+        steps = 0
+
+        def on_step_end(self, step: int, losses: Any) -> None:
+            self.steps += 1
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"steps": self.steps}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.steps = state["steps"]
+
+    with pytest.raises(OSError, match="gone"):
+        new_trainer(tmp_path, Count(), StopAt(7)).train(small_buffer())
+    count = Count()
+    new_trainer(tmp_path, count).train(small_buffer(), resume=True)
+    assert count.steps == 12
+
+
+def test_all_callbacks_see_the_end_whatever_one_of_them_raises(tmp_path: Path) -> None:
+    class Failing(Callback):
+        def on_train_end(self, trainer: Trainer) -> None:
+            raise OSError("no network")
+
+    with pytest.raises(OSError, match="no network"):
+        new_trainer(tmp_path, Failing(), every=100).train(small_buffer())
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-00000012"]
+
+
 def test_a_clock_that_was_set_back_makes_no_new_checkpoint_an_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

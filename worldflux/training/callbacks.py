@@ -2,7 +2,8 @@
 
 Order of the calls in `Trainer.train`: `on_train_begin`; then for each gradient step `on_eval_end`, where an evaluation
 is due, and `on_step_end`; at last `on_train_end`, also when training ends with an error. Callbacks are called in the
-order in which they were added, all of them also when one asks to stop.
+order in which they were added, all of them also when one asks to stop. Only a `CheckpointCallback` comes behind all
+others, so that a checkpoint has what they remember of the step.
 """
 
 from __future__ import annotations

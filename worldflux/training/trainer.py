@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -82,7 +83,7 @@ class Trainer:
     Args:
         model: Moved to `config.device`.
         config: Defaults as documented in `TrainingConfig`.
-        callbacks: Called in this order.
+        callbacks: Called in this order, a `CheckpointCallback` behind the others: it saves what they remember.
         eval_data: Experience kept from training, in the same forms as for `train`; or a share between 0 and 1, which
             `train` then holds out of its buffer, in whole episodes that `config.seed` draws.
 
@@ -138,7 +139,7 @@ class Trainer:
         return self._optimizers
 
     def add_callback(self, callback: Callback) -> None:
-        """Adds a callback behind the others.
+        """Adds a callback behind the others; only a `CheckpointCallback` stays behind it.
 
         Raises:
             ConfigurationError: If it does not derive from `Callback`.
@@ -149,6 +150,7 @@ class Trainer:
                 "Pass an instance, not a class."
             )
         self._callbacks.append(callback)
+        self._callbacks.sort(key=lambda one: isinstance(one, CheckpointCallback))
 
     # Training
 
@@ -199,8 +201,9 @@ class Trainer:
                         self._run(self._batches, stop)
                 finally:
                     self._batches = None
-                    for callback in self._callbacks:
-                        callback.on_train_end(self)
+                    with ExitStack() as ending:  # all of them, whatever one raises
+                        for callback in reversed(self._callbacks):
+                            ending.callback(callback.on_train_end, self)
         finally:
             if self._held_out_share is not None:
                 self.eval_data = None
