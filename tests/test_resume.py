@@ -199,6 +199,20 @@ def test_a_clock_that_was_set_back_makes_no_new_checkpoint_an_old_one(
     assert [path.name for path in checkpoints_in(tmp_path)] == [f"step-000000{step}" for step in (10, 11, 12)]
 
 
+def test_another_part_of_the_same_data_is_noticed(tmp_path: Path) -> None:
+    def run(share: float, total_steps: int) -> None:
+        config = replace(CONFIG, total_steps=total_steps)
+        Trainer(NoisyRegression(), config, [CheckpointCallback(tmp_path)], eval_data=share).train(
+            small_buffer(), resume=True
+        )
+
+    run(0.3, 4)
+    with pytest.raises(CheckpointError, match="other data"):
+        run(0.5, 8)
+    run(0.3, 8)
+    assert newest_checkpoint(tmp_path) == tmp_path / "step-00000008"
+
+
 def test_what_a_run_held_out_stays_held_out(tmp_path: Path) -> None:
     class Evaluations(Callback):
         def __init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,7 @@ class ReplayPart(WindowSampler):
         # Neighbours become one run, so that windows over their ends are copied in one piece.
         stream, begin, end = episodes.stream, episodes.begin, episodes.end
         starts = np.append(True, (stream[1:] != stream[:-1]) | (begin[1:] != end[:-1]))
+        self._chosen = hashlib.blake2b(np.stack([stream, begin, end]).tobytes(), digest_size=16)
         self._runs = Runs(stream[starts], begin[starts], end[np.append(starts[1:], True)])
 
     @property
@@ -47,6 +49,12 @@ class ReplayPart(WindowSampler):
 
     def _span(self, rows: RowStore) -> Span:
         return self._runs
+
+    def digest(self) -> str:
+        """A short text that tells this part from other data, and from other parts of the same."""
+        found = self._chosen.copy()
+        found.update(super().digest().encode())
+        return found.hexdigest()
 
     @property
     def num_transitions(self) -> int:
