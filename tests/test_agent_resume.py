@@ -21,7 +21,7 @@ from killed import finish, kill, start, strays, wait_for
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from worldflux.agents import AgentCheckpointCallback, WorldFluxAgent
 from worldflux.errors import CheckpointError, ConfigurationError, TrainingError
@@ -273,6 +273,26 @@ def test_ctrl_c_saves_the_step_it_came_in(tmp_path: Path) -> None:
     assert agent.num_timesteps == 32  # the signal came behind the callback that saves, so one more step was made
     assert [path.name for path in checkpoints_in(tmp_path)] == ["step-00000032"]
     assert agent.learn(10, reset_num_timesteps=False).num_timesteps == 42
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_environments_as_well(tmp_path: Path) -> None:
+    class Interrupted(CountingEnv):
+        def __init__(self, learner: int) -> None:
+            super().__init__()
+            self.learner = learner
+
+        def step(self, action: Any) -> Any:
+            if self.total == 20:
+                os.kill(self.learner, signal.SIGINT)
+                raise KeyboardInterrupt
+            return super().step(action)
+
+    learner = os.getpid()
+    agent = make_agent(SubprocVecEnv([lambda: Interrupted(learner)], start_method="forkserver"))
+    with pytest.raises(KeyboardInterrupt):
+        agent.learn(400, AgentCheckpointCallback(tmp_path, 1000))
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-00000020"]
+    assert resumed(tmp_path, CountingEnv(), 20).num_timesteps == 40
 
 
 def learn_to_the_end(directory: Path, out: Path, total: int) -> None:

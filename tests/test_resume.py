@@ -35,6 +35,7 @@ from worldflux.training import (
 )
 from worldflux.training.checkpoint import checkpoints_in, newest_checkpoint
 from worldflux.training.prefetch import PrefetchedBatches
+from worldflux.training.signals import stopping_on_signals
 
 CONFIG = TrainingConfig(total_steps=12, batch_size=4, sequence_length=6, log_interval=5, device="cpu", seed=3)
 
@@ -334,6 +335,39 @@ def test_training_works_on_another_thread() -> None:
     thread.start()
     thread.join()
     torch.testing.assert_close(weights(trainer), uninterrupted(), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_was_forked_meanwhile_obeys_signals_as_ever(number: int) -> None:
+    with stopping_on_signals() as stop:
+        child = os.fork()
+        if child == 0:
+            try:
+                time.sleep(20)
+            except KeyboardInterrupt:
+                os._exit(5)
+            finally:
+                os._exit(7)
+        time.sleep(0.05)
+        os.kill(child, number)
+        _, status = os.waitpid(child, 0)
+        assert not stop
+    assert os.waitstatus_to_exitcode(status) == (-signal.SIGTERM if number == signal.SIGTERM else 5)
+
+
+def test_processes_that_the_same_signal_ended_are_no_error() -> None:
+    with pytest.raises(KeyboardInterrupt), stopping_on_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+        raise EOFError
+    with pytest.raises(SystemExit, match="143"), stopping_on_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise BrokenPipeError
+    with pytest.raises(EOFError), stopping_on_signals():
+        raise EOFError
+    with pytest.raises(CheckpointError), stopping_on_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+        raise CheckpointError("The disk is full.")
 
 
 # --- kills

@@ -35,6 +35,9 @@ def stopping_on_signals() -> Iterator[StopRequest]:
     block. Whoever runs the steps looks at the request after each, saves and leaves the block, which then ends as the
     signal asks: with `KeyboardInterrupt`, or with `SystemExit(143)` for SIGTERM, as shells and schedulers expect.
 
+    The same signal may have ended processes that this one talks to, as Ctrl-C in a terminal does with environments in
+    processes of their own. That their pipes are closed then is no other error: the block ends as the signal asks.
+
     Handlers that a program has set itself are left alone, and so is everything outside of the main thread, where
     Python allows no handlers.
 
@@ -42,6 +45,8 @@ def stopping_on_signals() -> Iterator[StopRequest]:
         The request.
     """
     request = StopRequest()
+    owner = os.getpid()
+    hung_up: Exception | None = None
     replaced: dict[int, Any] = {}
 
     def restore() -> None:
@@ -49,8 +54,11 @@ def stopping_on_signals() -> Iterator[StopRequest]:
             signal.signal(*replaced.popitem())
 
     def handle(number: int, frame: FrameType | None) -> None:
-        request.signal = number
         restore()
+        if os.getpid() != owner:  # forked inside the block, with this handler, and no step of its own to wait for
+            os.kill(os.getpid(), number)
+            return
+        request.signal = number
         os.write(2, _NOTICE)  # a print could meet another one halfway
 
     if threading.current_thread() is threading.main_thread():
@@ -59,9 +67,13 @@ def stopping_on_signals() -> Iterator[StopRequest]:
                 replaced[number] = signal.signal(number, handle)
     try:
         yield request
+    except (EOFError, ConnectionError) as error:
+        if not request:
+            raise
+        hung_up = error
     finally:
         restore()
     if request.signal == signal.SIGINT:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt from hung_up
     if request.signal is not None:
-        raise SystemExit(128 + request.signal)
+        raise SystemExit(128 + request.signal) from hung_up
