@@ -25,7 +25,7 @@ from worldflux.agents.description import count, finite_number
 from worldflux.errors import CheckpointError, ConfigurationError, ShapeMismatchError
 
 RUN_FILE = "run.json"
-EPISODE_INFO = ("r", "l", "t")
+_EPISODE_INFO = ("r", "l", "t")
 """What SB3's `Monitor` says of an episode: its return, its length, and when it ended."""
 
 
@@ -57,7 +57,9 @@ class RunState:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             infos = data["episode_infos"]
-            infos = [{name: finite_number(name, info[name]) for name in EPISODE_INFO} for info in infos]
+            infos = [
+                {name: finite_number(name, info[name]) for name in _EPISODE_INFO if name in info} for info in infos
+            ]
             return cls(
                 collected=count("collected", data["collected"], 0),
                 episode_infos=[{**info, "l": int(info["l"])} for info in infos],
@@ -71,6 +73,11 @@ class RunState:
             ) from error
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise CheckpointError(f"{path} is damaged: {error!r}.") from error
+
+
+def episode_info(info: Mapping[str, Any]) -> dict[str, float]:
+    """What is remembered of an episode, as JSON can hold it; `VecMonitor` and others give NumPy's numbers."""
+    return {name: float(info[name]) for name in _EPISODE_INFO if name in info}
 
 
 def normalization_state(normalize: VecNormalize | None) -> dict[str, Any] | None:

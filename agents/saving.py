@@ -17,7 +17,7 @@ from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 from stable_baselines3.common.utils import check_for_correct_spaces, get_system_info
 
 from worldflux.agents.archive import ArchivePath, open_saved, write_archive, write_description
-from worldflux.agents.checkpoints import EPISODE_INFO, RunState, normalization_state, restore_normalization
+from worldflux.agents.checkpoints import RunState, episode_info, normalization_state, restore_normalization
 from worldflux.agents.collecting import Collector
 from worldflux.agents.description import LOOP_COUNTERS, AgentDescription
 from worldflux.agents.learning import Learner
@@ -104,7 +104,7 @@ class SavedAgent(BaseAlgorithm):
             self._segments = ReplaySegments(self.replay_buffer)
         run = RunState(
             collected=self._learner.collected,
-            episode_infos=[{name: info[name] for name in EPISODE_INFO} for info in self.ep_info_buffer or ()],
+            episode_infos=[episode_info(info) for info in self.ep_info_buffer or ()],
             episode_successes=[float(success) for success in self.ep_success_buffer or ()],
             normalization=normalization_state(self._vec_normalize_env),
         )

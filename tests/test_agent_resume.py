@@ -21,7 +21,7 @@ from killed import finish, kill, start, strays, wait_for
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor, VecNormalize
 
 from worldflux.agents import AgentCheckpointCallback, WorldFluxAgent
 from worldflux.errors import CheckpointError, ConfigurationError, TrainingError
@@ -171,6 +171,18 @@ def test_statistics_of_vec_normalize_go_on(tmp_path: Path) -> None:
     assert now.obs_rms.count > 60  # type: ignore[union-attr]
     with pytest.raises(ConfigurationError, match="VecNormalize"):
         WorldFluxAgent.load(tmp_path / "checkpoint", counting_envs(), device="cpu", resume=True)
+
+
+def test_episodes_are_remembered_whoever_counts_them(tmp_path: Path) -> None:
+    def envs() -> VecMonitor:
+        return VecMonitor(DummyVecEnv([lambda: CountingEnv(lengths=(7, 4, 30))]))  # type: ignore[list-item,return-value]
+
+    agent = make_agent(envs(), train_ratio=0).learn(30)
+    assert agent.ep_info_buffer is not None and isinstance(agent.ep_info_buffer[0]["r"], np.float32)
+    del agent.ep_info_buffer[0]["t"]  # which not all who count episodes tell, and SB3 does not need
+    agent.save_checkpoint(tmp_path / "checkpoint")
+    loaded = WorldFluxAgent.load(tmp_path / "checkpoint", envs(), device="cpu", resume=True)
+    assert list(loaded.ep_info_buffer or ()) == list(agent.ep_info_buffer)
 
 
 def test_a_checkpoint_can_be_loaded_to_act_alone(tmp_path: Path) -> None:
