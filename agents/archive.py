@@ -81,6 +81,8 @@ def open_saved(path: ArchivePath) -> Iterator[tuple[dict[str, Any], Path]]:
         FileNotFoundError: If there is nothing.
         CheckpointError: If it is no agent, or damaged.
     """
+    if not isinstance(path, io.IOBase):
+        recover_directory(path)  # type: ignore[arg-type]
     if isinstance(path, io.IOBase) or not Path(path).is_dir():
         with _open_archive(path) as opened:
             yield opened

@@ -185,6 +185,12 @@ def test_episodes_are_remembered_whoever_counts_them(tmp_path: Path) -> None:
     assert list(loaded.ep_info_buffer or ()) == list(agent.ep_info_buffer)
 
 
+def test_a_checkpoint_that_was_being_replaced_is_found(tmp_path: Path) -> None:
+    make_agent(train_ratio=0).learn(10).save_checkpoint(tmp_path / "latest")
+    os.rename(tmp_path / "latest", tmp_path / ".latest.replaced")  # and there it was killed
+    assert WorldFluxAgent.load(tmp_path / "latest", "CartPole-v1", device="cpu", resume=True).num_timesteps == 10
+
+
 def test_a_checkpoint_can_be_loaded_to_act_alone(tmp_path: Path) -> None:
     agent = make_agent().learn(40)
     agent.save_checkpoint(tmp_path / "run" / "step-00000040")
