@@ -31,23 +31,24 @@ _ENTRIES = (AGENT_FILE, "config.json", "model.safetensors", "optimizer.pt", "tra
 ArchivePath = str | Path | io.BufferedIOBase
 
 
-def write_archive(path: ArchivePath, description: dict[str, Any], save_checkpoint: Callable[[Path], None]) -> None:
+def write_archive(path: ArchivePath, description: dict[str, Any], write_checkpoint: Callable[[Path], None]) -> None:
     """Writes an agent's file, whole or not at all.
 
     Args:
         path: A path, to which `.zip` is appended if it has no suffix and whose directories are made, or a binary file.
         description: Content of `agent.json`.
-        save_checkpoint: Writes the trainer's checkpoint into a directory that does not exist yet.
+        write_checkpoint: Writes the trainer's checkpoint into an empty directory.
 
     Raises:
-        CheckpointError: If the path is a directory.
+        CheckpointError: If the path is a directory, or cannot be written.
     """
     target = None if isinstance(path, io.IOBase) else _with_suffix(Path(path))
     if target is not None and target.is_dir():
         raise CheckpointError(f"{target} is a directory, expected the path of a file. Add a name, such as agent.zip.")
     with _scratch(target) as scratch:
         checkpoint = scratch / "checkpoint"
-        save_checkpoint(checkpoint)
+        checkpoint.mkdir()
+        write_checkpoint(checkpoint)
         whole = scratch / "agent.zip"
         with whole.open("wb") as file:
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:

@@ -76,10 +76,11 @@ class SavedAgent(BaseAlgorithm):
 
         Raises:
             TrainingError: If a loss was not finite; nothing is written then.
+            CheckpointError: If `path` is a directory, or cannot be written; an older file is unchanged.
         """
         if exclude or include:
             raise ConfigurationError("exclude and include choose among pickled attributes, and this file has none.")
-        write_archive(path, self._description().to_json(), self.trainer.save_checkpoint)
+        write_archive(path, self._description().to_json(), self.trainer.write_checkpoint)
 
     def save_checkpoint(self, path: str | Path) -> None:
         """Writes everything that the run goes on from into one directory, which appears whole or not at all.

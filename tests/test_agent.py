@@ -567,7 +567,7 @@ def test_the_next_save_removes_what_a_killed_one_left(tmp_path: Path) -> None:
     of_a_running_process = left.with_name(left.name.replace(f"-{child}.", f"-{os.getppid()}."))
     of_a_running_process.mkdir()
 
-    write_archive(tmp_path / "agent.zip", {}, lambda checkpoint: checkpoint.mkdir())
+    write_archive(tmp_path / "agent.zip", {}, lambda checkpoint: None)
 
     assert set(tmp_path.iterdir()) == {tmp_path / "agent.zip", of_a_running_process}
 
@@ -580,7 +580,7 @@ def test_a_file_is_on_the_disk_before_it_takes_the_place_of_another(
     monkeypatch.setattr(os, "fsync", lambda handle: (events.append(os.fstat(handle).st_size), sync(handle)))
     monkeypatch.setattr(os, "replace", lambda old, new: (events.append("replaced"), replace(old, new)))
 
-    write_archive(tmp_path / "agent.zip", {"n_envs": 1}, lambda checkpoint: checkpoint.mkdir())
+    write_archive(tmp_path / "agent.zip", {"n_envs": 1}, lambda checkpoint: None)
 
     assert events == [(tmp_path / "agent.zip").stat().st_size, "replaced"]
 
@@ -589,7 +589,7 @@ def test_a_directory_is_not_overwritten_by_a_file(tmp_path: Path) -> None:
     (tmp_path / "agent.zip").mkdir()
 
     with pytest.raises(CheckpointError, match=r"agent\.zip is a directory, expected the path of a file"):
-        write_archive(tmp_path / "agent", {}, lambda checkpoint: checkpoint.mkdir())
+        write_archive(tmp_path / "agent", {}, lambda checkpoint: None)
 
 
 @pytest.mark.parametrize("obs", ["vector", "image", "dict"])
@@ -633,7 +633,6 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
 
 def test_no_flipped_byte_gives_anything_but_our_own_error(tmp_path: Path) -> None:
     def checkpoint(directory: Path) -> None:
-        directory.mkdir()
         for name in ("config.json", "model.safetensors", "optimizer.pt", "trainer.json"):
             (directory / name).write_text("{}")
 

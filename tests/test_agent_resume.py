@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import time
@@ -311,6 +312,42 @@ def test_ctrl_c_in_a_terminal_reaches_the_environments_as_well(tmp_path: Path) -
         agent.learn(400, AgentCheckpointCallback(tmp_path, 1000))
     assert [path.name for path in checkpoints_in(tmp_path)] == ["step-00000020"]
     assert resumed(tmp_path, CountingEnv(), 20).num_timesteps == 40
+
+
+def learn_on_a_full_disk(directory: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    agent, errors = make_agent(), []
+
+    class Fill(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.num_timesteps == 25:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+            return True
+
+    for use in (
+        lambda: agent.learn(400, [AgentCheckpointCallback(directory, 20), Fill()]),
+        lambda: agent.save(directory / "agent.zip"),
+    ):
+        try:
+            use()
+        except CheckpointError as error:
+            errors.append(str(error))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    agent.learn(7, reset_num_timesteps=False)
+    agent.save_checkpoint(directory / "step-00000047")
+    out.write_text("\n".join(errors))
+
+
+def test_a_full_disk_is_an_error_and_the_run_can_go_on_from_there(tmp_path: Path) -> None:
+    directory, out = tmp_path / "run", tmp_path / "errors.txt"
+    assert finish(start(learn_on_a_full_disk, directory, out)) == 0
+    learning, saving = out.read_text().splitlines()
+    assert "step-00000040 could not be written" in learning and "unchanged" in learning
+    assert "agent.zip could not be written" in saving
+    assert [path.name for path in checkpoints_in(directory)] == ["step-00000020", "step-00000047"]
+    assert strays(directory) == []
+    assert resumed(directory, "CartPole-v1", 3).replay_buffer.num_transitions == 50  # type: ignore[union-attr]
+    assert resumed(directory / "step-00000020", "CartPole-v1", 3).num_timesteps == 23
 
 
 def learn_to_the_end(directory: Path, out: Path, total: int) -> None:
