@@ -96,7 +96,7 @@ def open_saved(path: ArchivePath) -> Iterator[tuple[dict[str, Any], Path]]:
         )
     try:
         description = json.loads((directory / AGENT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{directory} is not a readable checkpoint of an agent: {error}.") from error
     yield _checked(description, directory), directory
 

@@ -71,7 +71,7 @@ class RunState:
                 f"{directory} has no {RUN_FILE}, so there is no run to resume. Pass a directory that "
                 "WorldFluxAgent.save_checkpoint wrote; a zip of save() holds no replay data."
             ) from error
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged: {error!r}.") from error
 
 
@@ -110,7 +110,7 @@ def restore_normalization(normalize: VecNormalize | None, state: Mapping[str, An
         for key, rms in (obs if isinstance(obs, dict) else {"": obs}).items():
             _restore_moments(rms, state["obs"][key])
         _restore_moments(normalize.ret_rms, state["returns"])
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"The statistics of VecNormalize in the checkpoint do not fit env: {error}.") from error
 
 

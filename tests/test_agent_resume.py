@@ -229,7 +229,7 @@ def test_what_cannot_be_resumed_says_why(tmp_path: Path) -> None:
         PPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8).learn(1, AgentCheckpointCallback(tmp_path / "ppo"))
 
 
-@pytest.mark.parametrize("change", ["missing", "not json", "a text", "negative", "no number"])
+@pytest.mark.parametrize("change", ["missing", "not json", "a text", "negative", "no number", "too large", "too deep"])
 def test_a_damaged_run_file_is_named(tmp_path: Path, change: str) -> None:
     make_agent(train_ratio=0).learn(10).save_checkpoint(tmp_path / "checkpoint")
     path = tmp_path / "checkpoint" / "run.json"
@@ -240,6 +240,10 @@ def test_a_damaged_run_file_is_named(tmp_path: Path, change: str) -> None:
         path.write_text("{")
     elif change == "a text":
         path.write_text('"run"')
+    elif change == "too deep":
+        path.write_text("[" * 100_000)
+    elif change == "too large":
+        path.write_text(json.dumps({**run, "episode_successes": [10**400]}))
     else:
         run["collected"] = -1 if change == "negative" else "many"
         path.write_text(json.dumps(run))
