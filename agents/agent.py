@@ -354,8 +354,9 @@ class WorldFluxAgent(SavedAgent):
         if log_interval is not None:
             log_interval = whole_number("log_interval", log_interval, 1)
         self.replay_buffer.check_budget(total_timesteps)
+        tb_log_name = tb_log_name or self.model.config.model_type
         total_timesteps, callback = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name or self.model.config.model_type, progress_bar
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
         if self.verbose >= 1:
             print(self._learner.describe_schedule())
@@ -434,7 +435,8 @@ class WorldFluxAgent(SavedAgent):
 
         callback.update_locals(locals())
         stopping = self.stopping  # one that comes later is for the next step, so that the callbacks see it
-        keep_going = callback.on_step() is not False and not stopping
+        answer = callback.on_step()  # None, of a function that returns nothing, goes on
+        keep_going = (answer is None or bool(answer)) and not stopping
         callback.on_rollout_end()
         return keep_going
 
