@@ -134,7 +134,10 @@ class _Leaf:
 
     def encode(self, value: Any) -> tuple[Array, bool]:
         """The library form `[N, *shape]` as a fresh array, and whether a leading axis was given."""
-        array = np.asarray(value)
+        try:
+            array = np.asarray(value)
+        except ValueError as error:  # rows of different lengths
+            raise ShapeMismatchError(f"{self.name} is no array: {error}") from error
         if array.dtype.kind not in self._kinds:
             raise ShapeMismatchError(
                 f"{self.name} has dtype {array.dtype}, expected {self._expected_dtype()}."
@@ -252,6 +255,11 @@ class ObservationCodec:
 
     def encode_any(self, obs: Any) -> tuple[Arrays, bool]:
         """Library form `[N, *obs_shape]` of one observation or a batch, and whether it was a batch."""
+        if isinstance(obs, tuple) and len(obs) == 2 and isinstance(obs[1], Mapping):
+            raise ShapeMismatchError(
+                "The observation is a tuple of two, expected the observation alone. Gymnasium's reset returns it with "
+                "an info: obs, info = env.reset()."
+            )
         if not self._is_dict:
             if not isinstance(obs, np.ndarray) and isinstance(obs, Mapping):
                 raise ShapeMismatchError(

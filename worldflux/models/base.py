@@ -205,6 +205,10 @@ class WorldModel(nn.Module):
         """Where the parameters are."""
         return next(self.parameters()).device
 
+    def set_training_mode(self, mode: bool) -> None:
+        """stable-baselines3's name of `train(mode)`, for callbacks and scripts that expect it of a policy."""
+        self.train(mode)
+
     # States
 
     def initial_state(self, batch_size: int) -> State:
