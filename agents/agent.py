@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
-from stable_baselines3.common.utils import safe_mean
+from stable_baselines3.common.utils import safe_mean, update_learning_rate
 from torch import Tensor
 
 from worldflux.agents.acting import Actor, Memory
 from worldflux.agents.building import build_model, build_planner, checked_model_kwargs
 from worldflux.agents.collecting import Collector
 from worldflux.agents.learning import Learner
+from worldflux.agents.rates import Rate, RateSchedule
 from worldflux.agents.saving import SavedAgent
 from worldflux.agents.schedule import UpdateSchedule
 from worldflux.agents.settings import AgentSettings
@@ -58,7 +59,8 @@ class WorldFluxAgent(SavedAgent):
         model: A preset (`list_models()` shows them), a directory written by `save_pretrained`, or a `WorldModel`. A
             preset's name wins over a directory that is called the same, as in `create_world_model`.
         env: A name as in `make_env`, a Gymnasium environment, an SB3 `VecEnv`, or a Gymnasium vector environment.
-        learning_rate: Step size of the optimiser after its warm-up.
+        learning_rate: Step size of the optimiser after its warm-up; or, as for every algorithm of SB3, a function that
+            gives it for the share of the steps that remain, from 1 when `learn` begins to 0 at its end.
         train_ratio: Replayed time steps per environment step, over all environments. Larger learns more from each
             step and takes longer. 0 only collects.
         batch_size: Windows in a gradient step.
@@ -86,7 +88,7 @@ class WorldFluxAgent(SavedAgent):
     """
 
     policy: WorldModel  # type: ignore[assignment]
-    learning_rate: float
+    learning_rate: Rate
     train_ratio: float
     batch_size: int
     seq_len: int
@@ -103,7 +105,7 @@ class WorldFluxAgent(SavedAgent):
         model: str | Path | WorldModel,
         env: GymEnv | str | None,
         *,
-        learning_rate: float | None = None,
+        learning_rate: Rate | None = None,
         train_ratio: float | None = None,
         batch_size: int | None = None,
         seq_len: int | None = None,
@@ -216,13 +218,15 @@ class WorldFluxAgent(SavedAgent):
             raise ConfigurationError(
                 f"seq_len is {self.seq_len}, expected at least {family.min_seq_len} for this model's losses."
             )
-        spec = self.model.optimizer_spec
+        self._setup_lr_schedule()
+        # Before each step `_train` sets the schedule's rate, which may be 0 at first.
+        spec, rate = self.model.optimizer_spec, self.learning_rate
         self.trainer = Trainer(
             self.model,
             TrainingConfig(
                 batch_size=self.batch_size,
                 sequence_length=self.seq_len,
-                learning_rate=self.learning_rate,
+                learning_rate=rate if isinstance(rate, float) and rate > 0 else spec.learning_rate,
                 weight_decay=spec.weight_decay,
                 grad_clip=spec.grad_clip or 0.0,
                 warmup_steps=spec.warmup_steps,
@@ -238,9 +242,11 @@ class WorldFluxAgent(SavedAgent):
         self._learner = Learner(
             self.trainer, self.schedule, family, learning_starts=self.learning_starts, window=self._window
         )
-        self._setup_lr_schedule()
         if self.env is not None:
             self.replay_buffer = self._make_buffer()
+
+    def _setup_lr_schedule(self) -> None:
+        self.lr_schedule = RateSchedule(self.learning_rate)
 
     def _take_over(self, settings: AgentSettings) -> None:
         for name, value in vars(settings).items():
@@ -354,6 +360,7 @@ class WorldFluxAgent(SavedAgent):
         if log_interval is not None:
             log_interval = whole_number("log_interval", log_interval, 1)
         self.replay_buffer.check_budget(total_timesteps)
+        self.lr_schedule(self._current_progress_remaining)  # fails now rather than after the first steps
         tb_log_name = tb_log_name or self.model.config.model_type
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
@@ -443,6 +450,9 @@ class WorldFluxAgent(SavedAgent):
     def _train(self) -> None:
         """Takes the gradient steps that are owed."""
         assert self.replay_buffer is not None
+        if self._learner.updates_owed:
+            for optimizer in self.trainer.optimizers:
+                update_learning_rate(optimizer, self.lr_schedule(self._current_progress_remaining))
         self._learner.train(self.replay_buffer, self._vec_normalize_env)
 
     def dump_logs(self) -> None:
@@ -463,7 +473,7 @@ class WorldFluxAgent(SavedAgent):
         if self._frames_per_step > 1:
             record("time/total_frames", self.num_timesteps * self._frames_per_step, exclude="tensorboard")
         record("train/n_updates", self._n_updates, exclude="tensorboard")
-        record("train/learning_rate", self.learning_rate)
+        record("train/learning_rate", self.lr_schedule(self._current_progress_remaining))
         for name, mean in self._learner.mean_losses.take().items():
             record(f"train/{name}", mean)
         vitals, problems = self._learner.health()

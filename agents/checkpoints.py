@@ -21,7 +21,7 @@ import numpy as np
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
 
-from worldflux.agents.description import count, finite_number
+from worldflux.agents.numbers import count, finite_number
 from worldflux.errors import CheckpointError, ConfigurationError, ShapeMismatchError
 
 RUN_FILE = "run.json"

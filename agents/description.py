@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from gymnasium import spaces
 
-from worldflux.agents.settings import AgentSettings, count, finite_number
+from worldflux.agents.numbers import count, finite_number
+from worldflux.agents.rates import rate_from_json, rate_to_json
+from worldflux.agents.settings import AgentSettings
 from worldflux.agents.spaces_json import space_from_json, space_to_json
 from worldflux.errors import CheckpointError, ConfigurationError
 
@@ -44,7 +46,7 @@ class AgentDescription:
             "observation_space": space_to_json(self.observation_space),
             "action_space": space_to_json(self.action_space),
             "n_envs": self.n_envs,
-            "settings": asdict(self.settings),
+            "settings": {**vars(self.settings), "learning_rate": rate_to_json(self.settings.learning_rate)},
             "counters": dict(self.counters),
             "progress_remaining": self.progress_remaining,
             "schedule": dict(self.schedule),
@@ -83,7 +85,9 @@ class AgentDescription:
 def _settings(data: Mapping[str, Any]) -> AgentSettings:
     """Settings as they were saved; one that came later than the file takes its default."""
     known = [item.name for item in fields(AgentSettings) if item.name in data or item.name not in _LATER_SETTINGS]
-    return AgentSettings(**{name: data[name] for name in known})
+    return AgentSettings(
+        **{**{name: data[name] for name in known}, "learning_rate": rate_from_json(data["learning_rate"])}
+    )
 
 
 def _whole_or_none(name: str, value: Any) -> int | None:

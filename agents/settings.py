@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from worldflux.agents.numbers import count, finite_number
+from worldflux.agents.rates import Rate, checked_rate
 from worldflux.errors import ConfigurationError, nearest
 from worldflux.models.base import WorldModel
 from worldflux.models.planning import PlannerConfig
-from worldflux.training.config import whole_number
 
 _COUNTS = {"batch_size": 1, "seq_len": 1, "buffer_size": 1, "learning_starts": 0, "seed": 0}
 
@@ -31,7 +31,7 @@ class AgentSettings:
         ConfigurationError: If a value has the wrong type or is out of range.
     """
 
-    learning_rate: float | None = None
+    learning_rate: Rate | None = None
     train_ratio: float | None = None
     batch_size: int | None = None
     seq_len: int | None = None
@@ -55,9 +55,7 @@ class AgentSettings:
         if checked.get("seed", 0) >= 2**32:
             raise ConfigurationError(f"seed is {self.seed}, expected a whole number below 2**32, which NumPy can take.")
         if self.learning_rate is not None:
-            checked["learning_rate"] = rate = finite_number("learning_rate", self.learning_rate)
-            if not rate > 0:
-                raise ConfigurationError(f"learning_rate is {rate}, expected a number above 0.")
+            checked["learning_rate"] = checked_rate(self.learning_rate)
         if self.train_ratio is not None:
             checked["train_ratio"] = ratio = finite_number("train_ratio", self.train_ratio)
             if not 0 <= ratio <= 1e9:
@@ -116,22 +114,3 @@ def _planner_fields(given: Any) -> dict[str, int | float | None]:
         whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
         found[name] = int(value) if whole else finite_number(name, value)
     return found
-
-
-def count(name: str, value: Any, least: int) -> int:
-    """`value` as an int, if it is a whole number from `least` that fits into 64 bits."""
-    number = whole_number(name, value, least)
-    if number >= 2**63:
-        raise ConfigurationError(f"{name} is above 9e18, expected a whole number below 2**63.")
-    return number
-
-
-def finite_number(name: str, value: Any) -> float:
-    """`value` as a finite float, if it is a number of Python, NumPy or torch, and no bool."""
-    try:
-        number = float(value) if hasattr(value, "__float__") else math.nan
-    except (OverflowError, TypeError, ValueError):
-        number = math.nan
-    if isinstance(value, bool | np.bool_) or not math.isfinite(number):
-        raise ConfigurationError(f"{name} is {value!r}, expected a finite number.")
-    return number
