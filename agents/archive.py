@@ -2,7 +2,7 @@
 
 | entry | content |
 | --- | --- |
-| `agent.json` | settings, spaces and counters |
+| `agent.json` | settings, spaces and counters; the versions that it was saved with |
 | `config.json`, `model.safetensors` | the model, as `WorldModel.save_pretrained` writes it |
 | `optimizer.pt`, `trainer.json` | the trainer's checkpoint; tensors only, read with `weights_only=True` |
 """
@@ -18,9 +18,11 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal, TypeGuard
 
-from worldflux.errors import CheckpointError
+from stable_baselines3.common.utils import get_system_info
+
+from worldflux.errors import CheckpointError, ConfigurationError
 from worldflux.files import directory_beside, recover_directory
 from worldflux.training.checkpoint import newest_checkpoint, writing_checkpoint
 
@@ -28,7 +30,59 @@ AGENT_FILE = "agent.json"
 FORMAT = 1
 _ENTRIES = (AGENT_FILE, "config.json", "model.safetensors", "optimizer.pt", "trainer.json")
 
-ArchivePath = str | Path | io.BufferedIOBase
+_NAMELESS = "the file object"
+"""What errors call a file that has no path."""
+
+ArchivePath = str | Path | io.BufferedIOBase | IO[bytes]
+
+
+def is_file(given: object, to: Literal["read", "write"]) -> TypeGuard[IO[bytes]]:
+    """Whether `given` is a file object and not a path.
+
+    Args:
+        given: By the user.
+        to: What it has to be open for.
+
+    Raises:
+        ConfigurationError: If it is neither, or a file that is closed, opened for text or for the other direction.
+    """
+    if isinstance(given, str | os.PathLike):
+        return False
+    if not hasattr(given, to):
+        raise ConfigurationError(f"The file is given as {given!r}, expected a path or a binary file object.")
+    if getattr(given, "closed", False):
+        raise ConfigurationError(f"The file object {given!r} is closed. Open it in mode '{to[0]}b'.")
+    able = getattr(given, {"read": "readable", "write": "writable"}[to], None)
+    if hasattr(given, "encoding") or isinstance(given, io.TextIOBase) or (able is not None and not able()):
+        raise ConfigurationError(f"The file object {given!r} cannot {to} bytes. Open it in mode '{to[0]}b'.")
+    return True
+
+
+@contextmanager
+def path_to_write(target: str | Path | IO[bytes]) -> Iterator[str | Path]:
+    """A path to write to for who knows nothing of file objects: the one that was given, or that of a scratch file."""
+    if not is_file(target, "write"):
+        yield target  # type: ignore[misc]
+        return
+    with tempfile.TemporaryDirectory(prefix="agent-") as scratch:
+        path = Path(scratch) / _NAMELESS
+        yield path
+        with path.open("rb") as source:
+            shutil.copyfileobj(source, target)
+
+
+@contextmanager
+def path_to_read(source: str | Path | IO[bytes]) -> Iterator[str | Path]:
+    """The same for reading. Of a file object everything is read, wherever it stands."""
+    if not is_file(source, "read"):
+        yield source  # type: ignore[misc]
+        return
+    with tempfile.TemporaryDirectory(prefix="agent-") as scratch:
+        path = Path(scratch) / _NAMELESS
+        source.seek(0)
+        with path.open("wb") as target:
+            shutil.copyfileobj(source, target)
+        yield path
 
 
 def write_archive(path: ArchivePath, description: dict[str, Any], write_checkpoint: Callable[[Path], None]) -> None:
@@ -41,8 +95,9 @@ def write_archive(path: ArchivePath, description: dict[str, Any], write_checkpoi
 
     Raises:
         CheckpointError: If the path is a directory, or cannot be written.
+        ConfigurationError: If it is neither a path nor a binary file that can be written.
     """
-    target = None if isinstance(path, io.IOBase) else _with_suffix(Path(path))
+    target = None if is_file(path, "write") else _with_suffix(Path(path))  # type: ignore[arg-type]
     if target is not None and target.is_dir():
         raise CheckpointError(f"{target} is a directory, expected the path of a file. Add a name, such as agent.zip.")
     with _scratch(target) as scratch:
@@ -81,10 +136,12 @@ def open_saved(path: ArchivePath) -> Iterator[tuple[dict[str, Any], Path]]:
     Raises:
         FileNotFoundError: If there is nothing.
         CheckpointError: If it is no agent, or damaged.
+        ConfigurationError: If it is neither a path nor a binary file that can be read.
     """
-    if not isinstance(path, io.IOBase):
+    from_file = is_file(path, "read")
+    if not from_file:
         recover_directory(path)  # type: ignore[arg-type]
-    if isinstance(path, io.IOBase) or not Path(path).is_dir():
+    if from_file or not Path(path).is_dir():  # type: ignore[arg-type]
         with _open_archive(path) as opened:
             yield opened
         return
@@ -101,10 +158,19 @@ def open_saved(path: ArchivePath) -> Iterator[tuple[dict[str, Any], Path]]:
     yield _checked(description, directory), directory
 
 
+def print_saved_system(description: dict[str, Any]) -> None:
+    """Prints the versions that an agent was saved with, under SB3's headline."""
+    print("== SAVED MODEL SYSTEM INFO ==")
+    versions = description.get("system_info")
+    if not isinstance(versions, dict):
+        versions = {"Versions": "not in the file, which an older worldflux wrote"}
+    print("".join(f"- {name}: {version}\n" for name, version in versions.items()))
+
+
 @contextmanager
 def _open_archive(path: ArchivePath) -> Iterator[tuple[dict[str, Any], Path]]:
     """The same for a zip."""
-    source: Any = path if isinstance(path, io.IOBase) else _existing(Path(path))
+    source: Any = path if is_file(path, "read") else _existing(Path(path))  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory(prefix="agent-") as scratch:
         try:
             with zipfile.ZipFile(source) as archive:
@@ -140,7 +206,8 @@ def _scratch(target: Path | None) -> Iterator[Path]:
 
 
 def _as_text(description: dict[str, Any]) -> str:
-    return json.dumps({"format": FORMAT, **description}, indent=2)
+    system, _ = get_system_info(print_info=False)
+    return json.dumps({"format": FORMAT, "system_info": system, **description}, indent=2)
 
 
 def _checked(description: Any, path: object) -> dict[str, Any]:

@@ -16,7 +16,15 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 from stable_baselines3.common.utils import check_for_correct_spaces, get_system_info
 
-from worldflux.agents.archive import ArchivePath, open_saved, write_archive, write_description
+from worldflux.agents.archive import (
+    ArchivePath,
+    open_saved,
+    path_to_read,
+    path_to_write,
+    print_saved_system,
+    write_archive,
+    write_description,
+)
 from worldflux.agents.checkpoints import RunState, episode_info, normalization_state, restore_normalization
 from worldflux.agents.collecting import Collector
 from worldflux.agents.description import LOOP_COUNTERS, AgentDescription
@@ -75,11 +83,15 @@ class SavedAgent(BaseAlgorithm):
             include: Not supported; SB3's signature has it.
 
         Raises:
+            ConfigurationError: If `exclude` or `include` names something, or `path` is no place for a file.
             TrainingError: If a loss was not finite; nothing is written then.
             CheckpointError: If `path` is a directory, or cannot be written; an older file is unchanged.
         """
         if exclude or include:
-            raise ConfigurationError("exclude and include choose among pickled attributes, and this file has none.")
+            raise ConfigurationError(
+                f"exclude is {exclude!r} and include is {include!r}. They choose among pickled attributes, and this "
+                "file has none: save_replay_buffer writes the replay buffer, save_checkpoint the whole run."
+            )
         write_archive(path, self._description().to_json(), self.trainer.write_checkpoint)
 
     def save_checkpoint(self, path: str | Path) -> None:
@@ -155,8 +167,9 @@ class SavedAgent(BaseAlgorithm):
                 a binary file that is open for reading.
             env: Of the same spaces; any number of copies. None: for `predict` alone, or until `set_env`.
             device: As for the constructor.
-            custom_objects: Not needed, because nothing in the file is an object; SB3's signature has it.
-            print_system_info: Print the versions of this machine.
+            custom_objects: Settings in place of those in the file, as SB3 has it; other names are ignored, because
+                nothing in the file is an object.
+            print_system_info: Print the versions of this machine, and those that the file was saved with.
             force_reset: The environment is always reset before training; SB3's signature has it.
             resume: Continue the run and not only the agent. Needs `env`, with as many copies as before.
             **kwargs: Settings of the constructor that shall differ from the saved ones.
@@ -169,12 +182,16 @@ class SavedAgent(BaseAlgorithm):
         if resume and env is None:
             raise ConfigurationError("resume=True continues in an environment. Pass env to load.")
         if print_system_info:
+            print("== CURRENT SYSTEM INFO ==")
             get_system_info()
         names = [item.name for item in fields(AgentSettings)]
         for name in kwargs:
             if name not in names:
                 raise ConfigurationError(f"Unknown setting '{name}'{nearest(name, names)}")
+        kwargs = {name: value for name, value in (custom_objects or {}).items() if name in names} | kwargs
         with open_saved(path) as (data, checkpoint):
+            if print_system_info:
+                print_saved_system(data)
             saved = AgentDescription.from_json(data, path)
             settings = replace(saved.settings, **kwargs)
             made: Any = None if env is None else as_env(env)
@@ -221,30 +238,34 @@ class SavedAgent(BaseAlgorithm):
             self.env.seed(seed)
             self.action_space.seed(seed)
 
-    def save_replay_buffer(self, path: str | Path) -> None:
-        """Writes the replay buffer to exactly this path, as `.npz` whatever its suffix."""
+    def save_replay_buffer(self, path: ArchivePath) -> None:
+        """Writes the replay buffer to exactly this path, or into this binary file, as `.npz` whatever its suffix."""
         if self.replay_buffer is None:
             raise ConfigurationError("There is no replay buffer yet. It is created with the environment: call set_env.")
-        self.replay_buffer.save(path)
+        with path_to_write(path) as target:
+            self.replay_buffer.save(target)
 
-    def load_replay_buffer(self, path: str | Path, truncate_last_traj: bool = True) -> None:
+    def load_replay_buffer(self, path: ArchivePath, truncate_last_traj: bool = True) -> None:
         """Replaces the replay buffer by one from a file; the next `learn` starts new episodes.
 
         Args:
-            path: What `save_replay_buffer` or `ReplayBuffer.save` wrote. The newest `buffer_size` transitions are kept.
+            path: What `save_replay_buffer` or `ReplayBuffer.save` wrote, or a binary file that holds it. The newest
+                `buffer_size` transitions are kept.
             truncate_last_traj: Episodes in flight are always closed as truncated; SB3's signature has it.
 
         Raises:
+            BufferError: If the file is damaged, or none of ours.
             ShapeMismatchError: If the buffer was made for other spaces.
         """
-        buffer = ReplayBuffer.load(
-            path,
-            capacity=self.buffer_size,
-            n_envs=self.n_envs,
-            extras=self._extras_spec(),
-            seed=self.seed,
-            storage=self.buffer_storage,
-        )
+        with path_to_read(path) as source:
+            buffer = ReplayBuffer.load(
+                source,
+                capacity=self.buffer_size,
+                n_envs=self.n_envs,
+                extras=self._extras_spec(),
+                seed=self.seed,
+                storage=self.buffer_storage,
+            )
         expected = (self.obs_codec.obs_shape, self.action_codec.action_dim)
         if (buffer.obs_shape, buffer.action_dim) != expected:
             raise ShapeMismatchError(

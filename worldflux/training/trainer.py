@@ -133,6 +133,15 @@ class Trainer:
         self._data_digest: str | None = None
         self._last_batch: Batch | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        self._write_back.flush()
+        return {name: value for name, value in vars(self).items() if name != "_phases"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # The losses of the phases are bound to their model: those of a copy belong to the copied model.
+        vars(self).update(state)
+        self._phases = phases_of(self.model)
+
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """The optimiser of each phase of a step, in order."""
