@@ -89,3 +89,16 @@ def _import_file(path: Path) -> ModuleType:
 def _add_to_path(folder: Path) -> None:
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+
+
+def is_own_code(text: str) -> bool:
+    """Whether making the environment imports a module or a file that the text names."""
+    return ":" in text
+
+
+def lasting_name(text: str) -> str:
+    """The same environment as it can be named from every directory."""
+    found = _WHERE.fullmatch(text)
+    if found is None or not found["module"].endswith(".py"):
+        return text
+    return f"{Path(found['module']).resolve()}:{found['name']}"

@@ -1,0 +1,203 @@
+"""What `worldflux doctor` finds out. Everything comes back as JSON can hold it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from importlib import metadata
+from typing import Any
+
+from worldflux.cli.environments import find_environment
+from worldflux.cli.runs import installed_version
+from worldflux.envs.rendering import choose_backend
+from worldflux.errors import WorldFluxError
+
+_PACKAGES = (
+    "worldflux",
+    "torch",
+    "numpy",
+    "gymnasium",
+    "stable-baselines3",
+    "safetensors",
+    "opencv-python",
+    "tyro",
+    "mujoco",
+    "dm-control",
+    "ale-py",
+    "tensorboard",
+    "tqdm",
+    "rich",
+    "matplotlib",
+    "wandb",
+    "minari",
+    "h5py",
+    "huggingface-hub",
+    "rl_zoo3",
+)
+
+BACKENDS = ("egl", "osmesa", "glfw")
+
+_SECONDS = 60
+"""For one frame; software rendering on a busy machine takes its time."""
+
+_FRAME = """
+import mujoco, numpy as np
+light = "<light pos='0 0 3'/><geom type='sphere' size='1' rgba='1 1 1 1'/>"
+model = mujoco.MjModel.from_xml_string(f"<mujoco><worldbody>{light}</worldbody></mujoco>")
+data = mujoco.MjData(model)
+mujoco.mj_forward(model, data)
+with mujoco.Renderer(model, 48, 64) as renderer:
+    renderer.update_scene(data)
+    frame = renderer.render()
+assert frame.shape == (48, 64, 3) and frame.max() > 0, "the frame is black"
+"""
+
+_SYSTEM_PACKAGES = {
+    "egl": "apt-get install libegl1 libgl1 libgl1-mesa-dri",
+    "osmesa": "apt-get install libosmesa6",
+    "glfw": "a display (DISPLAY is not set)",
+}
+
+
+def packages() -> dict[str, str | None]:
+    """Versions by name; None for what is not installed."""
+    found = {name: installed_version(name) for name in _PACKAGES}
+    try:
+        import cv2  # noqa: F401
+    except ImportError as error:
+        if found["opencv-python"] is not None:
+            found["opencv-python"] += f", cannot be imported ({error}); apt-get install libgl1 libglib2.0-0"
+    return {"python": f"{platform.python_version()} on {platform.platform()}", **found}
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """What computes here, and whether a device does.
+
+    Args:
+        device: As in `--device`.
+    """
+    import torch
+
+    from worldflux.training.config import resolve_device
+
+    works, problem = None, ""
+    try:
+        place = resolve_device(device)
+        torch.ones(8, 8, device=place).matmul(torch.ones(8, 8, device=place)).sum().item()
+        works = f"works on {place}"
+    except (WorldFluxError, RuntimeError) as error:
+        problem = str(error).partition("\n")[0]
+    found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    gpus = [f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)" for gpu in found]
+    return {
+        "asked_for": device,
+        "works": works,
+        "problem": problem,
+        "cores": _cores(),
+        "threads of torch": torch.get_num_threads(),
+        "memory": _memory(),
+        "CUDA": torch.version.cuda or "this build of torch has none",
+        "GPUs": gpus or "none",
+    }
+
+
+def rendering() -> dict[str, str]:
+    """For each OpenGL backend of MuJoCo: "works", or what is wrong and what to install.
+
+    Each draws in a process of its own, because some crash where libraries are missing.
+    """
+    if installed_version("mujoco") is None:
+        return {}
+    started = {name: _start(name) for name in BACKENDS}
+    answers = {name: _answer(name, process) for name, process in started.items()}
+    said = " (MUJOCO_GL says so)" if os.environ.get("MUJOCO_GL") else ""
+    return {**answers, "worldflux takes": f"{choose_backend() or 'the default of the system'}{said}"}
+
+
+def environment(name: str, *, render: bool) -> dict[str, Any]:
+    """Whether an environment keeps its contract, check by check.
+
+    Args:
+        name: As for `worldflux check-env`.
+        render: Check its picture, too.
+    """
+    from worldflux.envs.check import check_env
+    from worldflux.envs.check_report import EnvironmentCheckError
+
+    try:
+        report = check_env(find_environment(name), render=render)
+    except EnvironmentCheckError as error:
+        report = error.report
+    except WorldFluxError as error:
+        return {"name": name, "works": False, "checks": [("failed", " ".join(str(error).split()))]}
+    return {"name": name, "works": report.passed, "checks": list(report.lines())}
+
+
+def missing(versions: dict[str, str | None]) -> dict[str, str]:
+    """The command for each package that is not installed; those of an extra of this one through the extra."""
+    extras = _extras()
+    return {
+        name: f'pip install "worldflux[{extras[_plain(name)]}]"' if _plain(name) in extras else f"pip install {name}"
+        for name, version in versions.items()
+        if version is None
+    }
+
+
+def _extras() -> dict[str, str]:
+    """The extra of each optional package, as the installed worldflux says."""
+    try:
+        requirements = metadata.requires("worldflux") or []
+    except metadata.PackageNotFoundError:
+        return {}
+    found: dict[str, str] = {}
+    for requirement in requirements:
+        match = re.match(r"""([\w.-]+)[^;]*;.*\bextra\s*==\s*["']([\w-]+)["']""", requirement)
+        if match and match[2] != "dev":
+            found.setdefault(_plain(match[1]), match[2])
+    return found
+
+
+def _plain(package: str) -> str:
+    """A name as packages are compared."""
+    return re.sub(r"[-_.]+", "-", package).lower()
+
+
+def _start(backend: str) -> subprocess.Popen[str]:
+    """Begins to draw a frame."""
+    environment = {**os.environ, "MUJOCO_GL": backend}
+    environment.pop("PYOPENGL_PLATFORM", None)  # which belongs to another backend
+    return subprocess.Popen(
+        [sys.executable, "-c", _FRAME], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def _answer(backend: str, process: subprocess.Popen[str]) -> str:
+    """What came of it."""
+    try:
+        _, errors = process.communicate(timeout=_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return f"no frame after {_SECONDS} seconds"
+    if process.returncode == 0:
+        return "works"
+    lines = [line for line in errors.splitlines() if line.strip()]
+    said = lines[-1].strip()[:100] if lines else "nothing"
+    how = f"signal {-process.returncode}" if process.returncode < 0 else said
+    return f"does not work ({how}); what it needs: {_SYSTEM_PACKAGES[backend]}"
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory() -> str:
+    """Of the machine, where the system tells."""
+    try:
+        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+    except (AttributeError, OSError, ValueError):
+        return "unknown"

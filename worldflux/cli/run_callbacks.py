@@ -1,0 +1,180 @@
+"""What happens beside the training of an agent: evaluations, what is shown of the progress, the files of the log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import Logger, make_output_format
+from stable_baselines3.common.vec_env import VecEnv
+
+from worldflux.agents import WorldFluxAgent
+from worldflux.cli.evaluations import Evaluation, read_evaluations, write_evaluations
+from worldflux.cli.runs import BEST_AGENT_FILE, EVALUATIONS_FILE, installed_version
+
+LINES = 20
+"""Lines of progress in a whole run, where there is no terminal."""
+
+EVALUATION_SEED = 10_000
+"""Added to a run's seed. Every evaluation begins with the same episodes, so that they can be compared, and so that a
+resumed run evaluates as one that was never stopped."""
+
+
+def run_logger(directory: Path) -> Logger:
+    """SB3's logger into files of their own for each part of a run: `progress.csv`, `progress-2.csv`, ..."""
+    directory.mkdir(parents=True, exist_ok=True)
+    part = 1 + len(list(directory.glob("progress*.csv")))
+    formats = ["csv", "json", *(["tensorboard"] if installed_version("tensorboard") else [])]
+    suffix = "" if part == 1 else f"-{part}"
+    return Logger(str(directory), [make_output_format(name, str(directory), suffix) for name in formats])
+
+
+class Progress(BaseCallback):
+    """Shows how far a run is on stderr: a bar on a terminal that has tqdm, else some lines.
+
+    Args:
+        total: Steps of the whole run.
+    """
+
+    def __init__(self, total: int) -> None:
+        super().__init__()
+        self.total = total
+        self._bar: Any = None
+        self._began = (0.0, 0)
+        self._shown = 0.0
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        if self._bar is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            self._bar.write(text, file=sys.stderr)
+
+    def _on_training_start(self) -> None:
+        self._began = (time.monotonic(), self.num_timesteps)
+        if sys.stderr.isatty():
+            self._bar = _bar(self.total, self.num_timesteps)
+
+    def _on_step(self) -> bool:
+        if self._bar is not None:
+            now = time.monotonic()
+            if now - self._shown > 1:
+                self._bar.set_postfix_str(self._score(), refresh=False)
+                self._shown = now
+            self._bar.update(self.num_timesteps - self._bar.n)
+        elif self._passed(self.num_timesteps) > self._passed(self.num_timesteps - self.training_env.num_envs):
+            since, steps = self._began
+            rate = (self.num_timesteps - steps) / max(time.monotonic() - since, 1e-9)
+            self.say(f"step {self.num_timesteps}/{self.total}  {self._score()}{rate:.3g} steps/s")
+        return True
+
+    def _on_training_end(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _passed(self, steps: int) -> int:
+        """Lines that are due by then."""
+        return steps * LINES // self.total
+
+    def _score(self) -> str:
+        infos = self.model.ep_info_buffer
+        if not infos:
+            return ""
+        return f"score {np.mean([info['r'] for info in infos]):.4g} (mean of {len(infos)} episodes)  "
+
+
+class Evaluations(BaseCallback):
+    """Evaluates at an interval; writes the learning curve, and the agent that was best.
+
+    Args:
+        envs: To evaluate in.
+        directory: Of the run.
+        interval: Environment steps between two evaluations.
+        episodes: Of each.
+        seed: Of the run.
+        say: Shows a line.
+    """
+
+    model: WorldFluxAgent
+
+    def __init__(
+        self, envs: VecEnv, directory: Path, *, interval: int, episodes: int, seed: int, say: Callable[[str], None]
+    ) -> None:
+        super().__init__()
+        self.envs, self.interval, self.episodes, self.seed, self.say = envs, interval, episodes, seed, say
+        self.path, self.best_path = directory / EVALUATIONS_FILE, directory / BEST_AGENT_FILE
+        self.rows: list[Evaluation] = []
+        self._began = 0.0
+
+    @property
+    def best(self) -> Evaluation | None:
+        """The first one with the highest score."""
+        return max(self.rows, key=lambda row: row.score, default=None)
+
+    def _on_training_start(self) -> None:
+        # A kill may have left evaluations that came after the checkpoint; they are done again.
+        self.rows = [row for row in read_evaluations(self.path) if row.step <= self.num_timesteps]
+        self._began = time.monotonic() - (self.rows[-1].seconds if self.rows else 0.0)
+
+    def _on_step(self) -> bool:
+        last = self.rows[-1].step if self.rows else 0
+        if self.num_timesteps // self.interval > last // self.interval:
+            self._evaluate()
+        return True
+
+    def _evaluate(self) -> None:
+        self.envs.seed(self.seed + EVALUATION_SEED)
+        try:
+            scores, lengths = evaluate_policy(
+                self.model,
+                self.envs,
+                self.episodes,
+                callback=self._go_on,
+                return_episode_rewards=True,
+            )
+        except _StoppedError:
+            return
+        row = Evaluation(
+            step=self.num_timesteps,
+            score=round(float(np.mean(scores)), 4),
+            std=round(float(np.std(scores)), 4),
+            length=float(np.mean(lengths)),
+            episodes=self.episodes,
+            seconds=round(time.monotonic() - self._began, 1),
+            seed=self.seed,
+        )
+        improved = self.best is None or row.score > self.best.score
+        if improved:
+            self.model.save(self.best_path)
+        self.rows.append(row)
+        write_evaluations(self.path, self.rows)
+        self.logger.record("eval/mean_reward", row.score)
+        self.logger.record("eval/mean_ep_length", row.length)
+        self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
+        self.logger.dump(self.num_timesteps)
+        best = "the best so far" if improved else f"the best is {self.best.score:g}" if self.best else ""
+        self.say(f"step {row.step}  evaluation: {row.score:.4g} ± {row.std:.3g} over {row.episodes} episodes, {best}")
+
+    def _go_on(self, *args: Any) -> None:
+        if self.model.stopping:  # whoever waits for the end of the step shall not wait for many episodes
+            raise _StoppedError
+
+
+class _StoppedError(Exception):
+    """Ends an evaluation."""
+
+
+def _bar(total: int, done: int) -> Any:
+    """A bar of tqdm; None where it is not installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, file=sys.stderr)

@@ -1,0 +1,217 @@
+"""The directory of a run: what is in it, and how it is found again.
+
+config.json        what was started: enough to start it again
+logs/              progress.csv, progress.json, TensorBoard; further parts (progress-2.csv) for each resumption
+evaluations.csv    the learning curve
+checkpoints/       step-00010000, ...: what the run is resumed from
+best_agent.zip     of the best evaluation
+agent.zip          at the end (model/ for a training without an environment)
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from worldflux.errors import CheckpointError, ConfigurationError
+from worldflux.files import write_atomically
+
+CONFIG_FILE = "config.json"
+LOGS = "logs"
+CHECKPOINTS = "checkpoints"
+EVALUATIONS_FILE = "evaluations.csv"
+AGENT_FILE = "agent.zip"
+BEST_AGENT_FILE = "best_agent.zip"
+MODEL_DIRECTORY = "model"
+
+FORMAT = 1
+"""Of `config.json`; a change that older versions cannot read raises it."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run was started with."""
+
+    kind: str
+    """The command: "train" or "train-offline"."""
+    model: str
+    """MODEL of the command line."""
+    task: str
+    """ENV of the command line; the data file of a training without one."""
+    settings: dict[str, Any]
+    """The options, as JSON has them."""
+    frames_per_step: int = 1
+    """Frames of the environment in each of its steps."""
+    command: str = ""
+    """What does the same again; for people."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of what the run was started with."""
+    started: str = ""
+    """When."""
+
+    def write(self, directory: Path) -> None:
+        """Writes `config.json`, whole or not at all."""
+        write_atomically(
+            directory / CONFIG_FILE, (json.dumps({"run": FORMAT, **asdict(self)}, indent=2) + "\n").encode()
+        )
+
+    @classmethod
+    def read(cls, directory: Path) -> RunConfig:
+        """What `write` wrote.
+
+        Raises:
+            ConfigurationError: If the directory is none of a run.
+            CheckpointError: If its `config.json` is damaged, or of a newer version.
+        """
+        path = directory / CONFIG_FILE
+        if not is_run(directory):
+            what = "is not there" if not directory.exists() else "is no directory of a run"
+            raise ConfigurationError(f"{directory} {what}. Pass one that worldflux train has made.")
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data.pop("run") != FORMAT:
+            raise CheckpointError(f"{path} is of another version of worldflux than this one. Use a newer one.")
+        types = {"kind": str, "model": str, "task": str, "settings": dict, "frames_per_step": int}
+        types |= {"command": str, "versions": dict, "started": str}
+        for name, expected in types.items():
+            if not isinstance(data.get(name), expected) or isinstance(data[name], bool):
+                raise CheckpointError(f"{path} is damaged: {name} is {data.get(name)!r}.")
+        return cls(**{name: data[name] for name in types})
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a directory is one of a run; the checkpoint of an agent has a `config.json`, too, of its model."""
+    try:
+        data = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and "run" in data
+
+
+def find_runs(directory: Path) -> Iterator[Path]:
+    """The directory itself, if it is one of a run, else all of runs in it, in the order of their names."""
+    if is_run(directory):
+        yield directory
+    elif directory.is_dir():
+        for entry in sorted(directory.iterdir(), key=lambda entry: (not entry.name.isdigit(), len(entry.name), entry)):
+            if entry.is_dir() and not entry.name.startswith("."):
+                yield from find_runs(entry)
+
+
+def run_of(path: Path) -> Path | None:
+    """The run that a file or a checkpoint belongs to; None for others."""
+    absolute = path.absolute()
+    return next((place for place in (absolute, *absolute.parents[:2]) if is_run(place)), None)
+
+
+def check_free(run: Path | None) -> None:
+    """Raises a `ConfigurationError` unless a run can begin in this directory; None is one that is chosen later."""
+    if run is None:
+        return
+    if is_run(run):
+        raise ConfigurationError(
+            f"{run} has a run already. Go on with it (--resume {run}), or choose another directory."
+        )
+    if run.exists() and not (run.is_dir() and not any(run.iterdir())):
+        raise ConfigurationError(f"{run} exists and is no empty directory. Choose another one for the run.")
+
+
+def make_directory(run: Path | None, task: str, model: str) -> Path:
+    """Makes the directory of a new run.
+
+    Args:
+        run: Where the user wants it; None is the first free number in `runs/<task>/<model>`.
+        task: Environment or data of the run.
+        model: Its model.
+
+    Raises:
+        ConfigurationError: If it cannot be made.
+    """
+    try:
+        if run is not None:
+            run.mkdir(parents=True, exist_ok=True)
+            return run
+        parent = Path("runs", _plain(task), _plain(model))
+        parent.mkdir(parents=True, exist_ok=True)
+        number = 1 + max((int(entry.name) for entry in parent.iterdir() if entry.name.isdigit()), default=0)
+        while True:
+            try:
+                # Runs that are started together must not share one.
+                (parent / str(number)).mkdir()
+                return parent / str(number)
+            except FileExistsError:
+                number += 1
+    except OSError as error:
+        raise ConfigurationError(
+            f"The directory of the run cannot be made: {error}. Choose another one with --run."
+        ) from error
+
+
+def newest_step(directory: Path) -> int | None:
+    """The step of a run's newest checkpoint; None if it has none."""
+    from worldflux.training.checkpoint import newest_checkpoint
+
+    newest = newest_checkpoint(directory / CHECKPOINTS)
+    return None if newest is None else int(newest.name.removeprefix("step-"))
+
+
+def saved_agent(path: Path, *, newest: bool = False) -> Path:
+    """What `WorldFluxAgent.load` shall read: the path itself, or the best or newest agent of a run.
+
+    Args:
+        path: A zip, a checkpoint or the directory of a run.
+        newest: Take the newest checkpoint of a run, and not the agent of its best evaluation.
+
+    Raises:
+        ConfigurationError: If there is no agent.
+    """
+    if not is_run(path):
+        if not path.exists() and not path.with_name(f"{path.name}.zip").is_file():
+            raise ConfigurationError(
+                f"There is no '{path}'. AGENT is a zip of WorldFluxAgent.save, a checkpoint, or the directory of a run."
+            )
+        return path
+    if (path / BEST_AGENT_FILE).is_file() and not newest:
+        return path / BEST_AGENT_FILE
+    if newest_step(path) is not None:
+        return path / CHECKPOINTS
+    if (path / AGENT_FILE).is_file():
+        return path / AGENT_FILE
+    raise ConfigurationError(
+        f"{path} has no agent yet. Wait for the first checkpoint or evaluation of this run."
+        if RunConfig.read(path).kind == "train"
+        else f"{path} was trained without an environment and has no agent. "
+        f"WorldFluxAgent('{path / MODEL_DIRECTORY}', env) makes one of its model."
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of what a run depends on."""
+    names = ("worldflux", "torch", "numpy", "gymnasium", "stable-baselines3")
+    return {"python": platform.python_version(), **{name: installed_version(name) or "?" for name in names}}
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed package; None for one that is not."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def now() -> str:
+    """The time, as `config.json` has it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S %z")
+
+
+def _plain(name: str) -> str:
+    """A name as a directory can have it on every system: `dmc/walker-walk` is `dmc-walker-walk`."""
+    if ".py:" in name:  # path/to/file.py:MyEnv
+        name = re.split(r"[\\/]", name)[-1].replace(".py:", "-")
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "run"
