@@ -9,13 +9,14 @@ SOURCES := worldflux envs agents tests examples benchmarks
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format type clean
+.PHONY: help setup demo test test-slow lint format type docs clean
 
 help:
 	@echo "make demo       train DreamerV3 on CartPole and draw what it learned, in demo/"
 	@echo "make test       the tests; make test-slow also runs those that train for minutes"
 	@echo "make lint       style; make format repairs it"
 	@echo "make type       types, checked on the package as it is installed"
+	@echo "make docs       the documentation, in build/site; any warning is an error"
 	@echo "make setup      only the virtual environment"
 	@echo "make clean      remove what these targets made"
 
@@ -53,6 +54,15 @@ type: $(READY)
 	@rm -rf build/typed build/lib
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/typed .
 	@cd build/typed && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml -p worldflux
+
+# The API pages show the package as it is installed, too. Its tools are no part of what the tests need.
+# The banner that it silences announces the end of mkdocs-material in 2027; its successor reads mkdocs.yml as well.
+docs: $(READY)
+	@rm -rf build/documented build/lib
+	@$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[docs]"
+	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/documented .
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "The documentation is build/site/index.html."
 
 clean:
 	rm -rf $(VENV) build dist demo offline worldflux.egg-info

@@ -81,15 +81,15 @@ def load_official_dreamerv3(
         action_dim: A
         action_type: `"continuous"` or `"discrete"`.
         stoch_discrete: Categorical rows of the latent; the shapes give only rows times classes. By default 32, as in
-        all of
-            the reference's sizes, or where 32 does not divide the latent, its largest divisor up to the square root.
+            all of the reference's sizes, or where 32 does not divide the latent, its largest divisor up to the square
+            root.
 
     Returns:
         The model, on the CPU, in float32.
 
     Raises:
         CheckpointError: If the file cannot be read, holds anything but arrays, or its weights do not fit the shapes
-        given.
+            given.
     """
     if isinstance(params_or_path, Mapping):
         params = {name: np.asarray(value) for name, value in params_or_path.items()}
