@@ -22,8 +22,8 @@ Layout = tuple[int, bool]
 class ActionRepeat(RepeatAction[Any, Any]):
     """Repeats each action and sums the rewards; says how many frames a step takes.
 
-    `ActionRepeat(env, num_repeats)`, as Gymnasium's `RepeatAction`: so many steps of `env` for each step of the wrapper,
-    and fewer where the episode ends.
+    `ActionRepeat(env, num_repeats)`, as Gymnasium's `RepeatAction`: so many steps of `env` for each step of the
+    wrapper, and fewer where the episode ends.
     """
 
     @property

@@ -460,8 +460,8 @@ class Trainer:
         split = getattr(buffer, "split", None)
         if not callable(split):
             raise ConfigurationError(
-                f"eval_data is {self._held_out_share}, and {type(buffer).__name__} has no split(fraction, seed, seq_len) as "
-                "ReplayBuffer has. Pass a provider of its own as eval_data."
+                f"eval_data is {self._held_out_share}, and {type(buffer).__name__} has no split(fraction, seed, seq_len) "
+                "as ReplayBuffer has. Pass a provider of its own as eval_data."
             )
         config = self.config
         part, self.eval_data = split(self._held_out_share, seed=config.seed, seq_len=config.sequence_length)
