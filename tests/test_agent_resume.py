@@ -108,6 +108,51 @@ def test_everything_is_as_it_was_when_the_checkpoint_was_written(tmp_path: Path)
     assert torch.equal(mine.extras["deter"], its.extras["deter"])
 
 
+def test_gradient_steps_that_were_owed_when_it_was_saved_are_taken(tmp_path: Path) -> None:
+    class Save(BaseCallback):
+        owed = 0
+
+        def _on_step(self) -> bool:
+            if self.num_timesteps == 60:
+                self.owed = self.model._learner.updates_owed  # type: ignore[attr-defined]
+                self.model.save_checkpoint(tmp_path / "checkpoint")  # type: ignore[attr-defined]
+            return True
+
+    saving = Save()
+    agent = make_agent(counting_envs(), train_ratio=18).learn(60, saving)
+    assert saving.owed == 3
+    loaded = WorldFluxAgent.load(tmp_path / "checkpoint", counting_envs(), device="cpu", resume=True)
+    assert loaded.trainer.step_count == agent.trainer.step_count - 3
+    assert loaded.learn(0, reset_num_timesteps=False).trainer.step_count == agent.trainer.step_count
+
+
+@pytest.mark.parametrize("seed", [0, None])
+def test_a_resumed_run_does_not_begin_with_the_episodes_of_the_first_one(tmp_path: Path, seed: int | None) -> None:
+    def first_obs(agent: WorldFluxAgent) -> Any:
+        assert agent.env is not None
+        return agent.env.reset()
+
+    begun = first_obs(make_agent(seed=seed))
+    make_agent(seed=seed, train_ratio=0).learn(20).save_checkpoint(tmp_path / "checkpoint")
+    one, other = (
+        first_obs(WorldFluxAgent.load(tmp_path / "checkpoint", "CartPole-v1", device="cpu", resume=True))
+        for _ in range(2)
+    )
+    assert np.array_equal(one, other) and not np.array_equal(one, begun)
+
+
+def test_a_replay_buffer_that_took_the_place_of_another_is_saved_whole(tmp_path: Path) -> None:
+    make_agent(train_ratio=0).learn(70).save_replay_buffer(tmp_path / "other.npz")
+    agent = make_agent(train_ratio=0).learn(30)
+    agent.save_checkpoint(tmp_path / "first")
+    agent.load_replay_buffer(tmp_path / "other.npz")
+    agent.save_checkpoint(tmp_path / "second")
+    loaded = WorldFluxAgent.load(tmp_path / "second", "CartPole-v1", device="cpu", resume=True)
+    assert loaded.replay_buffer is not None and loaded.replay_buffer.num_transitions == 70
+    for mine, its in zip(stored(agent), stored(loaded), strict=True):
+        assert torch.equal(mine, its)
+
+
 def test_an_episode_in_flight_ends_as_truncated_with_its_last_observation(tmp_path: Path) -> None:
     agent = make_agent(counting_envs(1), train_ratio=0).learn(9)  # two steps into the second episode
     agent.save_checkpoint(tmp_path / "checkpoint")
