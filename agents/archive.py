@@ -59,7 +59,7 @@ def is_file(given: object, to: Literal["read", "write"]) -> TypeGuard[IO[bytes]]
 
 
 @contextmanager
-def path_to_write(target: str | Path | IO[bytes]) -> Iterator[str | Path]:
+def path_to_write(target: ArchivePath) -> Iterator[str | Path]:
     """A path to write to for who knows nothing of file objects: the one that was given, or that of a scratch file."""
     if not is_file(target, "write"):
         yield target  # type: ignore[misc]
@@ -72,7 +72,7 @@ def path_to_write(target: str | Path | IO[bytes]) -> Iterator[str | Path]:
 
 
 @contextmanager
-def path_to_read(source: str | Path | IO[bytes]) -> Iterator[str | Path]:
+def path_to_read(source: ArchivePath) -> Iterator[str | Path]:
     """The same for reading. Of a file object everything is read, wherever it stands."""
     if not is_file(source, "read"):
         yield source  # type: ignore[misc]
@@ -145,7 +145,8 @@ def open_saved(path: ArchivePath) -> Iterator[tuple[dict[str, Any], Path]]:
         with _open_archive(path) as opened:
             yield opened
         return
-    directory = Path(path) if (Path(path) / AGENT_FILE).is_file() else newest_checkpoint(Path(path))
+    holder = Path(path)  # type: ignore[arg-type]
+    directory = holder if (holder / AGENT_FILE).is_file() else newest_checkpoint(holder)
     if directory is None:
         raise FileNotFoundError(
             f"The directory {path} holds no checkpoint of an agent. Pass one that save_checkpoint wrote, or that "
