@@ -2,6 +2,7 @@
 
 from worldflux.agents.agent import WorldFluxAgent
 from worldflux.agents.callbacks import AgentCheckpointCallback
+from worldflux.agents.imagination import ImaginationCallback
 from worldflux.agents.schedule import UpdateSchedule
 
-__all__ = ["AgentCheckpointCallback", "UpdateSchedule", "WorldFluxAgent"]
+__all__ = ["AgentCheckpointCallback", "ImaginationCallback", "UpdateSchedule", "WorldFluxAgent"]

@@ -12,6 +12,7 @@ from worldflux.cli.check_env import check_env
 from worldflux.cli.collect import collect
 from worldflux.cli.doctor import doctor
 from worldflux.cli.eval import evaluate
+from worldflux.cli.imagine import imagine
 from worldflux.cli.models import models
 from worldflux.cli.plot import plot
 from worldflux.cli.train import train
@@ -21,6 +22,7 @@ from worldflux.errors import WorldFluxError
 COMMANDS: dict[str, Callable[..., int]] = {
     "train": train,
     "eval": evaluate,
+    "imagine": imagine,
     "plot": plot,
     "collect": collect,
     "train-offline": train_offline,
