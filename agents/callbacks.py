@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from stable_baselines3.common.callbacks import BaseCallback
@@ -63,6 +64,8 @@ class AgentCheckpointCallback(BaseCallback):
     def _on_training_end(self) -> None:
         if self.num_timesteps == self._saved_at:
             return
+        if self.model.stopping and isinstance(sys.exc_info()[1], KeyboardInterrupt):
+            return  # the second Ctrl-C, which may have come in the middle of anything
         try:
             self._save()
         except TrainingError:  # which `learn` raises itself

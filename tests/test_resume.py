@@ -98,6 +98,17 @@ def test_what_training_wrote_beside_the_rows_goes_on(tmp_path: Path) -> None:
         filled(extras=True).load_extras_state({"count": torch.zeros(3, 1)})
 
 
+def test_a_checkpoint_that_is_copied_through_a_trainer_loses_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="gone"):
+        new_trainer(tmp_path / "run", StopAt(7)).train(small_buffer())
+    between = new_trainer()
+    between.load_checkpoint(newest_checkpoint(tmp_path / "run"))  # type: ignore[arg-type]
+    between.save_checkpoint(tmp_path / "copy" / "step-00000004")
+    resumed = new_trainer(tmp_path / "copy")
+    resumed.train(small_buffer(), resume=True)
+    torch.testing.assert_close(weights(resumed), uninterrupted(), rtol=0, atol=0)
+
+
 def test_a_run_without_a_checkpoint_yet_begins(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = new_trainer(tmp_path / "new")
     with caplog.at_level(logging.INFO, "worldflux.training"):

@@ -32,8 +32,8 @@ def register() -> None:
     """Makes `--algo dreamerv3` and `--algo tdmpc2` known to rl_zoo3 in this process; twice is as good as once."""
     ALGOS.update(ALGORITHMS)
     HYPERPARAMS_SAMPLER.update(dreamerv3=sample_dreamerv3, tdmpc2=sample_tdmpc2)
-    HYPERPARAMS_CONVERTER.update(dreamerv3=convert, tdmpc2=convert)
-    ExperimentManager.read_hyperparameters = _read_ours  # type: ignore[method-assign]
+    HYPERPARAMS_CONVERTER.update(dreamerv3=convert, tdmpc2=convert)  # type: ignore[arg-type]
+    ExperimentManager.read_hyperparameters = _read_ours  # type: ignore[method-assign, assignment]
 
 
 def _read_ours(manager: ExperimentManager) -> tuple[dict[str, Any], dict[str, Any]]:

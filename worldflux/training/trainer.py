@@ -377,6 +377,7 @@ class Trainer:
         """
         self.check_finite()
         self._write_back.flush()
+        states = [{"type": type(callback).__name__, "state": callback.state_dict()} for callback in self._callbacks]
         progress = {
             "format": FORMAT,
             "step": self.step_count,
@@ -385,23 +386,23 @@ class Trainer:
             "random": random_state(self.device),
             "sampler": self._sampler_state(),
             "data": self._data_digest,
-            "callbacks": [
-                {"type": type(callback).__name__, "state": state}
-                for callback in self._callbacks
-                if (state := callback.state_dict())
-            ],
+            "callbacks": [entry for entry in states if entry["state"]],
         }
+        extras = {}
+        # Of data that `train` was given; an agent stores its own.
+        if self._data_digest is not None and isinstance(self._sampler, WindowSampler):
+            extras = self._sampler.extras_state()
+        if self._restored is not None and self._batches is None:  # a checkpoint that nothing has gone on from yet
+            progress |= {name: self._restored.get(name, progress[name]) for name in ("sampler", "data", "callbacks")}
+            extras = self._restored_extras
         safetensors.torch.save_file(weights_on_cpu(self.model), directory / WEIGHTS_FILE)
         config = getattr(self.model, "config", None)
         if config is not None and hasattr(config, "save"):
             config.save(directory / CONFIG_FILE)
         optimizers = {"kind": self._kind, "states": [optimizer.state_dict() for optimizer in self._optimizers]}
         torch.save(optimizers, directory / OPTIMIZER_FILE)
-        # Of data that `train` was given; an agent stores its own.
-        if self._data_digest is not None and isinstance(self._sampler, WindowSampler):
-            extras = self._sampler.extras_state()
-            if extras:
-                safetensors.torch.save_file(extras, directory / EXTRAS_FILE)
+        if extras:
+            safetensors.torch.save_file(extras, directory / EXTRAS_FILE)
         (directory / TRAINER_FILE).write_text(json.dumps(progress), encoding="utf-8")
 
     def load_checkpoint(self, path: str | Path) -> None:
@@ -460,8 +461,8 @@ class Trainer:
         split = getattr(buffer, "split", None)
         if not callable(split):
             raise ConfigurationError(
-                f"eval_data is {self._held_out_share}, and {type(buffer).__name__} has no split(fraction, seed, seq_len) "
-                "as ReplayBuffer has. Pass a provider of its own as eval_data."
+                f"eval_data is {self._held_out_share}, and {type(buffer).__name__} has no split(fraction, seed, "
+                "seq_len) as ReplayBuffer has. Pass a provider of its own as eval_data."
             )
         config = self.config
         part, self.eval_data = split(self._held_out_share, seed=config.seed, seq_len=config.sequence_length)

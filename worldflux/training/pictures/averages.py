@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -109,7 +109,13 @@ def _plot_groups(axes: Axes, groups: Calibration, label: str) -> None:
     ends = np.abs(np.stack([groups.low[some], groups.high[some]]) - actual)
     # A group of one step has no interval.
     margins = np.where(np.isfinite(ends), ends, 0.0)
-    look = {"color": "#d95f02", "markersize": 5, "markeredgecolor": "black", "markeredgewidth": 0.6, "capsize": 2}
+    look: dict[str, Any] = {
+        "color": "#d95f02",
+        "markersize": 5,
+        "markeredgecolor": "black",
+        "markeredgewidth": 0.6,
+        "capsize": 2,
+    }
     axes.errorbar(groups.predicted[some], actual, margins, fmt="o", label=label, **look)
 
 
