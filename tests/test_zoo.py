@@ -20,7 +20,7 @@ from learning import TASKS
 from optuna import create_study
 from optuna.trial import FixedTrial
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
+from stable_baselines3.common.utils import ConstantSchedule
 
 from worldflux import WorldFluxAgent, list_models
 from worldflux.errors import ConfigurationError, TrainingError
@@ -128,13 +128,13 @@ def test_enjoy_plays_the_saved_agent_the_same_way_each_time(command):
 
 def test_a_trained_agent_goes_on_with_its_weights_and_its_replay_data(command, folder, zoo):
     run = folder / "logs" / "dreamerv3" / "CartPole-v1_1"
-    params = ("-params", *QUICK[2:], "train_ratio:0", "learning_rate:5e-4", "n_envs:1")
+    params = ("-params", *QUICK[2:], "train_ratio:0", "learning_rate:'lin_5e-4'", "n_envs:1")
     command(*TRAIN, "-n", "20", "-f", "more", "--eval-freq", "-1", "-i", str(run / "CartPole-v1.zip"), *params)
     before = zoo.DreamerV3.load(run / "CartPole-v1.zip")
     after = zoo.DreamerV3.load(folder / "more" / "dreamerv3" / "CartPole-v1_1" / "CartPole-v1.zip", env="CartPole-v1")
     for name, weights in before.model.state_dict().items():
         assert torch.equal(after.model.state_dict()[name], weights), name
-    assert (after.learning_rate, after.train_ratio) == (5e-4, 0.0)
+    assert (after.learning_rate(0.5), after.train_ratio) == (2.5e-4, 0.0)
     assert after.num_timesteps == 20  # rl_zoo3 counts anew
     after.load_replay_buffer(run / "replay_buffer.pkl")
     assert after.replay_buffer.num_transitions == 120
@@ -147,6 +147,13 @@ def test_the_command_of_rl_zoo3_itself_works_beside_a_custom_envs_module(tmp_pat
     assert done.returncode == 0, done.stderr
     assert "('train_ratio', 64)" in done.stdout
     assert (tmp_path / "logs" / "dreamerv3" / "CartPole-v1_1" / "CartPole-v1.zip").is_file()
+
+
+def test_that_module_also_serves_where_rl_zoo3_imports_it_halfway_through_its_manager(tmp_path):
+    (tmp_path / "custom_envs.py").write_text("import worldflux.agents.zoo\n")
+    code = "import rl_zoo3.exp_manager; from rl_zoo3 import ALGOS; print(ALGOS['tdmpc2'].__module__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "worldflux.agents.zoo.algorithms\n", done.stderr
 
 
 def test_tdmpc2_trains_and_plans_in_rl_zoo3(command):
@@ -245,8 +252,12 @@ def test_hyperparameters_that_do_not_exist_here_are_named(zoo):
         ConfigurationError, match=r"'entropy_scale' is a field of the model. Write it into policy_kwargs"
     ):
         zoo.DreamerV3("tiny", "CartPole-v1", entropy_scale=1e-3)
-    with pytest.raises(ConfigurationError, match=r"learning_rate is LinearSchedule.*expected a number"):
-        zoo.DreamerV3("tiny", "CartPole-v1", learning_rate=LinearSchedule(1e-3, 0.0, 1.0))
+
+
+def test_a_linear_learning_rate_is_followed_and_saved(command, folder):
+    command(*TRAIN, "-n", "80", "--eval-freq", "-1", "-f", "linear", "-params", *QUICK, "learning_rate:'lin_2e-3'")
+    agent = WorldFluxAgent.load(folder / "linear" / "dreamerv3" / "CartPole-v1_1" / "CartPole-v1.zip")
+    assert agent.learning_rate(1.0) == pytest.approx(2e-3) and agent.learning_rate(0.25) == pytest.approx(5e-4)
 
 
 def test_a_search_trains_with_what_a_trial_draws(zoo, folder, monkeypatch):

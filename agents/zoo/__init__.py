@@ -12,6 +12,6 @@ which of the hyperparameters were measured.
 from worldflux.agents.zoo.algorithms import TDMPC2, DreamerV3
 from worldflux.agents.zoo.registration import register
 
-__all__ = ["TDMPC2", "DreamerV3", "register"]
+__all__ = ["TDMPC2", "DreamerV3"]
 
 register()

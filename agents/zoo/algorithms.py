@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from stable_baselines3.common.type_aliases import GymEnv
-from stable_baselines3.common.utils import ConstantSchedule
+from stable_baselines3.common.utils import LinearSchedule
 
 from worldflux.agents.agent import WorldFluxAgent
+from worldflux.agents.rates import Rate
 from worldflux.agents.settings import AgentSettings
+from worldflux.agents.zoo.theirs import SimpleLinearSchedule
 from worldflux.config import DreamerV3Config, TDMPC2Config, WorldModelConfig
 from worldflux.errors import ConfigurationError, TrainingError, nearest
 from worldflux.factory import find_preset
@@ -30,11 +32,11 @@ class ZooAgent(WorldFluxAgent):
             `WorldFluxAgent` takes as its model.
         env: As for `WorldFluxAgent`.
         policy_kwargs: Fields of the preset's configuration to override (`model_kwargs` of `WorldFluxAgent`).
-        learning_rate: A number, or the constant schedule that rl_zoo3 makes of one.
+        learning_rate: As for `WorldFluxAgent`, or the schedule that rl_zoo3 makes of `lin_1e-3`.
         **settings: The other settings of `WorldFluxAgent`.
 
     Raises:
-        ConfigurationError: If a setting is unknown, the model is of another family, or the learning rate shall change.
+        ConfigurationError: If a setting is unknown, or the model is of another family.
     """
 
     config_class: ClassVar[type[WorldModelConfig]]
@@ -45,7 +47,7 @@ class ZooAgent(WorldFluxAgent):
         env: GymEnv | str | None,
         *,
         policy_kwargs: Mapping[str, Any] | None = None,
-        learning_rate: float | ConstantSchedule | None = None,
+        learning_rate: Rate | None = None,
         _init_setup_model: bool = True,
         **settings: Any,
     ) -> None:
@@ -54,17 +56,10 @@ class ZooAgent(WorldFluxAgent):
             self._with_family(policy),
             env,
             model_kwargs=policy_kwargs,
-            learning_rate=_constant(learning_rate),
+            learning_rate=_as_sb3_has_it(learning_rate),
             _init_setup_model=_init_setup_model,
             **settings,
         )
-
-    @classmethod
-    def load(cls, *args: Any, **kwargs: Any) -> Any:
-        """As `WorldFluxAgent.load`; what may differ from the saved settings has the kinds of the constructor."""
-        if "learning_rate" in kwargs:
-            kwargs["learning_rate"] = _constant(kwargs["learning_rate"])
-        return super().load(*args, **kwargs)
 
     def learn(self, *args: Any, **kwargs: Any) -> Any:
         """As `WorldFluxAgent.learn`.
@@ -118,12 +113,8 @@ class TDMPC2(ZooAgent):
     config_class = TDMPC2Config
 
 
-def _constant(learning_rate: Any) -> Any:
-    """The number of a constant schedule; `AgentSettings` checks numbers."""
-    if isinstance(learning_rate, ConstantSchedule):
-        return learning_rate(1.0)
-    if callable(learning_rate):
-        raise ConfigurationError(
-            f"learning_rate is {learning_rate!r}, expected a number: the rate is constant once it has warmed up."
-        )
+def _as_sb3_has_it(learning_rate: Any) -> Any:
+    """SB3's schedule in place of rl_zoo3's, because the file of an agent can hold it."""
+    if isinstance(learning_rate, SimpleLinearSchedule):
+        return LinearSchedule(learning_rate.initial_value, 0.0, 1.0)
     return learning_rate

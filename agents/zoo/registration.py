@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from worldflux.agents.zoo.algorithms import TDMPC2, DreamerV3
 from worldflux.agents.zoo.search import convert, sample_dreamerv3, sample_tdmpc2
-from worldflux.errors import MissingDependencyError
-
-try:
-    from rl_zoo3 import exp_manager
-    from rl_zoo3.exp_manager import ExperimentManager
-    from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
-    from rl_zoo3.utils import ALGOS
-except ImportError as error:
-    raise MissingDependencyError(
-        f'worldflux.agents.zoo needs rl_zoo3 ({error}). Install it with: pip install "worldflux[zoo]".'
-    ) from error
+from worldflux.agents.zoo.theirs import ALGOS, HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER, exp_manager
 
 HYPERPARAMS = Path(__file__).parent / "hyperparams"
 """Holds `dreamerv3.yml` and `tdmpc2.yml`, in rl_zoo3's format."""
@@ -25,19 +16,28 @@ HYPERPARAMS = Path(__file__).parent / "hyperparams"
 ALGORITHMS = {"dreamerv3": DreamerV3, "tdmpc2": TDMPC2}
 
 _THEIRS = Path(exp_manager.__file__).parent / "hyperparams"
-_read_hyperparameters = ExperimentManager.read_hyperparameters
+
+_Reader = Callable[[Any], tuple[dict[str, Any], dict[str, Any]]]
 
 
 def register() -> None:
-    """Makes `--algo dreamerv3` and `--algo tdmpc2` known to rl_zoo3 in this process; twice is as good as once."""
+    """Makes `--algo dreamerv3` and `--algo tdmpc2` known to rl_zoo3 in this process."""
     ALGOS.update(ALGORITHMS)
     HYPERPARAMS_SAMPLER.update(dreamerv3=sample_dreamerv3, tdmpc2=sample_tdmpc2)
     HYPERPARAMS_CONVERTER.update(dreamerv3=convert, tdmpc2=convert)  # type: ignore[arg-type]
-    ExperimentManager.read_hyperparameters = _read_ours  # type: ignore[method-assign, assignment]
+    # Missing while exp_manager itself is imported and meets a custom_envs module that imports us. So it is in
+    # rl_zoo3.record_video, which reads no hyperparameters; rl_zoo3.train imports custom_envs first.
+    manager: Any = getattr(exp_manager, "ExperimentManager", None)
+    if manager is not None:
+        manager.read_hyperparameters = _looking_here(manager.read_hyperparameters)
 
 
-def _read_ours(manager: ExperimentManager) -> tuple[dict[str, Any], dict[str, Any]]:
+def _looking_here(read: _Reader) -> _Reader:
     """rl_zoo3's own reading, which without `--conf-file` looks only into a folder of its own package."""
-    if manager.algo in ALGORITHMS and Path(manager.config) == _THEIRS / f"{manager.algo}.yml":
-        manager.config = str(HYPERPARAMS / f"{manager.algo}.yml")
-    return _read_hyperparameters(manager)
+
+    def read_hyperparameters(self: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        if self.algo in ALGORITHMS and Path(self.config) == _THEIRS / f"{self.algo}.yml":
+            self.config = str(HYPERPARAMS / f"{self.algo}.yml")
+        return read(self)
+
+    return read_hyperparameters

@@ -31,6 +31,9 @@ def sample_tdmpc2(trial: optuna.Trial, n_actions: int, n_envs: int, additional_a
     )
 
 
-def convert(sampled: dict[str, Any]) -> dict[str, Any]:
+def convert(sampled_params: dict[str, Any]) -> dict[str, Any]:
     """Hyperparameters from what a trial drew: `<name>_pow` is an exponent of two."""
-    return {name.removesuffix("_pow"): 2**value if name.endswith("_pow") else value for name, value in sampled.items()}
+    return {
+        name.removesuffix("_pow"): 2**value if name.endswith("_pow") else value
+        for name, value in sampled_params.items()
+    }
