@@ -10,22 +10,21 @@ from typing import Annotated, Any
 import tyro
 
 from worldflux.cli.environments import EnvName, find_environment
+from worldflux.cli.options import Number
 from worldflux.errors import ConfigurationError
 
 RANDOM = "random"
-
-_Number = Annotated[int | None, tyro.conf.arg(metavar="INT")]
 
 
 def collect(
     env: EnvName,
     *,
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
-    steps: _Number = None,
-    episodes: _Number = None,
+    steps: Number = None,
+    episodes: Number = None,
     policy: str = RANDOM,
     n_envs: int = 1,
-    seed: _Number = None,
+    seed: Number = None,
     overwrite: bool = False,
 ) -> int:
     """Record a policy's episodes in a file that `worldflux.training.train` learns from.

@@ -69,13 +69,14 @@ def evaluate(
         0
     """
     from worldflux.agents import WorldFluxAgent
+    from worldflux.agents.settings import AgentSettings
     from worldflux.cli.video import VideoFile, check_target
     from worldflux.training.config import whole_number
     from worldflux.training.randomness import seed_everything
 
     whole_number("episodes", episodes, 1)
     whole_number("video_episodes", video_episodes, 1)
-    whole_number("seed", seed, 0)
+    AgentSettings(seed=seed)  # which checks it
     source = runs.saved_agent(agent, newest=newest)
     name, options = _environment(agent, env, options)
     if video is not None:

@@ -125,7 +125,7 @@ class Evaluations(BaseCallback):
 
     def _on_step(self) -> bool:
         last = self.rows[-1].step if self.rows else 0
-        if self.num_timesteps // self.interval > last // self.interval:
+        if self.num_timesteps // self.interval > last // self.interval and not self.model.stopping:
             self._evaluate()
         return True
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -72,8 +73,8 @@ class RunConfig:
         """
         path = directory / CONFIG_FILE
         if not is_run(directory):
-            what = "is not there" if not directory.exists() else "is no directory of a run"
-            raise ConfigurationError(f"{directory} {what}. Pass one that worldflux train has made.")
+            what = f"There is no '{directory}'" if not directory.exists() else f"{directory} is no directory of a run"
+            raise ConfigurationError(f"{what}. Pass one that worldflux train has made.")
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.pop("run") != FORMAT:
             raise CheckpointError(f"{path} is of another version of worldflux than this one. Use a newer one.")
@@ -99,7 +100,7 @@ def find_runs(directory: Path) -> Iterator[Path]:
     if is_run(directory):
         yield directory
     elif directory.is_dir():
-        for entry in sorted(directory.iterdir(), key=lambda entry: (not entry.name.isdigit(), len(entry.name), entry)):
+        for entry in sorted(directory.iterdir(), key=_place):
             if entry.is_dir() and not entry.name.startswith("."):
                 yield from find_runs(entry)
 
@@ -139,7 +140,7 @@ def make_directory(run: Path | None, task: str, model: str) -> Path:
             return run
         parent = Path("runs", _plain(task), _plain(model))
         parent.mkdir(parents=True, exist_ok=True)
-        number = 1 + max((int(entry.name) for entry in parent.iterdir() if entry.name.isdigit()), default=0)
+        number = 1 + max((int(entry.name) for entry in parent.iterdir() if entry.name.isdecimal()), default=0)
         while True:
             try:
                 # Runs that are started together must not share one.
@@ -177,18 +178,16 @@ def saved_agent(path: Path, *, newest: bool = False) -> Path:
                 f"There is no '{path}'. AGENT is a zip of WorldFluxAgent.save, a checkpoint, or the directory of a run."
             )
         return path
+    if RunConfig.read(path).kind != "train":
+        raise ConfigurationError(
+            f"{path} was trained without an environment and has no agent. "
+            f"WorldFluxAgent('{path / MODEL_DIRECTORY}', env) makes one of its model."
+        )
     if (path / BEST_AGENT_FILE).is_file() and not newest:
         return path / BEST_AGENT_FILE
-    if newest_step(path) is not None:
-        return path / CHECKPOINTS
-    if (path / AGENT_FILE).is_file():
-        return path / AGENT_FILE
-    raise ConfigurationError(
-        f"{path} has no agent yet. Wait for the first checkpoint or evaluation of this run."
-        if RunConfig.read(path).kind == "train"
-        else f"{path} was trained without an environment and has no agent. "
-        f"WorldFluxAgent('{path / MODEL_DIRECTORY}', env) makes one of its model."
-    )
+    if newest_step(path) is None:
+        raise ConfigurationError(f"{path} has no agent yet. Wait for the first checkpoint or evaluation of this run.")
+    return path / CHECKPOINTS
 
 
 def versions() -> dict[str, str]:
@@ -208,6 +207,12 @@ def installed_version(package: str) -> str | None:
 def now() -> str:
     """The time, as `config.json` has it."""
     return time.strftime("%Y-%m-%d %H:%M:%S %z")
+
+
+def _place(entry: Path) -> tuple[int, str]:
+    """Numbers in their order, then words in theirs."""
+    name = entry.name
+    return (int(name), "") if name.isdecimal() else (sys.maxsize, name)
 
 
 def _plain(name: str) -> str:

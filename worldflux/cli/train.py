@@ -252,6 +252,7 @@ def _run(agent: WorldFluxAgent, directory: Path, env: str, settings: TrainSettin
     print(f"worldflux: {directory}, seed {seed}, a gradient step every {every:g} environment steps", file=sys.stderr)
     try:
         agent.learn(max(steps - agent.num_timesteps, 0), callbacks, reset_num_timesteps=False)
+        agent.dump_logs()  # of the episodes since the last dump
     except BaseException as error:
         return ended_early(error, directory, KIND)
     finally:

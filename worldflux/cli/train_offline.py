@@ -28,6 +28,7 @@ from worldflux.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from worldflux.models.base import WorldModel
+    from worldflux.training.config import TrainingConfig
     from worldflux.training.replay import ReplayBuffer
     from worldflux.training.trainer import Trainer
 
@@ -60,21 +61,6 @@ class OfflineSettings:
     """Gradient steps between evaluations. Default: 1000."""
     log_interval: Number = None
     """Gradient steps between the rows of the log. Default: 100."""
-
-    def training_config(self) -> dict[str, Any]:
-        """What `TrainingConfig` takes."""
-        named = {
-            "total_steps": self.steps,
-            "batch_size": self.batch_size,
-            "sequence_length": self.seq_len,
-            "learning_rate": self.learning_rate,
-            "log_interval": self.log_interval,
-            "eval_interval": self.eval_interval,
-            "save_interval": self.checkpoint_interval,
-            "device": self.device,
-            "seed": self.seed,
-        }
-        return {name: value for name, value in named.items() if value is not None}
 
 
 _DEFAULTS = OfflineSettings()
@@ -165,17 +151,36 @@ def _load(data: Path) -> ReplayBuffer:
 def _build(model: str, buffer: ReplayBuffer, settings: OfflineSettings) -> WorldModel:
     """The model, for the shapes of the data."""
     from worldflux.factory import create_world_model
+    from worldflux.training.randomness import seed_everything
 
     fields = model_fields(settings.set)
+    seed_everything(_training_config(settings).seed)  # its first weights are random, too
     return create_world_model(model, obs_shape=buffer.obs_shape, action_dim=buffer.action_dim, **fields)
 
 
-def _trainer(model: WorldModel, settings: OfflineSettings) -> Trainer:
+def _training_config(settings: OfflineSettings) -> TrainingConfig:
+    """The settings under their names in the library."""
     from worldflux.training.config import TrainingConfig
+
+    named = {
+        "total_steps": settings.steps,
+        "batch_size": settings.batch_size,
+        "sequence_length": settings.seq_len,
+        "learning_rate": settings.learning_rate,
+        "log_interval": settings.log_interval,
+        "eval_interval": settings.eval_interval,
+        "save_interval": settings.checkpoint_interval,
+        "device": settings.device,
+        "seed": settings.seed,
+    }
+    given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+    return TrainingConfig(**given)
+
+
+def _trainer(model: WorldModel, settings: OfflineSettings) -> Trainer:
     from worldflux.training.trainer import Trainer
 
-    share = settings.eval_share or None
-    return Trainer(model, TrainingConfig(**settings.training_config()), eval_data=share)
+    return Trainer(model, _training_config(settings), eval_data=settings.eval_share or None)
 
 
 def _run(trainer: Trainer, model: WorldModel, buffer: ReplayBuffer, directory: Path) -> int:
