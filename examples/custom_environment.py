@@ -136,9 +136,10 @@ def main(
     env = Monitor(gym.make(ENV))
     env.reset(seed=10_000 + seed)
     learned, spread = evaluate_policy(agent, env, n_eval_episodes=episodes)
+    assert isinstance(learned, float)
     chance = random_return(episodes, seed=10_000 + seed)
     print(f"mean return of {episodes} episodes: {learned:.0f} ± {spread:.0f}; of random actions: {chance:.0f}")
-    return float(learned), chance
+    return learned, chance
 
 
 if __name__ == "__main__":
