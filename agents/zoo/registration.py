@@ -24,7 +24,7 @@ def register() -> None:
     """Makes `--algo dreamerv3` and `--algo tdmpc2` known to rl_zoo3 in this process."""
     ALGOS.update(ALGORITHMS)
     HYPERPARAMS_SAMPLER.update(dreamerv3=sample_dreamerv3, tdmpc2=sample_tdmpc2)
-    HYPERPARAMS_CONVERTER.update(dreamerv3=convert, tdmpc2=convert)  # type: ignore[arg-type]
+    HYPERPARAMS_CONVERTER.update(dreamerv3=convert, tdmpc2=convert)
     # Missing while exp_manager itself is imported and meets a custom_envs module that imports us. So it is in
     # rl_zoo3.record_video, which reads no hyperparameters; rl_zoo3.train imports custom_envs first.
     manager: Any = getattr(exp_manager, "ExperimentManager", None)
