@@ -360,6 +360,15 @@ def test_errors_are_drawn_beside_those_of_nothing_changes() -> None:
     assert shown["reward"].get_ylabel() == "error (reward units: it never differs)"
 
 
+def test_every_cell_of_the_rewards_can_be_seen() -> None:
+    earned = torch.zeros(1, LENGTH)
+    earned[0, -2] = 1.0
+    found = vectors(1, earned=earned)
+    cells = figures(found, found.errors())["rewards"].axes[0].collections[0]
+    assert sorted(cells.get_array().tolist()) == [1, 3]
+    assert (cells.get_cmap()(cells.norm(cells.get_array()))[:, :3] < 0.9).all()
+
+
 def test_pictures_say_what_cannot_be_known() -> None:
     obs = torch.zeros(1, LENGTH, 2)
     found = predictions(obs, {})

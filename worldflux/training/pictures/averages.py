@@ -52,7 +52,8 @@ def draw_rewards(found: OpenLoop, title: str = "") -> Figure:
             extent=(*extent, *extent),
             linewidths=0.1,
         )
-        figure.colorbar(cells, ax=left, label="steps in a cell")
+        cells.set_clim(0.2, max(float(cells.get_array().max()), 10.0))  # a single step is grey, not white
+        figure.colorbar(cells, ax=left, label="steps in a cell").ax.set_ylim(1, None)
         left.plot(extent, extent, label="right", **COMPARED)
         _plot_groups(left, reward_calibration(found), "tenths of the steps, by prediction: mean, 95 %")
         left.set(xlim=extent, ylim=extent, xlabel="predicted reward", ylabel="earned reward")
