@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from worldflux.agents import WorldFluxAgent
 
 _NO_OPTIONS = EnvOptions()
+_LINES = 10
 
 
 @dataclass(frozen=True)
@@ -88,16 +90,17 @@ def evaluate(
         seed_everything(seed)
         fps = made.metadata.get("render_fps") or 30
         with nullcontext() if video is None else VideoFile(video, fps) as film:
-            played = [
-                _play(
+            played: list[Episode] = []
+            while len(played) < episodes:
+                episode = _play(
                     player,
                     made,
-                    seed=seed if number == 0 else None,
+                    seed=None if played else seed,
                     deterministic=not stochastic,
-                    show=None if film is None or number >= video_episodes else film.add,
+                    show=film.add if film is not None and len(played) < video_episodes else None,
                 )
-                for number in range(episodes)
-            ]
+                played.append(episode)
+                _tell(len(played), episodes, episode)
     finally:
         made.close()
     _report(played, str(source), name, stochastic=stochastic, seed=seed, as_json=json_output, video=video)
@@ -180,6 +183,12 @@ def _play(
     if show is not None:
         show(_picture(env))
     return Episode(score, length)
+
+
+def _tell(number: int, episodes: int, episode: Episode) -> None:
+    """Some lines on stderr, since planning takes its time; results are for stdout."""
+    if number * _LINES // episodes > (number - 1) * _LINES // episodes:
+        print(f"episode {number}/{episodes}  score {episode.score:.4g}  length {episode.length}", file=sys.stderr)
 
 
 def _picture(env: gym.Env[Any, Any]) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ except ImportError as error:
     ) from error
 
 _COLUMNS = 3
+_LABEL_WIDTH = 44
+_LEAST_SHARE = 0.2
+"""Of the way to the first published score that runs must have gone for it to be drawn."""
 _NAMES = {"evaluation": "return of evaluations", "training": "return of training episodes"}
 
 
@@ -54,7 +58,7 @@ def draw(tasks: Mapping[str, list[Curve]], path: Path, *, x: str, kind: str, ref
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlim(left=0)
         axes.grid(alpha=0.25)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small")  # of labels that are wrapped: a wide one would leave no room for the curves
     notes = []
     if any(len(curve.runs) > 1 for curves in tasks.values() for curve in curves):
         notes.append("thick: mean over seeds; band: 95 % bootstrap interval of the mean; thin: single runs")
@@ -69,12 +73,14 @@ def _draw_curve(axes: Any, curve: Curve, color: str, *, x: str, kind: str) -> No
     """All runs of a curve, and their mean."""
     lines = [_xy(run, x, kind) for run in curve.runs]
     if len(lines) == 1:
-        axes.plot(*lines[0], color=color, label=f"{curve.label} (seed {curve.runs[0].seed})", **_dot(lines[0][0]))
+        label = _wrapped(f"{curve.label} (seed {curve.runs[0].seed})")
+        axes.plot(*lines[0], color=color, label=label, **_dot(lines[0][0]))
         return
     for line in lines:
         axes.plot(*line, color=color, alpha=0.35, linewidth=0.8)
     grid, mean, (low, high) = mean_and_interval(lines)
-    axes.plot(grid, mean, color=color, linewidth=2, label=f"{curve.label} ({len(lines)} seeds)", **_dot(grid))
+    label = _wrapped(f"{curve.label} ({len(lines)} seeds)")
+    axes.plot(grid, mean, color=color, linewidth=2, label=label, **_dot(grid))
     axes.fill_between(grid, low, high, color=color, alpha=0.2, linewidth=0)
 
 
@@ -88,6 +94,10 @@ def _draw_published(axes: Any, task: str, curves: list[Curve], kind: str) -> boo
         frames_per_step = curve.runs[0].config.frames_per_step
         last = max(run.scores(kind)[-1][0] for each in curves for run in each.runs)
         steps = found.frames / frames_per_step
+        if last < _LEAST_SHARE * steps[0]:  # our runs would be a dot in the corner
+            name = found.label.partition(",")[0]
+            axes.plot([], [], " ", label=f"{name}'s published scores begin at {steps[0]:g} steps")
+            continue
         shown = slice(0, int(np.searchsorted(steps, last)) + 1)
         bars = np.stack([found.mean - found.low, found.high - found.mean])[:, shown]
         axes.errorbar(
@@ -104,6 +114,10 @@ def _draw_published(axes: Any, task: str, curves: list[Curve], kind: str) -> boo
         )
         drawn.add(found.label)
     return bool(drawn)
+
+
+def _wrapped(label: str) -> str:
+    return textwrap.fill(label, _LABEL_WIDTH)
 
 
 def _xy(run: Run, x: str, kind: str) -> tuple[np.ndarray, np.ndarray]:

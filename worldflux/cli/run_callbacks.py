@@ -65,7 +65,7 @@ class Progress(BaseCallback):
         if self._bar is not None:
             now = time.monotonic()
             if now - self._shown > 1:
-                self._bar.set_postfix_str(self._score(), refresh=False)
+                self._bar.set_postfix_str(self._score().partition(" (")[0], refresh=False)
                 self._shown = now
             self._bar.update(self.num_timesteps - self._bar.n)
         elif self._passed(self.num_timesteps) > self._passed(self.num_timesteps - self.training_env.num_envs):
