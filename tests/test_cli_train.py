@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from worldflux import WorldFluxAgent
 from worldflux.cli.evaluations import Evaluation, read_evaluations, write_evaluations
@@ -83,6 +84,19 @@ def test_config_json_starts_the_same_run_again(capsys: pytest.CaptureFixture[str
     assert scores[0] == scores[1]
     assert len(scores[0]) == 2
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("model", ["dreamerv3:tiny", "tdmpc2:tiny"])
+def test_evaluations_change_nothing_in_the_training(model: str) -> None:
+    env = "envs_for_tests:Aim" if model.startswith("tdmpc2") else CORRIDOR
+    fields = ["--set", "mlp_dim=16", "--set", "num_samples=16", "--set", "num_elites=4", *TINY[6:]]
+    args = ["train", model, env, *(fields if model.startswith("tdmpc2") else TINY), "--steps", "40", "--seed", "3"]
+    for name, options in (("without", ["--eval-interval", "0"]), ("with", ["--eval-interval", "7"])):
+        assert main([*args, *options, "--eval-episodes", "1", "--run", name]) == 0
+    without, evaluated = (WorldFluxAgent.load(f"{name}/agent.zip") for name in ("without", "with"))
+    assert without.trainer.step_count == evaluated.trainer.step_count > 0
+    before, after = without.model.state_dict(), evaluated.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_options_reach_the_agent_and_the_environment() -> None:
