@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from worldflux.agents import ImaginationCallback, WorldFluxAgent
 from worldflux.cli.imagine import _find_agent
 from worldflux.cli.main import main
+from worldflux.cli.runs import RunConfig
 from worldflux.errors import ConfigurationError
 from worldflux.training import Batch, ReplayBuffer, open_loop
 from worldflux.training.newest import NewestRows
@@ -93,6 +94,7 @@ def test_its_numbers_are_the_errors_of_open_loop(
 def test_a_checkpoint_and_the_directory_of_its_run_bring_their_replay_data(checkpoint: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
+    RunConfig("train", "dreamerv3:tiny", "CartPole-v1", {}).write(run)
     newest = run / "checkpoints" / checkpoint.name
     newest.symlink_to(checkpoint)
     assert (_find_agent(checkpoint), _find_agent(checkpoint.parent), _find_agent(run)) == (
@@ -107,6 +109,17 @@ def test_a_checkpoint_and_the_directory_of_its_run_bring_their_replay_data(check
     assert counts[0] > counts[-1] > 0
 
 
+def test_an_agent_of_a_run_acts_in_the_environment_of_the_run(tmp_path: Path) -> None:
+    agent = WorldFluxAgent("dreamerv3:tiny", "CartPole-v1", **SETTINGS)
+    agent.save(tmp_path / "best_agent.zip")
+    RunConfig("train", "dreamerv3:tiny", "CartPole-v1", {"action_repeat": 2}).write(tmp_path)
+    output = tmp_path / "out"
+    assert main(["imagine", str(tmp_path / "best_agent.zip"), *SMALL, "--episodes", "3", "-o", str(output)]) == 0
+    assert numbers(output)["data"] == "3 new episodes in CartPole-v1"
+    # Two steps of CartPole in one of the agent's.
+    assert numbers(output)["rewards"]["earned"] > 1.5
+
+
 def test_images_become_a_video_and_a_strip(tmp_path: Path) -> None:
     agent = make_agent("image", train_ratio=0, buffer_size=100)
     agent.learn(60)
@@ -115,6 +128,7 @@ def test_images_become_a_video_and_a_strip(tmp_path: Path) -> None:
     assert main(["imagine", str(tmp_path / "agent"), *SMALL, "-o", str(output)]) == 0
     assert frames_of(output / "imagination.mp4") == 9
     video = cv2.VideoCapture(str(output / "imagination.mp4"))
+    assert video.get(cv2.CAP_PROP_FPS) == 10
     size = video.get(cv2.CAP_PROP_FRAME_WIDTH), video.get(cv2.CAP_PROP_FRAME_HEIGHT)
     assert size == (84 + 2 * (96 + 6) + 6, 30 + 3 * (96 + 6) + 22)  # of pictures that are enlarged from 48 to 96
     assert (output / "imagination-strip.png").is_file()
@@ -145,12 +159,13 @@ def test_what_cannot_be_drawn_is_refused_in_a_sentence(
     archive, data = str(checkpoint.parent / "agent.zip"), str(checkpoint.parent / "data.npz")
     refused = {
         ("nothing",): "There is no 'nothing'. AGENT is a zip of WorldFluxAgent.save",
-        ("empty",): "empty holds neither a checkpoint nor an agent.zip",
+        ("empty",): "empty holds no checkpoint of an agent",
         (archive,): "holds no replay data. Add recorded episodes",
         (archive, "nothing.npz"): "There is no file 'nothing.npz'",
         (archive, data, "--env", "CartPole-v1"): "Leave one of them out",
         (archive, "--env", "CartPole-v1"): "The agent acts in",
         (archive, "--env", "Pendulum-v1"): "The agent observes (4,), and Pendulum-v1 shows (3,)",
+        (archive, data, "--size", "32"): "--size go with --env",
         (archive, data, "--horizon", "0"): "horizon is 0, expected a whole number from 1",
         (archive, data, "--horizon", "500"): "no window fits",
         (archive, data, "-o", "file"): "Nothing can be written to file: File exists",

@@ -84,9 +84,9 @@ def evaluate(
     if video is not None:
         check_target(video)
     player = WorldFluxAgent.load(source)
-    made = _make(name, options, film=video is not None)
+    made = make_environment(name, options, film=video is not None)
     try:
-        _check_spaces(player, made, name)
+        check_spaces(player, made, name)
         seed_everything(seed)
         fps = made.metadata.get("render_fps") or 30
         with nullcontext() if video is None else VideoFile(video, fps) as film:
@@ -120,7 +120,7 @@ def _environment(agent: Path, env: str | None, options: EnvOptions) -> tuple[str
     return config.task, from_json(TrainSettings, config.settings, run / runs.CONFIG_FILE)
 
 
-def _make(name: str, options: EnvOptions, *, film: bool) -> gym.Env[Any, Any]:
+def make_environment(name: str, options: EnvOptions, *, film: bool) -> gym.Env[Any, Any]:
     """One environment, which renders where it shall be filmed.
 
     Raises:
@@ -146,7 +146,7 @@ def _make(name: str, options: EnvOptions, *, film: bool) -> gym.Env[Any, Any]:
     return env
 
 
-def _check_spaces(agent: WorldFluxAgent, env: gym.Env[Any, Any], name: str) -> None:
+def check_spaces(agent: WorldFluxAgent, env: gym.Env[Any, Any], name: str) -> None:
     """Raises a `ShapeMismatchError` unless the agent was trained for such an environment."""
     from worldflux.envs.spaces import ObservationCodec
 

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from worldflux.cli.environments import find_environment
+from worldflux.cli import runs
+from worldflux.cli.eval import check_spaces, make_environment
+from worldflux.cli.options import EnvOptions, Number, from_json
+from worldflux.cli.train import TrainSettings
 from worldflux.errors import ConfigurationError, ShapeMismatchError
 
 if TYPE_CHECKING:
@@ -18,14 +21,12 @@ if TYPE_CHECKING:
     from worldflux.training import ReplayBuffer
     from worldflux.training.prediction import PredictionError
 
-_NOTHING = ""
-"""For options without a default of their own: their texts say what happens without them."""
-_Number = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_NOTHING)]
-_Data = Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA", help_behavior_hint=_NOTHING)]
-_Env = Annotated[str | None, tyro.conf.arg(metavar="ENV", help_behavior_hint=_NOTHING)]
+_Data = Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA", help_behavior_hint="")]
+_Env = Annotated[str | None, tyro.conf.arg(metavar="ENV", help_behavior_hint="")]
 
 WINDOWS, IMAGE_WINDOWS = 256, 32
 """By default; windows of images take much memory."""
+_NO_OPTIONS = EnvOptions()
 
 
 def imagine(
@@ -36,19 +37,19 @@ def imagine(
     episodes: int = 10,
     context: int = 5,
     horizon: int = 45,
-    windows: _Number = None,
+    windows: Number = None,
     shown: int = 4,
-    samples: _Number = None,
+    samples: Number = None,
     seed: int = 0,
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("imagination"),
+    options: Annotated[EnvOptions, tyro.conf.arg(name="")] = _NO_OPTIONS,
 ) -> int:
     """Draw what a saved agent imagines: it sees how recorded windows begin, and predicts the rest from the actions.
 
     Args:
         agent: A zip of WorldFluxAgent.save, a checkpoint, or the directory of a run.
         data: Recorded episodes, an .npz. Without it and --env, the replay data of the checkpoint.
-        env: Record new episodes of the agent in this environment instead: an id (CartPole-v1, dmc/walker-walk,
-            atari/pong), or where your class is: module:Class or path.py:Class.
+        env: Record new episodes of the agent instead, in an environment as for worldflux train.
         episodes: How many to record with --env.
         context: Rows of each window that the model sees.
         horizon: Rows after them that it predicts.
@@ -57,6 +58,7 @@ def imagine(
         samples: Futures to draw for each window. By default one, of the likeliest latents.
         seed: Of the windows, the drawn futures, and with --env of the environment and the actions.
         output: Directory for the pictures and imagination.json.
+        options: How ENV is made.
 
     Returns:
         0
@@ -74,18 +76,21 @@ def imagine(
         whole_number("samples", samples, 1)
     if data is not None and env is not None:
         raise ConfigurationError(f"Both {data} and --env {env} are given. Leave one of them out.")
+    if options != _NO_OPTIONS and env is None:
+        raise ConfigurationError(f"--{' --'.join(options.given())} go with --env. Add it, or leave them out.")
     source = _find_agent(agent)
     _make_directory(output)
 
     from worldflux.agents import WorldFluxAgent
+    from worldflux.cli.video import VideoFile
     from worldflux.training.calibration import check_finite, summary
     from worldflux.training.pictures import figures, picture_name
-    from worldflux.training.pictures.frames import film, image_keys, longest_windows, write_mp4
+    from worldflux.training.pictures.frames import FPS, film, image_keys, longest_windows
     from worldflux.training.prediction import open_loop
 
     player = WorldFluxAgent.load(source)
-    buffer, described = _episodes_of(player, source, data, env, episodes=episodes, seed=seed)
-    _check_spaces(player, buffer, described)
+    buffer, described = _episodes_of(player, source, data, env, options, episodes=episodes, seed=seed)
+    _check_rows(player, buffer, described)
     has_images = any(len(shape) == 3 for shape in player.model.config.obs_shapes.values())
     count = windows or (IMAGE_WINDOWS if has_images else WINDOWS)
     found = open_loop(
@@ -98,8 +103,9 @@ def imagine(
         beside = Path(scratch)
         images = image_keys(found)
         for key in images:
-            frames = film(found, key, longest_windows(found, shown))
-            write_mp4(beside / f"{picture_name('imagination', key, images)}.mp4", frames)
+            with VideoFile(beside / f"{picture_name('imagination', key, images)}.mp4", FPS) as video:
+                for frame in film(found, key, longest_windows(found, shown)):
+                    video.add(frame)
         for name, figure in figures(found, errors, shown=shown, title=title).items():
             figure.savefig(beside / f"{name}.png")
         numbers = {"agent": str(source), "data": described, "seed": seed, **summary(found, errors)}
@@ -110,22 +116,16 @@ def imagine(
 
 
 def _find_agent(path: Path) -> Path:
-    """What `WorldFluxAgent.load` reads: the path itself, or the newest agent in the directory of a run."""
-    if not path.exists() and not path.with_name(f"{path.name}.zip").is_file():
-        raise ConfigurationError(
-            f"There is no '{path}'. AGENT is a zip of WorldFluxAgent.save, a checkpoint, or the directory of a run."
-        )
+    """What `WorldFluxAgent.load` reads, the newest checkpoint where there are several: it has replay data."""
     from worldflux.training.checkpoint import newest_checkpoint
 
-    if not path.is_dir() or (path / "agent.json").is_file():
-        return path
-    for directory in (path, path / "checkpoints"):
-        newest = newest_checkpoint(directory)
-        if newest is not None:
-            return newest
-    if (path / "agent.zip").is_file():
-        return path / "agent.zip"
-    raise ConfigurationError(f"{path} holds neither a checkpoint nor an agent.zip. Pass what an agent was saved to.")
+    source = runs.saved_agent(path, newest=True)
+    if not source.is_dir() or (source / "agent.json").is_file():
+        return source
+    newest = newest_checkpoint(source)
+    if newest is None:
+        raise ConfigurationError(f"{path} holds no checkpoint of an agent. Pass what an agent was saved to.")
+    return newest
 
 
 def _make_directory(output: Path) -> None:
@@ -140,7 +140,14 @@ def _make_directory(output: Path) -> None:
 
 
 def _episodes_of(
-    agent: WorldFluxAgent, source: Path, data: Path | None, env: str | None, *, episodes: int, seed: int
+    agent: WorldFluxAgent,
+    source: Path,
+    data: Path | None,
+    env: str | None,
+    options: EnvOptions,
+    *,
+    episodes: int,
+    seed: int,
 ) -> tuple[ReplayBuffer, str]:
     """What the agent is shown, and what that is in words."""
     from worldflux.training import ReplayBuffer
@@ -149,40 +156,33 @@ def _episodes_of(
         if not data.is_file():
             raise ConfigurationError(f"There is no file '{data}'. DATA is an .npz of worldflux collect.")
         return ReplayBuffer.load(data, seed=seed), f"episodes of {data.name}"
-    if env is not None:
-        return _record(agent, env, episodes, seed), f"{episodes} new episodes in {env}"
-    if source.is_dir():
+    if env is None and source.is_dir():
         return _replay_data(agent, source, seed), f"replay data of {source.name}"
-    raise ConfigurationError(
-        f"{source} holds no replay data. Add recorded episodes (worldflux imagine {source} data.npz), or --env ENV to "
-        "record some."
-    )
+    if env is None:
+        run = runs.run_of(source)
+        if run is None:
+            raise ConfigurationError(
+                f"{source} holds no replay data. Add recorded episodes (worldflux imagine {source} data.npz), or "
+                "--env ENV to record some."
+            )
+        config = runs.RunConfig.read(run)
+        env = config.task
+        options = from_json(TrainSettings, config.settings, run / runs.CONFIG_FILE)
+    return _record(agent, env, options, episodes, seed), f"{episodes} new episodes in {env}"
 
 
-def _record(agent: WorldFluxAgent, env: str, episodes: int, seed: int) -> ReplayBuffer:
+def _record(agent: WorldFluxAgent, env: str, options: EnvOptions, episodes: int, seed: int) -> ReplayBuffer:
     """New episodes of the agent, with sampled actions as in training."""
     from worldflux.envs.collection import collect
-    from worldflux.envs.make import make_vec_env
-    from worldflux.envs.spaces import ObservationCodec
     from worldflux.training.randomness import seed_everything
 
-    envs = make_vec_env(find_environment(env), 1, seed=seed)
+    made = make_environment(env, options, film=False)
     try:
-        expected, shown = agent.obs_codec, ObservationCodec(envs.observation_space)
-        if (expected.obs_shape, expected.obs_classes) != (shown.obs_shape, shown.obs_classes):
-            raise ShapeMismatchError(
-                f"The agent observes {expected.obs_shape}, and {env} shows {shown.obs_shape}. "
-                "Pass the environment that it was trained in, or episodes recorded there."
-            )
-        if agent.action_space != envs.action_space:
-            raise ShapeMismatchError(
-                f"The agent acts in {agent.action_space}, and {env} has {envs.action_space}. "
-                "Pass the environment that it was trained in."
-            )
+        check_spaces(agent, made, env)
         seed_everything(seed)
-        return collect(envs, agent, episodes=episodes, seed=seed)
+        return collect(made, agent, episodes=episodes, seed=seed)
     finally:
-        envs.close()
+        made.close()
 
 
 def _replay_data(agent: WorldFluxAgent, checkpoint: Path, seed: int) -> ReplayBuffer:
@@ -210,7 +210,7 @@ def _replay_data(agent: WorldFluxAgent, checkpoint: Path, seed: int) -> ReplayBu
     return buffer
 
 
-def _check_spaces(agent: WorldFluxAgent, buffer: ReplayBuffer, described: str) -> None:
+def _check_rows(agent: WorldFluxAgent, buffer: ReplayBuffer, described: str) -> None:
     expected = (agent.obs_codec.obs_shape, agent.action_codec.action_dim)
     if (buffer.obs_shape, buffer.action_dim) != expected:
         raise ShapeMismatchError(

@@ -19,6 +19,7 @@ from worldflux.training.pictures.style import (
     BAND,
     BELOW,
     COMPARED,
+    HATCHED,
     PREDICTED,
     TRUE,
     legend_below,
@@ -128,7 +129,7 @@ def _plot_means(
     ahead = np.arange(1, counts.shape[1] + 1)
     share = f"{HIGH - LOW:.0%} of the windows"
     for values, name, line, band in (
-        (actual, came, TRUE, {"color": "black", "alpha": 0.12, "linewidth": 0} if has_band else None),
+        (actual, came, TRUE, HATCHED if has_band else None),
         (predicted, "predicted", PREDICTED, BAND),
     ):
         over = HorizonError(values.double().cpu().numpy(), counts)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from worldflux.errors import ConfigurationError, MissingDependencyError
+from worldflux.errors import MissingDependencyError
 from worldflux.training.batch import Observation
 from worldflux.training.prediction import OpenLoop
 
@@ -159,29 +158,6 @@ def _even(size: int) -> int:
 def _write(frame: np.ndarray, text: str, x: int, y: int) -> None:
     cv2 = import_cv2()
     cv2.putText(frame, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.45, _TEXT, 1, cv2.LINE_AA)
-
-
-def write_mp4(path: Path, frames: np.ndarray, fps: float = FPS) -> None:
-    """Writes a video.
-
-    Args:
-        path: Ends in `.mp4`.
-        frames: RGB, with even height and width. `[T, height, width, 3]` uint8
-        fps: Frames in a second.
-
-    Raises:
-        ConfigurationError: If OpenCV cannot write it.
-    """
-    cv2 = import_cv2()
-    # MPEG-4 is what every build of OpenCV can write; H.264 needs a library that it may not ship.
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), float(fps), frames.shape[2:0:-1])
-    if not writer.isOpened():
-        raise ConfigurationError(f"OpenCV cannot write {path}. Choose another directory.")
-    try:
-        for frame in frames:
-            writer.write(_bgr(frame))
-    finally:
-        writer.release()
 
 
 def as_animated_png(frames: np.ndarray, fps: float = FPS) -> bytes | None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from worldflux.training.calibration import HIGH, LOW, at_steps, overall_ratio
 from worldflux.training.pictures.frames import image_keys
-from worldflux.training.pictures.style import BAND, COMPARED, PREDICTED, new_figure, no_decoder, set_title
+from worldflux.training.pictures.style import BAND, COMPARED, HATCHED, PREDICTED, new_figure, no_decoder, set_title
 from worldflux.training.prediction import HorizonError, OpenLoop, PredictionError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def draw_errors(found: OpenLoop, errors: Mapping[str, PredictionError], title: s
     figure = new_figure(4.4 * columns, 3.1 * rows + 1.2)
     grid = figure.subplots(rows, columns, squeeze=False).flat
     for axes, (name, error) in zip(grid, errors.items(), strict=False):
-        _plot_error(axes, error.unchanged, "nothing changes", COMPARED, {"color": "0.5", "alpha": 0.2, "linewidth": 0})
+        _plot_error(axes, error.unchanged, "nothing changes", COMPARED, HATCHED)
         _plot_error(axes, error.model, "model", PREDICTED, BAND)
         first, last = (int(error.model.count[step]) for step in (0, -1))
         windows = f"{first} windows" if first == last else f"{first} windows, {last} of them to the end"

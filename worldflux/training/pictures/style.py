@@ -18,6 +18,8 @@ TRUE: dict[str, Any] = {"color": "black", "linewidth": 1.3}
 PREDICTED: dict[str, Any] = {"color": "#d95f02", "linewidth": 1.6, "linestyle": (0, (4, 1.5))}
 COMPARED: dict[str, Any] = {"color": "0.5", "linewidth": 1.3, "linestyle": "-."}
 BAND: dict[str, Any] = {"color": "#d95f02", "alpha": 0.25, "linewidth": 0}
+HATCHED: dict[str, Any] = {"facecolor": "none", "edgecolor": "0.7", "hatch": "////", "linewidth": 0.5}
+"""Of the band that another one lies on."""
 BELOW: dict[str, Any] = {
     "loc": "upper center",
     "bbox_to_anchor": (0.5, -0.16),
@@ -34,7 +36,7 @@ def new_figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError(
-            f'Pictures need matplotlib, which cannot be imported: {error}. pip install "worldflux[extra]".'
+            f'Pictures need matplotlib, which cannot be imported: {error}. pip install "worldflux[plot]".'
         ) from error
     return Figure(figsize=(width, height), layout="constrained", dpi=DPI)
 
