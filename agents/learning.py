@@ -114,7 +114,7 @@ class Learner:
 
     def load_counters(self, counters: Mapping[str, int]) -> None:
         """Continues from what `counters` gave; where nothing is to be trained any more, nothing is owed."""
-        self.n_updates = counters["_n_updates"]
+        self.n_updates = self._examined_at = counters["_n_updates"]
         self.updates_owed = counters["_updates_owed"] if self.schedule.train_ratio else 0
 
     def take_new_buffer(self, buffer: ReplayBuffer) -> None:

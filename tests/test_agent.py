@@ -361,6 +361,17 @@ def test_the_log_has_the_health_of_the_model(tmp_path: Path, monkeypatch: pytest
     assert 2 <= len(measured) < len(lines) and all(0 <= value <= 1 for value in measured)
 
 
+def test_a_loaded_agent_logs_before_its_next_gradient_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning, "CHECK_INTERVAL", 5)
+    make_agent().learn(60).save(tmp_path / "agent.zip")
+    agent = WorldFluxAgent.load(tmp_path / "agent.zip", "CartPole-v1", device="cpu", train_ratio=0)
+    agent.set_logger(configure(str(tmp_path), ["json"]))
+
+    agent.learn(60, log_interval=1)
+
+    assert "health/" not in (tmp_path / "progress.json").read_text()
+
+
 def test_evaluation_works_as_for_every_algorithm_of_sb3(tmp_path: Path) -> None:
     agent = make_agent()
     evaluation = EvalCallback(

@@ -124,7 +124,8 @@ def test_the_complete_documented_example_runs(
 
     assert trained_model is model and trainer.step_count == 8
     assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["step-00000008"]
-    assert [record.getMessage().split()[1] for record in caplog.records] == ["2", "4", "6", "8"]
+    logged = [record for record in caplog.records if record.levelname == "INFO"]  # the health may warn
+    assert [record.getMessage().split()[1] for record in logged] == ["2", "4", "6", "8"]
     for mine, its in zip(predictions(trained_model), predictions(loaded), strict=True):
         assert torch.equal(mine, its)
 
