@@ -32,6 +32,40 @@ class Conv(nn.Conv2d):
         nn.init.zeros_(self.bias)
 
 
+class UpConv(Conv):
+    """Doubles the size of an image (nearest neighbour) and convolves it, without ever making the large image.
+
+    Four neighbouring pixels of the doubled image are copies of one, so a kernel of 5 x 5 sees only 3 x 3 different
+    pixels, and which ones depends on where it stands: at an even or an odd row, an even or an odd column. The four cases
+    are four convolutions of the small image with sums of the kernel's entries, evaluated as one: 9 multiplications in
+    place of 25, and the same numbers up to rounding.
+    """
+
+    phases: Tensor
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int) -> None:
+        super().__init__(in_channels, out_channels, kernel)
+        before = (kernel - 1) // 2  # pixels that "same" padding puts before the image, as torch does
+        # Pixel 2i + a of the result sees, at the kernel's entry u, pixel i + source[a, u] of the small image.
+        source = (torch.arange(2)[:, None] + torch.arange(kernel) - before) // 2
+        self.pad_before, self.pad_after = -int(source.min()), int(source.max())
+        taps = torch.arange(-self.pad_before, self.pad_after + 1)
+        self.register_buffer("phases", (source[:, None] == taps[:, None]).float(), persistent=False)  # [2, taps, kernel]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `[N, in, H, W]` to `[N, out, 2 * H, 2 * W]`, channels-last in memory."""
+        N, _, H, W = x.shape
+        with torch.autocast(x.device.type, enabled=False):  # the sums are exact in float32; the convolution rounds
+            kernels = torch.einsum("atu,oiuv,bsv->aboits", self.phases, self.weight, self.phases).flatten(0, 2)
+        assert self.bias is not None
+        if self.pad_before == self.pad_after:
+            small = F.conv2d(x, kernels, self.bias.repeat(4), padding=self.pad_after)
+        else:
+            small = F.conv2d(F.pad(x, (self.pad_before, self.pad_after) * 2), kernels, self.bias.repeat(4))
+        parts = small.permute(0, 2, 3, 1).reshape(N, H, W, 2, 2, -1)  # the last axes: odd row, odd column, channel
+        return parts.transpose(2, 3).reshape(N, 2 * H, 2 * W, -1).permute(0, 3, 1, 2)
+
+
 def channel_norm(norm: nn.Module, x: Tensor) -> Tensor:
     """Norm over the channels of each pixel, then SiLU. `[N, C, H, W]`"""
     return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -104,16 +138,16 @@ class ConvDecoder(nn.Module):
         outs = [depth * m for m in reversed(_MULTIPLIERS[:-1])]
         ins = [channels, *outs[:-1]]
         reverse = list(reversed(kernels))
-        self.convs = nn.ModuleList(Conv(i, o, k) for i, o, k in zip(ins, outs, reverse[:-1], strict=True))
+        self.convs = nn.ModuleList(UpConv(i, o, k) for i, o, k in zip(ins, outs, reverse[:-1], strict=True))
         self.norms = nn.ModuleList(NormSiLU(o) for o in outs)
-        self.out = Conv(outs[-1], out_channels, reverse[-1])
+        self.out = UpConv(outs[-1], out_channels, reverse[-1])
 
     def forward(self, deter: Tensor, stoch: Tensor) -> Tensor:
         """Maps `[N, D]` and `[N, S * C]` to `[N, out_channels, H, W]`."""
         x = self.smallest_map(deter, stoch)
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = channel_norm(norm, conv(F.interpolate(x, scale_factor=2, mode="nearest")))
-        return torch.sigmoid(self.out(F.interpolate(x, scale_factor=2, mode="nearest")).float())
+            x = channel_norm(norm, conv(x))
+        return torch.sigmoid(self.out(x).float())
 
     def smallest_map(self, deter: Tensor, stoch: Tensor) -> Tensor:
         """The map before any up-sampling. `[N, 4 * depth, H/16, W/16]`"""

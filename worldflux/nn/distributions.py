@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class TwoHot:
@@ -25,6 +27,17 @@ class TwoHot:
         self.logits = logits.float()
         self.bins = bins
 
+    @cached_property
+    def _probs(self) -> Tensor:
+        """The bins' probabilities, without gradient: what the loss and the mean share. `[..., n]`"""
+        return torch.softmax(self.logits.detach(), -1)
+
+    def t(self) -> TwoHot:
+        """The same distributions over `[a, b]` as over `[b, a]`."""
+        transposed = TwoHot(self.logits.transpose(0, 1), self.bins)
+        transposed._probs = self._probs.transpose(0, 1)
+        return transposed
+
     @property
     def mean(self) -> Tensor:
         """Expected value. `[...]`
@@ -32,7 +45,8 @@ class TwoHot:
         Each bin is paired with its mirror before summing, so that uniform probabilities give exactly 0.
         """
         middle = self.bins.shape[0] // 2
-        probs = torch.softmax(self.logits, -1)
+        needs_gradient = torch.is_grad_enabled() and self.logits.requires_grad
+        probs = torch.softmax(self.logits, -1) if needs_gradient else self._probs
         excess = probs[..., middle + 1 :] - probs[..., :middle].flip(-1)
         return excess @ self.bins[middle + 1 :]
 
@@ -47,12 +61,36 @@ class TwoHot:
         """
         # -sum_i w_i * log_softmax_i with weights of sum one: the normaliser is shared by all targets, and the dense
         # [..., n] weights need not be built.
-        loss = len(targets) * torch.logsumexp(self.logits, -1)
+        index, weight = [], []
         for target in targets:
-            lower, upper, weight = two_hot(target, self.bins)
-            picked = torch.gather(self.logits, -1, torch.stack([lower, upper], -1))  # [..., 2]
-            loss = loss - (picked[..., 0] * (1.0 - weight) + picked[..., 1] * weight)
+            lower, upper, upper_weight = two_hot(target, self.bins)
+            index += [lower, upper]
+            weight += [1.0 - upper_weight, upper_weight]
+        loss: Tensor = _SparseCrossEntropy.apply(self.logits, self._probs, torch.stack(index, -1), torch.stack(weight, -1))
         return loss
+
+
+class _SparseCrossEntropy(torch.autograd.Function):
+    """`-sum_j weight_j * log_softmax(logits)[index_j]`, with the gradient made of the probabilities at hand.
+
+    Inputs: logits `[..., n]`, their softmax, indices and weights `[..., k]`; the weights of each target sum to one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, probs: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(probs, index, weight)
+        # The log of the softmax's denominator, read off the likeliest bin, where nothing can underflow.
+        normaliser = logits.amax(-1) - probs.amax(-1).log()
+        picked = (torch.gather(logits, -1, index) * weight).sum(-1)
+        return weight.shape[-1] / 2 * normaliser - picked
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        probs, index, weight = ctx.saved_tensors
+        grad = grad.unsqueeze(-1)
+        logits = probs * (weight.shape[-1] / 2 * grad)
+        return logits.scatter_add_(-1, index, -grad * weight), None, None, None
 
 
 def two_hot(target: Tensor, bins: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,7 +137,7 @@ class OneHot:
         Args:
             noise: Uniform numbers in [0, 1); drawn here if not given. `[..., S]`
         """
-        return self.straight_through(_inverse_cdf(self.probs.detach(), noise))
+        return self.straight_through(inverse_cdf(self.probs.detach(), noise))
 
     @property
     def mode(self) -> Tensor:
@@ -143,7 +181,7 @@ def log_softmax(logits: Tensor) -> Tensor:
     return shifted - torch.log(torch.exp(shifted).sum(-1, keepdim=True))
 
 
-def _inverse_cdf(probs: Tensor, uniform: Tensor | None = None) -> Tensor:
+def inverse_cdf(probs: Tensor, uniform: Tensor | None = None) -> Tensor:
     """Draws a class from each row of `probs` `[..., C]` with one uniform number per row. `[...]` int64"""
     uniform = torch.rand(probs.shape[:-1], device=probs.device) if uniform is None else uniform
     # Rounding may leave the last cumulative sum a little under one; the factor keeps every number below it.
@@ -235,7 +273,7 @@ class CategoricalPolicy:
 
     def sample(self) -> Tensor:
         """Draws one class of each softmax, one-hot. `[..., A]`"""
-        return self._onehots([_inverse_cdf(part.exp()) for part in self._parts()])
+        return self._onehots([inverse_cdf(part.exp()) for part in self._parts()])
 
     def log_prob(self, actions: Tensor) -> Tensor:
         """Log-likelihood of one-hot actions. `[...]`"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -122,6 +123,22 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `[..., in]` to `[..., units]`."""
-        for linear, norm in zip(self.linears, self.norms, strict=True):
+        return self._layers_from(0, x)
+
+    def _layers_from(self, first: int, x: Tensor) -> Tensor:
+        for linear, norm in zip(self.linears[first:], self.norms[first:], strict=True):
             x = norm(linear(x))
         return x
+
+
+def stacked_mlps(mlps: Sequence[MLP], x: Tensor) -> list[Tensor]:
+    """Several MLPs on one input `[..., in]`, their first layers as one product; each gives `[..., units]`.
+
+    The input of DreamerV3's heads is ten times as wide as their hidden layers, and reading it is what they cost.
+    """
+    if not all(len(mlp.linears) for mlp in mlps):
+        return [mlp(x) for mlp in mlps]
+    first: list[Any] = [mlp.linears[0] for mlp in mlps]
+    weight, bias = torch.cat([layer.weight for layer in first]), torch.cat([layer.bias for layer in first])
+    parts = F.linear(x, weight, bias).split([layer.out_features for layer in first], -1)
+    return [mlp._layers_from(1, mlp.norms[0](part)) for mlp, part in zip(mlps, parts, strict=True)]

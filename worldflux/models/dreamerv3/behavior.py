@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from worldflux.models.dreamerv3.returns import lambda_return, update_percentiles
@@ -117,7 +118,7 @@ def imagination_losses(
     log_prob = policy.log_prob(actions.detach())[:, :-1]
     actor = -step_weight * (log_prob * advantage + entropy_scale * entropy)
     # The last feature has no return: any target will do there, its loss is cut off.
-    padded = torch.cat([returns, torch.zeros_like(returns[:, :1])], 1)
+    padded = F.pad(returns, (0, 1))
     critic_loss = step_weight * critic.loss(padded, slow_value.detach())[:, :-1]
     return ImaginationLosses(actor, critic_loss, returns, weight, advantage, entropy.detach(), norm)
 
@@ -150,6 +151,6 @@ def replay_critic_loss(
     """
     going_on = 1.0 - is_last
     targets = lambda_return(rewards, discount * (1.0 - is_terminal), lam, bootstrap.detach(), trace=going_on)
-    padded = torch.cat([targets, torch.zeros_like(targets[:, :1])], 1)
+    padded = F.pad(targets, (0, 1))
     loss = going_on[:, :-1] * critic.loss(padded, slow_value.detach())[:, :-1]
     return loss, targets

@@ -21,7 +21,11 @@ class TwoHotHead(nn.Module):
 
     def forward(self, feat: Tensor) -> TwoHot:
         """`[..., F]` → a distribution over `[...]`."""
-        return TwoHot(self.out(self.mlp(feat)), self.bins)
+        return self.output(self.mlp(feat))
+
+    def output(self, hidden: Tensor) -> TwoHot:
+        """The distribution that the last hidden layer `[..., units]` gives."""
+        return TwoHot(self.out(hidden), self.bins)
 
 
 class ContinueHead(nn.Module):
@@ -34,7 +38,11 @@ class ContinueHead(nn.Module):
 
     def forward(self, feat: Tensor) -> Tensor:
         """`[..., F]` → logits `[...]`."""
-        return self.out(self.mlp(feat)).squeeze(-1).float()
+        return self.output(self.mlp(feat))
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """The logits that the last hidden layer `[..., units]` gives."""
+        return self.out(hidden).squeeze(-1).float()
 
 
 class Actor(nn.Module):
@@ -61,7 +69,10 @@ class Actor(nn.Module):
 
     def forward(self, feat: Tensor) -> PolicyDistribution:
         """`[..., F]` → a distribution over actions `[..., A]`."""
-        hidden = self.mlp(feat)
+        return self.output(self.mlp(feat))
+
+    def output(self, hidden: Tensor) -> PolicyDistribution:
+        """The distribution that the last hidden layer `[..., units]` gives."""
         if self.classes:
             return CategoricalPolicy(self.logits(hidden), self.classes)
         return NormalPolicy(self.mean(hidden), self.std(hidden))

@@ -11,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from worldflux.models.dreamerv3.cell import CoreWeights, PosteriorWeights
+from worldflux.models.dreamerv3.imagination import ImaginationWeights, layers_of
+from worldflux.models.dreamerv3.scan import Cells, Scan
 from worldflux.nn.distributions import OneHot
-from worldflux.nn.layers import MLP, BlockLinear, Linear, NormSiLU, block_matmul
+from worldflux.nn.layers import MLP, BlockLinear, Linear, NormSiLU
 
 
 class Observed(NamedTuple):
@@ -65,6 +68,9 @@ class RSSM(nn.Module):
         self.posterior_out = Linear(hidden_dim, stoch_dim)
         self.prior_in = MLP(deter_dim, hidden_dim, 2)
         self.prior_out = Linear(hidden_dim, stoch_dim)
+        self.cells = Cells()
+        self.fast = True
+        """False: the plain computations that the fast ones are tested against."""
 
     def initial(self, batch_size: int) -> tuple[Tensor, Tensor]:
         """The zero state. `[B, D]`, `[B, S, C]`"""
@@ -88,7 +94,16 @@ class RSSM(nn.Module):
         Returns:
             The next `deter`. `[B, D]`
         """
-        return self._step(deter, stoch.flatten(1), *self._prepare_actions(actions))
+        shared = torch.cat([self.deter_in(deter), self.stoch_in(stoch.flatten(1)), self.action_in(bounded(actions))], -1)
+        pieces = deter.unflatten(-1, (self.blocks, -1))
+        pieces = torch.cat([pieces, shared.unsqueeze(1).expand(-1, self.blocks, -1)], -1)  # each block sees all of it
+        gates = self.gates(self.hidden_norm(self.hidden(pieces.flatten(1))))
+        # Within each block the outputs are reset, candidate and update, one after the other.
+        reset, candidate, update = gates.unflatten(-1, (self.blocks, 3, -1)).unbind(-2)  # [B, g, D/g] each
+        candidate = torch.tanh(torch.sigmoid(reset) * candidate)
+        # The bias of -1 makes the cell remember at first.
+        update = torch.sigmoid(update - 1.0)
+        return torch.lerp(deter, candidate.flatten(1), update.flatten(1))
 
     def prior(self, deter: Tensor) -> Tensor:
         """Logits of the latents expected without an observation. `[..., D]` → `[..., S, C]`"""
@@ -125,61 +140,133 @@ class RSSM(nn.Module):
             obs_mask: Where false nothing was seen, and the prior takes the posterior's place. `[B, T]`
             draws: Classes to use in place of sampling. `[B, T, S]`
         """
-        steps = prev_actions.shape[1]
         keep = 1.0 - is_first.to(deter.dtype).unsqueeze(-1)  # [B, T, 1]
-        action_part, recurrent, stoch_and_deter = self._prepare_actions(prev_actions * keep)
-        # The posterior's first layer, split into what the embedding and what the state contributes.
+        prev_actions = prev_actions * keep
+        noise = None
+        if draws is None:
+            noise = torch.rand(keep.shape[1], *stoch.shape[:2], device=stoch.device)
+        if obs_mask is not None or not self.fast:
+            return self._observe_plainly(deter, stoch, prev_actions, embed, keep, obs_mask, noise, draws)
         layer = self.posterior_in.linears[0]
         assert isinstance(layer, Linear)
         embed_part = F.linear(embed, layer.weight[:, self.deter_dim :], layer.bias)  # [B, T, hidden]
-        deter_weight = layer.weight[:, : self.deter_dim].t()
-        if draws is None:
-            noise = torch.rand(steps, *stoch.shape[:2], device=stoch.device)
-        flat = stoch.flatten(1)
+        results = Scan.apply(
+            self.cells,
+            self.unimix,
+            deter,
+            stoch,
+            keep.transpose(0, 1),
+            self.action_part(prev_actions).transpose(0, 1),
+            embed_part.float().transpose(0, 1),
+            noise,
+            None if draws is None else draws.transpose(0, 1),
+            *self.core_weights(),
+            *self.posterior_weights(),
+        )
+        return Observed(*(result.transpose(0, 1) for result in results))
+
+    def _observe_plainly(
+        self,
+        deter: Tensor,
+        stoch: Tensor,
+        prev_actions: Tensor,
+        embed: Tensor,
+        keep: Tensor,
+        obs_mask: Tensor | None,
+        noise: Tensor | None,
+        draws: Tensor | None,
+    ) -> Observed:
+        """What `observe` computes, step by step with the functions above."""
         deters, stochs, logits = [], [], []
-        for t in range(steps):
-            deter = self._step(deter * keep[:, t], flat * keep[:, t], action_part[:, t], recurrent, stoch_and_deter)
-            hidden = self.posterior_in.norms[0](torch.addmm(embed_part[:, t], deter, deter_weight))
-            logit = self.posterior_out(hidden).unflatten(-1, (self.groups, self.classes))
+        for t in range(keep.shape[1]):
+            deter = self.core(deter * keep[:, t], stoch * keep[:, t].unsqueeze(-1), prev_actions[:, t])
+            logit = self.posterior(deter, embed[:, t])
             if obs_mask is not None:
                 logit = torch.where(obs_mask[:, t, None, None], logit, self.prior(deter))
             dist = self.dist(logit)
-            sample = dist.sample(noise[t]) if draws is None else dist.straight_through(draws[:, t])
-            flat = sample.flatten(1)
+            if draws is None:
+                assert noise is not None
+                stoch = dist.sample(noise[t])
+            else:
+                stoch = dist.straight_through(draws[:, t])
             deters.append(deter)
-            stochs.append(sample)
+            stochs.append(stoch)
             logits.append(logit)
         return Observed(torch.stack(deters, 1), torch.stack(stochs, 1), torch.stack(logits, 1))
 
-    def _prepare_actions(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the actions contribute to the core's hidden layer, and that layer's kernel in two pieces.
+    # The weights as the cell's functions take them
+
+    def core_weights(self) -> CoreWeights:
+        """Weights of the recurrence, matrices in autocast's precision; gradients flow through.
 
         The hidden layer of block k sees `[deter_k, x0, x1, x2]`: only `deter_k` differs between blocks, so the kernel
         is a block-diagonal one for `deter` and a dense one for the rest; of that, `x2` depends on the action alone.
+        """
+        kind = self._precision()
+        deter_in, stoch_in = self.deter_in.linears[0], self.stoch_in.linears[0]
+        return CoreWeights(
+            deter_kernel=deter_in.weight.to(kind),
+            deter_bias=deter_in.bias.to(kind),
+            deter_scale=self.deter_in.norms[0].scale,
+            stoch_kernel=stoch_in.weight.to(kind),
+            stoch_bias=stoch_in.bias.to(kind),
+            stoch_scale=self.stoch_in.norms[0].scale,
+            recurrent=self.hidden.weight[:, : self.deter_dim // self.blocks].to(kind),
+            dense=self._dense_kernel()[: 2 * deter_in.out_features].to(kind),
+            hidden_scale=self.hidden_norm.scale,
+            gates=self.gates.weight.to(kind),
+            gates_bias=self.gates.bias,
+        )
+
+    def posterior_weights(self) -> PosteriorWeights:
+        """Weights of the posterior, as `core_weights` gives those of the recurrence."""
+        kind = self._precision()
+        return PosteriorWeights(
+            kernel=self.posterior_in.linears[0].weight[:, : self.deter_dim].to(kind),
+            scale=self.posterior_in.norms[0].scale,
+            out_kernel=self.posterior_out.weight.to(kind),
+            out_bias=self.posterior_out.bias.to(kind),
+        )
+
+    def imagination_weights(self, actor: MLP) -> ImaginationWeights:
+        """Weights of the prior's side, and of the policy's hidden layers, as `core_weights` gives those of the core."""
+        kind = self._precision()
+        return ImaginationWeights(
+            core=self.core_weights(),
+            action_in=layers_of(self.action_in, kind)[0],
+            dense=self._dense_kernel().to(kind),
+            hidden_bias=self.hidden.bias.to(kind),
+            prior_in=layers_of(self.prior_in, kind),
+            prior_kernel=self.prior_out.weight.to(kind),
+            prior_bias=self.prior_out.bias.to(kind),
+            actor=layers_of(actor, kind),
+        )
+
+    def action_part(self, actions: Tensor) -> Tensor:
+        """What actions add to the hidden layer, its bias included; all that does not wait for the recurrence.
+
+        Args:
+            actions: `[..., A]`; magnitudes above 1 are brought back to 1.
 
         Returns:
-            Contribution of the actions with the bias `[..., D]`, kernel for `deter` `[g, D/g, D/g]`, and kernel for
-            `[x0, x1]` `[2 * hidden, D]`.
+            `[..., D]`, float32.
         """
-        actions = actions / actions.abs().clamp(min=1.0).detach()
-        width = self.deter_dim // self.blocks
-        kernel = self.hidden.weight
-        dense = kernel[:, width:].transpose(0, 1).flatten(1)  # [3 * hidden, D]
-        split = 2 * dense.shape[0] // 3
-        contribution = self.action_in(actions) @ dense[split:] + self.hidden.bias
-        return contribution, kernel[:, :width], dense[:split]
+        hidden = self.action_in(bounded(actions))
+        return (hidden @ self._dense_kernel()[2 * hidden.shape[-1] :]).float() + self.hidden.bias
 
-    def _step(self, deter: Tensor, flat: Tensor, action_part: Tensor, recurrent: Tensor, dense: Tensor) -> Tensor:
-        """The core with its time-independent parts prepared; `flat` is `[B, S * C]`."""
-        inputs = torch.cat([self.deter_in(deter), self.stoch_in(flat)], -1)
-        hidden = block_matmul(deter, recurrent) + torch.addmm(action_part, inputs, dense)
-        gates = self.gates(self.hidden_norm(hidden))
-        # Within each block the outputs are reset, candidate and update, one after the other.
-        reset, candidate, update = gates.unflatten(-1, (self.blocks, 3, -1)).unbind(-2)  # [B, g, D/g] each
-        candidate = torch.tanh(torch.sigmoid(reset) * candidate)
-        # The bias of -1 makes the cell remember at first.
-        update = torch.sigmoid(update - 1.0)
-        return torch.lerp(deter, candidate.flatten(1), update.flatten(1))
+    def _dense_kernel(self) -> Tensor:
+        """The hidden layer's kernel for what all blocks see. `[3 * hidden, D]`"""
+        return self.hidden.weight[:, self.deter_dim // self.blocks :].transpose(0, 1).flatten(1)
+
+    def _precision(self) -> torch.dtype:
+        """What matrices are multiplied in here."""
+        device = self.gates.weight.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+
+
+def bounded(actions: Tensor) -> Tensor:
+    """Actions with magnitudes above 1 brought back to 1, without a gradient through the magnitude."""
+    return actions / actions.abs().clamp(min=1.0).detach()
 
 
 def kl_losses(posterior: OneHot, prior: OneHot, free_nats: float) -> tuple[Tensor, Tensor, Tensor]:

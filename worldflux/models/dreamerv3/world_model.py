@@ -27,10 +27,12 @@ from worldflux.models.dreamerv3.behavior import (
 from worldflux.models.dreamerv3.encoder import Decoder, Encoder
 from worldflux.models.dreamerv3.heads import Actor, ContinueHead, TwoHotHead
 from worldflux.models.dreamerv3.health import vitals
+from worldflux.models.dreamerv3.imagination import hidden_layers, imagine_step
 from worldflux.models.dreamerv3.inputs import ArrivalRows, arrival_rows
 from worldflux.models.dreamerv3.parts import Draws, LossParts
-from worldflux.models.dreamerv3.rssm import RSSM, kl_losses
+from worldflux.models.dreamerv3.rssm import RSSM, bounded, kl_losses
 from worldflux.models.health import Vital
+from worldflux.nn.layers import stacked_mlps
 from worldflux.training.batch import Batch, Observation
 
 
@@ -216,16 +218,21 @@ class DreamerV3(WorldModel):
         # Behaviour: policy and value losses reach the policy and the value only
         with torch.no_grad():
             imagined = self._imagine(observed.deter[:, -K:], observed.stoch[:, -K:], draws)
-            reward, cont = self._reward_and_continue(imagined.feat)
-            slow_value = self.slow_critic(imagined.feat).mean
+            by_step = imagined.feat.transpose(0, 1)  # [H+1, N, F], as it lies in memory
+            heads = (self.reward_head, self.continue_head, self.slow_critic)
+            hidden = stacked_mlps([head.mlp for head in heads], by_step)
+            reward, cont = self.reward_head.output(hidden[0]).mean.t(), self.continue_head.output(hidden[1]).sigmoid().t()
+            slow_value = self.slow_critic.output(hidden[2]).mean.t()
         # Some versions of torch would take weights that autocast cached without gradient where they need one.
         torch.clear_autocast_cache()
-        critic = self.critic(imagined.feat)
+        critic_hidden, actor_hidden = stacked_mlps([self.critic.mlp, self.actor.mlp], by_step)
+        critic = self.critic.output(critic_hidden).t()
         # The fast critic bootstraps; the slow one only holds it back.
-        baseline = critic.mean.detach()
+        with torch.no_grad():
+            baseline = critic.mean
         returns, weight = imagined_returns(reward, cont, baseline, lam=c.lambda_)
         norm = ReturnNorm(self.return_low, self.return_high, c.return_norm_limit).update(returns, c.return_norm_rate)
-        policy = self.actor(imagined.feat)
+        policy = self.actor.output(actor_hidden.transpose(0, 1))
         behavior = imagination_losses(
             returns=returns,
             weight=weight,
@@ -339,8 +346,30 @@ class DreamerV3(WorldModel):
         return self._trajectory(states), torch.stack(actions)
 
     def _imagine(self, deter: Tensor, stoch: Tensor, draws: Draws | None) -> Imagined:
-        """Rolls the policy out from replayed states `[B, K, D]`, `[B, K, S, C]`."""
+        """Rolls the policy out from replayed states `[B, K, D]`, `[B, K, S, C]`; without gradient."""
         deter, stoch = deter.flatten(0, 1), stoch.flatten(0, 1)
+        if not self.rssm.fast:
+            return self._imagine_plainly(deter, stoch, draws)
+        weights = self.rssm.imagination_weights(self.actor.mlp)
+        steps, width = self.config.imagination_horizon + 1, deter.shape[1]
+        feats = deter.new_empty(steps, len(deter), width + stoch[0].numel())
+        actions: list[Tensor] = []
+        for h, feat in enumerate(feats):
+            if h > 0:
+                noise = torch.rand(stoch.shape[:2], device=stoch.device) if draws is None else None
+                classes = None if draws is None else draws.imagined_stoch[:, h]
+                action = bounded(actions[-1])
+                with torch.autocast(deter.device.type, enabled=False):
+                    deter, stoch = imagine_step(weights, deter, stoch, action, noise, classes, self.rssm.unimix)
+            feat[:, :width], feat[:, width:] = deter, stoch.flatten(1)
+            if draws is None:
+                actions.append(self.actor.output(hidden_layers(weights.actor, feat)).sample())
+            else:
+                actions.append(draws.imagined_actions[:, h])
+        return Imagined(feats.transpose(0, 1), torch.stack(actions, 1))
+
+    def _imagine_plainly(self, deter: Tensor, stoch: Tensor, draws: Draws | None) -> Imagined:
+        """What `_imagine` computes, from states `[N, D]`, `[N, S, C]`."""
         feats: list[Tensor] = []
         actions: list[Tensor] = []
         for h in range(self.config.imagination_horizon + 1):

@@ -1,0 +1,257 @@
+"""One step of the recurrent state-space model as plain functions of tensors, and their gradients.
+
+Training unrolls the cell in two places: along replayed windows (`scan.py`) and in imagination (`imagination.py`). Both
+use the functions here, which take the weights in the precision of the products and keep everything else in float32.
+What they compute is defined by `RSSM.core` and `RSSM.posterior`.
+
+Notation: N rows, D width of the deterministic state in g blocks of w, h hidden width, S rows of C classes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from worldflux.nn.distributions import softmax
+
+EPS = 1e-4
+"""Of all RMS norms."""
+
+
+class CoreWeights(NamedTuple):
+    """What the recurrence needs of the parameters; matrices in the precision of the products."""
+
+    deter_kernel: Tensor
+    """`[h, D]`"""
+    deter_bias: Tensor
+    deter_scale: Tensor
+    """Float32, as all scales. `[h]`"""
+    stoch_kernel: Tensor
+    """`[h, S * C]`"""
+    stoch_bias: Tensor
+    stoch_scale: Tensor
+    recurrent: Tensor
+    """Block-diagonal part of the hidden layer, for the state itself. `[g, w, w]`"""
+    dense: Tensor
+    """Dense part, for what was made of the state and the latents. `[2 * h, D]`"""
+    hidden_scale: Tensor
+    """`[D]`"""
+    gates: Tensor
+    """`[g, w, 3 * w]`"""
+    gates_bias: Tensor
+    """`[3 * D]`"""
+
+
+class PosteriorWeights(NamedTuple):
+    """What turns the state and the observation into latents."""
+
+    kernel: Tensor
+    """Its part for the state. `[h, D]`"""
+    scale: Tensor
+    """`[h]`"""
+    out_kernel: Tensor
+    """`[S * C, h]`"""
+    out_bias: Tensor
+
+
+class CoreSaved(NamedTuple):
+    """What the gradient of a step goes back to."""
+
+    deter: Tensor
+    """Before the step. `[N, D]`"""
+    stoch: Tensor
+    """`[N, S * C]`"""
+    deter_normed: Tensor
+    deter_inverse: Tensor
+    stoch_normed: Tensor
+    stoch_inverse: Tensor
+    hidden_normed: Tensor
+    hidden_inverse: Tensor
+    inputs: Tensor
+    """Of the dense part. `[N, 2 * h]`"""
+    hidden: Tensor
+    """Of the gates. `[N, D]`"""
+    reset: Tensor
+    """`[g, N, w]`, as the following."""
+    candidate_in: Tensor
+    candidate: Tensor
+    update: Tensor
+
+
+class CoreGrads(NamedTuple):
+    """Gradients with respect to what the layers of a step gave, from which those of the weights are made."""
+
+    deter: Tensor
+    """`[N, h]`"""
+    deter_scaled: Tensor
+    """Behind the norm and its scale, as all with this ending. `[N, h]`"""
+    stoch: Tensor
+    stoch_scaled: Tensor
+    hidden: Tensor
+    """`[N, D]`; also what the action's part gets."""
+    hidden_scaled: Tensor
+    gates: Tensor
+    """`[g, N, 3 * w]`"""
+
+
+class PosteriorGrads(NamedTuple):
+    """The same of the posterior's layers."""
+
+    logits: Tensor
+    """`[N, S * C]`"""
+    hidden: Tensor
+    """`[N, h]`; also what the embedding's part gets."""
+    hidden_scaled: Tensor
+
+
+class PosteriorSaved(NamedTuple):
+    """What the gradient of the posterior goes back to."""
+
+    deter: Tensor
+    normed: Tensor
+    inverse: Tensor
+    hidden: Tensor
+    probs: Tensor
+    """Softmax of the logits, without unimix. `[N, S, C]`"""
+
+
+def blocked(x: Tensor, blocks: int) -> Tensor:
+    """`[N, g * w]` → `[g, N, w]`, a view."""
+    return x.unflatten(-1, (blocks, -1)).transpose(0, 1)
+
+
+def joined(x: Tensor) -> Tensor:
+    """`[g, N, w]` → `[N, g * w]`"""
+    return x.transpose(0, 1).flatten(1)
+
+
+def linear(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer with the product in the kernel's precision; `[N, in]` → float32 `[N, out]`."""
+    return F.linear(x.to(kernel.dtype), kernel, bias).float()
+
+
+def normalise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """RMS norm without its scale, and the factor that it multiplied with. `[N, h]`, `[N, 1]`"""
+    inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square().mul(1.0 / x.shape[-1]).add(EPS).rsqrt()
+    return x * inverse, inverse
+
+
+def norm_silu_backward(grad: Tensor, normed: Tensor, inverse: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient with respect to the input of the norm, and to the scaled output of it. `[N, h]` each"""
+    grad_scaled = torch.ops.aten.silu_backward(grad, normed * scale)
+    grad_normed = grad_scaled * scale
+    along = (grad_normed * normed).mean(-1, keepdim=True)
+    return (grad_normed - normed * along) * inverse, grad_scaled
+
+
+def tanh(x: Tensor) -> Tensor:
+    """Written with a sigmoid: torch's kernel for the CPU takes six times as long."""
+    return torch.sigmoid(x + x) * 2.0 - 1.0 if x.device.type == "cpu" else torch.tanh(x)
+
+
+def core(w: CoreWeights, deter: Tensor, stoch: Tensor, action_part: Tensor) -> tuple[Tensor, CoreSaved]:
+    """The next deterministic state.
+
+    Args:
+        w: Weights.
+        deter: `[N, D]`
+        stoch: `[N, S * C]`
+        action_part: What the action adds to the hidden layer, bias included. `[N, D]`
+    """
+    blocks, kind = len(w.recurrent), w.recurrent.dtype
+    deter_normed, deter_inverse = normalise(linear(deter, w.deter_kernel, w.deter_bias))
+    stoch_normed, stoch_inverse = normalise(linear(stoch, w.stoch_kernel, w.stoch_bias))
+    inputs = F.silu(torch.cat([deter_normed * w.deter_scale, stoch_normed * w.stoch_scale], -1))
+    hidden = torch.bmm(blocked(deter, blocks).to(kind), w.recurrent)
+    hidden = joined(hidden).float() + torch.mm(inputs.to(kind), w.dense).float() + action_part
+    hidden_normed, hidden_inverse = normalise(hidden)
+    hidden = F.silu(hidden_normed * w.hidden_scale)
+    gates = torch.bmm(blocked(hidden, blocks).to(kind), w.gates).float() + w.gates_bias.view(blocks, 1, -1)
+    reset, candidate_in, update = gates.chunk(3, -1)  # [g, N, w] each
+    reset = torch.sigmoid(reset)
+    candidate = tanh(reset * candidate_in)
+    update = torch.sigmoid(update - 1.0)  # the bias of -1 makes the cell remember at first
+    new = joined(torch.lerp(blocked(deter, blocks), candidate, update))
+    saved = CoreSaved(
+        deter=deter,
+        stoch=stoch,
+        deter_normed=deter_normed,
+        deter_inverse=deter_inverse,
+        stoch_normed=stoch_normed,
+        stoch_inverse=stoch_inverse,
+        inputs=inputs,
+        hidden_normed=hidden_normed,
+        hidden_inverse=hidden_inverse,
+        hidden=hidden,
+        reset=reset,
+        candidate_in=candidate_in,
+        candidate=candidate,
+        update=update,
+    )
+    return new, saved
+
+
+def core_backward(w: CoreWeights, saved: CoreSaved, grad: Tensor) -> tuple[Tensor, Tensor, CoreGrads]:
+    """Gradients of one step with respect to the state `[N, D]`, the latents `[N, S * C]`, and what the layers gave."""
+    blocks, kind = len(w.recurrent), w.recurrent.dtype
+    grad_new = blocked(grad, blocks)
+    grad_candidate = grad_new * saved.update
+    grad_update = grad_new * (saved.candidate - blocked(saved.deter, blocks))
+    grad_activation = torch.ops.aten.tanh_backward(grad_candidate, saved.candidate)
+    gates = torch.cat(
+        [
+            torch.ops.aten.sigmoid_backward(grad_activation * saved.candidate_in, saved.reset),
+            grad_activation * saved.reset,
+            torch.ops.aten.sigmoid_backward(grad_update, saved.update),
+        ],
+        -1,
+    )  # [g, N, 3 * w]
+    grad_hidden = joined(torch.bmm(gates.to(kind), w.gates.transpose(1, 2))).float()
+    hidden, hidden_scaled = norm_silu_backward(grad_hidden, saved.hidden_normed, saved.hidden_inverse, w.hidden_scale)
+    recurrent = torch.bmm(blocked(hidden, blocks).to(kind), w.recurrent.transpose(1, 2)).float()
+    from_deter, from_stoch = torch.mm(hidden.to(kind), w.dense.t()).float().chunk(2, -1)
+    deter, deter_scaled = norm_silu_backward(from_deter, saved.deter_normed, saved.deter_inverse, w.deter_scale)
+    stoch, stoch_scaled = norm_silu_backward(from_stoch, saved.stoch_normed, saved.stoch_inverse, w.stoch_scale)
+    grad_deter = joined(grad_new - grad_candidate + recurrent) + torch.mm(deter.to(kind), w.deter_kernel).float()
+    grad_stoch = torch.mm(stoch.to(kind), w.stoch_kernel).float()
+    return grad_deter, grad_stoch, CoreGrads(deter, deter_scaled, stoch, stoch_scaled, hidden, hidden_scaled, gates)
+
+
+def posterior(w: PosteriorWeights, deter: Tensor, embed_part: Tensor, shape: tuple[int, int]) -> tuple[Tensor, PosteriorSaved]:
+    """Logits of the latents given what was seen.
+
+    Args:
+        w: Weights.
+        deter: `[N, D]`
+        embed_part: What the embedding adds to the first layer, bias included. `[N, h]`
+        shape: S and C.
+
+    Returns:
+        `[N, S, C]`
+    """
+    normed, inverse = normalise(torch.mm(deter.to(w.kernel.dtype), w.kernel.t()).float() + embed_part)
+    hidden = F.silu(normed * w.scale)
+    logits = linear(hidden, w.out_kernel, w.out_bias).unflatten(-1, shape)
+    return logits, PosteriorSaved(deter, normed, inverse, hidden, softmax(logits))
+
+
+def posterior_backward(
+    w: PosteriorWeights, saved: PosteriorSaved, grad_logits: Tensor, grad_probs: Tensor
+) -> tuple[Tensor, PosteriorGrads]:
+    """Gradient with respect to the state `[N, D]`, and to what the layers gave.
+
+    Args:
+        w: Weights.
+        saved: Of the step.
+        grad_logits: `[N, S, C]`
+        grad_probs: With respect to the softmax. `[N, S, C]`
+    """
+    kind = w.kernel.dtype
+    weighted = grad_probs * saved.probs
+    logits = (grad_logits + weighted - saved.probs * weighted.sum(-1, keepdim=True)).flatten(1)
+    grad_hidden = torch.mm(logits.to(kind), w.out_kernel).float()
+    hidden, scaled = norm_silu_backward(grad_hidden, saved.normed, saved.inverse, w.scale)
+    return torch.mm(hidden.to(kind), w.kernel).float(), PosteriorGrads(logits, hidden, scaled)

@@ -1,0 +1,207 @@
+"""The recurrence along replayed windows as one autograd node, with its gradient written out.
+
+What is computed is what `RSSM.observe` computes step by step with `core` and `posterior`. Left to autograd, each of
+64 steps would bring some fifty nodes, and a product for the gradient of every matrix. Here a step keeps only what its
+gradient needs, and the gradient of each matrix is one product over all steps, after the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from worldflux.models.dreamerv3.cell import (
+    CoreGrads,
+    CoreSaved,
+    CoreWeights,
+    PosteriorGrads,
+    PosteriorSaved,
+    PosteriorWeights,
+    blocked,
+    core,
+    core_backward,
+    posterior,
+    posterior_backward,
+)
+from worldflux.nn.distributions import inverse_cdf
+
+
+def observe_step(
+    core_weights: CoreWeights,
+    posterior_weights: PosteriorWeights,
+    deter: Tensor,
+    stoch: Tensor,
+    keep: Tensor,
+    action_part: Tensor,
+    embed_part: Tensor,
+    noise: Tensor | None,
+    classes: Tensor | None,
+    unimix: float,
+) -> tuple[Tensor, Tensor, Tensor, CoreSaved, PosteriorSaved]:
+    """One step of a window: the next state, its latents `[N, S, C]` and their logits, and what the gradient needs.
+
+    Args:
+        core_weights: Of the recurrence.
+        posterior_weights: Of the latents.
+        deter: `[N, D]`
+        stoch: `[N, S, C]`
+        keep: 0 where an episode starts, else 1. `[N, 1]`
+        action_part: `[N, D]`
+        embed_part: `[N, h]`
+        noise: Uniform numbers that the latents are drawn with. `[N, S]`
+        classes: Latents to take, without noise. `[N, S]`
+        unimix: Share of the uniform distribution.
+    """
+    deter, core_saved = core(core_weights, deter * keep, stoch.flatten(1) * keep, action_part)
+    logits, saved = posterior(posterior_weights, deter, embed_part, (stoch.shape[1], stoch.shape[2]))
+    if classes is None:
+        classes = inverse_cdf((1.0 - unimix) * saved.probs + unimix / stoch.shape[2], noise)
+    stoch = torch.zeros_like(logits).scatter_(-1, classes.unsqueeze(-1), 1.0)
+    return deter, stoch, logits, core_saved, saved
+
+
+def observe_step_backward(
+    core_weights: CoreWeights,
+    posterior_weights: PosteriorWeights,
+    core_saved: CoreSaved,
+    saved: PosteriorSaved,
+    keep: Tensor,
+    grad_deter: Tensor,
+    grad_stoch: Tensor,
+    grad_logits: Tensor,
+    unimix: float,
+) -> tuple[Tensor, Tensor, CoreGrads, PosteriorGrads]:
+    """Gradients with respect to the state before the step, `[N, D]` and `[N, S, C]`, and to what the layers gave.
+
+    The latents pass their gradient straight through to the probabilities that they were drawn from.
+    """
+    through, posterior_grads = posterior_backward(posterior_weights, saved, grad_logits, (1.0 - unimix) * grad_stoch)
+    before, stoch, core_grads = core_backward(core_weights, core_saved, grad_deter + through)
+    return before * keep, (stoch * keep).view_as(grad_stoch), core_grads, posterior_grads
+
+
+class Cells(NamedTuple):
+    """The functions that the loops call; `DreamerV3.compile_cells` puts compiled ones in their place."""
+
+    observe: Callable[..., Any] = observe_step
+    observe_backward: Callable[..., Any] = observe_step_backward
+
+
+class Scan(torch.autograd.Function):
+    """`observe_step` along the windows.
+
+    Inputs: the functions, the unimix, the state before the first step `[N, D]` and `[N, S, C]`, then `[T, N, ...]` each
+    `keep`, `action_part`, `embed_part`, `noise`, `classes` (one of the last two is None), and the fields of
+    `CoreWeights` and `PosteriorWeights`.
+
+    Outputs: states `[T, N, D]`, latents and their logits `[T, N, S, C]`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        cells: Cells,
+        unimix: float,
+        deter: Tensor,
+        stoch: Tensor,
+        keep: Tensor,
+        action_part: Tensor,
+        embed_part: Tensor,
+        noise: Tensor | None,
+        classes: Tensor | None,
+        *weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs the windows from their first step to the last."""
+        count = len(CoreWeights._fields)
+        ctx.weights = CoreWeights(*weights[:count]), PosteriorWeights(*weights[count:])
+        ctx.cells, ctx.unimix, ctx.keep = cells, unimix, keep
+        results = []
+        with torch.autocast(deter.device.type, enabled=False):
+            for t in range(len(keep)):
+                result = cells.observe(
+                    *ctx.weights,
+                    deter,
+                    stoch,
+                    keep[t],
+                    action_part[t],
+                    embed_part[t],
+                    None if noise is None else noise[t],
+                    None if classes is None else classes[t],
+                    unimix,
+                )
+                deter, stoch = result[:2]
+                results.append(result)
+        deters, stochs, logits, ctx.core_saved, ctx.saved = zip(*results, strict=True)
+        return torch.stack(deters), torch.stack(stochs), torch.stack(logits)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_deter: Tensor, grad_stoch: Tensor, grad_logits: Tensor) -> tuple[Tensor | None, ...]:
+        """Runs back, then makes the weights' gradients over all steps at once."""
+        before_deter, before_stoch = torch.zeros_like(grad_deter[0]), torch.zeros_like(grad_stoch[0])
+        core_grads, posterior_grads = [], []
+        for t in reversed(range(len(ctx.keep))):
+            before_deter, before_stoch, of_core, of_posterior = ctx.cells.observe_backward(
+                *ctx.weights,
+                ctx.core_saved[t],
+                ctx.saved[t],
+                ctx.keep[t],
+                grad_deter[t] + before_deter,
+                grad_stoch[t] + before_stoch,
+                grad_logits[t],
+                ctx.unimix,
+            )
+            core_grads.append(of_core)
+            posterior_grads.append(of_posterior)
+        core_grads, posterior_grads = core_grads[::-1], posterior_grads[::-1]
+        of_weights = [
+            *_core_weight_grads(ctx.core_saved, core_grads, ctx.weights[0]),
+            *_posterior_weight_grads(ctx.saved, posterior_grads, ctx.weights[1]),
+        ]
+        action_part = torch.stack([grads.hidden for grads in core_grads])
+        embed_part = torch.stack([grads.hidden for grads in posterior_grads])
+        return None, None, before_deter, before_stoch, None, action_part, embed_part, None, None, *of_weights
+
+
+def _core_weight_grads(saved: Sequence[CoreSaved], grads: Sequence[CoreGrads], weights: CoreWeights) -> CoreWeights:
+    """Gradients of the weights of the recurrence, from all steps."""
+    kind, blocks = weights.dense.dtype, len(weights.recurrent)
+    deter, inputs, hidden = (_rows(saved, name).to(kind) for name in ("deter", "inputs", "hidden"))
+    grad_deter, grad_stoch, grad_hidden = (_rows(grads, name) for name in ("deter", "stoch", "hidden"))
+    grad_gates = torch.cat([g.gates for g in grads], 1)  # [g, T * N, 3 * w]
+    return CoreWeights(
+        deter_kernel=grad_deter.to(kind).t() @ deter,
+        deter_bias=grad_deter.sum(0).to(kind),
+        deter_scale=(_rows(grads, "deter_scaled") * _rows(saved, "deter_normed")).sum(0),
+        stoch_kernel=grad_stoch.to(kind).t() @ _rows(saved, "stoch").to(kind),
+        stoch_bias=grad_stoch.sum(0).to(kind),
+        stoch_scale=(_rows(grads, "stoch_scaled") * _rows(saved, "stoch_normed")).sum(0),
+        recurrent=torch.bmm(blocked(deter, blocks).transpose(1, 2), blocked(grad_hidden.to(kind), blocks)),
+        dense=inputs.t() @ grad_hidden.to(kind),
+        hidden_scale=(_rows(grads, "hidden_scaled") * _rows(saved, "hidden_normed")).sum(0),
+        gates=torch.bmm(blocked(hidden, blocks).transpose(1, 2), grad_gates.to(kind)),
+        gates_bias=grad_gates.sum(1).flatten(),
+    )
+
+
+def _posterior_weight_grads(
+    saved: Sequence[PosteriorSaved], grads: Sequence[PosteriorGrads], weights: PosteriorWeights
+) -> PosteriorWeights:
+    """Gradients of the weights of the posterior, from all steps."""
+    kind = weights.kernel.dtype
+    logits, hidden = _rows(grads, "logits"), _rows(grads, "hidden")
+    return PosteriorWeights(
+        kernel=hidden.to(kind).t() @ _rows(saved, "deter").to(kind),
+        scale=(_rows(grads, "hidden_scaled") * _rows(saved, "normed")).sum(0),
+        out_kernel=logits.to(kind).t() @ _rows(saved, "hidden").to(kind),
+        out_bias=logits.sum(0).to(kind),
+    )
+
+
+def _rows(steps: Sequence[NamedTuple], name: str) -> Tensor:
+    """One field of all steps, `[T * N, ...]`."""
+    return torch.cat([getattr(step, name) for step in steps])
