@@ -13,10 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldflux.nn.init import truncated_normal_
-from worldflux.nn.layers import BlockLinear, Linear, NormSiLU
+from worldflux.nn.layers import BlockLinear, Linear, NormSiLU, in_portions
 
 _MULTIPLIERS = (2, 3, 4, 4)
 """Channels of the four stages in units of `depth`."""
+
+_PORTION = 32
+"""Images that a CPU works on at a time."""
 
 
 class Conv(nn.Conv2d):
@@ -89,8 +92,11 @@ class ConvEncoder(nn.Module):
         self.out_features = channels[-1] * (size[0] // 16) * (size[1] // 16)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Maps `[N, C, H, W]`, centred floats, to `[N, H/16 * W/16 * 4 * depth]` in (h, w, c) order."""
-        x = image.contiguous(memory_format=torch.channels_last)
+        """Maps bytes `[N, C, H, W]` to `[N, H/16 * W/16 * 4 * depth]` in (h, w, c) order."""
+        return in_portions(self._forward, image, size=_PORTION)
+
+    def _forward(self, image: Tensor) -> Tensor:
+        x = (image.float() / 255.0 - 0.5).contiguous(memory_format=torch.channels_last)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = channel_norm(norm, F.max_pool2d(conv(x), 2))
         return x.permute(0, 2, 3, 1).flatten(1)
@@ -144,7 +150,9 @@ class ConvDecoder(nn.Module):
 
     def forward(self, deter: Tensor, stoch: Tensor) -> Tensor:
         """Maps `[N, D]` and `[N, S * C]` to `[N, out_channels, H, W]`."""
-        x = self.smallest_map(deter, stoch)
+        return in_portions(self._images, self.smallest_map(deter, stoch), size=_PORTION)
+
+    def _images(self, x: Tensor) -> Tensor:
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = channel_norm(norm, conv(x))
         return torch.sigmoid(self.out(x).float())

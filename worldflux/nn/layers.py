@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldflux.nn.init import truncated_normal_
+
+
+_PORTION = 2048
+"""Rows that a CPU works on at a time."""
 
 
 class Linear(nn.Linear):
@@ -131,6 +135,17 @@ class MLP(nn.Module):
         return x
 
 
+def in_portions(function: Callable[..., Tensor], *inputs: Tensor, size: int) -> Tensor:
+    """`function(*inputs)` over rows `[N, ...]`; on a CPU `size` of them at a time.
+
+    What a CPU makes of a whole batch is too large for its caches, and for the allocator to use again: the system hands
+    out, and clears, new memory each time, which takes longer than the arithmetic.
+    """
+    if inputs[0].device.type != "cpu" or len(inputs[0]) <= size:
+        return function(*inputs)
+    return torch.cat([function(*parts) for parts in zip(*(x.split(size) for x in inputs), strict=True)])
+
+
 def stacked_mlps(mlps: Sequence[MLP], x: Tensor) -> list[Tensor]:
     """Several MLPs on one input `[..., in]`, their first layers as one product; each gives `[..., units]`.
 
@@ -140,5 +155,10 @@ def stacked_mlps(mlps: Sequence[MLP], x: Tensor) -> list[Tensor]:
         return [mlp(x) for mlp in mlps]
     first: list[Any] = [mlp.linears[0] for mlp in mlps]
     weight, bias = torch.cat([layer.weight for layer in first]), torch.cat([layer.bias for layer in first])
-    parts = F.linear(x, weight, bias).split([layer.out_features for layer in first], -1)
-    return [mlp._layers_from(1, mlp.norms[0](part)) for mlp, part in zip(mlps, parts, strict=True)]
+
+    def hidden(rows: Tensor) -> Tensor:
+        parts = F.linear(rows, weight, bias).split([layer.out_features for layer in first], -1)
+        return torch.cat([mlp._layers_from(1, mlp.norms[0](part)) for mlp, part in zip(mlps, parts, strict=True)], -1)
+
+    joined = in_portions(hidden, x.flatten(0, -2), size=_PORTION).unflatten(0, x.shape[:-1])
+    return list(joined.split([mlp.out_features for mlp in mlps], -1))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from worldflux.config import DreamerV3Config
 from worldflux.nn.conv import ConvDecoder, ConvEncoder
-from worldflux.nn.layers import MLP, Linear
+from worldflux.nn.layers import MLP, Linear, in_portions
 from worldflux.nn.transforms import symexp, symlog
 
 
@@ -77,7 +77,7 @@ class Encoder(nn.Module):
             parts.append(self.mlp(torch.where(joined.isneginf(), 0.0, joined)))
         if layout.images:
             images = torch.cat([obs[k] for k in layout.images], -3)
-            parts.append(self.cnn(images.float() / 255.0 - 0.5))
+            parts.append(self.cnn(images))
         return torch.cat(parts, -1)
 
 
@@ -131,14 +131,16 @@ class Decoder(nn.Module):
         """
         losses = {}
         for key, predicted in predictions.items():
-            target = _flat(obs[key]) if key in self.layout.vectors else obs[key].float()
+            if key in self.layout.images:
+                losses[key] = in_portions(_image_loss, predicted, obs[key], size=64)
+                continue
+            target = _flat(obs[key])
             if key in self.layout.classes:
                 groups = self.layout.classes[key]
                 parts = zip(predicted.split(groups, -1), target.split(groups, -1), strict=True)
                 losses[key] = -sum((t * F.log_softmax(p, -1)).sum(-1) for p, t in parts)
                 continue
-            target = target / 255.0 if key in self.layout.images else self.layout.squash(key, target)
-            losses[key] = (predicted - target).square().flatten(1).sum(-1)
+            losses[key] = (predicted - self.layout.squash(key, target)).square().sum(-1)
         return losses
 
     def observations(self, predictions: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -149,6 +151,11 @@ class Decoder(nn.Module):
         }
         scalars = {k: v.squeeze(-1) for k, v in vectors.items() if not layout.shapes[k]}
         return {**predictions, **vectors, **scalars}
+
+
+def _image_loss(predicted: Tensor, image: Tensor) -> Tensor:
+    """`[N, C, H, W]`, the image as bytes → `[N]`"""
+    return (predicted - image.float() / 255.0).square().flatten(1).sum(-1)
 
 
 def _flat(vector: Tensor) -> Tensor:
