@@ -9,12 +9,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from worldflux.nn.init import truncated_normal_
 
 
-_PORTION = 2048
-"""Rows that a CPU works on at a time."""
+PORTION = 2048
+"""Rows of features that a CPU works on at a time."""
 
 
 class Linear(nn.Linear):
@@ -81,32 +82,36 @@ class NormSiLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps `[..., width]` to the same shape."""
         if torch.is_grad_enabled():
-            return _NormSiLU.apply(x, self.scale, self.eps)
-        inverse = _inverse_rms(x.float(), self.eps)
-        return F.silu((x * inverse).mul_(self.scale), inplace=True).to(x.dtype)
+            result: Tensor = _NormSiLU.apply(x, self.scale, self.eps)
+            return result
+        return _norm_silu(x.float(), self.scale, self.eps)[0].to(x.dtype)
+
+
+def _norm_silu(x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The result, and what the norm multiplied with."""
+    inverse = _inverse_rms(x, eps)
+    return F.silu((x * inverse).mul_(scale), inplace=True), inverse
 
 
 class _NormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        inverse = _inverse_rms(wide, eps)
-        normalised = wide * inverse
-        scaled = normalised * scale
-        ctx.save_for_backward(normalised, inverse, scale, scaled)
-        ctx.dtype = x.dtype
-        return F.silu(scaled).to(x.dtype)
+        result, inverse = _norm_silu(x.float(), scale, eps)
+        ctx.save_for_backward(x, inverse, scale)
+        return result.to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        normalised, inverse, scale, scaled = ctx.saved_tensors
-        grad_scaled = torch.ops.aten.silu_backward(grad.float(), scaled)
-        grad_normalised = grad_scaled * scale
-        grad_scale = grad_scaled.mul_(normalised).flatten(0, -2).sum(0)
+        x, inverse, scale = ctx.saved_tensors
+        normalised = x * inverse
+        grad_scaled = torch.ops.aten.silu_backward(grad.float(), normalised * scale)
+        product = grad_scaled * normalised
+        grad_scale = product.flatten(0, -2).sum(0)
         # The norm removes the part of the gradient that points along its own output.
-        along = (grad_normalised * normalised).mean(-1, keepdim=True)
-        grad_x = torch.addcmul(grad_normalised, normalised, along, value=-1.0).mul_(inverse)
-        return grad_x.to(ctx.dtype), grad_scale, None
+        along = (product @ scale).div_(x.shape[-1]).unsqueeze(-1)
+        grad_x = grad_scaled.mul_(scale).addcmul_(normalised, along, value=-1.0).mul_(inverse)
+        return grad_x.to(x.dtype), grad_scale, None
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -156,9 +161,11 @@ def stacked_mlps(mlps: Sequence[MLP], x: Tensor) -> list[Tensor]:
     first: list[Any] = [mlp.linears[0] for mlp in mlps]
     weight, bias = torch.cat([layer.weight for layer in first]), torch.cat([layer.bias for layer in first])
 
-    def hidden(rows: Tensor) -> Tensor:
+    def hidden(rows: Tensor) -> list[Tensor]:
         parts = F.linear(rows, weight, bias).split([layer.out_features for layer in first], -1)
-        return torch.cat([mlp._layers_from(1, mlp.norms[0](part)) for mlp, part in zip(mlps, parts, strict=True)], -1)
+        return [mlp._layers_from(1, mlp.norms[0](part)) for mlp, part in zip(mlps, parts, strict=True)]
 
-    joined = in_portions(hidden, x.flatten(0, -2), size=_PORTION).unflatten(0, x.shape[:-1])
-    return list(joined.split([mlp.out_features for mlp in mlps], -1))
+    rows = x.flatten(0, -2)
+    portions = rows.split(PORTION) if x.device.type == "cpu" else [rows]
+    results = zip(*(hidden(portion) for portion in portions), strict=True)
+    return [torch.cat(result).unflatten(0, x.shape[:-1]) for result in results]

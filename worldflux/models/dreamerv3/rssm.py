@@ -5,15 +5,16 @@ Source: DreamerV3, arXiv:2301.04104, and its reference implementation.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldflux.models.dreamerv3.cell import CoreWeights, PosteriorWeights
-from worldflux.models.dreamerv3.imagination import ImaginationWeights, layers_of
-from worldflux.models.dreamerv3.scan import Cells, Scan
+from worldflux.models.dreamerv3.imagination import ImaginationWeights, hidden_layers, imagine_step, layers_of
+from worldflux.models.dreamerv3.scan import Scan, observe_step, observe_step_backward
 from worldflux.nn.distributions import OneHot
 from worldflux.nn.layers import MLP, BlockLinear, Linear, NormSiLU
 
@@ -27,6 +28,19 @@ class Observed(NamedTuple):
     """Samples with straight-through gradients. `[B, T, S, C]`"""
     logits: Tensor
     """Posterior logits. `[B, T, S, C]`"""
+
+
+class Cells(NamedTuple):
+    """The functions that training's loops call at each step."""
+
+    observe: Callable[..., Any] = observe_step
+    observe_backward: Callable[..., Any] = observe_step_backward
+    imagine: Callable[..., Any] = imagine_step
+    policy: Callable[..., Any] = hidden_layers
+
+    def compiled(self) -> Cells:
+        """The same, compiled: a step becomes its products and a few kernels between them."""
+        return Cells(*(torch.compile(function, fullgraph=True, dynamic=False) for function in Cells()))
 
 
 class RSSM(nn.Module):
@@ -71,6 +85,9 @@ class RSSM(nn.Module):
         self.cells = Cells()
         self.fast = True
         """False: the plain computations that the fast ones are tested against."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "cells": Cells()}  # compiled functions stay in their process
 
     def initial(self, batch_size: int) -> tuple[Tensor, Tensor]:
         """The zero state. `[B, D]`, `[B, S, C]`"""
@@ -151,7 +168,8 @@ class RSSM(nn.Module):
         assert isinstance(layer, Linear)
         embed_part = F.linear(embed, layer.weight[:, self.deter_dim :], layer.bias)  # [B, T, hidden]
         results = Scan.apply(
-            self.cells,
+            self.cells.observe,
+            self.cells.observe_backward,
             self.unimix,
             deter,
             stoch,

@@ -84,17 +84,10 @@ def observe_step_backward(
     return before * keep, (stoch * keep).view_as(grad_stoch), core_grads, posterior_grads
 
 
-class Cells(NamedTuple):
-    """The functions that the loops call; `DreamerV3.compile_cells` puts compiled ones in their place."""
-
-    observe: Callable[..., Any] = observe_step
-    observe_backward: Callable[..., Any] = observe_step_backward
-
-
 class Scan(torch.autograd.Function):
     """`observe_step` along the windows.
 
-    Inputs: the functions, the unimix, the state before the first step `[N, D]` and `[N, S, C]`, then `[T, N, ...]` each
+    Inputs: `observe_step` and `observe_step_backward` (or compiled ones), the unimix, the state before the first step `[N, D]` and `[N, S, C]`, then `[T, N, ...]` each
     `keep`, `action_part`, `embed_part`, `noise`, `classes` (one of the last two is None), and the fields of
     `CoreWeights` and `PosteriorWeights`.
 
@@ -104,7 +97,8 @@ class Scan(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        cells: Cells,
+        step: Callable[..., Any],
+        step_backward: Callable[..., Any],
         unimix: float,
         deter: Tensor,
         stoch: Tensor,
@@ -118,11 +112,11 @@ class Scan(torch.autograd.Function):
         """Runs the windows from their first step to the last."""
         count = len(CoreWeights._fields)
         ctx.weights = CoreWeights(*weights[:count]), PosteriorWeights(*weights[count:])
-        ctx.cells, ctx.unimix, ctx.keep = cells, unimix, keep
+        ctx.step_backward, ctx.unimix, ctx.keep = step_backward, unimix, keep
         results = []
         with torch.autocast(deter.device.type, enabled=False):
             for t in range(len(keep)):
-                result = cells.observe(
+                result = step(
                     *ctx.weights,
                     deter,
                     stoch,
@@ -145,7 +139,7 @@ class Scan(torch.autograd.Function):
         before_deter, before_stoch = torch.zeros_like(grad_deter[0]), torch.zeros_like(grad_stoch[0])
         core_grads, posterior_grads = [], []
         for t in reversed(range(len(ctx.keep))):
-            before_deter, before_stoch, of_core, of_posterior = ctx.cells.observe_backward(
+            before_deter, before_stoch, of_core, of_posterior = ctx.step_backward(
                 *ctx.weights,
                 ctx.core_saved[t],
                 ctx.saved[t],
@@ -164,7 +158,7 @@ class Scan(torch.autograd.Function):
         ]
         action_part = torch.stack([grads.hidden for grads in core_grads])
         embed_part = torch.stack([grads.hidden for grads in posterior_grads])
-        return None, None, before_deter, before_stoch, None, action_part, embed_part, None, None, *of_weights
+        return None, None, None, before_deter, before_stoch, None, action_part, embed_part, None, None, *of_weights
 
 
 def _core_weight_grads(saved: Sequence[CoreSaved], grads: Sequence[CoreGrads], weights: CoreWeights) -> CoreWeights:

@@ -27,12 +27,11 @@ from worldflux.models.dreamerv3.behavior import (
 from worldflux.models.dreamerv3.encoder import Decoder, Encoder
 from worldflux.models.dreamerv3.heads import Actor, ContinueHead, TwoHotHead
 from worldflux.models.dreamerv3.health import vitals
-from worldflux.models.dreamerv3.imagination import hidden_layers, imagine_step
 from worldflux.models.dreamerv3.inputs import ArrivalRows, arrival_rows
 from worldflux.models.dreamerv3.parts import Draws, LossParts
 from worldflux.models.dreamerv3.rssm import RSSM, bounded, kl_losses
 from worldflux.models.health import Vital
-from worldflux.nn.layers import stacked_mlps
+from worldflux.nn.layers import PORTION, in_portions, stacked_mlps
 from worldflux.training.batch import Batch, Observation
 
 
@@ -219,10 +218,8 @@ class DreamerV3(WorldModel):
         with torch.no_grad():
             imagined = self._imagine(observed.deter[:, -K:], observed.stoch[:, -K:], draws)
             by_step = imagined.feat.transpose(0, 1)  # [H+1, N, F], as it lies in memory
-            heads = (self.reward_head, self.continue_head, self.slow_critic)
-            hidden = stacked_mlps([head.mlp for head in heads], by_step)
-            reward, cont = self.reward_head.output(hidden[0]).mean.t(), self.continue_head.output(hidden[1]).sigmoid().t()
-            slow_value = self.slow_critic.output(hidden[2]).mean.t()
+            predicted = in_portions(self._predict, by_step.flatten(0, 1), size=PORTION).unflatten(0, by_step.shape[:2])
+            reward, cont, slow_value = (x.t() for x in predicted.unbind(-1))
         # Some versions of torch would take weights that autocast cached without gradient where they need one.
         torch.clear_autocast_cache()
         critic_hidden, actor_hidden = stacked_mlps([self.critic.mlp, self.actor.mlp], by_step)
@@ -360,10 +357,10 @@ class DreamerV3(WorldModel):
                 classes = None if draws is None else draws.imagined_stoch[:, h]
                 action = bounded(actions[-1])
                 with torch.autocast(deter.device.type, enabled=False):
-                    deter, stoch = imagine_step(weights, deter, stoch, action, noise, classes, self.rssm.unimix)
+                    deter, stoch = self.rssm.cells.imagine(weights, deter, stoch, action, noise, classes, self.rssm.unimix)
             feat[:, :width], feat[:, width:] = deter, stoch.flatten(1)
             if draws is None:
-                actions.append(self.actor.output(hidden_layers(weights.actor, feat)).sample())
+                actions.append(self.actor.output(self.rssm.cells.policy(weights.actor, feat)).sample())
             else:
                 actions.append(draws.imagined_actions[:, h])
         return Imagined(feats.transpose(0, 1), torch.stack(actions, 1))
@@ -380,6 +377,10 @@ class DreamerV3(WorldModel):
             feats.append(_features(deter, stoch))
             actions.append(self.actor(feats[-1]).sample() if draws is None else draws.imagined_actions[:, h])
         return Imagined(torch.stack(feats, 1), torch.stack(actions, 1))
+
+    def compile_cells(self) -> None:
+        """Compiles the steps of the recurrence, along windows and in imagination."""
+        self.rssm.cells = self.rssm.cells.compiled()
 
     @property
     def optimizer_spec(self) -> OptimizerSpec:
@@ -447,6 +448,19 @@ class DreamerV3(WorldModel):
         with self._autocast():
             reward, cont = self._reward_and_continue(self.features(stacked))
         return Trajectory(stacked, reward, (cont / self.discount).clamp(max=1.0))
+
+    def _predict(self, feat: Tensor) -> Tensor:
+        """Reward, probability of going on, and the slow critic's value, at features `[N, F]`. `[N, 3]`"""
+        heads = (self.reward_head, self.continue_head, self.slow_critic)
+        reward, cont, value = stacked_mlps([head.mlp for head in heads], feat)
+        return torch.stack(
+            [
+                self.reward_head.output(reward).mean,
+                torch.sigmoid(self.continue_head.output(cont)),
+                self.slow_critic.output(value).mean,
+            ],
+            -1,
+        )
 
     def _reward_and_continue(self, feat: Tensor) -> tuple[Tensor, Tensor]:
         """Reward and (discounted) probability of going on, at features `[..., F]`."""
