@@ -29,7 +29,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def faults(argument: str, **variables: str) -> list[str]:
     plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     command = [sys.executable, "-c", FAULTS, argument]
-    return subprocess.run(command, env={**plain, **variables}, check=True, capture_output=True, text=True).stdout.split()
+    return subprocess.run(
+        command, env={**plain, **variables}, check=True, capture_output=True, text=True
+    ).stdout.split()
 
 
 @pytest.mark.skipif(not GLIBC, reason="only glibc is told to keep memory")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import shutil
 
 import pytest
 import torch
@@ -134,7 +136,9 @@ def test_up_convolution_equals_doubling_and_convolving(kernel, height, width, se
     torch.testing.assert_close(found, expected)
     weights = torch.randn_like(expected)
     inputs = [x, conv.weight, conv.bias]
-    torch.testing.assert_close(torch.autograd.grad(found, inputs, weights), torch.autograd.grad(expected, inputs, weights))
+    torch.testing.assert_close(
+        torch.autograd.grad(found, inputs, weights), torch.autograd.grad(expected, inputs, weights)
+    )
 
 
 @pytest.mark.parametrize("layers", [(1, 3), (2, 0)])
@@ -144,3 +148,20 @@ def test_stacked_mlps_equal_each_by_itself(layers):
     x = torch.randn(5, 2, 9)
     for found, mlp in zip(stacked_mlps(mlps, x), mlps, strict=True):
         torch.testing.assert_close(found, mlp(x))
+
+
+@pytest.mark.skipif(
+    shutil.which("c++") is None and shutil.which("g++") is None, reason="compiling needs a C++ compiler"
+)
+def test_compiled_cells_compute_the_same_and_stay_out_of_copies():
+    torch.compiler.reset()
+    plain, compiled = build(VECTOR), build(VECTOR)
+    compiled.compile_cells()
+    names = set(plain.state_dict())
+    plain_losses, plain = updates(plain, fast=True, steps=3)
+    compiled_losses, compiled = updates(compiled, fast=True, steps=3)
+    for ours, theirs in zip(compiled_losses, plain_losses, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5)
+    torch.testing.assert_close(dict(compiled.named_parameters()), dict(plain.named_parameters()), rtol=1e-3, atol=2e-4)
+    assert set(compiled.state_dict()) == names
+    assert pickle.loads(pickle.dumps(compiled)).rssm.cells == plain.rssm.cells  # not the compiled ones

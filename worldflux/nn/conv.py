@@ -53,7 +53,9 @@ class UpConv(Conv):
         source = (torch.arange(2)[:, None] + torch.arange(kernel) - before) // 2
         self.pad_before, self.pad_after = -int(source.min()), int(source.max())
         taps = torch.arange(-self.pad_before, self.pad_after + 1)
-        self.register_buffer("phases", (source[:, None] == taps[:, None]).float(), persistent=False)  # [2, taps, kernel]
+        self.register_buffer(
+            "phases", (source[:, None] == taps[:, None]).float(), persistent=False
+        )  # [2, taps, kernel]
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `[N, in, H, W]` to `[N, out, 2 * H, 2 * W]`, channels-last in memory."""

@@ -66,7 +66,9 @@ class TwoHot:
             lower, upper, upper_weight = two_hot(target, self.bins)
             index += [lower, upper]
             weight += [1.0 - upper_weight, upper_weight]
-        loss: Tensor = _SparseCrossEntropy.apply(self.logits, self._probs, torch.stack(index, -1), torch.stack(weight, -1))
+        loss: Tensor = _SparseCrossEntropy.apply(
+            self.logits, self._probs, torch.stack(index, -1), torch.stack(weight, -1)
+        )
         return loss
 
 

@@ -13,7 +13,6 @@ from torch.autograd.function import once_differentiable
 
 from worldflux.nn.init import truncated_normal_
 
-
 PORTION = 2048
 """Rows of features that a CPU works on at a time."""
 

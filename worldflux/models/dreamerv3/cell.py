@@ -220,7 +220,9 @@ def core_backward(w: CoreWeights, saved: CoreSaved, grad: Tensor) -> tuple[Tenso
     return grad_deter, grad_stoch, CoreGrads(deter, deter_scaled, stoch, stoch_scaled, hidden, hidden_scaled, gates)
 
 
-def posterior(w: PosteriorWeights, deter: Tensor, embed_part: Tensor, shape: tuple[int, int]) -> tuple[Tensor, PosteriorSaved]:
+def posterior(
+    w: PosteriorWeights, deter: Tensor, embed_part: Tensor, shape: tuple[int, int]
+) -> tuple[Tensor, PosteriorSaved]:
     """Logits of the latents given what was seen.
 
     Args:

@@ -71,7 +71,12 @@ def norm_silu_(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def imagine_step(
-    w: ImaginationWeights, deter: Tensor, stoch: Tensor, action: Tensor, noise: Tensor | None, classes: Tensor | None,
+    w: ImaginationWeights,
+    deter: Tensor,
+    stoch: Tensor,
+    action: Tensor,
+    noise: Tensor | None,
+    classes: Tensor | None,
     unimix: float,
 ) -> tuple[Tensor, Tensor]:
     """The state that the model expects after an action.

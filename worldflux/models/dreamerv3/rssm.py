@@ -111,7 +111,9 @@ class RSSM(nn.Module):
         Returns:
             The next `deter`. `[B, D]`
         """
-        shared = torch.cat([self.deter_in(deter), self.stoch_in(stoch.flatten(1)), self.action_in(bounded(actions))], -1)
+        shared = torch.cat(
+            [self.deter_in(deter), self.stoch_in(stoch.flatten(1)), self.action_in(bounded(actions))], -1
+        )
         pieces = deter.unflatten(-1, (self.blocks, -1))
         pieces = torch.cat([pieces, shared.unsqueeze(1).expand(-1, self.blocks, -1)], -1)  # each block sees all of it
         gates = self.gates(self.hidden_norm(self.hidden(pieces.flatten(1))))

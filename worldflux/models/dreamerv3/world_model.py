@@ -357,7 +357,9 @@ class DreamerV3(WorldModel):
                 classes = None if draws is None else draws.imagined_stoch[:, h]
                 action = bounded(actions[-1])
                 with torch.autocast(deter.device.type, enabled=False):
-                    deter, stoch = self.rssm.cells.imagine(weights, deter, stoch, action, noise, classes, self.rssm.unimix)
+                    deter, stoch = self.rssm.cells.imagine(
+                        weights, deter, stoch, action, noise, classes, self.rssm.unimix
+                    )
             feat[:, :width], feat[:, width:] = deter, stoch.flatten(1)
             if draws is None:
                 actions.append(self.actor.output(self.rssm.cells.policy(weights.actor, feat)).sample())
