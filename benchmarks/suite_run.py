@@ -44,6 +44,10 @@ from worldflux.training.checkpoint import newest_checkpoint
 CHECKPOINTS_IN_A_RUN = 20
 MOST_STEPS_BETWEEN_CHECKPOINTS = 50_000
 """Of the agent."""
+_DEFAULT_BUFFER_SIZE = 1_000_000
+"""Of both families."""
+_LEAST_BUFFER_SIZE = 20_000
+"""Holds more than any family waits for before it learns."""
 MERGE_SECONDS = 20
 """Between two writings of a task's file of all seeds."""
 
@@ -255,13 +259,11 @@ def _agent(directory: Path, settings: RunSettings, envs: VecEnv, device: str) ->
     """A new agent, or the one of the newest checkpoint."""
     if newest_checkpoint(directory / CHECKPOINTS) is not None:
         return WorldFluxAgent.load(directory / CHECKPOINTS, envs, device=device, resume=True)
+    chosen = settings.agent
+    if settings.agent_steps < _DEFAULT_BUFFER_SIZE:  # more than is ever stored would only ask for more memory
+        chosen = {"buffer_size": max(settings.agent_steps + settings.envs, _LEAST_BUFFER_SIZE), **chosen}
     return WorldFluxAgent(
-        settings.model,
-        envs,
-        device=device,
-        seed=settings.seed,
-        model_kwargs=settings.model_fields,
-        **settings.agent,
+        settings.model, envs, device=device, seed=settings.seed, model_kwargs=settings.model_fields, **chosen
     )
 
 
