@@ -53,7 +53,8 @@ def draw(experiments: Sequence[Experiment], path: Path) -> None:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlim(left=0)
         axes.grid(alpha=0.25)
-        axes.legend(fontsize="x-small")
+        if axes.get_legend_handles_labels()[0]:  # there may be no score yet
+            axes.legend(fontsize="x-small")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

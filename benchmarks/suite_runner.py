@@ -21,7 +21,7 @@ from suite_run import run
 from suite_smoke import smoke
 
 from worldflux.agents.settings import AgentSettings
-from worldflux.errors import ConfigurationError, WorldFluxError, nearest
+from worldflux.errors import ConfigurationError, TrainingError, WorldFluxError, nearest
 from worldflux.factory import find_preset
 
 Suites = Mapping[str, tuple[Protocol, ...]]
@@ -41,7 +41,8 @@ def main(name: str, suites: Suites, task_name: Callable[[str], str], description
         argv: Without the command itself.
 
     Returns:
-        0; 1 if a task ended below its accepted score; 2 if something was given that cannot be used.
+        0; 1 if a task ended below its accepted score, or a run diverged; 2 if something cannot be used; 130 after
+        Ctrl-C.
     """
     parser = _parser(suites, description)
     options = parser.parse_args(argv)
@@ -57,6 +58,9 @@ def main(name: str, suites: Suites, task_name: Callable[[str], str], description
     except WorldFluxError as error:
         print(f"benchmarks/{name}.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"benchmarks/{name}.py: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
 
 
 def _parser(suites: Suites, description: str) -> argparse.ArgumentParser:
@@ -103,23 +107,30 @@ def _run_all(options: argparse.Namespace, suites: Suites, task_name: Callable[[s
     accept = Acceptance.parse(options.accept, task_name)
     wanted = [make_settings(options, protocol, task, seed, task_name) for task in tasks for seed in options.seeds]
     check_settings(options.out, wanted)
+    diverged = False
     for settings in wanted:
         directory = run_directory(options.out, settings.task, settings.seed)
         print(f"{directory}", file=sys.stderr, flush=True)
-        record = run(
-            options.out,
-            settings,
-            device=options.device,
-            processes=options.processes,
-            checkpoint_every=options.checkpoint_every,
-        )
+        try:
+            record = run(
+                options.out,
+                settings,
+                device=options.device,
+                processes=options.processes,
+                checkpoint_every=options.checkpoint_every,
+            )
+        except TrainingError as error:  # the other runs have nothing to do with it
+            print(f"{directory} has failed: {error}", file=sys.stderr, flush=True)
+            diverged = True
+            continue
         if record is None:
             print(f"{directory} is left out: another process is working on it", file=sys.stderr, flush=True)
         else:
             print(json.dumps(_summary(record)), flush=True)
-    return report.write(
+    below = report.write(
         [options.out], options.out / "report.md", options.out / "report.png", accept=accept, only=set(tasks)
     )
+    return int(diverged) or below
 
 
 def find_protocol(model: str, of_suite: Sequence[Protocol], suite: str) -> Protocol:

@@ -148,6 +148,13 @@ def test_unfinished_seeds_wait_beside_finished_ones(tmp_path: Path) -> None:
     assert (task.step, task.scores.tolist(), len(task.waiting)) == (200_000, [60.0], 1)
 
 
+def test_a_run_without_scores_yet_stands_in_the_report(tmp_path: Path) -> None:
+    directory = make_run(tmp_path, "cup-catch", 0, [(1000, 1.0)], protocol="dreamerv3_dmc_proprio", finished=False)
+    (directory / "scores.csv").unlink()
+    assert report.write([tmp_path], tmp_path / "report.md", tmp_path / "report.png") == 0
+    assert row_of((tmp_path / "report.md").read_text(), "cup-catch")[1:5] == ["0", "0, unfinished", "–", "–"]
+
+
 def test_a_finished_task_below_its_accepted_score_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path, "walker-stand", 0, [(0, 1.0), (200_000, 700.0)])
     output = tmp_path / "report.md"

@@ -22,7 +22,7 @@ from suite_run import run
 from suite_runner import find_protocol, find_tasks, main, make_settings, overrides
 
 from worldflux.envs.suites import atari_name, dmc_name
-from worldflux.errors import CheckpointError, ConfigurationError
+from worldflux.errors import CheckpointError, ConfigurationError, TrainingError
 
 pytest.importorskip("dm_control")
 
@@ -281,6 +281,22 @@ def test_the_command_writes_everything_and_fails_below_an_accepted_score(
     assert main("dmc", DMC, dmc_name, "", [*given, "--accept", "cartpole-balance=1"]) == 0
     assert main("dmc", DMC, dmc_name, "", [*given, "--steps", "60"]) == 2
     assert "steps 40; now it is steps 60" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+
+    def diverge(out: Path, settings: RunSettings, **arguments: Any) -> RunRecord:
+        begun.append(settings.seed)
+        directory = run_directory(out, settings.task, settings.seed)
+        directory.mkdir(parents=True)
+        RunRecord(settings, {"worldflux": "0", "torch": "2"}, []).write(directory)
+        raise TrainingError("the loss is nan")
+
+    monkeypatch.setattr("suite_runner.run", diverge)
+    given = ["--model", "dreamerv3:tiny", "--tasks", "cup-catch", "--seeds", "0", "1", "--out", str(tmp_path)]
+    assert main("dmc", DMC, dmc_name, "", given) == 1
+    assert begun == [0, 1]
 
 
 def test_protocols_of_all_suites_know_their_tasks() -> None:
