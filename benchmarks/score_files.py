@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -93,3 +94,5 @@ def append_scores(path: Path, rows: Iterable[Score]) -> None:
     """Adds rows to a file that is there; whoever reads it meanwhile sees whole lines, but for the last one at worst."""
     with path.open("a", encoding="utf-8", newline="") as file:
         file.write(as_text(rows))
+        file.flush()
+        os.fsync(file.fileno())  # a checkpoint that is written next must not be newer than the scores

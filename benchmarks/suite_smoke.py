@@ -23,8 +23,8 @@ _AGENT_STEPS = 200
 _MODEL: dict[str, dict[str, Any]] = {
     "dreamerv3": {"train_ratio": 8, "batch_size": 4, "seq_len": 8, "learning_starts": 60},
     "tdmpc2": {
-        "train_ratio": 64,
-        "batch_size": 64,
+        "train_ratio": 16,
+        "batch_size": 16,
         "learning_starts": 60,
         "planner_kwargs": {"num_samples": 32, "num_elites": 8},
     },
@@ -55,7 +55,7 @@ def smoke(protocols: Sequence[Protocol], out: Path) -> int:
 def _problems(protocol: Protocol, out: Path) -> list[str]:
     """What is wrong with a protocol's runs."""
     task = "cartpole-balance" if "cartpole-balance" in protocol.tasks else protocol.tasks[0]
-    repeat, short = _ACTION_REPEAT, {"action_repeat": _ACTION_REPEAT}
+    repeat, short = _ACTION_REPEAT, {"action_repeat": _ACTION_REPEAT, "fast_rendering": True}
     if protocol.environment != "dmc/":
         repeat, short = protocol.action_repeat, {"max_num_frames_per_episode": _MAX_FRAMES}
     settings = RunSettings(

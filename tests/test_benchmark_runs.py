@@ -6,6 +6,8 @@ import argparse
 import json
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -281,6 +283,16 @@ def test_the_command_writes_everything_and_fails_below_an_accepted_score(
     assert main("dmc", DMC, dmc_name, "", [*given, "--accept", "cartpole-balance=1"]) == 0
     assert main("dmc", DMC, dmc_name, "", [*given, "--steps", "60"]) == 2
     assert "steps 40; now it is steps 60" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "suite"), [("dmc", "proprio"), ("dmc", "vision"), ("atari", "atari100k")])
+def test_the_smoke_run_passes(script: str, suite: str) -> None:
+    path = Path(sys.modules["suite_runner"].__file__ or "").with_name(f"{script}.py")
+    command = [sys.executable, str(path), "--smoke", "--suite", suite]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "smoke: passed" in done.stdout
 
 
 def test_a_run_that_diverges_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
