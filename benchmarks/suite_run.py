@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from worldflux import WorldFluxAgent
 from worldflux.agents import AgentCheckpointCallback
-from worldflux.agents.vec_envs import frames_per_vec_step
+from worldflux.agents.vec_envs import frames_per_vec_step, max_vec_episode_steps
 from worldflux.cli.run_callbacks import EVALUATION_SEED, Progress, run_logger
 from worldflux.cli.runs import now, versions
 from worldflux.envs import make_env, make_vec_env
@@ -44,6 +45,7 @@ from worldflux.training.checkpoint import newest_checkpoint
 CHECKPOINTS_IN_A_RUN = 20
 MOST_STEPS_BETWEEN_CHECKPOINTS = 50_000
 """Of the agent."""
+_FEW_EPISODES = 5
 _DEFAULT_BUFFER_SIZE = 1_000_000
 """Of both families."""
 _LEAST_BUFFER_SIZE = 20_000
@@ -215,6 +217,7 @@ def _learn(
     with _environments(settings, processes) as (envs, eval_envs):
         frames = frames_per_vec_step(envs)
         assert frames == settings.action_repeat, f"{frames} steps of the simulator, not {settings.action_repeat}"
+        _warn_of_few_episodes(settings, max_vec_episode_steps(envs))
         agent = _agent(directory, settings, envs, device)
         record.parts.append(
             {
@@ -253,6 +256,19 @@ def _learn(
         "ended": now(),
     }
     record.write(directory)
+
+
+def _warn_of_few_episodes(settings: RunSettings, episode_steps: int | None) -> None:
+    """Scores of training episodes come late where many environments share few steps."""
+    if settings.eval_every or episode_steps is None:
+        return
+    episodes = settings.agent_steps // settings.envs // episode_steps
+    if episodes < _FEW_EPISODES and settings.envs > 1:
+        print(
+            f"{settings.steps} steps in {settings.envs} environments are {episodes} whole episodes in each: the "
+            "last score is of an early policy. Fewer --envs give more of them.",
+            file=sys.stderr,
+        )
 
 
 def _agent(directory: Path, settings: RunSettings, envs: VecEnv, device: str) -> WorldFluxAgent:

@@ -159,6 +159,14 @@ def test_evaluations_go_on_after_a_stop_without_the_first_one_again(tmp_path: Pa
     assert read_scores(tmp_path / "cartpole-balance.csv")[:3] == before
 
 
+def test_many_environments_with_few_episodes_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    go(tmp_path, replace(DREAMER, envs=4))
+    assert "5000 steps in 4 environments are 1 whole episodes in each" in capsys.readouterr().err
+    assert steps_of(tmp_path, DREAMER) == [80, 80, 80, 80]
+    go(tmp_path, replace(DREAMER, seed=4))
+    assert "whole episodes" not in capsys.readouterr().err
+
+
 def test_two_processes_do_not_work_on_one_run(tmp_path: Path) -> None:
     directory = run_directory(tmp_path, DREAMER.task, DREAMER.seed)
     directory.mkdir(parents=True)
