@@ -39,9 +39,9 @@ class UpConv(Conv):
     """Doubles the size of an image (nearest neighbour) and convolves it, without ever making the large image.
 
     Four neighbouring pixels of the doubled image are copies of one, so a kernel of 5 x 5 sees only 3 x 3 different
-    pixels, and which ones depends on where it stands: at an even or an odd row, an even or an odd column. The four cases
-    are four convolutions of the small image with sums of the kernel's entries, evaluated as one: 9 multiplications in
-    place of 25, and the same numbers up to rounding.
+    pixels, and which ones depends on where it stands: at an even or an odd row, an even or an odd column. The four
+    cases are four convolutions of the small image with sums of the kernel's entries, evaluated as one: 9
+    multiplications in place of 25, and the same numbers up to rounding.
     """
 
     phases: Tensor

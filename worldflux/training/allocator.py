@@ -21,7 +21,7 @@ def keep_freed_memory() -> bool:
     system, which hands them out again page by page, cleared: a fifth of the time of DreamerV3's smallest step. The
     process stays as large as its largest step in return. Tensors above 32 MB are out of reach (glibc's limit).
 
-    It does nothing where the C library is another one, or where the environment sets one of glibc's `MALLOC_` variables.
+    It does nothing where the C library is another one, or where the environment sets one of its `MALLOC_` variables.
 
     Returns:
         Whether the library was told so.

@@ -1,7 +1,7 @@
-"""The policy rolled out in the model: the largest part of a training step, and without gradient.
+"""One step of imagination: the largest part of training, and without gradient.
 
-`DreamerV3._imagine_plainly` says what is computed. Here weights are cast and cut once for all steps, each state is
-written where the heads will read it, and results are worked on in place.
+It computes what `RSSM.core` and `RSSM.prior` do. Here weights are cast and cut once for all steps, and results are
+worked on in place.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from worldflux.models.dreamerv3.cell import EPS, CoreWeights, blocked, linear, tanh
 from worldflux.nn.distributions import inverse_cdf, softmax
-from worldflux.nn.layers import MLP, Linear
+from worldflux.nn.layers import MLP, Linear, NormSiLU
 
 
 class Layer(NamedTuple):
@@ -47,7 +47,7 @@ def layers_of(mlp: MLP, kind: torch.dtype) -> tuple[Layer, ...]:
     """The layers of an MLP with their matrices in a precision."""
     layers = []
     for linear_layer, norm in zip(mlp.linears, mlp.norms, strict=True):
-        assert isinstance(linear_layer, Linear)
+        assert isinstance(linear_layer, Linear) and isinstance(norm, NormSiLU)
         layers.append(Layer(linear_layer.weight.to(kind), linear_layer.bias.to(kind), norm.scale))
     return tuple(layers)
 

@@ -223,16 +223,16 @@ class RSSM(nn.Module):
         is a block-diagonal one for `deter` and a dense one for the rest; of that, `x2` depends on the action alone.
         """
         kind = self._precision()
-        deter_in, stoch_in = self.deter_in.linears[0], self.stoch_in.linears[0]
+        (deter_in,), (stoch_in,) = layers_of(self.deter_in, kind), layers_of(self.stoch_in, kind)
         return CoreWeights(
-            deter_kernel=deter_in.weight.to(kind),
-            deter_bias=deter_in.bias.to(kind),
-            deter_scale=self.deter_in.norms[0].scale,
-            stoch_kernel=stoch_in.weight.to(kind),
-            stoch_bias=stoch_in.bias.to(kind),
-            stoch_scale=self.stoch_in.norms[0].scale,
+            deter_kernel=deter_in.kernel,
+            deter_bias=deter_in.bias,
+            deter_scale=deter_in.scale,
+            stoch_kernel=stoch_in.kernel,
+            stoch_bias=stoch_in.bias,
+            stoch_scale=stoch_in.scale,
             recurrent=self.hidden.weight[:, : self.deter_dim // self.blocks].to(kind),
-            dense=self._dense_kernel()[: 2 * deter_in.out_features].to(kind),
+            dense=self._dense_kernel()[: 2 * len(deter_in.kernel)].to(kind),
             hidden_scale=self.hidden_norm.scale,
             gates=self.gates.weight.to(kind),
             gates_bias=self.gates.bias,
@@ -241,9 +241,10 @@ class RSSM(nn.Module):
     def posterior_weights(self) -> PosteriorWeights:
         """Weights of the posterior, as `core_weights` gives those of the recurrence."""
         kind = self._precision()
+        (layer,) = layers_of(self.posterior_in, kind)
         return PosteriorWeights(
-            kernel=self.posterior_in.linears[0].weight[:, : self.deter_dim].to(kind),
-            scale=self.posterior_in.norms[0].scale,
+            kernel=layer.kernel[:, : self.deter_dim],
+            scale=layer.scale,
             out_kernel=self.posterior_out.weight.to(kind),
             out_bias=self.posterior_out.bias.to(kind),
         )

@@ -87,9 +87,9 @@ def observe_step_backward(
 class Scan(torch.autograd.Function):
     """`observe_step` along the windows.
 
-    Inputs: `observe_step` and `observe_step_backward` (or compiled ones), the unimix, the state before the first step `[N, D]` and `[N, S, C]`, then `[T, N, ...]` each
-    `keep`, `action_part`, `embed_part`, `noise`, `classes` (one of the last two is None), and the fields of
-    `CoreWeights` and `PosteriorWeights`.
+    Inputs: `observe_step` and `observe_step_backward` (or compiled ones), the unimix, the state before the first step
+    `[N, D]` and `[N, S, C]`, then `[T, N, ...]` each `keep`, `action_part`, `embed_part`, `noise`, `classes` (one of
+    the last two is None), and the fields of `CoreWeights` and `PosteriorWeights`.
 
     Outputs: states `[T, N, D]`, latents and their logits `[T, N, S, C]`.
     """

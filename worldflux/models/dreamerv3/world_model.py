@@ -18,7 +18,6 @@ from worldflux.config import DreamerV3Config
 from worldflux.errors import ShapeMismatchError
 from worldflux.models.base import LossOutput, OnlineDefaults, OptimizerSpec, State, Trajectory, WorldModel
 from worldflux.models.dreamerv3.behavior import (
-    Imagined,
     ReturnNorm,
     imagination_losses,
     imagined_returns,
@@ -29,7 +28,8 @@ from worldflux.models.dreamerv3.heads import Actor, ContinueHead, TwoHotHead
 from worldflux.models.dreamerv3.health import vitals
 from worldflux.models.dreamerv3.inputs import ArrivalRows, arrival_rows
 from worldflux.models.dreamerv3.parts import Draws, LossParts
-from worldflux.models.dreamerv3.rssm import RSSM, bounded, kl_losses
+from worldflux.models.dreamerv3.rollout import roll_out
+from worldflux.models.dreamerv3.rssm import RSSM, kl_losses
 from worldflux.models.health import Vital
 from worldflux.nn.layers import PORTION, in_portions, stacked_mlps
 from worldflux.training.batch import Batch, Observation
@@ -216,7 +216,8 @@ class DreamerV3(WorldModel):
 
         # Behaviour: policy and value losses reach the policy and the value only
         with torch.no_grad():
-            imagined = self._imagine(observed.deter[:, -K:], observed.stoch[:, -K:], draws)
+            deter, stoch = observed.deter[:, -K:].flatten(0, 1), observed.stoch[:, -K:].flatten(0, 1)
+            imagined = roll_out(self.rssm, self.actor, deter, stoch, c.imagination_horizon, draws)
             by_step = imagined.feat.transpose(0, 1)  # [H+1, N, F], as it lies in memory
             predicted = in_portions(self._predict, by_step.flatten(0, 1), size=PORTION).unflatten(0, by_step.shape[:2])
             reward, cont, slow_value = (x.t() for x in predicted.unbind(-1))
@@ -341,44 +342,6 @@ class DreamerV3(WorldModel):
             state = self.transition(state, actions[-1])
             states.append(state)
         return self._trajectory(states), torch.stack(actions)
-
-    def _imagine(self, deter: Tensor, stoch: Tensor, draws: Draws | None) -> Imagined:
-        """Rolls the policy out from replayed states `[B, K, D]`, `[B, K, S, C]`; without gradient."""
-        deter, stoch = deter.flatten(0, 1), stoch.flatten(0, 1)
-        if not self.rssm.fast:
-            return self._imagine_plainly(deter, stoch, draws)
-        weights = self.rssm.imagination_weights(self.actor.mlp)
-        steps, width = self.config.imagination_horizon + 1, deter.shape[1]
-        feats = deter.new_empty(steps, len(deter), width + stoch[0].numel())
-        actions: list[Tensor] = []
-        for h, feat in enumerate(feats):
-            if h > 0:
-                noise = torch.rand(stoch.shape[:2], device=stoch.device) if draws is None else None
-                classes = None if draws is None else draws.imagined_stoch[:, h]
-                action = bounded(actions[-1])
-                with torch.autocast(deter.device.type, enabled=False):
-                    deter, stoch = self.rssm.cells.imagine(
-                        weights, deter, stoch, action, noise, classes, self.rssm.unimix
-                    )
-            feat[:, :width], feat[:, width:] = deter, stoch.flatten(1)
-            if draws is None:
-                actions.append(self.actor.output(self.rssm.cells.policy(weights.actor, feat)).sample())
-            else:
-                actions.append(draws.imagined_actions[:, h])
-        return Imagined(feats.transpose(0, 1), torch.stack(actions, 1))
-
-    def _imagine_plainly(self, deter: Tensor, stoch: Tensor, draws: Draws | None) -> Imagined:
-        """What `_imagine` computes, from states `[N, D]`, `[N, S, C]`."""
-        feats: list[Tensor] = []
-        actions: list[Tensor] = []
-        for h in range(self.config.imagination_horizon + 1):
-            if h > 0:
-                deter = self.rssm.core(deter, stoch, actions[-1])
-                prior = self.rssm.dist(self.rssm.prior(deter))
-                stoch = prior.sample() if draws is None else prior.straight_through(draws.imagined_stoch[:, h])
-            feats.append(_features(deter, stoch))
-            actions.append(self.actor(feats[-1]).sample() if draws is None else draws.imagined_actions[:, h])
-        return Imagined(torch.stack(feats, 1), torch.stack(actions, 1))
 
     def compile_cells(self) -> None:
         """Compiles the steps of the recurrence, along windows and in imagination."""
