@@ -1,188 +1,201 @@
-"""How long one gradient step and one acting step take; median of many after a warm-up, as lines of JSON.
+"""How fast worldflux is, beside other implementations of the same algorithms on the same machine.
 
-    python benchmarks/throughput.py --preset dreamerv3:reference-1m --device cpu --threads 2
-    python benchmarks/throughput.py --preset dreamerv3:tiny --obs vector --batch 16 --length 16
-    python benchmarks/throughput.py --preset tdmpc2:tiny tdmpc2:reference-5m
-    python benchmarks/throughput.py --preset tdmpc2:tiny --online dmc/walker-walk --steps 100
+    python benchmarks/throughput.py --out results.json
+    python benchmarks/throughput.py --cases tdmpc2-5m-state --device cuda --dtype float32 bfloat16 --compile auto off
+    python benchmarks/throughput.py --peers r2dreamer=~/src/r2dreamer dreamerv3_jax=~/src/dreamerv3,~/jax/bin/python
+    python benchmarks/table.py results.json
+    python benchmarks/throughput.py --online dmc/walker-walk --preset tdmpc2:tiny --steps 100
 
-The gradient step is the whole of `Trainer.step`: forward, backward, clipping, optimiser, target networks. Sampling from
-the buffer and copying to the device are not in it. The acting step takes an observation to an action as the family does
-by itself: DreamerV3 with its policy, TD-MPC2 with its planner. With `--online` an agent learns in an environment
-instead, and the shares of its time are printed: acting (state and plan), sampling, training, stepping, recording.
-Run it on an idle machine, and compare only what one run printed.
+Every case is measured in a process of its own (`cases.py` says what is in a step), a peer's right behind ours, and the
+machine's speed at multiplying matrices in the same run. With `--online` an agent learns in an environment instead, and
+the shares of its time are printed. Run it on an idle machine, and compare only what one run printed. `peers/README.md`
+says how to install the peers. The exit code is 1 if a measurement failed; the others are written nevertheless.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import platform
-import statistics
-import time
-from collections import Counter
-from collections.abc import Callable
-from typing import Any
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from gymnasium import spaces
+import cases
+import rows
 
-from worldflux import WorldFluxAgent, create_world_model
-from worldflux.agents.acting import Actor
-from worldflux.envs import ActionCodec, ObservationCodec, make_vec_env
-from worldflux.models.base import WorldModel
-from worldflux.models.planning import Planner, PlannerConfig
-from worldflux.training import Batch, Trainer, TrainingConfig
-
-OBSERVATIONS = {"vector": (24,), "image": (3, 64, 64)}
-ACTION_DIM = 6
+HERE = Path(__file__).parent
+DREAMER, TDMPC2 = ("dreamerv3-1m-proprio", "dreamerv3-12m-pixels"), ("tdmpc2-5m-state", "tdmpc2-5m-pixels")
 
 
-def median_ms(function: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Median time of a call in milliseconds, after one call that is not counted."""
-    times = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(times[1:])
+class Script(NamedTuple):
+    """What a script in `peers/` can measure."""
+
+    cases: tuple[str, ...]
+    half: tuple[str, ...]
+    """Devices on which it computes in bfloat16 too."""
+    compiles: bool
+    """Whether it has a form that a compiler has made faster besides another one."""
 
 
-def random_batch(model: WorldModel, obs_shape: tuple[int, ...], batch: int, length: int) -> Batch:
-    """Windows of random experience; with stored latents, one context row more than `length`."""
-    rows = length + bool(model.replay_extras())
-    obs = torch.rand(batch, rows, *obs_shape)
-    if len(obs_shape) == 3:
-        obs = (obs * 255).to(torch.uint8)
-    extras = {
-        name: torch.zeros(batch, rows, *shape, dtype=torch.from_numpy(dtype.type([0])).dtype)
-        for name, (shape, dtype) in model.replay_extras().items()
-    }
-    return Batch(
-        obs=obs,
-        actions=torch.rand(batch, rows, ACTION_DIM) * 2 - 1,
-        rewards=torch.rand(batch, rows),
-        terminations=torch.zeros(batch, rows, dtype=torch.bool),
-        is_first=torch.zeros(batch, rows, dtype=torch.bool),
-        extras=extras,
-    )
+PEERS = {
+    "dreamerv3_jax": Script(DREAMER, ("cpu", "cuda"), False),
+    "r2dreamer": Script(DREAMER, ("cpu", "cuda"), True),
+    "torchrl_dreamerv3": Script(DREAMER, ("cuda",), True),
+    "tdmpc2_reference": Script(TDMPC2, (), True),
+}
 
 
-def measure(preset: str, options: argparse.Namespace) -> dict[str, object]:
-    """Times of one model."""
-    obs_shape = OBSERVATIONS[options.obs]
-    torch.manual_seed(0)
-    model = create_world_model(
-        preset, obs_shape=obs_shape, action_dim=ACTION_DIM, device=options.device, dtype=options.dtype
-    )
-    trainer = Trainer(model, TrainingConfig(device=options.device, grad_clip=0.0))
-    family = model.online_defaults()
-    batch_size, length = options.batch or family.batch_size, options.length or family.seq_len
-    batch = random_batch(model, obs_shape, batch_size, length).to(trainer.device)
-    assert isinstance(batch.obs, torch.Tensor)
-    obs = batch.obs[:1, 0].expand(options.envs, *obs_shape).contiguous()
-    planner = None
-    if family.planner is not None:
-        planner = Planner(model, PlannerConfig.from_model(model.config))
-    codecs = ObservationCodec(spaces.Box(-1, 1, (24,))), ActionCodec(spaces.Box(-1, 1, (ACTION_DIM,)))
-    actor = Actor(model, *codecs, planner)
-    acting, starts = actor.start(options.envs), np.zeros(options.envs, dtype=bool)
-    arrays = obs.cpu().numpy()
+@dataclass(frozen=True)
+class Peer:
+    """A peer of the command line: `NAME[+compile]=CHECKOUT[,PYTHON]`."""
 
-    def act() -> object:
-        return actor.act(actor.observe(acting, arrays, starts, deterministic=False), starts, deterministic=False)
+    name: str
+    compile: bool
+    repo: str
+    python: str
 
-    return {
-        "preset": preset,
-        "obs": options.obs,
-        "batch": [batch_size, length],
-        "params": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "gradient_step_ms": round(median_ms(lambda: trainer.step(batch), options.repeats, trainer.device), 2),
-        "acting_step_ms": round(median_ms(act, (2 if planner else 20) * options.repeats, trainer.device), 3),
-        "envs": options.envs,
-        "device": torch.cuda.get_device_name() if trainer.device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "dtype": options.dtype,
-        "torch": torch.__version__,
-    }
+    @classmethod
+    def parse(cls, text: str) -> Peer:
+        """A peer as it was asked for.
+
+        Raises:
+            argparse.ArgumentTypeError: If there is no such script.
+        """
+        form, _, place = text.partition("=")
+        name, _, compiled = form.partition("+")
+        forms = [*PEERS, *(f"{peer}+compile" for peer, script in PEERS.items() if script.compiles)]
+        if form not in forms or not place:
+            raise argparse.ArgumentTypeError(
+                f"'{text}' is no FORM=CHECKOUT[,PYTHON] with a FORM of {', '.join(forms)}."
+            )
+        repo, _, python = place.partition(",")
+        return cls(name, bool(compiled), str(Path(repo).expanduser()), str(Path(python or sys.executable).expanduser()))
+
+    def command(self, case: str, dtype: str, device: str) -> list[str] | None:
+        """What to run for a case; None where the peer has no such case."""
+        can = PEERS[self.name]
+        if case not in can.cases or (dtype != "float32" and device not in can.half):
+            return None
+        script = str(HERE / "peers" / f"{self.name}.py")
+        return [self.python, script, "--repo", self.repo, *(["--compile"] if self.compile else [])]
 
 
-class Stopwatch:
-    """Sums the time spent in functions, each under a name."""
-
-    def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
-
-    def wrapped(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, timed."""
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.seconds[name] += time.perf_counter() - started
-
-        return timed
-
-
-def measure_online(preset: str, options: argparse.Namespace) -> dict[str, object]:
-    """Where the time goes while an agent learns in an environment."""
-    env = make_vec_env(options.online, options.envs, seed=0)
-    settings = {"batch_size": options.batch, "seq_len": options.length, "device": options.device}
-    agent = WorldFluxAgent(preset, env, seed=0, learning_starts=300, **settings)
-    agent.learn(320 + options.envs)  # the start and the training that it owes are not counted
-    assert agent.replay_buffer is not None and agent._collector is not None
-    watch = Stopwatch()
-    for owner, names, label in (
-        (agent.actor, ("observe", "act"), "acting"),
-        (agent.replay_buffer, ("sample",), "sampling"),
-        (agent.trainer, ("step",), "training"),
-        (env, ("step_wait",), "stepping"),
-        (agent._collector.recorder, ("add_vec_step",), "recording"),
-    ):
-        for name in names:
-            setattr(owner, name, watch.wrapped(label, getattr(owner, name)))
-    updates, started = agent.trainer.step_count, time.perf_counter()
-    agent.learn(options.steps, reset_num_timesteps=False)
-    if agent.device.type == "cuda":
-        torch.cuda.synchronize(agent.device)
-    total = time.perf_counter() - started
-    shares = {name: round(seconds / total, 4) for name, seconds in watch.seconds.items()}
-    return {
-        "preset": preset,
-        "env": options.online,
-        "envs": options.envs,
-        "env_steps_per_s": round(options.steps / total, 2),
-        "gradient_steps_per_env_step": round((agent.trainer.step_count - updates) / options.steps, 3),
-        "share_of_time": {**shares, "other": round(1 - sum(shares.values()), 4)},
-        "device": torch.cuda.get_device_name() if agent.device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def main() -> None:
-    """Measures every preset that was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", nargs="+", default=["dreamerv3:tiny", "dreamerv3:reference-1m"])
-    parser.add_argument("--obs", choices=OBSERVATIONS, default="vector")
-    parser.add_argument("--batch", type=int, help="windows; default: the family's")
-    parser.add_argument("--length", type=int, help="trained time steps per window; default: the family's")
-    parser.add_argument("--online", metavar="ENV", help="learn in this environment, and print the shares of the time")
-    parser.add_argument("--steps", type=int, default=100, help="environment steps that --online measures")
-    parser.add_argument("--envs", type=int, default=1, help="environments that act together")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--threads", type=int, default=None, help="of the CPU; default: torch's choice")
-    parser.add_argument("--repeats", type=int, default=10)
-    options = parser.parse_args()
+def commands(options: argparse.Namespace) -> Iterator[list[str]]:
+    """Everything to be run, in order: the peaks, and then for each case ours and the peers' in turn."""
+    same = ["--device", options.device, "--repeats", str(options.repeats), "--budget", str(options.budget)]
     if options.threads:
-        torch.set_num_threads(options.threads)
-    for preset in options.preset:
-        print(json.dumps((measure_online if options.online else measure)(preset, options)), flush=True)
+        same += ["--threads", str(options.threads)]
+    ours = [sys.executable, str(HERE / "cases.py")]
+    for dtype in options.dtype:
+        yield [*ours, "--peak", *same, "--dtype", dtype]
+    for case in options.cases:
+        for _ in range(options.rounds):
+            for dtype in options.dtype:
+                one = [*same, "--dtype", dtype, "--cases", case]
+                for form in options.compile:
+                    yield [*ours, *one, "--compile", form, "--envs", str(options.envs)]
+                for peer in options.peers:
+                    command = peer.command(case, dtype, options.device.partition(":")[0])
+                    if command is not None:
+                        yield [*command, *one]
+
+
+def run(command: list[str], limit: float) -> tuple[list[dict[str, Any]], str | None]:
+    """The rows that a command printed, and what went wrong."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired as expired:
+        printed = expired.stdout or ""
+        text = printed.decode() if isinstance(printed, bytes) else printed
+        return rows.rows_in(text), f"no end within {limit:g} s"
+    failure = None if done.returncode == 0 else f"exit code {done.returncode}: {done.stderr.strip()[-2000:]}"
+    return rows.rows_in(done.stdout), failure
+
+
+def facts(options: argparse.Namespace) -> dict[str, Any]:
+    """What a reader needs to judge the numbers or to measure them again."""
+    import numpy
+    import torch
+
+    def git(*arguments: str) -> str:
+        asked = subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True)
+        return asked.stdout.strip()
+
+    cuda = options.device.startswith("cuda")
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": git("rev-parse", "HEAD") or "unknown",
+        "changed_files": len(git("status", "--porcelain", "--untracked-files=no").splitlines()),
+        "command": shlex.join(["python", "benchmarks/throughput.py", *_without_folders(sys.argv[1:])]),
+        "machine": {
+            "cpu": rows.cpu_name(),
+            "threads": rows.use_threads(options.threads),
+            "gpu": torch.cuda.get_device_name() if cuda else None,
+            "system": platform.platform(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda if cuda else None,
+            "numpy": numpy.__version__,
+        },
+    }
+
+
+def _without_folders(arguments: list[str]) -> list[str]:
+    """The arguments with only the names of the files and folders that they lead to."""
+    return [
+        f"{form}={','.join(Path(part).name for part in place.split(','))}" if place else Path(form).name
+        for form, _, place in (argument.partition("=") for argument in arguments)
+    ]
+
+
+def main() -> int:
+    """Measures everything that was asked for."""
+    parser = rows.parser(__doc__, cases.CASES)
+    parser.set_defaults(cases=tuple(cases.REFERENCE))
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
+    parser.add_argument("--compile", nargs="+", choices=tuple(cases.COMPILE), default=["auto"], help="forms of ours")
+    parser.add_argument("--envs", type=int, default=1, help="environments that act together")
+    parser.add_argument("--peers", nargs="+", type=Peer.parse, default=[], metavar="NAME[+compile]=CHECKOUT[,PYTHON]")
+    parser.add_argument("--rounds", type=int, default=1, help="times that ours and the peers' take turns in each case")
+    parser.add_argument("--limit", type=float, default=1800.0, help="seconds after which a measurement is given up")
+    parser.add_argument("--out", type=Path, help="file for the results as JSON; they are printed as well")
+    parser.add_argument("--online", metavar="ENV", help="learn in this environment, and print the shares of the time")
+    parser.add_argument("--preset", nargs="+", default=["tdmpc2:tiny"], help="models of --online")
+    parser.add_argument("--steps", type=int, default=100, help="environment steps that --online measures")
+    parser.add_argument("--batch", type=int, help="windows of --online; default: the family's")
+    parser.add_argument("--length", type=int, help="time steps in them; default: the family's")
+    options = parser.parse_args()
+    if options.online:
+        import online
+        import torch
+
+        torch.set_num_threads(rows.use_threads(options.threads))
+        for preset in options.preset:
+            print(json.dumps(online.measure_online(preset, options)), flush=True)
+        return 0
+    found: dict[str, Any] = {**facts(options), "rows": [], "failures": []}
+    for command in commands(options):
+        measured, failure = run(command, options.limit)
+        for row in measured:
+            print(json.dumps(row), flush=True)
+        found["rows"] += measured
+        if failure is not None:
+            name = shlex.join(["python", *_without_folders(command[1:])])
+            found["failures"].append({"command": name, "error": failure})
+            print(f"{name}\n{failure}", file=sys.stderr, flush=True)
+        if options.out is not None:  # after each, so that a run that is cut short has its rows
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 1 if found["failures"] else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

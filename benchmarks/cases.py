@@ -1,0 +1,236 @@
+"""Times worldflux at the reference sizes: a gradient step, an acting step and a plan, each a line of JSON.
+
+    python benchmarks/cases.py --cases dreamerv3-1m-proprio --device cuda --dtype bfloat16
+
+The sizes are the authors' own: 6 continuous actions, 24 numbers or 64x64 pixels, 16 windows of 64 steps and 15 imagined
+ones for DreamerV3, 256 windows of 3 transitions for TD-MPC2, plans of 512 candidates, 6 iterations and 3 steps. The
+gradient step is the whole of an agent's: forward, backward, clipping, optimiser, target networks. Sampling from the
+buffer and copying to the device are not in it. The acting step takes an observation in NumPy to an action of the policy
+in NumPy, and a plan takes it to an action of the planner. `throughput.py` runs this in a process for each case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+import rows
+
+
+@dataclass(frozen=True)
+class Case:
+    """A size at which implementations are compared."""
+
+    preset: str
+    obs_shape: tuple[int, ...]
+    """Of the environment; images have their channels last."""
+    batch: int
+    """Windows in a gradient step."""
+    length: int
+    """Time steps in each; TD-MPC2 makes one transition less of them."""
+
+
+IMAGE, STACKED = (64, 64, 3), (64, 64, 9)
+REFERENCE = {
+    "dreamerv3-1m-proprio": Case("dreamerv3:reference-1m", (24,), 16, 64),
+    "dreamerv3-12m-pixels": Case("dreamerv3:reference-12m", IMAGE, 16, 64),
+    "tdmpc2-5m-state": Case("tdmpc2:reference-5m", (24,), 256, 4),
+    "tdmpc2-5m-pixels": Case("tdmpc2:reference-5m", STACKED, 256, 4),
+}
+TINY = {
+    "dreamerv3-tiny": Case("dreamerv3:tiny", (24,), 16, 16),
+    "tdmpc2-tiny": Case("tdmpc2:tiny", (24,), 256, 4),
+}
+"""Not compared with anybody: no peer has these sizes."""
+CASES = {**REFERENCE, **TINY}
+ACTION_DIM = 6
+MATRIX_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
+COMPILE = {"auto": "auto", "on": True, "off": False}
+
+
+class Spaces(gymnasium.Env[Any, Any]):
+    """An environment of which only the spaces are needed."""
+
+    def __init__(self, case: Case) -> None:
+        images = len(case.obs_shape) == 3
+        limits, dtype = ((0, 255), np.uint8) if images else ((-np.inf, np.inf), np.float32)
+        self.observation_space = gymnasium.spaces.Box(*limits, case.obs_shape, dtype)
+        self.action_space = gymnasium.spaces.Box(-1, 1, (ACTION_DIM,), np.float32)
+
+
+def random_batch(agent: Any, case: Case) -> Any:
+    """Windows of random experience as the agent's buffer would return them: one row more where it stores latents."""
+    import torch
+
+    from worldflux.training import Batch
+
+    stored = agent.model.replay_extras()
+    shape = (case.batch, case.length + bool(stored))
+    generator = torch.Generator().manual_seed(0)
+    obs_shape = agent.model.config.obs_shape
+    obs = torch.rand(*shape, *obs_shape, generator=generator)
+    if len(obs_shape) == 3:
+        obs = (obs * 255).to(torch.uint8)
+    return Batch(
+        obs=obs,
+        actions=torch.rand(*shape, ACTION_DIM, generator=generator) * 2 - 1,
+        rewards=torch.rand(*shape, generator=generator),
+        terminations=torch.zeros(shape, dtype=torch.bool),
+        is_first=torch.zeros(shape, dtype=torch.bool),
+        extras={
+            name: torch.zeros(*shape, *size, dtype=torch.from_numpy(np.zeros(1, dtype)).dtype)
+            for name, (size, dtype) in stored.items()
+        },
+    ).to(agent.device)
+
+
+def flops_of(function: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products and convolutions in one call, backward included.
+
+    Counted operation by operation as PyTorch carries them out, with the formulas of `torch.utils.flop_counter`: two for
+    each multiplication with its addition. What a compiler or a recorded graph has swallowed is not seen.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.flop_counter import flop_registry
+
+    class Counter(TorchDispatchMode):
+        # FlopCounterMode also follows modules, with hooks that do not stand modules called under no_grad.
+        total = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            formula = flop_registry.get(func._overloadpacket)
+            if formula is None and func is not torch.ops.prim.device.default:
+                with self:  # without autograd, an operation may arrive whole that is made of counted ones
+                    result = func.decompose(*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+            result = func(*args, **kwargs)
+            if formula is not None:
+                self.total += formula(*args, **kwargs, out_val=result)
+            return result
+
+    with Counter() as counter:
+        function()
+    return int(counter.total)
+
+
+def make_agent(
+    case: Case, options: argparse.Namespace, *, compiled: str, planner: str | None, model: Any = None
+) -> Any:
+    """An agent that acts with the planner (`"mppi"`) or with the policy (None), of a new model or a given one."""
+    from worldflux import WorldFluxAgent
+
+    # Left out where it is the default.
+    settings = {} if compiled == "auto" else {"compile": COMPILE[compiled]}
+    if model is None:
+        settings["model_kwargs"] = {"dtype": options.dtype}
+    return WorldFluxAgent(
+        case.preset if model is None else model,
+        Spaces(case),
+        planner=planner,
+        batch_size=case.batch,
+        seq_len=case.length,
+        buffer_size=4096,  # more than a batch, and less than memory
+        device=options.device,
+        seed=0,
+        **settings,
+    )
+
+
+def acting(agent: Any, case: Case, envs: int) -> Callable[[], object]:
+    """A function that takes the next observations to actions."""
+    rng = np.random.default_rng(0)
+    shape = (envs, *agent.model.config.obs_shape)
+    images = len(case.obs_shape) == 3
+    obs = rng.integers(0, 256, shape, np.uint8) if images else rng.standard_normal(shape).astype(np.float32)
+    actor, starts = agent.actor, np.zeros(envs, dtype=bool)
+    memory = actor.start(envs)
+
+    def act() -> None:
+        nonlocal memory
+        memory = actor.observe(memory, obs, starts, deterministic=False)
+        memory = actor.act(memory, starts, deterministic=False)
+        memory.actions.cpu().numpy()
+
+    return act
+
+
+def measure(name: str, options: argparse.Namespace, threads: int) -> None:
+    """Prints the rows of one case."""
+    import torch
+
+    case, cuda = CASES[name], options.device.startswith("cuda")
+    torch.set_num_threads(threads)
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    agent = make_agent(case, options, compiled=options.compile, planner=None)
+    facts = {
+        "device": torch.cuda.get_device_name() if cuda else rows.cpu_name(),
+        "threads": threads,
+        "dtype": options.dtype,
+        "compile": options.compile,
+        "params": sum(p.numel() for p in agent.model.parameters() if p.requires_grad),
+        "versions": {"torch": torch.__version__},
+    }
+
+    def report(what: str, times: dict[str, Any], flops: int, more: dict[str, Any]) -> None:
+        speed = {"gflop": flops / 1e9, "tflop_per_s": flops / times["ms"] / 1e9}
+        rows.print_row("worldflux", name, what, {**times, **speed, **facts, **more})
+
+    batch = random_batch(agent, case)
+    times = rows.clock(lambda: agent.trainer.step(batch), options.repeats, options.budget, wait)
+    peak = torch.cuda.max_memory_allocated() / (1 << 20) if cuda else rows.peak_resident_mib()
+    agent.trainer.check_finite()
+    plain = make_agent(case, options, compiled="off", planner=None) if options.compile != "auto" or cuda else agent
+    report(rows.GRADIENT, times, flops_of(lambda: plain.trainer.step(batch)), {"peak_mib": round(peak, 1)})
+    for what, planner in ((rows.ACTING, None), (rows.PLAN, "mppi")):
+        one = make_agent(case, options, compiled=options.compile, planner=planner, model=agent.model)
+        act = acting(one, case, options.envs)
+        times = rows.clock(act, 4 * options.repeats, options.budget / 3, wait)
+        counted = (
+            make_agent(case, options, compiled="off", planner=planner, model=plain.model) if plain is not agent else one
+        )
+        report(what, times, flops_of(acting(counted, case, options.envs)), {"envs": options.envs})
+
+
+def matrix_peak(options: argparse.Namespace, threads: int) -> None:
+    """Prints how fast this machine multiplies square matrices, at the best of a few sizes."""
+    import torch
+
+    torch.set_num_threads(threads)
+    cuda = options.device.startswith("cuda")
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    best: dict[str, Any] = {"tflop_per_s": 0.0}
+    for size in MATRIX_SIZES["cuda" if cuda else "cpu"]:
+        a, b = (torch.rand(size, size, device=options.device).to(getattr(torch, options.dtype)) for _ in range(2))
+        times = rows.clock(lambda a=a, b=b: a @ b, options.repeats, 3.0, wait)  # type: ignore[misc]
+        speed = 2 * size**3 / times["ms_least"] / 1e9
+        if speed > best["tflop_per_s"]:
+            best = {"size": size, "tflop_per_s": speed, "ms": times["ms_least"]}
+    facts = {"device": options.device, "threads": threads, "dtype": options.dtype}
+    rows.print_row("worldflux", "peak", rows.MATRIX, {**best, **facts})
+
+
+def main() -> None:
+    """Measures every case that was asked for."""
+    parser = rows.parser(__doc__, CASES)
+    parser.set_defaults(cases=tuple(REFERENCE))
+    parser.add_argument("--compile", choices=tuple(COMPILE), default="auto", help="auto: on CUDA")
+    parser.add_argument("--envs", type=int, default=1, help="environments that act together")
+    parser.add_argument("--peak", action="store_true", help="only the machine's speed at multiplying matrices")
+    options = parser.parse_args()
+    threads = rows.use_threads(options.threads)
+    if options.peak:
+        return matrix_peak(options, threads)
+    for name in options.cases:
+        measure(name, options, threads)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Where the time goes while an agent learns in an environment: acting, sampling, training, stepping, recording."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import rows
+import torch
+
+from worldflux import WorldFluxAgent
+from worldflux.envs import make_vec_env
+
+
+class Stopwatch:
+    """Sums the time spent in functions, each under a name."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+
+    def wrapped(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, timed."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[name] += time.perf_counter() - started
+
+        return timed
+
+
+def measure_online(preset: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Steps per second and the shares of the time, behind a start that is not counted.
+
+    On CUDA a function's share is the time until it returns: what it has left to the device falls to whoever waits next.
+    """
+    env = make_vec_env(options.online, options.envs, seed=0)
+    agent = WorldFluxAgent(
+        preset,
+        env,
+        seed=0,
+        learning_starts=300,
+        batch_size=options.batch,
+        seq_len=options.length,
+        device=options.device,
+    )
+    agent.learn(320 + options.envs)  # the start and the training that it owes are not counted
+    assert agent.replay_buffer is not None and agent._collector is not None
+    watch = Stopwatch()
+    for owner, names, label in (
+        (agent.actor, ("observe", "act"), "acting"),
+        (agent.replay_buffer, ("sample",), "sampling"),
+        (agent.trainer, ("step",), "training"),
+        (env, ("step_wait",), "stepping"),
+        (agent._collector.recorder, ("add_vec_step",), "recording"),
+    ):
+        for name in names:
+            setattr(owner, name, watch.wrapped(label, getattr(owner, name)))
+    updates, started = agent.trainer.step_count, time.perf_counter()
+    agent.learn(options.steps, reset_num_timesteps=False)
+    if agent.device.type == "cuda":
+        torch.cuda.synchronize(agent.device)
+    total = time.perf_counter() - started
+    shares = {name: round(seconds / total, 4) for name, seconds in watch.seconds.items()}
+    return {
+        "preset": preset,
+        "env": options.online,
+        "envs": options.envs,
+        "batch": [agent.batch_size, agent.seq_len],
+        "env_steps_per_s": round(options.steps / total, 2),
+        "gradient_steps_per_env_step": round((agent.trainer.step_count - updates) / options.steps, 3),
+        "share_of_time": {**shares, "other": round(1 - sum(shares.values()), 4)},
+        "device": torch.cuda.get_device_name() if agent.device.type == "cuda" else rows.cpu_name(),
+        "threads": torch.get_num_threads(),
+    }

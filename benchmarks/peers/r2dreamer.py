@@ -1,0 +1,119 @@
+"""Times NM512/r2dreamer, a DreamerV3 in PyTorch, with its decoder (`rep_loss=dreamer`) at the reference sizes.
+
+    python benchmarks/peers/r2dreamer.py --repo path/to/r2dreamer [--compile]
+
+The training step is the agent's own `update` with a buffer that always returns one batch. On a CPU its gradient is
+computed in the precision that is asked for; on CUDA `--dtype bfloat16` means the half precision that it is written for,
+float16 with a gradient scaler. README.md says which commit, and what to install.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import rows
+
+SIZES = {
+    "dreamerv3-1m-proprio": {"deter": 512, "hidden": 64, "discrete": 4, "depth": 4, "units": 64},
+    "dreamerv3-12m-pixels": {"deter": 2048, "hidden": 256, "discrete": 16, "depth": 16, "units": 256},
+}
+
+
+class OneBatch:
+    """A replay buffer that always returns the same batch."""
+
+    def __init__(self, data, initial) -> None:
+        self.data, self.initial = data, initial
+
+    def sample(self):
+        """What their buffer returns: rows, where they came from, and the latent state before them."""
+        return self.data.copy(), None, self.initial
+
+    def update(self, index, stoch, deter) -> None:
+        """New latent states have nowhere to go."""
+
+
+def build(case: str, options):
+    """The agent, with the layers of the size and the observations of the case."""
+    import dreamer
+    import gymnasium
+    import numpy as np
+    import torch
+    from omegaconf import OmegaConf
+
+    configs = Path(options.repo) / "configs"
+    observations = OmegaConf.load(configs / f"env/dmc_{'vision' if case.endswith('pixels') else 'proprio'}.yaml")
+    observations.device, observations.seed = options.device, 0
+    model = OmegaConf.load(configs / "model/_base_.yaml")
+    model = OmegaConf.merge(model, SIZES[case], {"act": "SiLU", "norm": True})
+    config = OmegaConf.create({"device": options.device, "env": observations, "model": model})
+    config.model.rep_loss, config.model.compile = "dreamer", options.compile
+
+    half = torch.float16 if options.device == "cuda" else torch.bfloat16
+
+    def autocast(device_type: str, dtype):
+        return torch.autocast(device_type, dtype=half, enabled=options.dtype != "float32")
+
+    dreamer.autocast = autocast  # theirs is float16 whatever the device
+    space = (
+        {"image": gymnasium.spaces.Box(0, 255, (64, 64, 3), np.uint8)}
+        if case.endswith("pixels")
+        else {"vector": gymnasium.spaces.Box(-np.inf, np.inf, (24,), np.float32)}
+    )
+    agent = dreamer.Dreamer(config.model, gymnasium.spaces.Dict(space), gymnasium.spaces.Box(-1, 1, (6,), np.float32))
+    if options.dtype == "float32" or options.device == "cpu":
+        agent._scaler = torch.amp.GradScaler(options.device, enabled=False)
+    return agent.to(options.device)
+
+
+def measure(case: str, options, threads: int) -> None:
+    """Prints the rows of one case."""
+    import tensordict
+    import torch
+    from tensordict import TensorDict
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    agent = build(case, options)
+
+    def observation(*shape: int) -> dict:
+        if case.endswith("pixels"):
+            return {"image": torch.randint(0, 256, (*shape, 64, 64, 3), dtype=torch.uint8)}
+        return {"vector": torch.rand(*shape, 24) * 2 - 1}
+
+    flags = {name: torch.zeros(16, 64, 1, dtype=torch.bool) for name in ("is_first", "is_last", "is_terminal")}
+    rest = {"action": torch.rand(16, 64, 6) * 2 - 1, "reward": torch.rand(16, 64, 1)}
+    data = TensorDict({**observation(16, 64), **flags, **rest}, batch_size=(16, 64)).to(options.device)
+    state = agent.get_initial_state(16)
+    buffer = OneBatch(data, (state["stoch"], state["deter"]))
+    cuda = options.device == "cuda"
+    facts = {
+        "device": torch.cuda.get_device_name() if cuda else rows.cpu_name(),
+        "threads": threads,
+        "dtype": "float16" if cuda and options.dtype != "float32" else options.dtype,
+        "compile": options.compile,
+        "params": sum(p.numel() for p in agent._named_params.values()),
+        "versions": {"torch": torch.__version__, "tensordict": tensordict.__version__},
+    }
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    times = rows.clock(lambda: agent.update(buffer), options.repeats, options.budget, wait)
+    peak = round(torch.cuda.max_memory_allocated() / (1 << 20), 1) if cuda else rows.peak_resident_mib()
+    rows.print_row("NM512/r2dreamer", case, rows.GRADIENT, {**times, "peak_mib": peak, **facts})
+
+    acting = agent.get_initial_state(1)
+    obs = TensorDict({**observation(1), "is_first": torch.zeros(1, 1, dtype=torch.bool)}, batch_size=(1,))
+    obs = obs.to(options.device)
+
+    def act() -> None:
+        nonlocal acting
+        action, acting = agent.act(obs.copy(), acting)
+        action.cpu()
+
+    times = rows.clock(act, 4 * options.repeats, options.budget / 3)
+    rows.print_row("NM512/r2dreamer", case, rows.ACTING, {**times, "envs": 1, **facts})
+
+
+if __name__ == "__main__":
+    rows.run_peer(__doc__, SIZES, measure)

@@ -1,0 +1,181 @@
+"""Times pytorch/rl's DreamerV3 (its `DreamerV3Loss` and learner) at the reference sizes.
+
+    python benchmarks/peers/torchrl_dreamerv3.py --repo path/to/site-packages [--compile]
+
+`--repo` is a folder with `sota-implementations/dreamer_v3`: TorchRL's wheel brings one into site-packages. The training
+step is the learner's own update. `--compile` is its whole step, compiled around its scan, and on CUDA captured in a
+graph as well. README.md says which version, and what to install.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import rows
+
+SIZES: dict[str, dict[str, int]] = {
+    "dreamerv3-1m-proprio": {"rnn_hidden_dim": 512, "hidden_dim": 64, "num_classes": 4, "image_depth": 4},
+    "dreamerv3-12m-pixels": {"rnn_hidden_dim": 2048, "hidden_dim": 256, "num_classes": 16, "image_depth": 16},
+}
+ENV = "RowsOfNumbers-v0"
+
+
+def settings(case: str, options) -> Any:
+    """What their learner reads of their configuration, with the numbers of the reference presets."""
+    from omegaconf import OmegaConf
+
+    pixels = case.endswith("pixels")
+    networks = {
+        "num_categoricals": 32,
+        "unimix": 0.01,
+        "recurrent_model": "block_gru",
+        "num_blocks": 8,
+        "dynamics_layers": 1,
+        "prior_layers": 2,
+        "posterior_layers": 1,
+        "norm_eps": 1e-4,
+        "decoder_event_dims": None,
+        "num_reward_bins": 255,
+        "num_value_bins": 255,
+        "encoder_layers": 3,
+        "decoder_layers": 3,
+        "reward_layers": 1,
+        "actor_layers": 3,
+        "value_layers": 3,
+        "policy_min_std": 0.1,
+        "policy_max_std": 1.0,
+        "image_mults": [2, 3, 4, 4],
+        "image_kernel_size": 5,
+        "image_decoder_blocks": 8,
+        **SIZES[case],
+    }
+    fast = options.compile and options.device == "cuda"
+    optimization = {
+        "device": options.device,
+        "separate_policy_rng": False,
+        "mixed_precision": options.dtype == "bfloat16",
+        "compile": "off",
+        "compile_train_step": options.compile,
+        "compile_train_step_mode": None,
+        "compile_rssm": "scan" if options.compile else None,
+        "cudagraph_train_step": fast,
+        "rssm_scan_unroll": 8,
+        "lr": 4e-5,
+        "optimizer_eps": 1e-20,
+        "adaptive_grad_clip": 0.3,
+        "warmup_steps": 1000,
+        "imagination_horizon": 15,
+        "continuation_horizon": 333,
+        "use_reinforce": True,
+        "return_normalization_rate": 0.01,
+        "return_normalization_min_scale": 1.0,
+        "slow_critic_regularization": 1.0,
+        "slow_critic_tau": 0.02,
+        "replay_value_loss_weight": 0.3,
+        "free_bits": 1.0,
+        "dynamic_loss_weight": 1.0,
+        "representation_loss_weight": 0.1,
+        "gamma": 1.0,
+        "lmbda": 0.95,
+    }
+    env = {
+        "backend": "gym",
+        "name": ENV,
+        "seed": 0,
+        "use_seed": True,
+        "max_episode_steps": 500,
+        "vector_key": None if pixels else "observation",
+        "pixels_key": "pixels" if pixels else None,
+    }
+    replay = {"batch_size": 16, "seq_len": 64}
+    return OmegaConf.create({"networks": networks, "optimization": optimization, "env": env, "replay_buffer": replay})
+
+
+def register_env() -> None:
+    """An environment of 24 numbers and 6 actions: their imagination takes its shapes from one."""
+    import gymnasium
+    import numpy as np
+
+    class RowsOfNumbers(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(-1, 1, (24,), np.float32)
+        action_space = gymnasium.spaces.Box(-1, 1, (6,), np.float32)
+
+        def __init__(self, **_) -> None:
+            """Takes the settings that TorchRL passes to every environment, and needs none."""
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return np.zeros(24, np.float32), {}
+
+        def step(self, action):
+            return np.zeros(24, np.float32), 0.0, False, False, {}
+
+    if ENV not in gymnasium.registry:
+        gymnasium.register(ENV, entry_point=RowsOfNumbers)
+
+
+def measure(case: str, options, threads: int) -> None:
+    """Prints the row of one case."""
+    import runpy
+
+    import tensordict
+    import torch
+    import torchrl
+    from tensordict import TensorDict
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    register_env()
+    torch.set_float32_matmul_precision("high")  # as their own benchmark does
+    example = runpy.run_path(str(Path(options.repo) / "sota-implementations/dreamer_v3/train.py"), run_name="benchmark")
+    pixels = case.endswith("pixels")
+    config, device = settings(case, options), torch.device(options.device)
+    shape = {"pixels_shape": (3, 64, 64)} if pixels else {}
+    learner = example["_build_learner"](config, device, 0 if pixels else 24, 6, **shape)
+    update = example["_make_learner_update"](config, device, learner)
+
+    rows_of = (16, 64)
+    obs = torch.randint(0, 256, (*rows_of, 3, 64, 64), dtype=torch.uint8) if pixels else torch.rand(*rows_of, 24)
+    flags = {name: torch.zeros(*rows_of, 1, dtype=torch.bool) for name in ("done", "terminated", "truncated")}
+    following = {"pixels" if pixels else "observation": obs, "reward": torch.rand(*rows_of, 1), **flags}
+    data = TensorDict(
+        {
+            "state": torch.zeros(*rows_of, 32 * config.networks.num_classes),
+            "belief": torch.zeros(*rows_of, config.networks.rnn_hidden_dim),
+            "action": torch.rand(*rows_of, 6) * 2 - 1,
+            "is_init": torch.zeros(*rows_of, 1, dtype=torch.bool),
+            "next": following,
+        },
+        rows_of,
+    ).to(device)
+
+    cuda = options.device == "cuda"
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    warmed = 0.0
+    if options.compile:  # their learner compiles and captures in a call of its own
+        started = time.perf_counter()
+        update.warmup(data.clone())
+        wait()
+        warmed = time.perf_counter() - started
+    times = rows.clock(lambda: update.step(None, data.clone()), options.repeats, options.budget, wait)
+    times["compile_s"] = round(times["compile_s"] + warmed, 3)
+    parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
+    peak = round(torch.cuda.max_memory_allocated() / (1 << 20), 1) if cuda else rows.peak_resident_mib()
+    facts = {
+        "peak_mib": peak,
+        "device": torch.cuda.get_device_name() if cuda else rows.cpu_name(),
+        "threads": threads,
+        "dtype": options.dtype,
+        "compile": options.compile,
+        "params": sum(p.numel() for p in parameters),
+        "versions": {name.__name__: name.__version__ for name in (torch, torchrl, tensordict)},
+    }
+    rows.print_row("pytorch/rl", case, rows.GRADIENT, {**times, **facts})
+
+
+if __name__ == "__main__":
+    rows.run_peer(__doc__, SIZES, measure, folder="sota-implementations/dreamer_v3", half=("cuda",))
