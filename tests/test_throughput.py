@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 from argparse import ArgumentTypeError, Namespace
 from functools import partial
@@ -210,3 +213,32 @@ def test_results_are_what_the_table_draws_now(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(sys, "argv", ["table.py", str(source), "--out", str(out)])
     assert table.main() == 0
     assert out.read_text() == table.document([run])
+
+
+@pytest.mark.skipif(shutil.which("timeout") is None, reason="gpu.sh needs bash and timeout")
+def test_a_part_that_fails_on_the_gpu_leaves_the_others_alone(tmp_path: Path) -> None:
+    python = tmp_path / "python"  # no CUDA device is needed to see what is run, and for how long
+    python.write_text(
+        '#!/bin/sh\necho "$@" >> "$CALLS"\ncase "$*" in *test_cuda.py*) exit 3;; *float32.json*) sleep 60;; esac\n'
+    )
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "CALLS": str(tmp_path / "calls"), "SECONDS_IN_ALL": "11"}
+    script = (throughput.HERE / "gpu.sh").read_text().replace("float32 100", "float32 1")
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "gpu.sh").write_text(script)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_cuda.py").touch()
+    command = ["bash", str(tmp_path / "benchmarks" / "gpu.sh"), str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+    summary = [line.rpartition(",")[0] for line in (tmp_path / "out" / "summary.txt").read_text().splitlines()]
+    assert done.returncode == 1 and summary[:4] == [
+        "tests: failed with exit code 3, see tests.log",
+        "speed-bfloat16: done",
+        "speed-float32: cut short",
+        "speed-plain: done",
+    ]
+    calls = (tmp_path / "calls").read_text()
+    assert calls.count("benchmarks/throughput.py --device cuda") == 3 and "--compile off" in calls
+    for name in ("tdmpc2", "dreamerv3"):  # its curves come last: two tasks each, or no time for them
+        assert sum(f"curve-{name}" in line for line in (tmp_path / "out" / "summary.txt").read_text().splitlines()) == 2
