@@ -168,7 +168,7 @@ def measure(name: str, options: argparse.Namespace, threads: int) -> None:
 
     case, cuda = CASES[name], options.device.startswith("cuda")
     torch.set_num_threads(threads)
-    wait = torch.cuda.synchronize if cuda else lambda: None
+    wait = torch.cuda.synchronize if cuda else None
     agent = make_agent(case, options, compiled=options.compile, planner=None)
     facts = {
         "device": torch.cuda.get_device_name() if cuda else rows.cpu_name(),
@@ -205,7 +205,7 @@ def matrix_peak(options: argparse.Namespace, threads: int) -> None:
 
     torch.set_num_threads(threads)
     cuda = options.device.startswith("cuda")
-    wait = torch.cuda.synchronize if cuda else lambda: None
+    wait = torch.cuda.synchronize if cuda else None
     best: dict[str, Any] = {"tflop_per_s": 0.0}
     for size in MATRIX_SIZES["cuda" if cuda else "cpu"]:
         a, b = (torch.rand(size, size, device=options.device).to(getattr(torch, options.dtype)) for _ in range(2))

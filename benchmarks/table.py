@@ -32,7 +32,7 @@ candidates, 6 iterations, 3 steps ahead). 6 continuous actions, 24 numbers or 64
 The *limit* is the time that the step's matrix products and convolutions would take at the speed at which this machine
 multiplied large square matrices in the same run. They are counted in worldflux's own plain form, two operations for a
 multiplication with its addition; everything else a step does counts for nothing. *Memory* is the peak of the process on
-a CPU, PyTorch included, and of what PyTorch allocated on CUDA. *Compiling* is what the first call took longer than the
+a CPU, PyTorch included, and of what PyTorch allocated on CUDA. *Compiling* is what the first calls took longer than the
 median. Peers run in their own words, as installed by `benchmarks/peers/README.md`, in a process right behind ours.
 
 Nothing stands here that was not measured. To measure again, on an idle machine:
@@ -57,8 +57,8 @@ def _time(ms: float) -> str:
 
 
 def _markdown(head: list[str], lines: Iterable[list[str]]) -> str:
-    """A table; every column behind the first three is of numbers."""
-    rule = ["---"] * min(3, len(head)) + ["---:"] * (len(head) - 3)
+    """A table; columns of numbers stand to the right."""
+    rule = ["---" if name in ("case", "step", "precision", "peer", "with") else "---:" for name in head]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *lines))
 
 

@@ -113,10 +113,14 @@ def test_the_clock_leaves_out_the_first_calls_and_stops_at_its_budget(monkeypatc
     times = rows.clock(work, repeats=3, budget=100.0)
     assert (times["ms"], times["ms_least"], times["calls"]) == (300.0, 200.0, 3)
     assert times["ms_quartiles"] == [250.0, 350.0]
-    assert times["compile_s"] == 4.7  # 5 s, 0.3 s of which every call takes
+    assert times["compile_s"] == 5.4  # 5 s and 1 s, of which every call takes 0.3 s
 
     calls = iter([5.0, 1.0, 0.2, 0.4, 0.3])
     assert rows.clock(work, repeats=3, budget=6.0)["calls"] == rows.LEAST_CALLS
+
+    calls, waits = iter([1.0] * 8 + [0.5, 0.5]), []
+    times = rows.clock(work, repeats=2, budget=0.0, wait=lambda: waits.append(now))
+    assert (times["ms"], times["compile_s"], len(waits)) == (500.0, 4.0, 10)  # a device has more to warm up
 
 
 def test_rows_are_found_between_other_output(capsys: pytest.CaptureFixture[str]) -> None:

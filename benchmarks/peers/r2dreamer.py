@@ -97,7 +97,7 @@ def measure(case: str, options, threads: int) -> None:
         "params": sum(p.numel() for p in agent._named_params.values()),
         "versions": {"torch": torch.__version__, "tensordict": tensordict.__version__},
     }
-    wait = torch.cuda.synchronize if cuda else lambda: None
+    wait = torch.cuda.synchronize if cuda else None
     times = rows.clock(lambda: agent.update(buffer), options.repeats, options.budget, wait)
     peak = round(torch.cuda.max_memory_allocated() / (1 << 20), 1) if cuda else rows.peak_resident_mib()
     rows.print_row("NM512/r2dreamer", case, rows.GRADIENT, {**times, "peak_mib": peak, **facts})
@@ -111,7 +111,7 @@ def measure(case: str, options, threads: int) -> None:
         action, acting = agent.act(obs.copy(), acting)
         action.cpu()
 
-    times = rows.clock(act, 4 * options.repeats, options.budget / 3)
+    times = rows.clock(act, 4 * options.repeats, options.budget / 3, wait)
     rows.print_row("NM512/r2dreamer", case, rows.ACTING, {**times, "envs": 1, **facts})
 
 

@@ -113,14 +113,14 @@ def measure(case: str, options, threads: int) -> None:
         "params": agent.model.total_params,
         "versions": {"torch": torch.__version__, "tensordict": tensordict.__version__},
     }
-    wait = torch.cuda.synchronize if cuda else lambda: None
+    wait = torch.cuda.synchronize if cuda else None
     times = rows.clock(update, options.repeats, options.budget, wait)
     peak = round(torch.cuda.max_memory_allocated() / (1 << 20), 1) if cuda else rows.peak_resident_mib()
     rows.print_row("nicklashansen/tdmpc2", case, rows.GRADIENT, {**times, "peak_mib": peak, **facts})
 
     obs = observation()
     agent.act(obs, t0=True)
-    times = rows.clock(lambda: agent.act(obs), options.repeats, options.budget)
+    times = rows.clock(lambda: agent.act(obs), options.repeats, options.budget, wait)
     rows.print_row("nicklashansen/tdmpc2", case, rows.PLAN, {**times, "envs": 1, **facts})
 
 

@@ -154,12 +154,13 @@ def measure(case: str, options, threads: int) -> None:
     ).to(device)
 
     cuda = options.device == "cuda"
-    wait = torch.cuda.synchronize if cuda else lambda: None
+    wait = torch.cuda.synchronize if cuda else None
     warmed = 0.0
     if options.compile:  # their learner compiles and captures in a call of its own
         started = time.perf_counter()
         update.warmup(data.clone())
-        wait()
+        if wait is not None:
+            wait()
         warmed = time.perf_counter() - started
     times = rows.clock(lambda: update.step(None, data.clone()), options.repeats, options.budget, wait)
     times["compile_s"] = round(times["compile_s"] + warmed, 3)
