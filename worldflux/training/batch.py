@@ -5,7 +5,7 @@ This module imports nothing but torch, so that models can name `Batch` without i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -95,10 +95,16 @@ class Batch:
     def to(self, device: str | torch.device, *, non_blocking: bool = False) -> Batch:
         """The same batch on `device`; `rows` stay on the CPU, where the buffer reads them.
 
+        Copies to CUDA are only begun: the host does not wait for what is queued there.
+
         Args:
             device: Where to.
-            non_blocking: As in `torch.Tensor.to`: from pinned memory the copies are only begun.
+            non_blocking: As in `torch.Tensor.to`, for copies from CUDA.
         """
+        if torch.device(device).type == "cuda":
+            # From memory that is not pinned, the host would wait for all that is queued before the copy.
+            on_way = self._with_each(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
+            return on_way._with_each(lambda tensor: tensor.to(device, non_blocking=True))
         return self._with_each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
@@ -107,7 +113,23 @@ class Batch:
 
     def tensors(self) -> list[Tensor]:
         """All its tensors but `rows`."""
-        return [tensor for name, _, tensor in self._parts() if name != "rows"]
+        return list(self.named_tensors().values())
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """The same by name: of its field, or `"<field>/<key>"` where that is a dictionary."""
+        parts = ((name if key is None else f"{name}/{key}", x) for name, key, x in self._parts() if name != "rows")
+        return dict(parts)
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Batch:
+        """A batch of the same fields that holds other tensors, by the names of `named_tensors`; without `rows`."""
+        changed: dict[str, Any] = {"extras": {}}
+        for name, key, _ in self._parts():
+            if name != "rows":
+                if key is None:
+                    changed[name] = tensors[name]
+                else:
+                    changed.setdefault(name, {})[key] = tensors[f"{name}/{key}"]
+        return Batch(**changed)
 
     def _parts(self) -> Iterator[tuple[str, str | None, Tensor]]:
         """Each tensor with its field, and its key where that is a dictionary."""

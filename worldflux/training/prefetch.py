@@ -12,6 +12,7 @@ import torch
 from worldflux.training.batch import Batch
 from worldflux.training.data import BatchProvider, BatchRequestProvider, sample_from
 from worldflux.training.sampling import WindowSampler
+from worldflux.training.transfers import to_device
 
 
 @runtime_checkable
@@ -106,7 +107,7 @@ class PrefetchedBatches(Batches):
         self._begin()
         assert batch.rows is not None
         extras = self.provider.extras_of(batch.rows)
-        return replace(batch, extras={name: value.to(self.device) for name, value in extras.items()})
+        return replace(batch, extras={name: to_device(value, self.device) for name, value in extras.items()})
 
     def settle(self) -> None:
         """Waits for the batch that is being sampled."""

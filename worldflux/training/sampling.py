@@ -15,6 +15,7 @@ from worldflux.training.batch import Batch, BatchRequest
 from worldflux.training.config import resolve_device, whole_number
 from worldflux.training.rows import FIRST, TERMINATED, TRUNCATED, UNSEEN, RowStore
 from worldflux.training.storage import DeviceArray, RowArray
+from worldflux.training.transfers import to_device
 
 DEFAULT_SEQ_LEN = 50
 
@@ -210,7 +211,8 @@ class WindowSampler:
         extras = {name: windows.copy(array) for name, array in store.extras.items()}
         if not stored.all():
             for values in extras.values():
-                values[torch.from_numpy(~stored).to(values.device)] = 0
+                mask = to_device(torch.from_numpy(~stored), values.device)
+                values.masked_fill_(mask.reshape(*mask.shape, *[1] * (values.dim() - mask.dim())), 0)
         return extras
 
     def update_extras(self, rows: Any, values: Mapping[str, Any]) -> None:
@@ -234,7 +236,9 @@ class WindowSampler:
             if isinstance(array, DeviceArray) and isinstance(value, Tensor):
                 self._form.check_extra(name, tuple(value.shape), ids.shape)
                 flat = value.flatten(0, ids.ndim - 1)
-                array[at[stored]] = flat if len(kept) == len(flat) else flat[torch.from_numpy(kept).to(flat.device)]
+                array[at[stored]] = (
+                    flat if len(kept) == len(flat) else flat[to_device(torch.from_numpy(kept), flat.device)]
+                )
             else:
                 checked = self._form.checked_extra(name, value, ids.shape)
                 store.extras[name][at[stored]] = checked[stored]
@@ -323,7 +327,8 @@ class WindowSampler:
             if len(shape) != 3 and obs[key].dtype == torch.uint8:  # only images stay bytes
                 obs[key] = obs[key].float()
         rewards = windows.copy(store.rewards)
-        flags = torch.from_numpy(((windows.copy_numpy(store.flags) ^ UNSEEN) & _FLAGS) != 0).to(rewards.device)
+        flags = torch.from_numpy(((windows.copy_numpy(store.flags) ^ UNSEEN) & _FLAGS) != 0)
+        flags = to_device(flags, rewards.device)
         terminations, truncations, is_first, obs_mask = flags.unbind()
         n = self._n_envs
         if drawn.rows is None:
@@ -384,7 +389,7 @@ class _Windows:
         if not isinstance(array, DeviceArray):
             return torch.from_numpy(self.copy_numpy(array))
         at = self._begin[:, None] + np.arange(self._length) if self._at is None else self._at
-        index = torch.from_numpy(at).to(array.tensor.device)
+        index = to_device(torch.from_numpy(at), array.tensor.device)
         return array.tensor.index_select(0, index.flatten()).unflatten(0, at.shape)
 
     def copy_numpy(self, array: Any) -> np.ndarray:

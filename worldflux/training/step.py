@@ -35,7 +35,7 @@ def as_loss_output(result: Any) -> LossOutput:
     elif isinstance(result, Mapping) and "loss" in result:
         loss = result["loss"]
         scalars = {
-            name: torch.as_tensor(value, device=loss.device).detach().reshape(())
+            name: _scalar(value, loss.device)
             for name, value in result.items()
             if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
         }
@@ -49,6 +49,13 @@ def as_loss_output(result: Any) -> LossOutput:
     if torch.is_grad_enabled() and not result.loss.requires_grad:
         raise TrainingError("The loss depends on no parameter that requires a gradient, so there is nothing to learn.")
     return result
+
+
+def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    """A number or a tensor of one as a scalar on the device; Python's are written there, not copied."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device).reshape(())
+    return torch.full((), value, device=device)
 
 
 class FiniteWatch:
@@ -94,9 +101,13 @@ class WriteBack:
         self._pending: list[tuple[Any, Tensor, dict[str, Tensor], Any]] = []
 
     def push(self, buffer: Any, rows: Tensor, values: dict[str, Tensor]) -> None:
-        """Stores values `[B, T', ...]` at rows `[B, T']`; those from CUDA at the next `push` or `flush`."""
+        """Stores values `[B, T', ...]` at rows `[B, T']`; those from CUDA at the next `push` or `flush`.
+
+        A buffer on the values' own device gets them at once.
+        """
         self.flush()
-        if not any(value.is_cuda for value in values.values()):
+        there = getattr(buffer, "device", None)
+        if all(not value.is_cuda or value.device == there for value in values.values()):
             buffer.update_extras(rows, values)
             return
         copies = {}

@@ -18,6 +18,7 @@ from torch import Tensor
 from worldflux.errors import BufferError, ConfigurationError
 from worldflux.training.budget import Budget, free_device_memory, free_disk, free_memory
 from worldflux.training.config import resolve_device
+from worldflux.training.transfers import to_device
 
 StoragePlace = str | os.PathLike[str] | torch.device | None
 
@@ -83,7 +84,7 @@ class DeviceArray:
         """
         if not isinstance(values, Tensor):
             values = torch.from_numpy(np.array(values, self.dtype))
-        values = values.detach().to(self.tensor.device, self.tensor.dtype)
+        values = to_device(values.detach(), self.tensor.device).to(self.tensor.dtype)
         at = np.asarray(at)
         if values.dim():
             at, values = at.reshape(-1), values.reshape(at.size, *self.shape[1:])
@@ -93,7 +94,7 @@ class DeviceArray:
         self.tensor[self._index(at)] = values
 
     def _index(self, at: np.ndarray) -> Tensor:
-        return torch.as_tensor(at, dtype=torch.int64, device=self.tensor.device)
+        return to_device(torch.as_tensor(at, dtype=torch.int64), self.tensor.device)
 
 
 class Storage(Protocol):

@@ -1,0 +1,47 @@
+"""Copies between host and device that the host does not wait for, however much work is queued on the device.
+
+This module imports nothing but NumPy and torch, as `batch` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; to CUDA by way of pinned memory, in the order of the current stream.
+
+    From memory that is not pinned, the host would wait for all that is queued before the copy.
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def copy_into(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
+    """Writes each source into the target of its name."""
+    for name, target in targets.items():
+        source = sources[name]
+        if target.is_cuda and source.device.type == "cpu":
+            source = source.pin_memory()
+        target.copy_(source, non_blocking=True)
+
+
+def to_host(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """The tensors as arrays; the host waits once for all of them. bfloat16, which NumPy lacks, becomes float32."""
+    tensors = {
+        name: tensor.float() if tensor.dtype == torch.bfloat16 else tensor.detach() for name, tensor in tensors.items()
+    }
+    devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
+    if not devices:
+        return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+    copies = {name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        copies[name].copy_(tensor, non_blocking=True)
+    for device in devices:
+        torch.cuda.current_stream(device).synchronize()
+    return {name: copy.numpy() for name, copy in copies.items()}
