@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -81,6 +81,8 @@ class WorldFluxAgent(SavedAgent):
         verbose: 0 is silent, 1 prints what is logged.
         device: "auto" takes CUDA if there is a device.
         seed: Of Python, NumPy, torch, the environments and the sampler.
+        compile: On CUDA, play gradient steps and actions back from recordings of their kernels and compile the model's
+            hot functions; on a CPU, compile these alone, which needs a C++ compiler. "auto": on CUDA only.
 
     Raises:
         ConfigurationError: If a name, a setting or a space cannot be used.
@@ -99,6 +101,7 @@ class WorldFluxAgent(SavedAgent):
     planner: str | None
     planner_kwargs: Mapping[str, Any] | None
     stats_window_size: int
+    compile: bool | Literal["auto"]
 
     def __init__(
         self,
@@ -121,6 +124,7 @@ class WorldFluxAgent(SavedAgent):
         verbose: int = 0,
         device: torch.device | str = "auto",
         seed: int | None = None,
+        compile: bool | Literal["auto"] = "auto",
         _init_setup_model: bool = True,
     ) -> None:
         if env is None and _init_setup_model:
@@ -143,6 +147,7 @@ class WorldFluxAgent(SavedAgent):
             tensorboard_log=tensorboard_log,  # type: ignore[arg-type]
             verbose=verbose,
             seed=seed,
+            compile=compile,
         )
         made: Any = None if env is None else as_env(env)
         if made is not None:
@@ -232,6 +237,7 @@ class WorldFluxAgent(SavedAgent):
                 warmup_steps=spec.warmup_steps,
                 device=str(self.device),
                 seed=self.seed or 0,
+                compile=self.compile,
             ),
         )
         planner = build_planner(self.model, self.planner, self.planner_kwargs)

@@ -21,7 +21,7 @@ COUNTERS = (*LOOP_COUNTERS, "_n_updates", "_updates_owed")
 """These and what its `Learner` goes on counting."""
 
 
-_LATER_SETTINGS = {"buffer_storage"}
+_LATER_SETTINGS = {"buffer_storage", "compile"}
 """That the first files of this format lack."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from worldflux.agents.rates import Rate, checked_rate
 from worldflux.errors import ConfigurationError, nearest
 from worldflux.models.base import WorldModel
 from worldflux.models.planning import PlannerConfig
+from worldflux.training.compiling import checked_compile
 
 _COUNTS = {"batch_size": 1, "seq_len": 1, "buffer_size": 1, "learning_starts": 0, "seed": 0}
 
@@ -45,6 +46,7 @@ class AgentSettings:
     tensorboard_log: str | None = None
     verbose: int = 0
     seed: int | None = None
+    compile: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
@@ -84,6 +86,7 @@ class AgentSettings:
             if not isinstance(self.tensorboard_log, str | Path):
                 raise ConfigurationError(f"tensorboard_log is {self.tensorboard_log!r}, expected a directory or None.")
             checked["tensorboard_log"] = str(self.tensorboard_log)
+        checked["compile"] = checked_compile(self.compile)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 

@@ -19,8 +19,10 @@ import torch
 from field_cases import Case, check_field, check_no_entry_is_left_over, every_field, same
 from torch import nn
 
-from worldflux import ConfigurationError, TrainingError, WorldFluxAgent
+from worldflux import ConfigurationError, TrainingError, WorldFluxAgent, create_world_model
 from worldflux.agents.settings import AgentSettings
+from worldflux.models.dreamerv3.world_model import DreamerV3
+from worldflux.models.tdmpc2.world_model import TDMPC2
 from worldflux.training import (
     Batch,
     Callback,
@@ -119,6 +121,16 @@ def where_it_trains(config: TrainingConfig) -> Any:
         return str(error)
 
 
+def what_is_compiled(config: TrainingConfig) -> Any:
+    """The models whose hot functions are compiled on a machine that has a compiler."""
+    with (
+        mock.patch("worldflux.training.compiling._missing", lambda device: None),
+        mock.patch.object(TDMPC2, "compile_cells", autospec=True) as compiled,
+    ):
+        Trainer(create_world_model("tdmpc2:tiny", obs_shape=(3,), action_dim=1), config)
+    return compiled.call_count
+
+
 TRAINING = {
     "total_steps": Case(4, steps),
     "batch_size": Case(3, batches),
@@ -132,6 +144,7 @@ TRAINING = {
     "save_interval": Case(4, checkpoints),
     "device": Case("cuda:97", where_it_trains),
     "seed": Case(7, batches),
+    "compile": Case(True, what_is_compiled),
 }
 
 
@@ -226,6 +239,15 @@ def event_files(settings: AgentSettings) -> Any:
         return sorted(entry.relative_to(directory).parts[0] for entry in Path(directory).rglob("events.*"))
 
 
+def whose_training_is_compiled(settings: AgentSettings) -> Any:
+    with (
+        mock.patch("worldflux.training.compiling._missing", lambda device: None),
+        mock.patch.object(DreamerV3, "compile_cells", autospec=True) as compiled,
+    ):
+        new_agent(settings)
+    return compiled.call_count
+
+
 SEARCH = dict(num_samples=16, num_elites=4, num_pi_trajs=2, iterations=2)
 AGENT = {
     "learning_rate": Case(0.1, learned),
@@ -242,6 +264,7 @@ AGENT = {
     "tensorboard_log": Case("logs", event_files),
     "verbose": Case(1, printed),
     "seed": Case(1, learned),
+    "compile": Case(True, whose_training_is_compiled),
 }
 
 TABLES: dict[type, dict[str, Case]] = {TrainingConfig: TRAINING, AgentSettings: AGENT}

@@ -71,6 +71,7 @@ def test_the_defaults_are_the_documented_ones():
         "save_interval": 10000,
         "device": "auto",
         "seed": 42,
+        "compile": "auto",
     }
 
 
@@ -98,6 +99,8 @@ def test_a_configuration_comes_back_from_its_file(tmp_path):
         ({"grad_clip": math.nan}, "grad_clip is nan"),
         ({"seed": 2**32}, "seed is 4294967296"),
         ({"device": "gpu"}, "device is 'gpu', expected 'auto'"),
+        ({"compile": "yes"}, "compile is 'yes', expected True, False, or 'auto'"),
+        ({"compile": 1}, "compile is 1, expected True, False, or 'auto'"),
         ({"total_step": 5}, "Unknown TrainingConfig field 'total_step'; did you mean 'total_steps'"),
     ],
 )
@@ -146,9 +149,9 @@ def test_every_field_changes_what_happens(change):
 
 
 def test_the_fields_not_covered_above_are_covered_elsewhere():
-    """`save_interval`: test_callbacks.py. `device`: the test of the refused device."""
+    """`save_interval`: test_callbacks.py. `device`: the test of the refused device. `compile`: test_compiling.py."""
     changed = {next(iter(change)) for change in test_every_field_changes_what_happens.pytestmark[0].args[1]}
-    assert {item.name for item in fields(TrainingConfig)} - changed == {"save_interval", "device"}
+    assert {item.name for item in fields(TrainingConfig)} - changed == {"save_interval", "device", "compile"}
 
 
 # The step

@@ -195,6 +195,9 @@ class WorldModel(nn.Module):
     """
 
     config_class: ClassVar[type[WorldModelConfig]] = WorldModelConfig
+    capturable: ClassVar[bool] = True
+    """Whether a gradient step may be recorded as a CUDA graph and played back: losses and `after_step` compute with
+    tensors alone, change the model's in place, and wait for nothing. A model that counts in Python says False."""
 
     def __init__(self, config: WorldModelConfig) -> None:
         super().__init__()
@@ -208,6 +211,13 @@ class WorldModel(nn.Module):
     def set_training_mode(self, mode: bool) -> None:
         """stable-baselines3's name of `train(mode)`, for callbacks and scripts that expect it of a policy."""
         self.train(mode)
+
+    def compile_cells(self) -> None:
+        """Replaces hot functions by what `torch.compile` makes of them; by default there are none.
+
+        `Trainer` calls it where its setting `compile` asks for it; calling it again changes nothing. What is compiled
+        is kept beside the modules, so that files and copies of the model are the same as without.
+        """
 
     # States
 

@@ -8,12 +8,13 @@ import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from worldflux.errors import ConfigurationError, WorldFluxError, nearest
 from worldflux.files import write_atomically
+from worldflux.training.compiling import checked_compile
 
 _COUNTS = {
     "total_steps": 1,
@@ -62,6 +63,9 @@ class TrainingConfig:
     """Where to train: "cpu", "cuda", "cuda:1", ...; "auto" takes CUDA if there is a device."""
     seed: int = 42
     """Start of every random stream of the run: Python, NumPy, torch and the buffer's sampler."""
+    compile: bool | Literal["auto"] = "auto"
+    """On CUDA, play gradient steps back from a recording of their kernels and compile the model's hot functions; on a
+    CPU, compile these alone, which needs a C++ compiler. "auto": on CUDA only."""
 
     def __post_init__(self) -> None:
         for name, least in _COUNTS.items():
@@ -76,6 +80,7 @@ class TrainingConfig:
             raise ConfigurationError(f"grad_clip is {self.grad_clip}, expected a norm above 0, or 0 to turn it off.")
         if self.seed >= 2**32:
             raise ConfigurationError(f"seed is {self.seed}, expected a whole number below 2**32, which NumPy can take.")
+        object.__setattr__(self, "compile", checked_compile(self.compile))
         resolve_device(self.device, must_exist=False)
         object.__setattr__(self, "device", str(self.device))  # a torch.device is none that JSON can hold
 

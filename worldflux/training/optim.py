@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from worldflux.errors import ConfigurationError, nearest
 from worldflux.models.base import OptimizerSpec, ParameterGroup, parameter_groups
+from worldflux.training.graphs import NotCapturable
 
 AGC_MIN_NORM = 1e-3
 """Norm that adaptive clipping takes a smaller tensor to have, so that a tensor that starts at zero can leave it."""
@@ -34,6 +35,41 @@ def warmup_rate(lr: float, update: int, warmup_steps: int) -> float:
         warmup_steps: Updates until the full rate, which update `warmup_steps + 1` is the first to have. 0: none.
     """
     return lr if warmup_steps == 0 else lr * min(1.0, (update - 1) / warmup_steps)
+
+
+@runtime_checkable
+class CapturableOptimizer(Protocol):
+    """An optimiser whose update can be recorded, in two halves: the host counts it, the device carries it out.
+
+    The two together do what `step` does, up to rounding.
+    """
+
+    param_groups: list[dict[str, Any]]
+    state: dict[Any, Any]
+    updated: list[list[Tensor]]
+    """What the last `step` updated, by group."""
+
+    def make_capturable(self) -> None:
+        """Prepares for this kind of updates; `step` goes on to work."""
+
+    def count(self, parameters: Sequence[Sequence[Tensor]]) -> list[float]:
+        """Counts an update of these parameters, by group.
+
+        Returns:
+            The numbers that this update needs.
+
+        Raises:
+            NotCapturable: If parameters of a group have been updated a different number of times. Nothing is counted.
+        """
+        ...
+
+    def update(self, numbers: Tensor, parameters: Sequence[Sequence[Tensor]]) -> None:
+        """Carries the update out.
+
+        Args:
+            numbers: What `count` returned, on the device of the parameters. `[n]`
+            parameters: As given to `count`.
+        """
 
 
 class LaProp(torch.optim.Optimizer):
@@ -89,6 +125,7 @@ class LaProp(torch.optim.Optimizer):
             updates=0,
         )
         super().__init__(params, defaults)
+        self.updated: list[list[Tensor]] = []
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -104,9 +141,10 @@ class LaProp(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.updated = []
         for group in self.param_groups:
             group["updates"] += 1
-            lr = group["rate_scale"] * warmup_rate(group["lr"], group["updates"], group["warmup_steps"])
+            lr = _rate(group)
             # The bias corrections count a tensor's own updates, and tensors with one count are updated together.
             same_age: defaultdict[int, list[Tensor]] = defaultdict(list)
             for p in group["params"]:
@@ -121,23 +159,15 @@ class LaProp(torch.optim.Optimizer):
                 same_age[state["step"]].append(p)
             for k, params in same_age.items():
                 self._update(params, k, lr, group)
+            self.updated.append([p for params in same_age.values() for p in params])
         return loss
 
     def _update(self, params: list[Tensor], k: int, lr: float, group: dict[str, Any]) -> None:
         """One update of tensors that are at their `k`-th."""
-        grads: Any = [p.grad for p in params]
+        grads = _clipped(params, group["agc"])
         mu = [self.state[p]["mu"] for p in params]
         nu = [self.state[p]["nu"] for p in params]
         beta1, beta2 = group["betas"]
-
-        if group["agc"] is not None:
-            allowed = torch._foreach_norm(params)
-            torch._foreach_clamp_min_(allowed, AGC_MIN_NORM)
-            torch._foreach_mul_(allowed, group["agc"])
-            excess = torch._foreach_norm(grads)
-            torch._foreach_div_(excess, allowed)
-            torch._foreach_clamp_min_(excess, 1.0)
-            grads = torch._foreach_div(grads, excess)
 
         torch._foreach_mul_(nu, beta2)
         torch._foreach_addcmul_(nu, grads, grads, value=1 - beta2)
@@ -151,6 +181,52 @@ class LaProp(torch.optim.Optimizer):
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         torch._foreach_add_(params, mu, alpha=-lr / (1 - beta1**k))
+
+    def make_capturable(self) -> None:
+        """Nothing to do: the counts stay on the host."""
+
+    def count(self, parameters: Sequence[Sequence[Tensor]]) -> list[float]:
+        """Counts an update; of each group `root * eps`, `(1 - b1) * root`, `1 - lr * decay` and `-lr / (1 - b1^k)`.
+
+        `root` is `sqrt(1 - b2^k)`, as in `step`.
+        """
+        for params in parameters:
+            if len({self.state[p]["step"] for p in params}) > 1:
+                raise NotCapturable("tensors of a group have been updated a different number of times")
+        numbers: list[float] = []
+        for group, params in zip(self.param_groups, parameters, strict=True):
+            group["updates"] += 1
+            lr, (beta1, beta2) = _rate(group), group["betas"]
+            k = 1 + int(self.state[params[0]]["step"]) if params else 1
+            for p in params:
+                self.state[p]["step"] = k
+            root = math.sqrt(1 - beta2**k)
+            numbers += [root * group["eps"], (1 - beta1) * root, 1 - lr * group["weight_decay"], -lr / (1 - beta1**k)]
+        return numbers
+
+    @torch.no_grad()
+    def update(self, numbers: Tensor, parameters: Sequence[Sequence[Tensor]]) -> None:
+        """Carries the update out, in the same way as `step`."""
+        for group, given, row in zip(self.param_groups, parameters, numbers.unflatten(0, (-1, 4)), strict=True):
+            params: Any = list(given)
+            if not params:
+                continue
+            eps, share, keep, rate = row.unbind()
+            grads = _clipped(params, group["agc"])
+            mu = [self.state[p]["mu"] for p in params]
+            nu = [self.state[p]["nu"] for p in params]
+            beta1, beta2 = group["betas"]
+            torch._foreach_mul_(nu, beta2)
+            torch._foreach_addcmul_(nu, grads, grads, value=1 - beta2)
+            scale = torch._foreach_sqrt(nu)
+            torch._foreach_add_(scale, eps, alpha=1)  # without alpha, torch reads the tensor as a number, and waits
+            part = torch._foreach_div(grads, scale)
+            torch._foreach_mul_(part, share)
+            torch._foreach_mul_(mu, beta1)
+            torch._foreach_add_(mu, part)
+            if group["weight_decay"]:
+                torch._foreach_mul_(params, keep)
+            torch._foreach_add_(params, torch._foreach_mul(mu, rate))
 
 
 class Adam(torch.optim.AdamW):
@@ -184,6 +260,7 @@ class Adam(torch.optim.AdamW):
             group.setdefault("warmup_steps", warmup_steps)
             group.setdefault("rate_scale", 1.0)
             group.setdefault("updates", 0)
+        self.updated: list[list[Tensor]] = []
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient.
@@ -194,16 +271,60 @@ class Adam(torch.optim.AdamW):
         Returns:
             What `closure` returned.
         """
-        full_rates = [group["lr"] for group in self.param_groups]
+        rates = []
         for group in self.param_groups:
             group["updates"] += 1
-            group["lr"] = group["rate_scale"] * warmup_rate(group["lr"], group["updates"], group["warmup_steps"])
+            rates.append(_rate(group))
+        result = self._step_at(rates, closure)
+        self.updated = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        return result
+
+    def make_capturable(self) -> None:
+        """Goes over to torch's fused kernel, which counts on the device: one launch for all tensors of a group."""
+        # torch warns of updates that are not recorded; the first ones never are.
+        self._warned_capturable_if_run_uncaptured = True
+        for group in self.param_groups:
+            group.update(fused=True, foreach=False, capturable=True)
+        self._place_counts()
+
+    def count(self, parameters: Sequence[Sequence[Tensor]]) -> list[float]:
+        """Counts an update; of each group its rate. The bias corrections are worked out on the device."""
+        for group in self.param_groups:
+            group["updates"] += 1
+        return [_rate(group) for group in self.param_groups]
+
+    def update(self, numbers: Tensor, parameters: Sequence[Sequence[Tensor]]) -> None:
+        """Carries the update out, on every parameter that has a gradient."""
+        self._step_at(list(numbers.unbind()))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from a saved state, also from one of an optimiser that counts elsewhere."""
+        forms = [{name: group[name] for name in ("fused", "foreach", "capturable")} for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, form in zip(self.param_groups, forms, strict=True):
+            group.update(form)
+        self._place_counts()
+
+    def _place_counts(self) -> None:
+        """Puts the counts of the parameters' updates where the kernels want them."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p in self.state:
+                    device = p.device if group["fused"] else torch.device("cpu")
+                    step = torch.as_tensor(self.state[p]["step"], dtype=torch.float32)
+                    self.state[p]["step"] = step.to(device)
+
+    def _step_at(self, rates: Sequence[float | Tensor], closure: Callable[[], Any] | None = None) -> Any:
+        """Torch's update, with a rate for each group."""
+        full_rates = [group["lr"] for group in self.param_groups]
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["lr"] = rate
         try:
             return super().step(closure)
         finally:
             # group["lr"] is the common rate after the warm-up to everybody else: schedules set it, checkpoints keep it.
-            for group, rate in zip(self.param_groups, full_rates, strict=True):
-                group["lr"] = rate
+            for group, full_rate in zip(self.param_groups, full_rates, strict=True):
+                group["lr"] = full_rate
 
 
 def build_optimizer(spec: OptimizerSpec, parameters: Iterable[nn.Parameter | ParameterGroup]) -> torch.optim.Optimizer:
@@ -259,6 +380,25 @@ def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float | No
     if grads and max_norm and math.isfinite(max_norm):
         torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
+
+
+def _rate(group: dict[str, Any]) -> float:
+    """Rate of a group's present update."""
+    return group["rate_scale"] * warmup_rate(group["lr"], group["updates"], group["warmup_steps"])
+
+
+def _clipped(params: list[Tensor], agc: float | None) -> Any:
+    """The gradients after adaptive clipping; those of the parameters are left as they are."""
+    grads: Any = [p.grad for p in params]
+    if agc is None:
+        return grads
+    allowed = torch._foreach_norm(params)
+    torch._foreach_clamp_min_(allowed, AGC_MIN_NORM)
+    torch._foreach_mul_(allowed, agc)
+    excess = torch._foreach_norm(grads)
+    torch._foreach_div_(excess, allowed)
+    torch._foreach_clamp_min_(excess, 1.0)
+    return torch._foreach_div(grads, excess)
 
 
 def _check_settings(lr: float, betas: tuple[float, float], eps: float, warmup_steps: int, weight_decay: float) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import safetensors.torch
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from worldflux.errors import CheckpointError, ConfigurationError, TrainingError
 from worldflux.files import atomic_directory, remove_leftovers
-from worldflux.models.base import CONFIG_FILE, WEIGHTS_FILE, LossOutput, OptimizerSpec
+from worldflux.models.base import CONFIG_FILE, WEIGHTS_FILE, OptimizerSpec, Phase, WorldModel
 from worldflux.training.batch import Batch
 from worldflux.training.callbacks import Callback, CheckpointCallback, Losses
+from worldflux.training.captured import CapturedStep
 from worldflux.training.checkpoint import (
     EXTRAS_FILE,
     FORMAT,
@@ -34,15 +35,18 @@ from worldflux.training.checkpoint import (
     weights_on_cpu,
     writing_checkpoint,
 )
+from worldflux.training.compiling import captures, compiles
 from worldflux.training.config import TrainingConfig, resolve_device, whole_number
 from worldflux.training.data import BatchProvider, BatchRequestProvider, sample_from
+from worldflux.training.graphs import CudaRecorder
 from worldflux.training.health import Health, check_health
-from worldflux.training.optim import build_optimizer, clip_by_global_norm
+from worldflux.training.optim import build_optimizer
 from worldflux.training.prefetch import Batches, Resumable, batches_from
 from worldflux.training.randomness import random_state, seed_everything, set_random_state
 from worldflux.training.sampling import WindowSampler
 from worldflux.training.signals import StopRequest, stopping_on_signals
 from worldflux.training.step import FiniteWatch, WriteBack, as_loss_output, evaluating, phases_of
+from worldflux.training.update import GradientStep, Updated
 
 logger = logging.getLogger("worldflux.training")
 
@@ -119,11 +123,12 @@ class Trainer:
             weight_decay=self.config.weight_decay,
         )
         self._kind = spec.kind
-        self._phases = phases_of(model)
+        phases = phases_of(model)
         self._optimizers = [
             build_optimizer(spec if phase.eps is None else replace(spec, eps=phase.eps), phase.parameters)
-            for phase in self._phases
+            for phase in phases
         ]
+        self._take_step = self._step_of(phases)
         self._watch = FiniteWatch()
         self._write_back = WriteBack()
         self._sampler: Any = None  # what the last batch came from
@@ -135,12 +140,21 @@ class Trainer:
 
     def __getstate__(self) -> dict[str, Any]:
         self._write_back.flush()
-        return {name: value for name, value in vars(self).items() if name != "_phases"}
+        return {name: value for name, value in vars(self).items() if name != "_take_step"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The losses of the phases are bound to their model: those of a copy belong to the copied model.
         vars(self).update(state)
-        self._phases = phases_of(self.model)
+        self._take_step = self._step_of(phases_of(self.model))
+
+    def _step_of(self, phases: list[Phase]) -> Callable[[Batch], Updated]:
+        """What takes a gradient step on a batch from anywhere, as `config.compile` asks for."""
+        if compiles(self.config.compile, self.device) and isinstance(self.model, WorldModel):
+            self.model.compile_cells()
+        step = GradientStep(self.model, phases, self._optimizers, self.config.grad_clip)
+        if captures(self.config.compile, self.device, self.model):
+            return CapturedStep(step, self.device, CudaRecorder(self.device))
+        return lambda batch: step(batch.to(self.device))
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -259,36 +273,14 @@ class Trainer:
         self._restored = None
         if buffer is not None:
             self._sampler = buffer
-        batch = self._last_batch = batch.to(self.device)
+        self._last_batch = batch
         if not self.model.training:
             self.model.train()
-
-        terms: dict[str, Tensor] = {}
-        norms: list[Tensor] = []
-        outputs: list[LossOutput] = []
-        for phase, optimizer in zip(self._phases, self._optimizers, strict=True):
-            # The whole model, because a phase's loss may reach parameters that it does not train.
-            self.model.zero_grad(set_to_none=True)
-            output = as_loss_output(phase.loss(batch, outputs))
-            output.loss.backward()
-            norms.append(clip_by_global_norm(phase.trained, self.config.grad_clip))
-            optimizer.step()
-            outputs.append(output)
-            named = output.terms
-            if len(self._phases) > 1:
-                named = {**named, f"{phase.name}_loss": output.loss, f"{phase.name}_grad_norm": norms[-1]}
-            terms.update({name: value.detach() for name, value in named.items()})
-        after_step = getattr(self.model, "after_step", None)
-        if after_step is not None:
-            after_step(outputs)
+        updated = self._take_step(batch)
         self.step_count += 1
-
-        losses = {name: value for name, value in terms.items() if name != "loss"}
-        losses["loss"] = torch.stack([output.loss.detach() for output in outputs]).sum()
-        losses["grad_norm"] = torch.stack(norms).square().sum().sqrt() if len(norms) > 1 else norms[0]
-        self._watch.see(self.step_count, losses)
-        self._store_extras(batch, outputs, buffer)
-        return losses
+        self._watch.see(self.step_count, updated.losses)
+        self._store_extras(batch, updated.extras, buffer)
+        return updated.losses
 
     def check_finite(self) -> None:
         """Raises if a loss of any step so far was not finite. Waits for the device.
@@ -507,12 +499,12 @@ class Trainer:
             if callable(getattr(buffer, "seed", None)):
                 buffer.seed(self.config.seed)
 
-    def _store_extras(self, batch: Batch, outputs: Sequence[LossOutput], buffer: Any) -> None:
+    def _store_extras(self, batch: Batch, extras: Sequence[dict[str, Tensor]], buffer: Any) -> None:
         """Sends the latents that the step computed anew to the rows they belong to."""
         if buffer is None or batch.rows is None:
             return
-        for output in outputs:
-            values = {name: value.detach() for name, value in output.extras.items() if name in batch.extras}
+        for named in extras:
+            values = {name: value for name, value in named.items() if name in batch.extras}
             if values:
                 steps = next(iter(values.values())).shape[1]
                 self._write_back.push(buffer, batch.rows[:, -steps:], values)
@@ -534,6 +526,7 @@ def train(
     save_interval: int = 10_000,
     device: str = "auto",
     seed: int = 42,
+    compile: bool | Literal["auto"] = "auto",
     callbacks: Iterable[Callback] = (),
     eval_data: Provider | float | None = None,
     resume: bool = False,
@@ -557,6 +550,7 @@ def train(
         save_interval: Steps between checkpoints of a `CheckpointCallback` without an interval of its own.
         device: "auto" takes CUDA if there is a device.
         seed: Start of every random stream.
+        compile: Compile the model and record its gradient steps; "auto" does so on CUDA.
         callbacks: Called in this order.
         eval_data: Experience kept from training, or the share of the buffer to hold out.
         resume: Go on from the newest checkpoint of the `CheckpointCallback` among `callbacks`.
@@ -577,6 +571,7 @@ def train(
         save_interval=save_interval,
         device=device,
         seed=seed,
+        compile=compile,
     )
     Trainer(model, config, callbacks, eval_data=eval_data).train(buffer, resume=resume)
     return model
