@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,11 @@ from worldflux.errors import ShapeMismatchError
 from worldflux.models.base import State, WorldModel
 from worldflux.models.planning import Planner
 from worldflux.training.batch import Observation
+from worldflux.training.graphs import Captures, CudaRecorder, Tensors, places
+from worldflux.training.transfers import to_device, to_host
+
+MAX_FORMS = 8
+"""Forms of acting that are recorded: observing and acting, at random or not, for each number of environments."""
 
 Memory = tuple[np.ndarray, ...]
 """What `predict` hands back and takes again: the state's arrays in the order of their names, the last actions, and,
@@ -33,13 +39,18 @@ class Acting:
 
 
 class Actor:
-    """Turns observations into actions; it keeps nothing between two calls.
+    """Turns observations into actions; it keeps nothing between two calls that they depend on.
+
+    On CUDA both halves are recorded and played back, for each number of environments. They run in the order in which
+    they and gradient steps are asked for, on the same stream: an action is chosen with the weights of the last step
+    before it, never with those of half a step.
 
     Args:
         model: Which acts.
         obs_codec: Of the environment's observations.
         action_codec: Of the environment's actions.
         planner: Chooses the actions in place of the model's policy.
+        captured: Whether to record.
     """
 
     def __init__(
@@ -48,11 +59,31 @@ class Actor:
         obs_codec: ObservationCodec,
         action_codec: ActionCodec,
         planner: Planner | None = None,
+        *,
+        captured: bool = False,
     ) -> None:
         self.model = model
         self.obs_codec = obs_codec
         self.action_codec = action_codec
         self.planner = planner
+        self._captured = captured
+        self._set_up_captures()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_captures", "_tensors")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._set_up_captures()
+
+    def _set_up_captures(self) -> None:
+        """Recordings are of one actor: a copy makes its own."""
+        self._captures: Captures | None = None
+        self._tensors: list[Tensor] = [*self.model.parameters(), *self.model.buffers()]
+        if self._captured:
+            device = self.model.device
+            name = f"Acting of {type(self.model).__name__}"
+            self._captures = Captures(name, device, CudaRecorder(device), MAX_FORMS)
 
     @torch.inference_mode()
     def start(self, rows: int) -> Acting:
@@ -71,17 +102,26 @@ class Actor:
             episode_starts: True where `obs` begins an episode; state and action of that row are ignored. `[N]`
             deterministic: Take the likeliest state, without random numbers.
         """
-        if self.model.training:
-            self.model.eval()
-        device = self.model.device
-        state = self.model.update(
-            acting.state,
-            acting.actions,
-            _to_torch(obs, device),
-            is_first=torch.as_tensor(episode_starts, dtype=torch.bool, device=device),
-            deterministic=deterministic,
-        )
-        return replace(acting, state=state)
+        seen = {f"obs/{key}": torch.from_numpy(value) for key, value in obs.items()} if isinstance(obs, dict) else None
+
+        def update(inputs: Tensors) -> dict[str, Tensor]:
+            observed: Observation = inputs["obs"] if seen is None else _below("obs", inputs)
+            state = self.model.update(
+                State(_below("state", inputs)),
+                inputs["actions"],
+                observed,
+                is_first=inputs["is_first"],
+                deterministic=deterministic,
+            )
+            return dict(state)
+
+        inputs = {
+            **{f"state/{name}": value for name, value in acting.state.items()},
+            **({"obs": torch.from_numpy(obs)} if seen is None else seen),
+            "actions": acting.actions,
+            "is_first": torch.as_tensor(episode_starts, dtype=torch.bool),
+        }
+        return replace(acting, state=State(self._run(("observe", deterministic), update, inputs)))
 
     @torch.inference_mode()
     def act(self, acting: Acting, episode_starts: Array, *, deterministic: bool) -> Acting:
@@ -92,11 +132,32 @@ class Actor:
             episode_starts: True where an episode begins; the plan of that row is ignored. `[N]`
             deterministic: Take the likeliest actions, without random numbers.
         """
-        if self.planner is None or acting.plan is None:
-            return replace(acting, actions=self.model.policy(acting.state, deterministic=deterministic).float())
-        is_first = torch.as_tensor(episode_starts, dtype=torch.bool, device=self.model.device)
-        actions, plan = self.planner.plan(acting.state, acting.plan, is_first=is_first, deterministic=deterministic)
-        return replace(acting, actions=actions.float(), plan=plan)
+        planner = self.planner
+
+        def choose(inputs: Tensors) -> dict[str, Tensor]:
+            state = State(_below("state", inputs))
+            if planner is None:
+                return {"actions": self.model.policy(state, deterministic=deterministic).float()}
+            actions, plan = planner.plan(
+                state, inputs["plan"], is_first=inputs["is_first"], deterministic=deterministic
+            )
+            return {"actions": actions.float(), "plan": plan}
+
+        inputs = {f"state/{name}": value for name, value in acting.state.items()}
+        if acting.plan is not None:
+            inputs |= {"plan": acting.plan, "is_first": torch.as_tensor(episode_starts, dtype=torch.bool)}
+        return replace(acting, **self._run(("act", deterministic), choose, inputs))  # type: ignore[arg-type]
+
+    def _run(
+        self, key: Hashable, function: Callable[[Tensors], dict[str, Tensor]], inputs: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What a function gives for inputs from anywhere, in evaluation mode."""
+        if self.model.training:
+            self.model.eval()
+        if self._captures is None:
+            return function({name: to_device(value, self.model.device) for name, value in inputs.items()})
+        self._captures.keep_while(places(self._tensors))
+        return {name: value.clone() for name, value in self._captures(key, function, inputs).items()}
 
     def predict(
         self, observation: Any, memory: Memory | None, episode_start: Any, deterministic: bool
@@ -111,8 +172,9 @@ class Actor:
             starts = _episode_starts(episode_start, rows)
         acting = self.observe(acting, obs, starts, deterministic=deterministic)
         acting = self.act(acting, starts, deterministic=deterministic)
-        actions = self.action_codec.to_env(_to_numpy(acting.actions))
-        memory = tuple(_to_numpy(tensor) for tensor in _tensors(acting).values())
+        arrays = to_host(_tensors(acting))
+        actions = self.action_codec.to_env(arrays["actions"])
+        memory = tuple(arrays.values())
         return (actions if batched else actions.squeeze(axis=0)), memory
 
 
@@ -137,7 +199,7 @@ def _recall(memory: Memory, like: Acting) -> Acting:
                 f"state '{name}' has shape {np.shape(array)}, expected {tuple(tensor.shape)} "
                 f"for {len(tensor)} observations. Pass state=None when the number of environments changes."
             )
-        tensors[name] = torch.as_tensor(array, dtype=tensor.dtype, device=tensor.device)
+        tensors[name] = to_device(torch.as_tensor(array, dtype=tensor.dtype), tensor.device)
     return Acting(State({name: tensors[name] for name in like.state}), tensors["actions"], tensors.get("plan"))
 
 
@@ -152,12 +214,6 @@ def _episode_starts(given: Any, rows: int) -> Array:
     return starts
 
 
-def _to_torch(obs: Arrays, device: torch.device) -> Observation:
-    if isinstance(obs, dict):
-        return {key: torch.from_numpy(array).to(device) for key, array in obs.items()}
-    return torch.from_numpy(obs).to(device)
-
-
-def _to_numpy(tensor: Tensor) -> np.ndarray:
-    # NumPy has no bfloat16.
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
+def _below(name: str, tensors: Tensors) -> dict[str, Tensor]:
+    """Those whose names begin with `name/`, by what follows."""
+    return {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}

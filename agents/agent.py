@@ -29,6 +29,7 @@ from worldflux.envs.make import as_env
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
 from worldflux.errors import ConfigurationError
 from worldflux.models.base import WorldModel
+from worldflux.training.compiling import captures
 from worldflux.training.config import TrainingConfig, resolve_device, whole_number
 from worldflux.training.replay import ReplayBuffer
 from worldflux.training.replay_segments import ReplaySegments
@@ -241,7 +242,8 @@ class WorldFluxAgent(SavedAgent):
             ),
         )
         planner = build_planner(self.model, self.planner, self.planner_kwargs)
-        self.actor = Actor(self.model, self.obs_codec, self.action_codec, planner)
+        recorded = captures(self.compile, self.device, self.model)
+        self.actor = Actor(self.model, self.obs_codec, self.action_codec, planner, captured=recorded)
         replayed = self.batch_size * self.seq_len
         made_up = int(self.learning_starts * self.train_ratio / replayed) if family.random_start else 1
         self.schedule = UpdateSchedule(self.train_ratio, replayed, max(made_up, 1))
@@ -307,7 +309,8 @@ class WorldFluxAgent(SavedAgent):
         assert self.replay_buffer is not None and self.env is not None
         if self._collector is None:
             self._collector = Collector(self.env, self.replay_buffer, self.actor, replay_context=self.replay_context)
-            self._steps_elsewhere = steps_elsewhere(self.env)
+            # A GPU computes while this process steps the environments, too.
+            self._steps_elsewhere = steps_elsewhere(self.env) or self.device.type == "cuda"
             self._frames_per_step = frames_per_vec_step(self.env)
         self._collector.begin(self._last_obs)
         self._last_episode_starts = np.ones(self.n_envs, dtype=bool)
@@ -331,8 +334,9 @@ class WorldFluxAgent(SavedAgent):
     ) -> SelfAgent:
         """Acts in the environments and trains on what was collected, by turns.
 
-        Where environments step in processes of their own (`SubprocVecEnv`, Gymnasium's `AsyncVectorEnv`), the agent
-        trains while they do: what a step owes is paid during the next one, whose actions were chosen before.
+        Where environments step in processes of their own (`SubprocVecEnv`, Gymnasium's `AsyncVectorEnv`), or the agent
+        is on CUDA, it trains while they do: what a step owes is paid during the next one, whose actions were chosen
+        before.
 
         Ctrl-C and SIGTERM end it when the step is done and callbacks, such as `AgentCheckpointCallback`, have seen it;
         then `KeyboardInterrupt` is raised, or `SystemExit(143)`. The agent stays usable after these and after an error

@@ -15,6 +15,7 @@ from worldflux.envs.record import VecEpisodeRecorder
 from worldflux.envs.spaces import Array
 from worldflux.envs.watch import EnvWatch
 from worldflux.training.replay import ReplayBuffer
+from worldflux.training.transfers import to_device, to_host
 
 
 class VecStep(NamedTuple):
@@ -108,9 +109,10 @@ class Collector:
         if at_random:
             codec = actor.action_codec
             sampled = np.stack([codec.space.sample() for _ in range(n_envs)])
-            acting = replace(acting, actions=torch.from_numpy(codec.from_env(sampled)).to(acting.actions.device))
+            acting = replace(acting, actions=to_device(torch.from_numpy(codec.from_env(sampled)), actor.model.device))
         else:
             acting = actor.act(acting, episode_starts, deterministic=False)
         self._acting = acting
         extras = actor.model.extras_from_state(acting.state) if self.replay_context else {}
-        return acting.actions.cpu().numpy(), {name: value.cpu().numpy() for name, value in extras.items()}
+        arrays = to_host({**{f"extras/{name}": value for name, value in extras.items()}, "actions": acting.actions})
+        return arrays["actions"], {name: arrays[f"extras/{name}"] for name in extras}
