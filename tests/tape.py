@@ -119,6 +119,3 @@ class TapeRecorder:
             computed = False
 
         return play, result
-
-    def forget(self) -> None:
-        self.tapes.clear()

@@ -205,6 +205,7 @@ def test_parameters_may_be_frozen_and_thawed(pair: tuple[Trainer, Trainer]) -> N
         assert all(map(torch.equal, before, encoder.parameters()))
         encoder.requires_grad_(True)
         run(trainer, batches(6), seed=2)
+    assert recorded(pair[1]) == 1
     assert_same(state(pair[0]), state(pair[1]))
 
 
@@ -255,6 +256,7 @@ def test_parameters_that_only_some_batches_train_count_their_own_updates(capture
     assert_same(state(plain), state(played))
     steps = [sorted({entry["step"] for entry in t.optimizers[0].state.values()}) for t in (plain, played)]
     assert steps == [[16, 24], [16, 24]]
+    assert recorded(played) == 2
 
 
 def test_latents_go_back_to_their_rows(captured: Callable[..., Trainer]) -> None:

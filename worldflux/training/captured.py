@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from worldflux.training.batch import Batch
-from worldflux.training.graphs import Captures, NotCapturable, Recorder, Tensors, places
-from worldflux.training.optim import CapturableOptimizer
+from worldflux.training.counted import Alike, CapturableOptimizer
+from worldflux.training.graphs import Captures, Recorder, Tensors, places
 from worldflux.training.update import GradientStep, Updated
 
 MAX_FORMS = 4
@@ -46,7 +46,7 @@ class CapturedStep:
             self._optimizers.append(optimizer)
         self._tensors = [*step.model.parameters(), *step.model.buffers()]
         self._states: list[object] = [None for _ in self._optimizers]
-        self._updated: dict[Hashable, list[list[list[Tensor]]]] = {}  # by form: parameters by optimiser and group
+        self._updated: dict[Hashable, list[list[Alike]]] = {}  # by form: what each optimiser updates
         self._names: dict[Hashable, list[str]] = {}  # of the losses, by form
 
     def __call__(self, batch: Batch) -> Updated:
@@ -63,14 +63,9 @@ class CapturedStep:
         tensors = batch.named_tensors()
         form = tuple((name, x.shape, x.dtype) for name, x in tensors.items())
         updated = self._updated.get(form)
-        if updated is None:
-            result = self._step(batch.to(self._device))
-            self._updated[form] = [optimizer.updated for optimizer in self._optimizers]
-            return result
-        try:
-            numbers = [optimizer.count(groups) for optimizer, groups in zip(self._optimizers, updated, strict=True)]
-        except NotCapturable:
-            return self._step(batch.to(self._device))
+        if updated is None or not all(o.are_alike(part) for o, part in zip(self._optimizers, updated, strict=True)):
+            return self._first_step(form, batch)
+        numbers = [optimizer.count(part) for optimizer, part in zip(self._optimizers, updated, strict=True)]
         sizes = [len(part) for part in numbers]
 
         def function(inputs: Tensors) -> dict[str, Tensor]:
@@ -93,6 +88,13 @@ class CapturedStep:
                 index, _, key = name.partition("/")
                 extras[int(index)][key] = value
         return Updated(losses, extras)
+
+    def _first_step(self, form: Hashable, batch: Batch) -> Updated:
+        """A step as without recordings, which shows what steps of this form update."""
+        self._captures.drop(form)
+        result = self._step(batch.to(self._device))
+        self._updated[form] = [optimizer.updated for optimizer in self._optimizers]
+        return result
 
     def _check(self) -> None:
         """Drops the recordings if what they read besides their inputs is no longer what and where it was."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Mapping
 from typing import Protocol, TypeVar
 
@@ -55,8 +56,16 @@ class Recorder(Protocol):
         """
         ...
 
-    def forget(self) -> None:
-        """All recordings are gone."""
+
+class _Recording:
+    """A graph that was captured."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
+        self._graph = graph
+
+    def play(self) -> None:
+        """Queues its kernels on the current stream."""
+        self._graph.replay()
 
 
 class CudaRecorder:
@@ -74,6 +83,7 @@ class CudaRecorder:
         # Libraries keep workspaces for each stream: warming up on this one makes those of the recording.
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._recordings: weakref.WeakSet[_Recording] = weakref.WeakSet()
 
     def warm_up(self, function: Callable[[], T]) -> tuple[T, str | None]:
         """Calls a function on the stream of the recordings, watching for what waits for the device."""
@@ -88,7 +98,7 @@ class CudaRecorder:
                     result = function()
             finally:
                 torch.cuda.set_sync_debug_mode(before)
-        current.wait_stream(self._stream)
+                current.wait_stream(self._stream)
         problem = None
         for warning in caught:
             if _WAITS in str(warning.message):
@@ -101,6 +111,8 @@ class CudaRecorder:
         """Captures a CUDA graph. What other threads do meanwhile is no part of it."""
         graph = torch.cuda.CUDAGraph()
         gc.collect()  # a cycle that is collected during the capture would free memory in the middle of it
+        if not self._recordings:  # the memory of graphs that are all gone cannot be taken up again
+            self._pool = torch.cuda.graph_pool_handle()
         # Casts that autocast has kept from outside would be constants of the graph, those from inside outlive it.
         torch.clear_autocast_cache()
         random = torch.cuda.get_rng_state(self.device)
@@ -118,11 +130,9 @@ class CudaRecorder:
             raise NotCapturable(f"{type(cause).__name__}: {_first_line(cause)}") from error
         finally:
             torch.clear_autocast_cache()
-        return graph.replay, result
-
-    def forget(self) -> None:
-        """The next graph begins a memory of its own: that of graphs that are gone cannot be taken up again."""
-        self._pool = torch.cuda.graph_pool_handle()
+        recording = _Recording(graph)
+        self._recordings.add(recording)
+        return recording.play, result
 
     def _clean_up(self, random: Tensor) -> None:
         """After a capture that failed: the allocator and the generator still wait for its end."""
@@ -131,7 +141,7 @@ class CudaRecorder:
             torch._C._cuda_endAllocateToPool(index, self._pool)
         except (AttributeError, RuntimeError):  # the capture did end
             pass
-        self.forget()
+        self._recordings.clear()  # so that the next graph begins a memory of its own
         torch.cuda.default_generators[index].graphsafe_set_state(torch.Generator(torch.device("cuda", index)))
         torch.cuda.set_rng_state(random, self.device)
 
@@ -204,7 +214,7 @@ class Captures:
         self._recorder = recorder
         self._limit = limit
         self._depend_on: object = None
-        self._functions: dict[Hashable, CapturedFunction] = {}
+        self._functions: dict[tuple[Hashable, ...], CapturedFunction] = {}
         self._given_up = False
 
     def __call__(
@@ -250,7 +260,10 @@ class Captures:
     def clear(self) -> None:
         """Drops all recordings."""
         self._functions.clear()
-        self._recorder.forget()
+
+    def drop(self, key: Hashable) -> None:
+        """Drops the recordings of one function."""
+        self._functions = {form: function for form, function in self._functions.items() if form[0] != key}
 
     @property
     def recorded(self) -> int:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from worldflux.errors import ConfigurationError, nearest
 from worldflux.models.base import OptimizerSpec, ParameterGroup, parameter_groups
-from worldflux.training.graphs import NotCapturable
+from worldflux.training.counted import Alike
 
 AGC_MIN_NORM = 1e-3
 """Norm that adaptive clipping takes a smaller tensor to have, so that a tensor that starts at zero can leave it."""
@@ -35,41 +35,6 @@ def warmup_rate(lr: float, update: int, warmup_steps: int) -> float:
         warmup_steps: Updates until the full rate, which update `warmup_steps + 1` is the first to have. 0: none.
     """
     return lr if warmup_steps == 0 else lr * min(1.0, (update - 1) / warmup_steps)
-
-
-@runtime_checkable
-class CapturableOptimizer(Protocol):
-    """An optimiser whose update can be recorded, in two halves: the host counts it, the device carries it out.
-
-    The two together do what `step` does, up to rounding.
-    """
-
-    param_groups: list[dict[str, Any]]
-    state: dict[Any, Any]
-    updated: list[list[Tensor]]
-    """What the last `step` updated, by group."""
-
-    def make_capturable(self) -> None:
-        """Prepares for this kind of updates; `step` goes on to work."""
-
-    def count(self, parameters: Sequence[Sequence[Tensor]]) -> list[float]:
-        """Counts an update of these parameters, by group.
-
-        Returns:
-            The numbers that this update needs.
-
-        Raises:
-            NotCapturable: If parameters of a group have been updated a different number of times. Nothing is counted.
-        """
-        ...
-
-    def update(self, numbers: Tensor, parameters: Sequence[Sequence[Tensor]]) -> None:
-        """Carries the update out.
-
-        Args:
-            numbers: What `count` returned, on the device of the parameters. `[n]`
-            parameters: As given to `count`.
-        """
 
 
 class LaProp(torch.optim.Optimizer):
@@ -125,7 +90,7 @@ class LaProp(torch.optim.Optimizer):
             updates=0,
         )
         super().__init__(params, defaults)
-        self.updated: list[list[Tensor]] = []
+        self.updated: list[Alike] = []
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -159,7 +124,7 @@ class LaProp(torch.optim.Optimizer):
                 same_age[state["step"]].append(p)
             for k, params in same_age.items():
                 self._update(params, k, lr, group)
-            self.updated.append([p for params in same_age.values() for p in params])
+            self.updated.append(list(same_age.values()))
         return loss
 
     def _update(self, params: list[Tensor], k: int, lr: float, group: dict[str, Any]) -> None:
@@ -185,48 +150,55 @@ class LaProp(torch.optim.Optimizer):
     def make_capturable(self) -> None:
         """Nothing to do: the counts stay on the host."""
 
-    def count(self, parameters: Sequence[Sequence[Tensor]]) -> list[float]:
-        """Counts an update; of each group `root * eps`, `(1 - b1) * root`, `1 - lr * decay` and `-lr / (1 - b1^k)`.
+    def are_alike(self, parameters: Sequence[Alike]) -> bool:
+        """Whether the parameters in each list have been updated equally often."""
+        return all(len({self.state[p]["step"] for p in params}) == 1 for alike in parameters for params in alike)
+
+    def count(self, parameters: Sequence[Alike]) -> list[float]:
+        """Counts an update; of each list `root * eps`, `(1 - b1) * root`, `1 - lr * decay` and `-lr / (1 - b1^k)`.
 
         `root` is `sqrt(1 - b2^k)`, as in `step`.
         """
-        for params in parameters:
-            if len({self.state[p]["step"] for p in params}) > 1:
-                raise NotCapturable("tensors of a group have been updated a different number of times")
         numbers: list[float] = []
-        for group, params in zip(self.param_groups, parameters, strict=True):
+        for group, alike in zip(self.param_groups, parameters, strict=True):
             group["updates"] += 1
             lr, (beta1, beta2) = _rate(group), group["betas"]
-            k = 1 + int(self.state[params[0]]["step"]) if params else 1
-            for p in params:
-                self.state[p]["step"] = k
-            root = math.sqrt(1 - beta2**k)
-            numbers += [root * group["eps"], (1 - beta1) * root, 1 - lr * group["weight_decay"], -lr / (1 - beta1**k)]
+            keep = 1 - lr * group["weight_decay"]
+            for params in alike:
+                k = int(self.state[params[0]]["step"]) + 1
+                for p in params:
+                    self.state[p]["step"] = k
+                root = math.sqrt(1 - beta2**k)
+                numbers += [root * group["eps"], (1 - beta1) * root, keep, -lr / (1 - beta1**k)]
         return numbers
 
     @torch.no_grad()
-    def update(self, numbers: Tensor, parameters: Sequence[Sequence[Tensor]]) -> None:
+    def update(self, numbers: Tensor, parameters: Sequence[Alike]) -> None:
         """Carries the update out, in the same way as `step`."""
-        for group, given, row in zip(self.param_groups, parameters, numbers.unflatten(0, (-1, 4)), strict=True):
-            params: Any = list(given)
-            if not params:
-                continue
-            eps, share, keep, rate = row.unbind()
-            grads = _clipped(params, group["agc"])
-            mu = [self.state[p]["mu"] for p in params]
-            nu = [self.state[p]["nu"] for p in params]
-            beta1, beta2 = group["betas"]
-            torch._foreach_mul_(nu, beta2)
-            torch._foreach_addcmul_(nu, grads, grads, value=1 - beta2)
-            scale = torch._foreach_sqrt(nu)
-            torch._foreach_add_(scale, eps, alpha=1)  # without alpha, torch reads the tensor as a number, and waits
-            part = torch._foreach_div(grads, scale)
-            torch._foreach_mul_(part, share)
-            torch._foreach_mul_(mu, beta1)
-            torch._foreach_add_(mu, part)
-            if group["weight_decay"]:
-                torch._foreach_mul_(params, keep)
-            torch._foreach_add_(params, torch._foreach_mul(mu, rate))
+        rows = iter(numbers.unflatten(0, (-1, 4)).unbind())
+        for group, alike in zip(self.param_groups, parameters, strict=True):
+            for params in alike:
+                self._update_with(params, next(rows), group)
+
+    def _update_with(self, params: list[Tensor], row: Tensor, group: dict[str, Any]) -> None:
+        """One update of tensors with the four numbers that `count` gave for them."""
+        eps, share, keep, rate = row.unbind()
+        grads = _clipped(params, group["agc"])
+        mu = [self.state[p]["mu"] for p in params]
+        nu = [self.state[p]["nu"] for p in params]
+        beta1, beta2 = group["betas"]
+        torch._foreach_mul_(nu, beta2)
+        torch._foreach_addcmul_(nu, grads, grads, value=1 - beta2)
+        scale = torch._foreach_sqrt(nu)
+        torch._foreach_add_(scale, eps, alpha=1)  # without alpha, torch reads the tensor as a number, and waits
+        part: Any = torch._foreach_div(grads, scale)
+        torch._foreach_mul_(part, share)
+        torch._foreach_mul_(mu, beta1)
+        torch._foreach_add_(mu, part)
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, keep)
+        change: Any = torch._foreach_mul(mu, rate)
+        torch._foreach_add_(params, change)
 
 
 class Adam(torch.optim.AdamW):
@@ -260,7 +232,7 @@ class Adam(torch.optim.AdamW):
             group.setdefault("warmup_steps", warmup_steps)
             group.setdefault("rate_scale", 1.0)
             group.setdefault("updates", 0)
-        self.updated: list[list[Tensor]] = []
+        self.updated: list[Alike] = []
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient.
@@ -276,7 +248,7 @@ class Adam(torch.optim.AdamW):
             group["updates"] += 1
             rates.append(_rate(group))
         result = self._step_at(rates, closure)
-        self.updated = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        self.updated = [[[p for p in group["params"] if p.grad is not None]] for group in self.param_groups]
         return result
 
     def make_capturable(self) -> None:
@@ -287,13 +259,17 @@ class Adam(torch.optim.AdamW):
             group.update(fused=True, foreach=False, capturable=True)
         self._place_counts()
 
-    def count(self, parameters: Sequence[Sequence[Tensor]]) -> list[float]:
+    def are_alike(self, parameters: Sequence[Alike]) -> bool:
+        """True: each parameter's updates are counted on the device."""
+        return True
+
+    def count(self, parameters: Sequence[Alike]) -> list[float]:
         """Counts an update; of each group its rate. The bias corrections are worked out on the device."""
         for group in self.param_groups:
             group["updates"] += 1
         return [_rate(group) for group in self.param_groups]
 
-    def update(self, numbers: Tensor, parameters: Sequence[Sequence[Tensor]]) -> None:
+    def update(self, numbers: Tensor, parameters: Sequence[Alike]) -> None:
         """Carries the update out, on every parameter that has a gradient."""
         self._step_at(list(numbers.unbind()))
 
