@@ -152,12 +152,17 @@ class Actor:
         self, key: Hashable, function: Callable[[Tensors], dict[str, Tensor]], inputs: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """What a function gives for inputs from anywhere, in evaluation mode."""
-        if self.model.training:
-            self.model.eval()
+
+        def evaluated(given: Tensors) -> dict[str, Tensor]:
+            # Here, because a recording needs no mode, and changing it takes longer than to play back a small policy.
+            if self.model.training:
+                self.model.eval()
+            return function(given)
+
         if self._captures is None:
-            return function({name: to_device(value, self.model.device) for name, value in inputs.items()})
+            return evaluated({name: to_device(value, self.model.device) for name, value in inputs.items()})
         self._captures.keep_while(places(self._tensors))
-        return {name: value.clone() for name, value in self._captures(key, function, inputs).items()}
+        return {name: value.clone() for name, value in self._captures(key, evaluated, inputs).items()}
 
     def predict(
         self, observation: Any, memory: Memory | None, episode_start: Any, deterministic: bool

@@ -274,8 +274,6 @@ class Trainer:
         if buffer is not None:
             self._sampler = buffer
         self._last_batch = batch
-        if not self.model.training:
-            self.model.train()
         updated = self._take_step(batch)
         self.step_count += 1
         self._watch.see(self.step_count, updated.losses)

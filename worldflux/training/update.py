@@ -25,7 +25,7 @@ class Updated:
 
 
 class GradientStep:
-    """One update of a model, on the device of the batch.
+    """One update of a model, in training mode and on the device of the batch.
 
     Nothing in it depends on the values of tensors, and the host waits for nothing.
 
@@ -52,6 +52,8 @@ class GradientStep:
             update: Updates the parameters of the phase of that number from their gradients; None: its optimiser's
                 `step`.
         """
+        if not self.model.training:
+            self.model.train()
         terms: dict[str, Tensor] = {}
         norms: list[Tensor] = []
         outputs: list[LossOutput] = []
