@@ -67,12 +67,12 @@ def test_dynamics_and_latent_rollout(ref):
 def test_reward_values_and_target_values(ref):
     net = model(ref.kind)
     zs, actions = ref["fwd/zs"][:-1], ref["in/action"]
-    x = net._joined(zs, tasks_of(ref, len(zs)), actions)
-    logits = net.reward_head(x)
+    x = net._inputs(zs, tasks_of(ref, len(zs)), actions)
+    logits = net.reward_head(*x)
     check(ref, logits, "fwd/reward_logits")
     check(ref, net._decoded(logits), "fwd/reward")
     for ensemble, name in ((net.critics, "q"), (net.target_critics, "qt")):
-        check(ref, ensemble(x.flatten(0, 1)).unflatten(1, x.shape[:2]), f"fwd/{name}_logits")
+        check(ref, ensemble(*(part.flatten(0, 1) for part in x)).unflatten(1, actions.shape[:2]), f"fwd/{name}_logits")
         check(ref, net._q(ensemble, x), f"fwd/{name}")
     check(ref, net._q(net.critics, x, ref["fwd/q_avg_idx"]).mean(0), "fwd/q_avg")
     check(ref, net._q(net.critics, x, ref["fwd/q_min_idx"]).amin(0), "fwd/q_min")
@@ -90,7 +90,7 @@ def test_termination_head():
 def test_policy_and_its_entropies(ref):
     net, zs = model(ref.kind), ref["fwd/zs"]
     tasks = tasks_of(ref, len(zs))
-    check(ref, net.actor(net._joined(zs, tasks)), "pi/raw")
+    check(ref, net.actor(*net._inputs(zs, tasks)), "pi/raw")
     sample = net._policy(zs, tasks, ref["pi/eps"])
     for name in ("action", "log_std", "log_prob", "entropy", "scaled_entropy"):
         check(ref, getattr(sample, name), f"pi/{name}")
@@ -121,9 +121,9 @@ def test_a_saturated_action_has_the_reference_log_density():
 @pytest.mark.parametrize("kind", ["state", "episodic"])
 def test_dropout_sits_between_the_first_linear_layer_and_its_norm(kind):
     ref = golden(kind)
-    x = model(kind)._joined(ref["fwd/zs"][:-1], None, ref["in/action"])
-    logits = model(kind).critics(x.flatten(0, 1), dropout=ref["dropout/mult"].flatten(1, 2))
-    check(ref, logits.unflatten(1, x.shape[:2]), "dropout/q_logits")
+    x = [part.flatten(0, 1) for part in (ref["fwd/zs"][:-1], ref["in/action"])]
+    logits = model(kind).critics(*x, dropout=ref["dropout/mult"].flatten(1, 2))
+    check(ref, logits.unflatten(1, ref["in/action"].shape[:2]), "dropout/q_logits")
 
 
 def test_members_of_the_ensemble_are_evaluated_one_by_one_as_together():
@@ -132,7 +132,7 @@ def test_members_of_the_ensemble_are_evaluated_one_by_one_as_together():
     x = torch.cat([ref["fwd/zs"][0], ref["in/action"][0]], -1)
     everything = critics(x)
     for member in range(5):
-        torch.testing.assert_close(critics(x, torch.tensor([member]))[0], everything[member])
+        torch.testing.assert_close(critics(x, members=torch.tensor([member]))[0], everything[member])
 
 
 def test_values_of_action_sequences(ref):

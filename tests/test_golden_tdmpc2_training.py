@@ -102,7 +102,7 @@ def test_policy_loss_on_the_first_networks(ref):
     latents = ref["pi0/zs"]
     tasks = None if ref.task is None else ref.task.expand(len(latents), -1)
     sample = net._policy(latents, tasks, ref["pi0/eps"])
-    value = net._q(net.critics, net._joined(latents, tasks, sample.action), ref["pi0/q_idx"]).mean(0)
+    value = net._q(net.critics, net._inputs(latents, tasks, sample.action), ref["pi0/q_idx"]).mean(0)
     tolerance = TOLERANCE[ref.kind]
     for actual, name in (
         (sample.action, "pi_action"),
@@ -232,7 +232,7 @@ def left_over(ref: Golden, net: TDMPC2, model_output: LossOutput, update: int) -
     draws = ref.policy_draws(f"upd{update}/")
     latents, tasks = model_output.carry["latents"], ref.task.unsqueeze(1).expand(-1, 4)
     sample = net._policy(latents, tasks, draws.noise)
-    value = net._q(net.critics, net._joined(latents, tasks, sample.action), draws.members).mean(0)
+    value = net._q(net.critics, net._inputs(latents, tasks, sample.action), draws.members).mean(0)
     scale = net.policy_loss(model_output, draws).updates["value_scale"]
     loss = -((1e-4 * sample.scaled_entropy + value / scale) * 0.5 ** torch.arange(4)).mean()
     return gradients(net, loss)["tasks.weight"]

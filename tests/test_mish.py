@@ -36,10 +36,10 @@ def test_a_frozen_ensemble_passes_gradients_to_its_input_only():
     ensemble = Ensemble(3, 5, [8], 4)
     torch.nn.init.normal_(ensemble.layers[-1].weight)
     x = torch.randn(7, 5, requires_grad=True)
-    ensemble(x, torch.tensor([2, 0]), frozen=True).sum().backward()
+    ensemble(x, members=torch.tensor([2, 0]), frozen=True).sum().backward()
     assert x.grad is not None and float(x.grad.abs().max()) > 0.0
     assert all(p.grad is None for p in ensemble.parameters())
     # Members that are not evaluated are not trained.
-    ensemble(x.detach(), torch.tensor([2, 0])).sum().backward()
+    ensemble(x.detach(), members=torch.tensor([2, 0])).sum().backward()
     assert torch.equal(ensemble.layers[0].weight.grad[1], torch.zeros(8, 5))
     assert float(ensemble.layers[0].weight.grad[0].abs().max()) > 0.0

@@ -10,7 +10,8 @@ from worldflux.config import DreamerV3Config, TDMPC2Config, WorldModelConfig
 from worldflux.errors import ConfigurationError, ShapeMismatchError
 from worldflux.models.base import State, Trajectory, WorldModel
 from worldflux.models.dreamerv3.world_model import DreamerV3
-from worldflux.models.planning import PlanDraws, Planner, PlannerConfig, PlanTrace, sequence_return
+from worldflux.models.planning import PlanDraws, Planner, PlannerConfig, PlanTrace
+from worldflux.models.search import Outlook, discounted_rewards
 
 GOAL = torch.tensor([0.3, -0.6])
 SMALL = dict(num_samples=64, num_elites=8, num_pi_trajs=4)
@@ -52,9 +53,13 @@ class MaskedPointModel(PointModel):
     def propose(self, state: State, noise: Tensor, *, deterministic: bool) -> Tensor:
         return torch.tanh(noise)
 
-    def trajectory_value(self, state, actions, *, discount, deterministic, noise=None, members=None) -> Tensor:
+    def outlook(self, state, actions, *, discount, deterministic) -> Outlook:
         places = state["place"].unsqueeze(1) + actions.cumsum(0)
-        return -(places - self.goal).square().sum((0, -1))
+        earned = -(places - self.goal).square().sum((0, -1))
+        return Outlook(earned, torch.zeros_like(earned), State({"place": places[-1]}))
+
+    def outlook_value(self, outlook, *, deterministic, noise=None, members=None) -> Tensor:
+        return outlook.earned
 
 
 def points(*places: tuple[float, float]) -> State:
@@ -113,10 +118,12 @@ def test_sequences_are_valued_by_hand():
     rewards = torch.tensor([[1.0, 1.0], [2.0, 2.0]])
     continues = torch.tensor([[1.0, 0.25], [0.5, 1.0]])
 
-    value = sequence_return(rewards, continues, torch.tensor([10.0, 10.0]), discount=0.5)
+    earned, weight = discounted_rewards(rewards, continues, discount=0.5)
 
     # 1 + 0.5 * 2 + 0.25 * 0.5 * 10 and 1 + 0.5 * 0.25 * 2 + 0.25 * 0.25 * 10
-    torch.testing.assert_close(value, torch.tensor([3.25, 1.875]))
+    torch.testing.assert_close(earned + weight * 10.0, torch.tensor([3.25, 1.875]))
+    earned, weight = discounted_rewards(rewards, None, discount=0.5)
+    assert torch.equal(earned, torch.tensor([2.0, 2.0])) and torch.equal(weight, torch.tensor([0.25, 0.25]))
 
 
 def test_the_discount_of_the_configuration_replaces_the_models_own():
@@ -328,7 +335,8 @@ def test_the_deterministic_plan_is_never_worse_than_the_policy_by_the_models_own
         policy.append(model.policy(state, deterministic=True))
         state = model.rollout(state, policy[-1].unsqueeze(0)).states[-1]
     trajectory = model.rollout(PLACES, torch.stack(policy))
-    value = sequence_return(trajectory.rewards, trajectory.continues, model.value(trajectory.states[-1]), 0.9)
+    earned, weight = discounted_rewards(trajectory.rewards, trajectory.continues, 0.9)
+    value = earned + weight * model.value(trajectory.states[-1])
     torch.testing.assert_close(traces[0].values[:, 0], value)
     # Its other trajectories differ from it, or it would count several times among the elites.
     assert (traces[0].values[:, 1 : SMALL["num_pi_trajs"]] != value.unsqueeze(1)).all()
@@ -376,8 +384,8 @@ def test_plans_in_dreamerv3s_latents_are_worth_more_than_its_policy():
 
     def worth(sequence: Tensor) -> Tensor:
         trajectory = model.rollout(state, sequence, deterministic=True)
-        final = model.value(trajectory.states[-1])
-        return sequence_return(trajectory.rewards, trajectory.continues, final, model.discount)
+        earned, weight = discounted_rewards(trajectory.rewards, trajectory.continues, model.discount)
+        return earned + weight * model.value(trajectory.states[-1])
 
     policy, now = [], state
     for _ in range(3):

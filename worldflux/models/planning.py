@@ -5,7 +5,7 @@
     >>> actions, plan = planner.plan(state, plan, is_first=is_first)        # [N, A], and the plan for the next step
 
 A model needs `rollout`, `policy` and `value`. One that knows better ways (TD-MPC2: an ensemble of critics, a hard
-threshold on termination, action masks, a discount per task) offers the three methods of `PlanningModel`, and the
+threshold on termination, action masks, a discount per task) offers the methods of `search.PlanningModel`, and the
 planner calls those instead.
 
 Source: TD-MPC2, arXiv:2310.16828, and its reference implementation; MPPI with a blended mean: TD-MPC, arXiv:2203.04955.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch import Tensor
 from worldflux.config import WorldModelConfig
 from worldflux.errors import ConfigurationError, ShapeMismatchError
 from worldflux.models.base import State, WorldModel
+from worldflux.models.search import PlanningModel, Proposals, RolloutPlanning, repeated, search_step
 
 _NOISE_SEED = 0  # of the fixed noise that deterministic planning uses
 _LARGE_ACTION_DIM = 20  # from here on the paper plans with two iterations more
@@ -94,108 +95,6 @@ class PlannerConfig:
             most = values.get("num_samples", cls.num_samples) // 2
             values["num_pi_trajs"] = min(values.get("num_pi_trajs", cls.num_pi_trajs), most)
         return cls(**values)
-
-
-@runtime_checkable
-class PlanningModel(Protocol):
-    """What a model may offer to be planned with in its own way; all three methods, or none."""
-
-    def action_mask(self, state: State) -> Tensor | None:
-        """1 where a row's task has that action dimension, 0 where it has not; None if all have all. `[N, A]`"""
-
-    def propose(self, state: State, noise: Tensor, *, deterministic: bool) -> Tensor:
-        """Actions of the policy that are a function of the state and of standard normal noise. `[B, A]`
-
-        Noise 0 is the policy's likeliest action. What `noise` cannot express may be drawn, unless `deterministic`.
-        """
-
-    def trajectory_value(
-        self,
-        state: State,
-        actions: Tensor,
-        *,
-        discount: float | None,
-        deterministic: bool,
-        noise: Tensor | None = None,
-        members: Tensor | None = None,
-    ) -> Tensor:
-        """What sequences of actions are worth.
-
-        Args:
-            state: Where they start, once for all sequences of a row. `[N, ...]`
-            actions: `[H, N, S, A]`
-            discount: None takes the model's own.
-            deterministic: Draw nothing: the policy's mean action in the last state, and all critics or fixed ones.
-            noise: Of the policy's action in the last state; None draws it. `[N, S, A]`
-            members: Which critics of an ensemble judge the last state; None draws them. `[2]`
-
-        Returns:
-            `[N, S]`
-        """
-
-
-def sequence_return(rewards: Tensor, continues: Tensor, value: Tensor, discount: float | Tensor) -> Tensor:
-    """Discounted return of action sequences, each term weighted with the chance that the episode gets there.
-
-        return = sum_t discount^t * alive_t * rewards_t + discount^H * alive_H * value
-        alive_0 = 1,  alive_{t+1} = alive_t * continues_t
-
-    Args:
-        rewards: What each action earned. `[H, ...]`
-        continues: Probability of going on after it, or 0 and 1 for TD-MPC2's hard threshold. `[H, ...]`
-        value: Of the last state. `[...]`
-        discount: Per step; a tensor must broadcast with `value`.
-
-    Returns:
-        `[...]`
-    """
-    total, weight = torch.zeros_like(value), torch.ones_like(value)
-    for reward, cont in zip(rewards, continues, strict=True):
-        total = total + weight * reward
-        weight = weight * cont * discount
-    return total + weight * value
-
-
-class RolloutPlanning:
-    """The three methods of `PlanningModel`, out of `rollout`, `policy` and `value`.
-
-    Args:
-        model: Any model; its rows are planned with independently.
-        spread: Size of the noise on the policy's actions in deterministic planning. A model that draws its actions
-            itself cannot be handed the noise, and equal sequences would count several times among the elites.
-    """
-
-    def __init__(self, model: WorldModel, *, spread: float) -> None:
-        self.model = model
-        self.spread = spread
-
-    def action_mask(self, state: State) -> Tensor | None:
-        """None: all rows have all actions."""
-        return None
-
-    def propose(self, state: State, noise: Tensor, *, deterministic: bool) -> Tensor:
-        """The model's own draw; deterministic: its likeliest action plus `spread * noise`. `[B, A]`"""
-        if deterministic:
-            return self.model.policy(state, deterministic=True) + self.spread * noise
-        return self.model.policy(state)
-
-    def trajectory_value(
-        self,
-        state: State,
-        actions: Tensor,
-        *,
-        discount: float | None,
-        deterministic: bool,
-        noise: Tensor | None = None,
-        members: Tensor | None = None,
-    ) -> Tensor:
-        """Rewards of the rollout and the value of its last state; `noise` and `members` are not used. `[N, S]`"""
-        _, N, S, _ = actions.shape
-        trajectory = self.model.rollout(_repeat(state, N, S), actions.flatten(1, 2), deterministic=deterministic)
-        final = self.model.value(trajectory.states[-1])
-        # Without a discount here, the planner has seen to it that the model has one.
-        weight: float = self.model.discount if discount is None else discount  # type: ignore[assignment]
-        return sequence_return(trajectory.rewards, trajectory.continues, final, weight).unflatten(0, (N, S))
 
 
 @dataclass(frozen=True)
@@ -303,65 +202,55 @@ class Planner:
         """
         c = self.config
         self._check(state, previous, is_first)
-        N, H, A = previous.shape
-        S, K = c.num_samples, c.num_pi_trajs
         if draws is None:
             draws = self._fixed_draws(previous) if deterministic else self._sample_draws(previous)
         mask = self._scorer.action_mask(state)
-        keep = previous.new_ones(()) if mask is None else mask.to(previous.dtype)  # broadcasts with [H, N, A]
+        mask = None if mask is None else mask.to(previous.dtype)
 
         # The distribution starts from the last plan, one step on; steps come first from here on, as in `rollout`.
         mean = torch.cat([previous[:, 1:], torch.zeros_like(previous[:, :1])], 1)
         if is_first is not None:
             mean = torch.where(is_first[:, None, None], 0.0, mean)
-        mean = mean.transpose(0, 1) * keep  # [H, N, A]
-        std = torch.full_like(mean, c.max_std) * keep
+        mean = mean.transpose(0, 1)  # [H, N, A]
+        std = torch.full_like(mean, c.max_std)
+        if mask is not None:
+            mean, std = mean * mask, std * mask
 
-        candidates = previous.new_empty(H, N, S, A)
-        if K:
-            candidates[:, :, :K] = self._policy_trajectories(state, draws, deterministic)
+        # A model may have a compiled one.
+        step = getattr(self._scorer, "search_step", search_step)
+        proposals = self._proposals(state, draws, mask, deterministic) if c.num_pi_trajs else None
         for i in range(c.iterations):
-            drawn = mean.unsqueeze(2) + std.unsqueeze(2) * draws.actions[i]
-            candidates[:, :, K:] = drawn.clamp(-1.0, 1.0)
-            if mask is not None:
-                candidates *= keep.unsqueeze(-2)
-            values = self._scorer.trajectory_value(
+            value_noise = None if draws.value is None else draws.value[i]
+            members = None if draws.members is None else draws.members[i]
+            found = step(
+                self._scorer,
+                c,
                 state,
-                candidates,
-                discount=c.discount,
-                deterministic=deterministic,
-                noise=None if draws.value is None else draws.value[i],
-                members=None if draws.members is None else draws.members[i],
+                proposals,
+                mean,
+                std,
+                mask,
+                draws.actions[i],
+                value_noise,
+                members,
+                deterministic,
             )
-            # A candidate that takes the model to infinity must not be chosen, nor spoil the weights of the others:
-            # NaN counts as 0, as in the reference.
-            values = values.float().nan_to_num(0.0)
-            # Stable, so that ties (a fresh critic says 0 to everything) fall the same way for every batch size.
-            values_sorted, order = values.sort(dim=-1, descending=True, stable=True)
-            elites, elite_values = order[:, : c.num_elites], values_sorted[:, : c.num_elites]
-            elite_actions = torch.take_along_dim(candidates, elites[None, :, :, None], dim=2)  # [H, N, E, A]
-            # The largest is taken off first: values may be as large as a float can be.
-            log_weights = torch.log_softmax(c.temperature * (elite_values - elite_values[:, :1]), -1)
-            weights = log_weights.exp()[None, :, :, None]
-            # The spread is around the elites' own mean; momentum moves the distribution's mean only (TD-MPC).
-            fitted = (weights * elite_actions).sum(2)
-            variance = (weights * (elite_actions - fitted.unsqueeze(2)).square()).sum(2)
-            std = variance.sqrt().clamp(c.min_std, c.max_std) * keep
-            mean = c.momentum * mean + (1.0 - c.momentum) * fitted
+            mean, std = found.mean, found.std
             if trace is not None:
-                trace(PlanTrace(values, elites, weights[0, :, :, 0], mean.transpose(0, 1), std.transpose(0, 1)))
+                weights = found.log_weights.exp()
+                trace(PlanTrace(found.values, found.elites, weights, mean.transpose(0, 1), std.transpose(0, 1)))
 
-        chosen = (log_weights + draws.gumbel).argmax(-1)
-        actions = torch.take_along_dim(elite_actions[0], chosen[:, None, None], dim=1).squeeze(1)
+        chosen = (found.log_weights + draws.gumbel).argmax(-1)
+        actions = torch.take_along_dim(found.elite_actions[0], chosen[:, None, None], dim=1).squeeze(1)
         if draws.final is not None:
             actions = actions + std[0] * draws.final
         return actions.clamp(-1.0, 1.0), mean.transpose(0, 1)
 
-    def _policy_trajectories(self, state: State, draws: PlanDraws, deterministic: bool) -> Tensor:
-        """Actions of the policy along its own rollouts. `[H, N, K, A]`"""
+    def _proposals(self, state: State, draws: PlanDraws, mask: Tensor | None, deterministic: bool) -> Proposals:
+        """What the policy does along its own rollouts."""
         H, _, K, A = draws.policy.shape
-        N = _rows(state)
-        state = _repeat(state, N, K)
+        N, start = _rows(state), state
+        state = repeated(state, N, K)
         noise = draws.policy.expand(H, N, K, A).flatten(1, 2)
         actions = []
         for t in range(H):
@@ -369,7 +258,11 @@ class Planner:
             actions.append(action)
             if t + 1 < H:
                 state = self.model.rollout(state, action.unsqueeze(0), deterministic=deterministic).states[-1]
-        return torch.stack(actions).unflatten(1, (N, K))
+        chosen = torch.stack(actions).unflatten(1, (N, K))
+        if mask is not None:
+            chosen = chosen * mask.unsqueeze(1)
+        outlook = self._scorer.outlook(start, chosen, discount=self.config.discount, deterministic=deterministic)
+        return Proposals(chosen, outlook)
 
     def _sample_draws(self, like: Tensor) -> PlanDraws:
         """Fresh draws from torch's generator, for the rows of `like` `[N, H, A]`."""
@@ -416,8 +309,3 @@ class Planner:
 
 def _rows(state: State) -> int:
     return len(next(iter(state.values())))
-
-
-def _repeat(state: State, rows: int, times: int) -> State:
-    """Each row of a state several times in a row. `[N, ...]` → `[N * times, ...]`"""
-    return State({k: v.unsqueeze(1).expand(rows, times, *v.shape[1:]).flatten(0, 1) for k, v in state.items()})

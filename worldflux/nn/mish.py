@@ -4,53 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from worldflux.nn import nodes
 from worldflux.nn.init import narrow_normal_
 
 
 def mish(x: Tensor) -> Tensor:
-    """`x * tanh(log(1 + exp(x)))`, of any shape.
-
-    On a CPU it is computed with one exponential, `tanh(log(1 + e)) = n / (n + 2)` with `n = e * (e + 2)`: torch's own
-    kernel takes three transcendental functions and more than twice as long.
-    """
-    if x.device.type != "cpu" or x.dtype != torch.float32:
-        return F.mish(x)
-    return _Mish.apply(x) if torch.is_grad_enabled() and x.requires_grad else _mish(x)
-
-
-def _mish(x: Tensor) -> Tensor:
-    e = x.clamp(max=_MISH_LINEAR).exp_()
-    n = (e + 2.0).mul_(e)
-    return e.copy_(n).add_(2.0).reciprocal_().mul_(n).mul_(x)
-
-
-_MISH_LINEAR = 20.0
-"""From here on mish(x) is x to the last bit, and squares of its exponential stay finite."""
-
-
-class _Mish(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return _mish(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        """`n / (n + 2) + 4 x e (1 + e) / (n + 2)^2`"""
-        (x,) = ctx.saved_tensors
-        e = x.clamp(max=_MISH_LINEAR).exp_()
-        n = (e + 2.0).mul_(e)
-        inverse = (n + 2.0).reciprocal_()
-        slope = (e + 1.0).mul_(e).mul_(x).mul_(inverse).mul_(4.0).add_(n)
-        return slope.mul_(inverse).mul_(grad)
+    """`x * tanh(log(1 + exp(x)))`, of any shape."""
+    if torch.compiler.is_compiling():
+        # One exponential in place of three; the compiler makes one pass of all of it.
+        s = torch.sigmoid(x.float())
+        p = s * (2.0 - s)
+        return (x * p / (2.0 - p)).to(x.dtype)
+    return nodes.mish(x.float()).to(x.dtype) if nodes.applies(x) else F.mish(x)
 
 
 class NarrowLinear(nn.Linear):
@@ -62,6 +32,35 @@ class NarrowLinear(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
+def linear(parts: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer of inputs that are joined on the last axis.
+
+    Inputs that broadcast against the others are multiplied only once: a state with many actions costs one row.
+
+    Args:
+        parts: `[..., p]` each.
+        weight: `[out, in]`, with `in` the sum of all p.
+        bias: `[out]`
+
+    Returns:
+        `[..., out]`
+    """
+    if _alike(parts):
+        return F.linear(torch.cat(list(parts), -1) if len(parts) > 1 else parts[0], weight, bias)
+    columns = weight.split([part.shape[-1] for part in parts], -1)
+    products = [F.linear(part, w) for part, w in zip(parts, columns, strict=True)]
+    return sum(products[1:], products[0] + bias.to(products[0].dtype))
+
+
+def _alike(parts: Sequence[Tensor]) -> bool:
+    return all(part.shape[:-1] == parts[0].shape[:-1] for part in parts[1:])
+
+
+def _one_node(parts: Sequence[Tensor]) -> bool:
+    """Whether linear layer, norm and Mish are computed together."""
+    return _alike(parts) and all(nodes.applies(part) for part in parts)
+
+
 class NormedLinear(NarrowLinear):
     """A linear layer, LayerNorm and an activation."""
 
@@ -70,9 +69,16 @@ class NormedLinear(NarrowLinear):
         self.norm = nn.LayerNorm(out_features)
         self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps `[..., in]` to `[..., out]`."""
-        return self.activation(self.norm(super().forward(x)))
+    def forward(self, *parts: Tensor) -> Tensor:
+        """Maps inputs `[..., p]`, joined on the last axis, to `[..., out]`; see `linear` for what may differ."""
+        shape = parts[0].shape[:-1]
+        if self.activation is mish and _one_node(parts):
+            weight, bias, scale, shift = (
+                p.unsqueeze(0) for p in (self.weight, self.bias, self.norm.weight, self.norm.bias)
+            )
+            flat = [part.flatten(0, -2) for part in parts]
+            return nodes.mish_layer(flat, weight, bias, scale, shift).view(*shape, -1)
+        return self.activation(self.norm(linear(parts, self.weight, self.bias)))
 
 
 class MishMLP(nn.Module):
@@ -101,9 +107,11 @@ class MishMLP(nn.Module):
             layers.append(NormedLinear(widths[-1], out_features, activation))
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps `[..., in]` to `[..., out]`."""
-        for layer in self.layers:
+    def forward(self, *parts: Tensor) -> Tensor:
+        """Maps inputs `[..., p]`, joined on the last axis, to `[..., out]`; see `linear` for what may differ."""
+        first, *others = self.layers
+        x = first(*parts)
+        for layer in others:
             x = layer(x)
         return x
 
@@ -134,13 +142,13 @@ class StackedLinear(nn.Module):
         self.norm = StackedNorm(members, out_features) if normed else None
 
     def forward(
-        self, x: Tensor, members: Tensor | None = None, *, dropout: Tensor | None = None, frozen: bool = False
+        self, *parts: Tensor, members: Tensor | None = None, dropout: Tensor | None = None, frozen: bool = False
     ) -> Tensor:
-        """Maps `[m, N, in]` to `[m, N, out]`.
+        """Maps inputs, joined on the last axis, to `[m, N, out]`.
 
         Args:
-            x: Input of each member that is evaluated.
-            members: Their indices; all if None. `[m]`
+            *parts: One input `[N, p]` for all members, or `[m, N, p]`.
+            members: Indices of those to evaluate; all if None. `[m]`
             dropout: Factors for the linear layer's output, before the norm. `[m, N, out]`
             frozen: Take the parameters as constants, so that gradients reach the input only.
         """
@@ -149,7 +157,12 @@ class StackedLinear(nn.Module):
             parameter = parameter.detach() if frozen else parameter
             return parameter if members is None else parameter.index_select(0, members)
 
-        y = torch.baddbmm(chosen(self.bias).unsqueeze(1), x, chosen(self.weight).transpose(1, 2))
+        weight, bias = chosen(self.weight), chosen(self.bias)
+        if self.norm is not None and _one_node(parts):
+            scale, shift = chosen(self.norm.weight), chosen(self.norm.bias)
+            return nodes.mish_layer(parts, weight, bias, scale, shift, dropout)
+        x = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+        y = torch.baddbmm(bias.unsqueeze(1), x.expand(len(weight), *x.shape[-2:]), weight.transpose(1, 2))
         if dropout is not None:
             y = y * dropout
         if self.norm is None:
@@ -181,18 +194,18 @@ class Ensemble(nn.Module):
         nn.init.zeros_(self.layers[-1].weight)  # type: ignore[arg-type]
 
     def forward(
-        self, x: Tensor, members: Tensor | None = None, *, dropout: Tensor | None = None, frozen: bool = False
+        self, *parts: Tensor, members: Tensor | None = None, dropout: Tensor | None = None, frozen: bool = False
     ) -> Tensor:
-        """Maps one input `[N, in]` to the outputs of the members. `[m, N, out]`
+        """Maps inputs, joined on the last axis, to the outputs of the members. `[m, N, out]`
 
         Args:
-            x: What every member sees.
+            *parts: What every member sees. `[N, p]` each
             members: Indices of those to evaluate; all if None. `[m]`
             dropout: Factors for the first layer, 0 or `1 / (1 - p)`; None switches dropout off. `[m, N, hidden]`
             frozen: Take the parameters as constants, so that gradients reach the input only.
         """
-        count = self.members if members is None else len(members)
-        y = x.expand(count, *x.shape)
-        for index, layer in enumerate(self.layers):
-            y = layer(y, members, dropout=dropout if index == 0 else None, frozen=frozen)
+        first, *others = self.layers
+        y = first(*parts, members=members, dropout=dropout, frozen=frozen)
+        for layer in others:
+            y = layer(y, members=members, frozen=frozen)
         return y

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from worldflux.config import TDMPC2Config
 from worldflux.errors import ConfigurationError, ShapeMismatchError
 from worldflux.models.base import State, Trajectory, WorldModel
-from worldflux.models.planning import sequence_return
+from worldflux.models.search import Outlook, discounted_rewards
 from worldflux.models.tdmpc2.encoder import MAX_SHIFT, Decoder, Encoder
 from worldflux.models.tdmpc2.policy import PolicySample, squashed_normal
 from worldflux.models.tdmpc2.tasks import Tasks
@@ -23,6 +24,8 @@ from worldflux.training.batch import Observation
 
 _SAMPLED_MEMBERS = 2
 """Value networks in each estimate."""
+_BLOCK_ROWS = 256
+"""Sequences that a CPU evaluates at a time."""
 
 
 class LatentModel(WorldModel):
@@ -143,7 +146,7 @@ class LatentModel(WorldModel):
         before, after = torch.stack(latents[:-1]), torch.stack(latents[1:])  # [H, B, L]
         tasks = None if task is None else task.expand(len(actions), -1)
         with self._autocast():
-            rewards = self._decoded(self.reward_head(self._joined(before, tasks, actions)))
+            rewards = self._decoded(self.reward_head(*self._inputs(before, tasks, actions)))
         return Trajectory(_state(after, tasks), rewards, self._continues(after, tasks))
 
     def policy(self, state: State, deterministic: bool = False) -> Tensor:
@@ -156,7 +159,7 @@ class LatentModel(WorldModel):
     def q_values(self, state: State, action: Tensor) -> Tensor:
         """Discounted reward from each state and action on, as every value network sees it. `[Q, B]`"""
         self._check_actions(action, len(state["latent"]))
-        return self._q(self.critics, self._joined(state["latent"], state.get("task"), action.float()))
+        return self._q(self.critics, self._inputs(state["latent"], state.get("task"), action.float()))
 
     def value(self, state: State) -> Tensor:
         """Discounted reward from a state on, acting with the policy's mean; mean of all value networks. `[B]`"""
@@ -204,27 +207,49 @@ class LatentModel(WorldModel):
         Returns:
             `[N, S]`
         """
-        _, N, S, A = actions.shape
-        latent = state["latent"].unsqueeze(1).expand(N, S, -1).flatten(0, 1)
-        task = None if self.tasks is None else state["task"].unsqueeze(1).expand(N, S).flatten()
-        if noise is not None:
-            noise = noise.flatten(0, 1)
-        elif not deterministic:
-            noise = torch.randn(N * S, A, device=latent.device)
+        outlook = self.outlook(state, actions, discount=discount, deterministic=deterministic)
+        return self.outlook_value(outlook, deterministic=deterministic, noise=noise, members=members)
+
+    def outlook(self, state: State, actions: Tensor, *, discount: float | None, deterministic: bool) -> Outlook:
+        """What sequences of actions earn and where they lead; see `trajectory_value`."""
+        blocks = actions.chunk(_blocks(actions[0, ..., 0]), 2)
+        return Outlook.join([self._outlook(state, block, discount) for block in blocks])
+
+    def _outlook(self, state: State, actions: Tensor, discount: float | None) -> Outlook:
+        # The state and its task stand once in each row and broadcast with the sequences from there.
+        latents = [state["latent"].unsqueeze(1)]  # [N, 1, L]
+        task = state["task"].unsqueeze(1) if "task" in state else None  # [N, 1]
+        for action in actions:
+            latents.append(self._next(latents[-1], action, task))
+        with self._autocast():
+            logits = [self.reward_head(*self._inputs(latents[0], task, actions[0])).unsqueeze(0)]
+            if len(actions) > 1:
+                logits.append(self.reward_head(*self._inputs(torch.stack(latents[1:-1]), task, actions[1:])))
+        rewards = torch.cat([self._decoded(part) for part in logits])  # [H, N, S]
+        continues = None
+        if self.termination_head is not None:
+            continues = (self._continues(torch.stack(latents[1:]), task) >= 0.5).float()
+        weight = self._discount(task) if discount is None else discount
+        earned, after = discounted_rewards(rewards, continues, weight)
+        return Outlook(earned, after, _state(latents[-1], None if task is None else task.expand(earned.shape)))
+
+    def outlook_value(
+        self, outlook: Outlook, *, deterministic: bool, noise: Tensor | None = None, members: Tensor | None = None
+    ) -> Tensor:
+        """What the sequences are worth together with the value of their last states; see `trajectory_value`."""
+        latent, task = outlook.state["latent"], outlook.state.get("task")
+        if noise is None and not deterministic:
+            noise = torch.randn(*latent.shape[:-1], self.config.action_dim, device=latent.device)
         if members is None and not deterministic:
             members = self._members()
-        trajectory = self.rollout(_state(latent, task), actions.flatten(1, 2))
-        final = self._final_value(trajectory.states["latent"][-1], task, noise=noise, members=members)
-        goes_on = (trajectory.continues >= 0.5).float()
-        weight = self._discount(task) if discount is None else discount
-        return sequence_return(trajectory.rewards, goes_on, final, weight).unflatten(0, (N, S))
+        return outlook.earned + outlook.weight * self._final_value(latent, task, noise=noise, members=members)
 
     def _final_value(
         self, latent: Tensor, task: Tensor | None, *, noise: Tensor | None, members: Tensor | None
     ) -> Tensor:
         """Value of the policy from a latent on: its mean action without noise, the mean of all networks or some."""
         sample = self._policy(latent, task, latent.new_zeros(()) if noise is None else noise)
-        return self._q(self.critics, self._joined(latent, task, sample.action), members).mean(0)
+        return self._q(self.critics, self._inputs(latent, task, sample.action), members).mean(0)
 
     # Networks on latents `[..., L]`, tasks `[...]` and actions `[..., A]`
 
@@ -235,12 +260,12 @@ class LatentModel(WorldModel):
 
     def _next(self, latent: Tensor, action: Tensor, task: Tensor | None) -> Tensor:
         with self._autocast():
-            return self.dynamics(self._joined(latent, task, action))
+            return self.dynamics(*self._inputs(latent, task, action))
 
     def _termination_logits(self, latent: Tensor, task: Tensor | None) -> Tensor:
         assert self.termination_head is not None
         with self._autocast():
-            return self.termination_head(self._joined(latent, task)).squeeze(-1).float()
+            return self.termination_head(*self._inputs(latent, task)).squeeze(-1).float()
 
     def _continues(self, latent: Tensor, task: Tensor | None) -> Tensor:
         """Probability that the episode goes on at a latent; 1 as long as no termination was learned from. `[...]`"""
@@ -252,7 +277,7 @@ class LatentModel(WorldModel):
         self, latent: Tensor, task: Tensor | None, noise: Tensor, *, frozen_tasks: bool = False
     ) -> PolicySample:
         with self._autocast():
-            raw = self.actor(self._joined(latent, task, frozen_tasks=frozen_tasks))
+            raw = self.actor(*self._inputs(latent, task, frozen_tasks=frozen_tasks))
         return squashed_normal(
             raw,
             noise,
@@ -264,32 +289,34 @@ class LatentModel(WorldModel):
     def _q(
         self,
         ensemble: Ensemble,
-        x: Tensor,
+        inputs: tuple[Tensor, ...],
         members: Tensor | None = None,
         *,
         dropout: Tensor | None = None,
         frozen: bool = False,
     ) -> Tensor:
-        """Values of the members asked for, at what `_joined` makes of states and actions `[...]`. `[m, ...]`"""
+        """Values of the members asked for, at what `_inputs` makes of states and actions `[...]`. `[m, ...]`"""
+        shape = inputs[-1].shape[:-1]
+        flat = [part.expand(*shape, part.shape[-1]).flatten(0, -2) for part in inputs]
         with self._autocast():
-            logits = ensemble(x.flatten(0, -2), members, dropout=dropout, frozen=frozen)
-        return self._decoded(logits).unflatten(1, x.shape[:-1])
+            logits = ensemble(*flat, members=members, dropout=dropout, frozen=frozen)
+        return self._decoded(logits).unflatten(1, shape)
 
     def _decoded(self, logits: Tensor) -> Tensor:
         """Expectation in symlog space, then symexp. `[..., K]` → `[...]`"""
         return symexp(TwoHot(logits, self.bins).mean)
 
-    def _joined(
+    def _inputs(
         self, latent: Tensor, task: Tensor | None, action: Tensor | None = None, *, frozen_tasks: bool = False
-    ) -> Tensor:
-        """What the networks see: latent, embedding of the task, action."""
+    ) -> tuple[Tensor, ...]:
+        """What the networks see, side by side: latent, embedding of the task, action. `[..., p]` each"""
         parts = [latent]
         if task is not None and self.tasks is not None:
             embedding = self.tasks(task)
             parts.append(embedding.detach() if frozen_tasks else embedding)
         if action is not None:
             parts.append(action)
-        return torch.cat(parts, -1) if len(parts) > 1 else latent
+        return tuple(parts)
 
     # Helpers
 
@@ -313,6 +340,16 @@ class LatentModel(WorldModel):
     def _shifts(self, *shape: int) -> Tensor:
         """Random moves of images. `[..., 2]`"""
         return torch.randint(0, 2 * MAX_SHIFT + 1, (*shape, 2), device=self.device)
+
+
+def _blocks(rows: Tensor) -> int:
+    """In how many blocks sequences `[N, S]` are evaluated: a CPU's cache holds what some of them go through.
+
+    A compiler, and whoever wants a gradient, gets all at once.
+    """
+    if rows.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return 1
+    return min(math.ceil(rows.numel() / _BLOCK_ROWS), rows.shape[1])
 
 
 def _state(latent: Tensor, task: Tensor | None) -> State:

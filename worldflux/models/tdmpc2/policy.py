@@ -12,24 +12,47 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PolicySample:
-    """One draw of the policy in each row, and what its loss needs."""
+    """One draw of the policy in each row. What its loss needs is computed when asked for; a planner asks for none."""
 
     action: Tensor
     """In [-1, 1]. `[..., A]`"""
-    mean: Tensor
-    """The action without noise. `[..., A]`"""
+    center: Tensor
+    """The action without noise, before squashing. `[..., A]`"""
     log_std: Tensor
     """Before squashing. `[..., A]`"""
-    log_prob: Tensor
-    """Log-density of the squashed action. `[...]`"""
-    scaled_entropy: Tensor
-    """What the policy is rewarded for: the number of used action dimensions times minus the log-density before
-    squashing. `[...]`"""
+    noise: Tensor
+    """Standard normal, 0 in unused dimensions. `[..., A]`"""
+    used: Tensor | int
+    """Number of action dimensions that the row's task uses. `[...]`"""
+
+    @property
+    def mean(self) -> Tensor:
+        """The action without noise. `[..., A]`"""
+        return torch.tanh(self.center)
+
+    @property
+    def gaussian(self) -> Tensor:
+        """Log-density before squashing. `[...]`"""
+        # An unused dimension has log_std 0 and noise 0 and still counts -log(2 pi) / 2, as in the reference.
+        return (-0.5 * self.noise.square() - self.log_std - 0.5 * math.log(2.0 * math.pi)).sum(-1)
+
+    @property
+    def log_prob(self) -> Tensor:
+        """Log-density of the squashed action. `[...]`"""
+        return self.gaussian - torch.log(F.relu(1.0 - self.action.square()) + 1e-6).sum(-1)
 
     @property
     def entropy(self) -> Tensor:
         """One sample's estimate of the entropy, `-log_prob`. `[...]`"""
         return -self.log_prob
+
+    @property
+    def scaled_entropy(self) -> Tensor:
+        """What the policy is rewarded for: the number of used action dimensions times minus the log-density before
+        squashing. `[...]`
+        """
+        # The reference multiplies this by log_prob / (log_prob + 1e-8), which is 1 but for rounding.
+        return -self.used * self.gaussian
 
 
 def squashed_normal(
@@ -52,9 +75,4 @@ def squashed_normal(
     if mask is not None:
         mean, log_std, noise = mean * mask, log_std * mask, noise * mask
         used = mask.sum(-1)
-    action = torch.tanh(mean + log_std.exp() * noise)
-    # An unused dimension has log_std 0 and noise 0 and still counts -log(2 pi) / 2, as in the reference.
-    gaussian = (-0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi)).sum(-1)
-    log_prob = gaussian - torch.log(F.relu(1.0 - action.square()) + 1e-6).sum(-1)
-    # The reference multiplies this by log_prob / (log_prob + 1e-8), which is 1 but for rounding.
-    return PolicySample(action, torch.tanh(mean), log_std, log_prob, -used * gaussian)
+    return PolicySample(torch.tanh(mean + log_std.exp() * noise), mean, log_std, noise, used)

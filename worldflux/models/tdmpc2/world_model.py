@@ -22,6 +22,7 @@ from worldflux.models.tdmpc2.losses import moved_scale, step_weights, terminatio
 from worldflux.models.tdmpc2.parts import ModelDraws, ModelParts, PolicyDraws
 from worldflux.models.tdmpc2.windows import Windows, windows
 from worldflux.nn.distributions import TwoHot
+from worldflux.nn.dropout import dropout_factors
 from worldflux.nn.transforms import symlog
 from worldflux.training.batch import Batch
 
@@ -107,9 +108,9 @@ class TDMPC2(LatentModel):
                 latents.append(self._next(latents[-1], action, w.task))
             rolled = torch.stack(latents, 1)  # [N, H+1, L]
             # Predictions
-            x = self._joined(rolled[:, :-1], tasks, w.actions).flatten(0, 1)
-            reward_logits = self.reward_head(x).unflatten(0, (N, H))
-            value_logits = self.critics(x, dropout=draws.dropout).unflatten(1, (N, H))
+            inputs = [part.flatten(0, 1) for part in self._inputs(rolled[:, :-1], tasks, w.actions)]
+            reward_logits = self.reward_head(*inputs).unflatten(0, (N, H))
+            value_logits = self.critics(*inputs, dropout=draws.dropout).unflatten(1, (N, H))
             ends = None if self.termination_head is None else self._termination_logits(rolled[:, 1:], tasks)
         # Losses
         rho = self.config.rho
@@ -138,7 +139,7 @@ class TDMPC2(LatentModel):
         shift = None if draws.shift is None else draws.shift[:, 1:].flatten(0, 1)
         latents = self._encode(after, flat_tasks, shift).unflatten(0, (N, H))
         action = self._policy(latents, tasks, draws.noise).action
-        future = self._q(self.target_critics, self._joined(latents, tasks, action), draws.members).amin(0)
+        future = self._q(self.target_critics, self._inputs(latents, tasks, action), draws.members).amin(0)
         return latents.float(), w.rewards + self._discount(tasks) * (1.0 - w.terminated) * future
 
     def policy_loss(self, model: LossOutput, draws: PolicyDraws | None = None) -> LossOutput:
@@ -155,8 +156,8 @@ class TDMPC2(LatentModel):
         tasks = model.carry["task"].unsqueeze(1).expand(N, T) if "task" in model.carry else None
         with self._autocast():
             sample = self._policy(latents, tasks, draws.noise, frozen_tasks=True)
-            x = self._joined(latents, tasks, sample.action, frozen_tasks=True)
-            value = self._q(self.critics, x, draws.members, dropout=draws.dropout, frozen=True).mean(0)  # [N, T]
+            inputs = self._inputs(latents, tasks, sample.action, frozen_tasks=True)
+            value = self._q(self.critics, inputs, draws.members, dropout=draws.dropout, frozen=True).mean(0)  # [N, T]
         # The scale follows the first states' values and is used as it is after that.
         spread = value_range(value[:, 0], states[:, 0])
         scale = moved_scale(self.value_scale, spread, self.config.tau)
@@ -280,8 +281,7 @@ class TDMPC2(LatentModel):
         rate = self.config.dropout
         if not self.training or rate == 0.0:
             return None
-        kept = torch.rand(members, rows, self.config.mlp_dim, device=self.device) >= rate
-        return kept / (1.0 - rate)
+        return dropout_factors((members, rows, self.config.mlp_dim), rate, self.device)
 
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:
