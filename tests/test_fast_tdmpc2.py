@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import shutil
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from worldflux import create_world_model
+from worldflux.models.base import LossOutput
 from worldflux.models.planning import Planner, PlannerConfig
-from worldflux.models.tdmpc2 import latent_model
-from worldflux.models.tdmpc2.world_model import TDMPC2
+from worldflux.models.search import search_step
+from worldflux.models.tdmpc2.world_model import TDMPC2, Cells
 from worldflux.nn import nodes
 from worldflux.nn.dropout import dropout_factors
 from worldflux.nn.mish import Ensemble, NormedLinear, linear
@@ -49,9 +55,8 @@ def small_batch(model: TDMPC2, seed: int = 1, windows: int = 8) -> Batch:
 
 
 def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here on every layer is computed as `worldflux.nn.mish` defines it, and every sequence at once."""
+    """From here on every layer is computed as `worldflux.nn.mish` defines it."""
     monkeypatch.setattr(nodes, "applies", lambda x: False)
-    monkeypatch.setattr(latent_model, "_BLOCK_ROWS", 10**9)
 
 
 KINDS = {
@@ -105,7 +110,6 @@ def test_plans_are_the_plain_ones(kind, deterministic, monkeypatch):
             found += [actions, plan]
         return found
 
-    monkeypatch.setattr(latent_model, "_BLOCK_ROWS", 20)  # several blocks, of different sizes
     fast = plans()
     plainly(monkeypatch)
 
@@ -258,3 +262,99 @@ def test_the_watch_over_waiting_works():
         torch.tensor([1.0, 2.0])
     with NoWaiting(), pytest.raises(AssertionError, match="with a mask"):
         torch.ones(3)[torch.ones(3).bool()]
+
+
+# Compiled
+
+
+def compiled_without_a_compiler() -> Cells:
+    """Traced for the compiler, as a whole, and computed by torch: seconds instead of minutes, and no C++ needed."""
+    return Cells(*(torch.compile(cell, fullgraph=True, backend="eager") for cell in Cells()))
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def updates_with_given_draws(model: TDMPC2, count: int) -> list[LossOutput]:
+    """What the cells return; a compiler may draw in another order, so everything random is handed to them."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-4)
+    outputs = []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        batch, draws, policy_draws = small_batch(model, seed), model.model_draws(8, 3), model.policy_draws(8, 4)
+        optimizer.zero_grad()
+        outputs.append(model._cells.model_loss(model, batch, draws))
+        outputs[-1].loss.backward()
+        outputs.append(model._cells.policy_loss(model, outputs[-1], policy_draws))
+        outputs[-1].loss.backward()
+        optimizer.step()
+        model.after_step(outputs[-2:])
+    return outputs
+
+
+def assert_alike(ours: list[LossOutput], theirs: list[LossOutput], **tolerance: float) -> None:
+    for output, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(output.loss, expected.loss, **tolerance)
+        torch.testing.assert_close(output.terms, expected.terms, **tolerance)
+        torch.testing.assert_close(output.updates, expected.updates, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_updates_are_traced_as_a_whole_and_equal_the_plain_ones(dtype, fresh_compiler):
+    tolerance = dict(rtol=1e-4, atol=1e-5) if dtype == "float32" else dict(rtol=0.02, atol=0.02)
+    fields = dict(KINDS["tasks"] | KINDS["episodic"], dtype=dtype)
+    plain, traced = small_model(**fields), small_model(**fields)
+    traced._cells = compiled_without_a_compiler()
+
+    assert_alike(updates_with_given_draws(traced, 3), updates_with_given_draws(plain, 3), **tolerance)
+    if dtype == "float32":
+        for (name, p), q in zip(traced.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0.0, atol=2e-5, msg=name)
+
+
+def test_plans_are_traced_as_a_whole_and_equal_the_plain_ones(fresh_compiler):
+    fields = KINDS["tasks"] | KINDS["episodic"]
+    plain, traced = small_model(**fields).eval(), small_model(**fields).eval()
+    traced._cells = compiled_without_a_compiler()
+    found = []
+    for model in (plain, traced):
+        planner = Planner(model, PlannerConfig.from_model(model.config, **SEARCH))
+        state = model.encode(torch.zeros(2, 5), task=torch.tensor([0, 1]))
+        found.append(planner.plan(state, planner.start(2), deterministic=True))
+        planner.plan(state, planner.start(2))
+
+    torch.testing.assert_close(found[1], found[0], rtol=0.0, atol=1e-4)
+
+
+def test_a_compiled_model_is_stored_and_copied_as_a_plain_one(tmp_path):
+    model = small_model()
+    names = list(model.state_dict())
+    model.compile_cells()  # compiles nothing before the first call
+    model.compile_cells()
+
+    assert model._cells != Cells() and model.search_step is model._cells.search_step
+    assert list(model.state_dict()) == names
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other._cells == Cells() and other.search_step is search_step
+        assert torch.equal(other.reward_head.layers[-1].weight, model.reward_head.layers[-1].weight)
+    model.save_pretrained(tmp_path)
+    assert TDMPC2.from_pretrained(tmp_path)._cells == Cells()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
+def test_compiled_updates_and_plans_are_the_plain_ones(fresh_compiler):
+    plain, compiled = small_model(), small_model()
+    compiled.compile_cells()
+
+    assert_alike(updates_with_given_draws(compiled, 3), updates_with_given_draws(plain, 3), rtol=1e-4, atol=1e-5)
+
+    found = []
+    for model in (plain.eval(), compiled.eval()):
+        planner = Planner(model, PlannerConfig.from_model(model.config, **SEARCH))
+        found.append(planner.plan(model.encode(torch.zeros(2, 5)), planner.start(2), deterministic=True))
+    torch.testing.assert_close(found[1], found[0], rtol=0.0, atol=1e-3)

@@ -216,7 +216,7 @@ class Planner:
         if mask is not None:
             mean, std = mean * mask, std * mask
 
-        # A model may have a compiled one.
+        # A model may have compiled it.
         step = getattr(self._scorer, "search_step", search_step)
         proposals = self._proposals(state, draws, mask, deterministic) if c.num_pi_trajs else None
         for i in range(c.iterations):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from functools import partial
 from typing import Any, ClassVar
 
@@ -24,8 +23,6 @@ from worldflux.training.batch import Observation
 
 _SAMPLED_MEMBERS = 2
 """Value networks in each estimate."""
-_BLOCK_ROWS = 256
-"""Sequences that a CPU evaluates at a time."""
 
 
 class LatentModel(WorldModel):
@@ -212,10 +209,6 @@ class LatentModel(WorldModel):
 
     def outlook(self, state: State, actions: Tensor, *, discount: float | None, deterministic: bool) -> Outlook:
         """What sequences of actions earn and where they lead; see `trajectory_value`."""
-        blocks = actions.chunk(_blocks(actions[0, ..., 0]), 2)
-        return Outlook.join([self._outlook(state, block, discount) for block in blocks])
-
-    def _outlook(self, state: State, actions: Tensor, discount: float | None) -> Outlook:
         # The state and its task stand once in each row and broadcast with the sequences from there.
         latents = [state["latent"].unsqueeze(1)]  # [N, 1, L]
         task = state["task"].unsqueeze(1) if "task" in state else None  # [N, 1]
@@ -340,16 +333,6 @@ class LatentModel(WorldModel):
     def _shifts(self, *shape: int) -> Tensor:
         """Random moves of images. `[..., 2]`"""
         return torch.randint(0, 2 * MAX_SHIFT + 1, (*shape, 2), device=self.device)
-
-
-def _blocks(rows: Tensor) -> int:
-    """In how many blocks sequences `[N, S]` are evaluated: a CPU's cache holds what some of them go through.
-
-    A compiler, and whoever wants a gradient, gets all at once.
-    """
-    if rows.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return 1
-    return min(math.ceil(rows.numel() / _BLOCK_ROWS), rows.shape[1])
 
 
 def _state(latent: Tensor, task: Tensor | None) -> State:

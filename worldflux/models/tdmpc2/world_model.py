@@ -6,8 +6,9 @@ implementation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from worldflux.models.base import LossOutput, OnlineDefaults, OptimizerSpec, ParameterGroup, Phase, State
 from worldflux.models.health import Vital
+from worldflux.models.search import Found, search_step
 from worldflux.models.tdmpc2.health import vitals
 from worldflux.models.tdmpc2.latent_model import LatentModel
 from worldflux.models.tdmpc2.losses import moved_scale, step_weights, termination_statistics, value_range
@@ -32,6 +34,25 @@ class TDMPC2(LatentModel):
 
     The policy learns after everything else, on the latents of the same step and on the values that it left behind.
     """
+
+    _cells: Cells  # plain ones are the class's, compiled ones an instance's
+
+    def compile_cells(self) -> None:
+        """Compiles the two losses and the planner's search with `torch.compile`, each as a whole.
+
+        What they draw at random comes from the compiler's own stream. Where a compiled function meets more shapes than
+        the compiler keeps (eight), further ones are computed plainly.
+        """
+        self._cells = compiled_cells()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was compiled: copies and pickles compute plainly until they are asked to compile."""
+        return {name: value for name, value in vars(self).items() if name != "_cells"}
+
+    @property
+    def search_step(self) -> Callable[..., Found]:
+        """An iteration of planning, compiled or not; `Planner` calls it."""
+        return self._cells.search_step
 
     def loss(self, batch: Batch) -> LossOutput:
         """The losses of model, policy and decoder together; a step of the Trainer takes them one after the other.
@@ -61,8 +82,13 @@ class TDMPC2(LatentModel):
             ParameterGroup([p for module in model if module is not None for p in _trainable(module)]),
         ]
         phases = [
-            Phase("model", groups, lambda batch, previous: self.model_loss(batch)),
-            Phase("policy", _trainable(self.actor), lambda batch, previous: self.policy_loss(previous[0]), eps=1e-5),
+            Phase("model", groups, lambda batch, previous: self._cells.model_loss(self, batch)),
+            Phase(
+                "policy",
+                _trainable(self.actor),
+                lambda batch, previous: self._cells.policy_loss(self, previous[0]),
+                eps=1e-5,
+            ),
         ]
         if self.decoder is not None:
             decoder = _trainable(self.decoder)
@@ -282,6 +308,24 @@ class TDMPC2(LatentModel):
         if not self.training or rate == 0.0:
             return None
         return dropout_factors((members, rows, self.config.mlp_dim), rate, self.device)
+
+
+class Cells(NamedTuple):
+    """TD-MPC2's hot functions."""
+
+    model_loss: Callable[..., LossOutput] = TDMPC2.model_loss
+    policy_loss: Callable[..., LossOutput] = TDMPC2.policy_loss
+    search_step: Callable[..., Found] = search_step
+
+
+TDMPC2._cells = Cells()
+
+
+@cache
+def compiled_cells() -> Cells:
+    """All of them compiled, for every model of this process."""
+    plain = Cells()
+    return Cells(*(torch.compile(getattr(plain, name)) for name in plain._fields))
 
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:
