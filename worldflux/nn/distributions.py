@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -26,16 +25,19 @@ class TwoHot:
     def __init__(self, logits: Tensor, bins: Tensor) -> None:
         self.logits = logits.float()
         self.bins = bins
+        self._probs: Tensor | None = None
 
-    @cached_property
-    def _probs(self) -> Tensor:
+    @property
+    def probs(self) -> Tensor:
         """The bins' probabilities, without gradient: what the loss and the mean share. `[..., n]`"""
-        return torch.softmax(self.logits.detach(), -1)
+        if self._probs is None:
+            self._probs = torch.softmax(self.logits.detach(), -1)
+        return self._probs
 
     def t(self) -> TwoHot:
         """The same distributions over `[a, b]` as over `[b, a]`."""
         transposed = TwoHot(self.logits.transpose(0, 1), self.bins)
-        transposed._probs = self._probs.transpose(0, 1)
+        transposed._probs = self.probs.transpose(0, 1)
         return transposed
 
     @property
@@ -46,7 +48,7 @@ class TwoHot:
         """
         middle = self.bins.shape[0] // 2
         needs_gradient = torch.is_grad_enabled() and self.logits.requires_grad
-        probs = torch.softmax(self.logits, -1) if needs_gradient else self._probs
+        probs = torch.softmax(self.logits, -1) if needs_gradient else self.probs
         excess = probs[..., middle + 1 :] - probs[..., :middle].flip(-1)
         return excess @ self.bins[middle + 1 :]
 
@@ -67,7 +69,7 @@ class TwoHot:
             index += [lower, upper]
             weight += [1.0 - upper_weight, upper_weight]
         loss: Tensor = _SparseCrossEntropy.apply(
-            self.logits, self._probs, torch.stack(index, -1), torch.stack(weight, -1)
+            self.logits, self.probs, torch.stack(index, -1), torch.stack(weight, -1)
         )
         return loss
 

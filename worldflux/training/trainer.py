@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from worldflux.errors import CheckpointError, ConfigurationError, TrainingError
 from worldflux.files import atomic_directory, remove_leftovers
 from worldflux.models.base import CONFIG_FILE, WEIGHTS_FILE, OptimizerSpec, Phase, WorldModel
+from worldflux.training.allocator import keep_freed_memory
 from worldflux.training.batch import Batch
 from worldflux.training.callbacks import Callback, CheckpointCallback, Losses
 from worldflux.training.captured import CapturedStep
@@ -106,6 +107,8 @@ class Trainer:
         self.config = config if config is not None else TrainingConfig()
         self.device = resolve_device(self.config.device)
         self.model = model.to(self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self._held_out_share = _share(eval_data) if isinstance(eval_data, int | float) else None
         self.eval_data = None if isinstance(eval_data, int | float) else eval_data
         self.step_count = 0
