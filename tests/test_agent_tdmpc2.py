@@ -201,8 +201,8 @@ def test_deterministic_plans_draw_no_random_numbers_and_depend_on_their_row_alon
 
 
 def test_other_plans_explore(trained: WorldFluxAgent) -> None:
-    actions = {float(trained.predict(observations(1)[0])[0][0]) for _ in range(5)}
-    assert len(actions) == 5
+    actions = {float(trained.predict(observations(1)[0])[0][0]) for _ in range(10)}
+    assert len(actions) >= 5  # some meet at the bounds
 
 
 def test_a_plan_goes_on_within_an_episode_and_starts_anew_with_the_next(trained: WorldFluxAgent) -> None:
