@@ -2,8 +2,8 @@
 
     python benchmarks/table.py results.json --out benchmarks/RESULTS.md
 
-Files of the same commit and machine share a section. Numbers are medians over the rounds of one file: nothing is
-compared that was not measured in the same run.
+Files of the same commit and machine share a section. Ours are medians over all their rounds; beside a peer stands what
+was measured in the same run.
 """
 
 from __future__ import annotations
@@ -62,13 +62,32 @@ def _markdown(head: list[str], lines: Iterable[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *lines))
 
 
-def _medians(found: list[Row]) -> list[Row]:
+def _medians(measured: list[Row]) -> list[Row]:
     """One row for the rounds of each measurement, in the order of the first ones."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in found:
+    for row in measured:
         key = tuple(str(row.get(name)) for name in ("who", "case", "what", "dtype", "compile", "threads", "envs"))
         groups.setdefault(key, []).append(row)
-    return [{**group[0], "ms": statistics.median(row["ms"] for row in group)} for group in groups.values()]
+    return [
+        {
+            **group[0],
+            "ms": statistics.median(row["ms"] for row in group),
+            "ms_quartiles": [
+                min(row["ms_quartiles"][0] for row in group),
+                max(row["ms_quartiles"][1] for row in group),
+            ],
+        }
+        for group in groups.values()
+    ]
+
+
+def _peaks(found: list[Row]) -> dict[str, float]:
+    """Measured TFLOP/s of matrix products, by precision."""
+    speeds: dict[str, list[float]] = {}
+    for row in found:
+        if row["what"] == rows.MATRIX:
+            speeds.setdefault(row["dtype"], []).append(row["tflop_per_s"])
+    return {dtype: statistics.median(values) for dtype, values in speeds.items()}
 
 
 def _precision(row: Row) -> str:
@@ -78,7 +97,7 @@ def _precision(row: Row) -> str:
 
 def ours_table(run: Run) -> str:
     """What worldflux takes, how far that is from the machine's limit, and what it costs otherwise."""
-    peaks = {row["dtype"]: row["tflop_per_s"] for row in run["rows"] if row["what"] == rows.MATRIX}
+    peaks = _peaks(run["rows"])
     lines = []
     for row in _medians([row for row in run["rows"] if row["who"] == "worldflux" and row["what"] != rows.MATRIX]):
         low, high = row["ms_quartiles"]
@@ -150,20 +169,16 @@ def section(runs: list[Run]) -> str:
     joined: Run = {**first, "rows": [row for run in runs for row in run["rows"]]}
     machine = first["machine"]
     name = machine["gpu"] or machine["cpu"]
-    peaks: dict[str, float] = {}
-    for row in joined["rows"]:
-        if row["what"] == rows.MATRIX:
-            peaks[row["dtype"]] = max(row["tflop_per_s"], peaks.get(row["dtype"], 0.0))
     changed = f" with {first['changed_files']} changed files" if first["changed_files"] else ""
     text = [
         f"## {name}, {machine['threads']} threads",
         f"{first['date']}, commit `{first['commit'][:12]}`{changed}, "
         + ", ".join(f"{key} {value}" for key, value in first["versions"].items() if value)
         + f", {machine['system']}. Matrix products: "
-        + ", ".join(f"{speed:.3g} TFLOP/s in {dtype}" for dtype, speed in peaks.items())
+        + ", ".join(f"{speed:.3g} TFLOP/s in {dtype}" for dtype, speed in _peaks(joined["rows"]).items())
         + ".",
         "```bash\n" + "\n".join(run["command"] for run in runs) + "\n```",
-        _join([ours_table(run) for run in runs]),
+        ours_table(joined),
     ]
     beside = _join([peers_table(run) for run in runs])
     if beside:
