@@ -9,8 +9,9 @@
 # Needs worldflux with dm_control and pytest installed. Writes OUT/summary.txt, OUT/speed.md and what they come from.
 # The exit code is 1 if a part failed; a part that only ran out of time did not.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-out=$(mkdir -p "${1:-${OUT:?usage: bash benchmarks/gpu.sh OUT}}" && cd "${1:-$OUT}" && pwd)
+where=${1:-${OUT:?usage: bash benchmarks/gpu.sh OUT}}
+out=$(mkdir -p "$where" && cd "$where" && pwd) || exit 2
+cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
 all=${SECONDS_IN_ALL:-585}
 export MUJOCO_GL=${MUJOCO_GL:-egl} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$(mktemp -d)}
@@ -38,10 +39,10 @@ part() {
     note "$name" $? $((SECONDS - started))
 }
 
-# curve FAMILY PRESET TASK STEPS MOST: a short run of one seed, in the background.
+# curve FAMILY PRESET TASK MOST [OPTIONS...]: a short run of one seed, of 40,000 steps if there is time for them.
 curve() {
-    part "curve-$1-$3" "$5" "$python" benchmarks/dmc.py --model "$2" --tasks "$3" --seeds 0 --steps "$4" \
-        --eval-every 5000 --eval-episodes 3 --accept 0 --device cuda --dtype bfloat16 --out "$out/curves-$1-$3"
+    part "curve-$1-$3" "$4" "$python" benchmarks/dmc.py --model "$2" --tasks "$3" --seeds 0 --steps 40000 --accept 0 \
+        --device cuda --dtype bfloat16 --out "$out/curves-$1-$3" "${@:5}"
 }
 
 speed() {  # NAME MOST OPTIONS...
@@ -50,9 +51,7 @@ speed() {  # NAME MOST OPTIONS...
 
 "$python" -c "import torch; print(torch.__version__, torch.cuda.get_device_name())" > "$out/device.txt" 2>&1 ||
     { cat "$out/device.txt" >&2; echo "There is no CUDA device." >&2; exit 2; }
-if [ -f tests/test_cuda.py ]; then
-    part tests 90 "$python" -m pytest -q -p no:cacheprovider tests/test_cuda.py
-fi
+part tests 90 "$python" -m pytest -q -p no:cacheprovider tests/test_cuda.py
 speed bfloat16 140 --dtype bfloat16
 speed float32 100 --dtype float32
 speed plain 70 --dtype bfloat16 float32 --compile off
@@ -61,8 +60,8 @@ part online 40 "$python" benchmarks/throughput.py --online dmc/walker-walk --dev
 part table 30 "$python" benchmarks/table.py "$out"/speed-*.json --out "$out/speed.md"
 left=$((all - SECONDS))  # the curves share the device, so nothing is timed beside them
 for task in walker-walk cartpole-swingup; do
-    curve tdmpc2 tdmpc2:reference-5m "$task" 40000 "$left" &
-    curve dreamerv3 dreamerv3:reference-1m "$task" 40000 "$left" &
+    curve tdmpc2 tdmpc2:reference-5m "$task" "$left" --eval-every 5000 --eval-episodes 3 &
+    curve dreamerv3 dreamerv3:reference-1m "$task" "$left" &  # its scores are those of training episodes
 done
 wait
 ! grep "failed" "$out/summary.txt"

@@ -122,7 +122,7 @@ def ours_table(run: Run) -> str:
 
 
 def peers_table(run: Run) -> str:
-    """Each peer's time beside the fastest form of ours in the same precision."""
+    """Each peer's time beside the fastest form of ours in the same precision, and beside ours in bfloat16."""
     found = _medians([row for row in run["rows"] if row["what"] != rows.MATRIX])
     ours: dict[tuple[str, str, bool], float] = {}
     for row in found:
@@ -131,7 +131,8 @@ def peers_table(run: Run) -> str:
             ours[key] = min(row["ms"], ours.get(key, row["ms"]))
     lines = []
     for row in found:
-        mine = ours.get((row["case"], row["what"], row["dtype"].startswith("float32")))
+        full = row["dtype"].startswith("float32")
+        mine, half = (ours.get((row["case"], row["what"], precise)) for precise in (full, False))
         if row["who"] == "worldflux" or mine is None:
             continue
         lines.append(
@@ -144,6 +145,7 @@ def peers_table(run: Run) -> str:
                 _time(row["ms"]),
                 _time(mine),
                 f"{row['ms'] / mine:.2f}",
+                "" if half is None else _time(half),
                 "" if "peak_mib" not in row else f"{row['peak_mib']:.0f} MiB",
                 f"{row['compile_s']:.1f} s",
             ]

@@ -140,7 +140,7 @@ def test_the_table_compares_with_the_limit_and_with_the_peers() -> None:
     # 10 GFLOP in 200 ms are 0.05 TFLOP/s; at 0.2 TFLOP/s they would take 50 ms.
     line = "| tdmpc2-5m-state | plan | float32 | 200 ms | 200 ms to 400 ms | 0.05 | 50 ms | 25 % | 256 MiB | 0.5 s |"
     assert line in ours
-    line = "| somebody/tdmpc2 | float32 | torch 2.13 | 300 ms | 200 ms | 1.50 | 512 MiB | 0.5 s |"
+    line = "| somebody/tdmpc2 | float32 | torch 2.13 | 300 ms | 200 ms | 1.50 |  | 512 MiB | 0.5 s |"
     assert "| tdmpc2-5m-state | plan " + line in beside
 
 
@@ -148,7 +148,7 @@ def test_the_table_takes_medians_of_rounds_and_our_fastest_form_of_the_same_prec
     rounds = [row_of("worldflux", ms, compile="off") for ms in (400.0, 100.0, 200.0)]
     half = row_of("worldflux", 50.0, dtype="bfloat16")
     text = table.peers_table(run_of(PEAK, *rounds, row_of("worldflux", 1200.0), half, row_of("somebody", 3000.0)))
-    assert "| somebody | float32 | torch 2.13 | 3 s | 200 ms | 15.00 |" in text
+    assert "| somebody | float32 | torch 2.13 | 3 s | 200 ms | 15.00 | 50 ms |" in text
     assert table.peers_table(run_of(half, row_of("somebody", 3000.0))) == ""  # nothing of ours in float32
 
 
@@ -230,8 +230,6 @@ def test_a_part_that_fails_on_the_gpu_leaves_the_others_alone(tmp_path: Path) ->
     script = (throughput.HERE / "gpu.sh").read_text().replace("float32 100", "float32 1")
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "gpu.sh").write_text(script)
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_cuda.py").touch()
     command = ["bash", str(tmp_path / "benchmarks" / "gpu.sh"), str(tmp_path / "out")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
