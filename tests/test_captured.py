@@ -30,12 +30,17 @@ DREAMER = dict(
 TDMPC2 = dict(
     latent_dim=16, hidden_dim=16, mlp_dim=16, enc_dim=16, num_q_networks=3, num_bins=15, horizon=2, dropout=0.1
 )
+IMAGE = (3, 48, 48)
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "dreamerv3": lambda: create_world_model("dreamerv3:tiny", obs_shape=(4,), action_dim=2, **DREAMER),
     "tdmpc2": lambda: create_world_model("tdmpc2:tiny", obs_shape=(4,), action_dim=2, **TDMPC2),
     "tdmpc2 that ends": lambda: create_world_model(
         "tdmpc2:tiny", obs_shape=(4,), action_dim=2, **{**TDMPC2, "episodic": True, "use_decoder": True}
     ),
+    "dreamerv3 pixels": lambda: create_world_model(
+        "dreamerv3:tiny", obs_shape=IMAGE, action_dim=2, cnn_depth=2, **DREAMER
+    ),
+    "tdmpc2 pixels": lambda: create_world_model("tdmpc2:tiny", obs_shape=IMAGE, action_dim=2, num_channels=2, **TDMPC2),
 }
 
 
@@ -57,8 +62,8 @@ def new(family: str) -> nn.Module:
     return FAMILIES[family]()
 
 
-def batches(count: int, length: int = 6) -> list[Batch]:
-    buffer = create_random_buffer(200, (4,), 2, num_episodes=10, episode_length=17, seed=0)
+def batches(count: int, length: int = 6, obs_shape: tuple[int, ...] = (4,)) -> list[Batch]:
+    buffer = create_random_buffer(200, obs_shape, 2, num_episodes=10, episode_length=17, seed=0)
     return [buffer.sample(3, length) for _ in range(count)]
 
 
@@ -88,7 +93,7 @@ def assert_same(one: Any, other: Any) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ten_updates_played_back_equal_ten_plain_ones(captured: Callable[..., Trainer], family: str) -> None:
     plain, played = Trainer(new(family), CONFIG), captured(new(family))
-    given = batches(10)
+    given = batches(10, obs_shape=IMAGE if "pixels" in family else (4,))
     for trainer in (plain, played):
         torch.manual_seed(1)
         trainer.seen = []  # type: ignore[attr-defined]

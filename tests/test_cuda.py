@@ -196,7 +196,6 @@ def test_noise_is_drawn_anew_and_follows_the_seed() -> None:
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = 0.0
-    trainer.model.requires_grad_(True)
     found = []
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
