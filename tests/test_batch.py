@@ -39,6 +39,27 @@ def test_moving_a_batch_keeps_every_field_and_leaves_the_row_ids_on_the_cpu():
     assert moved.truncations is None
 
 
+def test_a_batch_is_made_anew_from_its_tensors_by_name():
+    batch = batch_of(
+        obs={"a": torch.zeros(2, 3, 4), "b": torch.ones(2, 3, 1)},
+        truncations=torch.ones(2, 3),
+        extras={"deter": torch.zeros(2, 3, 5)},
+        rows=torch.arange(6).reshape(2, 3),
+    )
+    named = batch.named_tensors()
+    assert list(named) == ["obs/a", "obs/b", "actions", "rewards", "terminations", "truncations", "extras/deter"]
+    assert batch.tensors() == list(named.values())
+    other = batch.with_tensors(
+        {name: value + 1 if value.dtype != torch.bool else ~value for name, value in named.items()}
+    )
+    assert other.obs["a"].unique().tolist() == [1.0] and other.obs["b"].unique().tolist() == [2.0]
+    assert torch.equal(other.rewards, batch.rewards + 1) and torch.equal(other.truncations, ~batch.truncations)
+    assert other.extras["deter"].unique().tolist() == [1.0]
+    assert other.is_first is None and other.rows is None
+    plain = batch_of()
+    assert torch.equal(plain.with_tensors(plain.named_tensors()).obs, plain.obs)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

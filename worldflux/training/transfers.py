@@ -33,9 +33,8 @@ def copy_into(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> N
 
 def to_host(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """The tensors as arrays; the host waits once for all of them. bfloat16, which NumPy lacks, becomes float32."""
-    tensors = {
-        name: tensor.float() if tensor.dtype == torch.bfloat16 else tensor.detach() for name, tensor in tensors.items()
-    }
+    tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+    tensors = {name: x.float() if x.dtype == torch.bfloat16 else x for name, x in tensors.items()}
     devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
     if not devices:
         return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
