@@ -40,7 +40,7 @@ class Cells(NamedTuple):
 
     def compiled(self) -> Cells:
         """The same, compiled: a step becomes its products and a few kernels between them."""
-        return Cells(*(torch.compile(function, fullgraph=True, dynamic=False) for function in Cells()))
+        return Cells(*(torch.compile(function, dynamic=False) for function in Cells()))
 
 
 class RSSM(nn.Module):
