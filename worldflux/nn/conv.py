@@ -49,13 +49,12 @@ class UpConv(Conv):
     def __init__(self, in_channels: int, out_channels: int, kernel: int) -> None:
         super().__init__(in_channels, out_channels, kernel)
         before = (kernel - 1) // 2  # pixels that "same" padding puts before the image, as torch does
-        # Pixel 2i + a of the result sees, at the kernel's entry u, pixel i + source[a, u] of the small image.
-        source = (torch.arange(2)[:, None] + torch.arange(kernel) - before) // 2
-        self.pad_before, self.pad_after = -int(source.min()), int(source.max())
+        # Pixel 2i + a of the result sees, at the kernel's entry u, pixel i + (a + u - before) // 2 of the small image.
+        self.pad_before, self.pad_after = -(-before // 2), (kernel - before) // 2
+        source = torch.div(torch.arange(2)[:, None] + torch.arange(kernel) - before, 2, rounding_mode="floor")
         taps = torch.arange(-self.pad_before, self.pad_after + 1)
-        self.register_buffer(
-            "phases", (source[:, None] == taps[:, None]).float(), persistent=False
-        )  # [2, taps, kernel]
+        phases = (source[:, None] == taps[:, None]).float()  # [2, taps, kernel]
+        self.register_buffer("phases", phases, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `[N, in, H, W]` to `[N, out, 2 * H, 2 * W]`, channels-last in memory."""
