@@ -33,7 +33,8 @@ The *limit* is the time that the step's matrix products and convolutions would t
 multiplied large square matrices in the same run. They are counted in worldflux's own plain form, two operations for a
 multiplication with its addition; everything else a step does counts for nothing. *Memory* is the peak of the process on
 a CPU, PyTorch included, and of what PyTorch allocated on CUDA. *Compiling* is what the first calls took longer than the
-median. Peers run in their own words, as installed by `benchmarks/peers/README.md`, in a process right behind ours.
+median, from a filled cache where the compiler keeps one. Peers run their own code, as installed by
+`benchmarks/peers/README.md`, in a process right behind ours.
 
 Nothing stands here that was not measured. To measure again, on an idle machine:
 
@@ -58,6 +59,8 @@ def _time(ms: float) -> str:
 
 def _markdown(head: list[str], lines: Iterable[list[str]]) -> str:
     """A table; columns of numbers stand to the right."""
+    lines = list(lines)
+    assert all(len(line) == len(head) for line in lines), (head, lines)
     rule = ["---" if name in ("case", "step", "precision", "peer", "with") else "---:" for name in head]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *lines))
 
@@ -150,18 +153,8 @@ def peers_table(run: Run) -> str:
                 f"{row['compile_s']:.1f} s",
             ]
         )
-    head = [
-        "case",
-        "step",
-        "peer",
-        "precision",
-        "with",
-        "peer's",
-        "ours",
-        "peer's / ours",
-        "peer's memory",
-        "compiling",
-    ]
+    head = ["case", "step", "peer", "precision", "with", "peer's", "ours", "peer's / ours", "ours in bfloat16"]
+    head += ["peer's memory", "compiling"]
     return _markdown(head, lines) if lines else ""
 
 
@@ -174,7 +167,7 @@ def section(runs: list[Run]) -> str:
     changed = f" with {first['changed_files']} changed files" if first["changed_files"] else ""
     text = [
         f"## {name}, {machine['threads']} threads",
-        f"{first['date']}, commit `{first['commit'][:12]}`{changed}, "
+        f"{first['date']}, library as of commit `{first['commit'][:12]}`{changed}, "
         + ", ".join(f"{key} {value}" for key, value in first["versions"].items() if value)
         + f", {machine['system']}. Matrix products: "
         + ", ".join(f"{speed:.3g} TFLOP/s in {dtype}" for dtype, speed in _peaks(joined["rows"]).items())

@@ -127,11 +127,12 @@ def facts(options: argparse.Namespace) -> dict[str, Any]:
         asked = subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True)
         return asked.stdout.strip()
 
+    measured = ("--", ":/worldflux", ":/agents", ":/envs")  # commits of anything else leave the results as they are
     cuda = options.device.startswith("cuda")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": git("rev-parse", "HEAD") or "unknown",
-        "changed_files": len(git("status", "--porcelain", "--untracked-files=no").splitlines()),
+        "commit": git("log", "-1", "--format=%H", *measured) or "unknown",
+        "changed_files": len(git("status", "--porcelain", *measured).splitlines()),
         "command": shlex.join(["python", "benchmarks/throughput.py", *_without_folders(sys.argv[1:])]),
         "machine": {
             "cpu": rows.cpu_name(),
