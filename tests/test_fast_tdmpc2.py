@@ -289,7 +289,7 @@ def updates_with_given_draws(model: TDMPC2, count: int) -> list[LossOutput]:
         optimizer.zero_grad()
         outputs.append(model._cells.model_loss(model, batch, draws))
         outputs[-1].loss.backward()
-        outputs.append(model._cells.policy_loss(model, outputs[-1], policy_draws))
+        outputs.append(model.policy_loss(outputs[-1], policy_draws))
         outputs[-1].loss.backward()
         optimizer.step()
         model.after_step(outputs[-2:])
@@ -352,6 +352,8 @@ def test_compiled_updates_and_plans_are_the_plain_ones(fresh_compiler):
     compiled.compile_cells()
 
     assert_alike(updates_with_given_draws(compiled, 3), updates_with_given_draws(plain, 3), rtol=1e-4, atol=1e-5)
+    for (name, p), q in zip(compiled.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(p, q[1], rtol=0.0, atol=2e-5, msg=name)
 
     found = []
     for model in (plain.eval(), compiled.eval()):

@@ -38,7 +38,7 @@ class TDMPC2(LatentModel):
     _cells: Cells  # plain ones are the class's, compiled ones an instance's
 
     def compile_cells(self) -> None:
-        """Compiles the two losses and the planner's search with `torch.compile`, each as a whole.
+        """Compiles the model's loss, the policy's values and a step of planning with `torch.compile`, each as a whole.
 
         What they draw at random comes from the compiler's own stream. Where a compiled function meets more shapes than
         the compiler keeps (eight), further ones are computed plainly.
@@ -83,12 +83,7 @@ class TDMPC2(LatentModel):
         ]
         phases = [
             Phase("model", groups, lambda batch, previous: self._cells.model_loss(self, batch)),
-            Phase(
-                "policy",
-                _trainable(self.actor),
-                lambda batch, previous: self._cells.policy_loss(self, previous[0]),
-                eps=1e-5,
-            ),
+            Phase("policy", _trainable(self.actor), lambda batch, previous: self.policy_loss(previous[0]), eps=1e-5),
         ]
         if self.decoder is not None:
             decoder = _trainable(self.decoder)
@@ -180,23 +175,34 @@ class TDMPC2(LatentModel):
         if draws is None:
             draws = self.policy_draws(N, T)
         tasks = model.carry["task"].unsqueeze(1).expand(N, T) if "task" in model.carry else None
-        with self._autocast():
-            sample = self._policy(latents, tasks, draws.noise, frozen_tasks=True)
-            inputs = self._inputs(latents, tasks, sample.action, frozen_tasks=True)
-            value = self._q(self.critics, inputs, draws.members, dropout=draws.dropout, frozen=True).mean(0)  # [N, T]
+        value, scaled_entropy, entropy = self._cells.policy_values(self, latents, tasks, draws)
         # The scale follows the first states' values and is used as it is after that.
         spread = value_range(value[:, 0], states[:, 0])
         scale = moved_scale(self.value_scale, spread, self.config.tau)
-        gain = self.config.entropy_coef * sample.scaled_entropy + value / scale
+        gain = self.config.entropy_coef * scaled_entropy + value / scale
         loss = -(step_weights(states, self.config.rho) * gain).sum()
         even = step_weights(states, 1.0)
         terms = {
             "policy": loss.detach(),
-            "policy_entropy": (even * sample.entropy.detach()).sum(),
-            "policy_scaled_entropy": (even * sample.scaled_entropy.detach()).sum(),
+            "policy_entropy": (even * entropy.detach()).sum(),
+            "policy_scaled_entropy": (even * scaled_entropy.detach()).sum(),
             "value_scale": scale,
         }
         return LossOutput(loss, terms, updates={"value_scale": scale})
+
+    def policy_values(self, latents: Tensor, tasks: Tensor | None, draws: PolicyDraws) -> tuple[Tensor, Tensor, Tensor]:
+        """Values of the policy's actions, its scaled entropy and its entropy. `[N, T]` each
+
+        Args:
+            latents: `[N, T, L]`
+            tasks: `[N, T]`
+            draws: Random draws.
+        """
+        with self._autocast():
+            sample = self._policy(latents, tasks, draws.noise, frozen_tasks=True)
+            inputs = self._inputs(latents, tasks, sample.action, frozen_tasks=True)
+            value = self._q(self.critics, inputs, draws.members, dropout=draws.dropout, frozen=True).mean(0)
+        return value, sample.scaled_entropy, sample.entropy
 
     def decoder_loss(self, batch: Batch, model: LossOutput) -> LossOutput:
         """Loss of picturing the observations from the latents that the model's loss went through."""
@@ -314,7 +320,9 @@ class Cells(NamedTuple):
     """TD-MPC2's hot functions."""
 
     model_loss: Callable[..., LossOutput] = TDMPC2.model_loss
-    policy_loss: Callable[..., LossOutput] = TDMPC2.policy_loss
+    # Without the division by the running scale: compiled for a CPU (torch 2.13), a division by a tensor of one number
+    # behind these values gave wrong gradients.
+    policy_values: Callable[..., tuple[Tensor, Tensor, Tensor]] = TDMPC2.policy_values
     search_step: Callable[..., Found] = search_step
 
 
