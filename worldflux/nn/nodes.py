@@ -106,13 +106,13 @@ def _without_gradient(
 ) -> Tensor:
     """The layer on its joined input. `[M, N, out]`"""
     M, width, _ = weight.shape
-    out, y, s = (torch.empty(*shape, x.shape[-2], width) for shape in ((M,), (), ()))
+    out, y = torch.empty(M, x.shape[-2], width), torch.empty(x.shape[-2], width)
     for m in range(M):
         _linear(x if x.ndim == 2 else x[m], weight[m].to(precision), bias[m].to(precision), y)
         if dropout is not None:
             y.mul_(dropout[m])
         normed = torch.native_layer_norm(y, (width,), scale[m], shift[m], LAYER_NORM_EPS)[0]
-        _mish(normed, s, out[m])
+        _mish(normed, y, out[m])
     return out.to(precision)
 
 
