@@ -111,7 +111,7 @@ def test_such_a_file_teaches_the_last_reward_and_the_end_as_well_as_a_complete_o
         model = train(
             small_model(family),
             buffer,
-            total_steps=60,
+            total_steps=100,
             batch_size=8,
             sequence_length=10,
             learning_rate=1e-2,
