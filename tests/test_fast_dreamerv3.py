@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import shutil
 
@@ -150,11 +151,14 @@ def test_stacked_mlps_equal_each_by_itself(layers):
         torch.testing.assert_close(found, mlp(x))
 
 
-@pytest.mark.skipif(
-    shutil.which("c++") is None and shutil.which("g++") is None, reason="compiling needs a C++ compiler"
-)
-def test_compiled_cells_compute_the_same_and_stay_out_of_copies():
+NO_COMPILER = shutil.which("c++") is None and shutil.which("g++") is None
+INDUCTOR = [pytest.mark.slow, pytest.mark.skipif(NO_COMPILER, reason="inductor needs a C++ compiler")]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=INDUCTOR)])
+def test_compiled_cells_compute_the_same_and_stay_out_of_copies(backend, monkeypatch):
     torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend, fullgraph=True))
     plain, compiled = build(VECTOR), build(VECTOR)
     compiled.compile_cells()
     names = set(plain.state_dict())
