@@ -145,6 +145,7 @@ def damaged(whole: bytes, edits: list[tuple[str, float, int, bool]]) -> bytes:
 @settings(fuzzed, max_examples=250)
 @given(edits=EDITS)
 @example(edits=[("cut", 0.5, 1, False)])
+@example(edits=[("set", 0.1015625, 2, True)])  # a name so long that it swallows the entries behind it
 def test_a_damaged_file_is_refused_or_gives_what_was_saved(place: Path, kind: str, edits: Any) -> None:
     data = damaged(WHOLE[kind], edits)
     try:

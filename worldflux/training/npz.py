@@ -83,6 +83,10 @@ def _write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray | Stream
             member.write(np.ascontiguousarray(chunk, array.dtype).data.cast("B"))
 
 
+_LONGEST_END = 22 + 0xFFFF
+"""Bytes of a zip archive's last record, with the longest comment."""
+
+
 class NpzFile:
     """An `.npz` file open for reading; every way in which it can be broken is a `BufferError` that names it.
 
@@ -99,6 +103,7 @@ class NpzFile:
         try:
             self._archive = zipfile.ZipFile(self.path)
             self._bytes = self.path.stat().st_size
+            _check_count(self.path, len(self._archive.infolist()))
         except FileNotFoundError:
             raise
         except Exception as error:  # what a damaged table of contents makes zipfile raise is not a closed list
@@ -215,6 +220,21 @@ class NpzFile:
 
     def _unreadable(self, name: str, error: Exception) -> BufferError:
         return BufferError(f"{self.path.name}: array {name!r} cannot be read: {_reason(error)}")
+
+
+def _check_count(path: Path, found: int) -> None:
+    """Raises a `BadZipFile` if the archive's last record counts other entries than `zipfile` found.
+
+    A damaged length in the table of contents makes one entry swallow the next ones, and zipfile does not mind: arrays
+    that may be missing would be missed.
+    """
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _LONGEST_END))
+        end = file.read()
+    at = end.rfind(b"PK\x05\x06")
+    counted = int.from_bytes(end[at + 10 : at + 12], "little")
+    if counted not in (found, 0xFFFF):  # the latter: more than fit in this record, see zip64
+        raise zipfile.BadZipFile(f"its table of contents has {found} entries where {counted} were written")
 
 
 def _reason(error: Exception) -> str:
