@@ -16,6 +16,9 @@ from worldflux.nn.init import truncated_normal_
 PORTION = 2048
 """Rows of features that a CPU works on at a time."""
 
+RMS_EPS = 1e-4
+"""Added to the mean of squares in every RMS norm."""
+
 
 class Linear(nn.Linear):
     """`torch.nn.Linear` with the truncated-normal kernel and a zero bias."""
@@ -61,9 +64,17 @@ def block_matmul(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         `[N, g * o]`
     """
-    blocks, width, _ = weight.shape
-    pieces = x.reshape(-1, blocks, width).transpose(0, 1)  # [g, N, i]
-    return torch.bmm(pieces, weight).transpose(0, 1).reshape(x.shape[0], -1)
+    return joined(torch.bmm(blocked(x, len(weight)), weight))
+
+
+def blocked(x: Tensor, blocks: int) -> Tensor:
+    """The contiguous pieces of each row. `[N, g * i]` → `[g, N, i]`, a view"""
+    return x.unflatten(-1, (blocks, -1)).transpose(0, 1)
+
+
+def joined(x: Tensor) -> Tensor:
+    """Inverse of `blocked`. `[g, N, o]` → `[N, g * o]`"""
+    return x.transpose(0, 1).flatten(1)
 
 
 class NormSiLU(nn.Module):
@@ -73,7 +84,7 @@ class NormSiLU(nn.Module):
     three times as often, and half of a CPU step's time went into it.
     """
 
-    def __init__(self, width: int, eps: float = 1e-4) -> None:
+    def __init__(self, width: int, eps: float = RMS_EPS) -> None:
         super().__init__()
         self.eps = eps
         self.scale = nn.Parameter(torch.ones(width))
@@ -88,7 +99,7 @@ class NormSiLU(nn.Module):
 
 def _norm_silu(x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The result, and what the norm multiplied with."""
-    inverse = _inverse_rms(x, eps)
+    inverse = inverse_rms(x, eps)
     return F.silu((x * inverse).mul_(scale), inplace=True), inverse
 
 
@@ -103,17 +114,30 @@ class _NormSiLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, inverse, scale = ctx.saved_tensors
-        normalised = x * inverse
-        grad_scaled = torch.ops.aten.silu_backward(grad.float(), normalised * scale)
-        product = grad_scaled * normalised
-        grad_scale = product.flatten(0, -2).sum(0)
-        # The norm removes the part of the gradient that points along its own output.
-        along = (product @ scale).div_(x.shape[-1]).unsqueeze(-1)
-        grad_x = grad_scaled.mul_(scale).addcmul_(normalised, along, value=-1.0).mul_(inverse)
-        return grad_x.to(x.dtype), grad_scale, None
+        grad_x, grad_scales = norm_silu_backward(grad.float(), x * inverse, inverse, scale)
+        return grad_x.to(x.dtype), grad_scales.flatten(0, -2).sum(0), None
 
 
-def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+def norm_silu_backward(grad: Tensor, normalised: Tensor, inverse: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of RMS norm and SiLU, in float32.
+
+    Args:
+        grad: Of the result. `[..., width]`
+        normalised: The input times `inverse`. `[..., width]`
+        inverse: What the norm multiplied with. `[..., 1]`
+        scale: `[width]`
+
+    Returns:
+        Gradient of the norm's input, and what each row adds to that of `scale`. `[..., width]` each
+    """
+    grad_scaled = torch.ops.aten.silu_backward(grad, normalised * scale)
+    grad_scales = grad_scaled * normalised
+    # The norm removes the part of the gradient that points along its own output.
+    along = (grad_scales @ scale).div_(scale.shape[-1]).unsqueeze(-1)
+    return grad_scaled.mul_(scale).addcmul_(normalised, along, value=-1.0).mul_(inverse), grad_scales
+
+
+def inverse_rms(x: Tensor, eps: float = RMS_EPS) -> Tensor:
     """`1 / sqrt(mean(x^2) + eps)` over the last axis, kept as an axis of one."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return norm.square_().mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()

@@ -16,9 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worldflux.nn.distributions import softmax
-
-EPS = 1e-4
-"""Of all RMS norms."""
+from worldflux.nn.layers import blocked, inverse_rms, joined, norm_silu_backward
 
 
 class CoreWeights(NamedTuple):
@@ -86,13 +84,13 @@ class CoreGrads(NamedTuple):
 
     deter: Tensor
     """`[N, h]`"""
-    deter_scaled: Tensor
-    """Behind the norm and its scale, as all with this ending. `[N, h]`"""
+    deter_scales: Tensor
+    """What each row adds to the gradient of the norm's scale, as all with this ending. `[N, h]`"""
     stoch: Tensor
-    stoch_scaled: Tensor
+    stoch_scales: Tensor
     hidden: Tensor
     """`[N, D]`; also what the action's part gets."""
-    hidden_scaled: Tensor
+    hidden_scales: Tensor
     gates: Tensor
     """`[g, N, 3 * w]`"""
 
@@ -104,7 +102,7 @@ class PosteriorGrads(NamedTuple):
     """`[N, S * C]`"""
     hidden: Tensor
     """`[N, h]`; also what the embedding's part gets."""
-    hidden_scaled: Tensor
+    hidden_scales: Tensor
 
 
 class PosteriorSaved(NamedTuple):
@@ -118,16 +116,6 @@ class PosteriorSaved(NamedTuple):
     """Softmax of the logits, without unimix. `[N, S, C]`"""
 
 
-def blocked(x: Tensor, blocks: int) -> Tensor:
-    """`[N, g * w]` → `[g, N, w]`, a view."""
-    return x.unflatten(-1, (blocks, -1)).transpose(0, 1)
-
-
-def joined(x: Tensor) -> Tensor:
-    """`[g, N, w]` → `[N, g * w]`"""
-    return x.transpose(0, 1).flatten(1)
-
-
 def linear(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
     """A linear layer with the product in the kernel's precision; `[N, in]` → float32 `[N, out]`."""
     return F.linear(x.to(kernel.dtype), kernel, bias).float()
@@ -135,16 +123,8 @@ def linear(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
 
 def normalise(x: Tensor) -> tuple[Tensor, Tensor]:
     """RMS norm without its scale, and the factor that it multiplied with. `[N, h]`, `[N, 1]`"""
-    inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square().mul(1.0 / x.shape[-1]).add(EPS).rsqrt()
+    inverse = inverse_rms(x)
     return x * inverse, inverse
-
-
-def norm_silu_backward(grad: Tensor, normed: Tensor, inverse: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient with respect to the input of the norm, and to the scaled output of it. `[N, h]` each"""
-    grad_scaled = torch.ops.aten.silu_backward(grad, normed * scale)
-    grad_normed = grad_scaled * scale
-    along = (grad_normed * normed).mean(-1, keepdim=True)
-    return (grad_normed - normed * along) * inverse, grad_scaled
 
 
 def tanh(x: Tensor) -> Tensor:
@@ -210,14 +190,14 @@ def core_backward(w: CoreWeights, saved: CoreSaved, grad: Tensor) -> tuple[Tenso
         -1,
     )  # [g, N, 3 * w]
     grad_hidden = joined(torch.bmm(gates.to(kind), w.gates.transpose(1, 2))).float()
-    hidden, hidden_scaled = norm_silu_backward(grad_hidden, saved.hidden_normed, saved.hidden_inverse, w.hidden_scale)
+    hidden, hidden_scales = norm_silu_backward(grad_hidden, saved.hidden_normed, saved.hidden_inverse, w.hidden_scale)
     recurrent = torch.bmm(blocked(hidden, blocks).to(kind), w.recurrent.transpose(1, 2)).float()
     from_deter, from_stoch = torch.mm(hidden.to(kind), w.dense.t()).float().chunk(2, -1)
-    deter, deter_scaled = norm_silu_backward(from_deter, saved.deter_normed, saved.deter_inverse, w.deter_scale)
-    stoch, stoch_scaled = norm_silu_backward(from_stoch, saved.stoch_normed, saved.stoch_inverse, w.stoch_scale)
+    deter, deter_scales = norm_silu_backward(from_deter, saved.deter_normed, saved.deter_inverse, w.deter_scale)
+    stoch, stoch_scales = norm_silu_backward(from_stoch, saved.stoch_normed, saved.stoch_inverse, w.stoch_scale)
     grad_deter = joined(grad_new - grad_candidate + recurrent) + torch.mm(deter.to(kind), w.deter_kernel).float()
     grad_stoch = torch.mm(stoch.to(kind), w.stoch_kernel).float()
-    return grad_deter, grad_stoch, CoreGrads(deter, deter_scaled, stoch, stoch_scaled, hidden, hidden_scaled, gates)
+    return grad_deter, grad_stoch, CoreGrads(deter, deter_scales, stoch, stoch_scales, hidden, hidden_scales, gates)
 
 
 def posterior(
@@ -255,5 +235,5 @@ def posterior_backward(
     weighted = grad_probs * saved.probs
     logits = (grad_logits + weighted - saved.probs * weighted.sum(-1, keepdim=True)).flatten(1)
     grad_hidden = torch.mm(logits.to(kind), w.out_kernel).float()
-    hidden, scaled = norm_silu_backward(grad_hidden, saved.normed, saved.inverse, w.scale)
-    return torch.mm(hidden.to(kind), w.kernel).float(), PosteriorGrads(logits, hidden, scaled)
+    hidden, scales = norm_silu_backward(grad_hidden, saved.normed, saved.inverse, w.scale)
+    return torch.mm(hidden.to(kind), w.kernel).float(), PosteriorGrads(logits, hidden, scales)

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worldflux.models.dreamerv3.cell import EPS, CoreWeights, blocked, linear, tanh
+from worldflux.models.dreamerv3.cell import CoreWeights, linear, tanh
 from worldflux.nn.distributions import inverse_cdf, softmax
-from worldflux.nn.layers import MLP, Linear, NormSiLU
+from worldflux.nn.layers import MLP, Linear, NormSiLU, blocked, inverse_rms, joined
 
 
 class Layer(NamedTuple):
@@ -66,8 +66,7 @@ def hidden_layers(layers: tuple[Layer, ...], x: Tensor) -> Tensor:
 
 def norm_silu_(x: Tensor, scale: Tensor) -> Tensor:
     """RMS norm and SiLU in place of `x` `[N, h]`, which nobody else may hold."""
-    inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().mul_(1.0 / x.shape[-1]).add_(EPS).rsqrt_()
-    return F.silu(x.mul_(inverse).mul_(scale), inplace=True)
+    return F.silu(x.mul_(inverse_rms(x)).mul_(scale), inplace=True)
 
 
 def imagine_step(
@@ -116,5 +115,4 @@ def next_deter(w: ImaginationWeights, deter: Tensor, stoch: Tensor, action: Tens
     gates = torch.bmm(blocked(hidden, blocks).to(kind), core.gates).float()
     reset, candidate, update = gates.add_(core.gates_bias.view(blocks, 1, -1)).chunk(3, -1)
     candidate = tanh(candidate.mul_(reset.sigmoid_()))
-    after = torch.lerp(before, candidate, update.sub_(1.0).sigmoid_())
-    return after.transpose(0, 1).flatten(1)
+    return joined(torch.lerp(before, candidate, update.sub_(1.0).sigmoid_()))

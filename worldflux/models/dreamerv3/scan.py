@@ -21,13 +21,13 @@ from worldflux.models.dreamerv3.cell import (
     PosteriorGrads,
     PosteriorSaved,
     PosteriorWeights,
-    blocked,
     core,
     core_backward,
     posterior,
     posterior_backward,
 )
 from worldflux.nn.distributions import inverse_cdf
+from worldflux.nn.layers import blocked
 
 
 def observe_step(
@@ -170,13 +170,13 @@ def _core_weight_grads(saved: Sequence[CoreSaved], grads: Sequence[CoreGrads], w
     return CoreWeights(
         deter_kernel=grad_deter.to(kind).t() @ deter,
         deter_bias=grad_deter.sum(0).to(kind),
-        deter_scale=(_rows(grads, "deter_scaled") * _rows(saved, "deter_normed")).sum(0),
+        deter_scale=_rows(grads, "deter_scales").sum(0),
         stoch_kernel=grad_stoch.to(kind).t() @ _rows(saved, "stoch").to(kind),
         stoch_bias=grad_stoch.sum(0).to(kind),
-        stoch_scale=(_rows(grads, "stoch_scaled") * _rows(saved, "stoch_normed")).sum(0),
+        stoch_scale=_rows(grads, "stoch_scales").sum(0),
         recurrent=torch.bmm(blocked(deter, blocks).transpose(1, 2), blocked(grad_hidden.to(kind), blocks)),
         dense=inputs.t() @ grad_hidden.to(kind),
-        hidden_scale=(_rows(grads, "hidden_scaled") * _rows(saved, "hidden_normed")).sum(0),
+        hidden_scale=_rows(grads, "hidden_scales").sum(0),
         gates=torch.bmm(blocked(hidden, blocks).transpose(1, 2), grad_gates.to(kind)),
         gates_bias=grad_gates.sum(1).flatten(),
     )
@@ -190,7 +190,7 @@ def _posterior_weight_grads(
     logits, hidden = _rows(grads, "logits"), _rows(grads, "hidden")
     return PosteriorWeights(
         kernel=hidden.to(kind).t() @ _rows(saved, "deter").to(kind),
-        scale=(_rows(grads, "hidden_scaled") * _rows(saved, "normed")).sum(0),
+        scale=_rows(grads, "hidden_scales").sum(0),
         out_kernel=logits.to(kind).t() @ _rows(saved, "hidden").to(kind),
         out_bias=logits.sum(0).to(kind),
     )
