@@ -531,7 +531,7 @@ def test_a_saved_agent_holds_no_pickle_of_objects(tmp_path: Path, trained: World
             "agent.json", "config.json", "model.safetensors", "optimizer.pt", "trainer.json"
         }  # fmt: skip
         description = json.loads(archive.read("agent.json"))
-    assert description["action_space"] == {"type": "Discrete", "n": 2, "start": 0}
+    assert description["action_space"] == {"type": "Discrete", "n": 2, "start": 0, "dtype": "int64"}
     assert list(tmp_path.iterdir()) == [tmp_path / "agent.zip"]
 
 
