@@ -12,16 +12,20 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 
 from worldflux.envs.held_steps import HeldSteps
 from worldflux.envs.spaces import ActionCodec, Array, Arrays, ObservationCodec
+from worldflux.envs.taps import Tap, tapped
 from worldflux.envs.vector import ENDED, RESET_STEP, GymnasiumVecEnv, settle
 from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError
 from worldflux.training.replay import ReplayBuffer
 from worldflux.training.rows import TERMINATED, TRUNCATED
 
 _TERMINATED, _TRUNCATED = int(TERMINATED), int(TRUNCATED)
+
+_GIVEN_FINAL = "worldflux.given_final"
+"""In the info of an episode's last step: its last observation as it was before `VecNormalize`."""
 
 Ends = Sequence[tuple[int, int]]
 """The environments whose episodes a step ended, from the first to the last, with TERMINATED or TRUNCATED."""
@@ -190,8 +194,8 @@ class VecEpisodeRecorder(EpisodeRecorder):
         venv: Outermost wrapper of what is stepped.
 
     Raises:
-        ConfigurationError: If a space is not supported, the numbers of environments differ, or wrappers outside
-            `VecNormalize` change the shape of observations.
+        ConfigurationError: If a space is not supported, the numbers of environments differ, wrappers outside
+            `VecNormalize` change the shape of observations, or there is more than one `VecNormalize`.
         ShapeMismatchError: If the buffer was made for other shapes.
     """
 
@@ -202,9 +206,10 @@ class VecEpisodeRecorder(EpisodeRecorder):
         self.steps = 0
         self._base = base = venv.unwrapped
         self._hears_late = isinstance(base, GymnasiumVecEnv) and base.autoreset_mode is AutoresetMode.NEXT_STEP
-        self._normalize = unwrap_vec_normalize(venv)
-        self._normalizes_obs = self._normalize is not None and self._normalize.norm_obs
-        if self._normalize is not None and self._normalizes_obs:
+        self._normalize = _normalization(venv)
+        if self._normalize is not None:
+            tapped(self._normalize.venv, "step_wait", _GivenFinals)
+        if self._normalize is not None and self._normalize.norm_obs:
             inner = ObservationCodec(self._normalize.observation_space).obs_shape
             if inner != self.obs_codec.obs_shape:
                 raise ConfigurationError(
@@ -274,7 +279,7 @@ class VecEpisodeRecorder(EpisodeRecorder):
         return [env for env, _ in ends]
 
     def _unnormalized(self, obs: Any) -> Any:
-        return self._normalize.get_original_obs() if self._normalize is not None and self._normalizes_obs else obs
+        return self._normalize.get_original_obs() if self._normalize is not None and self._normalize.norm_obs else obs
 
     def _final(self, env: int, info: Mapping[str, Any]) -> Any:
         """The observation before the reset, not normalised."""
@@ -284,7 +289,46 @@ class VecEpisodeRecorder(EpisodeRecorder):
                 f"Environment {env} ended an episode without a 'terminal_observation' in its info. "
                 "Every VecEnv of SB3 puts the last observation there before it resets."
             )
-        return self._normalize.unnormalize_obs(obs) if self._normalize is not None and self._normalizes_obs else obs
+        if self._normalize is None or not self._normalize.norm_obs:
+            return obs
+        if _GIVEN_FINAL not in info:
+            raise BufferError(
+                f"The last observation of environment {env} is known only as VecNormalize has clipped it, because a "
+                "wrapper outside replaced the info. Let it keep all entries, or put VecNormalize outside of it."
+            )
+        return info[_GIVEN_FINAL]
+
+
+class _GivenFinals(Tap):
+    """Keeps the last observations of episodes, below `VecNormalize`, which clips them and forgets what they were."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self.method(*args, **kwargs)
+        _, _, dones, infos = result
+        if np.count_nonzero(dones):
+            for info in infos:
+                if "terminal_observation" in info:
+                    info[_GIVEN_FINAL] = info["terminal_observation"]
+        return result
+
+
+def _normalization(venv: VecEnv) -> VecNormalize | None:
+    """The `VecNormalize` in a stack of wrappers, if there is one.
+
+    Raises:
+        ConfigurationError: If there are several.
+    """
+    found: list[VecNormalize] = []
+    while isinstance(venv, VecEnvWrapper):
+        if isinstance(venv, VecNormalize):
+            found.append(venv)
+        venv = venv.venv
+    if len(found) > 1:
+        raise ConfigurationError(
+            f"There are {len(found)} VecNormalize around these environments, expected one: what was before the inner "
+            "one cannot be known. A single VecNormalize(venv, norm_obs=True, norm_reward=True) does both."
+        )
+    return found[0] if found else None
 
 
 def _at_rows(finals: Sequence[Any], envs: Sequence[int], like: Arrays) -> Arrays:

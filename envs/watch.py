@@ -9,6 +9,7 @@ import gymnasium as gym
 from gymnasium.vector import SyncVectorEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
+from worldflux.envs.taps import Tap, tapped
 from worldflux.envs.vector import GymnasiumVecEnv
 
 _MOVES = ("reset", "step", "step_wait", "reset_wait", "recv")
@@ -33,9 +34,9 @@ class EnvWatch:
             base = base.vector_env.unwrapped
         reachable = isinstance(base, DummyVecEnv | SyncVectorEnv)
         owners = [_innermost(env) for env in base.envs] if reachable else [base]
-        self._calls = [_counted(owner, name) for owner in owners for name in _MOVES if hasattr(owner, name)]
+        self._calls = [tapped(owner, name, _CountedCall) for owner in owners for name in _MOVES if hasattr(owner, name)]
         if isinstance(base, VecEnv) and not reachable:
-            self._calls.append(_counted(base, "env_method", only=("reset", "step")))
+            self._calls.append(tapped(base, "env_method", _CountedCall, "reset", "step"))
         self.mark()
 
     def mark(self) -> None:
@@ -51,11 +52,16 @@ class EnvWatch:
         return sum(call.count for call in self._calls)
 
 
-class _CountedCall:
-    """A method of one object. Copies and pickles of the object take one of their own with them."""
+class _CountedCall(Tap):
+    """Counts the calls of a method.
 
-    def __init__(self, method: Callable[..., Any], only: tuple[str, ...] = ()) -> None:
-        self.method = method
+    Args:
+        method: That is called.
+        *only: Count calls with one of these as first argument; without any, all are counted.
+    """
+
+    def __init__(self, method: Callable[..., Any], *only: str) -> None:
+        super().__init__(method)
         self.only = only
         self.count = 0
 
@@ -63,21 +69,6 @@ class _CountedCall:
         if not self.only or (args[0] if args else kwargs.get("method_name")) in self.only:
             self.count += 1
         return self.method(*args, **kwargs)
-
-
-def _counted(owner: Any, name: str, only: tuple[str, ...] = ()) -> _CountedCall:
-    """Puts a counter in the place of a method; one that is there already serves all who watch.
-
-    Args:
-        owner: Of the method.
-        name: Of the method.
-        only: Count calls with one of these as first argument; `()` counts all.
-    """
-    method = getattr(owner, name)
-    if not isinstance(method, _CountedCall):
-        method = _CountedCall(method, only)
-        setattr(owner, name, method)
-    return method
 
 
 def _innermost(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:

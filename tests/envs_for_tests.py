@@ -81,7 +81,7 @@ def assert_rows_belong_together(obs: np.ndarray, actions: np.ndarray, rewards: n
     """
     # Undoing VecNormalize costs the last digits of an episode's last observation.
     whole = np.rint(obs)
-    np.testing.assert_allclose(obs[..., :3], whole[..., :3], atol=1e-3)
+    np.testing.assert_array_equal(obs[..., :3], whole[..., :3])
     env_id, episode, step, last_action = whole[..., 0], whole[..., 1], whole[..., 2], obs[..., 3]
     executed = 5.0 + 5.0 * np.clip(actions[..., 0], -1.0, 1.0)
     follows = ~is_first[:, 1:]
