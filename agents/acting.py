@@ -173,13 +173,12 @@ class Actor:
         acting = self.start(rows)
         starts = np.ones(rows, dtype=bool)
         if memory is not None:
-            acting = _recall(memory, acting)
+            acting = recalled(memory, acting)
             starts = _episode_starts(episode_start, rows)
         acting = self.observe(acting, obs, starts, deterministic=deterministic)
         acting = self.act(acting, starts, deterministic=deterministic)
-        arrays = to_host(_tensors(acting))
-        actions = self.action_codec.to_env(arrays["actions"])
-        memory = tuple(arrays.values())
+        memory = remembered(acting)
+        actions = self.action_codec.to_env(to_host({"actions": acting.actions})["actions"])
         return (actions if batched else actions.squeeze(axis=0)), memory
 
 
@@ -189,7 +188,12 @@ def _tensors(acting: Acting) -> dict[str, Tensor]:
     return named if acting.plan is None else {**named, "plan": acting.plan}
 
 
-def _recall(memory: Memory, like: Acting) -> Acting:
+def remembered(acting: Acting) -> Memory:
+    """What `predict` hands back for it."""
+    return tuple(to_host(_tensors(acting)).values())
+
+
+def recalled(memory: Memory, like: Acting) -> Acting:
     """What a memory holds; `like` shows what is expected."""
     expected = _tensors(like)
     if not isinstance(memory, tuple | list) or len(memory) != len(expected):

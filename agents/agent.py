@@ -29,6 +29,7 @@ from worldflux.envs.make import as_env
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
 from worldflux.errors import ConfigurationError
 from worldflux.models.base import WorldModel
+from worldflux.overriding import overridden, steps_back
 from worldflux.training.compiling import captures
 from worldflux.training.config import TrainingConfig, resolve_device, whole_number
 from worldflux.training.replay import ReplayBuffer
@@ -308,7 +309,14 @@ class WorldFluxAgent(SavedAgent):
         """The environments were just reset, to `_last_obs`."""
         assert self.replay_buffer is not None and self.env is not None
         if self._collector is None:
-            self._collector = Collector(self.env, self.replay_buffer, self.actor, replay_context=self.replay_context)
+            own_predict = steps_back("Acting without `predict`", self, overridden(self, _PREDICT))
+            self._collector = Collector(
+                self.env,
+                self.replay_buffer,
+                self.actor,
+                replay_context=self.replay_context,
+                predict=self.predict if own_predict else None,
+            )
             # A GPU computes while this process steps the environments, too.
             self._steps_elsewhere = steps_elsewhere(self.env) or self.device.type == "cuda"
             self._frames_per_step = frames_per_vec_step(self.env)
@@ -520,3 +528,6 @@ class WorldFluxAgent(SavedAgent):
             ShapeMismatchError: If an array has another shape or dtype than expected, or holds NaN.
         """
         return self.actor.predict(observation, state, episode_start, deterministic)
+
+
+_PREDICT = WorldFluxAgent.predict

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from torch import Tensor
 
-from worldflux.agents.acting import Acting, Actor
+from worldflux.agents.acting import Acting, Actor, Memory, recalled, remembered
 from worldflux.envs.record import VecEpisodeRecorder
 from worldflux.envs.spaces import Array
 from worldflux.envs.watch import EnvWatch
@@ -42,12 +43,22 @@ class Collector:
         buffer: Receives the steps.
         actor: Chooses the actions.
         replay_context: Store the model's state beside each row.
+        predict: Asked for the actions in place of the actor; the `predict` that somebody gave the agent.
     """
 
-    def __init__(self, env: VecEnv, buffer: ReplayBuffer, actor: Actor, *, replay_context: bool) -> None:
+    def __init__(
+        self,
+        env: VecEnv,
+        buffer: ReplayBuffer,
+        actor: Actor,
+        *,
+        replay_context: bool,
+        predict: Callable[..., tuple[Array, Memory | None]] | None = None,
+    ) -> None:
         self.env = env
         self.actor = actor
         self.replay_context = replay_context
+        self.predict = predict
         self.recorder = VecEpisodeRecorder(buffer, env)
         self._watch = EnvWatch(env)
         self._normalizes = unwrap_vec_normalize(env) is not None
@@ -99,20 +110,33 @@ class Collector:
             Actions in the library's form `[n_envs, A]`, and `{name: [n_envs, ...]}`.
         """
         actor, n_envs = self.actor, self.env.num_envs
+        before = self._acting if self._acting is not None else actor.start(n_envs)
+        if self.predict is None or at_random:
+            acting = self._chosen(before, obs, episode_starts, at_random)
+        else:
+            chosen, memory = self.predict(obs, remembered(before), episode_starts, deterministic=False)
+            acting = recalled(memory, before)
+            acting = replace(acting, actions=self._as_tensor(chosen))
+        self._acting = acting
+        extras = actor.model.extras_from_state(acting.state) if self.replay_context else {}
+        arrays = to_host({**{f"extras/{name}": value for name, value in extras.items()}, "actions": acting.actions})
+        return arrays["actions"], {name: arrays[f"extras/{name}"] for name in extras}
+
+    def _chosen(self, before: Acting, obs: Any, episode_starts: Array, at_random: bool) -> Acting:
+        """What the actor makes of observations."""
+        actor = self.actor
         if self._normalizes:  # the recorder has them as they are stored, not as the policy sees them
             seen, _ = actor.obs_codec.encode_any(obs)
         else:
             assert self.recorder.obs is not None
             seen = self.recorder.obs
-        acting = self._acting if self._acting is not None else actor.start(n_envs)
-        acting = actor.observe(acting, seen, episode_starts, deterministic=False)
+        acting = actor.observe(before, seen, episode_starts, deterministic=False)
         if at_random:
-            codec = actor.action_codec
-            sampled = np.stack([codec.space.sample() for _ in range(n_envs)])
-            acting = replace(acting, actions=to_device(torch.from_numpy(codec.from_env(sampled)), actor.model.device))
-        else:
-            acting = actor.act(acting, episode_starts, deterministic=False)
-        self._acting = acting
-        extras = actor.model.extras_from_state(acting.state) if self.replay_context else {}
-        arrays = to_host({**{f"extras/{name}": value for name, value in extras.items()}, "actions": acting.actions})
-        return arrays["actions"], {name: arrays[f"extras/{name}"] for name in extras}
+            sampled = np.stack([actor.action_codec.space.sample() for _ in range(self.env.num_envs)])
+            return replace(acting, actions=self._as_tensor(sampled))
+        return actor.act(acting, episode_starts, deterministic=False)
+
+    def _as_tensor(self, env_actions: Array) -> Tensor:
+        """Actions of the environments in the library's form. `[n_envs, A]`"""
+        actions = torch.from_numpy(self.actor.action_codec.from_env(env_actions))
+        return to_device(actions, self.actor.model.device)

@@ -13,6 +13,7 @@ from worldflux.agents.normalization import normalized
 from worldflux.agents.schedule import UpdateSchedule
 from worldflux.models.base import OnlineDefaults
 from worldflux.training.batch import Batch
+from worldflux.training.data import sample_from
 from worldflux.training.replay import ReplayBuffer
 from worldflux.training.trainer import Trainer
 
@@ -94,8 +95,8 @@ class Learner:
         """Windows from the buffer, normalised as the policy sees observations now."""
         batch_size, fresh = self.trainer.config.batch_size, self.family.fresh_windows
         if normalize is None or not normalize.norm_obs:
-            return buffer.sample(batch_size, self.window, self.trainer.device, fresh=fresh)
-        batch = buffer.sample(batch_size, self.window, fresh=fresh)
+            return sample_from(buffer, batch_size, self.window, self.trainer.device, fresh=fresh)
+        batch = sample_from(buffer, batch_size, self.window, fresh=fresh)
         return replace(batch, obs=normalized(batch.obs, normalize))
 
     def health(self) -> tuple[dict[str, float], list[str]]:

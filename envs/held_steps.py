@@ -10,6 +10,7 @@ from gymnasium import spaces
 
 from worldflux.envs.spaces import SINGLE_KEY, ActionCodec, Array, Arrays, ObservationCodec
 from worldflux.errors import BufferError, ShapeMismatchError
+from worldflux.overriding import overridden, steps_back
 from worldflux.training.replay import ReplayBuffer
 from worldflux.training.rows import STEP, TERMINATED, TRUNCATED
 
@@ -17,6 +18,7 @@ MOST_STEPS = 256
 MOST_BYTES = 4 * 2**20
 
 _STEP = int(STEP)
+_ADD = ReplayBuffer.add
 
 
 class HeldSteps:
@@ -27,7 +29,8 @@ class HeldSteps:
     more.
 
     Args:
-        buffer: Where they go. If it stores observations in other dtypes than the codec's, no step is taken.
+        buffer: Where they go. If it stores observations in other dtypes than the codec's, or has an `add` of its own,
+            no step is taken.
         obs_codec: Of the observations.
         action_codec: Of the actions.
     """
@@ -53,7 +56,8 @@ class HeldSteps:
         self._flags = np.full((rows, envs), STEP)
         self._finals: list[Arrays] = []
         self._count = 0
-        self._rewards_shape = (envs,) if buffer.obs_dtype == obs_codec.obs_dtype else None
+        own_add = steps_back("Storing several steps at a time", buffer, overridden(buffer, _ADD))
+        self._rewards_shape = (envs,) if buffer.obs_dtype == obs_codec.obs_dtype and not own_add else None
         self._vectors: Array | None = None  # of observations that are plain vectors
         self._vectors_shape: tuple[int, ...] = (envs, *shapes.get(SINGLE_KEY, ()))
         self._no_vector = np.zeros(self._vectors_shape[1:], np.float32)

@@ -132,6 +132,8 @@ class ParameterGroup:
     parameters: list[nn.Parameter]
     rate_scale: float = 1.0
     """Factor on the optimiser's learning rate."""
+    eps: float | None = None
+    """In place of the specification's `eps`."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,6 @@ class Phase:
     parameters: list[nn.Parameter] | list[ParameterGroup]
     loss: Callable[[Batch, Sequence[LossOutput]], LossOutput]
     """Called with the batch and the outputs of the phases before it."""
-    eps: float | None = None
-    """In place of the specification's `eps`."""
 
     @property
     def trained(self) -> list[nn.Parameter]:

@@ -25,6 +25,7 @@ from worldflux.config import WorldModelConfig
 from worldflux.errors import ConfigurationError, ShapeMismatchError
 from worldflux.models.base import State, WorldModel
 from worldflux.models.search import PlanningModel, Proposals, RolloutPlanning, repeated, search_step
+from worldflux.overriding import newer_than, steps_back
 
 _NOISE_SEED = 0  # of the fixed noise that deterministic planning uses
 _LARGE_ACTION_DIM = 20  # from here on the paper plans with two iterations more
@@ -156,16 +157,21 @@ class Planner:
         self.model = model
         self.config = config
         self.action_dim = model.config.action_dim
-        self._scorer: PlanningModel
-        if isinstance(model, PlanningModel):
-            self._scorer = model
-        else:
-            self._scorer = RolloutPlanning(model, spread=config.min_std)
-            if config.discount is None and not hasattr(model, "discount"):
-                raise ConfigurationError(
-                    f"{type(model).__name__} has no discount. Give the planner one: PlannerConfig(discount=0.99)."
-                )
+        if config.discount is None and not hasattr(model, "discount") and not isinstance(model, PlanningModel):
+            raise ConfigurationError(
+                f"{type(model).__name__} has no discount. Give the planner one: PlannerConfig(discount=0.99)."
+            )
         self._fixed: PlanDraws | None = None
+
+    @property
+    def _scorer(self) -> PlanningModel:
+        """The model's own ways, unless somebody has replaced what they stand for."""
+        model = self.model
+        if isinstance(model, PlanningModel):
+            replaced = newer_than(model, ("propose", "outlook", "outlook_value"), "rollout", "policy", "value")
+            if not steps_back(f"{type(model).__name__}'s own way of being planned with", model, replaced):
+                return model
+        return RolloutPlanning(model, spread=self.config.min_std)
 
     def start(self, rows: int) -> Tensor:
         """The plan before the first observation: zeros `[N, H, A]`."""
@@ -204,7 +210,8 @@ class Planner:
         self._check(state, previous, is_first)
         if draws is None:
             draws = self._fixed_draws(previous) if deterministic else self._sample_draws(previous)
-        mask = self._scorer.action_mask(state)
+        scorer = self._scorer
+        mask = scorer.action_mask(state)
         mask = None if mask is None else mask.to(previous.dtype)
 
         # The distribution starts from the last plan, one step on; steps come first from here on, as in `rollout`.
@@ -217,13 +224,13 @@ class Planner:
             mean, std = mean * mask, std * mask
 
         # A model may have compiled it.
-        step = getattr(self._scorer, "search_step", search_step)
-        proposals = self._proposals(state, draws, mask, deterministic) if c.num_pi_trajs else None
+        step = getattr(scorer, "search_step", search_step)
+        proposals = self._proposals(scorer, state, draws, mask, deterministic) if c.num_pi_trajs else None
         for i in range(c.iterations):
             value_noise = None if draws.value is None else draws.value[i]
             members = None if draws.members is None else draws.members[i]
             found = step(
-                self._scorer,
+                scorer,
                 c,
                 state,
                 proposals,
@@ -246,7 +253,9 @@ class Planner:
             actions = actions + std[0] * draws.final
         return actions.clamp(-1.0, 1.0), mean.transpose(0, 1)
 
-    def _proposals(self, state: State, draws: PlanDraws, mask: Tensor | None, deterministic: bool) -> Proposals:
+    def _proposals(
+        self, scorer: PlanningModel, state: State, draws: PlanDraws, mask: Tensor | None, deterministic: bool
+    ) -> Proposals:
         """What the policy does along its own rollouts."""
         H, _, K, A = draws.policy.shape
         N, start = _rows(state), state
@@ -254,14 +263,14 @@ class Planner:
         noise = draws.policy.expand(H, N, K, A).flatten(1, 2)
         actions = []
         for t in range(H):
-            action = self._scorer.propose(state, noise[t], deterministic=deterministic).float().clamp(-1.0, 1.0)
+            action = scorer.propose(state, noise[t], deterministic=deterministic).float().clamp(-1.0, 1.0)
             actions.append(action)
             if t + 1 < H:
                 state = self.model.rollout(state, action.unsqueeze(0), deterministic=deterministic).states[-1]
         chosen = torch.stack(actions).unflatten(1, (N, K))
         if mask is not None:
             chosen = chosen * mask.unsqueeze(1)
-        outlook = self._scorer.outlook(start, chosen, discount=self.config.discount, deterministic=deterministic)
+        outlook = scorer.outlook(start, chosen, discount=self.config.discount, deterministic=deterministic)
         return Proposals(chosen, outlook)
 
     def _sample_draws(self, like: Tensor) -> PlanDraws:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from worldflux.nn.init import truncated_normal_
+from worldflux.overriding import is_untouched
 
 PORTION = 2048
 """Rows of features that a CPU works on at a time."""
@@ -161,6 +162,17 @@ class MLP(nn.Module):
         for linear, norm in zip(self.linears[first:], self.norms[first:], strict=True):
             x = norm(linear(x))
         return x
+
+
+def are_plain(modules: Iterable[nn.Module], *forwards: Callable[..., Any]) -> bool:
+    """Whether these modules and all inside them compute what this file says, so that their weights tell everything.
+
+    Args:
+        modules: Built of the layers above, with one of the further `forwards`.
+        *forwards: Of modules that are defined elsewhere.
+    """
+    inside = (part for module in modules for part in module.modules() if not isinstance(part, nn.ModuleList))
+    return is_untouched(inside, MLP.forward, Linear.forward, BlockLinear.forward, NormSiLU.forward, *forwards)
 
 
 def in_portions(function: Callable[..., Tensor], *inputs: Tensor, size: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from worldflux.nn import nodes
 from worldflux.nn.init import narrow_normal_
+from worldflux.overriding import is_untouched
 
 
 def mish(x: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ class NormedLinear(NarrowLinear):
     def forward(self, *parts: Tensor) -> Tensor:
         """Maps inputs `[..., p]`, joined on the last axis, to `[..., out]`; see `linear` for what may differ."""
         shape = parts[0].shape[:-1]
-        if self.activation is mish and _one_node(parts):
+        if self.activation is mish and _one_node(parts) and is_untouched([self.norm], nn.LayerNorm.forward):
             weight, bias, scale, shift = (
                 p.unsqueeze(0) for p in (self.weight, self.bias, self.norm.weight, self.norm.bias)
             )

@@ -8,6 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from worldflux.overriding import steps_back
 from worldflux.training.batch import Batch
 from worldflux.training.counted import Alike, CapturableOptimizer
 from worldflux.training.graphs import Captures, Recorder, Tensors, places
@@ -63,7 +64,9 @@ class CapturedStep:
         tensors = batch.named_tensors()
         form = tuple((name, x.shape, x.dtype) for name, x in tensors.items())
         updated = self._updated.get(form)
-        if updated is None or not all(o.are_alike(part) for o, part in zip(self._optimizers, updated, strict=True)):
+        own = any(_has_own_step(optimizer) for optimizer in self._optimizers)
+        alike = updated and all(o.are_alike(part) for o, part in zip(self._optimizers, updated, strict=True))
+        if updated is None or own or not alike:
             return self._first_step(form, batch)
         numbers = [optimizer.count(part) for optimizer, part in zip(self._optimizers, updated, strict=True)]
         sizes = [len(part) for part in numbers]
@@ -111,3 +114,12 @@ class CapturedStep:
             self._states = states
         if loaded or not kept:
             self._updated.clear()
+
+
+def _has_own_step(optimizer: CapturableOptimizer) -> bool:
+    """Whether somebody listens to the optimiser's steps or replaced them; schedulers of rates only count them."""
+    step = vars(optimizer).get("step")
+    changed = [name for name in ("pre", "post") if vars(optimizer)[f"_optimizer_step_{name}_hooks"]]
+    if step is not None and not getattr(step, "_wrapped_by_lr_sched", False):
+        changed.append("step")
+    return steps_back("A recording of gradient steps", optimizer, changed)

@@ -41,6 +41,7 @@ def sample_from(
     batch_size: int,
     seq_len: int | None = None,
     device: str | torch.device = "cpu",
+    **options: Any,
 ) -> Batch:
     """A batch from a provider of either form.
 
@@ -49,6 +50,7 @@ def sample_from(
         batch_size: Windows, `B`.
         seq_len: Rows of each, `T`; None leaves it to the provider.
         device: Where the batch is wanted; it is moved there if the provider did not.
+        **options: Further arguments, for providers whose `sample` takes them.
 
     Raises:
         ConfigurationError: If the provider has no `sample`, or one of another form, or that returns no `Batch`.
@@ -61,6 +63,8 @@ def sample_from(
     numbers = {"batch_size": batch_size, "seq_len": seq_len, "device": device}
     if _takes_request(sample):
         batch = sample(BatchRequest(batch_size, seq_len, device))
+    elif options and _accepts(sample, **numbers, **options):
+        batch = sample(**numbers, **options)
     elif _accepts(sample, **numbers):
         batch = sample(**numbers)
     elif _accepts(sample, batch_size, seq_len, device):

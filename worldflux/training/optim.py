@@ -316,7 +316,11 @@ def build_optimizer(spec: OptimizerSpec, parameters: Iterable[nn.Parameter | Par
         ConfigurationError: If the kind is unknown, a number is out of range, or there is nothing to update.
     """
     groups = [
-        {"params": group.parameters, "rate_scale": group.rate_scale}
+        {
+            "params": group.parameters,
+            "rate_scale": group.rate_scale,
+            "eps": spec.eps if group.eps is None else group.eps,
+        }
         for group in parameter_groups(parameters)
         if group.parameters
     ]

@@ -9,10 +9,15 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from worldflux.overriding import overridden, steps_back
 from worldflux.training.batch import Batch
 from worldflux.training.data import BatchProvider, BatchRequestProvider, sample_from
+from worldflux.training.replay import ReplayBuffer
 from worldflux.training.sampling import WindowSampler
 from worldflux.training.transfers import to_device
+
+_SAMPLES = (ReplayBuffer.sample, WindowSampler.sample)
+"""What prefetching stands for."""
 
 
 @runtime_checkable
@@ -146,8 +151,10 @@ def batches_from(
 ) -> Batches:
     """Batches from a provider, prefetched from a replay buffer that lies in memory or on disk.
 
-    A user's own provider is always asked on the calling thread. What lies on a device is gathered there at once.
+    A user's own provider is always asked on the calling thread, and so is a buffer with a `sample` of its own. What
+    lies on a device is gathered there at once.
     """
-    if isinstance(provider, WindowSampler) and provider.device.type == "cpu":
+    ahead = isinstance(provider, WindowSampler) and provider.device.type == "cpu"
+    if ahead and not steps_back("Sampling on another thread", provider, overridden(provider, *_SAMPLES)):
         return PrefetchedBatches(provider, batch_size, seq_len, device)
     return Batches(provider, batch_size, seq_len, device)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from worldflux.errors import BufferError, ConfigurationError, WorldFluxError
+from worldflux.overriding import overridden
 from worldflux.training.arrays import SINGLE, ObsShape, RowForm
 from worldflux.training.batch import Batch, BatchRequest
 from worldflux.training.config import whole_number
@@ -252,8 +253,14 @@ class ReplayBuffer(RowReceiver, WindowSampler):
         Raises:
             BufferError: If the fraction is out of its range, there are fewer than two episodes, or a part has no window
                 of `seq_len` rows.
-            ConfigurationError: If the seed is not a whole number from 0.
+            ConfigurationError: If the seed is not a whole number from 0, or a subclass has a `sample` of its own,
+                which the parts would not call.
         """
+        if overridden(self, _SAMPLE):
+            raise ConfigurationError(
+                f"{type(self).__name__} has its own sample(), which the parts of a split would not call. Give it its "
+                "own split() as well, or pass evaluation data of its own."
+            )
         return split(self, self._form, fraction, seed, seq_len)
 
     def _take_fresh(self, count: int, seq_len: int) -> Drawn:
@@ -373,6 +380,9 @@ class ReplayBuffer(RowReceiver, WindowSampler):
             fill(buffer._rows, data, file.path.name)
         buffer._fresh[:] = buffer._rows.end
         return buffer
+
+
+_SAMPLE = ReplayBuffer.sample
 
 
 def _new_store(capacity: int, n_envs: int, form: RowForm, storage: Storage) -> RowStore:

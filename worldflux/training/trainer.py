@@ -127,10 +127,7 @@ class Trainer:
         )
         self._kind = spec.kind
         phases = phases_of(model)
-        self._optimizers = [
-            build_optimizer(spec if phase.eps is None else replace(spec, eps=phase.eps), phase.parameters)
-            for phase in phases
-        ]
+        self._optimizers = [build_optimizer(spec, phase.parameters) for phase in phases]
         self._take_step = self._step_of(phases)
         self._watch = FiniteWatch()
         self._write_back = WriteBack()

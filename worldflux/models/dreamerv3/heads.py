@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from worldflux.nn.distributions import CategoricalPolicy, NormalPolicy, PolicyDistribution, TwoHot
-from worldflux.nn.layers import MLP, Linear
+from worldflux.nn.layers import MLP, Linear, are_plain
 from worldflux.nn.transforms import symexp_bins
+from worldflux.overriding import steps_back
 
 
 class TwoHotHead(nn.Module):
@@ -76,3 +77,10 @@ class Actor(nn.Module):
         if self.classes:
             return CategoricalPolicy(self.logits(hidden), self.classes)
         return NormalPolicy(self.mean(hidden), self.std(hidden))
+
+
+def give_by_stacks(*heads: nn.Module) -> bool:
+    """Whether `stacked_mlps` and each head's `output` give what calling the heads gives: nothing was replaced."""
+    if are_plain(heads, TwoHotHead.forward, ContinueHead.forward, Actor.forward):
+        return True
+    return not steps_back("The joint computation of DreamerV3's heads", heads[0], ["forward, layers or hooks"])

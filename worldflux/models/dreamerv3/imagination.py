@@ -6,7 +6,8 @@ worked on in place.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from worldflux.models.dreamerv3.cell import CoreWeights, linear, tanh
 from worldflux.nn.distributions import inverse_cdf, softmax
-from worldflux.nn.layers import MLP, Linear, NormSiLU, blocked, inverse_rms, joined
+from worldflux.nn.layers import MLP, blocked, inverse_rms, joined
 
 
 class Layer(NamedTuple):
@@ -46,8 +47,8 @@ class ImaginationWeights(NamedTuple):
 def layers_of(mlp: MLP, kind: torch.dtype) -> tuple[Layer, ...]:
     """The layers of an MLP with their matrices in a precision."""
     layers = []
-    for linear_layer, norm in zip(mlp.linears, mlp.norms, strict=True):
-        assert isinstance(linear_layer, Linear) and isinstance(norm, NormSiLU)
+    layer_and_norm: Iterable[tuple[Any, Any]] = zip(mlp.linears, mlp.norms, strict=True)
+    for linear_layer, norm in layer_and_norm:
         layers.append(Layer(linear_layer.weight.to(kind), linear_layer.bias.to(kind), norm.scale))
     return tuple(layers)
 

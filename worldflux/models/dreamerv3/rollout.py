@@ -23,7 +23,7 @@ def roll_out(rssm: RSSM, actor: Actor, deter: Tensor, stoch: Tensor, horizon: in
         horizon: H, steps.
         draws: Replaces the random draws.
     """
-    if not rssm.fast:
+    if not rssm.takes_fast_form(actor, forwards=[Actor.forward]):
         return _roll_out_plainly(rssm, actor, deter, stoch, horizon, draws)
     weights, width = rssm.imagination_weights(actor.mlp), deter.shape[1]
     # Each state is written where the heads will read it.

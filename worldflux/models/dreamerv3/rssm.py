@@ -5,7 +5,7 @@ Source: DreamerV3, arXiv:2301.04104, and its reference implementation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,8 @@ from worldflux.models.dreamerv3.cell import CoreWeights, PosteriorWeights
 from worldflux.models.dreamerv3.imagination import ImaginationWeights, hidden_layers, imagine_step, layers_of
 from worldflux.models.dreamerv3.scan import Scan, observe_step, observe_step_backward
 from worldflux.nn.distributions import OneHot
-from worldflux.nn.layers import MLP, BlockLinear, Linear, NormSiLU
+from worldflux.nn.layers import MLP, BlockLinear, Linear, NormSiLU, are_plain
+from worldflux.overriding import overridden, steps_back
 
 
 class Observed(NamedTuple):
@@ -88,6 +89,20 @@ class RSSM(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "cells": Cells()}  # compiled functions stay in their process
+
+    def takes_fast_form(self, *heads: nn.Module, forwards: Sequence[Callable[..., Any]] = ()) -> bool:
+        """Whether the fast forms may stand for the functions below: they are wanted, and nothing was replaced.
+
+        Args:
+            *heads: Further modules whose weights the fast form reads.
+            forwards: Of these.
+        """
+        if not self.fast:
+            return False
+        changed = overridden(self, *_STEPS)
+        if not are_plain([*self.children(), *heads], *forwards):
+            changed.append("layers or hooks")
+        return not steps_back("The fast recurrence of DreamerV3", self, changed)
 
     def initial(self, batch_size: int) -> tuple[Tensor, Tensor]:
         """The zero state. `[B, D]`, `[B, S, C]`"""
@@ -164,10 +179,9 @@ class RSSM(nn.Module):
         noise = None
         if draws is None:
             noise = torch.rand(keep.shape[1], *stoch.shape[:2], device=stoch.device)
-        if obs_mask is not None or not self.fast:
+        if obs_mask is not None or not self.takes_fast_form():
             return self._observe_plainly(deter, stoch, prev_actions, embed, keep, obs_mask, noise, draws)
-        layer = self.posterior_in.linears[0]
-        assert isinstance(layer, Linear)
+        layer: Any = self.posterior_in.linears[0]
         embed_part = F.linear(embed, layer.weight[:, self.deter_dim :], layer.bias)  # [B, T, hidden]
         results = Scan.apply(
             self.cells.observe,
@@ -283,6 +297,10 @@ class RSSM(nn.Module):
         """What matrices are multiplied in here."""
         device = self.gates.weight.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+
+
+_STEPS = (RSSM.core, RSSM.prior, RSSM.posterior, RSSM.dist)
+"""What the fast forms compute without calling it."""
 
 
 def bounded(actions: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from worldflux.models.dreamerv3.behavior import (
     replay_critic_loss,
 )
 from worldflux.models.dreamerv3.encoder import Decoder, Encoder
-from worldflux.models.dreamerv3.heads import Actor, ContinueHead, TwoHotHead
+from worldflux.models.dreamerv3.heads import Actor, ContinueHead, TwoHotHead, give_by_stacks
 from worldflux.models.dreamerv3.health import vitals
 from worldflux.models.dreamerv3.inputs import ArrivalRows, arrival_rows
 from worldflux.models.dreamerv3.parts import Draws, LossParts
@@ -223,14 +223,17 @@ class DreamerV3(WorldModel):
             reward, cont, slow_value = (x.t() for x in predicted.unbind(-1))
         # Some versions of torch would take weights that autocast cached without gradient where they need one.
         torch.clear_autocast_cache()
-        critic_hidden, actor_hidden = stacked_mlps([self.critic.mlp, self.actor.mlp], by_step)
-        critic = self.critic.output(critic_hidden).t()
+        if give_by_stacks(self.critic, self.actor):
+            critic_hidden, actor_hidden = stacked_mlps([self.critic.mlp, self.actor.mlp], by_step)
+            critic = self.critic.output(critic_hidden).t()
+            policy = self.actor.output(actor_hidden.transpose(0, 1))
+        else:
+            critic, policy = self.critic(imagined.feat), self.actor(imagined.feat)
         # The fast critic bootstraps; the slow one only holds it back.
         with torch.no_grad():
             baseline = critic.mean
         returns, weight = imagined_returns(reward, cont, baseline, lam=c.lambda_)
         norm = ReturnNorm(self.return_low, self.return_high, c.return_norm_limit).update(returns, c.return_norm_rate)
-        policy = self.actor.output(actor_hidden.transpose(0, 1))
         behavior = imagination_losses(
             returns=returns,
             weight=weight,
@@ -417,15 +420,12 @@ class DreamerV3(WorldModel):
     def _predict(self, feat: Tensor) -> Tensor:
         """Reward, probability of going on, and the slow critic's value, at features `[N, F]`. `[N, 3]`"""
         heads = (self.reward_head, self.continue_head, self.slow_critic)
-        reward, cont, value = stacked_mlps([head.mlp for head in heads], feat)
-        return torch.stack(
-            [
-                self.reward_head.output(reward).mean,
-                torch.sigmoid(self.continue_head.output(cont)),
-                self.slow_critic.output(value).mean,
-            ],
-            -1,
-        )
+        if give_by_stacks(*heads):
+            hidden = stacked_mlps([head.mlp for head in heads], feat)
+            reward, cont, value = (head.output(x) for head, x in zip(heads, hidden, strict=True))
+        else:
+            reward, cont, value = (head(feat) for head in heads)
+        return torch.stack([reward.mean, torch.sigmoid(cont), value.mean], -1)
 
     def _reward_and_continue(self, feat: Tensor) -> tuple[Tensor, Tensor]:
         """Reward and (discounted) probability of going on, at features `[..., F]`."""

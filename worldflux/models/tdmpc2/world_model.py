@@ -7,6 +7,7 @@ implementation.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -15,7 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldflux.models.base import LossOutput, OnlineDefaults, OptimizerSpec, ParameterGroup, Phase, State
+from worldflux.errors import TrainingError
+from worldflux.models.base import (
+    LossOutput,
+    OnlineDefaults,
+    OptimizerSpec,
+    ParameterGroup,
+    Phase,
+    State,
+    parameter_groups,
+)
 from worldflux.models.health import Vital
 from worldflux.models.search import Found, search_step
 from worldflux.models.tdmpc2.health import vitals
@@ -26,6 +36,7 @@ from worldflux.models.tdmpc2.windows import Windows, windows
 from worldflux.nn.distributions import TwoHot
 from worldflux.nn.dropout import dropout_factors
 from worldflux.nn.transforms import symlog
+from worldflux.overriding import overridden, steps_back
 from worldflux.training.batch import Batch
 
 
@@ -60,7 +71,7 @@ class TDMPC2(LatentModel):
         The policy's part trains the policy only, the decoder's the decoder only, and the model's none of the two.
         """
         outputs: list[LossOutput] = []
-        for phase in self.phases():
+        for phase in self._phases():
             outputs.append(phase.loss(batch, outputs))
         return LossOutput(
             torch.stack([output.loss for output in outputs]).sum(),
@@ -69,7 +80,28 @@ class TDMPC2(LatentModel):
         )
 
     def phases(self) -> list[Phase]:
-        """Model first; then the policy, on the latents of the model's step and on the values that it left behind."""
+        """Model first; then the policy, on the latents of the model's step and on the values that it left behind.
+
+        Where a subclass or the model itself has a `loss` of its own, there is a single phase: the gradient of that
+        loss, with everybody's rates as otherwise.
+        """
+        phases = self._phases()
+        if steps_back("TD-MPC2's gradient step in phases", self, overridden(self, _LOSS)):
+            groups = [group for phase in phases for group in parameter_groups(phase.parameters)]
+            return [Phase("model", groups, lambda batch, previous: self.loss(batch))]
+        model, *others = phases
+
+        def model_loss(batch: Batch, previous: Sequence[LossOutput]) -> LossOutput:
+            if overridden(self, _LOSS):
+                raise TrainingError(
+                    "The model was given another loss after its trainer was made, whose phases do not call it. Give it "
+                    "its loss first, or derive a class from TDMPC2, and pass that model to the trainer or the agent."
+                )
+            return model.loss(batch, previous)
+
+        return [replace(model, loss=model_loss), *others]
+
+    def _phases(self) -> list[Phase]:
         model: list[nn.Module | None] = [
             self.dynamics,
             self.reward_head,
@@ -81,14 +113,21 @@ class TDMPC2(LatentModel):
             ParameterGroup(_trainable(self.encoder), self.config.encoder_lr_scale),
             ParameterGroup([p for module in model if module is not None for p in _trainable(module)]),
         ]
+        policy = [ParameterGroup(_trainable(self.actor), eps=1e-5)]
         phases = [
-            Phase("model", groups, lambda batch, previous: self._cells.model_loss(self, batch)),
-            Phase("policy", _trainable(self.actor), lambda batch, previous: self.policy_loss(previous[0]), eps=1e-5),
+            Phase("model", groups, lambda batch, previous: self._called("model_loss", batch)),
+            Phase("policy", policy, lambda batch, previous: self.policy_loss(previous[0])),
         ]
         if self.decoder is not None:
             decoder = _trainable(self.decoder)
             phases.append(Phase("decoder", decoder, lambda batch, previous: self.decoder_loss(batch, previous[0])))
         return phases
+
+    def _called(self, name: str, *arguments: Any) -> Any:
+        """One of the hot functions, as it was compiled, or the method that somebody put in its place."""
+        if overridden(self, getattr(Cells(), name)):
+            return getattr(self, name)(*arguments)
+        return getattr(self._cells, name)(self, *arguments)
 
     def model_loss(self, batch: Batch, draws: ModelDraws | None = None) -> LossOutput:
         """Loss of everything but the policy, on windows of `horizon + 1` rows; `draws` replaces the random draws."""
@@ -175,7 +214,7 @@ class TDMPC2(LatentModel):
         if draws is None:
             draws = self.policy_draws(N, T)
         tasks = model.carry["task"].unsqueeze(1).expand(N, T) if "task" in model.carry else None
-        value, scaled_entropy, entropy = self._cells.policy_values(self, latents, tasks, draws)
+        value, scaled_entropy, entropy = self._called("policy_values", latents, tasks, draws)
         # The scale follows the first states' values and is used as it is after that.
         spread = value_range(value[:, 0], states[:, 0])
         scale = moved_scale(self.value_scale, spread, self.config.tau)
@@ -327,6 +366,7 @@ class Cells(NamedTuple):
 
 
 TDMPC2._cells = Cells()
+_LOSS = TDMPC2.loss
 
 
 @cache
