@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_UNITS = 8
+"""Logits with magnitudes below 16 are known to this many times their type's precision."""
+
 
 class TwoHot:
     """A categorical distribution over fixed bins that stands for one real number.
@@ -18,7 +21,7 @@ class TwoHot:
     Source: DreamerV3, arXiv:2301.04104, symexp twohot loss.
 
     Args:
-        logits: `[..., n]`; taken to float32.
+        logits: As they come out of the head's product, in its precision; taken to float32. `[..., n]`
         bins: Increasing, antisymmetric, odd in number. `[n]`
     """
 
@@ -26,6 +29,9 @@ class TwoHot:
         self.logits = logits.float()
         self.bins = bins
         self._probs: Tensor | None = None
+        # How far the probabilities of two bins may differ, relative to each other, by rounding alone: that of the
+        # logits in their own type, and that of the float32 sums which they were.
+        self._rounding = _UNITS * (torch.finfo(logits.dtype).eps + torch.finfo(torch.float32).eps)
 
     @property
     def probs(self) -> Tensor:
@@ -37,20 +43,32 @@ class TwoHot:
     def t(self) -> TwoHot:
         """The same distributions over `[a, b]` as over `[b, a]`."""
         transposed = TwoHot(self.logits.transpose(0, 1), self.bins)
-        transposed._probs = self.probs.transpose(0, 1)
+        transposed._probs, transposed._rounding = self.probs.transpose(0, 1), self._rounding
         return transposed
 
     @property
     def mean(self) -> Tensor:
         """Expected value. `[...]`
 
-        Each bin is paired with its mirror before summing, so that uniform probabilities give exactly 0.
+        Each bin is paired with its mirror before summing, so that uniform probabilities give exactly 0. A pair that
+        differs by no more than rounding counts as equal: DreamerV3's outermost bins stand for 4.8e8, so that the last
+        bit of a probability which no target has ever moved would be worth half a unit and more. The reference counts
+        it. The gradient is that of the sum without this exception.
         """
         middle = self.bins.shape[0] // 2
         needs_gradient = torch.is_grad_enabled() and self.logits.requires_grad
         probs = torch.softmax(self.logits, -1) if needs_gradient else self.probs
-        excess = probs[..., middle + 1 :] - probs[..., :middle].flip(-1)
-        return excess @ self.bins[middle + 1 :]
+        upper, lower = probs[..., middle + 1 :], probs[..., :middle].flip(-1)
+        excess = upper - lower
+        with torch.no_grad():
+            share = 0.5 * self._rounding
+            counts = excess.abs().sub_(lower, alpha=share).sub_(upper, alpha=share).gt_(0.0)
+        if needs_gradient:
+            excess = excess + (counts - 1.0) * excess.detach()
+        else:
+            excess.mul_(counts)
+        # Not a matrix product: autocast would round it to bfloat16, returns of some hundred to whole numbers.
+        return (excess * self.bins[middle + 1 :]).sum(-1)
 
     def loss(self, *targets: Tensor) -> Tensor:
         """Cross-entropy with the two-hot encoding of each target, summed over the targets.
