@@ -1,6 +1,7 @@
 """Numbers that say where they belong, and a recorder that holds steps back: for the tests of the replay buffer."""
 
 import numpy as np
+import torch
 
 from worldflux.training import rows as row_store
 
@@ -12,6 +13,14 @@ def counts(episode, length):
     """
     count = 1000.0 * episode + np.arange(length + 1)
     return count[:, None], count[:-1, None] + 0.25, count[:-1] + 0.5
+
+
+def seen(batch):
+    """Whether each observation of a batch was recorded: a batch without a mask says that all were. `[B, T]`"""
+    if batch.obs_mask is None:
+        return torch.ones_like(batch.is_first)
+    assert not batch.obs_mask.all(), "a batch in which everything was seen has no mask"
+    return batch.obs_mask
 
 
 class HeldBack:

@@ -160,9 +160,9 @@ def test_an_episode_in_flight_ends_as_truncated_with_its_last_observation(tmp_pa
     assert buffer is not None and (buffer.num_transitions, buffer.num_episodes) == (9, 2)
     batch = buffer.sample(1, 11)
     assert isinstance(batch.obs, torch.Tensor)
-    assert batch.truncations is not None and batch.obs_mask is not None
+    assert batch.truncations is not None and batch.obs_mask is None
     assert batch.truncations[0].nonzero().flatten().tolist() == [9]
-    assert batch.obs[0, -1, 1:3].tolist() == [1, 2] and batch.obs_mask.all()
+    assert batch.obs[0, -1, 1:3].tolist() == [1, 2]
 
 
 def test_steps_before_and_after_a_resume_are_replayed_together(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from training_fakes import MemoryProvider, NoisyRegression
 
 from worldflux import WorldModel, create_world_model
-from worldflux.training import Batch, Trainer, TrainingConfig, create_random_buffer
+from worldflux.training import Batch, ReplayBuffer, Trainer, TrainingConfig, create_random_buffer
 from worldflux.training import trainer as trainer_module
 from worldflux.training.captured import MAX_FORMS, CapturedStep
 from worldflux.training.graphs import WARM_UP_CALLS
@@ -344,3 +344,23 @@ def test_a_model_that_counts_in_python_is_not_recorded_unless_asked_for() -> Non
     assert not captures("auto", cpu, model) and not captures(True, cpu, model)
     for other in (nn.Linear(1, 1), Counting(model.config)):  # type: ignore[arg-type]
         assert not captures("auto", cuda, other) and captures(True, cuda, other)
+
+
+@pytest.mark.parametrize("family", ["dreamerv3", "tdmpc2"])
+def test_batches_with_and_without_a_mask_are_played_back_by_turns(
+    captured: Callable[..., Trainer], family: str
+) -> None:
+    buffer = ReplayBuffer(200, (4,), 2, seed=0)
+    for episode in torch.rand(10, 17, 7):  # without their last observations
+        buffer.add_episode(episode[:, :4].numpy(), episode[:, 4:6].numpy(), episode[:, 6].numpy())
+    drawn = [buffer.sample(2, 6) for _ in range(100)]
+    masked = [batch for batch in drawn if batch.obs_mask is not None]
+    whole = [batch for batch in drawn if batch.obs_mask is None]
+    plain, played = Trainer(new(family), CONFIG), captured(new(family))
+    for trainer in (plain, played):
+        torch.manual_seed(1)
+        for pair in zip(masked[:6], whole[:6], strict=True):
+            for batch in pair:
+                trainer.step(batch)
+    assert recorded(played) == 2
+    assert_same(state(plain), state(played))

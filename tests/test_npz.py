@@ -6,6 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from replay_helpers import seen
 
 from worldflux.errors import BufferError
 from worldflux.files import write_atomically
@@ -44,8 +45,9 @@ def filled(n_envs=2, capacity=24):
 
 
 def assert_same(batch, other):
-    for name in ("actions", "rewards", "terminations", "truncations", "is_first", "obs_mask"):
+    for name in ("actions", "rewards", "terminations", "truncations", "is_first"):
         assert torch.equal(getattr(batch, name), getattr(other, name)), name
+    assert torch.equal(seen(batch), seen(other))
     for key in batch.obs:
         assert torch.equal(batch.obs[key], other.obs[key]), key
 
@@ -157,7 +159,7 @@ def test_episodes_are_shared_out_among_another_number_of_streams(tmp_path):
     follows = speed[:, 1] == speed[:, 0] + 1
     ended = batch.terminations[:, 0] | batch.truncations[:, 0]
     assert torch.all(follows | batch.is_first[:, 1] | ended)
-    assert set(speed[batch.obs_mask].tolist()) == {float(t + 100 * env) for t in range(16) for env in range(2)}
+    assert set(speed[seen(batch)].tolist()) == {float(t + 100 * env) for t in range(16) for env in range(2)}
 
 
 BROKEN = [

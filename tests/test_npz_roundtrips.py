@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from replay_helpers import seen
 
 from worldflux.errors import BufferError, ShapeMismatchError
 from worldflux.training import ReplayBuffer
@@ -117,8 +118,9 @@ def test_any_buffer_comes_back_from_its_file(
 
 
 def assert_same(batch: Any, other: Any) -> None:
-    for name in ("actions", "rewards", "terminations", "truncations", "is_first", "obs_mask"):
+    for name in ("actions", "rewards", "terminations", "truncations", "is_first"):
         assert torch.equal(getattr(batch, name), getattr(other, name)), name
+    assert torch.equal(seen(batch), seen(other))
     assert isinstance(batch.obs, dict) == isinstance(other.obs, dict)
     for mine, its in zip(
         *([x.obs.values() if isinstance(x.obs, dict) else [x.obs] for x in (batch, other)]), strict=True

@@ -59,7 +59,7 @@ def test_every_kind_of_ending_is_recorded_as_it_happened() -> None:
     assert batch.terminations[0].nonzero().flatten().tolist() == [2, 9]
     assert batch.truncations[0].nonzero().flatten().tolist() == [4]
     assert batch.is_first[0].nonzero().flatten().tolist() == [0, 4, 6]
-    assert bool(batch.obs_mask.all())
+    assert batch.obs_mask is None
     assert_rows_belong_together(batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy())
     assert (buffer.num_episodes, buffer.num_transitions) == (3, 8)
 
@@ -87,7 +87,7 @@ def test_a_reset_in_the_middle_truncates_the_episode_and_keeps_its_last_observat
     batch = everything(buffer, rows=4)
     assert batch.obs[0].tolist() == [[0, 0, 0, 0], [0, 0, 1, 4], [0, 0, 2, 4], [0, 1, 0, 0]]
     assert batch.truncations[0].tolist() == [False, True, False, False]
-    assert not batch.terminations.any() and bool(batch.obs_mask.all())
+    assert not batch.terminations.any() and batch.obs_mask is None
     assert batch.is_first[0].tolist() == [True, False, False, True]
 
 
@@ -447,7 +447,7 @@ def test_a_reset_of_some_environments_cuts_only_their_episodes(mode: str) -> Non
     # Where it resets on the next step, one of the second's three steps was that.
     assert buffer.num_transitions == {"NextStep": 9, "SameStep": 10, "Disabled": 10}[mode]
     final = (batch.obs[..., 1] == 0) & (batch.obs[..., 2] == 2)
-    assert final.any() and batch.obs_mask.all() and not batch.rewards[final].any()
+    assert final.any() and batch.obs_mask is None and not batch.rewards[final].any()
 
 
 def test_actions_that_are_ignored_may_be_anything() -> None:

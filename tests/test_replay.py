@@ -27,7 +27,7 @@ def test_a_sampled_step_follows_the_one_before_except_at_episode_starts():
     final = count % 1000 == 7
     assert torch.all(batch.actions[..., 0] == torch.where(final, 0.0, count + 0.25))
     assert torch.all(batch.rewards == torch.where(final, 0.0, count + 0.5))
-    assert batch.obs_mask.all() and not batch.truncations.any()
+    assert batch.obs_mask is None and not batch.truncations.any()
     assert count.min() == 11 * 1000 + 3  # 60 transitions: the eighth-last episode is cut to its last four steps
     assert (len(buffer), buffer.num_episodes) == (60, 9)
 

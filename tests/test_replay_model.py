@@ -8,7 +8,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from replay_helpers import HeldBack, counts
+from replay_helpers import HeldBack, counts, seen
 
 from worldflux.errors import BufferError
 from worldflux.training import rows as row_store
@@ -111,7 +111,7 @@ def assert_gives_all_of(source, windows, seq_len, known):
     assert batch.terminations[at].tolist() == column("term")
     assert batch.truncations[at].tolist() == column("trunc")
     assert batch.is_first[at].tolist() == column("first")
-    assert batch.obs_mask[at].tolist() == column("seen")
+    assert seen(batch)[at].tolist() == column("seen")
     assert batch.extras["mark"][at].tolist() == column("mark")
 
 

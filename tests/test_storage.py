@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from replay_helpers import seen
 
 from worldflux.errors import BufferError, ConfigurationError
 from worldflux.training import create_random_buffer, storage
@@ -38,8 +39,9 @@ def filled(place, **changes):
 def assert_same_batches(buffers, seq_len=5):
     batches = [buffer.sample(40, seq_len) for buffer in buffers]
     for batch in batches[1:]:
-        for name in ("obs", "actions", "rewards", "terminations", "truncations", "is_first", "obs_mask", "rows"):
+        for name in ("obs", "actions", "rewards", "terminations", "truncations", "is_first", "rows"):
             assert torch.equal(getattr(batch, name), getattr(batches[0], name)), name
+        assert torch.equal(seen(batch), seen(batches[0]))
         assert torch.equal(batch.extras["mark"], batches[0].extras["mark"])
     return batches
 

@@ -36,7 +36,8 @@ class ReplayBuffer(RowReceiver, WindowSampler):
         terminations   0     0     1     0     0     0     nothing is worth anything beyond obs[t+1]
         truncations    0     0     0     0     0     0     or 1 with terminations 0: obs[t+1] is still bootstrapped
         is_first       1     0     0     0     1     0     recurrent state and previous action are reset here
-        obs_mask       1     1     1     1     1     1     0 on row 3 if the last observation was not recorded
+        obs_mask       1     1     1     1     1     1     0 on row 3 if the last observation was not recorded; a batch
+                                                           in which all observations were has no obs_mask
 
     Each environment has a stream of its own, a ring of rows. A sampled window is any run of rows of one stream: it may
     cross episode ends, and rows of an episode in flight are sampled like all others. The oldest rows make room for new

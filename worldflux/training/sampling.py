@@ -327,9 +327,10 @@ class WindowSampler:
             if len(shape) != 3 and obs[key].dtype == torch.uint8:  # only images stay bytes
                 obs[key] = obs[key].float()
         rewards = windows.copy(store.rewards)
-        flags = torch.from_numpy(((windows.copy_numpy(store.flags) ^ UNSEEN) & _FLAGS) != 0)
-        flags = to_device(flags, rewards.device)
-        terminations, truncations, is_first, obs_mask = flags.unbind()
+        flags = ((windows.copy_numpy(store.flags) ^ UNSEEN) & _FLAGS) != 0
+        # Without a mask where everything was seen: a model need not work out what it would have expected there.
+        kept = flags[:-1] if flags[-1].all() else flags
+        terminations, truncations, is_first, *masks = to_device(torch.from_numpy(kept), rewards.device).unbind()
         n = self._n_envs
         if drawn.rows is None:
             ids = (drawn.first * n + drawn.stream)[:, None] + np.arange(0, seq_len * n, n)
@@ -342,7 +343,7 @@ class WindowSampler:
             terminations=terminations,
             truncations=truncations,
             is_first=is_first,
-            obs_mask=obs_mask,
+            obs_mask=masks[0] if masks else None,
             extras={name: windows.copy(array) for name, array in store.extras.items()} if with_extras else {},
             rows=torch.from_numpy(ids),
         )

@@ -2,7 +2,7 @@
 
 Training unrolls the cell in two places: along replayed windows (`scan.py`) and in imagination (`imagination.py`). Both
 use the functions here, which take the weights in the precision of the products and keep everything else in float32.
-What they compute is defined by `RSSM.core` and `RSSM.posterior`.
+What they compute is defined by `RSSM.core`, `RSSM.posterior` and `RSSM.prior`.
 
 Notation: N rows, D width of the deterministic state in g blocks of w, h hidden width, S rows of C classes.
 """
@@ -50,6 +50,23 @@ class PosteriorWeights(NamedTuple):
     """Its part for the state. `[h, D]`"""
     scale: Tensor
     """`[h]`"""
+    out_kernel: Tensor
+    """`[S * C, h]`"""
+    out_bias: Tensor
+
+
+class PriorWeights(NamedTuple):
+    """What turns the state alone into latents, where nothing was seen."""
+
+    kernel: Tensor
+    """`[h, D]`"""
+    bias: Tensor
+    scale: Tensor
+    """`[h]`"""
+    inner_kernel: Tensor
+    """`[h, h]`"""
+    inner_bias: Tensor
+    inner_scale: Tensor
     out_kernel: Tensor
     """`[S * C, h]`"""
     out_bias: Tensor
@@ -114,6 +131,33 @@ class PosteriorSaved(NamedTuple):
     hidden: Tensor
     probs: Tensor
     """Softmax of the logits, without unimix. `[N, S, C]`"""
+
+
+class PriorGrads(NamedTuple):
+    """Gradients with respect to what the prior's layers gave."""
+
+    logits: Tensor
+    """`[N, S * C]`"""
+    hidden: Tensor
+    """`[N, h]`"""
+    hidden_scales: Tensor
+    inner: Tensor
+    """`[N, h]`"""
+    inner_scales: Tensor
+
+
+class PriorSaved(NamedTuple):
+    """What the gradient of the prior goes back to."""
+
+    seen: Tensor
+    """1 where the posterior's latents were taken, 0 where the prior's were. `[N, 1]`"""
+    deter: Tensor
+    normed: Tensor
+    inverse: Tensor
+    hidden: Tensor
+    inner_normed: Tensor
+    inner_inverse: Tensor
+    inner_hidden: Tensor
 
 
 def linear(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
@@ -220,20 +264,47 @@ def posterior(
     return logits, PosteriorSaved(deter, normed, inverse, hidden, softmax(logits))
 
 
-def posterior_backward(
-    w: PosteriorWeights, saved: PosteriorSaved, grad_logits: Tensor, grad_probs: Tensor
-) -> tuple[Tensor, PosteriorGrads]:
-    """Gradient with respect to the state `[N, D]`, and to what the layers gave.
+def prior(w: PriorWeights, deter: Tensor, seen: Tensor, shape: tuple[int, int]) -> tuple[Tensor, PriorSaved]:
+    """Logits of the latents expected without an observation, `[N, S, C]`.
 
     Args:
         w: Weights.
-        saved: Of the step.
-        grad_logits: `[N, S, C]`
-        grad_probs: With respect to the softmax. `[N, S, C]`
+        deter: `[N, D]`
+        seen: Kept for the gradient. `[N, 1]`
+        shape: S and C.
     """
+    normed, inverse = normalise(linear(deter, w.kernel, w.bias))
+    hidden = F.silu(normed * w.scale)
+    inner_normed, inner_inverse = normalise(linear(hidden, w.inner_kernel, w.inner_bias))
+    inner_hidden = F.silu(inner_normed * w.inner_scale)
+    logits = linear(inner_hidden, w.out_kernel, w.out_bias).unflatten(-1, shape)
+    return logits, PriorSaved(seen, deter, normed, inverse, hidden, inner_normed, inner_inverse, inner_hidden)
+
+
+def latents_backward(probs: Tensor, grad_logits: Tensor, grad_probs: Tensor) -> Tensor:
+    """Gradient with respect to the logits, from those of the logits themselves and of their softmax `[N, S, C]`.
+
+    Returns:
+        `[N, S * C]`
+    """
+    weighted = grad_probs * probs
+    return (grad_logits + weighted - probs * weighted.sum(-1, keepdim=True)).flatten(1)
+
+
+def posterior_backward(w: PosteriorWeights, saved: PosteriorSaved, logits: Tensor) -> tuple[Tensor, PosteriorGrads]:
+    """Gradient of the state `[N, D]`, and of what the layers gave, from that of the logits `[N, S * C]`."""
     kind = w.kernel.dtype
-    weighted = grad_probs * saved.probs
-    logits = (grad_logits + weighted - saved.probs * weighted.sum(-1, keepdim=True)).flatten(1)
     grad_hidden = torch.mm(logits.to(kind), w.out_kernel).float()
     hidden, scales = norm_silu_backward(grad_hidden, saved.normed, saved.inverse, w.scale)
     return torch.mm(hidden.to(kind), w.kernel).float(), PosteriorGrads(logits, hidden, scales)
+
+
+def prior_backward(w: PriorWeights, saved: PriorSaved, logits: Tensor) -> tuple[Tensor, PriorGrads]:
+    """The same for the prior."""
+    kind = w.kernel.dtype
+    grad_inner = torch.mm(logits.to(kind), w.out_kernel).float()
+    inner, inner_scales = norm_silu_backward(grad_inner, saved.inner_normed, saved.inner_inverse, w.inner_scale)
+    grad_hidden = torch.mm(inner.to(kind), w.inner_kernel).float()
+    hidden, scales = norm_silu_backward(grad_hidden, saved.normed, saved.inverse, w.scale)
+    deter = torch.mm(hidden.to(kind), w.kernel).float()
+    return deter, PriorGrads(logits, hidden, scales, inner, inner_scales)

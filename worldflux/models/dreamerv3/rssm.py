@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldflux.models.dreamerv3.cell import CoreWeights, PosteriorWeights
+from worldflux.models.dreamerv3.cell import CoreWeights, PosteriorWeights, PriorWeights
 from worldflux.models.dreamerv3.imagination import ImaginationWeights, hidden_layers, imagine_step, layers_of
 from worldflux.models.dreamerv3.scan import Scan, observe_step, observe_step_backward
 from worldflux.nn.distributions import OneHot
@@ -179,7 +179,7 @@ class RSSM(nn.Module):
         noise = None
         if draws is None:
             noise = torch.rand(keep.shape[1], *stoch.shape[:2], device=stoch.device)
-        if obs_mask is not None or not self.takes_fast_form():
+        if not self.takes_fast_form():
             return self._observe_plainly(deter, stoch, prev_actions, embed, keep, obs_mask, noise, draws)
         layer: Any = self.posterior_in.linears[0]
         embed_part = F.linear(embed, layer.weight[:, self.deter_dim :], layer.bias)  # [B, T, hidden]
@@ -192,10 +192,12 @@ class RSSM(nn.Module):
             keep.transpose(0, 1),
             self.action_part(prev_actions).transpose(0, 1),
             embed_part.float().transpose(0, 1),
+            None if obs_mask is None else obs_mask.to(deter.dtype).unsqueeze(-1).transpose(0, 1),
             noise,
             None if draws is None else draws.transpose(0, 1),
             *self.core_weights(),
             *self.posterior_weights(),
+            *(() if obs_mask is None else self.prior_weights()),
         )
         return Observed(*(result.transpose(0, 1) for result in results))
 
@@ -261,6 +263,16 @@ class RSSM(nn.Module):
             scale=layer.scale,
             out_kernel=self.posterior_out.weight.to(kind),
             out_bias=self.posterior_out.bias.to(kind),
+        )
+
+    def prior_weights(self) -> PriorWeights:
+        """Weights of the prior, as `core_weights` gives those of the recurrence."""
+        kind = self._precision()
+        layers = layers_of(self.prior_in, kind)
+        return PriorWeights(
+            *(weight for layer in layers for weight in layer),
+            out_kernel=self.prior_out.weight.to(kind),
+            out_bias=self.prior_out.bias.to(kind),
         )
 
     def imagination_weights(self, actor: MLP) -> ImaginationWeights:

@@ -21,75 +21,101 @@ from worldflux.models.dreamerv3.cell import (
     PosteriorGrads,
     PosteriorSaved,
     PosteriorWeights,
+    PriorGrads,
+    PriorSaved,
+    PriorWeights,
     core,
     core_backward,
+    latents_backward,
     posterior,
     posterior_backward,
+    prior,
+    prior_backward,
 )
-from worldflux.nn.distributions import inverse_cdf
+from worldflux.nn.distributions import inverse_cdf, softmax
 from worldflux.nn.layers import blocked
 
 
 def observe_step(
     core_weights: CoreWeights,
     posterior_weights: PosteriorWeights,
+    prior_weights: PriorWeights | None,
     deter: Tensor,
     stoch: Tensor,
     keep: Tensor,
     action_part: Tensor,
     embed_part: Tensor,
+    seen: Tensor | None,
     noise: Tensor | None,
     classes: Tensor | None,
     unimix: float,
-) -> tuple[Tensor, Tensor, Tensor, CoreSaved, PosteriorSaved]:
+) -> tuple[Tensor, Tensor, Tensor, CoreSaved, PosteriorSaved, PriorSaved | None]:
     """One step of a window: the next state, its latents `[N, S, C]` and their logits, and what the gradient needs.
 
     Args:
         core_weights: Of the recurrence.
         posterior_weights: Of the latents.
+        prior_weights: Of the latents where nothing was seen; needed with `seen` only.
         deter: `[N, D]`
         stoch: `[N, S, C]`
         keep: 0 where an episode starts, else 1. `[N, 1]`
         action_part: `[N, D]`
         embed_part: `[N, h]`
+        seen: 1, or 0 where the prior takes the posterior's place; None if everything was seen. `[N, 1]`
         noise: Uniform numbers that the latents are drawn with. `[N, S]`
         classes: Latents to take, without noise. `[N, S]`
         unimix: Share of the uniform distribution.
     """
     deter, core_saved = core(core_weights, deter * keep, stoch.flatten(1) * keep, action_part)
-    logits, saved = posterior(posterior_weights, deter, embed_part, (stoch.shape[1], stoch.shape[2]))
+    shape = stoch.shape[1], stoch.shape[2]
+    logits, saved = posterior(posterior_weights, deter, embed_part, shape)
+    prior_saved = None
+    if seen is not None:
+        assert prior_weights is not None
+        expected, prior_saved = prior(prior_weights, deter, seen, shape)
+        logits = torch.where(seen.unsqueeze(-1) > 0, logits, expected)
+        saved = saved._replace(probs=softmax(logits))
     if classes is None:
         classes = inverse_cdf((1.0 - unimix) * saved.probs + unimix / stoch.shape[2], noise)
     stoch = torch.zeros_like(logits).scatter_(-1, classes.unsqueeze(-1), 1.0)
-    return deter, stoch, logits, core_saved, saved
+    return deter, stoch, logits, core_saved, saved, prior_saved
 
 
 def observe_step_backward(
     core_weights: CoreWeights,
     posterior_weights: PosteriorWeights,
+    prior_weights: PriorWeights | None,
     core_saved: CoreSaved,
     saved: PosteriorSaved,
+    prior_saved: PriorSaved | None,
     keep: Tensor,
     grad_deter: Tensor,
     grad_stoch: Tensor,
     grad_logits: Tensor,
     unimix: float,
-) -> tuple[Tensor, Tensor, CoreGrads, PosteriorGrads]:
+) -> tuple[Tensor, Tensor, CoreGrads, PosteriorGrads, PriorGrads | None]:
     """Gradients with respect to the state before the step, `[N, D]` and `[N, S, C]`, and to what the layers gave.
 
     The latents pass their gradient straight through to the probabilities that they were drawn from.
     """
-    through, posterior_grads = posterior_backward(posterior_weights, saved, grad_logits, (1.0 - unimix) * grad_stoch)
+    grad = latents_backward(saved.probs, grad_logits, (1.0 - unimix) * grad_stoch)
+    prior_grads = None
+    if prior_saved is not None:
+        assert prior_weights is not None
+        through, prior_grads = prior_backward(prior_weights, prior_saved, grad * (1.0 - prior_saved.seen))
+        grad_deter, grad = grad_deter + through, grad * prior_saved.seen
+    through, posterior_grads = posterior_backward(posterior_weights, saved, grad)
     before, stoch, core_grads = core_backward(core_weights, core_saved, grad_deter + through)
-    return before * keep, (stoch * keep).view_as(grad_stoch), core_grads, posterior_grads
+    return before * keep, (stoch * keep).view_as(grad_stoch), core_grads, posterior_grads, prior_grads
 
 
 class Scan(torch.autograd.Function):
     """`observe_step` along the windows.
 
     Inputs: `observe_step` and `observe_step_backward` (or compiled ones), the unimix, the state before the first step
-    `[N, D]` and `[N, S, C]`, then `[T, N, ...]` each `keep`, `action_part`, `embed_part`, `noise`, `classes` (one of
-    the last two is None), and the fields of `CoreWeights` and `PosteriorWeights`.
+    `[N, D]` and `[N, S, C]`, then `[T, N, ...]` each `keep`, `action_part`, `embed_part`, `seen` (or None), `noise`,
+    `classes` (one of the last two is None), and the fields of `CoreWeights`, of `PosteriorWeights`, and, with `seen`,
+    of `PriorWeights`.
 
     Outputs: states `[T, N, D]`, latents and their logits `[T, N, S, C]`.
     """
@@ -105,13 +131,19 @@ class Scan(torch.autograd.Function):
         keep: Tensor,
         action_part: Tensor,
         embed_part: Tensor,
+        seen: Tensor | None,
         noise: Tensor | None,
         classes: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Runs the windows from their first step to the last."""
-        count = len(CoreWeights._fields)
-        ctx.weights = CoreWeights(*weights[:count]), PosteriorWeights(*weights[count:])
+        first = len(CoreWeights._fields)
+        second = first + len(PosteriorWeights._fields)
+        ctx.weights = (
+            CoreWeights(*weights[:first]),
+            PosteriorWeights(*weights[first:second]),
+            None if seen is None else PriorWeights(*weights[second:]),
+        )
         ctx.step_backward, ctx.unimix, ctx.keep = step_backward, unimix, keep
         results = []
         with torch.autocast(deter.device.type, enabled=False):
@@ -123,13 +155,14 @@ class Scan(torch.autograd.Function):
                     keep[t],
                     action_part[t],
                     embed_part[t],
+                    None if seen is None else seen[t],
                     None if noise is None else noise[t],
                     None if classes is None else classes[t],
                     unimix,
                 )
                 deter, stoch = result[:2]
                 results.append(result)
-        deters, stochs, logits, ctx.core_saved, ctx.saved = zip(*results, strict=True)
+        deters, stochs, logits, ctx.core_saved, ctx.saved, ctx.prior_saved = zip(*results, strict=True)
         return torch.stack(deters), torch.stack(stochs), torch.stack(logits)
 
     @staticmethod
@@ -137,28 +170,31 @@ class Scan(torch.autograd.Function):
     def backward(ctx: Any, grad_deter: Tensor, grad_stoch: Tensor, grad_logits: Tensor) -> tuple[Tensor | None, ...]:
         """Runs back, then makes the weights' gradients over all steps at once."""
         before_deter, before_stoch = torch.zeros_like(grad_deter[0]), torch.zeros_like(grad_stoch[0])
-        core_grads, posterior_grads = [], []
+        grads = []
         for t in reversed(range(len(ctx.keep))):
-            before_deter, before_stoch, of_core, of_posterior = ctx.step_backward(
+            before_deter, before_stoch, *of_layers = ctx.step_backward(
                 *ctx.weights,
                 ctx.core_saved[t],
                 ctx.saved[t],
+                ctx.prior_saved[t],
                 ctx.keep[t],
                 grad_deter[t] + before_deter,
                 grad_stoch[t] + before_stoch,
                 grad_logits[t],
                 ctx.unimix,
             )
-            core_grads.append(of_core)
-            posterior_grads.append(of_posterior)
-        core_grads, posterior_grads = core_grads[::-1], posterior_grads[::-1]
+            grads.append(of_layers)
+        core_grads, posterior_grads, prior_grads = zip(*reversed(grads), strict=True)
         of_weights = [
             *_core_weight_grads(ctx.core_saved, core_grads, ctx.weights[0]),
             *_posterior_weight_grads(ctx.saved, posterior_grads, ctx.weights[1]),
         ]
+        if ctx.weights[2] is not None:
+            of_weights += _prior_weight_grads(ctx.prior_saved, prior_grads, ctx.weights[2])
         action_part = torch.stack([grads.hidden for grads in core_grads])
         embed_part = torch.stack([grads.hidden for grads in posterior_grads])
-        return None, None, None, before_deter, before_stoch, None, action_part, embed_part, None, None, *of_weights
+        nones = None, None, None
+        return *nones, before_deter, before_stoch, None, action_part, embed_part, *nones, *of_weights
 
 
 def _core_weight_grads(saved: Sequence[CoreSaved], grads: Sequence[CoreGrads], weights: CoreWeights) -> CoreWeights:
@@ -192,6 +228,24 @@ def _posterior_weight_grads(
         kernel=hidden.to(kind).t() @ _rows(saved, "deter").to(kind),
         scale=_rows(grads, "hidden_scales").sum(0),
         out_kernel=logits.to(kind).t() @ _rows(saved, "hidden").to(kind),
+        out_bias=logits.sum(0).to(kind),
+    )
+
+
+def _prior_weight_grads(
+    saved: Sequence[PriorSaved], grads: Sequence[PriorGrads], weights: PriorWeights
+) -> PriorWeights:
+    """Gradients of the weights of the prior, from the rows in which nothing was seen."""
+    kind = weights.kernel.dtype
+    logits, inner, hidden = (_rows(grads, name) for name in ("logits", "inner", "hidden"))
+    return PriorWeights(
+        kernel=hidden.to(kind).t() @ _rows(saved, "deter").to(kind),
+        bias=hidden.sum(0).to(kind),
+        scale=_rows(grads, "hidden_scales").sum(0),
+        inner_kernel=inner.to(kind).t() @ _rows(saved, "hidden").to(kind),
+        inner_bias=inner.sum(0).to(kind),
+        inner_scale=_rows(grads, "inner_scales").sum(0),
+        out_kernel=logits.to(kind).t() @ _rows(saved, "inner_hidden").to(kind),
         out_bias=logits.sum(0).to(kind),
     )
 
