@@ -307,8 +307,13 @@ class WorldFluxAgent(SavedAgent):
 
     def _begin_episodes(self) -> None:
         """The environments were just reset, to `_last_obs`."""
-        assert self.replay_buffer is not None and self.env is not None
+        self._get_collector().begin(self._last_obs)
+        self._last_episode_starts = np.ones(self.n_envs, dtype=bool)
+
+    def _get_collector(self) -> Collector:
+        """Made before the environments are reset: it sees what they give from the first observation on."""
         if self._collector is None:
+            assert self.replay_buffer is not None and self.env is not None
             own_predict = steps_back("Acting without `predict`", self, overridden(self, _PREDICT))
             self._collector = Collector(
                 self.env,
@@ -320,8 +325,7 @@ class WorldFluxAgent(SavedAgent):
             # A GPU computes while this process steps the environments, too.
             self._steps_elsewhere = steps_elsewhere(self.env) or self.device.type == "cuda"
             self._frames_per_step = frames_per_vec_step(self.env)
-        self._collector.begin(self._last_obs)
-        self._last_episode_starts = np.ones(self.n_envs, dtype=bool)
+        return self._collector
 
     def _leave_episodes(self) -> None:
         """Closes the episodes in flight; the next `learn` starts new ones."""
@@ -429,6 +433,8 @@ class WorldFluxAgent(SavedAgent):
         if self._collector is not None and self._collector.moved:
             self._leave_episodes()
         starts_episodes = reset_num_timesteps or self._last_obs is None
+        if starts_episodes:
+            self._get_collector()
         set_up = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         if starts_episodes:
             self._begin_episodes()
@@ -443,6 +449,7 @@ class WorldFluxAgent(SavedAgent):
         callback.on_rollout_start()
         if self._collector.moved:
             self._leave_episodes()
+            self._get_collector()
             self._last_obs = self.env.reset()  # type: ignore[assignment]
             self._begin_episodes()
         assert self._last_episode_starts is not None

@@ -14,6 +14,7 @@ from gymnasium.vector import VectorEnv, VectorWrapper
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
+from worldflux.envs.given import GivenValues
 from worldflux.envs.recorder import EpisodeRecorder, VecEpisodeRecorder
 from worldflux.envs.spaces import Array
 from worldflux.envs.vector_recorder import vector_recorder
@@ -48,6 +49,7 @@ class RecordEpisodes(gym.Wrapper[Any, Any, Any, Any]):
         _check_kind(env, gym.Env)
         super().__init__(env)
         self._recorder = EpisodeRecorder(buffer, env.observation_space, env.action_space)
+        self._given = GivenValues(env.observation_space)
         if buffer.n_envs != 1:
             raise ConfigurationError(
                 f"The buffer is for {buffer.n_envs} environments, expected 1. Record a VecEnv with VecRecordEpisodes."
@@ -62,6 +64,7 @@ class RecordEpisodes(gym.Wrapper[Any, Any, Any, Any]):
         """Resets the environment; an episode in flight ends as truncated."""
         try:
             obs, info = self.env.reset(seed=seed, options=options)
+            self._given.check_obs(obs)
             self._recorder.begin(obs)
         except BaseException:
             self._recorder.interrupt()
@@ -73,6 +76,8 @@ class RecordEpisodes(gym.Wrapper[Any, Any, Any, Any]):
         checked = self._recorder.checked_actions(np.asarray(action)[None])
         try:
             obs, reward, terminated, truncated, info = self.env.step(action)
+            self._given.check_obs(obs)
+            self._given.check_reward(reward)
             over = terminated or truncated
             # Where a time limit meets the true end, the end counts, as SB3 has it.
             ends = [(0, int(TERMINATED if terminated else TRUNCATED))] if over else []

@@ -14,6 +14,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 
+from worldflux.envs.given import check_what_is_given
 from worldflux.envs.held_steps import HeldSteps
 from worldflux.envs.spaces import ActionCodec, Array, Arrays, ObservationCodec
 from worldflux.envs.taps import Tap, tapped
@@ -203,6 +204,7 @@ class VecEpisodeRecorder(EpisodeRecorder):
         super().__init__(buffer, venv.observation_space, venv.action_space)
         if buffer.n_envs != venv.num_envs:
             raise ConfigurationError(f"The buffer is for {buffer.n_envs} environments, expected {venv.num_envs}.")
+        check_what_is_given(venv)
         self.steps = 0
         self._base = base = venv.unwrapped
         self._hears_late = isinstance(base, GymnasiumVecEnv) and base.autoreset_mode is AutoresetMode.NEXT_STEP

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
+from worldflux.envs.given import check_what_is_given
 from worldflux.envs.held_steps import NextStepHeldSteps
 from worldflux.envs.recorder import EpisodeRecorder
 from worldflux.envs.spaces import Array
@@ -36,6 +37,7 @@ class VectorEpisodeRecorder(EpisodeRecorder):
         super().__init__(buffer, envs.single_observation_space, envs.single_action_space)
         if buffer.n_envs != envs.num_envs:
             raise ConfigurationError(f"The buffer is for {buffer.n_envs} environments, expected {envs.num_envs}.")
+        check_what_is_given(envs)
         self._resets_at_once = autoreset_mode(envs) is AutoresetMode.SAME_STEP
         self._over = np.zeros(self._shape, np.bool_)  # whose reset is due
         self._is_reset_due = False
