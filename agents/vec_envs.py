@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-from gymnasium.vector import AsyncVectorEnv
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from worldflux.envs.vector import GymnasiumVecEnv
-from worldflux.envs.wrappers import stated_frames, stated_limit
+from worldflux.envs.wrappers import LIMIT_NAMES, max_episode_steps, smallest_limit, stated_frames
 
 
 def steps_elsewhere(venv: VecEnv) -> bool:
@@ -21,13 +20,23 @@ def steps_elsewhere(venv: VecEnv) -> bool:
 
 
 def max_vec_episode_steps(venv: VecEnv) -> int | None:
-    """Steps after which each environment cuts its episodes; None where it does not say."""
-    return stated_limit(partial(_of_the_first, venv))
+    """Steps after which each environment cuts its episodes; None where it does not say.
+
+    Of environments in other processes only the outermost limit of each name is known.
+    """
+    base: Any = venv.unwrapped
+    envs = base.vector_env.unwrapped if isinstance(base, GymnasiumVecEnv) else base
+    if isinstance(envs, DummyVecEnv | SyncVectorEnv):
+        return max_episode_steps(envs.envs[0])
+    stated = [_of_the_first(venv, name) for name in LIMIT_NAMES]
+    if not isinstance(base, SubprocVecEnv):  # whose processes die of a specification that cannot be pickled
+        stated.append(getattr(_of_the_first(venv, "spec"), "max_episode_steps", None))
+    return smallest_limit(stated)
 
 
 def frames_per_vec_step(venv: VecEnv) -> int:
     """Frames that a step of each environment takes, by the attribute `action_repeat`; 1 where there is none."""
-    return stated_frames(partial(_of_the_first, venv))
+    return stated_frames(_of_the_first(venv, "action_repeat"))
 
 
 def _of_the_first(venv: VecEnv, name: str) -> Any:

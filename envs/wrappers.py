@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import gymnasium as gym
@@ -40,36 +41,45 @@ class ActionRepeat(RepeatAction[Any, Any]):
 
 def frames_per_step(env: gym.Env[Any, Any]) -> int:
     """Frames (steps of the simulator) that one step of an environment takes, by its attribute `action_repeat`."""
-    return stated_frames(_attributes(env))
+    return stated_frames(env.get_wrapper_attr("action_repeat") if env.has_wrapper_attr("action_repeat") else None)
 
 
 def max_episode_steps(env: gym.Env[Any, Any]) -> int | None:
-    """Steps after which an environment cuts its episodes; None where it does not say."""
-    return stated_limit(_attributes(env))
+    """Steps after which an environment cuts its episodes; None where it does not say.
 
-
-def stated_frames(attribute: Callable[[str], Any]) -> int:
-    """`frames_per_step` of whatever can be asked for attributes, None where it has none of a name."""
-    repeat = attribute("action_repeat")
-    return 1 if repeat is None else int(repeat)
-
-
-def stated_limit(attribute: Callable[[str], Any]) -> int | None:
-    """`max_episode_steps` of whatever can be asked for attributes, None where it has none of a name.
-
-    Looked for in the attribute of this name, in the specification, and in Gymnasium's `TimeLimit`, which keeps it to
-    itself and may stand around an environment that has no specification.
+    The smallest of all that it and its wrappers say, in an attribute of this name, in a specification, and in
+    Gymnasium's `TimeLimit`, which keeps it to itself and may stand around an environment that has no specification.
     """
-    steps = attribute("max_episode_steps")
-    if steps is None:
-        steps = getattr(attribute("spec"), "max_episode_steps", None)
-    if steps is None:
-        steps = attribute("_max_episode_steps")
-    return None if steps is None else int(steps)
+    stated: list[Any] = []
+    layer: Any = env
+    while layer is not None:
+        stated += (getattr(layer, name, None) for name in LIMIT_NAMES)
+        stated.append(getattr(getattr(layer, "spec", None), "max_episode_steps", None))
+        layer = layer.env if isinstance(layer, gym.Wrapper) else None
+    return smallest_limit(stated)
 
 
-def _attributes(env: gym.Env[Any, Any]) -> Callable[[str], Any]:
-    return lambda name: env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else None
+LIMIT_NAMES = ("max_episode_steps", "_max_episode_steps")
+"""Attributes that hold a time limit."""
+
+
+def stated_frames(repeat: Any) -> int:
+    """The number of frames that an attribute `action_repeat` says; 1 where it is none."""
+    return whole_steps(repeat) or 1
+
+
+def smallest_limit(stated: Iterable[Any]) -> int | None:
+    """The time limit that comes first; None where nothing that was stated is one."""
+    return min((steps for each in stated if (steps := whole_steps(each)) is not None), default=None)
+
+
+def whole_steps(value: Any) -> int | None:
+    """A positive whole number of any type; None for whatever else people keep in an attribute of such a name."""
+    if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf or value % 1:
+        return None
+    return int(value)
 
 
 class ResizeImages(gym.ObservationWrapper[Any, Any, Any]):
