@@ -20,6 +20,7 @@ from worldflux.agents.acting import Actor, Memory
 from worldflux.agents.building import build_model, build_planner, checked_model_kwargs
 from worldflux.agents.collecting import Collector
 from worldflux.agents.learning import Learner
+from worldflux.agents.logs import dump_log
 from worldflux.agents.rates import Rate, RateSchedule
 from worldflux.agents.saving import SavedAgent
 from worldflux.agents.schedule import UpdateSchedule
@@ -506,7 +507,7 @@ class WorldFluxAgent(SavedAgent):
             record(f"health/{name}", value)
         for problem in problems:
             self.logger.warn(problem)
-        self.logger.dump(step=self.num_timesteps)
+        dump_log(self.logger, self.num_timesteps)
 
     # --- acting
 
