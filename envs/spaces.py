@@ -31,6 +31,8 @@ SINGLE_KEY = "obs"
 """Name under which `obs_classes` speaks of an observation that is one array, not a dictionary."""
 
 _OBSERVATIONS_SUPPORTED = "Box, Discrete, MultiDiscrete, MultiBinary and a flat Dict of these"
+_LEAST_SIDE, _LEAST_SIDE_OF_NUMBERS = 16, 32
+"""Of what counts as a picture although it is not `uint8`: with at most four channels, and with any number or none."""
 _ACTIONS_SUPPORTED = "Box with finite bounds, Discrete, MultiDiscrete and MultiBinary"
 
 
@@ -94,15 +96,39 @@ def _choices(space: spaces.Space[Any]) -> OneHots | None:
     return None
 
 
+def _is_supported(space: spaces.Space[Any]) -> bool:
+    return isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary)
+
+
+def _other_form(space: spaces.Space[Any]) -> str:
+    """What to do about a space that is not supported, or has such parts."""
+    try:
+        flat: Any = None if _has_images(space) else spaces.utils.flatten_space(space)
+    except NotImplementedError:  # a space of somebody's own
+        flat = None
+    if isinstance(flat, spaces.Box):
+        return "gymnasium.wrappers.FlattenObservation(env) makes one Box of everything."
+    kept = [key for key, part in space.spaces.items() if _is_supported(part)] if isinstance(space, spaces.Dict) else []
+    if kept:
+        return f"gymnasium.wrappers.FilterObservation(env, {kept}) leaves the rest out."
+    return "gymnasium.wrappers.TransformObservation(env, function, space) makes one of these out of it."
+
+
+def _has_images(space: Any) -> bool:
+    if isinstance(space, spaces.Box):
+        return is_image(space)
+    parts = getattr(space, "spaces", ())
+    return any(_has_images(part) for part in (parts.values() if isinstance(parts, Mapping) else parts))
+
+
 class _Leaf:
     """Codec of one array of an observation: its library shape and dtype, and the check at the door."""
 
-    def __init__(self, space: spaces.Space[Any], name: str) -> None:
-        if not isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+    def __init__(self, space: spaces.Space[Any], name: str, whole: spaces.Space[Any]) -> None:
+        if not _is_supported(space):
             raise ConfigurationError(
                 f"{name} is a {type(space).__name__} space, which is not supported. "
-                f"Supported observations are {_OBSERVATIONS_SUPPORTED}; "
-                "gymnasium.wrappers.FlattenObservation turns most others into a Box."
+                f"Supported observations are {_OBSERVATIONS_SUPPORTED}. {_other_form(whole)}"
             )
         self.name = name
         self.given_shape: tuple[int, ...] = tuple(space.shape or ())
@@ -116,7 +142,7 @@ class _Leaf:
         elif self.is_image:
             self._set_image_layout()
         else:
-            _reject_other_images(self.given_shape, np.dtype(space.dtype), name)
+            _reject_other_images(space, name)
             self.shape = (int(np.prod(self.given_shape, dtype=np.int64)),)
         self._is_vector = self.choices is None and not self.is_image and len(self.given_shape) == 1
         self._kinds = "biu" if self.choices is not None else "u" if self.is_image else "biuf"
@@ -199,14 +225,48 @@ def is_image(space: spaces.Box) -> bool:
     return len(space.shape) == 3 or (len(space.shape) in (2, 4) and full_range)
 
 
-def _reject_other_images(shape: tuple[int, ...], dtype: np.dtype[Any], name: str) -> None:
+def _reject_other_images(space: spaces.Box, name: str) -> None:
     """Flattening a picture of numbers would build an MLP over every pixel, which nobody wants."""
-    if len(shape) in (3, 4) and min(shape[-3:]) <= 4 and sorted(shape[-3:])[1] >= 16:
-        of = "floats" if dtype.kind == "f" else str(dtype)
-        raise ConfigurationError(
-            f"{name} looks like an image {shape} of {of}, expected uint8 with values from 0 to 255. "
-            "Remove the wrapper that scales it; the model does that itself."
+    shape = space.shape
+    if not _has_sides_of_a_picture(shape):
+        return
+    numbers = int(np.prod(shape, dtype=np.int64))
+    if space.dtype == np.uint8:
+        given, expected = f"with bounds {space.low.min()} to {space.high.max()}", "the bounds 0 to 255"
+        how = (
+            "If it is one, gymnasium.wrappers.TransformObservation(env, lambda obs: "
+            f"{_as_pixels(space)}.astype(numpy.uint8), Box(0, 255, {shape}, numpy.uint8)) says so"
         )
+    else:
+        given = f"of {'floats' if space.dtype.kind == 'f' else space.dtype}"
+        expected = "uint8 with values from 0 to 255"
+        how = (
+            "Remove the wrapper that scales it, or use gymnasium.wrappers.TransformObservation(env, lambda obs: "
+            f"{_as_pixels(space)}.astype(numpy.uint8), Box(0, 255, {shape}, numpy.uint8)); the model scales it itself. "
+            "Frames that are stacked are its channels"
+        )
+    raise ConfigurationError(
+        f"{name} looks like an image {shape} {given}, expected {expected}: it would become a vector of {numbers:,} "
+        f"float32 numbers. {how}. If it is no picture, gymnasium.wrappers.FlattenObservation(env) makes that vector."
+    )
+
+
+def _as_pixels(space: spaces.Box) -> str:
+    """How numbers become those from 0 to 255, as code; without bounds they are taken for 0 to 1."""
+    low, high = float(space.low.min()), float(space.high.max())
+    if not (np.isfinite([low, high]).all() and low < high):
+        low, high = 0.0, 1.0
+    if (low, high) == (0.0, 255.0):
+        return "obs"
+    return f"({255 / (high - low):.6g} * {'obs' if low == 0 else f'(obs - {low:g})'})"
+
+
+def _has_sides_of_a_picture(shape: tuple[int, ...]) -> bool:
+    if not 2 <= len(shape) <= 4:
+        return False
+    short, long = sorted(shape[-3:])[-2:]
+    few_channels = len(shape) > 2 and min(shape[-3:]) <= 4
+    return (few_channels and short >= _LEAST_SIDE) or (short >= _LEAST_SIDE_OF_NUMBERS and long <= 2 * short)
 
 
 class ObservationCodec:
@@ -231,9 +291,9 @@ class ObservationCodec:
         if isinstance(space, spaces.Dict):
             if not space.spaces:
                 raise ConfigurationError("The observation is an empty Dict space, expected at least one key.")
-            self._leaves = {key: _Leaf(part, f"observation '{key}'") for key, part in space.spaces.items()}
+            self._leaves = {key: _Leaf(part, f"observation '{key}'", space) for key, part in space.spaces.items()}
         else:
-            self._leaves = {SINGLE_KEY: _Leaf(space, "observation")}
+            self._leaves = {SINGLE_KEY: _Leaf(space, "observation", space)}
         self.obs_shape: tuple[int, ...] | dict[str, tuple[int, ...]] = self._merge(
             {key: leaf.shape for key, leaf in self._leaves.items()}
         )

@@ -16,8 +16,8 @@ from worldflux.errors import ConfigurationError, MissingDependencyError
 Size = int | tuple[int, int]
 """Side of a square, or height and width."""
 
-Layout = tuple[int, bool]
-"""Axis of the height, and whether there is an axis of channels."""
+_MOST_CHANNELS = 4
+"""That OpenCV averages over areas at a time."""
 
 
 class ActionRepeat(RepeatAction[Any, Any]):
@@ -88,7 +88,7 @@ class ResizeImages(gym.ObservationWrapper[Any, Any, Any]):
     Pixels are averaged over areas, which is how both Atari protocols make their frames smaller.
 
     Args:
-        env: With at least one image: a `uint8` Box of three axes, or of two.
+        env: With at least one image: a `uint8` Box of three axes, of two, or of four (frames that are stacked).
         size: Of the result.
 
     Raises:
@@ -101,15 +101,15 @@ class ResizeImages(gym.ObservationWrapper[Any, Any, Any]):
         self._size = checked_size(size)
         space = env.observation_space
         parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
-        self._layouts = {key: layout for key, part in parts.items() if (layout := _image_layout(part)) is not None}
-        if not self._layouts:
+        self._heights = {key: axis for key, part in parts.items() if (axis := _height_axis(part)) is not None}
+        if not self._heights:
             raise ConfigurationError(
-                f"size is {size}, but the observation {space} has no image (a uint8 Box with two or three axes). "
+                f"size is {size}, but the observation {space} has no image (a uint8 Box with two to four axes). "
                 "Leave size out, or pass pixels=True to observe what the environment renders."
             )
         resized: dict[str, spaces.Space[Any]] = {
             **parts,
-            **{key: spaces.Box(0, 255, self._new_shape(parts[key]), np.uint8) for key in self._layouts},
+            **{key: spaces.Box(0, 255, self._new_shape(parts[key]), np.uint8) for key in self._heights},
         }
         self.observation_space = spaces.Dict(resized) if isinstance(space, spaces.Dict) else resized[""]
         try:
@@ -124,23 +124,30 @@ class ResizeImages(gym.ObservationWrapper[Any, Any, Any]):
     def observation(self, observation: Any) -> Any:
         """The observation with its images resized; everything else is passed on."""
         if isinstance(self.observation_space, spaces.Dict):
-            resized = {key: self._resized(observation[key], layout) for key, layout in self._layouts.items()}
+            resized = {key: self._resized(observation[key], axis) for key, axis in self._heights.items()}
             return {**observation, **resized}
-        return self._resized(observation, self._layouts[""])
+        return self._resized(observation, self._heights[""])
 
-    def _resized(self, image: np.ndarray, layout: Layout) -> np.ndarray:
-        height_axis, has_channels = layout
-        first = has_channels and height_axis == 1
-        image = np.moveaxis(image, 0, -1) if first else image
-        channels = image.shape[2:]
-        small = self._resize(np.ascontiguousarray(image), self._size[::-1], interpolation=self._interpolation)
-        small = small.reshape(*self._size, *channels)  # a single channel's axis is dropped by the resize
-        return np.ascontiguousarray(np.moveaxis(small, -1, 0)) if first else small
+    def _resized(self, image: np.ndarray, height_axis: int) -> np.ndarray:
+        sides = (height_axis, height_axis + 1)
+        image = np.moveaxis(image, sides, (0, 1))
+        layers = image.reshape(*image.shape[:2], -1)  # [H, W, everything else]
+        small = np.concatenate(
+            [
+                self._resize(
+                    np.ascontiguousarray(layers[..., first : first + _MOST_CHANNELS]),
+                    self._size[::-1],
+                    interpolation=self._interpolation,
+                ).reshape(*self._size, -1)  # a single channel's axis is dropped by the resize
+                for first in range(0, layers.shape[-1], _MOST_CHANNELS)
+            ],
+            axis=-1,
+        )
+        return np.ascontiguousarray(np.moveaxis(small.reshape(*self._size, *image.shape[2:]), (0, 1), sides))
 
     def _new_shape(self, space: spaces.Space[Any]) -> tuple[int, ...]:
-        layout = _image_layout(space)
-        assert space.shape is not None and layout is not None
-        height_axis, _ = layout
+        height_axis = _height_axis(space)
+        assert space.shape is not None and height_axis is not None
         return (*space.shape[:height_axis], *self._size, *space.shape[height_axis + 2 :])
 
 
@@ -160,10 +167,11 @@ def checked_size(size: Any, name: str = "size") -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def _image_layout(space: spaces.Space[Any]) -> Layout | None:
-    """Where an image's height is; None for what is no image. Channels are on the shorter side, as everywhere here."""
-    if not isinstance(space, spaces.Box) or space.dtype != np.uint8 or len(space.shape) not in (2, 3):
+def _height_axis(space: spaces.Space[Any]) -> int | None:
+    """Where an image's height is; None for what is no image. Channels are on the shortest side, as everywhere here."""
+    if not isinstance(space, spaces.Box) or space.dtype != np.uint8 or len(space.shape) not in (2, 3, 4):
         return None
     if len(space.shape) == 2:
-        return 0, False
-    return (1 if int(np.argmin(space.shape)) == 0 else 0), True
+        return 0
+    stacked = len(space.shape) - 3
+    return stacked + (int(np.argmin(space.shape[stacked:])) == 0)

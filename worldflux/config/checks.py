@@ -13,6 +13,12 @@ from worldflux.errors import ConfigurationError, nearest
 ObsShape = tuple[int, ...] | dict[str, tuple[int, ...]]
 """Shape of one observation without batch or time, or one such shape per key."""
 
+RESIZE_OR_FLATTEN = (
+    "Resize it, to 64x64 for example: worldflux.envs.ResizeImages(env, 64). If it is no picture but the cells of a "
+    "grid, gymnasium.wrappers.FlattenObservation(env) makes a vector of it."
+)
+"""What to do about an image that is too small, or has sides that an encoder cannot halve."""
+
 EnumT = TypeVar("EnumT", bound=Enum)
 
 

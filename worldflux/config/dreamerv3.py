@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from worldflux.config.base import DynamicsType, LatentType, WorldModelConfig, sized_fields
-from worldflux.config.checks import as_integer, as_number, check_choice, clean_sizes
+from worldflux.config.checks import RESIZE_OR_FLATTEN, as_integer, as_number, check_choice, clean_sizes
 from worldflux.errors import ConfigurationError, nearest
 
 _ENCODER_TYPES = ("cnn", "mlp", "multi")
@@ -214,14 +214,15 @@ class DreamerV3Config(WorldModelConfig):
         if len(set(sides.values())) > 1:
             raise ConfigurationError(
                 f"The images have different sizes ({', '.join(f'{key}: {h}x{w}' for key, (h, w) in sides.items())}), "
-                "expected one height and width, because their channels are stacked. Resize them to the same size."
+                "expected one height and width, because their channels are stacked. "
+                "Resize them to the same size: worldflux.envs.ResizeImages(env, 64)."
             )
         for key, (height, width) in sides.items():
             if any(side % 16 or not 48 <= side <= 256 for side in (height, width)):
                 raise ConfigurationError(
                     f"The image '{key}' is {height}x{width} (obs_shape {self.obs_shapes[key]}), expected sides that "
                     "are multiples of 16 from 48 to 256, because the encoder halves them four times. "
-                    "Resize it, to 64x64 for example."
+                    + RESIZE_OR_FLATTEN
                 )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from worldflux.config.base import DynamicsType, LatentType, WorldModelConfig, sized_fields
-from worldflux.config.checks import as_integer, clean_sizes
+from worldflux.config.checks import RESIZE_OR_FLATTEN, as_integer, clean_sizes
 from worldflux.errors import ConfigurationError
 
 _SAMPLES_PER_PROPOSAL, _MOST_PROPOSALS = 16, 24
@@ -225,7 +225,7 @@ class TDMPC2Config(WorldModelConfig):
             if min(self.obs_shapes[key][1:]) < _LEAST_IMAGE_SIDE:
                 raise ConfigurationError(
                     f"The image '{key}' has shape {self.obs_shapes[key]}, expected a height and width of at least "
-                    f"{_LEAST_IMAGE_SIDE}, which the convolutions shrink to one. Resize it, to 64x64 for example."
+                    f"{_LEAST_IMAGE_SIDE}, which the convolutions shrink to one. {RESIZE_OR_FLATTEN}"
                 )
 
     def _check_ranges(self) -> None:
