@@ -11,7 +11,7 @@ from gymnasium import spaces
 from worldflux.agents.numbers import count, finite_number
 from worldflux.agents.rates import rate_from_json, rate_to_json
 from worldflux.agents.settings import AgentSettings
-from worldflux.agents.spaces_json import space_from_json, space_to_json
+from worldflux.envs.spaces_json import space_from_json, space_to_json
 from worldflux.errors import CheckpointError, ConfigurationError
 
 LOOP_COUNTERS = ("num_timesteps", "_total_timesteps", "_num_timesteps_at_start", "_episode_num")

@@ -10,12 +10,14 @@ from worldflux.errors import WorldFluxError
 
 SPACES = "spaces are supported"
 MODELS = "models take their shapes"
+SAVED = "spaces survive saving"
 RESET = "reset gives an observation of the space"
 OBSERVATIONS = "steps give observations of the space"
 REWARDS = "rewards are finite numbers"
 FLAGS = "terminated and truncated are booleans"
 LAST = "episodes end with their own last observation"
 KEPT = "what was handed over is not changed later"
+STORED = "replay holds what was observed"
 SEEDS = "a seed repeats what happens"
 INSTANCES = "two instances with one seed agree"
 ACTIONS = "every action of the space is accepted"
@@ -24,7 +26,7 @@ GYMNASIUM = "Gymnasium's checker"
 SB3 = "Stable-Baselines3's checker"
 
 ORDER = (
-    *(SPACES, MODELS, RESET, OBSERVATIONS, REWARDS, FLAGS, LAST, KEPT),
+    *(SPACES, MODELS, SAVED, RESET, OBSERVATIONS, REWARDS, FLAGS, LAST, KEPT, STORED),
     *(SEEDS, INSTANCES, ACTIONS, RENDERING, GYMNASIUM, SB3),
 )
 """Of the checks in a report."""

@@ -16,6 +16,7 @@ from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 from gymnasium.utils.env_checker import data_equivalence
 
 from worldflux.config import DreamerV3Config
+from worldflux.envs.check_others import PlainNumbers, is_unimportant
 from worldflux.envs.check_report import (
     ACTIONS,
     FLAGS,
@@ -29,12 +30,15 @@ from worldflux.envs.check_report import (
     RENDERING,
     RESET,
     REWARDS,
+    SAVED,
     SB3,
     SEEDS,
     SPACES,
+    STORED,
     Check,
     CheckReport,
 )
+from worldflux.envs.check_stored import limit_unlike, lost_in_float32, names_alike, saved_otherwise, stored_otherwise
 from worldflux.envs.check_values import (
     extreme_actions,
     has_time_limit,
@@ -54,26 +58,6 @@ _KEPT_FOR = 8
 
 _SEED_HINT = " Call super().reset(seed=seed) in reset(), and draw all randomness from self.np_random."
 
-_UNIMPORTANT = (
-    "is different from the unwrapped version",
-    "Not able to test alternative render modes",
-    "value is -infinity",
-    "value is infinity",
-    # worldflux maps any finite bounds to [-1, 1] and any numbering of options to one-hots.
-    "symmetric and normalized",
-    "with a non-zero start",
-    "we recommend using np.float32",
-    # The encoder is not SB3's, and numbers of any shape are flattened.
-    "minimal resolution for an image",
-    "has an unconventional shape",
-    # Said by this module already, in its own words.
-    "It seems that your observation",
-    "is not within the observation space",
-    # One-step episodes are fine.
-    "truncates after 1 step",
-)
-"""Parts of what the two checkers say that do not matter here."""
-
 
 class _Step(NamedTuple):
     """What a step gave; a reset gives an observation and nothing else."""
@@ -82,49 +66,6 @@ class _Step(NamedTuple):
     reward: Any = None
     terminated: Any = None
     truncated: Any = None
-
-
-class _PlainNumbers(gym.Wrapper[Any, Any, Any, Any]):
-    """Rewards and flags of NumPy as Python's own, which the two checkers insist on.
-
-    If `keep_scalars` is False, numbers in boxes of shape `()` become arrays of one: SB3's checker looks for indices.
-    """
-
-    def __init__(self, env: gym.Env[Any, Any], keep_scalars: bool = True) -> None:
-        super().__init__(env)
-        self._keep_scalars = keep_scalars
-        if not keep_scalars:
-            self.observation_space = _without_scalars(env.observation_space)
-        if env.has_wrapper_attr("compute_reward"):  # SB3's checker asks the outermost environment
-            self.compute_reward = env.get_wrapper_attr("compute_reward")
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
-        result = self.env.reset(seed=seed, options=options)
-        if self._keep_scalars or not isinstance(result, tuple) or len(result) != 2:
-            return result
-        return _scalars_as_arrays(result[0]), result[1]
-
-    def step(self, action: Any) -> Any:
-        result = self.env.step(action)
-        if not isinstance(result, tuple) or not result:
-            return result
-        obs, *rest = result
-        plain = (item.item() if isinstance(item, np.generic) else item for item in rest)
-        return (obs if self._keep_scalars else _scalars_as_arrays(obs), *plain)
-
-
-def _scalars_as_arrays(obs: Any) -> Any:
-    if isinstance(obs, dict):
-        return {key: _scalars_as_arrays(part) for key, part in obs.items()}
-    return obs[None] if isinstance(obs, np.ndarray) and not obs.shape else obs
-
-
-def _without_scalars(space: spaces.Space[Any]) -> spaces.Space[Any]:
-    if isinstance(space, spaces.Dict):
-        return spaces.Dict({key: _without_scalars(part) for key, part in space.spaces.items()})
-    if not isinstance(space, spaces.Box) or space.shape:
-        return space
-    return spaces.Box(space.low[None], space.high[None], dtype=space.dtype.type)
 
 
 class _StopRollout(Exception):
@@ -160,17 +101,18 @@ class Inspection:
             self._advise_on_episodes(trace)
             self._advise_on_seeds(trace)
             if supported:
+                self._check_stored(trace)
                 self._check_every_action()
             if render:
                 self._check_rendering()
         with self._external(GYMNASIUM):
             # Its other render modes open windows, and its closing makes instances that not every wrapper can.
-            gymnasium_check_env(_PlainNumbers(self.env), skip_render_check=True, skip_close_check=True)
+            gymnasium_check_env(PlainNumbers(self.env), skip_render_check=True, skip_close_check=True)
         if supported:  # SB3's checker objects to the same spaces in words that are less to the point
             from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
             with self._external(SB3):
-                sb3_check_env(_PlainNumbers(self.env, keep_scalars=False), skip_render_check=True)
+                sb3_check_env(PlainNumbers(self.env, keep_scalars=False), skip_render_check=True)
 
     def _fail(self, name: str, problem: str) -> None:
         """Notes the first problem of a check."""
@@ -180,6 +122,13 @@ class Inspection:
     def _pass(self, name: str, detail: str = "") -> None:
         """Notes that a check found nothing, if it did."""
         self._results.setdefault(name, Check(name, True, detail))
+
+    def _judge(self, name: str, problem: str | None) -> None:
+        """Notes the outcome of a check that tells its problem."""
+        if problem is None:
+            self._pass(name)
+        else:
+            self._fail(name, problem)
 
     def _advise(self, text: str) -> None:
         self._advice.setdefault(text)
@@ -209,11 +158,13 @@ class Inspection:
                 action_classes=action_codec.action_classes,
             )
         except ConfigurationError as error:
-            self._fail(
-                MODELS, f"{error}{' ResizeImages of worldflux.envs does that.' if 'Resize' in str(error) else ''}"
-            )
+            self._fail(MODELS, str(error))
         else:
             self._pass(MODELS)
+        self._judge(SAVED, saved_otherwise(self._obs_space, self._action_space))
+        alike = names_alike(self._obs_space)
+        if alike is not None:
+            self._advise(alike)
         for name, space in parts(self._obs_space):
             if isinstance(space, spaces.Box) and space.dtype == np.float64:
                 self._advise(f"The {name} is float64; float32 is what the library stores and half the size.")
@@ -317,6 +268,13 @@ class Inspection:
             if np.ndim(flag) > 0:  # it cannot be told whether the episode is over
                 raise _StopRollout
         return _Step(obs, reward, terminated, truncated), info
+
+    def _check_stored(self, trace: list[_Step]) -> None:
+        """Whether what was observed is found again in a replay buffer; what is no observation is not looked for."""
+        if all(self._results[name].passed for name in (RESET, OBSERVATIONS, REWARDS, KEPT)):
+            given = [(step.observation, step.reward) for step in trace]
+            problem = lost_in_float32(self._obs_space, given)
+            self._judge(STORED, problem or stored_otherwise(self.env, self._actions, self.seed))
 
     # Seeds
 
@@ -423,12 +381,13 @@ class Inspection:
 
     def _advise_on_episodes(self, trace: list[_Step]) -> None:
         lengths: list[int] = []  # of terminated episodes
-        length = ended = 0
+        length = longest = ended = 0
         for step in trace:
             if step.reward is None:  # a reset
                 length = 0
                 continue
             length += 1
+            longest = max(longest, length)
             if step.terminated and step.truncated:
                 self._advise("A step was terminated and truncated at once; it counts as terminated.")
             if step.terminated and not step.truncated:
@@ -439,6 +398,8 @@ class Inspection:
                 f"Every episode was terminated after {lengths[0]} steps. A time limit is reported as truncated: what "
                 "lies beyond it is worth something."
             )
+        for text in limit_unlike(self.env, longest):
+            self._advise(text)
         if not ended and not has_time_limit(self.env):
             self._advise(
                 f"No episode ended within {len(self._actions)} steps, and no time limit was found. If nothing ends "
@@ -496,14 +457,10 @@ class Inspection:
             try:
                 yield
             except Exception as error:
-                if not _is_unimportant(str(error)):
+                if not is_unimportant(str(error)):
                     self._fail(name, f"{plain_text(error) if isinstance(error, AssertionError) else one_line(error)}.")
         for warning in caught:
             text = plain_text(warning.message)
-            if issubclass(warning.category, UserWarning) and not _is_unimportant(text):
+            if issubclass(warning.category, UserWarning) and not is_unimportant(text):
                 self._advise(f"{name}: {text}.")
         self._pass(name)
-
-
-def _is_unimportant(text: str) -> bool:
-    return any(part in text for part in _UNIMPORTANT)

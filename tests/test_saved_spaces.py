@@ -14,7 +14,7 @@ from gymnasium import spaces
 
 from worldflux import WorldFluxAgent
 from worldflux.agents.callbacks import AgentCheckpointCallback
-from worldflux.agents.spaces_json import space_from_json, space_to_json
+from worldflux.envs.spaces_json import space_from_json, space_to_json
 
 INF = np.inf
 SIGNED, UNSIGNED = ("int8", "int16", "int32", "int64"), ("uint8", "uint16", "uint32", "uint64")

@@ -1,0 +1,97 @@
+"""Gymnasium spaces as JSON, so that a saved agent knows its environment without a pickle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+from worldflux.errors import CheckpointError, ConfigurationError
+
+
+def space_to_json(space: spaces.Space[Any]) -> dict[str, Any]:
+    """What `space_from_json` builds an equal space from."""
+    if isinstance(space, spaces.Box):
+        # Of whole numbers, an infinite bound is stored as the least or greatest number, with a mark beside it.
+        low = _bound_to_json(space.low, ~space.bounded_below, -np.inf)
+        high = _bound_to_json(space.high, ~space.bounded_above, np.inf)
+        return {"type": "Box", "low": low, "high": high, "shape": list(space.shape), "dtype": str(space.dtype)}
+    if isinstance(space, spaces.Discrete):
+        return {"type": "Discrete", "n": int(space.n), "start": int(space.start), "dtype": str(space.dtype)}
+    if isinstance(space, spaces.MultiDiscrete):
+        return {
+            "type": "MultiDiscrete",
+            "nvec": space.nvec.tolist(),
+            "start": space.start.tolist(),
+            "dtype": str(space.dtype),
+        }
+    if isinstance(space, spaces.MultiBinary):
+        # MultiBinary(4) and MultiBinary([4]) have the same shape and are not equal.
+        return {"type": "MultiBinary", "n": space.n if isinstance(space.n, int) else list(space.n)}
+    if isinstance(space, spaces.Dict):
+        return {"type": "Dict", "spaces": {key: space_to_json(part) for key, part in space.spaces.items()}}
+    raise ConfigurationError(
+        f"A {type(space).__name__} space cannot be saved, expected Box, Discrete, MultiDiscrete, MultiBinary or Dict."
+    )
+
+
+def space_from_json(data: dict[str, Any]) -> spaces.Space[Any]:
+    """The space that `space_to_json` described.
+
+    Raises:
+        CheckpointError: If the description is damaged.
+    """
+    try:
+        return _from_json(data)
+    except Exception as error:  # what Gymnasium and NumPy make of invented numbers is not a closed list
+        raise CheckpointError(f"The description of a space is damaged ({error!r}): {str(data)[:200]}.") from error
+
+
+def _from_json(data: dict[str, Any]) -> spaces.Space[Any]:
+    kind = data["type"]
+    if kind == "Box":
+        dtype, shape = np.dtype(data["dtype"]), tuple(data["shape"])
+        low, high = (_bound_from_json(data[name], shape, dtype) for name in ("low", "high"))
+        return spaces.Box(low, high, shape, dtype)  # type: ignore[arg-type]
+    if kind == "Discrete":
+        return spaces.Discrete(data["n"], start=data["start"], dtype=data.get("dtype", "int64"))
+    if kind == "MultiDiscrete":
+        dtype = np.dtype(data["dtype"])
+        return spaces.MultiDiscrete(data["nvec"], dtype=dtype, start=np.array(data["start"], dtype))  # type: ignore[arg-type]
+    if kind == "MultiBinary":
+        if "n" in data:
+            return spaces.MultiBinary(data["n"])
+        shape = data["shape"]  # in the first files of this format
+        return spaces.MultiBinary(shape[0] if len(shape) == 1 else shape)
+    if kind == "Dict":
+        # Pairs keep their order; a dictionary would be sorted.
+        return spaces.Dict([(key, _from_json(part)) for key, part in data["spaces"].items()])
+    raise ValueError(f"unknown type '{kind}'")
+
+
+def _bound_to_json(bound: np.ndarray, is_infinite: np.ndarray, infinity: float) -> Any:
+    """One number for a bound that is the same everywhere (images), else a flat list; infinities as strings."""
+    values = bound.reshape(-1)
+    marks = np.broadcast_to(is_infinite, bound.shape).reshape(-1)
+    if values.size and np.all(values == values[0]) and np.all(marks == marks[0]):
+        values, marks = values[:1], marks[:1]
+    numbers = [str(infinity) if mark else _number_to_json(value) for value, mark in zip(values, marks, strict=True)]
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _number_to_json(value: Any) -> Any:
+    number = float(value) if value.dtype.kind == "f" else value.item()
+    return number if np.isfinite(number) else str(number)
+
+
+def _bound_from_json(bound: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    """What `Box` takes for a bound: an array, or an infinite number."""
+    if isinstance(bound, str):
+        return float(bound)
+    if not isinstance(bound, list):
+        return np.full(shape, bound, dtype)
+    # For whole numbers Gymnasium understands infinities only where they come as floats.
+    as_floats = dtype.kind != "f" and any(isinstance(value, str) for value in bound)
+    values = [float(value) if isinstance(value, str) else value for value in bound]
+    return np.array(values, np.float64 if as_floats else dtype).reshape(shape)
