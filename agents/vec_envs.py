@@ -7,7 +7,7 @@ from typing import Any
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
-from worldflux.envs.vector import GymnasiumVecEnv
+from worldflux.envs.vector import GymnasiumVecEnv, innermost
 from worldflux.envs.wrappers import LIMIT_NAMES, max_episode_steps, smallest_limit, stated_frames
 
 
@@ -24,7 +24,7 @@ def max_vec_episode_steps(venv: VecEnv) -> int | None:
 
     Of environments in other processes only the outermost limit of each name is known.
     """
-    base: Any = venv.unwrapped
+    base = innermost(venv)
     envs = base.vector_env.unwrapped if isinstance(base, GymnasiumVecEnv) else base
     if isinstance(envs, DummyVecEnv | SyncVectorEnv):
         return max_episode_steps(envs.envs[0])

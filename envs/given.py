@@ -18,7 +18,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from worldflux.envs.spaces import Array, is_image
 from worldflux.envs.taps import Tap, tapped
-from worldflux.envs.vector import GymnasiumVecEnv
+from worldflux.envs.vector import GymnasiumVecEnv, innermost
 from worldflux.errors import ShapeMismatchError
 
 _LARGE = 8192.0
@@ -325,9 +325,11 @@ def check_what_is_given(envs: VecEnv | VectorEnv[Any, Any, Any]) -> None:
     Args:
         envs: With spaces that `ObservationCodec` takes; outermost wrapper of what is stepped.
     """
-    base: Any = envs.unwrapped
+    base: Any = envs if isinstance(envs, VectorEnv) else innermost(envs)
     if isinstance(base, GymnasiumVecEnv):
-        base = base.vector_env.unwrapped
+        base = base.vector_env
+    if isinstance(base, VectorEnv):
+        base = base.unwrapped
     if isinstance(base, SubprocVecEnv):
         if not isinstance(base.remotes[0], _HeardRemote):
             base.remotes = tuple(_HeardRemote(remote, GivenValues(base.observation_space)) for remote in base.remotes)

@@ -16,7 +16,7 @@ from gymnasium.vector.async_vector_env import AsyncState
 from gymnasium.wrappers.vector import DictInfoToList
 from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 from worldflux.envs.spaces import Array
@@ -70,6 +70,13 @@ def autoreset_mode(envs: VectorEnv[Any, Any, Any]) -> AutoresetMode:
             "was called at an episode's end. Use shared_memory=True or autoreset_mode='SameStep'."
         )
     return mode
+
+
+def innermost(venv: VecEnv) -> Any:
+    """What SB3's wrappers are around, which may be no `VecEnv`: games with many players, pools of environments."""
+    while isinstance(venv, VecEnvWrapper):
+        venv = venv.venv
+    return venv
 
 
 def row_of(obs: Any, env: int) -> Any:
