@@ -1,11 +1,13 @@
 """Learning curves of small tasks on a CPU: do the algorithms learn, how fast, over several seeds.
 
     python benchmarks/learning.py pendulum pixelseek --seeds 0 1 2
+    python benchmarks/learning.py pendulum --algorithm SAC --seeds 0 1 2     # of stable-baselines3, to compare
     python benchmarks/learning.py --plot docs/learning_curves.png        # draws what was measured before
 
 Each run appends to `benchmarks/results/<task>.csv` (`step,score,seed`: the return of every training episode, whose
 actions are sampled) and prints one line of JSON with the mean return of ten episodes of deterministic actions. The exit
-code is 1 if one of them is below the task's accepted score.
+code is 1 if one of ours is below the task's accepted score. An algorithm of stable-baselines3 runs with its default
+settings for as many environment steps, and its file is `<task>_<algorithm>.csv`.
 """
 
 from __future__ import annotations
@@ -25,10 +27,14 @@ import matplotlib
 import numpy as np
 import torch
 from pixel_seek import PixelSeek
+from stable_baselines3 import DQN, PPO, SAC
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.vec_env import VecEnv
 
 from worldflux import WorldFluxAgent
 from worldflux.envs import make_env
@@ -37,6 +43,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
+SB3: dict[str, type[BaseAlgorithm]] = {"DQN": DQN, "PPO": PPO, "SAC": SAC}
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,13 @@ class Task:
 
 
 TASKS = {
+    "cartpole": Task(
+        "CartPole-v1",
+        lambda: gym.make("CartPole-v1"),
+        5_000,
+        475.0,
+        {"train_ratio": 64, "seq_len": 16, "learning_rate": 1e-3},
+    ),
     "pendulum": Task(
         "Pendulum-v1", lambda: gym.make("Pendulum-v1"), 10_000, -250.0, {"train_ratio": 64, "seq_len": 16}
     ),
@@ -119,39 +133,47 @@ class Returns(BaseCallback):
         return True
 
 
-def run(name: str, seed: int) -> tuple[dict[str, Any], list[tuple[int, float]]]:
-    """Learns a task.
+def algorithm_for(task: Task, env: VecEnv, seed: int, algorithm: str | None) -> BaseAlgorithm:
+    """The agent with the task's settings, or an algorithm of stable-baselines3 with its defaults."""
+    if algorithm is None:
+        return WorldFluxAgent(task.preset, env, seed=seed, **task.settings)
+    policy = "CnnPolicy" if is_image_space(env.observation_space) else "MlpPolicy"
+    return SB3[algorithm](policy, env, seed=seed, device="cpu")
+
+
+def run(name: str, seed: int, algorithm: str | None = None) -> tuple[dict[str, Any], list[tuple[int, float]]]:
+    """Learns a task, with worldflux or with the named algorithm of stable-baselines3.
 
     Returns:
         What is printed, and the curve: environment steps and return of each training episode.
     """
     task = TASKS[name]
-    started = time.perf_counter()
-    env = make_vec_env(task.make)
-    agent = WorldFluxAgent(task.preset, env, seed=seed, **task.settings)
+    started, cpu_started = time.perf_counter(), time.process_time()
+    agent = algorithm_for(task, make_vec_env(task.make), seed, algorithm)
     returns = Returns()
     agent.learn(task.steps, callback=returns)
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     test_env = Monitor(task.make())
     test_env.reset(seed=10_000 + seed)
     scores, _ = evaluate_policy(agent, test_env, n_eval_episodes=10, deterministic=True, return_episode_rewards=True)
     result = {
         "task": name,
+        "algorithm": algorithm or task.preset,
         "seed": seed,
         "score": round(float(np.mean(scores)), 2),
         "worst_episode": round(float(np.min(scores)), 2),
-        "accepted": task.accepted,
+        "accepted": task.accepted if algorithm is None else None,
         "env_steps": agent.num_timesteps,
-        "gradient_steps": agent.trainer.step_count,
+        "gradient_steps": agent._n_updates,
         "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
     }
     return result, returns.curve
 
 
-def append(name: str, seed: int, curve: list[tuple[int, float]]) -> None:
-    """Adds a run to the task's file, in place of an older one with the same seed."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.csv"
+def append(path: Path, seed: int, curve: list[tuple[int, float]]) -> None:
+    """Adds a run to a results file, in place of an older one with the same seed."""
+    path.parent.mkdir(exist_ok=True)
     rows = [row for row in read(path) if row[2] != seed] if path.exists() else []
     rows += [(step, round(score, 3), seed) for step, score in curve]
     with path.open("w", newline="") as file:
@@ -194,6 +216,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", help=f"of {', '.join(TASKS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--algorithm", choices=tuple(SB3), help="of stable-baselines3, in place of worldflux")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU; layers this small gain little from more")
     parser.add_argument("--plot", type=Path, help="draw all results into this file")
     options = parser.parse_args()
@@ -204,8 +227,9 @@ def main() -> int:
     failed = False
     for name in options.tasks:
         for seed in options.seeds:
-            result, curve = run(name, seed)
-            append(name, seed, curve)
+            result, curve = run(name, seed, options.algorithm)
+            file = name if options.algorithm is None else f"{name}_{options.algorithm.lower()}"
+            append(RESULTS / f"{file}.csv", seed, curve)
             print(json.dumps(result), flush=True)
             failed |= result["accepted"] is not None and result["score"] < result["accepted"]
     if options.plot:
