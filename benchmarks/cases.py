@@ -4,9 +4,10 @@
 
 The sizes are the authors' own: 6 continuous actions, 24 numbers or 64x64 pixels, 16 windows of 64 steps and 15 imagined
 ones for DreamerV3, 256 windows of 3 transitions for TD-MPC2, plans of 512 candidates, 6 iterations and 3 steps. The
-gradient step is the whole of an agent's: forward, backward, clipping, optimiser, target networks. Sampling from the
-buffer and copying to the device are not in it. The acting step takes an observation in NumPy to an action of the policy
-in NumPy, and a plan takes it to an action of the planner. `throughput.py` runs this in a process for each case.
+gradient step is the whole of an agent's: forward, backward, clipping, optimiser, target networks. Its batch was drawn
+from a replay buffer that the agent has filled; drawing it and copying it to the device are not in the step. The acting
+step takes an observation in NumPy to an action of the policy in NumPy, and a plan takes it to an action of the planner.
+`throughput.py` runs this in a process for each case.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ MATRIX_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
 COMPILE = {"auto": "auto", "on": True, "off": False}
 
 
-class Spaces(gymnasium.Env[Any, Any]):
-    """An environment of which only the spaces are needed."""
+class Noise(gymnasium.Env[Any, Any]):
+    """An environment with the shapes of a case: observations and rewards are random, and its episodes end both ways."""
 
     def __init__(self, case: Case) -> None:
         images = len(case.obs_shape) == 3
@@ -62,31 +63,35 @@ class Spaces(gymnasium.Env[Any, Any]):
         self.observation_space = gymnasium.spaces.Box(*limits, case.obs_shape, dtype)
         self.action_space = gymnasium.spaces.Box(-1, 1, (ACTION_DIM,), np.float32)
 
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Starts an episode."""
+        super().reset(seed=seed)
+        self.left = int(self.np_random.integers(20, 60))
+        return self._noise(), {}
 
-def random_batch(agent: Any, case: Case) -> Any:
-    """Windows of random experience as the agent's buffer would return them: one row more where it stores latents."""
-    import torch
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Takes any action."""
+        self.left -= 1
+        over, terminated = self.left == 0, bool(self.np_random.integers(2))
+        return self._noise(), float(self.np_random.random()), over and terminated, over and not terminated, {}
 
-    from worldflux.training import Batch
+    def _noise(self) -> np.ndarray:
+        space = self.observation_space
+        if space.dtype == np.uint8:
+            return self.np_random.integers(0, 256, space.shape, np.uint8)
+        return self.np_random.standard_normal(space.shape, np.float32)
 
-    stored = agent.model.replay_extras()
-    shape = (case.batch, case.length + bool(stored))
-    generator = torch.Generator().manual_seed(0)
-    obs_shape = agent.model.config.obs_shape
-    obs = torch.rand(*shape, *obs_shape, generator=generator)
-    if len(obs_shape) == 3:
-        obs = (obs * 255).to(torch.uint8)
-    return Batch(
-        obs=obs,
-        actions=torch.rand(*shape, ACTION_DIM, generator=generator) * 2 - 1,
-        rewards=torch.rand(*shape, generator=generator),
-        terminations=torch.zeros(shape, dtype=torch.bool),
-        is_first=torch.zeros(shape, dtype=torch.bool),
-        extras={
-            name: torch.zeros(*shape, *size, dtype=torch.from_numpy(np.zeros(1, dtype)).dtype)
-            for name, (size, dtype) in stored.items()
-        },
-    ).to(agent.device)
+
+def batch_of(agent: Any, case: Case) -> Any:
+    """Windows from the replay buffer that the agent has filled while it acted, as its own gradient steps take them."""
+    window = case.length + bool(agent.model.replay_extras())  # one row more, whose latents the others start from
+    agent.learn(case.batch + window + 20)
+    return agent.replay_buffer.sample(case.batch, window, agent.device)
+
+
+def save(batch: Any, path: str) -> None:
+    """Writes a batch for the peers, which need not have PyTorch; `peers/batches.py` reads it."""
+    np.savez(path, **{name: tensor.cpu().numpy() for name, tensor in batch.named_tensors().items()})
 
 
 def flops_of(function: Callable[[], object]) -> int:
@@ -133,11 +138,12 @@ def make_agent(
         settings["model_kwargs"] = {"dtype": options.dtype}
     return WorldFluxAgent(
         case.preset if model is None else model,
-        Spaces(case),
+        Noise(case),
         planner=planner,
         batch_size=case.batch,
         seq_len=case.length,
         buffer_size=4096,  # more than a batch, and less than memory
+        learning_starts=4096,  # it fills the buffer, and the gradient steps are taken here
         device=options.device,
         seed=0,
         **settings,
@@ -183,7 +189,9 @@ def measure(name: str, options: argparse.Namespace, threads: int) -> None:
         speed = {"gflop": flops / 1e9, "tflop_per_s": flops / times["ms"] / 1e9}
         rows.print_row("worldflux", name, what, {**times, **speed, **facts, **more})
 
-    batch = random_batch(agent, case)
+    batch = batch_of(agent, case)
+    if options.save is not None:
+        save(batch, options.save)
     times = rows.clock(lambda: agent.trainer.step(batch), options.repeats, options.budget, wait)
     peak = torch.cuda.max_memory_allocated() / (1 << 20) if cuda else rows.peak_resident_mib()
     agent.trainer.check_finite()
@@ -223,6 +231,7 @@ def main() -> None:
     parser.set_defaults(cases=tuple(REFERENCE))
     parser.add_argument("--compile", choices=tuple(COMPILE), default="auto", help="auto: on CUDA")
     parser.add_argument("--envs", type=int, default=1, help="environments that act together")
+    parser.add_argument("--save", metavar="FILE", help="write the batch of a case here, for the peers")
     parser.add_argument("--peak", action="store_true", help="only the machine's speed at multiplying matrices")
     options = parser.parse_args()
     threads = rows.use_threads(options.threads)

@@ -145,6 +145,7 @@ def run_peer(
     """
     options_of = parser(description, cases)
     options_of.add_argument("--repo", required=True, help="the peer's checkout")
+    options_of.add_argument("--batch", required=True, help="file that `cases.py --save` has written for the case")
     if compiles:
         options_of.add_argument("--compile", action="store_true", help="the form that a compiler has made faster")
     options = options_of.parse_args()

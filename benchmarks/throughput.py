@@ -4,12 +4,11 @@
     python benchmarks/throughput.py --cases tdmpc2-5m-state --device cuda --dtype float32 bfloat16 --compile auto off
     python benchmarks/throughput.py --peers r2dreamer=~/src/r2dreamer dreamerv3_jax=~/src/dreamerv3,~/jax/bin/python
     python benchmarks/table.py results.json
-    python benchmarks/throughput.py --online dmc/walker-walk --preset tdmpc2:tiny --steps 100
 
 Every case is measured in a process of its own (`cases.py` says what is in a step), a peer's right behind ours, and the
-machine's speed at multiplying matrices in the same run. With `--online` an agent learns in an environment instead, and
-the shares of its time are printed. Run it on an idle machine, and compare only what one run printed. `peers/README.md`
-says how to install the peers. The exit code is 1 if a measurement failed; the others are written nevertheless.
+machine's speed at multiplying matrices in the same run; `online.py` measures whole training loops. Run it on an idle
+machine, and compare only what one run printed. `peers/README.md` says how to install the peers. The exit code is 1 if a
+measurement failed; the others are written nevertheless.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,15 +95,16 @@ def commands(options: argparse.Namespace) -> Iterator[list[str]]:
     for dtype in options.dtype:
         yield [*ours, "--peak", *same, "--dtype", dtype]
     for case in options.cases:
+        batch = str(options.batches / f"{case}.npz")
         for _ in range(options.rounds):
             for dtype in options.dtype:
                 one = [*same, "--dtype", dtype, "--cases", case]
                 for form in options.compile:
-                    yield [*ours, *one, "--compile", form, "--envs", str(options.envs)]
+                    yield [*ours, *one, "--compile", form, "--envs", str(options.envs), "--save", batch]
                 for peer in options.peers:
                     command = peer.command(case, dtype, options.device.partition(":")[0])
                     if command is not None:
-                        yield [*command, *one]
+                        yield [*command, "--batch", batch, *one]
 
 
 def run(command: list[str], limit: float) -> tuple[list[dict[str, Any]], str | None]:
@@ -133,7 +134,7 @@ def facts(options: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": git("log", "-1", "--format=%H", *measured) or "unknown",
         "changed_files": len(git("status", "--porcelain", *measured).splitlines()),
-        "command": shlex.join(["python", "benchmarks/throughput.py", *_without_folders(sys.argv[1:])]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *_without_folders(sys.argv[1:])]),
         "machine": {
             "cpu": rows.cpu_name(),
             "threads": rows.use_threads(options.threads),
@@ -168,33 +169,22 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=1, help="times that ours and the peers' take turns in each case")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds after which a measurement is given up")
     parser.add_argument("--out", type=Path, help="file for the results as JSON; they are printed as well")
-    parser.add_argument("--online", metavar="ENV", help="learn in this environment, and print the shares of the time")
-    parser.add_argument("--preset", nargs="+", default=["tdmpc2:tiny"], help="models of --online")
-    parser.add_argument("--steps", type=int, default=100, help="environment steps that --online measures")
-    parser.add_argument("--batch", type=int, help="windows of --online; default: the family's")
-    parser.add_argument("--length", type=int, help="time steps in them; default: the family's")
     options = parser.parse_args()
-    if options.online:
-        import online
-        import torch
-
-        torch.set_num_threads(rows.use_threads(options.threads))
-        for preset in options.preset:
-            print(json.dumps(online.measure_online(preset, options)), flush=True)
-        return 0
     found: dict[str, Any] = {**facts(options), "rows": [], "failures": []}
-    for command in commands(options):
-        measured, failure = run(command, options.limit)
-        for row in measured:
-            print(json.dumps(row), flush=True)
-        found["rows"] += measured
-        if failure is not None:
-            name = shlex.join(["python", *_without_folders(command[1:])])
-            found["failures"].append({"command": name, "error": failure})
-            print(f"{name}\n{failure}", file=sys.stderr, flush=True)
-        if options.out is not None:  # after each, so that a run that is cut short has its rows
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        options.batches = Path(folder)
+        for command in commands(options):
+            measured, failure = run(command, options.limit)
+            for row in measured:
+                print(json.dumps(row), flush=True)
+            found["rows"] += measured
+            if failure is not None:
+                name = shlex.join(["python", *_without_folders(command[1:])])
+                found["failures"].append({"command": name, "error": failure})
+                print(f"{name}\n{failure}", file=sys.stderr, flush=True)
+            if options.out is not None:  # after each, so that a run that is cut short has its rows
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 1 if found["failures"] else 0
 
 

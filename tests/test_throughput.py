@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import cases
+import numpy as np
 import pytest
 import rows
 import table
@@ -24,12 +25,15 @@ from torch import nn
 import worldflux
 from worldflux import WorldFluxAgent
 
+sys.path.append(str(Path(cases.__file__).parent / "peers"))
+import batches
+
 SMALL = {
     "dreamerv3-small": cases.Case("dreamerv3:tiny", (5,), 2, 4),
     "tdmpc2-small": cases.Case("tdmpc2:tiny", (5,), 4, 4),
     "dreamerv3-picture": cases.Case("dreamerv3:tiny", cases.IMAGE, 1, 2),
 }
-OPTIONS = {"device": "cpu", "dtype": "float32", "compile": "auto", "repeats": 2, "budget": 0.0, "envs": 2}
+OPTIONS = {"device": "cpu", "dtype": "float32", "compile": "auto", "repeats": 2, "budget": 0.0, "envs": 2, "save": None}
 
 
 def run_of(*found: dict[str, Any], failures: tuple[dict[str, str], ...] = ()) -> dict[str, Any]:
@@ -77,6 +81,42 @@ def test_a_case_has_a_row_for_each_of_its_steps(
         assert row["tflop_per_s"] == pytest.approx(row["gflop"] / row["ms"])
     assert gradient["peak_mib"] > 100  # MiB; PyTorch alone is more
     assert acting["envs"] == plan["envs"] == 2 and plan["gflop"] > 2 * acting["gflop"]
+
+
+@pytest.mark.parametrize("name", ["dreamerv3-small", "dreamerv3-picture"])
+def test_the_peers_are_given_the_batch_that_the_agent_has_recorded(name: str, tmp_path: Path) -> None:
+    case, path = SMALL[name], tmp_path / "batch.npz"
+    agent = cases.make_agent(case, Namespace(**OPTIONS), compiled="off", planner=None)
+    batch = cases.batch_of(agent, case)
+    cases.save(batch, str(path))
+    written = batches.read(str(path))
+
+    obs = agent.replay_buffer.sample(64, 1).obs.flatten(0, 1)  # what was recorded, with replacement
+    assert batch.batch_size == case.batch and batch.seq_len == case.length + 1 and obs.unique(dim=0).shape[0] > 8
+    assert agent.trainer.step_count == 0 and agent.num_timesteps >= case.batch + case.length
+    assert batch.extras["deter"].any()  # of the steps that it acted in
+    np.testing.assert_array_equal(written["obs"], batch.obs)
+    seen = batches.on_arrival(written)
+    shape = case.obs_shape
+    assert seen["image" if len(shape) == 3 else "vector"].shape == (case.batch, case.length + 1, *shape)
+    assert seen["reward"][:, 1:] == pytest.approx(np.where(batch.is_first[:, 1:], 0, batch.rewards[:, :-1]))
+
+
+def test_what_an_action_earned_moves_to_the_row_where_it_arrived() -> None:
+    rows_of = {
+        "obs": np.arange(5.0).reshape(1, 5, 1),
+        "actions": np.arange(5.0).reshape(1, 5, 1),
+        "rewards": np.array([[1.0, 2.0, 0.0, 4.0, 5.0]]),
+        "terminations": np.array([[False, True, False, False, False]]),
+        "truncations": np.array([[False, False, False, True, False]]),
+        "is_first": np.array([[True, False, False, True, False]]),
+    }
+    seen = batches.on_arrival(rows_of)
+    assert seen["reward"].tolist() == [[0.0, 1.0, 2.0, 0.0, 4.0]]
+    assert seen["is_terminal"].tolist() == [[False, False, True, False, False]]
+    assert seen["is_last"].tolist() == [[False, False, True, False, True]]
+    assert seen["vector"].tolist() == rows_of["obs"].tolist()
+    assert batches.one_hot(np.array([0, 1, 3]), 3).tolist() == [[0, 0, 0], [1, 0, 0], [0, 0, 1]]
 
 
 def test_operations_of_known_layers_are_counted_forward_and_backward() -> None:
@@ -167,6 +207,7 @@ def test_ours_and_the_peers_take_turns() -> None:
     peers = [throughput.Peer.parse("tdmpc2_reference+compile=~/td"), throughput.Peer.parse("r2dreamer=/r2,/py")]
     options = Namespace(**{**OPTIONS, "dtype": ["float32", "bfloat16"], "compile": ["auto", "off"]}, threads=2)
     options.cases, options.peers, options.rounds = ["tdmpc2-5m-state"], peers, 2
+    options.batches = Path("/batches")
     found = list(throughput.commands(options))
     assert [Path(command[1]).stem for command in found] == [
         *("cases", "cases"),  # the peaks
@@ -175,6 +216,8 @@ def test_ours_and_the_peers_take_turns() -> None:
     assert all("--peak" in command for command in found[:2])
     theirs = found[4]
     assert ["--repo", str(Path.home() / "td")] in [list(pair) for pair in pairwise(theirs)]
+    batches = [command[command.index(option) + 1] for command, option in ((found[3], "--save"), (theirs, "--batch"))]
+    assert batches == ["/batches/tdmpc2-5m-state.npz"] * 2  # which ours has taken from its replay buffer
     assert "--compile" in theirs and theirs[-2:] == ["--cases", "tdmpc2-5m-state"]
     assert peers[1].command("dreamerv3-12m-pixels", "bfloat16", "cpu")[:2] == [  # type: ignore[index]
         "/py",

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import batches
 import rows
 
 SIZES = {"dreamerv3-1m-proprio": "size1m", "dreamerv3-12m-pixels": "size12m"}
@@ -68,23 +69,6 @@ def build(case: str, options):
     return agent
 
 
-def random_data(spaces, shape: tuple[int, ...]) -> dict:
-    """Experience without episode ends, [*shape, ...] each."""
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    data = {}
-    for name, space in spaces.items():
-        size = (*shape, *space.shape)
-        if space.dtype == np.uint8:
-            data[name] = rng.integers(0, 256, size, np.uint8)
-        elif np.issubdtype(space.dtype, np.floating):
-            data[name] = rng.uniform(-1, 1, size).astype(space.dtype)
-        else:
-            data[name] = np.zeros(size, space.dtype)
-    return data
-
-
 def measure(case: str, options, threads: int) -> None:
     """Prints the rows of one case."""
     agent = build(case, options)
@@ -93,7 +77,13 @@ def measure(case: str, options, threads: int) -> None:
     import numpy as np
     from embodied.jax import internal
 
-    data = random_data(agent.spaces, (16, 65))
+    batch = batches.read(options.batch)
+    stoch = batches.one_hot(batch["stoch"], agent.spaces["dyn/stoch"].shape[-1])
+    seen = {"dyn/deter": batch["deter"], "dyn/stoch": stoch, **batches.on_arrival(batch)}
+    data = {
+        name: np.asarray(seen[name], space.dtype) if name in seen else np.zeros((16, 65, *space.shape), space.dtype)
+        for name, space in agent.spaces.items()
+    }
     data = internal.device_put(data, agent.train_sharded)
     carry = agent.init_train(16)
     seed = agent._seeds(0, agent.train_mirrored)
@@ -118,7 +108,7 @@ def measure(case: str, options, threads: int) -> None:
     memory = {"peak_mib": rows.peak_resident_mib()} if options.device == "cpu" else {}
     rows.print_row("danijar/dreamerv3", case, rows.GRADIENT, {**times, **facts, **memory})
 
-    obs = random_data(agent.obs_space, (1,))
+    obs = {name: value[:1, 1] for name, value in batches.on_arrival(batch).items() if name in agent.obs_space}
     acting = agent.init_policy(1)
 
     def act() -> None:

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import batches
 import rows
 
 SIZES = {
@@ -70,6 +71,7 @@ def build(case: str, options):
 
 def measure(case: str, options, threads: int) -> None:
     """Prints the rows of one case."""
+    import numpy as np
     import tensordict
     import torch
     from tensordict import TensorDict
@@ -78,14 +80,12 @@ def measure(case: str, options, threads: int) -> None:
     torch.manual_seed(0)
     agent = build(case, options)
 
-    def observation(*shape: int) -> dict:
-        if case.endswith("pixels"):
-            return {"image": torch.randint(0, 256, (*shape, 64, 64, 3), dtype=torch.uint8)}
-        return {"vector": torch.rand(*shape, 24) * 2 - 1}
-
-    flags = {name: torch.zeros(16, 64, 1, dtype=torch.bool) for name in ("is_first", "is_last", "is_terminal")}
-    rest = {"action": torch.rand(16, 64, 6) * 2 - 1, "reward": torch.rand(16, 64, 1)}
-    data = TensorDict({**observation(16, 64), **flags, **rest}, batch_size=(16, 64)).to(options.device)
+    # Its windows have no row for the latents that they start from: the 64 rows behind it.
+    arrived = batches.on_arrival(batches.read(options.batch))
+    rows_of = {name: torch.from_numpy(np.ascontiguousarray(value[:, 1:])) for name, value in arrived.items()}
+    flags = ("reward", "is_first", "is_last", "is_terminal")
+    shaped = {name: value.unsqueeze(-1) if name in flags else value for name, value in rows_of.items()}
+    data = TensorDict(shaped, batch_size=(16, 64)).to(options.device)
     state = agent.get_initial_state(16)
     buffer = OneBatch(data, (state["stoch"], state["deter"]))
     cuda = options.device == "cuda"
@@ -103,8 +103,7 @@ def measure(case: str, options, threads: int) -> None:
     rows.print_row("NM512/r2dreamer", case, rows.GRADIENT, {**times, "peak_mib": peak, **facts})
 
     acting = agent.get_initial_state(1)
-    obs = TensorDict({**observation(1), "is_first": torch.zeros(1, 1, dtype=torch.bool)}, batch_size=(1,))
-    obs = obs.to(options.device)
+    obs = data[:1, 0].select("image" if "image" in shaped else "vector", "is_first")
 
     def act() -> None:
         nonlocal acting

@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import batches
 import rows
 
 CASES = ("tdmpc2-5m-state", "tdmpc2-5m-pixels")
-BATCH, HORIZON, ACTIONS = 256, 3, 6
+HORIZON, ACTIONS = 3, 6
 
 
 class TorchOnCpu:
-    """PyTorch, but that every device is the CPU."""
+    """PyTorch, but that every device is the CPU, which has memory enough."""
+
+    cuda = SimpleNamespace(mem_get_info=lambda: (1 << 40, 1 << 40))
 
     def __init__(self, torch: Any) -> None:
         self._torch = torch
@@ -34,44 +38,32 @@ class TorchOnCpu:
         return self._torch.device("cpu")
 
 
-def settings(case: str, options) -> Any:
+def settings(repo: str, **changes: Any) -> Any:
     """Their configuration of one task, as the data class that their parser makes."""
-    from common import MODEL_SIZE
     from common.parser import cfg_to_dataclass
     from omegaconf import OmegaConf
 
-    raw = OmegaConf.to_container(OmegaConf.load(Path(options.repo) / "tdmpc2/config.yaml"))
-    pixels = case.endswith("pixels")
+    raw = OmegaConf.to_container(OmegaConf.load(Path(repo) / "tdmpc2/config.yaml"))
     raw.pop("defaults")
-    raw.update(MODEL_SIZE[5])
-    raw.update(
-        compile=options.compile,
-        obs="rgb" if pixels else "state",
-        obs_shape={"rgb": (9, 64, 64)} if pixels else {"state": (24,)},
-        action_dim=ACTIONS,
-        episode_length=500,
-        multitask=False,
-        task_dim=0,
-        bin_size=(raw["vmax"] - raw["vmin"]) / (raw["num_bins"] - 1),
-    )
+    raw.update(multitask=False, task_dim=0, bin_size=(raw["vmax"] - raw["vmin"]) / (raw["num_bins"] - 1), **changes)
     unset = {name: None for name, value in raw.items() if value == "???"}
     return cfg_to_dataclass(OmegaConf.create({**raw, **unset}))
 
 
-def build(case: str, options) -> Any:
+def build(config: Any, device: str) -> Any:
     """The agent on the asked device."""
     import tdmpc2
     import torch
     from common import layers, scale
 
     layers.enc.__defaults__[0].clear()  # it keeps the encoder of an earlier model
-    if options.device == "cpu":
+    if device == "cpu":
         tdmpc2.torch = scale.torch = TorchOnCpu(torch)
     try:
-        agent = tdmpc2.TDMPC2(settings(case, options))
+        agent = tdmpc2.TDMPC2(config)
     finally:
         tdmpc2.torch = scale.torch = torch
-    if options.device == "cpu":
+    if device == "cpu":
         for optimizer in (agent.optim, agent.pi_optim):
             for group in optimizer.param_groups:
                 group["capturable"] = False
@@ -86,19 +78,20 @@ def measure(case: str, options, threads: int) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")  # as their training script does
-    agent = build(case, options)
+    from common import MODEL_SIZE
 
-    def observation(*shape: int) -> torch.Tensor:
-        if case.endswith("pixels"):
-            return torch.randint(0, 256, (*shape, 9, 64, 64), dtype=torch.uint8).to(options.device)
-        return (torch.rand(*shape, 24) * 2 - 1).to(options.device)
+    observed = {"obs": "rgb", "obs_shape": {"rgb": (9, 64, 64)}}
+    if not case.endswith("pixels"):
+        observed = {"obs": "state", "obs_shape": {"state": (24,)}}
+    fixed = {"compile": options.compile, "action_dim": ACTIONS, "episode_length": 500}
+    agent = build(settings(options.repo, **{**MODEL_SIZE[5], **observed, **fixed}), options.device)
 
-    batch = (
-        observation(HORIZON + 1, BATCH),
-        (torch.rand(HORIZON, BATCH, ACTIONS) * 2 - 1).to(options.device),
-        torch.rand(HORIZON, BATCH, 1, device=options.device),
-        torch.zeros(HORIZON, BATCH, 1, device=options.device),
-    )
+    rows_of = {
+        name: torch.from_numpy(value).transpose(0, 1).contiguous().to(options.device)
+        for name, value in batches.read(options.batch).items()
+    }
+    earned = (rows_of[name][:HORIZON].float().unsqueeze(-1) for name in ("rewards", "terminations"))
+    batch = (rows_of["obs"], rows_of["actions"][:HORIZON], *earned)
 
     def update() -> None:
         torch.compiler.cudagraph_mark_step_begin()
@@ -118,7 +111,7 @@ def measure(case: str, options, threads: int) -> None:
     peak = round(torch.cuda.max_memory_allocated() / (1 << 20), 1) if cuda else rows.peak_resident_mib()
     rows.print_row("nicklashansen/tdmpc2", case, rows.GRADIENT, {**times, "peak_mib": peak, **facts})
 
-    obs = observation()
+    obs = rows_of["obs"][0, 0]
     agent.act(obs, t0=True)
     times = rows.clock(lambda: agent.act(obs), options.repeats, options.budget, wait)
     rows.print_row("nicklashansen/tdmpc2", case, rows.PLAN, {**times, "envs": 1, **facts})

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import batches
 import rows
 
 SIZES: dict[str, dict[str, int]] = {
@@ -138,19 +139,26 @@ def measure(case: str, options, threads: int) -> None:
     learner = example["_build_learner"](config, device, 0 if pixels else 24, 6, **shape)
     update = example["_make_learner_update"](config, device, learner)
 
-    rows_of = (16, 64)
-    obs = torch.randint(0, 256, (*rows_of, 3, 64, 64), dtype=torch.uint8) if pixels else torch.rand(*rows_of, 24)
-    flags = {name: torch.zeros(*rows_of, 1, dtype=torch.bool) for name in ("done", "terminated", "truncated")}
-    following = {"pixels" if pixels else "observation": obs, "reward": torch.rand(*rows_of, 1), **flags}
+    # A row has the transition from its observation to the next one, so that 65 rows make 64 transitions.
+    found = batches.read(options.batch)
+    batch = {name: torch.from_numpy(value) for name, value in found.items()}
+    stoch = torch.from_numpy(batches.one_hot(found["stoch"], config.networks.num_classes))
+    ends = {"terminated": batch["terminations"][:, :-1, None], "truncated": batch["truncations"][:, :-1, None]}
+    following = {
+        "pixels" if pixels else "observation": batch["obs"][:, 1:],
+        "reward": batch["rewards"][:, :-1, None],
+        "done": ends["terminated"] | ends["truncated"],
+        **ends,
+    }
     data = TensorDict(
         {
-            "state": torch.zeros(*rows_of, 32 * config.networks.num_classes),
-            "belief": torch.zeros(*rows_of, config.networks.rnn_hidden_dim),
-            "action": torch.rand(*rows_of, 6) * 2 - 1,
-            "is_init": torch.zeros(*rows_of, 1, dtype=torch.bool),
+            "state": stoch[:, :-1].flatten(2),
+            "belief": batch["deter"][:, :-1].float(),
+            "action": batch["actions"][:, :-1],
+            "is_init": batch["is_first"][:, :-1, None],
             "next": following,
         },
-        rows_of,
+        (16, 64),
     ).to(device)
 
     cuda = options.device == "cuda"
