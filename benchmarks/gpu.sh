@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Measures on a machine with a CUDA GPU, in at most ten minutes and without a network, what no other machine can tell:
-# the tests that need CUDA, the speed of every step in bfloat16 and float32, recorded and plain, the online loop, and
-# short learning curves of both families on two tasks. Every part has a time of its own: one that fails or is cut short
-# leaves the others alone, and what it had measured until then.
+# the tests that need CUDA, the speed of every step in bfloat16 and float32, recorded and plain, where the time of
+# learning goes, and short learning curves of both families on two tasks. Every part has a time of its own: one that
+# fails or is cut short leaves the others alone, and what it had measured until then.
 #
 #     bash benchmarks/gpu.sh OUT          # PYTHON=... for another interpreter, SECONDS_IN_ALL=... for another time
 #
@@ -55,7 +55,7 @@ part tests 90 "$python" -m pytest -q -p no:cacheprovider tests/test_cuda.py
 speed bfloat16 140 --dtype bfloat16
 speed float32 100 --dtype float32
 speed plain 70 --dtype bfloat16 float32 --compile off
-part online 40 "$python" benchmarks/throughput.py --online dmc/walker-walk --device cuda --steps 300 \
+part online 40 "$python" benchmarks/shares.py dmc/walker-walk --device cuda --steps 300 \
     --preset tdmpc2:reference-5m dreamerv3:reference-1m
 part table 30 "$python" benchmarks/table.py "$out"/speed-*.json --out "$out/speed.md"
 left=$((all - SECONDS))  # the curves share the device, so nothing is timed beside them

@@ -1,8 +1,13 @@
-"""Where the time goes while an agent learns in an environment: acting, sampling, training, stepping, recording."""
+"""Where the time goes while an agent learns in an environment: acting, sampling, training, stepping, recording.
+
+python benchmarks/shares.py dmc/walker-walk --preset tdmpc2:tiny --steps 100
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -34,12 +39,12 @@ class Stopwatch:
         return timed
 
 
-def measure_online(preset: str, options: argparse.Namespace) -> dict[str, Any]:
+def shares_of(preset: str, options: argparse.Namespace) -> dict[str, Any]:
     """Steps per second and the shares of the time, behind a start that is not counted.
 
     On CUDA a function's share is the time until it returns: what it has left to the device falls to whoever waits next.
     """
-    env = make_vec_env(options.online, options.envs, seed=0)
+    env = make_vec_env(options.env, options.envs, seed=0)
     agent = WorldFluxAgent(
         preset,
         env,
@@ -69,7 +74,7 @@ def measure_online(preset: str, options: argparse.Namespace) -> dict[str, Any]:
     shares = {name: round(seconds / total, 4) for name, seconds in watch.seconds.items()}
     return {
         "preset": preset,
-        "env": options.online,
+        "env": options.env,
         "envs": options.envs,
         "batch": [agent.batch_size, agent.seq_len],
         "env_steps_per_s": round(options.steps / total, 2),
@@ -78,3 +83,24 @@ def measure_online(preset: str, options: argparse.Namespace) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if agent.device.type == "cuda" else rows.cpu_name(),
         "threads": torch.get_num_threads(),
     }
+
+
+def main() -> None:
+    """Prints a line of JSON for each preset."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("env", help="a name of make_env")
+    parser.add_argument("--preset", nargs="+", default=["tdmpc2:tiny"])
+    parser.add_argument("--steps", type=int, default=100, help="environment steps that are measured")
+    parser.add_argument("--envs", type=int, default=1, help="environments that are stepped together")
+    parser.add_argument("--batch", type=int, help="windows in a gradient step; default: the family's")
+    parser.add_argument("--length", type=int, help="time steps in them; default: the family's")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, help="of the CPU; default: all cores that this process may use")
+    options = parser.parse_args()
+    torch.set_num_threads(rows.use_threads(options.threads))
+    for preset in options.preset:
+        print(json.dumps(shares_of(preset, options)), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
