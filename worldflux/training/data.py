@@ -61,10 +61,10 @@ def sample_from(
             f"{type(provider).__name__} has no method sample(batch_size, seq_len, device) or sample(request)."
         )
     numbers = {"batch_size": batch_size, "seq_len": seq_len, "device": device}
-    if _takes_request(sample):
+    if options and _accepts(sample, batch_size, seq_len, device, **options):
+        batch = sample(batch_size, seq_len, device, **options)
+    elif _takes_request(sample):
         batch = sample(BatchRequest(batch_size, seq_len, device))
-    elif options and _accepts(sample, **numbers, **options):
-        batch = sample(**numbers, **options)
     elif _accepts(sample, **numbers):
         batch = sample(**numbers)
     elif _accepts(sample, batch_size, seq_len, device):
