@@ -19,6 +19,7 @@ from worldflux.models.search import search_step
 from worldflux.models.tdmpc2.world_model import TDMPC2, Cells
 from worldflux.nn import nodes
 from worldflux.nn.dropout import dropout_factors
+from worldflux.nn.fast import mlp as fast
 from worldflux.nn.mish import Ensemble, NormedLinear, linear
 from worldflux.training import Batch, Trainer, TrainingConfig
 
@@ -59,6 +60,14 @@ def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodes, "applies", lambda x: False)
 
 
+def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on nothing is computed by native code."""
+    monkeypatch.setattr(fast, "_library", lambda: None)
+
+
+SLOWER = {"definition": plainly, "no compiler": without_a_compiler}
+
+
 KINDS = {
     "state": {},
     "tasks": dict(num_tasks=2, task_dim=4, task_action_dims=(1, 2), task_episode_lengths=(100, 200)),
@@ -74,13 +83,14 @@ def ten_updates(**fields) -> tuple[list[dict[str, Tensor]], TDMPC2]:
     return losses, model
 
 
+@pytest.mark.parametrize("slower", SLOWER)
 @pytest.mark.parametrize("kind", KINDS)
-def test_ten_updates_are_the_plain_ones(kind, monkeypatch):
-    fast, model = ten_updates(**KINDS[kind])
-    plainly(monkeypatch)
+def test_ten_updates_are_the_plain_ones(kind, slower, monkeypatch):
+    found, model = ten_updates(**KINDS[kind])
+    SLOWER[slower](monkeypatch)
     plain, expected = ten_updates(**KINDS[kind])
 
-    for ours, theirs in zip(fast, plain, strict=True):
+    for ours, theirs in zip(found, plain, strict=True):
         assert list(ours) == list(theirs)
         for name, value in ours.items():
             torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-5, msg=name)
@@ -91,9 +101,10 @@ def test_ten_updates_are_the_plain_ones(kind, monkeypatch):
         assert name.startswith("tasks") or not torch.equal(p, start), name
 
 
+@pytest.mark.parametrize("slower", SLOWER)
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_plans_are_the_plain_ones(kind, deterministic, monkeypatch):
+def test_plans_are_the_plain_ones(kind, deterministic, slower, monkeypatch):
     model = small_model(**KINDS[kind]).eval()
     if kind == "episodic":
         model.termination_seen.fill_(1.0)
@@ -110,10 +121,10 @@ def test_plans_are_the_plain_ones(kind, deterministic, monkeypatch):
             found += [actions, plan]
         return found
 
-    fast = plans()
-    plainly(monkeypatch)
+    found = plans()
+    SLOWER[slower](monkeypatch)
 
-    for ours, theirs in zip(fast, plans(), strict=True):
+    for ours, theirs in zip(found, plans(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-4)
 
 

@@ -21,6 +21,7 @@ LAYERS = (
     ("worldflux.files",),
     ("worldflux.overriding",),
     ("worldflux.config",),
+    ("worldflux.accel",),
     ("worldflux.nn",),
     ("worldflux.training.batch",),
     ("worldflux.models",),

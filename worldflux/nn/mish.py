@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldflux.nn import nodes
+from worldflux.nn.fast import mlp as fast
 from worldflux.nn.init import narrow_normal_
+from worldflux.nn.transforms import simnorm
 from worldflux.overriding import is_untouched
 
 
@@ -72,6 +76,9 @@ class NormedLinear(NarrowLinear):
 
     def forward(self, *parts: Tensor) -> Tensor:
         """Maps inputs `[..., p]`, joined on the last axis, to `[..., out]`; see `linear` for what may differ."""
+        output = _natively([self], parts)
+        if output is not None:
+            return output
         shape = parts[0].shape[:-1]
         if self.activation is mish and _one_node(parts) and is_untouched([self.norm], nn.LayerNorm.forward):
             weight, bias, scale, shift = (
@@ -110,6 +117,9 @@ class MishMLP(nn.Module):
 
     def forward(self, *parts: Tensor) -> Tensor:
         """Maps inputs `[..., p]`, joined on the last axis, to `[..., out]`; see `linear` for what may differ."""
+        output = _natively(self.layers, parts)
+        if output is not None:
+            return output
         first, *others = self.layers
         x = first(*parts)
         for layer in others:
@@ -205,8 +215,87 @@ class Ensemble(nn.Module):
             dropout: Factors for the first layer, 0 or `1 / (1 - p)`; None switches dropout off. `[m, N, hidden]`
             frozen: Take the parameters as constants, so that gradients reach the input only.
         """
+        output = _natively(self.layers, parts, members=self.members, chosen=members, dropout=dropout, frozen=frozen)
+        if output is not None:
+            return output
         first, *others = self.layers
         y = first(*parts, members=members, dropout=dropout, frozen=frozen)
         for layer in others:
             y = layer(y, members=members, frozen=frozen)
         return y
+
+
+# The fast form of layers that stand behind each other
+
+
+def _natively(layers: Iterable[nn.Module], parts: Sequence[Tensor], **options: Any) -> Tensor | None:
+    """The output of the layers in one native call; None where they are to be called one after the other."""
+    if not fast.applies(parts):
+        return None
+    described = _all_described(layers)
+    return None if described is None else fast.mlp(described, parts, **options)
+
+
+def rollout_natively(
+    dynamics: nn.Module, head: nn.Module, state: Tensor, actions: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """Open loop with two MLPs on states and actions in one native call, see `nn.fast.mlp.rollout`.
+
+    None where they are to be called one after the other: with gradients, and if somebody has changed one of them.
+    """
+    if torch.is_grad_enabled() or not fast.applies((state, actions)):
+        return None
+    described = []
+    for net in (dynamics, head):
+        layers = _all_described(net.layers) if is_untouched([net], _MLP) else None  # type: ignore[arg-type]
+        if layers is None:
+            return None
+        described.append(layers)
+    return fast.rollout(described[0], described[1], state, actions)
+
+
+def _all_described(layers: Iterable[nn.Module]) -> list[fast.Layer] | None:
+    found = []
+    for module in layers:
+        layer = _described(module)
+        if layer is None:
+            return None
+        found.append(layer)
+    return found
+
+
+def _described(module: nn.Module) -> fast.Layer | None:
+    """The parameters of a layer that computes what this file says; None if somebody has changed it."""
+    own = module._parameters
+    weight, bias = own.get("weight"), own.get("bias")
+    if weight is None or bias is None:
+        return None
+    if is_untouched([module], nn.Linear.forward):
+        return fast.Layer(weight, bias, None, None, fast.PLAIN)
+    if is_untouched([module], _STACKED):
+        norm = module._modules.get("norm")
+        if norm is None:
+            return fast.Layer(weight, bias, None, None, fast.PLAIN)
+        return fast.Layer(weight, bias, norm.weight, norm.bias, fast.MISH)
+    if not is_untouched([module], _NORMED):
+        return None
+    norm, activation = module.norm, module.activation
+    if (
+        not isinstance(norm, nn.LayerNorm)
+        or not is_untouched([norm], nn.LayerNorm.forward)
+        or norm.eps != nodes.LAYER_NORM_EPS
+        or norm.weight is None
+        or norm.bias is None
+    ):
+        return None
+    if activation is mish:
+        return fast.Layer(weight, bias, norm.weight, norm.bias, fast.MISH)
+    if isinstance(activation, partial) and activation.func is simnorm and list(activation.keywords) == ["dim"]:
+        group = activation.keywords["dim"]
+        if not activation.args:
+            return fast.Layer(weight, bias, norm.weight, norm.bias, fast.SIMNORM, group)
+    return None
+
+
+# As defined here, whoever replaces them later.
+_NORMED, _STACKED, _MLP = NormedLinear.forward, StackedLinear.forward, MishMLP.forward

@@ -1,0 +1,1 @@
+"""How things run: native code that is built where it is used."""

@@ -1,0 +1,1 @@
+"""Fast forms of layers; the plain definitions beside this folder choose them."""

@@ -1,0 +1,327 @@
+"""Whole MLPs of linear layers, LayerNorm, Mish and SimNorm as one native call, forward and backward (`mlp.c`).
+
+`worldflux.nn.mish` is their definition and chooses them. Layer by layer, the activations of a small model go through
+about ten calls of torch for each layer, and those of a large one ten times through memory; here a layer is one matrix
+product, by torch's own BLAS, and one pass over its result.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.modules import module as torch_module
+
+from worldflux.accel import native
+from worldflux.nn import nodes
+
+PLAIN, MISH, SIMNORM = 0, 1, 2
+_DISPATCH_DEPTH: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+_GLOBAL_HOOKS: Callable[[], Any] = getattr(torch_module, "_has_any_global_hook", lambda: False)
+
+
+class Layer(NamedTuple):
+    """One layer; those of an ensemble have an axis for the members in front of all parameters."""
+
+    weight: Tensor
+    """`[out, in]`"""
+    bias: Tensor
+    """`[out]`"""
+    scale: Tensor | None
+    """Of the LayerNorm; None for a plain linear layer. `[out]`"""
+    shift: Tensor | None
+    """Of the LayerNorm. `[out]`"""
+    kind: int
+    """`PLAIN`, `MISH` or `SIMNORM`."""
+    group: int = 0
+    """Numbers in each of SimNorm's groups."""
+
+
+class _Library(NamedTuple):
+    forward: Any
+    backward: Any
+    rollout: Any
+    sgemm: int
+
+
+def applies(parts: Sequence[Tensor]) -> bool:
+    """Whether the native code takes these inputs: float32 on a CPU, nothing that watches or replaces operations."""
+    for x in parts:
+        if type(x) is not Tensor or x.dtype is not torch.float32 or not nodes.applies(x):
+            return False
+    return (
+        not torch.is_autocast_enabled("cpu")
+        and _DISPATCH_DEPTH() == 0
+        and not _GLOBAL_HOOKS()
+        and _library() is not None
+    )
+
+
+def mlp(
+    layers: Sequence[Layer],
+    parts: Sequence[Tensor],
+    *,
+    members: int = 0,
+    chosen: Tensor | None = None,
+    dropout: Tensor | None = None,
+    frozen: bool = False,
+) -> Tensor | None:
+    """The output of layers, one behind the other; None where it cannot be computed natively.
+
+    Args:
+        layers: From the first to the last.
+        parts: Joined on the last axis. Without members, `[..., p]` each, and such as stand once for many rows
+            (`[N, 1, p]` beside `[N, S, q]`) are multiplied once. With members, `[N, p]` each.
+        members: M; the parameters have an axis for them, and so has the output. 0: there is no such axis.
+        chosen: Indices of the members to evaluate, on the CPU; all if None. `[m]`
+        dropout: Factors behind the first linear layer, before its norm. `[m, N, out]`
+        frozen: Take the parameters as constants.
+
+    Returns:
+        `[..., out]`, with members `[m, N, out]`.
+    """
+    parameters = _parameters(layers)
+    if parameters is None:
+        return None
+    shapes = [x.shape[:-1] for x in parts]
+    lead = max(shapes, key=prod) if len(shapes) > 1 else shapes[0]
+    rows = prod(lead)
+    flat, repeats = [], []
+    for x, shape in zip(parts, shapes, strict=True):
+        repeat = 1 if shape == lead else _repeat(shape, lead)
+        if repeat == 0:
+            x, repeat = x.expand(*lead, x.shape[-1]), 1
+        flat.append(_rows(x))
+        repeats.append(repeat)
+    count = members if chosen is None else len(chosen)
+    call = _Call(layers, flat, repeats, rows, count, chosen, dropout)
+    if torch.is_grad_enabled():
+        trained = () if frozen else tuple(parameters)
+        if any(x.requires_grad for x in (*trained, *flat)):
+            if max(repeats) > 1:
+                return None
+            result: Tensor = _MLP.apply(call, trained, *trained, *flat)
+            return result if members else result.view(*lead, -1)
+    out = call.forward(None)
+    return out if members else out.view(*lead, -1)
+
+
+def rollout(
+    dynamics: Sequence[Layer], head: Sequence[Layer], state: Tensor, actions: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """Open loop from states with sequences of actions, without gradient; None where it cannot be computed natively.
+
+    Args:
+        dynamics: The next state of a state and an action.
+        head: What is asked of each state and the action taken there.
+        state: `[N, L]`
+        actions: `[H, N, S, A]`
+
+    Returns:
+        The states after every action `[H, N, S, L]`, and the head's output `[H, N, S, K]`.
+    """
+    if _parameters(dynamics) is None or _parameters(head) is None:
+        return None
+    library = _library()
+    assert library is not None
+    H, N, S, A = actions.shape
+    state, actions = state.contiguous(), actions.contiguous()
+    states = torch.empty(H, N, S, dynamics[-1].bias.shape[-1])
+    heads = torch.empty(H, N, S, head[-1].bias.shape[-1])
+    widest = max(layer.bias.shape[-1] for layer in (*dynamics, *head))
+    work = torch.empty(3 * max(H - 1, 1) * N * S * widest)
+    library.rollout(
+        library.sgemm,
+        _packed(dynamics),
+        len(dynamics),
+        _packed(head),
+        len(head),
+        state.data_ptr(),
+        actions.data_ptr(),
+        *(H, N, S, A),
+        work.data_ptr(),
+        states.data_ptr(),
+        heads.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return states, heads
+
+
+def _parameters(layers: Sequence[Layer]) -> list[Tensor] | None:
+    """All parameters of the layers; None if the native code cannot read one."""
+    found = [p for layer in layers for p in layer[:4] if p is not None]
+    for p in found:
+        if p.dtype is not torch.float32 or not p.is_contiguous() or not p.is_cpu:
+            return None
+    return found
+
+
+def _packed(layers: Sequence[Layer]) -> Any:
+    """The layers as the native code reads them."""
+    numbers: list[int] = []
+    for weight, bias, scale, shift, kind, group in layers:
+        width, inputs = weight.shape[-2:]
+        norm = (0, 0) if scale is None or shift is None else (scale.data_ptr(), shift.data_ptr())
+        numbers += (weight.data_ptr(), bias.data_ptr(), *norm, inputs, width, kind, group)
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+def _repeat(shape: torch.Size, lead: torch.Size) -> int:
+    """How many rows in succession a part stands for; 0 if they do not follow each other."""
+    if len(shape) != len(lead):
+        return 0
+    kept = len(shape)
+    while kept and shape[kept - 1] == 1:
+        kept -= 1
+    return prod(lead[kept:]) if shape[:kept] == lead[:kept] else 0
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The part as rows whose numbers lie side by side."""
+    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    rows, width = flat.shape
+    if (width == 1 or flat.stride(1) == 1) and (rows == 1 or flat.stride(0) >= width):
+        return flat
+    return flat.contiguous()
+
+
+class _Call:
+    """The arguments of the native functions for one evaluation."""
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        parts: Sequence[Tensor],
+        repeats: Sequence[int],
+        rows: int,
+        members: int,
+        chosen: Tensor | None,
+        dropout: Tensor | None,
+    ) -> None:
+        library = _library()
+        assert library is not None
+        self.library = library
+        self.layers = layers
+        self.parts = parts
+        self.repeats = repeats
+        self.rows = rows
+        self.members = members  # 0: one, without an axis
+        self.chosen = chosen
+        self.dropout = None if dropout is None else dropout.contiguous()
+        self.out = layers[-1].bias.shape[-1]
+
+    def _arguments(self) -> tuple[Any, ...]:
+        """Those that both functions begin with. What they point to lives as long as this object."""
+        parts: list[int] = []
+        for part, repeat in zip(self.parts, self.repeats, strict=True):
+            width = part.shape[-1]
+            parts += (part.data_ptr(), width, max(part.stride(0), width), repeat)
+        return (
+            self.library.sgemm,
+            _packed(self.layers),
+            len(self.layers),
+            (ctypes.c_int64 * len(parts))(*parts),
+            len(self.parts),
+            None if self.chosen is None else self.chosen.data_ptr(),
+            max(self.members, 1),
+            self.rows,
+            None if self.dropout is None else self.dropout.data_ptr(),
+        )
+
+    def sizes(self) -> tuple[int, int]:
+        """Numbers of working memory, and of what is kept for the backward pass."""
+        widest = kept = 0
+        for layer in self.layers:
+            width = layer.bias.shape[-1]
+            widest = max(widest, width)
+            if layer.kind != PLAIN:
+                kept += 2 * (width + 1)
+        return 3 * self.rows * widest, max(self.members, 1) * self.rows * kept
+
+    def forward(self, saved: Tensor | None) -> Tensor:
+        """The output `[N, out]`, with members `[m, N, out]`."""
+        out = torch.empty((self.members, self.rows, self.out) if self.members else (self.rows, self.out))
+        work = torch.empty(self.sizes()[0])
+        kept = None if saved is None else saved.data_ptr()
+        self.library.forward(*self._arguments(), work.data_ptr(), kept, out.data_ptr(), torch.get_num_threads())
+        return out
+
+    def backward(
+        self, saved: Tensor, grad: Tensor, d_layers: Sequence[Tensor | None] | None, d_parts: Sequence[Tensor | None]
+    ) -> None:
+        """Adds the parameters' gradients to `d_layers`, and writes those of the parts to `d_parts`."""
+        work = torch.empty(self.sizes()[0])
+        to_layers = None
+        if d_layers is not None:
+            to_layers = (ctypes.c_void_p * len(d_layers))(*(None if d is None else d.data_ptr() for d in d_layers))
+        to_parts = (ctypes.c_void_p * len(d_parts))(*(None if d is None else d.data_ptr() for d in d_parts))
+        self.library.backward(
+            *self._arguments(),
+            saved.data_ptr(),
+            grad.data_ptr(),
+            to_layers,
+            to_parts,
+            work.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+
+class _MLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, trained: tuple[Tensor, ...], *tensors: Tensor) -> Tensor:
+        saved = torch.empty(call.sizes()[1])
+        out = call.forward(saved)
+        ctx.call, ctx.count = call, len(trained)
+        # Also those that are no inputs of this node: changed in between, they would give wrong gradients.
+        parameters = [p for layer in call.layers for p in layer[:4] if p is not None]
+        ctx.save_for_backward(saved, *parameters, *tensors[len(trained) :])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        call, count = ctx.call, ctx.count
+        saved, *_ = ctx.saved_tensors
+        to_parts = ctx.needs_input_grad[2 + count :]
+        d_layers: list[Tensor | None] | None = None
+        d_parameters: list[Tensor | None] = [None] * count
+        if any(ctx.needs_input_grad[2 : 2 + count]):
+            # One piece of memory for all: clearing it is one pass.
+            shapes = [None if p is None else p.shape for layer in call.layers for p in layer[:4]]
+            sizes = [0 if shape is None else prod(shape) for shape in shapes]
+            pieces = torch.zeros(sum(sizes)).split(sizes)
+            d_layers = [
+                None if shape is None else piece.view(shape) for shape, piece in zip(shapes, pieces, strict=True)
+            ]
+            d_parameters = [d for d in d_layers if d is not None]
+        shared = (call.rows,)
+        d_parts = [
+            torch.empty(*shared, part.shape[-1]) if needed else None
+            for part, needed in zip(call.parts, to_parts, strict=True)
+        ]
+        call.backward(saved, grad.contiguous(), d_layers, d_parts)
+        wanted = zip(d_parameters, ctx.needs_input_grad[2:], strict=False)
+        return (None, None, *(d if needed else None for d, needed in wanted), *d_parts)
+
+
+@cache
+def _library() -> _Library | None:
+    product = native.sgemm()
+    library = None if product is None else native.load(Path(__file__).with_name("mlp.c"))
+    if library is None or product is None:
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    common = [pointer, pointer, number, pointer, number, pointer, number, number, pointer]
+    library.mlp_forward.argtypes = [*common, pointer, pointer, pointer, ctypes.c_int]
+    library.mlp_backward.argtypes = [*common, pointer, pointer, pointer, pointer, pointer, ctypes.c_int]
+    library.mlp_rollout.argtypes = [pointer, *[pointer, number] * 2, pointer, pointer, *[number] * 4]
+    library.mlp_rollout.argtypes += [pointer, pointer, pointer, ctypes.c_int]
+    library.mlp_forward.restype = library.mlp_backward.restype = library.mlp_rollout.restype = None
+    return _Library(library.mlp_forward, library.mlp_backward, library.mlp_rollout, product)
