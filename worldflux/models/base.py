@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,6 +22,7 @@ from worldflux.training.batch import Batch, Observation
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+_AS_IT_IS = nullcontext()
 
 
 class State(Mapping[str, Tensor]):
@@ -377,9 +379,11 @@ class WorldModel(nn.Module):
 
     # For the families: what they are given, and in which precision they compute
 
-    def _autocast(self) -> torch.autocast:
-        enabled = self.config.dtype == "bfloat16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+    def _autocast(self) -> AbstractContextManager[Any]:
+        enabled, kind = self.config.dtype == "bfloat16", self.device.type
+        if not enabled and not torch.is_autocast_enabled(kind):
+            return _AS_IT_IS
+        return torch.autocast(kind, dtype=torch.bfloat16, enabled=enabled)
 
     def _observations(self, obs: Observation, *, leading: int, rows: int | None = None) -> dict[str, Tensor]:
         """The observation as a dictionary, checked; the first of the `leading` batch axes has `rows` rows."""

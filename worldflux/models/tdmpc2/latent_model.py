@@ -17,8 +17,9 @@ from worldflux.models.tdmpc2.encoder import MAX_SHIFT, Decoder, Encoder
 from worldflux.models.tdmpc2.policy import PolicySample, squashed_normal
 from worldflux.models.tdmpc2.tasks import Tasks
 from worldflux.nn.distributions import TwoHot
-from worldflux.nn.mish import Ensemble, MishMLP
+from worldflux.nn.mish import Ensemble, MishMLP, rollout_natively
 from worldflux.nn.transforms import simnorm, symexp, symlog_bins
+from worldflux.overriding import overridden
 from worldflux.training.batch import Observation
 
 _SAMPLED_MEMBERS = 2
@@ -60,6 +61,11 @@ class LatentModel(WorldModel):
         if c.episodic:
             # 1 from the first termination on that was learned from: until then the head's answers are not used.
             self.register_buffer("termination_seen", torch.zeros(()))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.value_scale.device
 
     # States
 
@@ -210,21 +216,30 @@ class LatentModel(WorldModel):
     def outlook(self, state: State, actions: Tensor, *, discount: float | None, deterministic: bool) -> Outlook:
         """What sequences of actions earn and where they lead; see `trajectory_value`."""
         # The state and its task stand once in each row and broadcast with the sequences from there.
-        latents = [state["latent"].unsqueeze(1)]  # [N, 1, L]
         task = state["task"].unsqueeze(1) if "task" in state else None  # [N, 1]
-        for action in actions:
-            latents.append(self._next(latents[-1], action, task))
-        with self._autocast():
-            logits = [self.reward_head(*self._inputs(latents[0], task, actions[0])).unsqueeze(0)]
-            if len(actions) > 1:
-                logits.append(self.reward_head(*self._inputs(torch.stack(latents[1:-1]), task, actions[1:])))
-        rewards = torch.cat([self._decoded(part) for part in logits])  # [H, N, S]
+        found = None
+        if task is None and not overridden(self, _NEXT, _INPUTS):
+            with self._autocast():
+                found = rollout_natively(self.dynamics, self.reward_head, state["latent"], actions)
+        if found is not None:
+            after, logits = found
+            rewards = self._decoded(logits)  # [H, N, S]
+        else:
+            latents = [state["latent"].unsqueeze(1)]  # [N, 1, L]
+            for action in actions:
+                latents.append(self._next(latents[-1], action, task))
+            after = torch.stack(latents[1:])
+            with self._autocast():
+                parts = [self.reward_head(*self._inputs(latents[0], task, actions[0])).unsqueeze(0)]
+                if len(actions) > 1:
+                    parts.append(self.reward_head(*self._inputs(after[:-1], task, actions[1:])))
+            rewards = torch.cat([self._decoded(part) for part in parts])
         continues = None
         if self.termination_head is not None:
-            continues = (self._continues(torch.stack(latents[1:]), task) >= 0.5).float()
+            continues = (self._continues(after, task) >= 0.5).float()
         weight = self._discount(task) if discount is None else discount
-        earned, after = discounted_rewards(rewards, continues, weight)
-        return Outlook(earned, after, _state(latents[-1], None if task is None else task.expand(earned.shape)))
+        earned, left = discounted_rewards(rewards, continues, weight)
+        return Outlook(earned, left, _state(after[-1], None if task is None else task.expand(earned.shape)))
 
     def outlook_value(
         self, outlook: Outlook, *, deterministic: bool, noise: Tensor | None = None, members: Tensor | None = None
@@ -333,6 +348,10 @@ class LatentModel(WorldModel):
     def _shifts(self, *shape: int) -> Tensor:
         """Random moves of images. `[..., 2]`"""
         return torch.randint(0, 2 * MAX_SHIFT + 1, (*shape, 2), device=self.device)
+
+
+# What a native rollout goes round, as defined here.
+_NEXT, _INPUTS = LatentModel._next, LatentModel._inputs
 
 
 def _state(latent: Tensor, task: Tensor | None) -> State:
