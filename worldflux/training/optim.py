@@ -229,6 +229,9 @@ class Adam(torch.optim.AdamW):
         _check_settings(lr, betas, eps, warmup_steps, weight_decay)
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)
         for group in self.param_groups:
+            # On a CPU one pass over each tensor in place of ten; elsewhere only recorded steps gain by it.
+            if all(p.dtype == torch.float32 and p.is_cpu for p in group["params"]):
+                group.update(fused=True, foreach=False)
             group.setdefault("warmup_steps", warmup_steps)
             group.setdefault("rate_scale", 1.0)
             group.setdefault("updates", 0)

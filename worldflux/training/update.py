@@ -54,12 +54,14 @@ class GradientStep:
         """
         if not self.model.training:
             self.model.train()
+        # Of the whole model, because a phase's loss may reach parameters that it does not train.
+        parameters = list(self.model.parameters())
         terms: dict[str, Tensor] = {}
         norms: list[Tensor] = []
         outputs: list[LossOutput] = []
         for index, phase in enumerate(self.phases):
-            # The whole model, because a phase's loss may reach parameters that it does not train.
-            self.model.zero_grad(set_to_none=True)
+            for parameter in parameters:
+                parameter.grad = None
             output = as_loss_output(phase.loss(batch, outputs))
             output.loss.backward()
             norms.append(clip_by_global_norm(phase.trained, self.grad_clip))
