@@ -71,8 +71,10 @@ class WorldFluxAgent(SavedAgent):
         buffer_size: Transitions kept, over all environments.
         buffer_storage: Where, as for `ReplayBuffer`: a directory for more than fits into memory, or a device. None:
             in memory.
-        learning_starts: Environment steps before the first gradient step. TD-MPC2 acts at random during these, and
-            makes up for their gradient steps when they are over.
+        learning_starts: Environment steps before the first gradient step. None: for DreamerV3 until the buffer has as
+            many windows as a batch has time steps, which is after `(batch_size + n_envs) * seq_len` steps; for TD-MPC2
+            five episodes and at least 1,000 steps. TD-MPC2 acts at random during these, and makes up for their
+            gradient steps when they are over.
         replay_context: Start each window from the recurrent state that was stored beside its first row. Costs
             memory in the buffer (`replay_buffer.nbytes`); False starts every window from nothing.
         planner: "mppi" plans each action in the latent space of the model, None acts with its policy, and "auto" does
@@ -221,7 +223,7 @@ class WorldFluxAgent(SavedAgent):
             device=self.device,
         )
         family = self.model.online_defaults()
-        self._take_over(self._settings().with_defaults(self.model))
+        self._take_over(self._settings().with_defaults(self.model, self.n_envs))
         if self.seq_len < family.min_seq_len:
             raise ConfigurationError(
                 f"seq_len is {self.seq_len}, expected at least {family.min_seq_len} for this model's losses."

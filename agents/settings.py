@@ -90,7 +90,7 @@ class AgentSettings:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
-    def with_defaults(self, model: WorldModel) -> AgentSettings:
+    def with_defaults(self, model: WorldModel, n_envs: int) -> AgentSettings:
         """The same settings with the numbers of a model's family where none were given."""
         defaults = model.online_defaults()
         own = {"learning_rate": model.optimizer_spec.learning_rate, **vars(defaults)}
@@ -98,6 +98,9 @@ class AgentSettings:
         filled = {**vars(self), **taken}
         if filled["train_ratio"] is None:
             taken["train_ratio"] = float(filled["batch_size"] * filled["seq_len"])
+        if filled["learning_starts"] is None:
+            # As many windows as a batch has time steps; the first one of each environment takes a row for context, too.
+            taken["learning_starts"] = (filled["batch_size"] + n_envs) * filled["seq_len"]
         taken["planner"] = defaults.planner if self.planner == "auto" else self.planner
         return replace(self, **taken)
 

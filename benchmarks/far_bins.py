@@ -28,6 +28,7 @@ def watch(seed: int, dtype: str, updates: int, beyond: float, in_full: bool) -> 
         seq_len=16,
         batch_size=16,
         learning_rate=1e-3,
+        learning_starts=1024,
         model_kwargs={"warmup_steps": 100, "dtype": dtype},
         seed=seed,
         device="cpu",

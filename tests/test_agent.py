@@ -750,16 +750,33 @@ def test_a_name_means_the_same_model_as_for_the_factory(
     assert torch.equal(weights(by_path), weights(trained))
 
 
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("given", [None, 70])
+def test_dreamerv3_starts_to_learn_with_one_batch_of_rows(n_envs: int, given: int | None) -> None:
+    agent = make_agent(counting_envs(n_envs), batch_size=4, seq_len=8, learning_starts=given)
+    first: list[int] = []
+
+    class Watch(BaseCallback):
+        def _on_step(self) -> bool:
+            if agent._n_updates and not first:
+                first.append(self.num_timesteps - n_envs)  # learned from before this step
+            return True
+
+    agent.learn(100, Watch())
+    # Four windows of eight steps are 32 windows, each of which begins one row later than the one before.
+    starts = 4 * 8 + n_envs * 8 if given is None else given
+    assert agent.learning_starts == starts
+    assert first == [-(-starts // n_envs) * n_envs]
+
+
 def test_settings_that_are_not_given_are_the_familys_own() -> None:
     agent = WorldFluxAgent("dreamerv3:tiny", "CartPole-v1", device="cpu")
     defaults = agent.model.online_defaults()
 
     assert (agent.train_ratio, agent.batch_size, agent.seq_len) == (1024, 16, 64)
     assert agent.buffer_size == agent.replay_buffer.capacity == defaults.buffer_size
-    assert (
-        agent.learning_rate == agent.model.optimizer_spec.learning_rate
-        and agent.learning_starts == defaults.learning_starts
-    )
+    assert agent.learning_rate == agent.model.optimizer_spec.learning_rate
+    assert agent.learning_starts == 16 * 64 + 64
     assert agent._learner.describe_schedule().startswith("one gradient step every 1 environment steps")
 
 

@@ -177,8 +177,9 @@ class OnlineDefaults:
     """Trained time steps per window."""
     buffer_size: int
     """Transitions kept."""
-    learning_starts: int
-    """Environment steps before the first gradient step."""
+    learning_starts: int | None
+    """Environment steps before the first gradient step. None: until there are as many windows as a batch has time
+    steps."""
     random_start: bool = False
     """Take uniformly random actions until then, and make up for the gradient steps of that time at its end."""
     min_seq_len: int = 1

@@ -379,7 +379,7 @@ class DreamerV3(WorldModel):
             batch_size=16,
             seq_len=64,
             buffer_size=1_000_000,
-            learning_starts=1024,
+            learning_starts=None,
             fresh_windows=True,
         )
 
