@@ -44,6 +44,12 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def without_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native code never runs where steps are recorded; without it both sides round in the same way."""
+    monkeypatch.setenv("WORLDFLUX_NATIVE", "0")
+
+
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trainer]:
     """Makes trainers that record tapes on the CPU, in the way in which they record CUDA graphs."""

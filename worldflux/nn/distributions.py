@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from worldflux.nn.fast.two_hot import two_hot_mean
+
 _UNITS = 8
 """Logits with magnitudes below 16 are known to this many times their type's precision."""
 
@@ -29,6 +31,7 @@ class TwoHot:
         self.logits = logits.float()
         self.bins = bins
         self._probs: Tensor | None = None
+        self._mean: Tensor | None = None  # without gradient
         # How far the probabilities of two bins may differ, relative to each other, by rounding alone: that of the
         # logits in their own type, and that of the float32 sums which they were.
         self._rounding = _UNITS * (torch.finfo(logits.dtype).eps + torch.finfo(torch.float32).eps)
@@ -37,13 +40,15 @@ class TwoHot:
     def probs(self) -> Tensor:
         """The bins' probabilities, without gradient: what the loss and the mean share. `[..., n]`"""
         if self._probs is None:
-            self._probs = torch.softmax(self.logits.detach(), -1)
+            found = two_hot_mean(self.logits.detach(), self.bins, self._rounding)
+            self._probs, self._mean = (torch.softmax(self.logits.detach(), -1), None) if found is None else found
         return self._probs
 
     def t(self) -> TwoHot:
         """The same distributions over `[a, b]` as over `[b, a]`."""
         transposed = TwoHot(self.logits.transpose(0, 1), self.bins)
         transposed._probs, transposed._rounding = self.probs.transpose(0, 1), self._rounding
+        transposed._mean = None if self._mean is None else self._mean.transpose(0, 1)
         return transposed
 
     @property
@@ -58,6 +63,8 @@ class TwoHot:
         middle = self.bins.shape[0] // 2
         needs_gradient = torch.is_grad_enabled() and self.logits.requires_grad
         probs = torch.softmax(self.logits, -1) if needs_gradient else self.probs
+        if not needs_gradient and self._mean is not None:
+            return self._mean
         upper, lower = probs[..., middle + 1 :], probs[..., :middle].flip(-1)
         excess = upper - lower
         with torch.no_grad():

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from worldflux.nn.fast.norm_silu import mlps
 from worldflux.nn.init import truncated_normal_
 from worldflux.overriding import is_untouched
 
@@ -156,10 +157,18 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `[..., in]` to `[..., units]`."""
-        return self._layers_from(0, x)
+        parts = (self, *self.linears, *self.norms)
+        plain = is_untouched(parts, MLP.forward, Linear.forward, NormSiLU.forward)
+        found = mlps(x, [self.weights()]) if plain else None
+        return self._layers_from(0, x) if found is None else found[0]
+
+    def weights(self) -> list[Tensor]:
+        """Kernel, bias and scale of every layer."""
+        layers: Iterable[tuple[Any, Any]] = zip(self.linears, self.norms, strict=True)
+        return [weight for linear, norm in layers for weight in (linear.weight, linear.bias, norm.scale)]
 
     def _layers_from(self, first: int, x: Tensor) -> Tensor:
-        for linear, norm in zip(self.linears[first:], self.norms[first:], strict=True):
+        for linear, norm in list(zip(self.linears, self.norms, strict=True))[first:]:
             x = norm(linear(x))
         return x
 
@@ -186,19 +195,22 @@ def in_portions(function: Callable[..., Tensor], *inputs: Tensor, size: int) -> 
     return torch.cat([function(*parts) for parts in zip(*(x.split(size) for x in inputs), strict=True)])
 
 
-def stacked_mlps(mlps: Sequence[MLP], x: Tensor) -> list[Tensor]:
+def stacked_mlps(stack: Sequence[MLP], x: Tensor) -> list[Tensor]:
     """Several MLPs on one input `[..., in]`, their first layers as one product; each gives `[..., units]`.
 
     The input of DreamerV3's heads is ten times as wide as their hidden layers, and reading it is what they cost.
     """
-    if not all(len(mlp.linears) for mlp in mlps):
-        return [mlp(x) for mlp in mlps]
-    first: list[Any] = [mlp.linears[0] for mlp in mlps]
+    if not all(len(mlp.linears) for mlp in stack):
+        return [mlp(x) for mlp in stack]
+    found = mlps(x, [mlp.weights() for mlp in stack])
+    if found is not None:
+        return found
+    first: list[Any] = [mlp.linears[0] for mlp in stack]
     weight, bias = torch.cat([layer.weight for layer in first]), torch.cat([layer.bias for layer in first])
 
     def hidden(rows: Tensor) -> list[Tensor]:
         parts = F.linear(rows, weight, bias).split([layer.out_features for layer in first], -1)
-        return [mlp._layers_from(1, mlp.norms[0](part)) for mlp, part in zip(mlps, parts, strict=True)]
+        return [mlp._layers_from(1, mlp.norms[0](part)) for mlp, part in zip(stack, parts, strict=True)]
 
     rows = x.flatten(0, -2)
     portions = rows.split(PORTION) if x.device.type == "cpu" else [rows]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from worldflux.models.dreamerv3.behavior import Imagined
+from worldflux.models.dreamerv3.fast.imagine import imagine
 from worldflux.models.dreamerv3.heads import Actor
 from worldflux.models.dreamerv3.parts import Draws
 from worldflux.models.dreamerv3.rssm import RSSM, bounded
@@ -26,6 +27,9 @@ def roll_out(rssm: RSSM, actor: Actor, deter: Tensor, stoch: Tensor, horizon: in
     if not rssm.takes_fast_form(actor, forwards=[Actor.forward]):
         return _roll_out_plainly(rssm, actor, deter, stoch, horizon, draws)
     weights, width = rssm.imagination_weights(actor.mlp), deter.shape[1]
+    if draws is None and weights.actor and rssm.takes_kernels(deter, stoch):
+        feats, taken = imagine(weights, actor, deter, stoch, horizon, rssm.unimix)
+        return Imagined(feats.transpose(0, 1), taken.transpose(0, 1))
     # Each state is written where the heads will read it.
     feats = deter.new_empty(horizon + 1, len(deter), width + stoch[0].numel())
     actions: list[Tensor] = []

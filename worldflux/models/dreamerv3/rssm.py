@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldflux.models.dreamerv3.cell import CoreWeights, PosteriorWeights, PriorWeights
+from worldflux.models.dreamerv3.fast.scan import NativeScan
 from worldflux.models.dreamerv3.imagination import ImaginationWeights, hidden_layers, imagine_step, layers_of
 from worldflux.models.dreamerv3.scan import Scan, observe_step, observe_step_backward
 from worldflux.nn.distributions import OneHot
+from worldflux.nn.fast.kernels import kernels
 from worldflux.nn.layers import MLP, BlockLinear, Linear, NormSiLU, are_plain
 from worldflux.overriding import overridden, steps_back
 
@@ -104,6 +106,10 @@ class RSSM(nn.Module):
             changed.append("layers or hooks")
         return not steps_back("The fast recurrence of DreamerV3", self, changed)
 
+    def takes_kernels(self, *states: Tensor) -> bool:
+        """Whether the fast form for these states is the one in C, and not the one that the cells compute."""
+        return self.cells == Cells() and kernels(*states, self.gates.weight, elements=states[0].numel()) is not None
+
     def initial(self, batch_size: int) -> tuple[Tensor, Tensor]:
         """The zero state. `[B, D]`, `[B, S, C]`"""
         weight = self.hidden_norm.scale
@@ -183,22 +189,19 @@ class RSSM(nn.Module):
             return self._observe_plainly(deter, stoch, prev_actions, embed, keep, obs_mask, noise, draws)
         layer: Any = self.posterior_in.linears[0]
         embed_part = F.linear(embed, layer.weight[:, self.deter_dim :], layer.bias)  # [B, T, hidden]
-        results = Scan.apply(
-            self.cells.observe,
-            self.cells.observe_backward,
-            self.unimix,
-            deter,
-            stoch,
-            keep.transpose(0, 1),
-            self.action_part(prev_actions).transpose(0, 1),
-            embed_part.float().transpose(0, 1),
-            None if obs_mask is None else obs_mask.to(deter.dtype).unsqueeze(-1).transpose(0, 1),
-            noise,
-            None if draws is None else draws.transpose(0, 1),
-            *self.core_weights(),
-            *self.posterior_weights(),
-            *(() if obs_mask is None else self.prior_weights()),
-        )
+        start = (self.unimix, deter, stoch, keep.transpose(0, 1))
+        parts = (self.action_part(prev_actions).transpose(0, 1), embed_part.float().transpose(0, 1))
+        drawn = (noise, None if draws is None else draws.transpose(0, 1))
+        weights = (*self.core_weights(), *self.posterior_weights())
+        if obs_mask is None and self.takes_kernels(deter, stoch):
+            results = NativeScan.apply(*start, *parts, *drawn, *weights)
+        else:
+            seen = None
+            if obs_mask is not None:
+                seen = obs_mask.to(deter.dtype).unsqueeze(-1).transpose(0, 1)
+                weights = (*weights, *self.prior_weights())
+            cells = (self.cells.observe, self.cells.observe_backward)
+            results = Scan.apply(*cells, *start, *parts, seen, *drawn, *weights)
         return Observed(*(result.transpose(0, 1) for result in results))
 
     def _observe_plainly(

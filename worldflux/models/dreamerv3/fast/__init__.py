@@ -1,0 +1,1 @@
+"""Hand-written forms of DreamerV3's recurrence, for CPUs."""

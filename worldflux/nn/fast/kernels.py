@@ -1,0 +1,52 @@
+"""The functions of `kernels.c`, DreamerV3's small operations, where they may be used."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from worldflux.accel import native
+
+_LARGE, _FEW_THREADS = 2**18, 4
+_KINDS = (Tensor, torch.nn.Parameter)
+
+
+def kernels(*tensors: Tensor, elements: int = 0) -> Any:
+    """The compiled functions, if they may compute with these tensors; otherwise None.
+
+    They may on a CPU in float32, where neither autocast nor a compiler or a recorder of torch's operations is at work.
+
+    Args:
+        *tensors: Some of those that go in.
+        elements: Size of what is computed. Large ones are left to torch where it has many threads: it shares
+            everything among them, the kernels only the matrix products.
+    """
+    if elements > _LARGE and torch.get_num_threads() > _FEW_THREADS:
+        return None
+    if not native.switched_on() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return None
+    if not all(x.device.type == "cpu" and x.dtype == torch.float32 and type(x) in _KINDS for x in tensors):
+        return None
+    return None if is_in_torch_dispatch_mode() else library()
+
+
+@cache
+def library() -> Any:
+    """All functions; None where they cannot be compiled or torch's BLAS is not to be found."""
+    sgemm, compiled = native.sgemm(), native.load(Path(__file__).with_name("kernels.c"))
+    if sgemm is None or compiled is None:
+        return None
+    compiled.set_sgemm(ctypes.c_void_p(sgemm))
+    return compiled if compiled.works() else None
+
+
+def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    """Where contiguous tensors begin."""
+    return (ctypes.c_void_p * len(tensors))(*[x.data_ptr() for x in tensors])

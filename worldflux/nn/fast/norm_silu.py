@@ -1,0 +1,114 @@
+"""Several MLPs on one input as one autograd node; `worldflux.nn.layers.MLP` is their definition.
+
+Rows pass through all layers in portions that stay in a core's cache, and norm and SiLU are one pass, forward and
+backward.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from worldflux.nn.fast.kernels import addresses, kernels, library
+
+PORTION = 256
+"""Rows that pass through all layers together, as in `kernels.c`."""
+
+
+class _Mlp(ctypes.Structure):
+    """`Mlp` of `kernels.c`."""
+
+    _fields_ = [
+        *[(name, ctypes.c_int) for name in ("layers", "units", "kept")],
+        *[(name, ctypes.c_void_p) for name in ("weights", "normed", "inverse", "hidden", "out", "grad", "d_weights")],
+    ]
+
+
+def mlps(x: Tensor, weights: Sequence[Sequence[Tensor]]) -> list[Tensor] | None:
+    """What MLPs give for `x` `[..., in]`, `[..., units]` each; None where the kernels do not apply.
+
+    Args:
+        x: Their common input.
+        weights: Of each MLP, kernel, bias and scale of every layer; one layer at least.
+    """
+    flat = [weight for each in weights for weight in each]
+    if not all(weights) or not all(weight.is_contiguous() for weight in flat):
+        return None
+    elements = x[..., 0].numel() * max(len(each[1]) for each in weights)
+    if kernels(x, *flat, elements=elements) is None:
+        return None
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    counts = tuple(len(each) for each in weights)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *flat)):
+        results = _Mlps.apply(rows, counts, *flat)
+    else:
+        results = [memory[-1] for memory in _forward(rows, weights, min(PORTION, len(rows)))]
+    return [result.view(*x.shape[:-1], result.shape[-1]) for result in results]
+
+
+def _forward(rows: Tensor, weights: Sequence[Sequence[Tensor]], kept: int) -> list[tuple[Tensor, ...]]:
+    """Normalised rows, their factors, hidden layers and the output, of each MLP."""
+    structures, memories, alive = (_Mlp * len(weights))(), [], []
+    for structure, each in zip(structures, weights, strict=True):
+        layers, units = len(each) // 3, len(each[1])
+        memory = (
+            rows.new_empty(layers, kept, units),
+            rows.new_empty(layers, kept),
+            rows.new_empty(layers - 1, kept, units),
+            rows.new_empty(len(rows), units),
+        )
+        alive.append(addresses(each))
+        structure.layers, structure.units, structure.kept = layers, units, kept
+        structure.weights = ctypes.addressof(alive[-1])
+        structure.normed, structure.inverse, structure.hidden, structure.out = (x.data_ptr() for x in memory)
+        memories.append(memory)
+    library().mlps(*rows.shape, ctypes.c_void_p(rows.data_ptr()), len(weights), structures)
+    return memories
+
+
+class _Mlps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: tuple[int, ...], *flat: Tensor) -> tuple[Tensor, ...]:
+        memories = _forward(rows, _cut(flat, counts), len(rows))
+        ctx.counts = counts
+        ctx.save_for_backward(rows, *flat, *(x for memory in memories for x in memory[:-1]))
+        return tuple(memory[-1] for memory in memories)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, *saved = ctx.saved_tensors
+        flat, kept = saved[: sum(ctx.counts)], saved[sum(ctx.counts) :]
+        structures, alive = (_Mlp * len(grads))(), []
+        found: list[Tensor] = []
+        for i, (structure, grad, each) in enumerate(zip(structures, grads, _cut(flat, ctx.counts), strict=True)):
+            made = [torch.empty_like(weight) for weight in each]
+            grad = grad.contiguous()
+            alive += [addresses(each), addresses(made), grad]
+            structure.layers, structure.units, structure.kept = len(each) // 3, len(each[1]), len(rows)
+            structure.weights, structure.d_weights = ctypes.addressof(alive[-3]), ctypes.addressof(alive[-2])
+            structure.normed, structure.inverse, structure.hidden = (x.data_ptr() for x in kept[3 * i : 3 * i + 3])
+            structure.grad = grad.data_ptr()
+            found += made
+        d_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        memory = rows.new_empty(2 * PORTION * max(grad.shape[1] for grad in grads))
+        library().mlps_backward(
+            *rows.shape,
+            ctypes.c_void_p(rows.data_ptr()),
+            None if d_rows is None else ctypes.c_void_p(d_rows.data_ptr()),
+            len(grads),
+            structures,
+            ctypes.c_void_p(memory.data_ptr()),
+        )
+        return d_rows, None, *found
+
+
+def _cut(flat: Sequence[Tensor], counts: Sequence[int]) -> list[Sequence[Tensor]]:
+    """The weights of each MLP."""
+    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+    return [flat[end - count : end] for end, count in zip(ends, counts, strict=True)]
