@@ -33,6 +33,12 @@ from worldflux.training.health import Health
 FAST = TrainingConfig(total_steps=10, batch_size=2, sequence_length=3, learning_rate=1e-3, log_interval=2, device="cpu")
 
 
+@pytest.fixture(autouse=True)
+def _in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`LoggingCallback` writes TensorBoard logs to the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
 def trained(*callbacks: Callback, steps: int | None = None, **settings) -> Trainer:
     eval_data = settings.pop("eval_data", None)
     torch.manual_seed(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 import worldflux
 import worldflux.training
 from worldflux import create_world_model
-from worldflux.errors import ShapeMismatchError, TrainingError
+from worldflux.config import DreamerV3Config, TDMPC2Config, WorldModelConfig
+from worldflux.errors import ConfigurationError, MissingDependencyError, ShapeMismatchError, TrainingError
 from worldflux.models.base import LossOutput
 from worldflux.training import (
     Batch,
@@ -361,3 +363,101 @@ def test_callbacks_take_their_documented_arguments_by_position_and_by_keyword(tm
     for stops in (EarlyStoppingCallback("kl", 7, 0.5), EarlyStoppingCallback(monitor="kl", patience=7, min_delta=0.5)):
         assert (stops.monitor, stops.patience, stops.min_delta) == ("kl", 7, 0.5)
     assert isinstance(ProgressCallback(), Callback)
+
+
+# Configurations
+
+
+def test_the_base_configuration_takes_the_documented_values() -> None:
+    config = WorldModelConfig(obs_shape=(84, 84, 3), action_dim=4)
+    assert (config.obs_shape, config.action_dim) == ((84, 84, 3), 4)
+    assert WorldModelConfig.from_dict(config.to_dict()) == config
+    assert WorldModelConfig(dtype="float16").dtype == "float16"
+    assert WorldModelConfig(obs_shape=(4, 5, 84, 84)).obs_shape == (4, 5, 84, 84)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("dreamer", "dreamerv3"), ("DreamerV3", "dreamerv3"), ("tdmpc", "tdmpc2"), ("tdmpc3", "tdmpc2")],
+)
+def test_a_family_that_is_not_known_is_never_read_as_the_base(given: str, meant: str) -> None:
+    data = {"model_type": given, "obs_shape": [4], "action_dim": 2}
+    with pytest.raises(ConfigurationError, match=f"Unknown model_type '{given}'; did you mean '{meant}'"):
+        WorldModelConfig.from_dict(data)
+
+
+@pytest.mark.parametrize("family", [DreamerV3Config, TDMPC2Config])
+def test_a_configuration_becomes_a_model(family: Any, tmp_path: Path) -> None:
+    config = family.from_size("tiny", obs_shape=(39,), action_dim=6, learning_rate=1e-3)
+    model = create_world_model(config)
+    assert model.config == config
+    other = create_world_model(config, obs_shape=(3,), action_dim=1, grad_clip=2.0)
+    assert (other.config.obs_shape, other.config.action_dim, other.config.grad_clip) == ((3,), 1, 2.0)
+    assert other.config.learning_rate == 1e-3 and config.obs_shape == (39,)
+    with pytest.raises(ConfigurationError, match="Unknown field 'grad_clp'; did you mean 'grad_clip'"):
+        create_world_model(config, grad_clp=2.0)
+    config.save(tmp_path / "config.json")
+    assert create_world_model(WorldModelConfig.load(tmp_path / "config.json")).config == config
+
+
+def test_a_configuration_of_no_family_becomes_no_model() -> None:
+    with pytest.raises(ConfigurationError, match=r"A WorldModelConfig belongs to no family.*TDMPC2Config"):
+        create_world_model(WorldModelConfig(obs_shape=(4,)))
+
+
+@pytest.mark.parametrize("shape", [(84, 84), {"camera": (84, 84), "speed": (2,)}])
+def test_a_picture_without_channels_is_taken_as_a_vector_with_a_hint(
+    shape: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    TDMPC2Config(obs_shape=shape, action_dim=2)
+    (line,) = caplog.messages
+    assert "(84, 84), which is taken as a vector of 7,056 numbers" in line and "(1, 84, 84)" in line
+    caplog.clear()
+    for fine in ((4,), (2, 3), (3, 64, 64), {"a": (5, 20)}):
+        DreamerV3Config(obs_shape=fine, action_dim=2)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 64, 64)])
+@family
+def test_half_precision_trains_and_acts(preset: str, shape: Any) -> None:
+    torch.manual_seed(0)
+    model = create_world_model(preset, obs_shape=shape, action_dim=2, dtype="float16", **FAMILIES[preset])
+    buffer = create_random_buffer(200, shape, 2, num_episodes=4, episode_length=20, seed=0)
+    train(model, buffer, total_steps=2, batch_size=2, sequence_length=6, device="cpu")
+    obs = torch.zeros(2, *shape, dtype=torch.uint8 if len(shape) == 3 else torch.float32)
+    with torch.no_grad():
+        assert bool(torch.isfinite(model.policy(model.encode(obs))).all())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+# TensorBoard
+
+
+def test_logging_writes_tensorboard(trajectories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.chdir(tmp_path)
+    buffer = ReplayBuffer.load(trajectories)
+    named = dict(total_steps=4, batch_size=2, sequence_length=8, device="cpu")
+    for _ in range(2):
+        train(small("tdmpc2:5m"), buffer, **named, callbacks=[LoggingCallback(log_interval=2)], eval_data=buffer)
+    assert sorted(entry.name for entry in (tmp_path / "runs").iterdir()) == ["tdmpc2_1", "tdmpc2_2"]
+    events = EventAccumulator(str(tmp_path / "runs" / "tdmpc2_1")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [2, 4]
+    logs = LoggingCallback(log_interval=2)
+    logs.tensorboard_log = tmp_path / "mine"
+    train(small("tdmpc2:5m"), buffer, **named, callbacks=[logs])
+    assert len([*(tmp_path / "mine").rglob("events.*")]) == 1
+
+
+def test_tensorboard_that_is_not_installed_is_named_with_its_extra(
+    trajectories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    buffer, named = ReplayBuffer.load(trajectories), dict(total_steps=1, batch_size=2, sequence_length=8, device="cpu")
+    with pytest.raises(MissingDependencyError, match=r'pip install "worldflux\[extra\]"'):
+        train(small("tdmpc2:5m"), buffer, **named, callbacks=[LoggingCallback()])
+    logs = LoggingCallback()
+    logs.tensorboard_log = None
+    train(small("tdmpc2:5m"), buffer, **named, callbacks=[logs])

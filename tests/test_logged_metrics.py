@@ -43,6 +43,12 @@ TITLES = {"dreamerv3": "DreamerV3", "tdmpc2": "TD-MPC2"}
 KEYS = ("first", "second")
 
 
+@pytest.fixture(autouse=True)
+def _in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`LoggingCallback` writes TensorBoard logs to the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
 class Telling(gym.Env[Any, Any]):
     """Has everything that adds to a log: two observations, success, an action repeat, both ends of episodes."""
 

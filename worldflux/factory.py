@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -20,6 +20,7 @@ from worldflux.config import (
     TDMPC2Config,
     WorldModelConfig,
 )
+from worldflux.config.base import check_field_names
 from worldflux.errors import CheckpointError, ConfigurationError, nearest
 from worldflux.models.base import CONFIG_FILE, WorldModel
 from worldflux.models.dreamerv3.world_model import DreamerV3
@@ -48,24 +49,26 @@ _families: dict[str, _Family] = {}
 
 
 def create_world_model(
-    spec_or_path: str | os.PathLike[str],
+    spec_or_path: str | os.PathLike[str] | WorldModelConfig,
     *,
     obs_shape: ObsShape | None = None,
     action_dim: int | None = None,
     device: str | torch.device = "cpu",
     **overrides: Any,
 ) -> WorldModel:
-    """A world model from a preset, an alias or a saved directory.
+    """A world model from a preset, an alias, a saved directory or a configuration.
 
         >>> model = create_world_model("dreamerv3:size12m", obs_shape=(4,), action_dim=2, action_type="discrete")
+        >>> model = create_world_model(TDMPC2Config(obs_shape=(39,), action_dim=6, latent_dim=256))
 
     Args:
-        spec_or_path: A name that `list_models` shows, one of its aliases, or a directory written by `save_pretrained`.
-            A name wins over a directory that is called the same; write `./name` for the directory.
+        spec_or_path: A name that `list_models` shows, one of its aliases, a directory written by `save_pretrained`, or
+            a configuration. A name wins over a directory that is called the same; write `./name` for the directory.
         obs_shape: Shape of one observation, or shapes by key; images are `(C, H, W)`. Default: the configuration's, for
             a preset `(3, 64, 64)`. A saved model has one already, which this must equal.
         action_dim: Width of the action vector. Default: the configuration's, for a preset 6.
-        device: Where the model shall be; "auto" takes the GPU if there is one.
+        device: Where the model shall be; "auto" takes the GPU if there is one. Of a configuration, its own device
+            rules unless this is another one than the default.
         **overrides: Any other field of the model's configuration, such as `action_type` or `learning_rate`. Of a saved
             model, those can change that leave its weights their shapes.
 
@@ -73,6 +76,11 @@ def create_world_model(
         ConfigurationError: If the name, a field or a value is not known or does not fit. The message says what would.
         CheckpointError: If the directory is not a complete saved model.
     """
+    if isinstance(spec_or_path, WorldModelConfig):
+        given = {"obs_shape": obs_shape, "action_dim": action_dim}
+        return _from_config(
+            spec_or_path, device, {name: value for name, value in given.items() if value is not None} | overrides
+        )
     if not isinstance(spec_or_path, (str, os.PathLike)):
         raise ConfigurationError(
             f"Unknown model {spec_or_path!r}. Pass a name that list_models() shows, or a directory written by "
@@ -187,6 +195,20 @@ def find_preset(name: str) -> tuple[str, _Family] | None:
             key = lowered[name.lower()]
             return family.aliases.get(key, key), family
     return None
+
+
+def _from_config(config: WorldModelConfig, device: str | torch.device, given: dict[str, Any]) -> WorldModel:
+    """A new model of a configuration, with some of its fields replaced."""
+    family = next((entry for entry in _families.values() if isinstance(config, entry.config_class)), None)
+    if family is None:
+        known = ", ".join(entry.config_class.__name__ for entry in _families.values())
+        raise ConfigurationError(
+            f"A {type(config).__name__} belongs to no family of models, expected one of: {known}. Call register_model "
+            "for a family of your own first."
+        )
+    place = resolve_device(config.device if device == "cpu" else device)
+    check_field_names(type(config), given)
+    return family.model_class(replace(config, **{**given, "device": str(place)})).to(place)
 
 
 def _load(name: str, device: torch.device, given: dict[str, Any]) -> WorldModel:

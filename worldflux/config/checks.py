@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
 from collections.abc import Mapping
@@ -19,20 +20,40 @@ RESIZE_OR_FLATTEN = (
 )
 """What to do about an image that is too small, or has sides that an encoder cannot halve."""
 
+logger = logging.getLogger("worldflux")
+
+_LEAST_PICTURE_SIDE = 16
+"""From here on, a shape of two dimensions is more likely to be a picture's than a table's."""
+
 EnumT = TypeVar("EnumT", bound=Enum)
 
 
-def clean_obs_shape(shape: Any) -> ObsShape:
-    """`shape` as a tuple, or a dict of tuples in the order of its keys."""
+def clean_obs_shape(shape: Any, *, any_shape: bool = False) -> ObsShape:
+    """`shape` as a tuple, or a dict of tuples in the order of its keys.
+
+    Args:
+        shape: As somebody wrote it.
+        any_shape: Take shapes that no family's networks have an encoder for, too.
+    """
     if isinstance(shape, Mapping):
         if not shape or not all(isinstance(key, str) and key for key in shape):
             raise ConfigurationError(f"obs_shape is {shape!r}, expected at least one key, each a name, with its shape.")
-        return {key: _clean_shape(f"obs_shape['{key}']", shape[key]) for key in sorted(shape)}
-    return _clean_shape("obs_shape", shape)
+        return {key: _clean_shape(f"obs_shape['{key}']", shape[key], any_shape) for key in sorted(shape)}
+    return _clean_shape("obs_shape", shape, any_shape)
 
 
-def _clean_shape(name: str, shape: Any) -> tuple[int, ...]:
+def _clean_shape(name: str, shape: Any, any_shape: bool) -> tuple[int, ...]:
     cleaned = clean_sizes(name, shape)
+    if any_shape:
+        return cleaned
+    if len(cleaned) == 2 and min(cleaned) >= _LEAST_PICTURE_SIDE:
+        logger.warning(
+            "%s is %s, which is taken as a vector of %s numbers. An image has its channels first: (1, %d, %d).",
+            name,
+            cleaned,
+            f"{math.prod(cleaned):,}",
+            *cleaned,
+        )
     if len(cleaned) > 3:
         raise ConfigurationError(
             f"{name} is {cleaned}, expected at most 3 dimensions: a vector (n,) or an image (C, H, W). "

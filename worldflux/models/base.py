@@ -381,10 +381,11 @@ class WorldModel(nn.Module):
     # For the families: what they are given, and in which precision they compute
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        enabled, kind = self.config.dtype == "bfloat16", self.device.type
+        enabled, kind = self.config.dtype != "float32", self.device.type
         if not enabled and not torch.is_autocast_enabled(kind):
             return _AS_IT_IS
-        return torch.autocast(kind, dtype=torch.bfloat16, enabled=enabled)
+        dtype = torch.float16 if self.config.dtype == "float16" else torch.bfloat16
+        return torch.autocast(kind, dtype=dtype, enabled=enabled)
 
     def _observations(self, obs: Observation, *, leading: int, rows: int | None = None) -> dict[str, Tensor]:
         """The observation as a dictionary, checked; the first of the `leading` batch axes has `rows` rows."""

@@ -148,10 +148,14 @@ class ProgressCallback(Callback):
 
 
 class LoggingCallback(Callback):
-    """Logs losses, health and evaluations to the Python logger `worldflux.training`, on request also to wandb.
+    """Logs losses, health and evaluations to the Python logger `worldflux.training` and to TensorBoard, also to wandb.
 
     The health (`Trainer.health`) stands under `health/`, and a value that goes beyond its limit is a warning. A program
     that has not set up logging gets the lines on stderr.
+
+    Attributes:
+        tensorboard_log: Directory for TensorBoard ("runs"), in which each training makes one of its own. Set it to None
+            to write none.
 
     Args:
         log_interval: Steps between lines.
@@ -159,13 +163,16 @@ class LoggingCallback(Callback):
 
     Raises:
         ConfigurationError: If `log_interval` is below 1.
-        MissingDependencyError: If `use_wandb` is set and wandb is not installed.
+        MissingDependencyError: If `use_wandb` is set and wandb is not installed; when training begins, if tensorboard
+            is not, unless `tensorboard_log` is None.
     """
 
     def __init__(self, log_interval: int = 100, use_wandb: bool = False) -> None:
         self.log_interval = whole_number("log_interval", log_interval, 1)
         self.use_wandb = use_wandb
         self._wandb: Any = _import_wandb() if use_wandb else None
+        self.tensorboard_log: str | Path | None = "runs"
+        self._writer: Any = None
         self._opened_run = False
         self._since: tuple[float, int] | None = None
         self._trainer: Trainer | None = None
@@ -180,6 +187,9 @@ class LoggingCallback(Callback):
         if self._wandb is not None and self._wandb.run is None:
             self._wandb.init(project="worldflux", config=trainer.config.to_dict())
             self._opened_run = True
+        if self.tensorboard_log is not None:
+            name = type(trainer.model).__name__.lower()
+            self._writer = _import_writer()(_new_directory(Path(self.tensorboard_log), name))
         self._since = (time.perf_counter(), trainer.step_count)
 
     def on_step_end(self, step: int, losses: Mapping[str, float]) -> None:
@@ -198,7 +208,10 @@ class LoggingCallback(Callback):
         self._write(step, {f"eval/{name}": value for name, value in metrics.items()})
 
     def on_train_end(self, trainer: Trainer) -> None:
-        """Closes the wandb run that was opened here."""
+        """Closes TensorBoard's file, and the wandb run that was opened here."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
         if self._opened_run:
             self._wandb.finish(exit_code=0 if trainer.finished else 1)
             self._opened_run = False
@@ -214,6 +227,9 @@ class LoggingCallback(Callback):
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         logger.info("step %d  %s", step, "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        if self._writer is not None:
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
 
@@ -355,6 +371,25 @@ class EarlyStoppingCallback(Callback):
     def _compare(self, step: int, value: float) -> None:
         if value < self.best - self.min_delta:
             self.best, self.best_step = value, step
+
+
+def _import_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingDependencyError(
+            "LoggingCallback writes TensorBoard logs, which needs tensorboard. Install it with: pip install "
+            '"worldflux[extra]"; or set its attribute tensorboard_log to None.'
+        ) from error
+    return SummaryWriter
+
+
+def _new_directory(parent: Path, name: str) -> Path:
+    """The first of `name_1`, `name_2`, ... that is not there yet."""
+    number = 1
+    while (parent / f"{name}_{number}").exists():
+        number += 1
+    return parent / f"{name}_{number}"
 
 
 def _import_wandb() -> Any:
