@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from worldflux.errors import ConfigurationError, ShapeMismatchError
 from worldflux.factory import create_world_model, find_preset
 from worldflux.models.base import WorldModel
 from worldflux.models.planning import Planner, PlannerConfig
+
+logger = logging.getLogger("worldflux")
 
 
 def build_model(
@@ -61,18 +64,38 @@ def build_model(
             f"model is a {type(source).__name__}, expected a preset, a saved directory or a WorldModel."
         )
     _check_spaces(model, spaces)
+    tasks = getattr(model.config, "num_tasks", 1)
+    if tasks > 1:
+        raise ConfigurationError(
+            f"The model has {tasks} tasks, and an agent knows of one: it would act and learn as task 0 everywhere. "
+            "Learning several tasks in environments is not supported yet; use num_tasks=1."
+        )
     return model
 
 
 def build_planner(model: WorldModel, planner: str | None, overrides: Mapping[str, Any] | None) -> Planner | None:
     """What plans in the model; None where its policy acts."""
     if planner is None:
+        if overrides:
+            logger.warning("planner_kwargs change nothing: this agent acts with its policy. planner='mppi' plans.")
         return None
     return Planner(model, PlannerConfig.from_model(model.config, **(overrides or {})))
 
 
-def checked_model_kwargs(given: Any) -> dict[str, Any]:
-    """`model_kwargs` as a dictionary; the configuration itself checks the fields."""
+def checked_model_kwargs(
+    given: Any, learning_rate: Any, planner: str | None, planner_kwargs: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """`model_kwargs` as a dictionary; the configuration itself checks the fields.
+
+    Raises:
+        ConfigurationError: If it is none, or another setting of the agent rules over one of its fields; or if what
+            shall plan is described where nothing shall plan.
+    """
+    if planner is None and planner_kwargs:
+        raise ConfigurationError(
+            f"planner_kwargs is {dict(planner_kwargs)}, and planner=None acts with the policy: they would change "
+            "nothing. Pass planner='mppi', or leave planner_kwargs out."
+        )
     if given is None:
         return {}
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
@@ -82,6 +105,16 @@ def checked_model_kwargs(given: Any) -> dict[str, Any]:
         )
     if "device" in given:
         raise ConfigurationError(f"model_kwargs has device={given['device']!r}. Pass device to WorldFluxAgent itself.")
+    if learning_rate is not None and "learning_rate" in given:
+        raise ConfigurationError(
+            "learning_rate is a setting of the agent and a field of model_kwargs, where it would change nothing. "
+            "Pass one of them."
+        )
+    twice = sorted(set(given) & set(planner_kwargs or {}))
+    if twice:
+        raise ConfigurationError(
+            f"{', '.join(twice)} came in planner_kwargs, which rule, and in model_kwargs. Pass one of them."
+        )
     return dict(given)
 
 

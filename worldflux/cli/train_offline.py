@@ -24,7 +24,7 @@ from worldflux.cli.options import (
 )
 from worldflux.cli.runs import RunConfig
 from worldflux.cli.train import ended_early, with_changes
-from worldflux.errors import ConfigurationError
+from worldflux.errors import BufferError, ConfigurationError
 
 if TYPE_CHECKING:
     from worldflux.models.base import WorldModel
@@ -33,6 +33,12 @@ if TYPE_CHECKING:
     from worldflux.training.trainer import Trainer
 
 KIND = "train-offline"
+_RULED_ELSEWHERE = {
+    "device": "--device says where to train",
+    "obs_shape": "the data has its shape of observations",
+    "action_dim": "the data has its width of actions",
+}
+"""Fields of a model's configuration that follow from something else."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,10 @@ class OfflineSettings:
     """Windows in a gradient step. Default: 16."""
     seq_len: Number = None
     """Time steps in each window. Default: 50."""
+    grad_clip: Real = None
+    """Largest norm of all gradients together; 0 turns it off. Default: 100."""
+    warmup_steps: Number = None
+    """Gradient steps over which the learning rate rises from zero. Default: 0."""
     set: Fields = ()
     """A field of the model's configuration, such as --set action_type=discrete."""
     checkpoint_interval: Number = None
@@ -104,6 +114,7 @@ def _start(model: str, data: Path, run: Path | None, settings: OfflineSettings) 
     buffer = _load(data)
     built = _build(model, buffer, settings)
     trainer = _trainer(built, settings)  # which checks the settings before there is a directory
+    _check_data(built, buffer, trainer, settings)
     directory = runs.make_directory(run, data.stem, model)
     settings = replace(settings, steps=trainer.config.total_steps)
     RunConfig(
@@ -148,14 +159,42 @@ def _load(data: Path) -> ReplayBuffer:
     return ReplayBuffer.load(data)
 
 
+def _check_data(model: WorldModel, buffer: ReplayBuffer, trainer: Trainer, settings: OfflineSettings) -> None:
+    """What training would refuse later, when there is a directory already."""
+    from worldflux.training.fitting import check_kind
+
+    check_kind(model, buffer)
+    if not settings.eval_share:
+        return
+    config = trainer.config
+    try:
+        buffer.split(settings.eval_share, seed=config.seed, seq_len=config.sequence_length)
+    except BufferError as error:
+        raise ConfigurationError(f"{error} Or train on all of it: --eval-share 0.") from error
+
+
 def _build(model: str, buffer: ReplayBuffer, settings: OfflineSettings) -> WorldModel:
     """The model, for the shapes of the data."""
-    from worldflux.factory import create_world_model
+    from worldflux.factory import create_world_model, find_preset
+    from worldflux.training.fitting import overruled_fields
     from worldflux.training.randomness import seed_everything
 
     fields = model_fields(settings.set)
+    for name, ruling in _RULED_ELSEWHERE.items():
+        if name in fields:
+            raise ConfigurationError(f"--set {name} would change nothing here: {ruling}.")
+    if find_preset(model) is not None and "action_type" not in fields and buffer.action_classes:
+        # As the file says; TD-MPC2 refuses what is not continuous. A saved model knows its actions.
+        fields |= {"action_type": buffer.action_type, "action_classes": buffer.action_classes}
     seed_everything(_training_config(settings).seed)  # its first weights are random, too
-    return create_world_model(model, obs_shape=buffer.obs_shape, action_dim=buffer.action_dim, **fields)
+    built = create_world_model(model, obs_shape=buffer.obs_shape, action_dim=buffer.action_dim, **fields)
+    for name in overruled_fields(built):
+        if name in fields:
+            raise ConfigurationError(
+                f"--set {name} would change nothing here: --{name.replace('_', '-')} rules when a model learns from "
+                "data."
+            )
+    return built
 
 
 def _training_config(settings: OfflineSettings) -> TrainingConfig:
@@ -167,6 +206,8 @@ def _training_config(settings: OfflineSettings) -> TrainingConfig:
         "batch_size": settings.batch_size,
         "sequence_length": settings.seq_len,
         "learning_rate": settings.learning_rate,
+        "grad_clip": settings.grad_clip,
+        "warmup_steps": settings.warmup_steps,
         "log_interval": settings.log_interval,
         "eval_interval": settings.eval_interval,
         "save_interval": settings.checkpoint_interval,
