@@ -125,7 +125,9 @@ class Actor:
 
     @torch.inference_mode()
     def act(self, acting: Acting, episode_starts: Array, *, deterministic: bool) -> Acting:
-        """With the actions to take in the state, unclipped, and the plan behind them.
+        """With the actions to take in the state, and the plan behind them.
+
+        Continuous actions are clipped to [-1, 1], so that what is executed, stored and remembered is the same.
 
         Args:
             acting: From `observe`.
@@ -137,7 +139,9 @@ class Actor:
         def choose(inputs: Tensors) -> dict[str, Tensor]:
             state = State(_below("state", inputs))
             if planner is None:
-                return {"actions": self.model.policy(state, deterministic=deterministic).float()}
+                actions = self.model.policy(state, deterministic=deterministic).float()
+                # One-hots are within these bounds as well.
+                return {"actions": actions.clamp(-1.0, 1.0)}
             actions, plan = planner.plan(
                 state, inputs["plan"], is_first=inputs["is_first"], deterministic=deterministic
             )

@@ -173,7 +173,7 @@ class WorldFluxAgent(SavedAgent):
         self._take_over(settings)
         self.replay_buffer: ReplayBuffer | None = None
         self._model_source = model
-        self._model_kwargs = checked_model_kwargs(model_kwargs)
+        self._model_kwargs = checked_model_kwargs(model_kwargs, learning_rate, settings.planner_kwargs)
         self._collector: Collector | None = None  # while the episodes in flight are known
         self._segments: ReplaySegments | None = None  # of the replay buffer, once a checkpoint holds some of it
         self._stop = StopRequest()
@@ -292,6 +292,8 @@ class WorldFluxAgent(SavedAgent):
             extras=self._extras_spec(),
             seed=self.seed,
             storage=self.buffer_storage,
+            action_type=self.action_codec.action_type,
+            action_classes=self.action_codec.action_classes,
         )
 
     def set_random_seed(self, seed: int | None = None) -> None:

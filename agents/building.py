@@ -82,20 +82,12 @@ def build_planner(model: WorldModel, planner: str | None, overrides: Mapping[str
     return Planner(model, PlannerConfig.from_model(model.config, **(overrides or {})))
 
 
-def checked_model_kwargs(
-    given: Any, learning_rate: Any, planner: str | None, planner_kwargs: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def checked_model_kwargs(given: Any, learning_rate: Any, planner_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     """`model_kwargs` as a dictionary; the configuration itself checks the fields.
 
     Raises:
-        ConfigurationError: If it is none, or another setting of the agent rules over one of its fields; or if what
-            shall plan is described where nothing shall plan.
+        ConfigurationError: If it is none, or another setting of the agent rules over one of its fields.
     """
-    if planner is None and planner_kwargs:
-        raise ConfigurationError(
-            f"planner_kwargs is {dict(planner_kwargs)}, and planner=None acts with the policy: they would change "
-            "nothing. Pass planner='mppi', or leave planner_kwargs out."
-        )
     if given is None:
         return {}
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):

@@ -117,6 +117,9 @@ class Collector:
             chosen, memory = self.predict(obs, remembered(before), episode_starts, deterministic=False)
             acting = recalled(memory, before)
             acting = replace(acting, actions=self._as_tensor(chosen))
+        if actor.action_codec.rounds:
+            asked = to_host({"actions": acting.actions})["actions"]
+            acting = replace(acting, actions=self._as_tensor(actor.action_codec.to_env(asked)))
         self._acting = acting
         extras = actor.model.extras_from_state(acting.state) if self.replay_context else {}
         arrays = to_host({**{f"extras/{name}": value for name, value in extras.items()}, "actions": acting.actions})
@@ -138,5 +141,6 @@ class Collector:
 
     def _as_tensor(self, env_actions: Array) -> Tensor:
         """Actions of the environments in the library's form. `[n_envs, A]`"""
-        actions = torch.from_numpy(self.actor.action_codec.from_env(env_actions))
-        return to_device(actions, self.actor.model.device)
+        codec = self.actor.action_codec
+        actions = codec.executed(codec.compact(env_actions))
+        return to_device(torch.from_numpy(actions), self.actor.model.device)

@@ -254,7 +254,7 @@ class SavedAgent(BaseAlgorithm):
             truncate_last_traj: Episodes in flight are always closed as truncated; SB3's signature has it.
 
         Raises:
-            BufferError: If the file is damaged, or none of ours.
+            BufferError: If the file is damaged, none of ours, or holds actions of another kind.
             ShapeMismatchError: If the buffer was made for other spaces.
         """
         with path_to_read(path) as source:
@@ -272,6 +272,7 @@ class SavedAgent(BaseAlgorithm):
                 f"{path} holds observations {buffer.obs_shape} and {buffer.action_dim} action numbers, "
                 f"expected {expected[0]} and {expected[1]} for this agent."
             )
+        buffer.check_actions(self.action_codec.action_classes)
         buffer.end_episodes()
         self._leave_episodes()
         self.replay_buffer = buffer

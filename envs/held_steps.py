@@ -190,7 +190,7 @@ class HeldSteps:
         if not count:
             return
         if self._compact:
-            actions = self._action_codec.expand(np.concatenate(self._compact))
+            actions = self._action_codec.executed(np.concatenate(self._compact))
             self._actions[1 : count + 1] = actions.reshape(count, -1, actions.shape[-1])
         self._buffer.add_checked(
             {key: array[:count] for key, array in self._obs.items()},

@@ -29,8 +29,8 @@ class RecordEpisodes(gym.Wrapper[Any, Any, Any, Any]):
     """Records every episode of a Gymnasium environment, whatever policy drives it.
 
     Put it outside wrappers that change what the policy sees and does. Rewards are stored as the wrapped environment
-    gives them. A reset in the middle of an episode ends it as truncated; so does a step that raises, after which the
-    environment must be reset.
+    gives them, actions beyond the bounds of the action space as the nearest ones inside. A reset in the middle of an
+    episode ends it as truncated; so does a step that raises, after which the environment must be reset.
 
         >>> buffer = ReplayBuffer(capacity=10_000, obs_shape=(4,), action_dim=2)
         >>> env = RecordEpisodes(gymnasium.make("CartPole-v1"), buffer)

@@ -48,6 +48,7 @@ class EpisodeRecorder:
     Raises:
         ConfigurationError: If a space is not supported.
         ShapeMismatchError: If the buffer was made for other shapes.
+        BufferError: If it was made for another kind of actions.
     """
 
     _held_type = HeldSteps
@@ -64,6 +65,7 @@ class EpisodeRecorder:
                 f"{self.obs_codec.obs_shape} and {self.action_codec.action_dim} for this environment. "
                 "ObservationCodec and ActionCodec of worldflux.envs tell these numbers for any space."
             )
+        buffer.declare_actions(self.action_codec.action_type, self.action_codec.action_classes)
         self._began = False
         self._held: Any = None  # of `_held_type`
         self._shape = (buffer.n_envs,)
@@ -170,7 +172,7 @@ class EpisodeRecorder:
         active[list(skipped)] = False
         self.buffer.add(
             self.obs,
-            self.action_codec.expand(actions) if is_compact else actions,
+            self.action_codec.executed(actions) if is_compact else actions,
             rewards,
             flags == _TERMINATED,
             flags == _TRUNCATED,

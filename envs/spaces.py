@@ -405,6 +405,11 @@ class ActionCodec:
         else:
             self.action_type = "discrete" if isinstance(space, spaces.Discrete) else "multi_discrete"
 
+    @property
+    def rounds(self) -> bool:
+        """Whether `to_env` may give other actions than it was asked for, besides clipping: whole or fixed numbers."""
+        return self._choices is None and (self._dtype.kind in "iu" or self._fixed is not None)
+
     def to_env(self, actions: Array) -> Array:
         """Actions for the environments.
 
@@ -427,7 +432,7 @@ class ActionCodec:
     def from_env(self, actions: Any) -> Array:
         """Library form `float32 [N, A]` of actions `[N, *space.shape]` that somebody else chose.
 
-        Continuous actions outside the space's bounds stay outside [-1, 1]; they are recorded as they were.
+        Continuous actions outside the space's bounds stay outside [-1, 1]; `executed` brings them back.
 
         Raises:
             ShapeMismatchError: If these are no actions of the space.
@@ -460,6 +465,15 @@ class ActionCodec:
             return array.astype(np.float64)
         encoded = self._choices.encode(array.reshape(len(array), -1), "action")
         return encoded if self._numbers is None else encoded.argmax(axis=1) + self._numbers.start
+
+    def executed(self, compact: Array) -> Array:
+        """Library form of what `compact` returned, as it is stored: within [-1, 1].
+
+        Continuous actions outside the space's bounds become the nearest ones inside, which is what environments carry
+        out that keep to their space.
+        """
+        actions = self.expand(compact)
+        return actions.clip(-1.0, 1.0) if self._choices is None else actions
 
     def expand(self, compact: Array) -> Array:
         """Library form `float32 [N, A]` of what `compact` returned."""

@@ -6,13 +6,23 @@ import torch
 from worldflux.training import rows as row_store
 
 
+def acted(count):
+    """The action at a count: within [-1, 1], and exact in float32."""
+    return (count + 0.25) / 2**17
+
+
 def counts(episode, length):
     """obs, actions and rewards of one episode, whose observations are `1000 * episode + t`.
 
     `[T+1, 1]`, `[T, 1]`, `[T]`
     """
     count = 1000.0 * episode + np.arange(length + 1)
-    return count[:, None], count[:-1, None] + 0.25, count[:-1] + 0.5
+    return count[:, None], acted(count[:-1, None]), count[:-1] + 0.5
+
+
+def ended(length):
+    """Flags of an episode whose last step terminates it. `[T]`"""
+    return np.arange(length) == length - 1
 
 
 def seen(batch):
@@ -41,4 +51,4 @@ class HeldBack:
             obs, flags = (np.stack(part) for part in zip(*self.steps, strict=True))
             self.steps = []
             finals = {"obs": obs[flags > row_store.STEP] + 1}
-            self.buffer.add_checked({"obs": obs}, obs + 0.25, obs[..., 0] + 0.5, flags, finals)
+            self.buffer.add_checked({"obs": obs}, acted(obs), obs[..., 0] + 0.5, flags, finals)

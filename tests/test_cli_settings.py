@@ -178,7 +178,6 @@ def test_an_agent_uses_or_refuses_what_it_is_given(caplog: pytest.LogCaptureFixt
     for given, message in (
         ({"learning_rate": 1e-3, "model_kwargs": {**small, "learning_rate": 0.05}}, "learning_rate is a setting of"),
         ({"planner_kwargs": {"iterations": 2}, "model_kwargs": {"iterations": 3}}, "iterations came in planner_kwargs"),
-        ({"planner": None, "planner_kwargs": {"iterations": 2}}, "planner=None acts with the policy"),
         ({"model_kwargs": {"device": "cuda"}}, "Pass device to WorldFluxAgent itself"),
     ):
         with pytest.raises(ConfigurationError, match=message):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from replay_helpers import counts
+from replay_helpers import counts, ended
 
 from worldflux.errors import BufferError, ConfigurationError
 from worldflux.training.batch import BatchRequest
@@ -13,7 +13,7 @@ from worldflux.training.replay import ReplayBuffer
 def of_episodes(lengths, n_envs=1, **changes):
     buffer = ReplayBuffer(10_000, (1,), 1, n_envs=n_envs, extras={"mark": ((), np.float32)}, seed=0, **changes)
     for episode, length in enumerate(lengths):
-        buffer.add_episode(*counts(episode, length))
+        buffer.add_episode(*counts(episode, length), ended(length))
     return buffer
 
 
@@ -84,7 +84,7 @@ def test_parts_of_a_buffer_that_changed_are_refused_instead_of_mixed():
     buffer.grow(20_000)  # every row keeps its number
     train.update_extras(batch.rows, {"mark": torch.ones(3, 5)})
     assert train.sample(2000, 5).extras["mark"].any()
-    buffer.add_episode(*counts(11, 3))
+    buffer.add_episode(*counts(11, 3), ended(3))
     for call in (
         lambda: train.sample(3, 5),
         lambda: held_out.sample_ahead(3, 5),

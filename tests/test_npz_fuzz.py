@@ -19,6 +19,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+from replay_helpers import acted
 
 from worldflux.errors import BufferError
 from worldflux.training import ReplayBuffer
@@ -31,7 +32,7 @@ def documented(**changes: Any) -> dict[str, Any]:
     count = np.array([0, 1, 2, 1000, 1001], np.float32)
     arrays = dict(
         obs=np.stack([count, -count], 1),
-        actions=count[:, None] + 0.25,
+        actions=acted(count[:, None]),
         rewards=count + 0.5,
         dones=np.array([0, 0, 1, 0, 1], np.float32),
         obs_shape=np.array([2]),

@@ -222,7 +222,8 @@ def two_episodes(*, finals: bool = True) -> ReplayBuffer:
     buffer = ReplayBuffer(20, (2,), 1)
     for start, length in ((0, 5), (100, 4)):
         count = np.arange(start, start + length + finals, dtype=np.float32)
-        buffer.add_episode(np.stack([count, count], 1), np.ones((length, 1)), np.arange(start, start + length))
+        ends = np.arange(length) == length - 1
+        buffer.add_episode(np.stack([count, count], 1), np.ones((length, 1)), np.arange(start, start + length), ends)
     return buffer
 
 

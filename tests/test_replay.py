@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from replay_helpers import HeldBack, counts
+from replay_helpers import HeldBack, acted, counts, ended
 
 from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError
 from worldflux.training.batch import BatchRequest
@@ -18,14 +18,14 @@ from worldflux.training.replay import ReplayBuffer
 def test_a_sampled_step_follows_the_one_before_except_at_episode_starts():
     buffer = ReplayBuffer(60, (1,), 1, seed=0)
     for episode in range(20):
-        buffer.add_episode(*counts(episode, 7))
+        buffer.add_episode(*counts(episode, 7), ended(7))
     batch = buffer.sample(200, 20)
     count = batch.obs[..., 0]  # [B, T]
     assert torch.all((count[:, 1:] == count[:, :-1] + 1) | batch.is_first[:, 1:])
     assert torch.all(count[batch.is_first] % 1000 == 0)
     assert torch.all(batch.terminations == (count % 1000 == 6))  # the seventh of seven steps
     final = count % 1000 == 7
-    assert torch.all(batch.actions[..., 0] == torch.where(final, 0.0, count + 0.25))
+    assert torch.all(batch.actions[..., 0] == torch.where(final, 0.0, acted(count)))
     assert torch.all(batch.rewards == torch.where(final, 0.0, count + 0.5))
     assert batch.obs_mask is None and not batch.truncations.any()
     assert count.min() == 11 * 1000 + 3  # 60 transitions: the eighth-last episode is cut to its last four steps
@@ -106,7 +106,7 @@ def test_without_a_request_recorded_windows_are_drawn_like_all_others_and_stay_f
 
 def test_whole_episodes_and_loaded_ones_are_drawn_uniformly_from_the_start(tmp_path):
     buffer = ReplayBuffer(1000, (1,), 1, seed=0)
-    buffer.add_episode(*counts(0, 99))
+    buffer.add_episode(*counts(0, 99), ended(99))
     starts = torch.cat([buffer.sample(1000, 51).obs[:, 0, 0] for _ in range(10)])
     frequency = torch.bincount(starts.long(), minlength=50)
     assert len(frequency) == 50
@@ -131,7 +131,7 @@ def test_rows_of_an_episode_in_flight_are_sampled_at_once():
 def test_one_seed_gives_the_same_samples_and_the_state_continues_them():
     buffers = [ReplayBuffer(100, (1,), 1, seed=seed) for seed in (7, 7, 8)]
     for buffer in buffers:
-        buffer.add_episode(*counts(0, 80))
+        buffer.add_episode(*counts(0, 80), ended(80))
     same, again, other = (buffer.sample(20, 5).obs for buffer in buffers)
     assert torch.equal(same, again) and not torch.equal(same, other)
     state = json.loads(json.dumps(buffers[0].rng_state()))
@@ -148,7 +148,7 @@ def test_one_seed_gives_the_same_samples_and_the_state_continues_them():
 
 def test_a_request_and_three_arguments_give_the_same_batch():
     buffer = ReplayBuffer(100, (1,), 1)
-    buffer.add_episode(*counts(0, 80))
+    buffer.add_episode(*counts(0, 80), ended(80))
     buffer.seed(1)
     by_request = buffer.sample(BatchRequest(batch_size=4, seq_len=6))
     buffer.seed(1)
@@ -174,15 +174,15 @@ def test_bytes_that_are_no_images_are_given_as_floats():
     assert buffer.sample(1, 2).obs.tolist() == [[[1.0, 2.0], [3.0, 4.0]]]
 
 
-def test_a_last_step_without_a_flag_counts_as_truncated_and_without_any_flags_as_terminated():
+def test_a_last_step_without_a_flag_counts_as_truncated():
     buffer = ReplayBuffer(50, (1,), 1)
     obs, actions, rewards = counts(0, 3)
     buffer.add_episode(obs, actions, rewards)
     buffer.add_episode(obs, actions, rewards, [0, 0, 0])
     buffer.add_episode(obs, actions, rewards, terminations=[0, 0, 1], truncations=[0, 0, 1])
     batch = buffer.sample(1, 12)
-    assert batch.terminations[0].nonzero().flatten().tolist() == [2, 10]
-    assert batch.truncations[0].nonzero().flatten().tolist() == [6, 10]
+    assert batch.terminations[0].nonzero().flatten().tolist() == [10]
+    assert batch.truncations[0].nonzero().flatten().tolist() == [2, 6, 10]
     assert batch.is_first[0].nonzero().flatten().tolist() == [0, 4, 8]
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from replay_helpers import HeldBack, counts, seen
+from replay_helpers import HeldBack, acted, counts, seen
 
 from worldflux.errors import BufferError
 from worldflux.training import rows as row_store
@@ -166,14 +166,14 @@ class Replay(RuleBasedStateMachine):
                 # Of the environments that make no step nothing is read.
                 given = np.where(on[:, None], obs, np.nan)
                 self.buffer.add(
-                    given, given + 0.25, given[:, 0] + 0.5, np.where(on, term, 7), np.where(on, trunc, 7),
+                    given, acted(given), given[:, 0] + 0.5, np.where(on, term, 7), np.where(on, trunc, 7),
                     final_obs=given + 1, extras={"mark": obs[:, 0] / 2}, active=None if on.all() else on,
                 )  # fmt: skip
             for env in np.flatnonzero(on):
                 e, t = self.now[env]
                 count = 1000.0 * e + t
                 mark = 0.0 if held is not None else count / 2
-                self.plain.add(env, count, count + 0.25, count + 0.5, term[env], trunc[env], mark)
+                self.plain.add(env, count, acted(count), count + 0.5, term[env], trunc[env], mark)
                 self.now[env] = (e, t + 1)
                 if term[env] or trunc[env]:
                     self.new_episode(env)

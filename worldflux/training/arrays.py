@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError
+from worldflux.training.actions import Classes, as_executed
 from worldflux.training.config import whole_number
 
 ObsShape = tuple[int, ...] | dict[str, tuple[int, ...]]
@@ -26,6 +27,7 @@ class RowForm:
         shapes: Of one observation, by key.
         dtypes: In which observations are stored, by key.
         action_dim: Width of an action vector.
+        action_classes: Kind of the actions; None where nobody has named it.
         extras: Shape and dtype of what else lies beside a row, by name.
 
     Args:
@@ -33,14 +35,23 @@ class RowForm:
         action_dim: See there.
         obs_dtype: See there.
         extras: See there.
+        action_classes: As of the attribute.
 
     Raises:
         ConfigurationError: If an argument is out of its range.
         ShapeMismatchError: If `obs_shape` is that of a channel-last image.
     """
 
-    def __init__(self, obs_shape: ObsShape, action_dim: int, obs_dtype: Any, extras: Any) -> None:
+    def __init__(
+        self,
+        obs_shape: ObsShape,
+        action_dim: int,
+        obs_dtype: Any,
+        extras: Any,
+        action_classes: Classes | None = None,
+    ) -> None:
         self.action_dim = whole_number("action_dim", action_dim, 1)
+        self.action_classes = action_classes
         self.is_dict = isinstance(obs_shape, Mapping)
         self.shapes = obs_shapes(obs_shape if isinstance(obs_shape, Mapping) else {SINGLE: obs_shape})
         self.extras = extras_spec(extras)
@@ -74,6 +85,11 @@ class RowForm:
             )
             for key, shape in self.shapes.items()
         }
+
+    def checked_actions(self, actions: Any, lead: tuple[int, ...], rows: np.ndarray | None = None) -> np.ndarray:
+        """Actions as `checked` gives them, of the kind that is stored. `[*lead, A]`, or `[len(rows), A]`."""
+        array = checked("actions", actions, (*lead, self.action_dim), np.dtype(np.float32), rows)
+        return as_executed("actions", actions, array, self.action_classes)
 
     def checked_finals(self, final_obs: Any, n_envs: int, envs: np.ndarray) -> dict[str, np.ndarray]:
         """The rows of these environments of `final_obs`, by key. `[len(envs), ...]`."""
@@ -158,8 +174,9 @@ def _converted(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     if dtype == np.uint8:
         if array.dtype.kind == "f":
             raise BufferError(
-                f"{name} has dtype {array.dtype}, expected uint8 (0 to 255). Convert the images, or create the buffer "
-                "with obs_dtype=np.float32 to store floats."
+                f"{name} has dtype {array.dtype}, expected uint8 (0 to 255). Convert the images: "
+                f"{image_line(float(array.min(initial=0)), float(array.max(initial=0)))} Or create the buffer with "
+                "obs_dtype=np.float32 to store floats, which the models here do not take for images."
             )
         if array.size and not (0 <= array.min() and array.max() <= 255):
             raise BufferError(f"{name} has values from {array.min()} to {array.max()}, expected 0 to 255 for uint8.")
@@ -167,6 +184,17 @@ def _converted(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
         raise BufferError(f"{name} has values other than 0 and 1, expected flags.")
     with np.errstate(over="ignore"):  # what overflows becomes infinite and is reported as such
         return array.astype(dtype)
+
+
+def image_line(low: float, high: float) -> str:
+    """The line that makes bytes of images whose numbers lie between these two."""
+    if low >= 0 and high <= 1:
+        return "(obs * 255).round().astype(np.uint8)."
+    if low >= 0 and high <= 255:
+        return "obs.round().astype(np.uint8)."
+    if low >= -1 and high <= 1:
+        return "((obs + 1) * 127.5).round().astype(np.uint8)."
+    return f"((obs - {low:g}) * (255 / {high - low:g})).round().astype(np.uint8)."
 
 
 def _shape_hint(name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> str:

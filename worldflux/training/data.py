@@ -158,5 +158,6 @@ def create_random_buffer(
             else random_obs(shapes),
             rng.uniform(-1, 1, (episode_length, action_dim)),
             rng.standard_normal(episode_length),
+            np.arange(episode_length) == episode_length - 1,
         )
     return buffer

@@ -22,6 +22,20 @@ from numpy.lib import format as npy
 from worldflux.errors import BufferError
 from worldflux.files import replacing
 
+OTHER_NAMES = {
+    "terminals": "dones",
+    "terminations": "dones",
+    "terminated": "dones",
+    "done": "dones",
+    "observations": "obs",
+    "observation": "obs",
+    "action": "actions",
+    "reward": "rewards",
+    "truncated": "truncations",
+    "timeout": "truncations",
+}
+"""What D4RL, Minari, LeRobot and Gymnasium call the arrays."""
+
 CHUNK_BYTES = 16 * 2**20
 
 _MOST_EXPANSION = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1040}
@@ -107,6 +121,9 @@ class NpzFile:
         except FileNotFoundError:
             raise
         except Exception as error:  # what a damaged table of contents makes zipfile raise is not a closed list
+            kind = _other_format(self.path)
+            if kind is not None:
+                raise BufferError(f"{self.path} is not a readable .npz file, but {kind}") from error
             raise BufferError(
                 f"{self.path} is not a readable .npz file (damaged or cut short): {_reason(error)}"
             ) from error
@@ -139,8 +156,14 @@ class NpzFile:
         if missing:
             raise BufferError(
                 f"{self.path.name} has no array {', '.join(map(repr, missing))} "
-                f"(found: {', '.join(sorted(self.names)) or 'none'}). See ReplayBuffer.save for the schema."
+                f"(found: {', '.join(sorted(self.names)) or 'none'}).{self._other_names(missing)} "
+                "See ReplayBuffer.save for the schema."
             )
+
+    def _other_names(self, missing: Iterable[str]) -> str:
+        """Under which names other formats have what is missing, if the file has these."""
+        pairs = [(theirs, ours) for theirs, ours in OTHER_NAMES.items() if ours in missing and theirs in self.names]
+        return "".join(f" Rename '{theirs}' to '{ours}'." for theirs, ours in pairs)
 
     def read(self, name: str) -> np.ndarray:
         """The whole array."""
@@ -235,6 +258,37 @@ def _check_count(path: Path, found: int) -> None:
     counted = int.from_bytes(end[at + 10 : at + 12], "little")
     if counted not in (found, 0xFFFF):  # the latter: more than fit in this record, see zip64
         raise zipfile.BadZipFile(f"its table of contents has {found} entries where {counted} were written")
+
+
+_REMEDY = "Read its episodes with {reader}, store them with ReplayBuffer.add_episode, and call save."
+_FORMATS = {
+    b"\x89HDF\r\n\x1a\n": "an HDF5 file. " + _REMEDY.format(reader="h5py"),
+    b"PAR1": "a Parquet file. " + _REMEDY.format(reader="pandas"),
+    b"ARROW1": "an Arrow file. " + _REMEDY.format(reader="pyarrow"),
+    b"SQLite format 3\x00": "an SQLite database. " + _REMEDY.format(reader="sqlite3"),
+    b"\x1f\x8b": "one that is compressed with gzip. Unpack it first.",
+    b"\x93NUMPY": "a .npy file with a single array. ReplayBuffer.save tells which arrays are needed.",
+}
+"""What files begin with that people take for one of ours."""
+
+
+def _other_format(path: Path) -> str | None:
+    """What a file is that is no zip archive, with what to do; None if nothing is known of it."""
+    if path.is_dir():
+        return "a directory. Pass the path of a file in it."
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError:
+        return None
+    if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return (
+            "a pickle. Pickles can run code and are never read here: load it yourself if you trust it, store its "
+            "episodes with ReplayBuffer.add_episode, and call save."
+        )
+    if not start:
+        return "an empty one."
+    return next((kind for magic, kind in _FORMATS.items() if start.startswith(magic)), None)
 
 
 def _reason(error: Exception) -> str:

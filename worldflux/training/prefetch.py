@@ -16,7 +16,7 @@ from worldflux.training.replay import ReplayBuffer
 from worldflux.training.sampling import WindowSampler
 from worldflux.training.transfers import to_device
 
-_SAMPLES = (ReplayBuffer.sample, WindowSampler.sample)
+SAMPLES = (ReplayBuffer.sample, WindowSampler.sample)
 """What prefetching stands for."""
 
 
@@ -155,6 +155,6 @@ def batches_from(
     lies on a device is gathered there at once.
     """
     ahead = isinstance(provider, WindowSampler) and provider.device.type == "cpu"
-    if ahead and not steps_back("Sampling on another thread", provider, overridden(provider, *_SAMPLES)):
+    if ahead and not steps_back("Sampling on another thread", provider, overridden(provider, *SAMPLES)):
         return PrefetchedBatches(provider, batch_size, seq_len, device)
     return Batches(provider, batch_size, seq_len, device)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from worldflux.errors import BufferError, ShapeMismatchError
+from worldflux.training.actions import as_executed, rescaled
 from worldflux.training.arrays import RowForm, as_numpy, checked
 from worldflux.training.rows import STEP, TERMINATED, TRUNCATED, RowStore
 
@@ -54,7 +55,7 @@ class RowReceiver:
 
         Args:
             obs: Where the actions were taken, an array or a dict of arrays. `[n_envs, ...]`
-            actions: As executed. `[n_envs, A]`
+            actions: As executed, in the library's form. `[n_envs, A]`
             rewards: What they earned, as the environment gave it. `[n_envs]`
             terminations: The step ended the episode for good. `[n_envs]`
             truncations: The step was cut from outside. `[n_envs]`
@@ -74,6 +75,8 @@ class RowReceiver:
         truncated = checked("truncations", truncations, (n,), _BOOL, rows)
         obs_arrays = self._form.checked_obs("obs", obs, (n,), rows)
         actions = checked("actions", actions, (n, self._form.action_dim), _FLOAT, rows)
+        if self._form.action_classes is not None:  # otherwise they are looked at when training starts
+            actions = as_executed("actions", actions, actions, self._form.action_classes)
         rewards = checked("rewards", rewards, (n,), _FLOAT, rows)
         extra_arrays = {
             name: self._form.checked_extra(name, value, (n,), rows) for name, value in (extras or {}).items()
@@ -141,12 +144,14 @@ class RowReceiver:
         *,
         terminations: Any = None,
         truncations: Any = None,
+        action_low: Any = None,
+        action_high: Any = None,
     ) -> None:
         """Stores a whole episode, or several one after another that are told apart by their flags.
 
         With several environments the stream with the fewest transitions receives it. An episode of which more than
-        that stream's share of the capacity is given keeps its newest transitions. If the last step has no flag, it
-        counts as truncated; if no flags are given at all, as terminated.
+        that stream's share of the capacity is given keeps its newest transitions. A last step without a flag counts as
+        truncated, here and in `load`: that an episode terminated has to be said.
 
         Args:
             obs: T+1 observations, or T where the one after the last step is not known. `[T+1, ...]` or `[T, ...]`
@@ -155,10 +160,14 @@ class RowReceiver:
             dones: Another name of `terminations`. `[T]`
             terminations: The step ended an episode for good. `[T]`
             truncations: The step was cut from outside. `[T]`
+            action_low: With `action_high`, the bounds of continuous actions in the environment's own units, a number or
+                one for each entry; they are rescaled to [-1, 1]. `[A]`
+            action_high: See `action_low`. `[A]`
 
         Raises:
             ShapeMismatchError: If a shape is not as above; nothing is stored then.
-            BufferError: If a value cannot be stored, or every stream has an episode in flight; nothing is stored then.
+            BufferError: If a value cannot be stored, actions are not in [-1, 1] (or not one-hot where they are
+                discrete), or every stream has an episode in flight; nothing is stored then.
         """
         if dones is not None and terminations is not None:
             raise BufferError("Both dones and terminations were given. They mean the same: pass one of them.")
@@ -170,12 +179,10 @@ class RowReceiver:
                 f"or {count + 1} with the one after the last step."
             )
         obs_arrays = self._form.checked_obs("obs", obs, (obs_count,))
-        actions = checked("actions", actions, (count, self._form.action_dim), _FLOAT)
+        actions = self._form.checked_actions(rescaled(actions, action_low, action_high), (count,))
         rewards = checked("rewards", rewards, (count,), _FLOAT)
         name = "terminations" if dones is None else "dones"
         terminations = terminations if dones is None else dones
-        if terminations is None and truncations is None:
-            terminations = np.arange(count) == count - 1
         terminated = _flags_or_zeros(name, terminations, count)
         truncated = _flags_or_zeros("truncations", truncations, count)
         truncated[-1] |= not terminated[-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ import torch
 
 from worldflux.errors import BufferError, ConfigurationError, WorldFluxError
 from worldflux.overriding import overridden
+from worldflux.training.actions import declared_classes, described, type_of
 from worldflux.training.arrays import SINGLE, ObsShape, RowForm
 from worldflux.training.batch import Batch, BatchRequest
 from worldflux.training.config import whole_number
 from worldflux.training.held_out import ReplayPart, split
 from worldflux.training.npz import NpzFile
 from worldflux.training.receiving import RowReceiver
-from worldflux.training.replay_file import collect_data, dtype_in_memory, fill, read_replay, write_replay
+from worldflux.training.replay_file import FileActions, collect_data, dtype_in_memory, fill, read_replay, write_replay
 from worldflux.training.rows import RowStore
 from worldflux.training.sampling import Drawn, Span, WholeStreams, WindowSampler
 from worldflux.training.storage import Storage, StoragePlace, storage_at
@@ -48,6 +49,10 @@ class ReplayBuffer(RowReceiver, WindowSampler):
         capacity: Transitions to keep, over all environments.
         obs_shape: Of one observation, images channel-first; a dict of shapes where observations are dictionaries.
         action_dim: Width of an action vector. Discrete actions are one-hot.
+        action_type: "continuous", "discrete" or "multi_discrete", as in a model's configuration: what is stored has to
+            be of that kind. None: what records into the buffer says so, or the values are looked at when training
+            starts.
+        action_classes: Sizes of the one-hots; needed for "multi_discrete".
         obs_dtype: uint8 or float32, or a dict with one for each key. By default uint8 for three-dimensional shapes
             (images) and float32 for the others.
         n_envs: Streams, one for each environment that `add` receives.
@@ -78,12 +83,16 @@ class ReplayBuffer(RowReceiver, WindowSampler):
         extras: Mapping[str, tuple[tuple[int, ...], Any]] | None = None,
         seed: int | None = None,
         storage: StoragePlace = None,
+        action_type: str | None = None,
+        action_classes: Sequence[int] | None = None,
     ) -> None:
         self._capacity = whole_number("capacity", capacity, 1)
         n_envs = whole_number("n_envs", n_envs, 1)
         if capacity < n_envs:
             raise ConfigurationError(f"capacity is {capacity}, expected at least n_envs ({n_envs}).")
-        form = RowForm(obs_shape, action_dim, obs_dtype, extras)
+        action_dim = whole_number("action_dim", action_dim, 1)
+        classes = declared_classes(action_type, action_classes, action_dim)
+        form = RowForm(obs_shape, action_dim, obs_dtype, extras, classes)
         WindowSampler.__init__(self, form, n_envs, seed)
         RowReceiver.__init__(self, form, _new_store(capacity, n_envs, form, storage_at(storage)))
         self._known_span: tuple[bytes, WholeStreams] | None = None  # of the rows with these bounds
@@ -115,6 +124,34 @@ class ReplayBuffer(RowReceiver, WindowSampler):
     def action_dim(self) -> int:
         """Width of an action vector."""
         return self._form.action_dim
+
+    @property
+    def action_type(self) -> str | None:
+        """Kind of the actions, as in a model's configuration; None if nobody has named it."""
+        return None if self._form.action_classes is None else type_of(self._form.action_classes)
+
+    @property
+    def action_classes(self) -> tuple[int, ...] | None:
+        """Sizes of the actions' one-hots, none if they are continuous; None if nobody has named their kind."""
+        return self._form.action_classes
+
+    def declare_actions(self, action_type: str, action_classes: Sequence[int] | None = None) -> None:
+        """Names the kind of the actions, as the constructor does.
+
+        Raises:
+            ConfigurationError: If the two are no kind.
+            BufferError: If the buffer holds, or was made for, another kind.
+        """
+        classes = declared_classes(action_type, action_classes, self.action_dim)
+        assert classes is not None
+        if self._form.action_classes is not None and classes != self._form.action_classes:
+            raise BufferError(
+                f"The buffer is for actions with {described(self._form.action_classes)}, and these have "
+                f"{described(classes)}. Use another buffer."
+            )
+        if classes and self._form.action_classes is None:
+            self.check_actions(classes)
+        self._form.action_classes = classes
 
     @property
     def n_envs(self) -> int:
@@ -319,6 +356,8 @@ class ReplayBuffer(RowReceiver, WindowSampler):
             final_obs        [S, ...]  the observation after the last step; `final_obs/<key>` for a dictionary
             final_obs_mask   [S]       False where that was not recorded (zeros)
             n_envs                     number
+            action_classes   [...]     sizes of the actions' one-hots, none for continuous actions; absent where
+                                       nobody has named their kind and it cannot be told from the values
 
         Args:
             path: Target; directories above it are created.
@@ -326,7 +365,8 @@ class ReplayBuffer(RowReceiver, WindowSampler):
         Raises:
             BufferError: If `path` is a directory.
         """
-        write_replay(path, collect_data(self._rows, self._capacity, self._form.is_dict))
+        data = collect_data(self._rows, self._capacity, self._form.is_dict, self._form.action_classes)
+        write_replay(path, data)
 
     @classmethod
     def load(
@@ -338,11 +378,16 @@ class ReplayBuffer(RowReceiver, WindowSampler):
         extras: Mapping[str, tuple[tuple[int, ...], Any]] | None = None,
         seed: int | None = None,
         storage: StoragePlace = None,
+        action_type: str | None = None,
+        action_classes: Sequence[int] | None = None,
+        action_low: Any = None,
+        action_high: Any = None,
     ) -> ReplayBuffer:
         """A buffer with what `save`, or anybody who follows its schema, wrote.
 
         Of the arrays, the seven documented ones suffice; episodes then end at their dones, without an observation
-        after their last step.
+        after their last step, and a last step without a flag counts as truncated, as in `add_episode`. `truncations`
+        `[N]`, which D4RL's files call `timeouts`, may come with them.
 
         Args:
             path: The file.
@@ -352,6 +397,11 @@ class ReplayBuffer(RowReceiver, WindowSampler):
             extras: As for the constructor; the file has none.
             seed: Of the sampler.
             storage: Where the rows are to lie, as for the constructor.
+            action_type: Kind of the actions, as for the constructor, for files that do not say it. None: one-hots
+                are discrete, and what has other numbers than 0 and 1 is continuous.
+            action_classes: As for the constructor.
+            action_low: Of continuous actions in the environment's own units, as for `add_episode`. `[A]`
+            action_high: As for `add_episode`. `[A]`
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -359,7 +409,7 @@ class ReplayBuffer(RowReceiver, WindowSampler):
                 machine has no room for what is in it.
         """
         with NpzFile(path) as file:
-            data = read_replay(file)
+            data = read_replay(file, FileActions(action_type, action_classes, action_low, action_high))
             count = len(data.rewards)
             if capacity is None and count > data.capacity:
                 raise BufferError(
@@ -376,6 +426,8 @@ class ReplayBuffer(RowReceiver, WindowSampler):
                 extras=extras,
                 seed=seed,
                 storage=storage,
+                action_type=None if data.action_classes is None else type_of(data.action_classes),
+                action_classes=data.action_classes,
             )
             buffer.check_budget(min(count, buffer.capacity))
             fill(buffer._rows, data, file.path.name)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import heapq
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from worldflux.errors import BufferError
-from worldflux.training.arrays import SINGLE, checked, obs_shapes
-from worldflux.training.npz import NpzFile, Stream, rows_per_chunk, write_npz
+from worldflux.training.actions import Classes, as_executed, declared_classes, described, judged_classes, rescaled
+from worldflux.training.arrays import SINGLE, all_finite, checked, image_line, obs_shapes
+from worldflux.training.npz import OTHER_NAMES, NpzFile, Stream, rows_per_chunk, write_npz
 from worldflux.training.rows import FINAL, FIRST, TERMINATED, TRUNCATED, UNSEEN, RowStore
 from worldflux.training.storage import RowArray
+
+logger = logging.getLogger("worldflux.training")
 
 _MOST_STREAMS = 2**20
 """More than anybody steps at once; each takes memory even while it is empty."""
@@ -42,6 +47,35 @@ class Episodes:
 
 
 @dataclass(frozen=True)
+class FileActions:
+    """What is known of a file's actions from elsewhere; see `ReplayBuffer.load`."""
+
+    action_type: str | None
+    action_classes: Sequence[int] | None
+    low: Any
+    high: Any
+
+    def read(self, file: NpzFile, shape: tuple[int, int]) -> tuple[np.ndarray, Classes | None]:
+        """The actions `[N, A]`, and their kind: as the file says it, as somebody else does, or as they look."""
+        named = declared_classes(self.action_type, self.action_classes, shape[1])
+        classes = named
+        if "action_classes" in file.names:
+            classes = tuple(_small(file, "action_classes").reshape(-1).tolist())
+            if classes and (min(classes) < 1 or sum(classes) != shape[1]):
+                raise _wrong(file, f"action_classes is {classes}, expected sizes that add up to {shape[1]}")
+            if named not in (None, classes):
+                raise BufferError(
+                    f"{file.path.name} holds actions with {described(classes)}, and {described(named or ())} was asked "
+                    "for. Leave it out."
+                )
+        given = file.read("actions")
+        actions = _checked(file, "actions", rescaled(given, self.low, self.high), shape, np.float32)
+        if "episode_lengths" not in file.names:  # a buffer that was saved holds what it was given
+            actions = as_executed(f"{file.path.name}: actions", given, actions, classes)
+        return actions, judged_classes(actions) if classes is None else classes
+
+
+@dataclass(frozen=True)
 class ReplayData:
     """What a buffer's file says: N transitions in S episodes."""
 
@@ -62,6 +96,8 @@ class ReplayData:
     truncations: np.ndarray
     """`[N]` bool"""
     episodes: Episodes
+    action_classes: Classes | None = None
+    """Sizes of the actions' one-hots; None where the file does not say what kind they are."""
 
     @property
     def action_dim(self) -> int:
@@ -90,17 +126,24 @@ def write_replay(path: str | Path, data: ReplayData) -> None:
         "final_obs_mask": data.episodes.final_mask,
         "n_envs": np.array(data.n_envs),
     }
+    classes = judged_classes(data.actions) if data.action_classes is None else data.action_classes
+    if classes is not None:
+        arrays["action_classes"] = np.array(classes, np.int64)
     try:
         write_npz(path, arrays)
     except OSError as error:
         raise BufferError(f"{path} could not be written: {error}. What was there before is unchanged.") from error
 
 
-def read_replay(file: NpzFile) -> ReplayData:
+def read_replay(file: NpzFile, reader: FileActions) -> ReplayData:
     """What `file` says, checked but for the observations' values, which are not read yet.
 
     Of the arrays only the documented ones need to be there: a file without the episodes' table is split at its
     dones, and then no observation after an episode's last step is known.
+
+    Args:
+        file: The file.
+        reader: What is known of its actions.
 
     Raises:
         BufferError: If arrays are missing, unreadable, or do not agree with each other.
@@ -130,12 +173,15 @@ def read_replay(file: NpzFile) -> ReplayData:
         except ValueError as error:
             raise _wrong(file, str(error).rstrip(".")) from error
 
-    actions = _column(file, "actions", (count, action_dim), np.float32)
+    actions, action_classes = reader.read(file, (count, action_dim))
     rewards = _column(file, "rewards", (count,), np.float32)
     terminations = _column(file, "dones", (count,), np.bool_)
     truncations = np.zeros(count, np.bool_)
-    if "truncations" in file.names:
-        truncations = _column(file, "truncations", (count,), np.bool_)
+    named = [name for name in ("truncations", "timeouts") if name in file.names]
+    if len(named) > 1:
+        raise _wrong(file, "it has truncations and timeouts, which mean the same")
+    if named:
+        truncations = _column(file, named[0], (count,), np.bool_)
     if any(name in file.names for name in _EPISODE_ARRAYS):
         file.require(_EPISODE_ARRAYS)
         n_envs = _number(file, "n_envs")
@@ -150,13 +196,65 @@ def read_replay(file: NpzFile) -> ReplayData:
                 raise _wrong(file, f"{name} has shape {final_obs[key].shape}, expected one row per episode")
     else:
         n_envs, final_obs = 1, {}
+        for key, stream in obs.items():
+            if len(stream.shape) == 4 and stream.dtype.kind == "f":
+                obs[key] = _as_bytes(file, _member("obs", key, is_dict))
+        _warn_of_unread(file, keys, is_dict)
         if count:  # what the file's end cuts off is an episode that goes on elsewhere
             truncations[-1] |= not terminations[-1]
         episodes = _split(terminations | truncations)
-    return ReplayData(capacity, n_envs, is_dict, obs, final_obs, actions, rewards, terminations, truncations, episodes)
+    return ReplayData(
+        capacity,
+        n_envs,
+        is_dict,
+        obs,
+        final_obs,
+        actions,
+        rewards,
+        terminations,
+        truncations,
+        episodes,
+        action_classes,
+    )
 
 
-def collect_data(rows: RowStore, capacity: int, is_dict: bool) -> ReplayData:
+def _as_bytes(file: NpzFile, name: str) -> Stream:
+    """Images `[N, C, H, W]` that a file has as floats: 0 to 1, or the whole numbers from 0 to 255.
+
+    Raises:
+        BufferError: If they are something else, with the line to write.
+    """
+    low, high, whole = 0.0, 0.0, True
+    for chunk in file.stream(name).chunks:
+        if chunk.size and all_finite(chunk):  # if not, whoever copies it says where
+            low, high = min(low, float(chunk.min())), max(high, float(chunk.max()))
+            whole = whole and bool((chunk == np.rint(chunk)).all())
+    if low < 0 or high > 255 or (high > 1 and not whole):
+        raise BufferError(
+            f"{file.path.name}: {name} are images as floats from {low:g} to {high:g}, expected 0 to 1, or whole "
+            f"numbers from 0 to 255. Write them as bytes: {image_line(low, high)}"
+        )
+    factor = 255.0 if high <= 1 else 1.0
+    stream = file.stream(name)
+    chunks = (np.rint(chunk * factor).astype(np.uint8) if all_finite(chunk) else chunk for chunk in stream.chunks)
+    return Stream(stream.shape, np.dtype(np.uint8), chunks)
+
+
+def _warn_of_unread(file: NpzFile, keys: list[str], is_dict: bool) -> None:
+    """Says which arrays of a file nobody reads, and how they might have been meant."""
+    known = {"actions", "rewards", "dones", "action_dim", "capacity", "truncations", "timeouts", "action_classes"}
+    known |= {_member(part, key, is_dict) for part in ("obs", "obs_shape") for key in keys}
+    unread = [name for name in file.names if name not in known]
+    if unread:
+        hints = [f"{name} (did you mean {OTHER_NAMES[name]}?)" if name in OTHER_NAMES else name for name in unread]
+        logger.warning(
+            "%s has arrays that are not read: %s. See ReplayBuffer.save for the schema.",
+            file.path.name,
+            ", ".join(hints),
+        )
+
+
+def collect_data(rows: RowStore, capacity: int, is_dict: bool, action_classes: Classes | None) -> ReplayData:
     """Everything that `rows` holds but the extras; the observations are read when the file is written."""
     steps, firsts, lasts, lengths, streams = [], [], [], [], []
     for stream in range(len(rows.base)):
@@ -191,6 +289,7 @@ def collect_data(rows: RowStore, capacity: int, is_dict: bool) -> ReplayData:
             ends=ends,
             final_mask=seen,
         ),
+        action_classes=action_classes,
     )
 
 
@@ -318,7 +417,10 @@ def _column(file: NpzFile, name: str, shape: tuple[int, ...], dtype: type) -> np
     found = file.stream(name)
     if found.shape != shape:  # before it is read: nobody knows how large it is
         raise _wrong(file, f"{name} has shape {found.shape}, expected {shape}")
-    array = file.read(name)
+    return _checked(file, name, file.read(name), shape, dtype)
+
+
+def _checked(file: NpzFile, name: str, array: np.ndarray, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     if dtype is np.int64 and array.dtype.kind not in "iu":
         raise _wrong(file, f"{name} has dtype {array.dtype}, expected whole numbers")
     try:

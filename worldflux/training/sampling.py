@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from worldflux.errors import BufferError
+from worldflux.training.actions import Classes, check_fits
 from worldflux.training.arrays import SINGLE, RowForm, as_numpy
 from worldflux.training.batch import Batch, BatchRequest
 from worldflux.training.config import resolve_device, whole_number
-from worldflux.training.rows import FIRST, TERMINATED, TRUNCATED, UNSEEN, RowStore
+from worldflux.training.rows import FINAL, FIRST, TERMINATED, TRUNCATED, UNSEEN, RowStore
 from worldflux.training.storage import DeviceArray, RowArray
 from worldflux.training.transfers import to_device
 
@@ -163,6 +164,19 @@ class WindowSampler:
         """Where the rows are gathered: of the storage, which is the CPU for memory and disk."""
         rewards = self._rows.rewards
         return rewards.tensor.device if isinstance(rewards, DeviceArray) else torch.device("cpu")
+
+    def check_actions(self, classes: Classes) -> None:
+        """Raises a `BufferError` unless the actions are of a model's kind.
+
+        All that are stored are looked at.
+
+        Args:
+            classes: Sizes of the model's one-hots; none for continuous actions.
+        """
+        rows = self._rows
+        at = rows.stored_at()
+        steps = at[(rows.flags[at] & FINAL) == 0]
+        check_fits("The replay buffer", np.asarray(rows.actions[steps]), self._form.action_classes, classes)
 
     def digest(self) -> str:
         """A short text that tells what is stored from other data; the extras have no part in it."""

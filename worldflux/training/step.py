@@ -58,6 +58,10 @@ def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
     return torch.full((), value, device=device)
 
 
+OF_BATCH = "The batch's "
+"""How names of a batch's tensors begin in `FiniteWatch`."""
+
+
 class FiniteWatch:
     """Remembers on the device at which step each loss was not finite for the first time."""
 
@@ -84,6 +88,12 @@ class FiniteWatch:
             return
         step = min(first_bad.values())
         names = [name for name, bad_step in first_bad.items() if bad_step == step]
+        of_batch = [name for name in names if name.startswith(OF_BATCH)]
+        if of_batch:
+            raise TrainingError(
+                f"{' and '.join(of_batch)} {'was' if len(of_batch) == 1 else 'were'} not finite at step {step}. Look "
+                "for where these data come from; the weights are lost."
+            )
         # The total and the gradient follow the term that went wrong.
         for consequence in ("grad_norm", "loss"):
             if len(names) > 1 and consequence in names:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from worldflux.errors import CheckpointError, ConfigurationError, TrainingError
 from worldflux.files import atomic_directory, remove_leftovers
 from worldflux.models.base import CONFIG_FILE, WEIGHTS_FILE, OptimizerSpec, Phase, WorldModel
+from worldflux.overriding import overridden
 from worldflux.training.allocator import keep_freed_memory
 from worldflux.training.batch import Batch
 from worldflux.training.callbacks import Callback, CheckpointCallback, Losses
@@ -39,14 +40,15 @@ from worldflux.training.checkpoint import (
 from worldflux.training.compiling import captures, compiles
 from worldflux.training.config import TrainingConfig, resolve_device, whole_number
 from worldflux.training.data import BatchProvider, BatchRequestProvider, sample_from
+from worldflux.training.fitting import check_first_batch, check_kind, warn_of_overruled
 from worldflux.training.graphs import CudaRecorder
 from worldflux.training.health import Health, check_health
 from worldflux.training.optim import build_optimizer
-from worldflux.training.prefetch import Batches, Resumable, batches_from
+from worldflux.training.prefetch import SAMPLES, Batches, Resumable, batches_from
 from worldflux.training.randomness import random_state, seed_everything, set_random_state
 from worldflux.training.sampling import WindowSampler
 from worldflux.training.signals import StopRequest, stopping_on_signals
-from worldflux.training.step import FiniteWatch, WriteBack, as_loss_output, evaluating, phases_of
+from worldflux.training.step import OF_BATCH, FiniteWatch, WriteBack, as_loss_output, evaluating, phases_of
 from worldflux.training.update import GradientStep, Updated
 
 logger = logging.getLogger("worldflux.training")
@@ -129,6 +131,7 @@ class Trainer:
         phases = phases_of(model)
         self._optimizers = [build_optimizer(spec, phase.parameters) for phase in phases]
         self._take_step = self._step_of(phases)
+        warn_of_overruled(self.model, self.config)
         self._watch = FiniteWatch()
         self._write_back = WriteBack()
         self._sampler: Any = None  # what the last batch came from
@@ -214,6 +217,8 @@ class Trainer:
         )
         self.finished = self.interrupted = False
         data = self._hold_out(buffer)
+        for source in (data, self.eval_data):
+            check_kind(self.model, source)
         self._data_digest = data.digest() if isinstance(data, Digestible) else None
         self._check_data(resume)
         self._start_random_streams(data)
@@ -273,12 +278,21 @@ class Trainer:
         self._restored = None
         if buffer is not None:
             self._sampler = buffer
+        if self._last_batch is None:
+            check_first_batch(self.model, batch, self.step_count + 1)
         self._last_batch = batch
         updated = self._take_step(batch)
         self.step_count += 1
-        self._watch.see(self.step_count, updated.losses)
+        self._watch.see(self.step_count, {**self._inputs_seen(batch, buffer), **updated.losses})
         self._store_extras(batch, updated.extras, buffer)
         return updated.losses
+
+    def _inputs_seen(self, batch: Batch, buffer: Any) -> dict[str, Tensor]:
+        """Of a batch from who may hand out anything: zero for each tensor that is finite, NaN for the others."""
+        if isinstance(buffer, WindowSampler) and not overridden(buffer, *SAMPLES):
+            return {}  # which stores nothing else
+        floats = {name: x for name, x in batch.named_tensors().items() if x.is_floating_point()}
+        return {f"{OF_BATCH}{name}": (x.detach().to(self.device) * 0).sum() for name, x in floats.items()}
 
     def check_finite(self) -> None:
         """Raises if a loss of any step so far was not finite. Waits for the device.

@@ -1,0 +1,101 @@
+"""What does not fit a model, or cannot be right, is named when training starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from worldflux import WorldFluxAgent, create_world_model
+from worldflux.errors import BufferError, ConfigurationError, TrainingError
+from worldflux.training import Batch, ReplayBuffer, Trainer, TrainingConfig, train
+
+TASKS = dict(
+    latent_dim=16, hidden_dim=16, mlp_dim=16, enc_dim=16, num_q_networks=3, num_bins=15, num_tasks=2, task_dim=4
+)
+STEPS = dict(total_steps=30, batch_size=2, sequence_length=6, device="cpu")
+
+
+def filled(**named: Any) -> ReplayBuffer:
+    rng, buffer = np.random.default_rng(0), ReplayBuffer(500, (3,), 1, **named)
+    for _ in range(3):
+        buffer.add_episode(rng.normal(size=(21, 3)), rng.uniform(-1, 1, (20, 1)), rng.normal(size=20))
+    return buffer
+
+
+# Several tasks
+
+
+@pytest.mark.parametrize("way", ["preset", "model", "saved"])
+def test_an_agent_with_several_tasks_is_refused(way: str, tmp_path: Any) -> None:
+    model: Any = create_world_model("tdmpc2:tiny", obs_shape=(3,), action_dim=1, **TASKS)
+    source, fields = (model, None) if way == "model" else ("tdmpc2:tiny", TASKS)
+    if way == "saved":
+        model.save_pretrained(tmp_path / "model")
+        source, fields = str(tmp_path / "model"), None
+    with pytest.raises(ConfigurationError, match=r"The model has 2 tasks, and an agent knows of one.*num_tasks=1"):
+        WorldFluxAgent(source, "Pendulum-v1", model_kwargs=fields, device="cpu")
+
+
+def test_a_buffer_that_says_nothing_of_tasks_is_refused(tmp_path: Any) -> None:
+    model = create_world_model("tdmpc2:tiny", obs_shape=(3,), action_dim=1, **TASKS)
+    filled().save(tmp_path / "file.npz")
+    for data in (
+        filled(),
+        filled(extras=model.replay_extras()),
+        ReplayBuffer.load(tmp_path / "file.npz"),
+        ReplayBuffer.load(tmp_path / "file.npz", extras=model.replay_extras()),
+    ):
+        with pytest.raises(BufferError, match="does not say which task a row is of"):
+            train(model, data, **STEPS)
+    told = filled(extras=model.replay_extras(), n_envs=2)
+    for _ in range(20):
+        told.add(
+            np.zeros((2, 3)), np.zeros((2, 1)), [0, 0], [False] * 2, [False] * 2, extras={"task": np.array([0, 1])}
+        )
+    train(model, told, **{**STEPS, "total_steps": 1})
+
+
+# Numbers that are not finite
+
+
+class Spoilt:
+    """Batches of which one field holds a NaN from some time on."""
+
+    def __init__(self, name: str, after: int) -> None:
+        self.name, self.after, self.calls = name, after, 0
+
+    def sample(self, batch_size: int, seq_len: int | None = None, device: str = "cpu") -> Batch:
+        B, T = batch_size, seq_len or 50
+        fields: dict[str, Any] = {
+            "obs": torch.randn(B, T, 3),
+            "actions": torch.rand(B, T, 1),
+            "rewards": torch.randn(B, T),
+            "terminations": torch.zeros(B, T),
+        }
+        if self.calls >= self.after:
+            fields[self.name][1, 2] = torch.inf if self.name == "rewards" else torch.nan
+        self.calls += 1
+        return Batch(**fields)
+
+
+@pytest.mark.parametrize("name", ["obs", "actions", "rewards"])
+@pytest.mark.parametrize("family", ["dreamerv3", "tdmpc2"])
+def test_a_number_of_a_batch_that_is_not_finite_is_blamed_on_its_field(family: str, name: str) -> None:
+    def model() -> Any:
+        return create_world_model(f"{family}:tiny", obs_shape=(3,), action_dim=1)
+
+    with pytest.raises(
+        TrainingError, match=rf"The batch's {name} is not finite at step 1: it has (nan|inf) at index \(1, 2"
+    ):
+        train(model(), Spoilt(name, 0), **STEPS)
+    with pytest.raises(TrainingError, match=rf"^The batch's {name} was not finite at step 4\. Look for where"):
+        train(model(), Spoilt(name, 3), **{**STEPS, "total_steps": 5})
+    trainer = Trainer(model(), TrainingConfig(device="cpu"))
+    provider = Spoilt(name, 1)
+    for _ in range(2):
+        trainer.step(provider.sample(2, 6))
+    with pytest.raises(TrainingError, match=rf"^The batch's {name} was not finite at step 2"):
+        trainer.check_finite()

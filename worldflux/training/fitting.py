@@ -1,0 +1,104 @@
+"""Whether data fits a model, looked at once when training starts."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from worldflux.config import WorldModelConfig
+from worldflux.errors import BufferError, ConfigurationError, TrainingError
+from worldflux.training.actions import ROUNDING, check_one_hots
+from worldflux.training.batch import Batch
+from worldflux.training.config import TrainingConfig
+from worldflux.training.sampling import WindowSampler
+
+logger = logging.getLogger("worldflux.training")
+
+
+def check_kind(model: nn.Module, data: Any) -> None:
+    """Raises a `BufferError` if a buffer holds other actions than a world model takes, or lacks the tasks it has."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, WorldModelConfig) or not isinstance(data, WindowSampler):
+        return
+    data.check_actions(config.action_classes)
+    tasks = getattr(config, "num_tasks", 1)
+    if tasks > 1 and not data.extras_state().get("task", torch.zeros(0)).any():
+        raise BufferError(
+            f"The model has {tasks} tasks, and the buffer does not say which task a row is of: all would be learned "
+            "as task 0. Files hold no tasks; write them with buffer.add(..., extras={'task': numbers}), or use "
+            "num_tasks=1."
+        )
+
+
+def overruled_fields(model: nn.Module) -> list[str]:
+    """Fields of a model's configuration in whose place `TrainingConfig` has its own."""
+    config, spec = getattr(model, "config", None), getattr(model, "optimizer_spec", None)
+    if not isinstance(config, WorldModelConfig) or spec is None:
+        return []
+    names = ("learning_rate", "warmup_steps", "weight_decay", "grad_clip")
+    return [name for name in names if hasattr(config, name) and getattr(spec, name) == getattr(config, name)]
+
+
+def warn_of_overruled(model: nn.Module, training: TrainingConfig) -> None:
+    """Says which fields of a model's configuration were changed and change nothing in this training."""
+    for name in overruled_fields(model):
+        own, ruling = getattr(model.config, name), getattr(training, name)
+        if own not in (ruling, _usual(model.config, name)):  # type: ignore[arg-type]
+            logger.warning(
+                "the model's configuration has %s=%g, which is not used here: TrainingConfig.%s rules, and is %g",
+                name,
+                own,
+                name,
+                ruling,
+            )
+
+
+def _usual(config: WorldModelConfig, name: str) -> Any:
+    """What a field is in the preset that a configuration comes from, or else in its family."""
+    from_size = getattr(type(config), "from_size", None)
+    try:
+        return getattr(from_size(config.model_name), name) if from_size is not None else None
+    except ConfigurationError:
+        return next(item.default for item in fields(config) if item.name == name)
+
+
+def check_first_batch(model: nn.Module, batch: Batch, step: int) -> None:
+    """Looks at the values of a batch, which waits for the device.
+
+    Raises:
+        TrainingError: If a number in it is not finite; it names the field.
+        BufferError: If its actions are not of the kind that a world model takes.
+    """
+    check_batch(batch, step)
+    config = getattr(model, "config", None)
+    if not isinstance(config, WorldModelConfig):
+        return
+    actions = batch.actions.detach().float().flatten(0, -2).cpu().numpy()
+    if config.action_classes:
+        taken = actions[actions.any(-1)]  # behind an episode's last step there is none
+        check_one_hots("The batch's actions", taken, config.action_classes)
+    elif actions.size and np.abs(actions).max() > 1 + ROUNDING:
+        raise BufferError(
+            f"The batch's actions have values from {actions.min():g} to {actions.max():g}, expected -1 to 1 for "
+            "continuous actions. Rescale them: 2 * (actions - low) / (high - low) - 1."
+        )
+
+
+def check_batch(batch: Batch, step: int) -> None:
+    """Looks for numbers that are not finite in a batch.
+
+    Raises:
+        TrainingError: Names the field, and where.
+    """
+    for name, tensor in batch.named_tensors().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            where = tuple(torch.nonzero(~torch.isfinite(tensor))[0].tolist())
+            raise TrainingError(
+                f"The batch's {name} is not finite at step {step}: it has {float(tensor[where])} at index {where}. "
+                "Look for where these data come from."
+            )
