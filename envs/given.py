@@ -29,6 +29,8 @@ _LOST_CHANGES = 5
 """Before anything is said of them."""
 _MOST_LOOKS = 1000
 """At numbers that float32 has told apart so far."""
+_ALL_BUT_BEYOND = 1e38
+"""After that, only what float32 may not hold at all needs a look."""
 
 
 class GivenValues:
@@ -75,8 +77,9 @@ class GivenValues:
         Raises:
             ShapeMismatchError: If it is beyond float32.
         """
+        small = self._rewards.small
         try:
-            if -_LARGE < reward < _LARGE:
+            if -small < reward < small:
                 return
             number = np.array([reward], np.float64)
         except (TypeError, ValueError):
@@ -162,6 +165,9 @@ class _GivenArray:
 class _Rounding:
     """Looks for numbers whose changes are lost in float32.
 
+    Attributes:
+        small: Numbers below this need no look.
+
     Args:
         name: Of what is looked at.
         remedy: What to do about it.
@@ -172,13 +178,14 @@ class _Rounding:
         self._before: tuple[Array, Array] | None = None  # the last numbers, and what float32 makes of them
         self._changed = self._lost = np.zeros(0, np.int64)
         self._looks = 0
+        self.small = _LARGE
 
     def look(self, array: Array) -> str | None:
         """Looks at an array of numbers; most have only small ones."""
         flat = array.reshape(-1)
         if flat.dtype != np.float64:
             flat = flat.astype(np.float64)
-        return None if flat.dot(flat) < _LARGE**2 else self.see(flat)
+        return None if flat.dot(flat) < self.small**2 else self.see(flat)
 
     def see(self, numbers: Array) -> str | None:
         """Looks at numbers of which some are large.
@@ -201,7 +208,7 @@ class _Rounding:
                     f"it is stored as float32. {self._remedy}"
                 )
             before, self._before = self._before, (numbers.copy(), rounded)
-            if before is None or self._looks >= _MOST_LOOKS:
+            if before is None or self.small > _LARGE:
                 return None
             size = np.abs(numbers)
             changed = np.abs(numbers - before[0]) > _NOISE * size
@@ -212,9 +219,10 @@ class _Rounding:
         self._changed += changed
         self._lost += lost
         constant = (self._lost >= _LOST_CHANGES) & (2 * self._lost > self._changed)
+        if self._looks == _MOST_LOOKS or constant.any():
+            self.small = _ALL_BUT_BEYOND
         if not constant.any():
             return None
-        self._looks = _MOST_LOOKS
         at = int(np.argmax(constant))
         place = f" at index {at}" if len(numbers) > 1 else ""
         return (

@@ -31,7 +31,7 @@ SINGLE_KEY = "obs"
 """Name under which `obs_classes` speaks of an observation that is one array, not a dictionary."""
 
 _OBSERVATIONS_SUPPORTED = "Box, Discrete, MultiDiscrete, MultiBinary and a flat Dict of these"
-_LEAST_SIDE, _LEAST_SIDE_OF_NUMBERS = 16, 32
+_LEAST_SIDE, _LEAST_SIDE_OF_NUMBERS = 16, 40
 """Of what counts as a picture although it is not `uint8`: with at most four channels, and with any number or none."""
 _ACTIONS_SUPPORTED = "Box with finite bounds, Discrete, MultiDiscrete and MultiBinary"
 
@@ -264,9 +264,9 @@ def _as_pixels(space: spaces.Box) -> str:
 def _has_sides_of_a_picture(shape: tuple[int, ...]) -> bool:
     if not 2 <= len(shape) <= 4:
         return False
-    short, long = sorted(shape[-3:])[-2:]
-    few_channels = len(shape) > 2 and min(shape[-3:]) <= 4
-    return (few_channels and short >= _LEAST_SIDE) or (short >= _LEAST_SIDE_OF_NUMBERS and long <= 2 * short)
+    few_channels = len(shape) > 2 and min(shape[-3:]) <= 4 and sorted(shape[-3:])[1] >= _LEAST_SIDE
+    short, long = sorted(shape)[-2:]
+    return few_channels or (short >= _LEAST_SIDE_OF_NUMBERS and long <= 2 * short)
 
 
 class ObservationCodec:

@@ -22,6 +22,7 @@ from worldflux.envs import (
     VectorRecordEpisodes,
     collect,
 )
+from worldflux.envs.given import GivenValues
 from worldflux.errors import ShapeMismatchError
 from worldflux.training import ReplayBuffer
 
@@ -351,6 +352,22 @@ def test_rewards_are_looked_at_too(driver: str) -> None:
         DRIVERS[driver](Gives(NUMBERS, lambda t: np.zeros(3), lambda t: -(10**400) if t > 1 else 0))
     with pytest.warns(UserWarning, match=r"reward is 1\.?70000\d* and changes in steps that are lost"):
         DRIVERS[driver](Gives(NUMBERS, lambda t: np.zeros(3), lambda t: 1.7e9 + t))
+
+
+def test_large_numbers_are_looked_at_for_a_while_and_those_beyond_float32_always() -> None:
+    told: list[str] = []
+    given = GivenValues(FAR_NUMBERS, told.append)
+    for t in range(1500):
+        given.check_obs(np.array([1e6 * t, 1.7e9, 1e30 * (t + 1)]))
+        given.check_reward(1e5 * t)
+    for t in range(20):
+        given.check_obs(np.array([0.0, 1.7e9 + t, 0.0]))
+
+    assert told == []
+    with pytest.raises(ShapeMismatchError, match=r"observation holds 1e\+39"):
+        given.check_obs(np.array([0.0, 0.0, 1e39]))
+    with pytest.raises(ShapeMismatchError, match=r"reward holds -1e\+39"):
+        given.check_reward(-1e39)
 
 
 def test_a_number_beyond_float32_is_not_called_infinite() -> None:
