@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -18,11 +18,11 @@ from worldflux.config import WorldModelConfig
 from worldflux.errors import CheckpointError, ShapeMismatchError
 from worldflux.files import write_atomically
 from worldflux.models.health import Vital
+from worldflux.nn.precision import autocast
 from worldflux.training.batch import Batch, Observation
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-_AS_IT_IS = nullcontext()
 
 
 class State(Mapping[str, Tensor]):
@@ -381,11 +381,8 @@ class WorldModel(nn.Module):
     # For the families: what they are given, and in which precision they compute
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        enabled, kind = self.config.dtype != "float32", self.device.type
-        if not enabled and not torch.is_autocast_enabled(kind):
-            return _AS_IT_IS
-        dtype = torch.float16 if self.config.dtype == "float16" else torch.bfloat16
-        return torch.autocast(kind, dtype=dtype, enabled=enabled)
+        kind = self.config.dtype
+        return autocast(self.device, None if kind == "float32" else getattr(torch, kind))
 
     def _observations(self, obs: Observation, *, leading: int, rows: int | None = None) -> dict[str, Tensor]:
         """The observation as a dictionary, checked; the first of the `leading` batch axes has `rows` rows."""

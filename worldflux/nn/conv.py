@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from worldflux.nn.init import truncated_normal_
 from worldflux.nn.layers import BlockLinear, Linear, NormSiLU, in_portions
+from worldflux.nn.precision import autocast
 
 _MULTIPLIERS = (2, 3, 4, 4)
 """Channels of the four stages in units of `depth`."""
@@ -59,7 +60,7 @@ class UpConv(Conv):
     def forward(self, x: Tensor) -> Tensor:
         """Maps `[N, in, H, W]` to `[N, out, 2 * H, 2 * W]`, channels-last in memory."""
         N, _, H, W = x.shape
-        with torch.autocast(x.device.type, enabled=False):  # the sums are exact in float32; the convolution rounds
+        with autocast(x.device, None):  # the sums are exact in float32; the convolution rounds
             kernels = torch.einsum("atu,oiuv,bsv->aboits", self.phases, self.weight, self.phases).flatten(0, 2)
         assert self.bias is not None
         if self.pad_before == self.pad_after:

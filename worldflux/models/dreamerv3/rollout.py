@@ -10,6 +10,7 @@ from worldflux.models.dreamerv3.fast.imagine import imagine
 from worldflux.models.dreamerv3.heads import Actor
 from worldflux.models.dreamerv3.parts import Draws
 from worldflux.models.dreamerv3.rssm import RSSM, bounded
+from worldflux.nn.precision import autocast
 
 
 @torch.no_grad()
@@ -38,7 +39,7 @@ def roll_out(rssm: RSSM, actor: Actor, deter: Tensor, stoch: Tensor, horizon: in
             noise = torch.rand(stoch.shape[:2], device=stoch.device) if draws is None else None
             classes = None if draws is None else draws.imagined_stoch[:, h]
             action = bounded(actions[-1])
-            with torch.autocast(deter.device.type, enabled=False):
+            with autocast(deter.device, None):
                 deter, stoch = rssm.cells.imagine(weights, deter, stoch, action, noise, classes, rssm.unimix)
         feat[:, :width], feat[:, width:] = deter, stoch.flatten(1)
         if draws is None:

@@ -19,6 +19,7 @@ from worldflux.models.dreamerv3.scan import Scan, observe_step, observe_step_bac
 from worldflux.nn.distributions import OneHot
 from worldflux.nn.fast.kernels import kernels
 from worldflux.nn.layers import MLP, BlockLinear, Linear, NormSiLU, are_plain
+from worldflux.nn.precision import products
 from worldflux.overriding import overridden, steps_back
 
 
@@ -310,8 +311,7 @@ class RSSM(nn.Module):
 
     def _precision(self) -> torch.dtype:
         """What matrices are multiplied in here."""
-        device = self.gates.weight.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        return products(self.gates.weight.device)
 
 
 _STEPS = (RSSM.core, RSSM.prior, RSSM.posterior, RSSM.dist)

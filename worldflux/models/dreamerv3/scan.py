@@ -34,6 +34,7 @@ from worldflux.models.dreamerv3.cell import (
 )
 from worldflux.nn.distributions import inverse_cdf, softmax
 from worldflux.nn.layers import blocked
+from worldflux.nn.precision import autocast
 
 
 def observe_step(
@@ -146,7 +147,7 @@ class Scan(torch.autograd.Function):
         )
         ctx.step_backward, ctx.unimix, ctx.keep = step_backward, unimix, keep
         results = []
-        with torch.autocast(deter.device.type, enabled=False):
+        with autocast(deter.device, None):
             for t in range(len(keep)):
                 result = step(
                     *ctx.weights,
