@@ -15,7 +15,8 @@ from worldflux.errors import ShapeMismatchError
 from worldflux.models.base import State, WorldModel
 from worldflux.models.planning import Planner
 from worldflux.training.batch import Observation
-from worldflux.training.graphs import Captures, CudaRecorder, Tensors, places
+from worldflux.training.graphs import Captures, CudaRecorder, form_of, places
+from worldflux.training.guard import Tensors, Work
 from worldflux.training.transfers import to_device, to_host
 
 MAX_FORMS = 8
@@ -82,8 +83,7 @@ class Actor:
         self._tensors: list[Tensor] = [*self.model.parameters(), *self.model.buffers()]
         if self._captured:
             device = self.model.device
-            name = f"Acting of {type(self.model).__name__}"
-            self._captures = Captures(name, device, CudaRecorder(device), MAX_FORMS)
+            self._captures = Captures("Acting", self.model, device, CudaRecorder(device), MAX_FORMS)
 
     @torch.inference_mode()
     def start(self, rows: int) -> Acting:
@@ -163,10 +163,17 @@ class Actor:
                 self.model.eval()
             return function(given)
 
-        if self._captures is None:
+        def plain() -> dict[str, Tensor]:
             return evaluated({name: to_device(value, self.model.device) for name, value in inputs.items()})
+
+        if self._captures is None or self._captures.given_up:
+            return plain()
         self._captures.keep_while(places(self._tensors))
-        return {name: value.clone() for name, value in self._captures(key, evaluated, inputs).items()}
+        form = (key, form_of(inputs))
+        if not self._captures.takes(form):
+            return plain()
+        outputs = self._captures(form, Work(evaluated, lambda: inputs, plain))
+        return {name: value.clone() for name, value in outputs.items()}
 
     def predict(
         self, observation: Any, memory: Memory | None, episode_start: Any, deterministic: bool

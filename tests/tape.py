@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -37,15 +37,28 @@ class _Tape(TorchDispatchMode):
         self.operations: list[tuple[Any, Any, Any, Any]] = []
         self.waits: list[str] = []
         self.checking = 0
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        """What was written in place, as it was before; by its place in memory."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not self.checking and (func.overloadpacket in WAITING or _indexed_by_mask(func, args)):
             here = [line for line in traceback.extract_stack() if "worldflux" in line.filename][-1]
             self.waits.append(f"{func} in {here.filename}:{here.lineno}")
+        for argument, given in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for x in tree_leaves(given):
+                    whole = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+                    self.before.setdefault(whole.data_ptr(), (whole, whole.clone()))
         result = func(*args, **kwargs)
         self.operations.append((func, args, kwargs, result))
         return result
+
+    def undo(self) -> None:
+        """What was written becomes what it was before all this."""
+        with torch.no_grad():
+            for whole, value in self.before.values():
+                whole.copy_(value)
 
     def play(self) -> None:
         with torch.no_grad():
@@ -104,18 +117,68 @@ class TapeRecorder:
         return result, f"it waits at {tape.waits[0]}" if tape.waits else None
 
     def record(self, function: Callable[[], T]) -> tuple[Callable[[], None], T]:
-        """Computes while it records, so the first playback is left out."""
+        """A tape, behind which everything is as it was before: a recording computes nothing."""
+        random = torch.get_rng_state()
         with _on_tape() as tape:
             result = function()
+        tape.undo()
+        torch.set_rng_state(random)
         if tape.waits:
             raise NotCapturable(f"it waits at {tape.waits[0]}")
+        for x in tree_leaves(result):
+            x.fill_(0)  # what a recording returns is not there before it is played back
         self.tapes.append(tape)
-        computed = True
+        return tape.play, result
 
-        def play() -> None:
-            nonlocal computed
-            if not computed:
-                tape.play()
-            computed = False
 
-        return play, result
+# Recordings that are wrong
+
+Spoil = Callable[[Any, dict[str, Tensor]], None]
+RANDOM = ("rand", "randn", "uniform_", "normal_", "exponential_", "bernoulli_", "randperm")
+
+
+def stale(*names: str) -> Spoil:
+    """Inputs are read where nobody writes them any more; without names, all of them."""
+
+    def spoil(tape: Any, inputs: dict[str, Tensor]) -> None:
+        inputs.update({name: inputs[name].clone() for name in names or inputs})
+
+    return spoil
+
+
+def without(*names: str) -> Spoil:
+    """Operations that are not played back."""
+
+    def spoil(tape: Any, inputs: dict[str, Tensor]) -> None:
+        kept = [entry for entry in tape.operations if entry[0].overloadpacket.__name__ not in names]
+        if len(kept) == len(tape.operations):
+            raise KeyError(names)
+        tape.operations = kept
+
+    return spoil
+
+
+def the_same_draws_again(tape: Any, inputs: dict[str, Tensor]) -> None:
+    """The random numbers do not move on, so the next playback draws what this one drew."""
+    play = tape.play
+
+    def and_back() -> None:
+        before = torch.get_rng_state()
+        play()
+        torch.set_rng_state(before)
+
+    tape.play = and_back
+
+
+class SpoiledRecorder(TapeRecorder):
+    """Makes recordings that are wrong in one way, where they have what is to be spoiled."""
+
+    def __init__(self, device: torch.device, spoil: Spoil) -> None:
+        super().__init__(device)
+        self.spoil = spoil
+
+    def record(self, function: Callable[[], Any]) -> Any:
+        result = super().record(function)[1]
+        with suppress(KeyError):
+            self.spoil(self.tapes[-1], function.__self__._inputs)  # type: ignore[attr-defined]
+        return self.tapes[-1].play, result

@@ -20,6 +20,7 @@ from training_fakes import NoisyRegression
 
 from worldflux import WorldModel, create_world_model
 from worldflux.agents import WorldFluxAgent
+from worldflux.agents import acting as acting_module
 from worldflux.agents.acting import Acting, Actor
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
 from worldflux.errors import TrainingError
@@ -363,6 +364,51 @@ def test_a_capture_that_fails_leaves_everything_usable(
     assert recorded(played) == 1
     for one, other in zip(expected, found, strict=True):
         assert_same(one, other)
+
+
+# Recordings that are wrong
+
+
+class StaleRecorder(CudaRecorder):
+    """Its graphs read the inputs where nobody writes them any more."""
+
+    def record(self, function: Callable[[], Any]) -> Any:
+        found = super().record(function)
+        captured = function.__self__  # type: ignore[attr-defined]
+        captured.old, captured._inputs = captured._inputs, {name: x.clone() for name, x in captured._inputs.items()}
+        return found
+
+
+@pytest.mark.parametrize("family", ["dreamerv3", "tdmpc2", "dreamerv3 pixels"])
+def test_a_step_recorded_wrongly_is_stepped_back_from(
+    family: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(trainer_module, "CudaRecorder", StaleRecorder)
+    plain, played = pair(new(family))
+    given = batches(plain.model, 10)
+    with caplog.at_level(logging.WARNING, "worldflux.training"):
+        expected, found = run(plain, given), run(played, given)
+    for one, other in zip(expected, found, strict=True):
+        assert_same(one, other)
+    assert_same(state(plain), state(played))
+    assert recorded(played) == 0
+    (message,) = caplog.messages
+    assert "does not give what it gives plainly" in message and torch.cuda.get_device_name() in message
+    for optimizer in played.optimizers:
+        if isinstance(optimizer, Adam):
+            assert not any(group["fused"] for group in optimizer.param_groups)
+            assert {float(entry["step"]) for entry in optimizer.state.values()} == {10.0}
+
+
+def test_actions_recorded_wrongly_are_stepped_back_from(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(acting_module, "CudaRecorder", StaleRecorder)
+    plain, played = actors("dreamerv3:tiny", spaces.Box(-1, 1, (4,), np.float32), False)
+    for one, other in zip(acted(plain, 3, False), acted(played, 3, False), strict=True):
+        torch.testing.assert_close(one.actions, other.actions, rtol=1e-3, atol=1e-4)
+    assert played._captures is not None and played._captures.recorded == 0
+    assert len(caplog.messages) == 1 and "Acting of DreamerV3, played back" in caplog.messages[0]
 
 
 # Data: prefetching, write-back, storage on the device

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +14,90 @@ from torch import Tensor
 from worldflux.overriding import steps_back
 from worldflux.training.batch import Batch
 from worldflux.training.counted import Alike, CapturableOptimizer
-from worldflux.training.graphs import Captures, Recorder, Tensors, places
+from worldflux.training.graphs import Captures, Recorder, form_of, places
+from worldflux.training.guard import Changes, Tensors, Work
 from worldflux.training.update import GradientStep, Updated
 
 MAX_FORMS = 4
 """Forms of batches whose steps are recorded; each takes the memory of a step. Others are computed plainly."""
 _NUMBERS, _LOSSES = "numbers", "losses"
+_SQUARES = {"nu", "exp_avg_sq"}
+"""What optimisers call their running means of squared gradients."""
+
+
+@dataclass
+class _Form:
+    """What is known of the steps on one form of batches."""
+
+    updated: list[Sequence[Alike]]
+    """What each optimiser updates."""
+    numbers: list[int] = field(default_factory=list)
+    """How many numbers each optimiser needs for that."""
+    losses: list[str] = field(default_factory=list)
+    """Their names."""
+
+
+class StepChanges(Changes):
+    """What a gradient step changes: parameters, buffers, gradients, and the optimisers' states and counts."""
+
+    def __init__(self, step: GradientStep) -> None:
+        self._step = step
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters, buffers, and what the optimisers keep of each parameter."""
+        model, names = self._step.model, self._names()
+        found = {name: p for p, name in names.items()} | dict(model.named_buffers())
+        for optimizer in self._step.optimizers:
+            for p, entries in optimizer.state.items():
+                found |= {f"{names[p]} ({key})": x for key, x in entries.items() if isinstance(x, Tensor)}
+        return found
+
+    def noise(self, rounding: float) -> dict[str, Tensor]:
+        """Parameters whose gradients are rounding alone, and their states: optimisers bring these to full size."""
+        found: dict[str, Tensor] = {}
+        names = self._names()
+        for optimizer in self._step.optimizers:
+            layers: defaultdict[str, dict[Tensor, Tensor]] = defaultdict(dict)
+            for p, entries in optimizer.state.items():
+                for key in _SQUARES & entries.keys():
+                    layers[names[p].rpartition(".")[0]][p] = entries[key].mean()
+            for means in layers.values():
+                largest = torch.stack([*means.values()]).amax()
+                for p, mean in means.items():
+                    is_noise = mean <= rounding**2 * largest
+                    found |= {f"{names[p]} ({key})": is_noise for key in optimizer.state[p]} | {names[p]: is_noise}
+        return found
+
+    def _names(self) -> dict[Tensor, str]:
+        """Of all parameters, also of those that are trained and no part of the model."""
+        names: dict[Tensor, str] = {p: name for name, p in self._step.model.named_parameters()}
+        trained = (p for optimizer in self._step.optimizers for p in optimizer.state)
+        return names | {p: f"parameter {number}" for number, p in enumerate(trained) if p not in names}
+
+    def host(self) -> Any:
+        """Settings and states of the optimisers as they refer to numbers and tensors, and the gradients."""
+        return (
+            [
+                ([_without_parameters(g) for g in o.param_groups], {p: dict(entries) for p, entries in o.state.items()})
+                for o in self._step.optimizers
+            ],
+            [p.grad for p in self._step.model.parameters()],
+        )
+
+    def set_host(self, host: Any) -> None:
+        """Goes back to what `host` gave."""
+        optimizers, gradients = host
+        for optimizer, (settings, states) in zip(self._step.optimizers, optimizers, strict=True):
+            for group, setting in zip(optimizer.param_groups, settings, strict=True):
+                group.update(setting)
+            for p, entries in states.items():
+                optimizer.state[p].update(entries)
+        for p, gradient in zip(self._step.model.parameters(), gradients, strict=True):
+            p.grad = gradient
+
+
+def _without_parameters(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
 
 
 class CapturedStep:
@@ -39,16 +120,16 @@ class CapturedStep:
     def __init__(self, step: GradientStep, device: torch.device, recorder: Recorder) -> None:
         self._step = step
         self._device = device
-        self._captures = Captures(f"The gradient step of {type(step.model).__name__}", device, recorder, MAX_FORMS)
+        self._captures = Captures("The gradient step", step.model, device, recorder, MAX_FORMS)
+        self._changes = StepChanges(step)
         self._optimizers: list[CapturableOptimizer] = []
         for optimizer in step.optimizers:
             assert isinstance(optimizer, CapturableOptimizer)
-            optimizer.make_capturable()
             self._optimizers.append(optimizer)
+        self._prepare_optimizers(True)
         self._tensors = [*step.model.parameters(), *step.model.buffers()]
         self._states: list[object] = [None for _ in self._optimizers]
-        self._updated: dict[Hashable, list[list[Alike]]] = {}  # by form: what each optimiser updates
-        self._names: dict[Hashable, list[str]] = {}  # of the losses, by form
+        self._forms: dict[Hashable, _Form] = {}
 
     def __call__(self, batch: Batch) -> Updated:
         """Takes the step.
@@ -60,43 +141,70 @@ class CapturedStep:
             Losses that stay as they are, and extras that the next step may overwrite: copies of them have to be begun
             before.
         """
+        if self._captures.given_up:
+            return self._plain_step(batch)
         self._check()
         tensors = batch.named_tensors()
-        form = tuple((name, x.shape, x.dtype) for name, x in tensors.items())
-        updated = self._updated.get(form)
+        key = form_of(tensors)
+        form = self._forms.get(key)
         own = any(_has_own_step(optimizer) for optimizer in self._optimizers)
-        alike = updated and all(o.are_alike(part) for o, part in zip(self._optimizers, updated, strict=True))
-        if updated is None or own or not alike:
-            return self._first_step(form, batch)
-        numbers = [optimizer.count(part) for optimizer, part in zip(self._optimizers, updated, strict=True)]
-        sizes = [len(part) for part in numbers]
+        alike = form and all(o.are_alike(part) for o, part in zip(self._optimizers, form.updated, strict=True))
+        if form is None or own or not alike:
+            return self._first_step(key, batch)
+        if not self._captures.takes(key):
+            return self._plain_step(batch)
 
-        def function(inputs: Tensors) -> dict[str, Tensor]:
-            parts = inputs[_NUMBERS].split(sizes)
-            result = self._step(
-                batch.with_tensors(inputs), lambda index: self._optimizers[index].update(parts[index], updated[index])
+        def inputs() -> Tensors:
+            numbers = [optimizer.count(part) for optimizer, part in zip(self._optimizers, form.updated, strict=True)]
+            form.numbers = [len(part) for part in numbers]
+            return {**tensors, _NUMBERS: torch.tensor([*chain(*numbers)], dtype=torch.float32)}
+
+        def function(given: Tensors) -> dict[str, Tensor]:
+            parts = given[_NUMBERS].split(form.numbers)
+            return outputs_of(
+                self._step(
+                    batch.with_tensors(given),
+                    lambda index: self._optimizers[index].update(parts[index], form.updated[index]),
+                )
             )
-            self._names[form] = list(result.losses)
+
+        def plain() -> dict[str, Tensor]:
+            self._prepare_optimizers(False)
+            return outputs_of(self._plain_step(batch))
+
+        def outputs_of(result: Updated) -> dict[str, Tensor]:
+            form.losses = list(result.losses)
             outputs = {_LOSSES: torch.stack([value.float() for value in result.losses.values()])}
             for index, extras in enumerate(result.extras):
                 outputs |= {f"{index}/{name}": value for name, value in extras.items()}
             return outputs
 
-        all_numbers = torch.tensor([*chain(*numbers)], dtype=torch.float32)
-        outputs = self._captures(form, function, {**tensors, _NUMBERS: all_numbers})
-        losses = dict(zip(self._names[form], outputs[_LOSSES].clone().unbind(), strict=True))
+        def named(given: Tensors) -> Tensors:
+            return {**given, **dict(zip(form.losses, given[_LOSSES], strict=True))}
+
+        outputs = self._captures(key, Work(function, inputs, plain, self._changes, named))
+        if self._captures.given_up:
+            self._prepare_optimizers(False)
+        losses = dict(zip(form.losses, outputs[_LOSSES].clone().unbind(), strict=True))
         extras: list[dict[str, Tensor]] = [{} for _ in self._step.phases]
         for name, value in outputs.items():
             if name != _LOSSES:
-                index, _, key = name.partition("/")
-                extras[int(index)][key] = value
+                index, _, extra = name.partition("/")
+                extras[int(index)][extra] = value
         return Updated(losses, extras)
 
-    def _first_step(self, form: Hashable, batch: Batch) -> Updated:
-        """A step as without recordings, which shows what steps of this form update."""
-        self._captures.drop(form)
-        result = self._step(batch.to(self._device))
-        self._updated[form] = [optimizer.updated for optimizer in self._optimizers]
+    def _plain_step(self, batch: Batch) -> Updated:
+        return self._step(batch.to(self._device))
+
+    def _prepare_optimizers(self, capturable: bool) -> None:
+        for optimizer in self._optimizers:
+            optimizer.make_capturable(capturable)
+
+    def _first_step(self, key: Hashable, batch: Batch) -> Updated:
+        """A step as without recordings, which shows what steps on this form of batches update."""
+        self._captures.drop(key)
+        result = self._plain_step(batch)
+        self._forms[key] = _Form([optimizer.updated for optimizer in self._optimizers])
         return result
 
     def _check(self) -> None:
@@ -113,7 +221,7 @@ class CapturedStep:
             self._captures.clear()
             self._states = states
         if loaded or not kept:
-            self._updated.clear()
+            self._forms.clear()
 
 
 def _has_own_step(optimizer: CapturableOptimizer) -> bool:

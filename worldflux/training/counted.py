@@ -20,11 +20,11 @@ class CapturableOptimizer(Protocol):
 
     param_groups: list[dict[str, Any]]
     state: dict[Any, Any]
-    updated: list[Alike]
+    updated: Sequence[Alike]
     """What the last `step` updated, by group."""
 
-    def make_capturable(self) -> None:
-        """Prepares for this kind of updates; `step` goes on to work."""
+    def make_capturable(self, capturable: bool = True) -> None:
+        """Prepares for this kind of updates, or takes that back; `step` works in both cases."""
 
     def are_alike(self, parameters: Sequence[Alike]) -> bool:
         """Whether the parameters in each list have been updated equally often, so that they can be counted together."""

@@ -11,18 +11,18 @@ import gc
 import logging
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from worldflux.training.transfers import copy_into, to_device
+from worldflux.training.guard import RandomState, Tensors, Work, compared, precision_of, report
+from worldflux.training.transfers import copy_into
 
 logger = logging.getLogger("worldflux.training")
 
 T = TypeVar("T")
-Tensors = Mapping[str, Tensor]
 
 WARM_UP_CALLS = 3
 """Calls before a function is recorded: in these libraries choose their kernels, and compilers compile."""
@@ -150,47 +150,54 @@ class CapturedFunction:
     """A function that is called plainly at first, then recorded, then played back.
 
     Attributes:
-        problem: What keeps it from being recorded; None as long as nothing was found. Calls are plain then.
+        problem: What was seen to keep it from being recorded; None as long as nothing was.
 
     Args:
         function: Of tensors by name, to tensors by name.
-        like: Tensors of the shapes and dtypes of all its inputs to come.
         device: Where inputs are wanted.
         recorder: Records it.
     """
 
     def __init__(
-        self, function: Callable[[Tensors], dict[str, Tensor]], like: Tensors, device: torch.device, recorder: Recorder
+        self, function: Callable[[Tensors], dict[str, Tensor]], device: torch.device, recorder: Recorder
     ) -> None:
         self.problem: str | None = None
-        self._inputs = {name: torch.empty(x.shape, dtype=x.dtype, device=device) for name, x in like.items()}
         self._function = function
+        self._device = device
         self._recorder = recorder
         self._calls = 0
+        self._inputs: dict[str, Tensor] = {}
         self._play: Callable[[], None] | None = None
         self._outputs: dict[str, Tensor] = {}
 
+    @property
+    def is_due(self) -> bool:
+        """Whether it is to be recorded before the next call."""
+        return self._calls == WARM_UP_CALLS and self._play is None
+
     def __call__(self, inputs: Tensors) -> dict[str, Tensor]:
-        """What the function gives; to be read or copied before the next call.
+        """What the function gives; to be read or copied before the next call."""
+        if not self._inputs:
+            self._inputs = {
+                name: torch.empty(x.shape, dtype=x.dtype, device=self._device) for name, x in inputs.items()
+            }
+        copy_into(self._inputs, inputs)
+        if self._play is not None:
+            self._play()
+            return self._outputs
+        self._calls += 1
+        outputs, problem = self._recorder.warm_up(self._bound)
+        if self._calls == WARM_UP_CALLS:  # compilers have done their part in the calls before
+            self.problem = problem
+        return outputs
+
+    def record(self) -> None:
+        """Records it, on the inputs of the call before: what a recording keeps of them is then wrong at once.
 
         Raises:
-            NotCapturable: If recording failed, before anything was computed; `problem` says why.
+            NotCapturable: If that failed; nothing was computed.
         """
-        copy_into(self._inputs, inputs)
-        if self._play is None:
-            if self._calls < WARM_UP_CALLS or self.problem is not None:
-                self._calls += 1
-                outputs, problem = self._recorder.warm_up(self._bound)
-                if self._calls == WARM_UP_CALLS:  # compilers have done their part in the calls before
-                    self.problem = problem
-                return outputs
-            try:
-                self._play, self._outputs = self._recorder.record(self._bound)
-            except NotCapturable as error:
-                self.problem = str(error)
-                raise
-        self._play()
-        return self._outputs
+        self._play, self._outputs = self._recorder.record(self._bound)
 
     def _bound(self) -> dict[str, Tensor]:
         return self._function(self._inputs)
@@ -199,51 +206,71 @@ class CapturedFunction:
 class Captures:
     """Recordings of functions, one for each form of their inputs.
 
-    What cannot be recorded is called plainly from then on, and the log says so once.
+    Each is compared with the plain computation when it is played back for the first time. What cannot be recorded, or
+    differs, is called plainly from then on, and the log says so once.
+
+    Attributes:
+        given_up: Whether nothing is recorded any more.
 
     Args:
         what: What is computed, for the log.
+        model: By which it is computed.
         device: Where.
         recorder: Records it.
         limit: Most recordings to keep; further forms of inputs are computed plainly.
     """
 
-    def __init__(self, what: str, device: torch.device, recorder: Recorder, limit: int) -> None:
-        self._what = what
+    def __init__(self, what: str, model: nn.Module, device: torch.device, recorder: Recorder, limit: int) -> None:
+        self.given_up = False
+        self._what = f"{what} of {type(model).__name__}"
+        self._model = model
         self._device = device
         self._recorder = recorder
         self._limit = limit
         self._depend_on: object = None
-        self._functions: dict[tuple[Hashable, ...], CapturedFunction] = {}
-        self._given_up = False
+        self._functions: dict[Hashable, CapturedFunction] = {}
 
-    def __call__(
-        self, key: Hashable, function: Callable[[Tensors], dict[str, Tensor]], inputs: Tensors
-    ) -> dict[str, Tensor]:
-        """What `function(inputs)` gives; to be read or copied before the next call.
+    def takes(self, form: Hashable) -> bool:
+        """Whether calls of a form are recorded: until this was given up, as many forms as there is room for."""
+        if form in self._functions or (not self.given_up and len(self._functions) < self._limit):
+            return True
+        if not self.given_up:
+            logger.debug("%s: more than %d forms of inputs; this one is computed plainly", self._what, self._limit)
+        return False
+
+    def __call__(self, form: Hashable, work: Work) -> dict[str, Tensor]:
+        """What a computation gives; to be read or copied before the next call.
 
         Args:
-            key: Tells functions apart, and forms of inputs where they differ in more than shapes and dtypes.
-            function: Of tensors on the device; the same for the same key.
-            inputs: On the device or on the CPU.
+            form: Tells functions and the shapes and dtypes of their inputs apart; `takes` said yes to it.
+            work: This call.
         """
-        form = (key, *((name, x.shape, x.dtype) for name, x in inputs.items()))
         captured = self._functions.get(form)
-        if captured is None and not self._given_up:
-            if len(self._functions) < self._limit:
-                captured = self._functions[form] = CapturedFunction(function, inputs, self._device, self._recorder)
-            else:
-                logger.debug("%s: more than %d forms of inputs; this one is computed plainly", self._what, self._limit)
-        if captured is not None:
-            try:
-                outputs = captured(inputs)
-            except NotCapturable:
-                outputs = None
-            if captured.problem is not None:
-                self._give_up(captured.problem)
-            if outputs is not None:
-                return outputs
-        return function({name: to_device(x, self._device) for name, x in inputs.items()})
+        if captured is None:
+            captured = self._functions[form] = CapturedFunction(work.function, self._device, self._recorder)
+        if captured.is_due:
+            return self._first_playback(captured, work)
+        outputs = captured(work.inputs())
+        if captured.problem is not None:
+            self._give_up_recording(captured.problem)
+        return outputs
+
+    def _first_playback(self, captured: CapturedFunction, work: Work) -> dict[str, Tensor]:
+        """Records, and gives what the recording or, if that is not the same, the plain computation gives."""
+        random = RandomState(self._device)
+        try:
+            captured.record()
+        except NotCapturable as error:
+            self._give_up_recording(str(error))
+        finally:
+            random.restore()
+        if self.given_up:
+            return work.plain()
+        play = lambda: captured(work.inputs())  # noqa: E731
+        outputs, difference = compared(work, play, self._device, precision_of(self._model, self._device))
+        if difference is not None:
+            self._give_up(report(self._what, difference, self._device))
+        return outputs
 
     def keep_while(self, same: object) -> bool:
         """Drops all recordings if what they depend on besides their inputs is not the same as at the last call.
@@ -261,19 +288,27 @@ class Captures:
         """Drops all recordings."""
         self._functions.clear()
 
-    def drop(self, key: Hashable) -> None:
-        """Drops the recordings of one function."""
-        self._functions = {form: function for form, function in self._functions.items() if form[0] != key}
+    def drop(self, form: Hashable) -> None:
+        """Drops the recording of a form."""
+        self._functions.pop(form, None)
 
     @property
     def recorded(self) -> int:
         """How many functions are played back by now."""
         return sum(function._play is not None for function in self._functions.values())
 
-    def _give_up(self, problem: str) -> None:
-        logger.warning("%s cannot be recorded as a CUDA graph, so it is computed plainly: %s", self._what, problem)
+    def _give_up_recording(self, problem: str) -> None:
+        self._give_up(f"{self._what} cannot be recorded as a CUDA graph, so it is computed plainly: {problem}")
+
+    def _give_up(self, message: str) -> None:
+        logger.warning("%s", message)
         self.clear()
-        self._given_up = True
+        self.given_up = True
+
+
+def form_of(tensors: Tensors) -> Hashable:
+    """What recordings need of their inputs to be the same."""
+    return tuple((name, x.shape, x.dtype) for name, x in tensors.items())
 
 
 def places(tensors: list[Tensor]) -> tuple[object, ...]:

@@ -65,6 +65,8 @@ class LaProp(torch.optim.Optimizer):
     Sources: LaProp, arXiv:2002.04839; AGC, arXiv:2102.06171; defaults of DreamerV3, arXiv:2301.04104.
     """
 
+    updated: Sequence[Alike] = ()  # of the class, because torch's copies of optimisers leave out what it does not know
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -90,7 +92,6 @@ class LaProp(torch.optim.Optimizer):
             updates=0,
         )
         super().__init__(params, defaults)
-        self.updated: list[Alike] = []
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -106,7 +107,7 @@ class LaProp(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.updated = []
+        updated: list[Alike] = []
         for group in self.param_groups:
             group["updates"] += 1
             lr = _rate(group)
@@ -124,7 +125,8 @@ class LaProp(torch.optim.Optimizer):
                 same_age[state["step"]].append(p)
             for k, params in same_age.items():
                 self._update(params, k, lr, group)
-            self.updated.append(list(same_age.values()))
+            updated.append(list(same_age.values()))
+        self.updated = updated
         return loss
 
     def _update(self, params: list[Tensor], k: int, lr: float, group: dict[str, Any]) -> None:
@@ -147,7 +149,7 @@ class LaProp(torch.optim.Optimizer):
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         torch._foreach_add_(params, mu, alpha=-lr / (1 - beta1**k))
 
-    def make_capturable(self) -> None:
+    def make_capturable(self, capturable: bool = True) -> None:
         """Nothing to do: the counts stay on the host."""
 
     def are_alike(self, parameters: Sequence[Alike]) -> bool:
@@ -216,6 +218,8 @@ class Adam(torch.optim.AdamW):
         ConfigurationError: If a setting is out of range.
     """
 
+    updated: Sequence[Alike] = ()
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -229,13 +233,10 @@ class Adam(torch.optim.AdamW):
         _check_settings(lr, betas, eps, warmup_steps, weight_decay)
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)
         for group in self.param_groups:
-            # On a CPU one pass over each tensor in place of ten; elsewhere only recorded steps gain by it.
-            if all(p.dtype == torch.float32 and p.is_cpu for p in group["params"]):
-                group.update(fused=True, foreach=False)
             group.setdefault("warmup_steps", warmup_steps)
             group.setdefault("rate_scale", 1.0)
             group.setdefault("updates", 0)
-        self.updated: list[Alike] = []
+        self.make_capturable(False)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient.
@@ -254,12 +255,14 @@ class Adam(torch.optim.AdamW):
         self.updated = [[[p for p in group["params"] if p.grad is not None]] for group in self.param_groups]
         return result
 
-    def make_capturable(self) -> None:
-        """Goes over to torch's fused kernel, which counts on the device: one launch for all tensors of a group."""
+    def make_capturable(self, capturable: bool = True) -> None:
+        """Goes over to torch's fused kernel, which counts on the device, or back: one launch for a group's tensors."""
         # torch warns of updates that are not recorded; the first ones never are.
         self._warned_capturable_if_run_uncaptured = True
         for group in self.param_groups:
-            group.update(fused=True, foreach=False, capturable=True)
+            # On a CPU one pass over each tensor in place of ten; elsewhere only recorded steps gain by it.
+            fused = capturable or all(p.dtype == torch.float32 and p.is_cpu for p in group["params"])
+            group.update(fused=fused, foreach=not fused, capturable=capturable)
         self._place_counts()
 
     def are_alike(self, parameters: Sequence[Alike]) -> bool:

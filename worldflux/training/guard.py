@@ -1,0 +1,243 @@
+"""A look at each recording when it is played back for the first time: does it give what the plain computation gives?
+
+A CUDA graph repeats kernels on memory. One that was made wrong (it reads an input that is not written any more, draws
+the same noise each time, leaves a tensor as it was) runs as fast as a right one, and nothing else would tell.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Tensors = Mapping[str, Tensor]
+Outputs = dict[str, Tensor]
+
+_TYPICAL = 0.1
+"""Entries of results are not taken to be smaller than this on average: around 0 a share says nothing."""
+_ROUNDINGS = 2.0
+"""Units in the last place that a value which is changed in place may be off, however small the change is."""
+_RANDOM = "the state of the random numbers"
+
+
+class Precision(NamedTuple):
+    """How far results may be apart.
+
+    Both forms run the same kernels, so that most results are equal to the last bit. Where kernels differ, sums are
+    rounded differently, by 6e-8 in float32 and 4e-3 in bfloat16; and a class that is drawn close to the edge between
+    two of them may be the other one, after which a rollout goes elsewhere. Steps of both families whose sums had
+    another order (5th step, `tiny`, windows of 16) were apart by up to 2e-5 in float32, and up to 0.24 in bfloat16,
+    where some draws differ. A step on another batch was off by 0.9 and more, one with other noise by 0.07 (TD-MPC2)
+    and 1.5 (DreamerV3), and a tensor that is not updated by 1.
+    """
+
+    tolerance: float
+    """Largest distance, as a share of the size of what the plain form gave or changed."""
+    rounding: float
+    """Gradients that are smaller than this share of the largest ones of their layer come from rounding. Some are 0 on
+    paper: of a bias, say, that adds the same to all that a softmax behind it sees. There, the TD-MPC2 encoder's was a
+    ninety thousandth of its layer's."""
+
+
+FULL, REDUCED = Precision(0.005, 1e-4), Precision(0.4, 1e-3)
+"""Of float32, and of bfloat16 or TF32."""
+
+
+class Changes:
+    """What a computation changes besides giving results, so that it can be taken back. This one: nothing."""
+
+    def tensors(self) -> Tensors:
+        """What is changed in place, by name."""
+        return {}
+
+    def noise(self, rounding: float) -> Tensors:
+        """By name, whether a tensor's values are rounding alone, which is not compared; see `Precision.rounding`."""
+        return {}
+
+    def host(self) -> Any:
+        """What the host keeps beside the values of tensors: counts, settings, and which tensors they are."""
+
+    def set_host(self, host: Any) -> None:
+        """Goes back to what `host` gave."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One call of a computation, in the two forms that have to give the same."""
+
+    function: Callable[[Tensors], Outputs]
+    """What is recorded: a function of inputs on the device, the same for all calls of one form."""
+    inputs: Callable[[], Tensors]
+    """Those of this call, from anywhere. Called once, right before they are used."""
+    plain: Callable[[], Outputs]
+    """The same computation without a recording and without what prepares one."""
+    changes: Changes = field(default_factory=Changes)
+    named: Callable[[Tensors], Tensors] = dict
+    """Results as they are compared and reported."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What differed most."""
+
+    name: str
+    share: float
+    """Of the size of what the plain form gave or changed there."""
+    tolerance: float
+
+
+def precision_of(model: nn.Module, device: torch.device) -> Precision:
+    """That of a model's products and convolutions on a device."""
+    dtype = getattr(getattr(model, "config", None), "dtype", "float32")
+    full = dtype == "float32" and torch.get_float32_matmul_precision() == "highest"
+    if device.type == "cuda" and torch.backends.cudnn.allow_tf32:  # the default, for convolutions alone
+        full = full and not any(isinstance(module, nn.Conv2d) for module in model.modules())
+    return FULL if full else REDUCED
+
+
+def compared(
+    work: Work, other: Callable[[], Outputs], device: torch.device, precision: Precision
+) -> tuple[Outputs, Difference | None]:
+    """Computes in both forms from the same state and random numbers; the host waits once, for the comparison.
+
+    A copy of what they change is kept meanwhile.
+
+    Args:
+        work: Of which the plain form is right.
+        other: The form to look at.
+        device: Where they compute.
+        precision: In which they compute.
+
+    Returns:
+        What the other form gave, with its changes, and None; or, if it differs, what the plain form gave, with the
+        plain form's changes, and the largest difference.
+    """
+    changes = work.changes
+    random, host, tensors = RandomState(device), changes.host(), changes.tensors()
+    kept = {name: x.detach().clone() for name, x in tensors.items()}
+    expected = {name: x.detach().clone() for name, x in work.plain().items()}
+    plain_random, plain_host, plain_tensors = RandomState(device), changes.host(), changes.tensors()
+    noise = {name: x for name, x in changes.noise(precision.rounding).items() if name in tensors}
+    # Back to the state before; what is kept from here on is what the plain form left.
+    sizes = {name: _distance(kept[name], plain_tensors[name].to(x.device)) for name, x in tensors.items()}
+    _exchange(tensors, plain_tensors, kept)
+    changes.set_host(host)
+    random.restore()
+
+    found = other()
+    shares = {name: _share(_beyond_rounding(kept[name], x), sizes[name]) for name, x in tensors.items()}
+    shares |= {name: torch.where(noise[name], 0.0, shares[name]) for name in noise}
+    results = work.named(found)
+    shares |= {name: _share(_distance(x, results[name]), _size(x)) for name, x in work.named(expected).items()}
+    difference = _largest(shares, precision.tolerance)
+    if difference is None and plain_random != RandomState(device):
+        difference = Difference(_RANDOM, 1.0, 0.0)
+    if difference is None:
+        return found, None
+    changes.set_host(plain_host)
+    with torch.no_grad():
+        for name, x in kept.items():
+            plain_tensors[name].copy_(x)
+    plain_random.restore()
+    return expected, difference
+
+
+def report(what: str, difference: Difference, device: torch.device) -> str:
+    """What the log says of a difference, with everything that helps to find its cause."""
+    found = f"{difference.name} differs by {difference.share:.2g} of its size, more than {difference.tolerance:.2g}"
+    if difference.name == _RANDOM:
+        found = f"{difference.name} differs"
+    return (
+        f"{what}, played back as a CUDA graph, does not give what it gives plainly: {found}. It is computed plainly "
+        "from here on: right, and slower. Please report this to the developers of worldflux, with the model's "
+        f"configuration and this: {circumstances(device)}."
+    )
+
+
+def circumstances(device: torch.device) -> str:
+    """Versions and device, in one line."""
+    try:
+        version = metadata.version("worldflux")
+    except metadata.PackageNotFoundError:  # a checkout that is not installed
+        version = "unknown"
+    parts = [f"worldflux {version}", f"torch {torch.__version__}"]
+    if device.type == "cuda":
+        parts += [f"CUDA {torch.version.cuda}", torch.cuda.get_device_name(device)]
+    return ", ".join([*parts, f"Python {platform.python_version()}", platform.platform()])
+
+
+class RandomState:
+    """The states that torch's random streams have now, on the host and on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._states = [torch.get_rng_state()]
+        if device.type == "cuda":
+            self._states.append(torch.cuda.get_rng_state(device))
+
+    def restore(self) -> None:
+        """Goes back to them."""
+        torch.set_rng_state(self._states[0])
+        if len(self._states) > 1:
+            torch.cuda.set_rng_state(self._states[1], self._device)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both give the same numbers."""
+        return isinstance(other, RandomState) and all(map(torch.equal, self._states, other._states))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def _exchange(tensors: Tensors, others: Tensors, kept: dict[str, Tensor]) -> None:
+    """Writes what is kept into tensors, and keeps what stood in `others`, which may be the same ones."""
+    for name, x in tensors.items():
+        value = others[name].detach().to(x.device, copy=True)
+        x.copy_(kept[name])
+        kept[name] = value
+
+
+def _largest(shares: Tensors, tolerance: float) -> Difference | None:
+    """The largest share of those that are too large; one that is no number is too large."""
+    if not shares:
+        return None
+    names, values = list(shares), torch.stack([*shares.values()]).tolist()
+    too_large = [(value, name) for name, value in zip(names, values, strict=True) if not value <= tolerance]
+    if not too_large:
+        return None
+    share, name = max(too_large, key=lambda pair: (math.isnan(pair[0]), pair[0]))
+    return Difference(name, share, tolerance)
+
+
+def _share(distance: Tensor, size: Tensor) -> Tensor:
+    return torch.where(distance == 0.0, 0.0, distance / size)
+
+
+@torch.no_grad()
+def _distance(one: Tensor, other: Tensor) -> Tensor:
+    """Root of the sum of squared differences; of whole numbers, root of how many differ. NaN equals NaN."""
+    same = (one == other) | ((one != one) & (other != other))
+    apart = one.float() - other.float() if one.is_floating_point() else torch.ones((), device=one.device)
+    return torch.linalg.vector_norm(torch.where(same, 0.0, apart))
+
+
+@torch.no_grad()
+def _beyond_rounding(one: Tensor, other: Tensor) -> Tensor:
+    """The distance without what the precision of the values themselves may account for."""
+    if not one.is_floating_point():
+        return _distance(one, other)
+    rounding = _ROUNDINGS * torch.finfo(one.dtype).eps * torch.linalg.vector_norm(one.float())
+    return (_distance(one, other) - rounding).clamp(min=0.0)
+
+
+@torch.no_grad()
+def _size(x: Tensor) -> Tensor:
+    """What distances of results are compared with."""
+    typical = torch.full((), x.numel() ** 0.5, device=x.device)
+    return _TYPICAL * typical + torch.linalg.vector_norm(x.float()) if x.is_floating_point() else typical
