@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Measures on a machine with a CUDA GPU, in at most ten minutes and without a network, what no other machine can tell:
-# the tests that need CUDA, the speed of every step in bfloat16 and float32, recorded and plain, where the time of
-# learning goes, and short learning curves of both families on two tasks. Every part has a time of its own: one that
-# fails or is cut short leaves the others alone, and what it had measured until then.
+# the tests that need CUDA, whether all forms of a step compute the same, the speed of every step in bfloat16 and
+# float32, recorded and plain, where the time of learning goes, and short learning curves of both families on two tasks.
+# Every part has a time of its own: one that fails or is cut short leaves the others alone, and what it had measured
+# until then.
 #
 #     bash benchmarks/gpu.sh OUT          # PYTHON=... for another interpreter, SECONDS_IN_ALL=... for another time
 #
@@ -52,6 +53,7 @@ speed() {  # NAME MOST OPTIONS...
 "$python" -c "import torch; print(torch.__version__, torch.cuda.get_device_name())" > "$out/device.txt" 2>&1 ||
     { cat "$out/device.txt" >&2; echo "There is no CUDA device." >&2; exit 2; }
 part tests 90 "$python" -m pytest -q -p no:cacheprovider tests/test_cuda.py
+part doctor 60 "$python" -m worldflux.cli.main doctor --check-device cuda
 speed bfloat16 140 --dtype bfloat16
 speed float32 100 --dtype float32
 speed plain 70 --dtype bfloat16 float32 --compile off

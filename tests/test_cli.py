@@ -85,7 +85,7 @@ OPTIONS = {
     "train-offline": ("MODEL DATA", "--resume DIR", "--eval-share FLOAT", "--set FIELD=VALUE"),
     "models": ("--json",),
     "check-env": ("ENV", "--steps INT", "--seed INT", "--render"),
-    "doctor": ("ENV", "--device STR", "--json"),
+    "doctor": ("ENV", "--device STR", "--check-device DEVICE", "--json"),
 }
 
 

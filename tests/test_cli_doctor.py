@@ -9,9 +9,13 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import torch
+from tape import SpoiledRecorder, TapeRecorder, stale
 
-from worldflux.cli import diagnosis
+from worldflux.agents import acting
+from worldflux.cli import device_check, diagnosis
 from worldflux.cli.main import main
+from worldflux.models.dreamerv3.rssm import RSSM, Observed
+from worldflux.nn.definitions import by_definition
 
 ENV = "envs_for_tests:Corridor"
 RETURNS_NAN = f"{__name__}:NotANumber"
@@ -138,3 +142,107 @@ def test_the_page_for_people_has_the_same_lines(capsys: pytest.CaptureFixture[st
     assert any(line.startswith("  --device cuda:99   does not work: device is 'cuda:99'") for line in lines)
     for title in ("versions", "device", "not installed", ENV):
         assert title in lines
+
+
+ROWS = [
+    f"{model}:tiny, {obs}, {work}"
+    for model in ("dreamerv3", "tdmpc2")
+    for obs in ("vectors", "pixels")
+    for work in ("step", "action")
+]
+
+
+@pytest.fixture
+def vectors_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_check, "_OBSERVATIONS", {"vectors": (12,)})
+    monkeypatch.setattr(device_check, "_TIMED", 0.0)
+
+
+def test_the_forms_of_a_device_are_compared_and_timed(
+    capsys: pytest.CaptureFixture[str], frames: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_check, "_TIMED", 0.0)
+    assert main(["doctor", "--check-device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    title = lines.index("one gradient step and one action on cpu, milliseconds")
+    assert lines[title + 1].split() == ["plain", "fast"]
+    for name, line in zip(ROWS, lines[title + 2 :], strict=False):
+        assert line.startswith(f"  {name}") and line.endswith("same results")
+        assert all(float(number) > 0 for number in line.removeprefix(f"  {name}").split()[:2])
+    assert report(capsys)["check"] is None  # only when asked for
+
+
+def test_a_fast_form_that_computes_something_else_is_found(
+    capsys: pytest.CaptureFixture[str], frames: dict[str, str], vectors_only: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A definition that says something else stands for the fast form that does: one in each family."""
+    plainly, mish = RSSM._observe_plainly, torch.nn.functional.mish
+
+    def other(self: RSSM, *args: Any) -> Observed:
+        found = plainly(self, *args)
+        return found._replace(deter=1.1 * found.deter)
+
+    monkeypatch.setattr(RSSM, "_observe_plainly", other)
+    monkeypatch.setattr(torch.nn.functional, "mish", lambda x: 1.1 * mish(x))
+    found = report(capsys, "--check-device", "cpu", status=1)
+    assert found["works"] is False and found["check"]["works"] is False
+    problems = {f"{row['model']} {row['computes']}": row["problems"] for row in found["check"]["rows"]}
+    for problem in (*problems["dreamerv3:tiny step"], *problems["tdmpc2:tiny step"], *problems["tdmpc2:tiny action"]):
+        assert problem.startswith("fast: ") and "differs by" in problem
+    assert {name: len(found) for name, found in problems.items()} == {
+        "dreamerv3:tiny step": 1,
+        "dreamerv3:tiny action": 0,  # acting is not what was changed
+        "tdmpc2:tiny step": 1,
+        "tdmpc2:tiny action": 1,
+    }
+
+
+def test_what_differs_is_said_at_the_end_of_the_table(
+    capsys: pytest.CaptureFixture[str], frames: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        device_check.Row("tdmpc2:tiny", "pixels", "step", {"plain": 9.25, "fast": 4.0, "captured": 1.5}, ["fast: w"]),
+        device_check.Row("tdmpc2:tiny", "pixels", "action", {"plain": 3.0, "fast": 2.0}),
+    ]
+    monkeypatch.setattr(device_check, "_FAMILIES", {"tdmpc2:tiny": (2, 4)})
+    monkeypatch.setattr(device_check, "_OBSERVATIONS", {"pixels": (3, 64, 64)})
+    monkeypatch.setattr(device_check, "_checked", lambda *args: rows)
+    assert main(["doctor", "--check-device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert f"{'plain':>46}{'fast':>10}{'captured':>10}" in out
+    assert f"  {'tdmpc2:tiny, pixels, step':<34}      9.25      4.00      1.50   differs" in out
+    assert f"  {'tdmpc2:tiny, pixels, action':<34}      3.00      2.00         -   same results" in out
+    assert "  failed             tdmpc2:tiny, pixels, step: fast: w" in out
+    assert f"with this: worldflux 0.1.0, torch {torch.__version__}" in out
+
+
+@pytest.mark.parametrize("spoiled", [False, True])
+def test_recordings_are_compared_where_a_device_has_them(
+    spoiled: bool,
+    capsys: pytest.CaptureFixture[str],
+    frames: dict[str, str],
+    vectors_only: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With tapes in place of CUDA graphs."""
+
+    def recorder(device: torch.device) -> TapeRecorder:
+        return SpoiledRecorder(device, stale("obs")) if spoiled else TapeRecorder(device)
+
+    monkeypatch.setattr(device_check, "records", lambda device: True)
+    monkeypatch.setattr(device_check, "compiles", lambda setting, device: False)
+    monkeypatch.setattr(device_check, "CudaRecorder", recorder)
+    monkeypatch.setattr(acting, "CudaRecorder", TapeRecorder)
+    with by_definition():  # tapes see the operations of torch alone, and others round differently
+        found = report(capsys, "--check-device", "cpu", status=int(spoiled))["check"]
+    for row in found["rows"]:
+        assert list(row["milliseconds"]) == ["plain", "fast", "captured"]
+        wrong = [text for text in row["problems"] if text.startswith("captured: The gradient step of")]
+        assert len(wrong) == len(row["problems"]) == int(spoiled and row["computes"] == "step")
+
+
+def test_a_device_that_is_not_there_cannot_be_checked(
+    capsys: pytest.CaptureFixture[str], frames: dict[str, str]
+) -> None:
+    assert main(["doctor", "--check-device", "cuda:99"]) == 2
+    assert "torch sees" in capsys.readouterr().err

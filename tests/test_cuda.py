@@ -22,6 +22,7 @@ from worldflux import WorldModel, create_world_model
 from worldflux.agents import WorldFluxAgent
 from worldflux.agents import acting as acting_module
 from worldflux.agents.acting import Acting, Actor
+from worldflux.cli.device_check import check_device
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
 from worldflux.errors import TrainingError
 from worldflux.models.base import LossOutput
@@ -409,6 +410,12 @@ def test_actions_recorded_wrongly_are_stepped_back_from(
         torch.testing.assert_close(one.actions, other.actions, rtol=1e-3, atol=1e-4)
     assert played._captures is not None and played._captures.recorded == 0
     assert len(caplog.messages) == 1 and "Acting of DreamerV3, played back" in caplog.messages[0]
+
+
+def test_the_forms_of_this_device_compute_the_same() -> None:
+    found = check_device(DEVICE)
+    assert found["works"], [row["problems"] for row in found["rows"]]
+    assert all({"plain", "fast", "captured"} <= set(row["milliseconds"]) for row in found["rows"])
 
 
 # Data: prefetching, write-back, storage on the device

@@ -17,6 +17,7 @@ from torch import Tensor
 from worldflux.agents import WorldFluxAgent
 from worldflux.agents import acting as acting_module
 from worldflux.agents import agent as agent_module
+from worldflux.nn.definitions import by_definition
 from worldflux.training import Trainer
 from worldflux.training import trainer as trainer_module
 
@@ -132,7 +133,9 @@ def test_actions_recorded_wrongly_are_those_of_the_plain_actor(
     plain, played = actors(preset, "vector", plans, monkeypatch)
     monkeypatch.setattr(acting_module, "CudaRecorder", lambda device: SpoiledRecorder(device, spoil))
     played = copy.deepcopy(played)
-    for found, expected in zip(acted(played, 3, False), acted(plain, 3, False), strict=True):
+    with by_definition():  # tapes see the operations of torch alone, and others round differently
+        both = zip(acted(played, 3, False), acted(plain, 3, False), strict=True)
+    for found, expected in both:
         assert torch.equal(found.actions, expected.actions)
         assert all(torch.equal(found.state[name], expected.state[name]) for name in expected.state)
         assert found.plan is None or expected.plan is None or torch.equal(found.plan, expected.plan)

@@ -278,13 +278,15 @@ def test_a_part_that_fails_on_the_gpu_leaves_the_others_alone(tmp_path: Path) ->
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
     summary = [line.rpartition(",")[0] for line in (tmp_path / "out" / "summary.txt").read_text().splitlines()]
-    assert done.returncode == 1 and summary[:4] == [
+    assert done.returncode == 1 and summary[:5] == [
         "tests: failed with exit code 3, see tests.log",
+        "doctor: done",
         "speed-bfloat16: done",
         "speed-float32: cut short",
         "speed-plain: done",
     ]
     calls = (tmp_path / "calls").read_text()
     assert calls.count("benchmarks/throughput.py --device cuda") == 3 and "--compile off" in calls
+    assert "worldflux.cli.main doctor --check-device cuda" in calls
     for name in ("tdmpc2", "dreamerv3"):  # its curves come last: two tasks each, or no time for them
         assert sum(f"curve-{name}" in line for line in (tmp_path / "out" / "summary.txt").read_text().splitlines()) == 2

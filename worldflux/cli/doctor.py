@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from worldflux.cli.options import OptionalEnvName
+from worldflux.cli.options import DeviceName, OptionalEnvName
 
 
 def doctor(
@@ -17,6 +17,7 @@ def doctor(
     *,
     device: str = "auto",
     render: bool = False,
+    check_device: DeviceName = None,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
     """Say what works on this machine, what is missing, and the command that installs it.
@@ -25,10 +26,11 @@ def doctor(
         env: An environment to check as well: an id, module:Class or path.py:Class.
         device: A device that shall work: cpu, cuda, cuda:1; auto is content with any.
         render: Check the picture of ENV, too.
+        check_device: Compare and time the forms in which this device trains and acts: cpu, cuda, ...; within a minute.
         json_output: Print JSON.
 
     Returns:
-        1 if ENV or the device does not work, otherwise 0.
+        1 if ENV or a device does not work, or computes something else in a fast form; otherwise 0.
     """
     from worldflux.cli import diagnosis
 
@@ -37,7 +39,13 @@ def doctor(
     report["rendering"] = diagnosis.rendering()
     report["environment"] = None if env is None else diagnosis.environment(env, render=render)
     report["missing"] = diagnosis.missing(report["versions"])
-    works = report["device"]["works"] and (env is None or report["environment"]["works"])
+    report["check"] = None
+    if check_device is not None:
+        from worldflux.cli import device_check
+
+        report["check"] = device_check.check_device(check_device)
+    parts = [report["device"], report["environment"], report["check"]]
+    works = all(part["works"] for part in parts if part is not None)
     if json_output:
         print(json.dumps({**report, "works": works}, indent=2))
     else:
@@ -66,10 +74,29 @@ def _print(report: Mapping[str, Any]) -> None:
         _title(report["environment"]["name"])
         for status, text in report["environment"]["checks"]:
             _line(status, text)
+    if report["check"] is not None:
+        _print_check(report["check"])
     _title("not installed")
     for package, command in report["missing"].items():
         _line(package, command)
     sys.stdout.flush()
+
+
+def _print_check(check: Mapping[str, Any]) -> None:
+    """Milliseconds by form, and what differs."""
+    _title(f"one gradient step and one action on {check['device']}, milliseconds")
+    forms = list(dict.fromkeys(form for row in check["rows"] for form in row["milliseconds"]))
+    print(f"  {'':<34}" + "".join(f"{form:>10}" for form in forms))
+    for row in check["rows"]:
+        name = f"{row['model']}, {row['observations']}, {row['computes']}"
+        times = (row["milliseconds"].get(form) for form in forms)
+        shown = "".join(f"{'-' if one is None else format(one, '.2f'):>10}" for one in times)
+        print(f"  {name:<34}{shown}   {'differs' if row['problems'] else 'same results'}")
+    for row in check["rows"]:
+        for problem in row["problems"]:
+            _line("failed", f"{row['model']}, {row['observations']}, {row['computes']}: {problem}")
+    if not check["works"]:
+        _line("report", f"to the developers of worldflux, with this: {check['circumstances']}")
 
 
 def _title(text: str) -> None:

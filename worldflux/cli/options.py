@@ -22,6 +22,8 @@ Number = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_
 """A whole number, or nothing."""
 Real = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=_SAID)]
 """A number, or nothing."""
+DeviceName = Annotated[str | None, tyro.conf.arg(metavar="DEVICE", help_behavior_hint=_SAID)]
+"""A device, or nothing."""
 Directory = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint=_SAID)]
 """A directory, or nothing."""
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint=_SAID)]

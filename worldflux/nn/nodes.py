@@ -16,12 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from worldflux.nn.definitions import fast_forms
+
 LAYER_NORM_EPS = 1e-5
 
 
 def applies(x: Tensor) -> bool:
     """Whether the hand-written nodes take this input: on a CPU, and not where a compiler fuses the formulas itself."""
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and not torch.compiler.is_compiling()
+    suited = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+    return suited and fast_forms() and not torch.compiler.is_compiling()
 
 
 def mish(x: Tensor) -> Tensor:

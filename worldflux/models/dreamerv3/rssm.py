@@ -16,6 +16,7 @@ from worldflux.models.dreamerv3.cell import CoreWeights, PosteriorWeights, Prior
 from worldflux.models.dreamerv3.fast.scan import NativeScan
 from worldflux.models.dreamerv3.imagination import ImaginationWeights, hidden_layers, imagine_step, layers_of
 from worldflux.models.dreamerv3.scan import Scan, observe_step, observe_step_backward
+from worldflux.nn.definitions import fast_forms
 from worldflux.nn.distributions import OneHot
 from worldflux.nn.fast.kernels import kernels
 from worldflux.nn.layers import MLP, BlockLinear, Linear, NormSiLU, are_plain
@@ -100,7 +101,7 @@ class RSSM(nn.Module):
             *heads: Further modules whose weights the fast form reads.
             forwards: Of these.
         """
-        if not self.fast:
+        if not self.fast or not fast_forms():
             return False
         changed = overridden(self, *_STEPS)
         if not are_plain([*self.children(), *heads], *forwards):

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from worldflux.accel import native
+from worldflux.nn.definitions import fast_forms
 
 _LARGE, _FEW_THREADS = 2**18, 4
 _KINDS = (Tensor, torch.nn.Parameter)
@@ -30,7 +31,9 @@ def kernels(*tensors: Tensor, elements: int = 0) -> Any:
     """
     if elements > _LARGE and torch.get_num_threads() > _FEW_THREADS:
         return None
-    if not native.switched_on() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if not native.switched_on() or not fast_forms():
+        return None
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return None
     if not all(x.device.type == "cpu" and x.dtype == torch.float32 and type(x) in _KINDS for x in tensors):
         return None

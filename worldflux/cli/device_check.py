@@ -1,0 +1,237 @@
+"""What `worldflux doctor --check-device` finds out: whether a device computes every fast form right, and how fast."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+
+from worldflux.agents.acting import Actor
+from worldflux.agents.building import build_planner
+from worldflux.envs.spaces import ActionCodec, ObservationCodec
+from worldflux.factory import create_world_model
+from worldflux.models.base import WorldModel
+from worldflux.nn.definitions import by_definition
+from worldflux.training import Batch, ReplayBuffer, Trainer, TrainingConfig
+from worldflux.training.captured import CapturedStep, StepChanges
+from worldflux.training.compiling import compiles
+from worldflux.training.config import resolve_device
+from worldflux.training.graphs import CudaRecorder
+from worldflux.training.guard import Changes, Work, circumstances, compared, precision_of
+from worldflux.training.step import phases_of
+from worldflux.training.update import GradientStep
+
+_FAMILIES: dict[str, tuple[int, int]] = {"dreamerv3:tiny": (2, 8), "tdmpc2:tiny": (16, 4)}
+"""Windows in a batch and their rows."""
+_OBSERVATIONS: dict[str, tuple[int, ...]] = {"vectors": (12,), "pixels": (3, 64, 64)}
+_ACTIONS = 2
+_SEARCH = dict(num_samples=64, num_elites=8, num_pi_trajs=8)
+_ROWS = 2
+"""Environments that act together."""
+_STEPS_BEFORE = 5
+"""Gradient steps before anything is compared: heads begin at zero, and would hide differences."""
+_CALLS_BEFORE = 6
+"""Calls until a recording is played back."""
+_TIMED = 0.4
+"""Seconds that are timed for each number."""
+_BUDGET = 35.0
+"""Seconds after which nothing is compiled any more."""
+
+
+@dataclass
+class Row:
+    """One computation of one model."""
+
+    model: str
+    observations: str
+    computes: str
+    """"step" or "action"."""
+    milliseconds: dict[str, float] = field(default_factory=dict)
+    """By form: "plain" (as the model's code defines it), "fast" (with hand-written nodes), "captured" (played back as a
+    CUDA graph) and "compiled" (the same of compiled functions)."""
+    problems: list[str] = field(default_factory=list)
+    """What differs, or could not be recorded."""
+
+
+def check_device(name: str) -> dict[str, Any]:
+    """Compares the forms in which models compute on a device with each other, and times them.
+
+    Args:
+        name: As in `--device`.
+
+    Returns:
+        `device`, `circumstances` (versions), `rows` and whether everything `works`.
+
+    Raises:
+        ConfigurationError: If there is no such device.
+    """
+    device, started = resolve_device(name), time.monotonic()
+    rows: list[Row] = []
+    for model in _FAMILIES:
+        for observations in _OBSERVATIONS:
+            rows += _checked(model, observations, device, lambda: time.monotonic() - started < _BUDGET)
+    return {
+        "device": str(device),
+        "circumstances": circumstances(device),
+        "rows": [vars(row) for row in rows],
+        "works": not any(row.problems for row in rows),
+    }
+
+
+def records(device: torch.device) -> bool:
+    """Whether computations are recorded on a device."""
+    return device.type == "cuda"
+
+
+def _checked(name: str, observations: str, device: torch.device, may_compile: Callable[[], bool]) -> list[Row]:
+    """The rows of one model and one kind of observations."""
+    torch.manual_seed(0)
+    shape = _OBSERVATIONS[observations]
+    model = create_world_model(name, obs_shape=shape, action_dim=_ACTIONS, device=device)
+    spec = model.optimizer_spec
+    config = TrainingConfig(
+        device=str(device), learning_rate=spec.learning_rate, grad_clip=spec.grad_clip or 0.0, compile=False
+    )
+    buffer, (windows, length) = _experience(model, shape), _FAMILIES[name]
+    trainer = Trainer(model, config)
+    for _ in range(_STEPS_BEFORE):
+        trainer.step(buffer.sample(windows, length, device))
+
+    def sample() -> Batch:
+        return buffer.sample(windows, length, device)
+
+    def look() -> np.ndarray:
+        obs = buffer.sample(_ROWS, 1).obs
+        assert isinstance(obs, torch.Tensor)
+        return obs[:, 0].numpy()
+
+    step, action = Row(name, observations, "step"), Row(name, observations, "action")
+    take_step = GradientStep(model, phases_of(model), trainer.optimizers, config.grad_clip)
+    act = _acting(model, captured=False)
+
+    def timed(form: str, take_step: Callable[[Batch], Any], act: Callable[[np.ndarray], Any]) -> None:
+        step.milliseconds[form] = _milliseconds(lambda: take_step(sample()), device)
+        action.milliseconds[form] = _milliseconds(lambda: act(look()), device)
+
+    step.problems += _difference(lambda batch: _results(take_step(batch)), sample, StepChanges(take_step), model)
+    action.problems += _difference(act, look, Changes(), model)
+    with by_definition():
+        timed("plain", take_step, act)
+    timed("fast", take_step, act)
+    for form in ("captured", "compiled") if records(device) else ():
+        if form == "compiled" and not (may_compile() and compiles("auto", device)):
+            continue
+        other = copy.deepcopy(trainer)
+        assert isinstance(other.model, WorldModel)
+        if form == "compiled":
+            other.model.compile_cells()
+        inner = GradientStep(other.model, phases_of(other.model), other.optimizers, config.grad_clip)
+        recorded_step, recorded_act = (
+            CapturedStep(inner, device, CudaRecorder(device)),
+            _acting(other.model, captured=True),
+        )
+        with _warnings() as of_step:
+            for _ in range(_CALLS_BEFORE):
+                recorded_step(sample())
+        with _warnings() as of_action:
+            for _ in range(_CALLS_BEFORE):
+                recorded_act(look())
+        step.problems += [f"{form}: {text}" for text in of_step]
+        action.problems += [f"{form}: {text}" for text in of_action]
+        timed(form, recorded_step, recorded_act)
+    return [step, action]
+
+
+def _experience(model: WorldModel, shape: tuple[int, ...]) -> ReplayBuffer:
+    """Noise, in a buffer as an agent has it."""
+    buffer, rng = ReplayBuffer(400, shape, _ACTIONS, extras=model.replay_extras(), seed=0), np.random.default_rng(0)
+    for length in (30, 17, 41, 25, 33, 29):
+        size = (length + 1, *shape)
+        obs = rng.integers(256, size=size, dtype=np.uint8) if len(shape) == 3 else rng.standard_normal(size, np.float32)
+        ends = np.arange(length) == length - 1
+        buffer.add_episode(obs, rng.uniform(-1, 1, (length, _ACTIONS)), rng.standard_normal(length), terminations=ends)
+    return buffer
+
+
+def _acting(model: WorldModel, *, captured: bool) -> Callable[[np.ndarray], dict[str, torch.Tensor]]:
+    """What an agent does between two steps of its environments: observes, and chooses an action."""
+    (shape,) = model.config.obs_shapes.values()
+    space = spaces.Box(0, 255, shape, np.uint8) if len(shape) == 3 else spaces.Box(-np.inf, np.inf, shape, np.float32)
+    kind = model.online_defaults().planner
+    planner = build_planner(model, kind, None if kind is None else _SEARCH)
+    codec = ActionCodec(spaces.Box(-1, 1, (_ACTIONS,)))
+    actor = Actor(model, ObservationCodec(space), codec, planner, captured=captured)
+    starts, before = np.zeros(_ROWS, bool), actor.start(_ROWS)
+
+    def act(obs: np.ndarray) -> dict[str, torch.Tensor]:
+        acting = actor.act(actor.observe(before, obs, starts, deterministic=False), starts, deterministic=False)
+        return {**acting.state, "actions": acting.actions}
+
+    return act
+
+
+def _results(updated: Any) -> dict[str, torch.Tensor]:
+    extras = [{f"{name} to store": x for name, x in phase.items()} for phase in updated.extras]
+    return {**updated.losses, **{name: x for phase in extras for name, x in phase.items()}}
+
+
+def _difference(
+    compute: Callable[[Any], dict[str, torch.Tensor]], sample: Callable[[], Any], changes: Changes, model: WorldModel
+) -> list[str]:
+    """What the fast form computes differently from the definition.
+
+    A draw that falls on the other side of an edge is no fault, and happens in one of some hundred batches. So a second
+    one decides.
+    """
+    problems = []
+    for _ in range(2):
+        given = sample()
+
+        def plain(given: Any = given) -> dict[str, torch.Tensor]:
+            with by_definition():
+                return compute(given)
+
+        work = Work(function=lambda inputs: {}, inputs=dict, plain=plain, changes=changes)
+        precision = precision_of(model, model.device)
+        _, found = compared(work, lambda given=given: compute(given), model.device, precision)  # type: ignore[misc]
+        if found is None:
+            return []
+        problems.append(f"fast: {found.name} differs by {found.share:.2g} of its size, more than {found.tolerance:.2g}")
+    return problems[-1:]
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """What recordings warn of inside the block."""
+    found: list[str] = []
+    log, handler = logging.getLogger("worldflux.training"), logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    propagates, log.propagate = log.propagate, False
+    log.addHandler(handler)
+    try:
+        yield found
+    finally:
+        log.removeHandler(handler)
+        log.propagate = propagates
+
+
+def _milliseconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Of one call: the median over some, after one that is not counted."""
+    times: list[float] = []
+    started = time.monotonic()
+    while len(times) < 2 or time.monotonic() - started < _TIMED:
+        before = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - before)
+    return 1000.0 * statistics.median(times[1:])
