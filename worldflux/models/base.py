@@ -20,6 +20,7 @@ from worldflux.files import write_atomically
 from worldflux.models.health import Vital
 from worldflux.nn.precision import autocast
 from worldflux.training.batch import Batch, Observation
+from worldflux.training.config import resolve_device
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -341,8 +342,9 @@ class WorldModel(nn.Module):
 
         Raises:
             CheckpointError: If the directory lacks a file, or the weights do not fit the configuration.
+            ConfigurationError: If there is no such device.
         """
-        directory = Path(directory)
+        directory, place = Path(directory), resolve_device(device)
         if not (directory / CONFIG_FILE).is_file() or not (directory / WEIGHTS_FILE).is_file():
             raise CheckpointError(
                 f"{directory} has no {CONFIG_FILE} and {WEIGHTS_FILE}. Pass a directory written by save_pretrained."
@@ -353,7 +355,7 @@ class WorldModel(nn.Module):
             raise CheckpointError(f"{directory / CONFIG_FILE} is not valid JSON: {error}.") from error
         model = cls(config)
         model.load_weights((directory / WEIGHTS_FILE).read_bytes(), source=directory / WEIGHTS_FILE)
-        return model.to(device)
+        return model.to(place)
 
     def weights_bytes(self) -> bytes:
         """All parameters and buffers in safetensors format."""
