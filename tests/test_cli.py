@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -281,3 +282,33 @@ def test_a_negative_seed_is_one_line(command: str, own: Path, capsys: pytest.Cap
 def test_a_file_and_a_colon_ask_for_the_class(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check-env", "coin_env.py:"]) == 2
     assert "expected a class in it as well: coin_env.py:MyEnv" in capsys.readouterr().err
+
+
+PIPED = {
+    "models": "models",
+    "models --json": "models --json",
+    "help": "--help",
+    "help of a command": "train --help",
+    "check-env": "check-env CartPole-v1 --steps 20",
+    "an error": "plot no-such-directory",
+}
+
+
+@pytest.mark.parametrize("buffered", [True, False], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("command", PIPED)
+def test_a_reader_that_goes_away_is_no_traceback(command: str, buffered: bool) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environment |= {} if buffered else {"PYTHONUNBUFFERED": "1"}
+    code = "import sys; from worldflux.cli.main import main; sys.exit(main())"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *PIPED[command].split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()  # before anything is written
+        said = process.stderr.read()
+    assert "Traceback" not in said and "BrokenPipe" not in said
+    assert process.returncode == {"an error": 2, "check-env": 1}.get(command, 141)  # rich ends with 1

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
+from typing import TextIO
 
 import tyro
 
@@ -45,7 +47,22 @@ def main(args: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: After `--help`, and where the arguments cannot be understood.
     """
-    given = sys.argv[1:] if args is None else list(args)
+    try:
+        try:
+            return _run(sys.argv[1:] if args is None else list(args))
+        finally:
+            # Here, where it is noticed if nobody reads; when Python exits, a traceback would come of it.
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return 141
+
+
+def _run(given: list[str]) -> int:
+    """Runs the command that these arguments name."""
     chosen = given[0] if given else None
     try:
         return tyro.extras.subcommand_cli_from_dict(
@@ -60,20 +77,27 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        if not _nobody_reads():
-            raise
-        return 141
 
 
 def _nobody_reads() -> bool:
-    """Whether stdout is a pipe that its reader has closed, as `head` does; then nothing more is written there."""
+    """Whether stdout or stderr is a pipe that its reader has closed, as `head` does; nothing more is written there."""
+    closed = [stream for stream in (sys.stdout, sys.stderr) if stream is not None and _is_closed(stream)]
+    for stream in closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return bool(closed)
+
+
+def _is_closed(stream: TextIO) -> bool:
     try:
-        sys.stdout.flush()
-        return False
+        stream.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
+    if not hasattr(select, "poll"):  # on Windows, where a closed pipe is another error
+        return False
+    # What could not be written may be gone from the stream's own memory, so that there is nothing to flush.
+    poll = select.poll()
+    poll.register(stream, select.POLLERR)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _named(command: Callable[..., int]) -> Callable[[], int]:
