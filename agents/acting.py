@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.spaces import Discrete
 from torch import Tensor
 
 from worldflux.envs.spaces import ActionCodec, Array, Arrays, ObservationCodec
@@ -190,7 +191,10 @@ class Actor:
         acting = self.act(acting, starts, deterministic=deterministic)
         memory = remembered(acting)
         actions = self.action_codec.to_env(to_host({"actions": acting.actions})["actions"])
-        return (actions if batched else actions.squeeze(axis=0)), memory
+        if batched:
+            return actions, memory
+        # Of one choice the row is a number, which environments look up in dictionaries; an array cannot be hashed.
+        return (actions[0] if isinstance(self.action_codec.space, Discrete) else actions.squeeze(axis=0)), memory
 
 
 def _tensors(acting: Acting) -> dict[str, Tensor]:

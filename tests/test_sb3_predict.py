@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -76,11 +78,38 @@ def test_other_actions_look_like_those_of_ppo(acted: str) -> None:
 
     for obs in (rows(NUMBERS, 1)[0], rows(NUMBERS, 1), rows(NUMBERS, 3)):
         action, expected = ours.predict(obs)[0], theirs.predict(obs)[0]
-        assert type(action) is type(expected) is np.ndarray
+        # Of one Discrete action PPO gives an array without axes, which no environment can look up in a dictionary.
+        assert isinstance(action, np.integer if action.ndim == 0 else np.ndarray)
         assert action.shape == expected.shape
         # PPO gives the bits of MultiBinary as floats; here they are what the space says.
         assert action.dtype == (space.dtype if acted == "multibinary" else expected.dtype)
         assert all(space.contains(one) for one in (action if action.ndim > len(space.shape) else action[None]))
+
+
+TOY_TEXT: dict[str, Callable[[], gym.Env[Any, Any]]] = {
+    "FrozenLake-v1": lambda: gym.make("FrozenLake-v1"),
+    "CliffWalking-v1": lambda: gym.make("CliffWalking-v1"),
+    "Taxi": lambda: gym.make("Taxi-v4" if "Taxi-v4" in gym.registry else "Taxi-v3"),
+    "Blackjack-v1": lambda: gym.wrappers.FlattenObservation(gym.make("Blackjack-v1")),
+    "actions from 5 on": lambda: AnySpaces(NUMBERS, spaces.Discrete(3, start=5, dtype=np.int32)),
+}
+
+
+@pytest.mark.parametrize("name", TOY_TEXT)
+def test_the_loop_of_the_readme_plays_where_actions_are_looked_up(name: str) -> None:
+    env = TOY_TEXT[name]()
+    agent = make("dreamerv3", env)
+    obs, state, table = env.reset(seed=0)[0], None, {int(action): action for action in choices_of(env.action_space)}
+    for _ in range(20):
+        action, state = agent.predict(obs, state, deterministic=False)
+        assert isinstance(action, np.integer) and action.dtype == env.action_space.dtype and action in table
+        obs, _, terminated, truncated, _ = env.step(action)
+        if terminated or truncated:
+            obs, state = env.reset()[0], None
+
+
+def choices_of(space: Any) -> range:
+    return range(int(space.start), int(space.start + space.n))
 
 
 # --- observations
