@@ -75,8 +75,8 @@ class Collector:
 
     @property
     def obs(self) -> Any:
-        """What the environments show now, in the library's form. `[n_envs, ...]`"""
-        return self.recorder.obs
+        """What the environments show now, in the library's form; None if others have their streams. `[n_envs, ...]`"""
+        return self.recorder.obs if self.recorder.is_in_order else None
 
     @property
     def moved(self) -> bool:

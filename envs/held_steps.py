@@ -28,23 +28,30 @@ class HeldSteps:
     many steps. Here a step is checked and copied into the next row of arrays (environments may reuse theirs), and no
     more.
 
+    Attributes:
+        streams: Of the buffer, to which nobody else writes; one for each environment.
+        is_resting: Whether no episode goes on, so that somebody else may have these streams.
+        is_abandoned: Whether nobody will make another step.
+
     Args:
         buffer: Where they go. If it stores observations in other dtypes than the codec's, or has an `add` of its own,
             no step is taken.
         obs_codec: Of the observations.
         action_codec: Of the actions.
+        envs: Environments.
     """
 
-    def __init__(self, buffer: ReplayBuffer, obs_codec: ObservationCodec, action_codec: ActionCodec) -> None:
+    def __init__(self, buffer: ReplayBuffer, obs_codec: ObservationCodec, action_codec: ActionCodec, envs: int) -> None:
         self._buffer, self._obs_codec, self._action_codec = buffer, obs_codec, action_codec
-        envs, action_dim = buffer.n_envs, buffer.action_dim
+        self.streams, self.is_resting, self.is_abandoned = np.arange(0), True, False
+        action_dim = buffer.action_dim
         shapes = obs_codec.obs_shape if isinstance(obs_codec.obs_shape, dict) else {SINGLE_KEY: obs_codec.obs_shape}
         dtypes = obs_codec.obs_dtype if isinstance(obs_codec.obs_dtype, dict) else {SINGLE_KEY: obs_codec.obs_dtype}
         sizes = {key: int(np.prod(shape)) for key, shape in shapes.items()}
         self._floats = {key: shapes[key] for key in sizes if dtypes[key] == np.float32}
         width = sum(sizes[key] for key in self._floats) + action_dim + 1
         step_bytes = envs * (4 * width + sum(size for key, size in sizes.items() if key not in self._floats))
-        self._most = max(1, min(MOST_STEPS, MOST_BYTES // step_bytes, buffer.hold_back(self.hand_over)))
+        self._most = max(1, min(MOST_STEPS, MOST_BYTES // step_bytes, buffer.most_steps))
 
         # Row k + 1 belongs to step k: its action, its reward, and the observation that followed. Row 0 has the
         # observation before the first. All floats lie together, so that one look finds a NaN among them.
@@ -56,8 +63,8 @@ class HeldSteps:
         self._flags = np.full((rows, envs), STEP)
         self._finals: list[Arrays] = []
         self._count = 0
-        own_add = steps_back("Storing several steps at a time", buffer, overridden(buffer, _ADD))
-        self._rewards_shape = (envs,) if buffer.obs_dtype == obs_codec.obs_dtype and not own_add else None
+        self._own_add = steps_back("Storing several steps at a time", buffer, overridden(buffer, _ADD))
+        self._rewards_shape = (envs,) if buffer.obs_dtype == obs_codec.obs_dtype and not self._own_add else None
         self._vectors: Array | None = None  # of observations that are plain vectors
         self._vectors_shape: tuple[int, ...] = (envs, *shapes.get(SINGLE_KEY, ()))
         self._no_vector = np.zeros(self._vectors_shape[1:], np.float32)
@@ -81,22 +88,55 @@ class HeldSteps:
         self.__dict__.update(state)
         self._look_into_block()
 
-    @property
-    def is_attached(self) -> bool:
-        """Whether nobody else has held back steps from this buffer since."""
-        return self._buffer.is_fed_by(self.hand_over)
-
-    def check_attached(self) -> None:
-        """Before a step is stored.
+    def attach(self) -> None:
+        """Before episodes begin: makes sure that there is a stream for each environment.
 
         Raises:
-            BufferError: If somebody else holds back steps from the buffer.
+            BufferError: If the buffer is too small for that, or has an `add` of its own, which others use now.
         """
-        if not self._buffer.is_fed_by(self.hand_over):
+        if not self._buffer.is_attached(self):
+            self.streams = self._buffer.attach(self, self._flags.shape[1])
+            self.limit(self._buffer.most_steps)
+        if self._own_add and not self.is_in_order:
+            self.detach()
             raise BufferError(
-                "Another recorder writes into this buffer now. Call env.reset() before this environment goes on, or "
-                "give each one a buffer of its own."
+                f"{type(self._buffer).__name__} has an add of its own, which takes the steps of {self._buffer.n_envs} "
+                "environments together. Let one recorder of so many environments write into it at a time."
             )
+        self.is_resting = False
+
+    @property
+    def is_in_order(self) -> bool:
+        """Whether the environments are those of `ReplayBuffer.add`, with the streams of the same numbers."""
+        return len(self.streams) == self._buffer.n_envs and bool((self.streams == np.arange(len(self.streams))).all())
+
+    def rest(self) -> None:
+        """All episodes have ended, and none has begun."""
+        self.is_resting = True
+
+    def detach(self) -> None:
+        """Gives the streams back."""
+        if self._buffer.is_attached(self):
+            self._buffer.detach(self)
+        self.rest()
+
+    def abandon(self) -> None:
+        """Nobody will make another step; what is in flight ends when somebody else needs a stream."""
+        self.is_abandoned = True
+
+    def limit(self, steps: int) -> None:
+        """Says how many steps may be held back from now on, at most."""
+        self._most = max(1, min(self._most, steps))
+
+    def end_episodes(self, env: int | None = None) -> None:
+        """Ends the episodes in flight as truncated, with the observations after their last steps.
+
+        Args:
+            env: Of this environment only; None for all of them.
+        """
+        envs = np.arange(len(self.streams)) if env is None else np.array([env])
+        if self._buffer.is_attached(self):
+            self._buffer.end_in(self.streams[envs], self.obs, len(self.streams), envs)
 
     @property
     def obs(self) -> Arrays:
@@ -123,9 +163,7 @@ class HeldSteps:
 
         Raises:
             ShapeMismatchError: If `next_obs` are no observations of the space; nothing is kept then.
-            BufferError: If somebody else holds back steps from the buffer.
         """
-        self.check_attached()
         if type(rewards) is not np.ndarray or rewards.shape != self._rewards_shape:
             return False
         if self._count == self._most or (self._count and is_compact is not bool(self._compact)):
@@ -135,10 +173,9 @@ class HeldSteps:
             self._vectors[row] = next_obs  # the commonest form, at a fraction of the time
         else:
             for key, array in _by_key(self._obs_codec.encode_any(next_obs)[0]).items():
-                if len(array) != self._buffer.n_envs:
+                if len(array) != len(self.streams):
                     raise ShapeMismatchError(
-                        f"There are {len(array)} observations, expected one of each environment "
-                        f"({self._buffer.n_envs})."
+                        f"There are {len(array)} observations, expected one of each environment ({len(self.streams)})."
                     )
                 self._obs[key][row] = array
         if not is_compact:
@@ -198,6 +235,7 @@ class HeldSteps:
             self._rewards[1 : count + 1],
             self._flags[1 : count + 1],
             self._handed_finals(count),
+            self.streams,
         )
         for array in self._obs.values():
             array[0] = array[count]
@@ -218,10 +256,11 @@ class NextStepHeldSteps(HeldSteps):
         buffer: As for `HeldSteps`.
         obs_codec: Likewise.
         action_codec: Likewise.
+        envs: Likewise.
     """
 
-    def __init__(self, buffer: ReplayBuffer, obs_codec: ObservationCodec, action_codec: ActionCodec) -> None:
-        super().__init__(buffer, obs_codec, action_codec)
+    def __init__(self, buffer: ReplayBuffer, obs_codec: ObservationCodec, action_codec: ActionCodec, envs: int) -> None:
+        super().__init__(buffer, obs_codec, action_codec, envs)
         self._terminated = np.zeros(self._flags.shape, np.bool_)
         self._truncated = np.zeros(self._flags.shape, np.bool_)
 

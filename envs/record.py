@@ -37,23 +37,21 @@ class RecordEpisodes(gym.Wrapper[Any, Any, Any, Any]):
 
     Args:
         env: To record.
-        buffer: With `n_envs=1`; it belongs to this environment alone while that is being stepped.
+        buffer: Any number of environments may record into it by turns, each with a stream of its own from its reset
+            to the end of its episode, or until it is closed. Those that step in other processes cannot.
 
     Raises:
-        ConfigurationError: If this is another kind of environment, a space is not supported, or the buffer is for
-            several environments.
+        ConfigurationError: If this is another kind of environment, a space is not supported, or the buffer is that of
+            another process.
         ShapeMismatchError: If the buffer was made for other shapes.
     """
 
     def __init__(self, env: gym.Env[Any, Any], buffer: ReplayBuffer) -> None:
         _check_kind(env, gym.Env)
+        buffer.check_process()
         super().__init__(env)
-        self._recorder = EpisodeRecorder(buffer, env.observation_space, env.action_space)
+        self._recorder = EpisodeRecorder(buffer, env.observation_space, env.action_space, 1)
         self._given = GivenValues(env.observation_space)
-        if buffer.n_envs != 1:
-            raise ConfigurationError(
-                f"The buffer is for {buffer.n_envs} environments, expected 1. Record a VecEnv with VecRecordEpisodes."
-            )
 
     @property
     def buffer(self) -> ReplayBuffer:
@@ -89,22 +87,28 @@ class RecordEpisodes(gym.Wrapper[Any, Any, Any, Any]):
             self._recorder.finish()
         return obs, reward, terminated, truncated, info
 
+    def close(self) -> None:
+        """Closes the environment; an episode in flight ends as truncated."""
+        self._recorder.close()
+        super().close()
+
 
 class VecRecordEpisodes(VecEnvWrapper):
     """Records every episode of an SB3 `VecEnv`, whatever policy drives it; the twin of `RecordEpisodes`.
 
     Args:
         venv: To record.
-        buffer: With `n_envs=venv.num_envs`; it belongs to these environments alone while they are being stepped.
+        buffer: With `n_envs=venv.num_envs`. Others may record into it as well, with streams of their own.
 
     Raises:
-        ConfigurationError: If this is another kind of environment, a space is not supported, or the numbers of
-            environments differ.
+        ConfigurationError: If this is another kind of environment, a space is not supported, the numbers of
+            environments differ, or the buffer is that of another process.
         ShapeMismatchError: If the buffer was made for other shapes.
     """
 
     def __init__(self, venv: VecEnv, buffer: ReplayBuffer) -> None:
         _check_kind(venv, VecEnv)
+        buffer.check_process()
         super().__init__(venv)
         self._recorder = VecEpisodeRecorder(buffer, venv)
         self._actions: Array | None = None
@@ -144,6 +148,11 @@ class VecRecordEpisodes(VecEnvWrapper):
             raise
         return new_obs, rewards, dones, infos
 
+    def close(self) -> None:
+        """Closes the environments; episodes in flight end as truncated."""
+        self._recorder.close()
+        super().close()
+
 
 class VectorRecordEpisodes(VectorWrapper[Any, Any, Any, Any, Any]):
     """Records every episode of a Gymnasium vector environment, in every autoreset mode; the twin of `RecordEpisodes`.
@@ -153,7 +162,7 @@ class VectorRecordEpisodes(VectorWrapper[Any, Any, Any, Any, Any]):
 
     Args:
         env: To record.
-        buffer: With `n_envs=env.num_envs`; it belongs to these environments alone while they are being stepped.
+        buffer: With `n_envs=env.num_envs`. Others may record into it as well, with streams of their own.
 
     Raises:
         ConfigurationError: If this is another kind of environment, a space is not supported, the numbers of
@@ -163,6 +172,7 @@ class VectorRecordEpisodes(VectorWrapper[Any, Any, Any, Any, Any]):
 
     def __init__(self, env: VectorEnv[Any, Any, Any], buffer: ReplayBuffer) -> None:
         _check_kind(env, VectorEnv)
+        buffer.check_process()
         super().__init__(env)
         self._recorder = vector_recorder(buffer, env)
 
@@ -198,6 +208,11 @@ class VectorRecordEpisodes(VectorWrapper[Any, Any, Any, Any, Any]):
             self._recorder.interrupt()
             raise
         return obs, rewards, terminations, truncations, infos
+
+    def close(self, **kwargs: Any) -> None:
+        """Closes the environments; episodes in flight end as truncated."""
+        self._recorder.close()
+        super().close(**kwargs)
 
 
 _WRAPPERS = {

@@ -6,7 +6,9 @@ of environments turned into its rows. A step is in the buffer as soon as it was 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from worldflux.envs.given import check_what_is_given
 from worldflux.envs.held_steps import HeldSteps
 from worldflux.envs.spaces import ActionCodec, Array, Arrays, ObservationCodec
 from worldflux.envs.taps import Tap, tapped
-from worldflux.envs.vector import ENDED, RESET_STEP, GymnasiumVecEnv, settle
+from worldflux.envs.vector import ENDED, RESET_STEP, GymnasiumVecEnv, innermost, settle
 from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError
 from worldflux.training.replay import ReplayBuffer
 from worldflux.training.rows import TERMINATED, TRUNCATED
@@ -41,9 +43,10 @@ class EpisodeRecorder:
         action_codec: Translates actions.
 
     Args:
-        buffer: With one stream for each environment.
+        buffer: In which each environment gets a stream of its own.
         observation_space: Of a single environment.
         action_space: Of a single environment.
+        n_envs: How many there are.
 
     Raises:
         ConfigurationError: If a space is not supported.
@@ -54,9 +57,10 @@ class EpisodeRecorder:
     _held_type = HeldSteps
 
     def __init__(
-        self, buffer: ReplayBuffer, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]
+        self, buffer: ReplayBuffer, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], n_envs: int
     ) -> None:
         self.buffer = buffer
+        self.n_envs = n_envs
         self.obs_codec = ObservationCodec(observation_space)
         self.action_codec = ActionCodec(action_space)
         if buffer.obs_shape != self.obs_codec.obs_shape or buffer.action_dim != self.action_codec.action_dim:
@@ -68,12 +72,12 @@ class EpisodeRecorder:
         buffer.declare_actions(self.action_codec.action_type, self.action_codec.action_classes)
         self._began = False
         self._held: Any = None  # of `_held_type`
-        self._shape = (buffer.n_envs,)
+        self._shape = (n_envs,)
 
     @property
-    def _is_attached(self) -> bool:
-        """Whether the buffer's episodes in flight are this recorder's."""
-        return self._held is not None and self._held.is_attached
+    def is_in_order(self) -> bool:
+        """Whether the environments have the streams of the same numbers, as `add` does."""
+        return self._began and self._held.is_in_order
 
     @property
     def obs(self) -> Arrays | None:
@@ -82,17 +86,17 @@ class EpisodeRecorder:
 
     def begin(self, obs: Any) -> None:
         """All environments were reset to `obs` `[n_envs, ...]`; episodes in flight end there, truncated."""
-        attached = self._is_attached
-        if not attached:
-            self.buffer.end_episodes()  # of whoever wrote into it before
-        elif self._began:
+        if self._began:
             self.interrupt()
         first, _ = self.obs_codec.encode_any(obs)
         count = len(next(iter(first.values())) if isinstance(first, dict) else first)
-        if count != self.buffer.n_envs:
-            raise ShapeMismatchError(f"reset() gave {count} observations, expected {self.buffer.n_envs}.")
-        if not attached:
-            self._held = self._held_type(self.buffer, self.obs_codec, self.action_codec)
+        if count != self.n_envs:
+            raise ShapeMismatchError(f"reset() gave {count} observations, expected {self.n_envs}.")
+        if self._held is None:
+            self._held = self._held_type(self.buffer, self.obs_codec, self.action_codec, self.n_envs)
+            # Who forgets to close an environment does not keep its stream for ever.
+            weakref.finalize(self, self._held.abandon).atexit = False
+        self._held.attach()
         self._held.set_obs(first)
         self._began = True
 
@@ -101,13 +105,21 @@ class EpisodeRecorder:
 
         That is due when a reset, a step or storing it has failed, too: nobody knows where the environments are then.
         """
-        if self._is_attached:
-            self.buffer.end_episodes(final_obs=self.obs)
-        self._began = False
+        if self._began:
+            self._held.end_episodes()
+        self.finish()
 
     def finish(self) -> None:
         """Every episode has ended; a reset is due."""
         self._began = False
+        if self._held is not None:
+            self._held.rest()
+
+    def close(self) -> None:
+        """Ends the episodes in flight, and leaves the streams to others."""
+        self.interrupt()
+        if self._held is not None:
+            self._held.detach()
 
     def checked_actions(self, actions: Any) -> Array:
         """A copy of what is about to be executed, for `add` (`is_compact`).
@@ -163,14 +175,14 @@ class EpisodeRecorder:
         is_compact: bool,
     ) -> None:
         """Through the buffer's own door, which takes extras and says what cannot be stored."""
-        self._held.check_attached()
         following, _ = self.obs_codec.encode_any(next_obs)
         envs = [env for env, _ in ends]
         flags = np.zeros(self._shape, np.uint8)
         flags[envs] = [flag for _, flag in ends]
         active = np.ones(self._shape, np.bool_)
         active[list(skipped)] = False
-        self.buffer.add(
+        add = self.buffer.add if self.is_in_order else partial(self.buffer.add_to, self._held.streams)
+        add(
             self.obs,
             self.action_codec.executed(actions) if is_compact else actions,
             rewards,
@@ -203,12 +215,12 @@ class VecEpisodeRecorder(EpisodeRecorder):
     """
 
     def __init__(self, buffer: ReplayBuffer, venv: VecEnv) -> None:
-        super().__init__(buffer, venv.observation_space, venv.action_space)
+        super().__init__(buffer, venv.observation_space, venv.action_space, venv.num_envs)
         if buffer.n_envs != venv.num_envs:
             raise ConfigurationError(f"The buffer is for {buffer.n_envs} environments, expected {venv.num_envs}.")
         check_what_is_given(venv)
         self.steps = 0
-        self._base = base = venv.unwrapped
+        self._base = base = innermost(venv)
         self._hears_late = isinstance(base, GymnasiumVecEnv) and base.autoreset_mode is AutoresetMode.NEXT_STEP
         self._normalize = _normalization(venv)
         if self._normalize is not None:
@@ -264,7 +276,7 @@ class VecEpisodeRecorder(EpisodeRecorder):
         finals: list[Any] | None = None
         if not (self._hears_late or extras or skipped or np.count_nonzero(dones)):
             if self._held.put(actions, rewards, new_obs, is_compact):  # the commonest step, at a fraction of the time
-                self.steps += self.buffer.n_envs
+                self.steps += self.n_envs
                 return []
         elif self._hears_late:
             skipped = sorted({*skipped, *(env for env, info in enumerate(infos) if RESET_STEP in info)})
@@ -279,7 +291,7 @@ class VecEpisodeRecorder(EpisodeRecorder):
                     ends.append((env, _TRUNCATED if info.get("TimeLimit.truncated", False) else _TERMINATED))
                     finals.append(self._final(env, info))
         self.add(actions, rewards, new_obs, ends, finals, skipped, extras, is_compact)
-        self.steps += self.buffer.n_envs - len(skipped)
+        self.steps += self.n_envs - len(skipped)
         return [env for env, _ in ends]
 
     def _unnormalized(self, obs: Any) -> Any:

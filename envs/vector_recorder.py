@@ -34,7 +34,7 @@ class VectorEpisodeRecorder(EpisodeRecorder):
     """
 
     def __init__(self, buffer: ReplayBuffer, envs: VectorEnv[Any, Any, Any]) -> None:
-        super().__init__(buffer, envs.single_observation_space, envs.single_action_space)
+        super().__init__(buffer, envs.single_observation_space, envs.single_action_space, envs.num_envs)
         if buffer.n_envs != envs.num_envs:
             raise ConfigurationError(f"The buffer is for {buffer.n_envs} environments, expected {envs.num_envs}.")
         check_what_is_given(envs)
@@ -61,7 +61,7 @@ class VectorEpisodeRecorder(EpisodeRecorder):
         first, _ = self.obs_codec.encode_any(obs)
         over = self._get_over()
         for env in np.flatnonzero(envs & ~over).tolist():
-            self.buffer.end_episodes(env, final_obs=self.obs)
+            self._held.end_episodes(env)
         self._set_over(over & ~envs)
         self._held.set_obs(first, envs)
 

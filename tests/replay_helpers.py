@@ -38,7 +38,9 @@ class HeldBack:
 
     def __init__(self, buffer):
         self.buffer, self.steps = buffer, []
-        self.most = buffer.hold_back(self.hand_over)
+        self.is_resting, self.is_abandoned = True, False
+        self.streams = buffer.attach(self, buffer.n_envs)
+        self.most = buffer.most_steps
 
     def add(self, obs, term, trunc, on):
         if len(self.steps) == self.most:
@@ -51,4 +53,10 @@ class HeldBack:
             obs, flags = (np.stack(part) for part in zip(*self.steps, strict=True))
             self.steps = []
             finals = {"obs": obs[flags > row_store.STEP] + 1}
-            self.buffer.add_checked({"obs": obs}, acted(obs), obs[..., 0] + 0.5, flags, finals)
+            self.buffer.add_checked({"obs": obs}, acted(obs), obs[..., 0] + 0.5, flags, finals, self.streams)
+
+    def limit(self, steps):
+        self.most = steps
+
+    def end_episodes(self):
+        self.buffer.end_in(self.streams)

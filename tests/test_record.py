@@ -247,27 +247,6 @@ def test_a_copy_of_a_recorder_holds_what_was_made_and_goes_on_by_itself(copied: 
     assert everything(twin.buffer, rows=3).rewards[0].tolist() == [1, 2, 0]
 
 
-def test_one_recorder_at_a_time_writes_into_a_buffer() -> None:
-    buffer, action = buffer_for_counting(), np.array([1.0], np.float32)
-    one, other = (RecordEpisodes(CountingEnv(lengths=(9,), env_id=number), buffer) for number in (1, 2))
-    one.reset()
-    one.step(action)
-    other.reset()
-    other.step(action)
-
-    with pytest.raises(BufferError, match=r"Another recorder writes into this buffer.*reset"):
-        one.step(action)
-    other.step(action)
-    assert len(buffer) == 3
-    one.reset()
-    one.step(action)
-
-    batch = everything(buffer, rows=6)
-    assert batch.obs[0, :, 0].tolist() == [1, 0, 2, 2, 0, 1]
-    assert batch.obs_mask[0].tolist() == [True, False, True, True, False, True], "nobody knows their last observations"
-    assert batch.is_first[0].nonzero().flatten().tolist() == [0, 2, 5]
-
-
 def test_a_reset_that_fails_leaves_another_recorders_episode_alone() -> None:
     buffer, action = buffer_for_counting(), np.array([1.0], np.float32)
     one = RecordEpisodes(CountingEnv(lengths=(9,)), buffer)
@@ -479,11 +458,12 @@ def test_the_atari_vector_environment_is_recorded() -> None:
                 obs, _, terminations, truncations, _ = env.step(np.array([step % 4, 1]))
                 seen.append(obs)
                 ended.append(terminations | truncations)
+            recorded = buffer.num_episodes  # those in flight end when the environments are closed
         finally:
             env.close()
         ends = np.array(ended)[:, 0]
         first = int(ends.argmax())
-        assert ends.sum() >= 2 and buffer.num_episodes == np.sum(ended)
+        assert ends.sum() >= 2 and recorded == np.sum(ended)
         assert buffer.num_transitions == 80 - (np.sum(np.array(ended)[:-1]) if mode == "NextStep" else 0)
         window = everything(buffer, rows=first + 2)
         if window.rows[0, 0] == 0:
@@ -588,8 +568,6 @@ def test_normalisation_below_a_wrapper_that_changes_shapes_is_refused() -> None:
 def test_a_buffer_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ShapeMismatchError, match=r"holds observations \(3,\) and 1 action numbers, expected \(4,\)"):
         RecordEpisodes(CountingEnv(), ReplayBuffer(100, (3,), 1))
-    with pytest.raises(ConfigurationError, match=r"buffer is for 2 environments, expected 1. Record a VecEnv with Vec"):
-        RecordEpisodes(CountingEnv(), buffer_for_counting(n_envs=2))
     with pytest.raises(ConfigurationError, match="buffer is for 2 environments, expected 1"):
         VecRecordEpisodes(DummyVecEnv([CountingEnv]), buffer_for_counting(n_envs=2))
     with pytest.raises(ConfigurationError, match="buffer is for 2 environments, expected 1"):

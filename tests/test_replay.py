@@ -43,10 +43,12 @@ def test_steps_that_are_held_back_are_there_for_whoever_looks():
     held.add(np.full((1, 1), 2), no, no, yes)
     buffer.end_episodes(final_obs=[[3]])
     held.add(np.full((1, 1), 4), no, no, yes)
+    buffer.end_episodes(final_obs=[[5]])
     other = HeldBack(buffer)  # the first hands over and is forgotten
-    assert not held.steps and buffer.is_fed_by(other.hand_over) and not buffer.is_fed_by(held.hand_over)
-    steps_of(buffer, 1, start=5)
-    assert buffer.sample(1, 6).obs[..., 0].tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert not held.steps and buffer.is_attached(other) and not buffer.is_attached(held)
+    assert (held.streams.tolist(), other.streams.tolist(), buffer.num_streams) == ([0], [0], 1)
+    steps_of(buffer, 1, start=6)
+    assert buffer.sample(1, 7).obs[..., 0].tolist() == [[0, 1, 2, 3, 4, 5, 6]]
 
 
 def test_a_buffer_with_room_does_not_drop_rows_and_one_that_grew_has_more():
@@ -229,7 +231,11 @@ def episode(length=4, **changes):
     ("changes", "error", "message"),
     [
         ({"obs": np.zeros((5, 2))}, ShapeMismatchError, r"obs has shape \(5, 2\), expected \(5, 1\)"),
-        ({"obs": np.zeros((3, 1))}, ShapeMismatchError, "obs has 3 rows and rewards has 4: expected 4 "),
+        ({"obs": np.zeros((3, 1))}, ShapeMismatchError, "obs has 3 rows, actions has 4 and rewards has 4"),
+        ({"rewards": np.zeros(3)}, ShapeMismatchError, "actions has 4 and rewards has 3. Expected one reward for each"),
+        ({"rewards": np.zeros(5)}, ShapeMismatchError, "actions has 4 and rewards has 5. Expected one reward for each"),
+        ({"rewards": 1.0}, ShapeMismatchError, "obs has 5 rows, actions has 4 and rewards has 1"),
+        ({"actions": np.zeros((3, 1))}, ShapeMismatchError, "actions has 3 and rewards has 4"),
         ({"actions": np.zeros(4)}, ShapeMismatchError, "one-hot"),
         ({"actions": np.zeros((4, 3))}, ShapeMismatchError, r"\(4, 3\), expected \(4, 1\)"),
         ({"rewards": np.zeros((4, 1))}, ShapeMismatchError, r"rewards has shape \(4, 1\), expected \(4,\)"),

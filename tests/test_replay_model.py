@@ -137,6 +137,7 @@ class Replay(RuleBasedStateMachine):
         self.buffer = ReplayBuffer(
             capacity, (1,), 1, n_envs=n_envs, extras={"mark": ((), np.float32)}, seed=seed, storage=self.storage
         )
+        self.held = HeldBack(self.buffer)
         self.plain = PlainBuffer(capacity, n_envs, spare)
         self.episode, self.now, self.old_batches = n_envs, [(env, 0) for env in range(n_envs)], []
 
@@ -155,7 +156,9 @@ class Replay(RuleBasedStateMachine):
         held_back=st.booleans(),
     )
     def add_steps(self, steps, end_rate, active_rate, held_back):
-        held = HeldBack(self.buffer) if held_back else None
+        if self.held is None and not any(self.plain.open):
+            self.held = HeldBack(self.buffer)
+        held = self.held if held_back else None
         for _ in range(steps):
             obs = np.array([[1000.0 * e + t] for e, t in self.now])
             term, trunc = self.rng.random((2, self.n_envs)) < end_rate / 2
@@ -233,6 +236,7 @@ class Replay(RuleBasedStateMachine):
     def save_and_load(self):
         self.buffer.save(self.path)
         self.buffer = ReplayBuffer.load(self.path, extras=self.buffer.extras, seed=self.seed, storage=self.storage)
+        self.held = None  # a recorder that begins now would end what is in flight
         # The file has no extras, and rows are counted anew.
         self.old_batches.clear()
         for env, stream in enumerate(self.plain.streams):

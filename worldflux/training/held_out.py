@@ -27,7 +27,7 @@ class ReplayPart(WindowSampler):
     _hint = "Split off another share, or sample shorter windows."
 
     def __init__(self, source: WindowSampler, form: RowForm, episodes: _Episodes, seed: int) -> None:
-        super().__init__(form, source._n_envs, seed)
+        super().__init__(form, seed)
         self._source = source
         self._bounds = source._rows.bounds
         self._transitions = int(episodes.transitions.sum())

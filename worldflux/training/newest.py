@@ -25,7 +25,7 @@ class NewestRows(WindowSampler):
 
     def __init__(self, buffer: ReplayBuffer, rows: int, seed: int) -> None:
         form = RowForm(buffer.obs_shape, buffer.action_dim, buffer.obs_dtype, buffer.extras)
-        super().__init__(form, buffer.n_envs, seed)
+        super().__init__(form, seed)
         self._buffer = buffer
         store = self._rows
         self._newest = WholeStreams(np.maximum(store.begin, store.end - rows), store.end)

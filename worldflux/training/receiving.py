@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import multiprocessing
+import os
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
-from worldflux.errors import BufferError, ShapeMismatchError
+from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError
 from worldflux.training.actions import as_executed, rescaled
 from worldflux.training.arrays import RowForm, as_numpy, checked
 from worldflux.training.rows import STEP, TERMINATED, TRUNCATED, RowStore
 
 _BOOL = np.dtype(np.bool_)
 _FLOAT = np.dtype(np.float32)
+
+
+class StepWriter(Protocol):
+    """Passes steps on several at a time: `hand_over` is called before anybody looks at the rows."""
+
+    streams: np.ndarray
+    """Those that it alone writes to, one for each of its environments. `[S]`"""
+    is_resting: bool
+    """Whether none of its episodes goes on, so that another one may have its streams."""
+    is_abandoned: bool
+    """Whether nobody will ever make another step with it."""
+
+    def hand_over(self) -> None:
+        """Calls `add_checked` with the steps that were held back."""
+
+    def end_episodes(self) -> None:
+        """Ends its episodes in flight as truncated."""
+
+    def limit(self, steps: int) -> None:
+        """Says how many steps may be held back from now on."""
 
 
 class RowReceiver:
@@ -27,7 +49,8 @@ class RowReceiver:
     def __init__(self, form: RowForm, store: RowStore) -> None:
         self._form, self._store = form, store
         self._n_envs = len(store.base)
-        self._hand_over: Callable[[], None] | None = None  # of a recorder that holds steps back
+        self._writers: list[StepWriter] = []
+        self._process = os.getpid()  # also of copies that are sent to others
         # The row of each stream where the first window begins that is still fresh. No part of the sampler's state:
         # only who asks for fresh windows, while it records them, reads or moves it.
         self._fresh = np.zeros(self._n_envs, np.int64)
@@ -35,9 +58,13 @@ class RowReceiver:
     @property
     def _rows(self) -> RowStore:
         """The store with every step that was made; nothing but this is to look into `_store`."""
-        if self._hand_over is not None:
-            self._hand_over()
+        for writer in self._writers:
+            writer.hand_over()
         return self._store
+
+    def add_streams(self, count: int) -> None:
+        """Makes further streams."""
+        raise NotImplementedError
 
     def add(
         self,
@@ -69,7 +96,33 @@ class RowReceiver:
             ShapeMismatchError: If a shape is not as above; nothing is stored then.
             BufferError: If a value cannot be stored or `final_obs` is missing; nothing is stored then.
         """
-        n = self._n_envs
+        self.add_to(
+            np.arange(self._n_envs),
+            obs,
+            actions,
+            rewards,
+            terminations,
+            truncations,
+            final_obs=final_obs,
+            extras=extras,
+            active=active,
+        )
+
+    def add_to(
+        self,
+        streams: np.ndarray,
+        obs: Any,
+        actions: Any,
+        rewards: Any,
+        terminations: Any,
+        truncations: Any,
+        *,
+        final_obs: Any = None,
+        extras: Mapping[str, Any] | None = None,
+        active: Any = None,
+    ) -> None:
+        """`add` for the environments of these streams, in ascending order. `[S]`"""
+        n = len(streams)
         rows = None if active is None else np.flatnonzero(checked("active", active, (n,), _BOOL))
         terminated = checked("terminations", terminations, (n,), _BOOL, rows)
         truncated = checked("truncations", truncations, (n,), _BOOL, rows)
@@ -95,26 +148,76 @@ class RowReceiver:
             flags[None],
             finals,
             {name: array[None] for name, array in extra_arrays.items()},
+            self._or_all(streams),
         )
 
-    def hold_back(self, hand_over: Callable[[], None]) -> int:
-        """For a recorder that passes its steps on several at a time: `hand_over` is called before anybody looks.
+    def _or_all(self, streams: np.ndarray) -> np.ndarray | None:
+        """None in place of all streams, which takes less time."""
+        return None if len(streams) == len(self._store.base) else streams
 
-        Whoever was registered before hands over and is forgotten.
+    # --- recorders
 
-        Args:
-            hand_over: Calls `add_checked` with what was held back.
+    def attach(self, writer: StepWriter, count: int) -> np.ndarray:
+        """Gives a writer streams that nobody else writes to, one for each of its environments, until `detach`.
+
+        Streams without an owner come first. Where there are too few, further ones are made.
 
         Returns:
-            How many steps may be held back.
+            Their numbers. `[count]`
         """
-        most = self._rows.most_steps
-        self._hand_over = hand_over
-        return most
+        for other in [other for other in self._writers if other.is_abandoned]:
+            if not other.is_resting:
+                other.end_episodes()
+            self.detach(other)
+        rows = self._rows
+        resting, moving = self._owned(is_resting=True), self._owned(is_resting=False)
+        if (missing := count - (len(rows.base) - len(moving))) > 0:
+            self.add_streams(missing)
+            rows = self._store
+        free = np.setdiff1d(np.arange(len(rows.base)), moving)
+        # Episodes that are in flight here are of somebody who is not known; they are ended only as a last resort.
+        rank = 2 * rows.in_flight[free] + np.isin(free, resting)
+        streams = np.sort(free[np.argsort(rank, kind="stable")][:count])
+        self._writers = [other for other in self._writers if not np.isin(other.streams, streams).any()]
+        self._writers.append(writer)
+        in_flight = streams[rows.in_flight[streams]]
+        if in_flight.size:
+            rows.close(in_flight, None)
+        return streams
 
-    def is_fed_by(self, hand_over: Callable[[], None]) -> bool:
-        """Whether `hand_over` was the last that was registered with `hold_back`."""
-        return self._hand_over == hand_over
+    def _owned(self, *, is_resting: bool) -> list[int]:
+        """The streams of the writers that rest, or of those that do not."""
+        writers = [writer for writer in self._writers if writer.is_resting is is_resting]
+        return [stream for writer in writers for stream in writer.streams.tolist()]
+
+    def detach(self, writer: StepWriter) -> None:
+        """Takes a writer's streams back, once its steps are passed on."""
+        writer.hand_over()
+        self._writers = [other for other in self._writers if other is not writer]
+
+    def is_attached(self, writer: StepWriter) -> bool:
+        """Whether a writer has streams."""
+        return any(other is writer for other in self._writers)
+
+    @property
+    def most_steps(self) -> int:
+        """How many steps a writer may hold back."""
+        return self._store.most_steps
+
+    def check_process(self) -> None:
+        """Before somebody records into this buffer.
+
+        Raises:
+            ConfigurationError: If this is the copy of a buffer in a process that was started to step environments.
+        """
+        parent = multiprocessing.parent_process()
+        if parent is not None and parent.pid == self._process:
+            raise ConfigurationError(
+                "The buffer belongs to another process, and what an environment in this process records would stay in "
+                "a copy of it. Record the vector environment from outside, VecRecordEpisodes(SubprocVecEnv(...), "
+                "buffer) or VectorRecordEpisodes(AsyncVectorEnv(...), buffer), or step the environments in one process "
+                "(DummyVecEnv, SyncVectorEnv)."
+            )
 
     def add_checked(
         self,
@@ -123,17 +226,19 @@ class RowReceiver:
         rewards: np.ndarray,
         flags: np.ndarray,
         finals: Mapping[str, np.ndarray],
+        streams: np.ndarray,
     ) -> None:
-        """Several steps from who has checked everything: these are arrays of the stored dtypes, and finite.
+        """Several steps from a writer that has checked everything: arrays of the stored dtypes, and finite.
 
         Args:
-            obs: By key; the key of an observation that is one array is `SINGLE`. `[K, n_envs, ...]`
-            actions: `[K, n_envs, A]`
-            rewards: `[K, n_envs]`
-            flags: As for `RowStore.add_steps`. `[K, n_envs]`
+            obs: By key; the key of an observation that is one array is `SINGLE`. `[K, S, ...]`
+            actions: `[K, S, A]`
+            rewards: `[K, S]`
+            flags: As for `RowStore.add_steps`. `[K, S]`
             finals: The observations after the ends of episodes, in the order of `flags`. `[E, ...]`
+            streams: The writer's, in ascending order. `[S]`
         """
-        self._store.add_steps(obs, actions, rewards, flags, finals, {})
+        self._store.add_steps(obs, actions, rewards, flags, finals, {}, self._or_all(streams))
 
     def add_episode(
         self,
@@ -171,12 +276,12 @@ class RowReceiver:
         """
         if dones is not None and terminations is not None:
             raise BufferError("Both dones and terminations were given. They mean the same: pass one of them.")
-        count = _length("rewards", rewards)
+        count, reward_count = _length("actions", actions), _length("rewards", rewards)
         obs_count = _length("obs", next(iter(obs.values()), ()) if isinstance(obs, Mapping) else obs)
-        if obs_count not in (count, count + 1):
+        if reward_count != count or obs_count not in (count, count + 1):
             raise ShapeMismatchError(
-                f"obs has {obs_count} rows and rewards has {count}: expected {count} observations, "
-                f"or {count + 1} with the one after the last step."
+                f"obs has {obs_count} rows, actions has {count} and rewards has {reward_count}. Expected one reward "
+                "for each action, and as many observations, or one more with the one after the last step."
             )
         obs_arrays = self._form.checked_obs("obs", obs, (obs_count,))
         actions = self._form.checked_actions(rescaled(actions, action_low, action_high), (count,))
@@ -187,6 +292,9 @@ class RowReceiver:
         truncated = _flags_or_zeros("truncations", truncations, count)
         truncated[-1] |= not terminated[-1]
         rows = self._rows
+        if rows.in_flight.all() and self._owned(is_resting=False):
+            self.add_streams(1)
+            rows = self._store
         if rows.in_flight.all():
             raise BufferError(
                 "Every stream has an episode in flight, and a whole episode cannot be stored in its middle. "
@@ -218,15 +326,29 @@ class RowReceiver:
             ShapeMismatchError: If `final_obs` has another shape; nothing is changed then.
             BufferError: If there is no such environment, or `final_obs` cannot be stored; nothing is changed then.
         """
-        envs = np.flatnonzero(self._rows.in_flight)
-        if env is not None:
-            if not 0 <= env < self._n_envs:
-                raise BufferError(f"env is {env}, expected 0 to {self._n_envs - 1}.")
-            envs = envs[envs == env]
-        if envs.size:
-            self._rows.close(
-                envs, None if final_obs is None else self._form.checked_finals(final_obs, self._n_envs, envs)
-            )
+        if env is not None and not 0 <= env < self._n_envs:
+            raise BufferError(f"env is {env}, expected 0 to {self._n_envs - 1}.")
+        self.end_in(np.arange(self._n_envs) if env is None else np.array([env]), final_obs, self._n_envs)
+        if env is None and len(self._store.base) > self._n_envs:
+            self.end_in(np.arange(self._n_envs, len(self._store.base)))
+
+    def end_in(
+        self, streams: np.ndarray, final_obs: Any = None, count: int = 0, envs: np.ndarray | None = None
+    ) -> None:
+        """Closes the episodes in flight in these streams as truncated.
+
+        Args:
+            streams: `[S]`
+            final_obs: The observations after the last steps of `count` environments; None where they are not known.
+                `[count, ...]`
+            count: How many observations there are.
+            envs: The rows of `final_obs` that belong to `streams`; None: those of the same numbers. `[S]`
+        """
+        in_flight = self._rows.in_flight[streams]
+        if in_flight.any():
+            envs = (streams if envs is None else envs)[in_flight]
+            finals = None if final_obs is None else self._form.checked_finals(final_obs, count, envs)
+            self._store.close(streams[in_flight], finals)
 
 
 def _length(name: str, value: Any) -> int:

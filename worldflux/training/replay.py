@@ -55,7 +55,8 @@ class ReplayBuffer(RowReceiver, WindowSampler):
         action_classes: Sizes of the one-hots; needed for "multi_discrete".
         obs_dtype: uint8 or float32, or a dict with one for each key. By default uint8 for three-dimensional shapes
             (images) and float32 for the others.
-        n_envs: Streams, one for each environment that `add` receives.
+        n_envs: Streams, one for each environment that `add` receives. Recorders of further environments get streams of
+            their own when they need them, which share the capacity with these.
         extras: Further arrays beside each row, as `{name: (shape, dtype)}`, which a model fills through `add` and
             `update_extras`; zero until then.
         seed: Of the sampler; None draws one.
@@ -93,7 +94,7 @@ class ReplayBuffer(RowReceiver, WindowSampler):
         action_dim = whole_number("action_dim", action_dim, 1)
         classes = declared_classes(action_type, action_classes, action_dim)
         form = RowForm(obs_shape, action_dim, obs_dtype, extras, classes)
-        WindowSampler.__init__(self, form, n_envs, seed)
+        WindowSampler.__init__(self, form, seed)
         RowReceiver.__init__(self, form, _new_store(capacity, n_envs, form, storage_at(storage)))
         self._known_span: tuple[bytes, WholeStreams] | None = None  # of the rows with these bounds
 
@@ -155,8 +156,13 @@ class ReplayBuffer(RowReceiver, WindowSampler):
 
     @property
     def n_envs(self) -> int:
-        """Streams."""
+        """Environments whose steps `add` receives, each with a stream."""
         return self._n_envs
+
+    @property
+    def num_streams(self) -> int:
+        """Streams: one for each of `n_envs`, and those that recorders of further environments got."""
+        return len(self._store.base)
 
     @property
     def extras(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -209,12 +215,44 @@ class ReplayBuffer(RowReceiver, WindowSampler):
         """
         capacity = whole_number("capacity", capacity, self._capacity)
         rows = self._rows
-        store = _new_store(capacity, self._n_envs, self._form, rows.storage)
+        self._move_rows(rows, _new_store(capacity, len(rows.base), self._form, rows.storage))
+        self._capacity = capacity
+
+    def add_streams(self, count: int) -> None:
+        """Makes further streams, for environments that move by themselves.
+
+        All streams have equal shares of the capacity from then on: the oldest rows of those that hold more are dropped.
+
+        Raises:
+            BufferError: If the capacity is less than a transition for each, or the machine has no memory for it;
+                nothing is changed then.
+        """
+        rows = self._rows
+        streams = len(rows.base) + count
+        if self._capacity < streams:
+            raise BufferError(
+                f"The buffer's capacity is {self._capacity}, and {streams} environments record into it, each of which "
+                "needs a stream of its own. Make it larger."
+            )
+        store = _new_store(self._capacity, streams, self._form, rows.storage)
+        rows.drop_excess(store)
+        self._move_rows(rows, store)
+        self._fresh = np.append(self._fresh, np.zeros(count, np.int64))
+        for writer in self._writers:
+            writer.limit(store.most_steps)
+
+    def clear(self, streams: int) -> None:
+        """Forgets all rows, and makes so many streams."""
+        self._store = _new_store(self._capacity, streams, self._form, self._store.storage)
+        self._fresh = np.zeros(streams, np.int64)
+
+    def _move_rows(self, rows: RowStore, store: RowStore) -> None:
+        """Goes on with another store, to which all rows are copied."""
         if not store.storage.takes_all_at_once:
-            what = f"A copy of the replay buffer's {len(self):,} transitions, which growing it needs,"
+            what = f"A copy of the replay buffer's {len(self):,} transitions, which changing its size needs,"
             store.storage.budget().require(rows.bytes_taken, what=what, fits=0)
         rows.move_to(store)
-        self._store, self._capacity = store, capacity
+        self._store = store
 
     def check_budget(self, steps: int | None = None) -> None:
         """Refuses, before a long run, what the machine has no memory for.
@@ -312,7 +350,7 @@ class ReplayBuffer(RowReceiver, WindowSampler):
         start = start[complete]
         oldest = np.argsort(start, kind="stable")[:count]
         stream, start = stream[oldest], start[oldest]
-        self._fresh += seq_len * np.bincount(stream, minlength=self._n_envs)
+        self._fresh += seq_len * np.bincount(stream, minlength=len(self._fresh))
         return Drawn(stream, start)
 
     # --- files
@@ -320,7 +358,7 @@ class ReplayBuffer(RowReceiver, WindowSampler):
     def stored(self) -> tuple[RowStore, np.ndarray]:
         """What it holds, for who keeps it on disk: the rows, and where the fresh windows of each stream begin.
 
-        Both are the buffer's own; `[n_envs]` int64 the second.
+        Both are the buffer's own; the second is int64, `[num_streams]`.
         """
         return self._rows, self._fresh
 
@@ -350,12 +388,12 @@ class ReplayBuffer(RowReceiver, WindowSampler):
 
             truncations      [N]       bool
             episode_lengths  [S]       transitions
-            episode_streams  [S]       the environment, 0 to n_envs - 1
+            episode_streams  [S]       the stream of its environment, 0 to n_envs - 1
             episode_starts   [S]       False where the episode's oldest rows were overwritten
             episode_ends     [S]       False where the episode is in flight
             final_obs        [S, ...]  the observation after the last step; `final_obs/<key>` for a dictionary
             final_obs_mask   [S]       False where that was not recorded (zeros)
-            n_envs                     number
+            n_envs                     number of the streams
             action_classes   [...]     sizes of the actions' one-hots, none for continuous actions; absent where
                                        nobody has named their kind and it cannot be told from the values
 

@@ -59,7 +59,7 @@ class ReplaySegments:
         self.buffer = buffer
         self._folder: Path | None = None  # of the last checkpoint
         self._segments: list[Segment] = []  # in it, the oldest first
-        self._settled = np.zeros(buffer.n_envs, np.int64)  # the first row of each stream that is in none of them
+        self._settled = np.zeros(buffer.num_streams, np.int64)  # the first row of each stream that is in none of them
         self._number = 0  # of the next segment
         self._written: tuple[list[Segment], np.ndarray] | None = None  # until it is known where they are
 
@@ -74,7 +74,7 @@ class ReplaySegments:
         Args:
             directory: Exists, and has no such folder.
             final_obs: The observations after the last steps of the episodes in flight, as for
-                `ReplayBuffer.end_episodes`; None where they are not known. `[n_envs, ...]`
+                `ReplayBuffer.end_episodes`; None where they are not known, or one is of another stream. `[n_envs, ...]`
 
         Raises:
             ShapeMismatchError: If `final_obs` has another shape.
@@ -83,8 +83,11 @@ class ReplaySegments:
         """
         self._written = None
         store, _ = self.buffer.stored()
+        if len(self._settled) != len(store.end):  # recorders got streams of their own: all rows are written again
+            self._segments, self._settled = [], np.zeros(len(store.end), np.int64)
         in_flight = np.flatnonzero(store.in_flight)
-        finals = None if final_obs is None else self.buffer.checked_final_obs(final_obs, in_flight)
+        is_known = final_obs is not None and bool((in_flight < self.buffer.n_envs).all())
+        finals = self.buffer.checked_final_obs(final_obs, in_flight) if is_known else None
         folder = Path(directory) / REPLAY_FOLDER
         folder.mkdir()
 
@@ -157,6 +160,7 @@ class ReplaySegments:
             raise ConfigurationError(f"{buffer} is not empty. Read a checkpoint into a new buffer.")
         folder = Path(directory).absolute() / REPLAY_FOLDER
         state = read_state(folder, buffer)
+        store, fresh = buffer.stored()  # which may have got streams
         in_flight = state.in_flight
         for segment in state.segments:
             read_segment(folder / segment.name, store, segment)

@@ -65,6 +65,7 @@ def write_state(
     state = {
         "format": FORMAT,
         "buffer": _description(buffer),
+        "streams": buffer.num_streams,
         **{name: getattr(store, name).tolist() for name in COUNTERS},
         "in_flight": np.flatnonzero(store.in_flight).tolist(),
         "fresh": fresh.tolist(),
@@ -144,8 +145,7 @@ class _Reader:
     """Makes a `ReplayState` of what JSON gave."""
 
     def __init__(self, file: Path, said: Any, buffer: ReplayBuffer) -> None:
-        self._file, self._said, self._n_envs = file, said, buffer.n_envs
-        self._store, _ = buffer.stored()
+        self._file, self._said = file, said
         if not isinstance(said, dict):
             raise damaged(file, "it is no object")
         if self._get("format") != FORMAT:
@@ -153,6 +153,14 @@ class _Reader:
                 f"{file} has format {said['format']!r}, this version reads {FORMAT}. Load it with a newer worldflux."
             )
         self._check_description(_description(buffer))
+        # Those that recorders got; in older files there is none of them.
+        streams = self._number("streams", said.get("streams", buffer.n_envs))
+        if not buffer.n_envs <= streams <= buffer.capacity:
+            raise damaged(file, f"streams is {streams}, expected {buffer.n_envs} to {buffer.capacity}")
+        if streams != buffer.num_streams:
+            buffer.clear(streams)
+        self._streams = streams
+        self._store, _ = buffer.stored()
 
     def _check_description(self, own: dict[str, Any]) -> None:
         saved = self._get("buffer")
@@ -192,7 +200,7 @@ class _Reader:
     def _in_flight(self) -> np.ndarray:
         listed = self._get("in_flight")
         numbers = listed if isinstance(listed, list) else []
-        mask = np.array([stream in numbers for stream in range(self._n_envs)])
+        mask = np.array([stream in numbers for stream in range(self._streams)])
         if np.flatnonzero(mask).tolist() != listed:
             raise damaged(self._file, f"in_flight is {listed!r}, expected numbers of streams in order")
         return mask
@@ -245,6 +253,6 @@ class _Reader:
         return number
 
     def _numbers(self, name: str, value: Any) -> np.ndarray:
-        if not isinstance(value, list) or len(value) != self._n_envs:
-            raise damaged(self._file, f"{name} is no list of {self._n_envs} numbers, one for each environment")
+        if not isinstance(value, list) or len(value) != self._streams:
+            raise damaged(self._file, f"{name} is no list of {self._streams} numbers, one for each environment")
         return np.array([self._number(name, number) for number in value], np.int64)

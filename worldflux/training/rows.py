@@ -89,6 +89,7 @@ class RowStore:
         most = int(self.limits[0])
         self.ring = most + spare_rows(most, n_envs)
         self.base = np.arange(n_envs) * self.ring
+        self._numbers = np.arange(n_envs)
         self.storage = MemoryStorage() if storage is None else storage
         count, number = n_envs * self.ring, np.dtype(np.float32)
         columns = [*obs.values(), ((action_dim,), number), ((), number), *extras.values()]
@@ -153,7 +154,7 @@ class RowStore:
         return found.hexdigest()
 
     def move_to(self, other: RowStore) -> None:
-        """Copies all rows into an empty store of the same form with at least this one's limits."""
+        """Copies all rows into an empty store of the same form, which has room for them and at least these streams."""
         step = max(1, _CHUNK_BYTES // self._row_bytes)
         for stream, (begin, end) in enumerate(zip(self.begin.tolist(), self.end.tolist(), strict=True)):
             for start in range(begin, end, step):
@@ -161,9 +162,19 @@ class RowStore:
                 old, new = self.at(stream, rows), other.at(stream, rows)
                 for mine, its in zip(self._arrays, other._arrays, strict=True):
                     its[new] = mine[old]
+        streams = len(self.base)
         for name in ("begin", "end", "transitions", "episodes", "in_flight"):
-            getattr(other, name)[:] = getattr(self, name)
-        other._first_here[:] = self.begin
+            getattr(other, name)[:streams] = getattr(self, name)
+        other._first_here[:streams] = self.begin
+
+    def drop_excess(self, other: RowStore) -> None:
+        """Drops the oldest rows of each stream until the same stream of another store can hold the rest."""
+        streams = np.arange(len(self.base))
+        excess = np.maximum(self.transitions - other.limits[streams], 0)
+        rows_excess = np.maximum(self.end - self.begin - other.ring, 0)
+        streams = np.flatnonzero(excess + rows_excess)
+        if streams.size:
+            self._drop(streams, excess[streams], rows_excess[streams])
 
     @property
     def bytes_taken(self) -> int:
@@ -192,52 +203,56 @@ class RowStore:
         flags: np.ndarray,
         finals: Mapping[str, np.ndarray],
         extras: Mapping[str, np.ndarray],
+        streams: np.ndarray | None = None,
     ) -> None:
-        """Appends K steps to every stream, with a final row after each that ends an episode; K up to `most_steps`.
+        """Appends K steps to each of S streams, with a final row after each that ends an episode; K up to `most_steps`.
 
         For many steps it takes little longer than for one.
 
         Args:
-            obs: `[K, n_envs, ...]` each
-            actions: `[K, n_envs, A]`
-            rewards: `[K, n_envs]`
+            obs: `[K, S, ...]` each
+            actions: `[K, S, A]`
+            rewards: `[K, S]`
             flags: STEP where a stream makes a step, with TERMINATED or TRUNCATED where that ends an episode, and 0
-                where it makes none. `[K, n_envs]` uint8
+                where it makes none. `[K, S]` uint8
             finals: The observations after the ends of episodes, in the order of `flags`. `[E, ...]`
-            extras: `[K, n_envs, ...]` each; what is left out becomes zero.
+            extras: `[K, S, ...]` each; what is left out becomes zero.
+            streams: Their numbers, each of them once; None means all, in order. `[S]`
         """
         count, ended = len(flags), flags > STEP
         is_whole = np.count_nonzero(flags) == flags.size
         if is_whole and not np.count_nonzero(ended):
-            self._add_plain_steps(count, obs, actions, rewards, extras)
+            self._add_plain_steps(count, obs, actions, rewards, extras, streams)
             return
-        active = flags != 0  # [K, n_envs]
+        chosen: Any = slice(None) if streams is None else streams
+        numbers = self._numbers[chosen]  # [S]
+        active = flags != 0  # [K, S]
         rows = active.astype(np.int64) + ended
-        after = self.end + np.cumsum(rows, axis=0)  # the row that follows each step and its final row
+        after = self.end[chosen] + np.cumsum(rows, axis=0)  # the row that follows each step and its final row
         end, steps = after[-1], np.count_nonzero(active, axis=0)
-        self._make_room(steps, end - self.end)
+        self._make_room(self._at_streams(chosen, steps), self._at_streams(chosen, end - self.end[chosen]))
 
         kept: Any = ... if is_whole else np.nonzero(active)
-        at = (self.base + (after - rows) % self.ring)[kept]
+        at = (self.base[chosen] + (after - rows) % self.ring)[kept]
         self._write_rows(at, {key: array[kept] for key, array in obs.items()}, actions[kept], rewards[kept])
         self.flags[at] = flags[kept] & (TERMINATED | TRUNCATED)
         for name, stored in self.extras.items():
             stored[at] = extras[name][kept] if name in extras else 0
 
-        starts = np.flatnonzero((steps > 0) & ~self.in_flight)
+        starts = numbers[(steps > 0) & ~self.in_flight[chosen]]
         self.flags[self.at(starts, self.end[starts])] |= FIRST
-        step, stream = np.nonzero(ended)
+        step, column = np.nonzero(ended)
         if step.size:
-            following = after[step, stream]
+            stream, following = numbers[column], after[step, column]
             self.write_finals(self.at(stream, following - 1), finals)
-            goes_on = following < end[stream]
+            goes_on = following < end[column]
             self.flags[self.at(stream[goes_on], following[goes_on])] |= FIRST
 
-        self.end[:] = end
-        self.transitions += steps
-        self.episodes += np.count_nonzero(ended, axis=0)
-        moved = np.flatnonzero(steps)
-        self.in_flight[moved] = (self.flags[self.at(moved, end[moved] - 1)] & FINAL) == 0
+        self.end[chosen] = end
+        self.transitions[chosen] += steps
+        self.episodes[chosen] += np.count_nonzero(ended, axis=0)
+        moved = numbers[steps > 0]
+        self.in_flight[moved] = (self.flags[self.at(moved, self.end[moved] - 1)] & FINAL) == 0
 
     def _add_plain_steps(
         self,
@@ -246,19 +261,31 @@ class RowStore:
         actions: np.ndarray,
         rewards: np.ndarray,
         extras: Mapping[str, np.ndarray],
+        streams: np.ndarray | None,
     ) -> None:
-        """The same where every stream makes every step and no episode ends."""
-        self._make_room(count, count)
-        at = self.base + (self.end + np.arange(count)[:, None]) % self.ring  # [K, n_envs]
+        """The same where every one of these streams makes every step and no episode ends."""
+        chosen: Any = slice(None) if streams is None else streams
+        more = self._at_streams(chosen, count)
+        self._make_room(more, more)
+        at = self.base[chosen] + (self.end[chosen] + np.arange(count)[:, None]) % self.ring  # [K, S]
         self._write_rows(at, obs, actions, rewards)
         self.flags[at] = 0
         for name, stored in self.extras.items():
             stored[at] = extras.get(name, 0)
-        if np.count_nonzero(self.in_flight) < len(self.in_flight):
-            self.flags[at[0, ~self.in_flight]] = FIRST
-            self.in_flight[:] = True
-        self.end += count
-        self.transitions += count
+        in_flight = self.in_flight[chosen]
+        if np.count_nonzero(in_flight) < len(in_flight):
+            self.flags[at[0, ~in_flight]] = FIRST
+            self.in_flight[chosen] = True
+        self.end[chosen] += count
+        self.transitions[chosen] += count
+
+    def _at_streams(self, chosen: slice | np.ndarray, values: Any) -> Any:
+        """The values at the chosen streams, and zero for the others; as they are if all streams are chosen."""
+        if isinstance(chosen, slice):
+            return values
+        spread = np.zeros_like(self.end)
+        spread[chosen] = values
+        return spread
 
     def _write_rows(
         self, at: np.ndarray, obs: Mapping[str, np.ndarray], actions: np.ndarray, rewards: np.ndarray

@@ -131,7 +131,6 @@ class WindowSampler:
 
     Args:
         form: Of a row.
-        n_envs: Streams.
         seed: Of the sampler; None draws one.
 
     Raises:
@@ -140,9 +139,8 @@ class WindowSampler:
 
     _hint = "Add more steps, or sample shorter windows."
 
-    def __init__(self, form: RowForm, n_envs: int, seed: int | None) -> None:
+    def __init__(self, form: RowForm, seed: int | None) -> None:
         self._form = form
-        self._n_envs = n_envs
         self.seed(seed)
 
     @property
@@ -345,7 +343,7 @@ class WindowSampler:
         # Without a mask where everything was seen: a model need not work out what it would have expected there.
         kept = flags[:-1] if flags[-1].all() else flags
         terminations, truncations, is_first, *masks = to_device(torch.from_numpy(kept), rewards.device).unbind()
-        n = self._n_envs
+        n = len(store.base)
         if drawn.rows is None:
             ids = (drawn.first * n + drawn.stream)[:, None] + np.arange(0, seq_len * n, n)
         else:
@@ -364,7 +362,7 @@ class WindowSampler:
 
     def _found(self, store: RowStore, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Index in the arrays of the rows of `Batch.rows`, and whether they are still stored. `[B, T]` each."""
-        row, stream = np.divmod(ids, self._n_envs)
+        row, stream = np.divmod(ids, len(store.base))
         return store.at(stream, row), (row >= store.begin[stream]) & (row < store.end[stream])
 
 
