@@ -97,7 +97,7 @@ def test_a_checkpoint_and_the_directory_of_its_run_bring_their_replay_data(check
     RunConfig("train", "dreamerv3:tiny", "CartPole-v1", {}).write(run)
     newest = run / "checkpoints" / checkpoint.name
     newest.symlink_to(checkpoint)
-    assert (_find_agent(checkpoint), _find_agent(checkpoint.parent), _find_agent(run)) == (
+    assert tuple(_find_agent(path).path for path in (checkpoint, checkpoint.parent, run)) == (
         checkpoint,
         checkpoint,
         newest,

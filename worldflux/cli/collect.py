@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from worldflux.cli.environments import EnvName, find_environment
 from worldflux.cli.options import Number
+from worldflux.cli.players import load_player
+from worldflux.cli.runs import Saved, saved_agent
 from worldflux.errors import ConfigurationError
 
 RANDOM = "random"
@@ -34,7 +36,7 @@ def collect(
         output: File to write, an .npz.
         steps: Environment steps to record, over all environments.
         episodes: Whole episodes to record, instead of steps.
-        policy: "random", or an agent that WorldFluxAgent.save wrote.
+        policy: "random", or what acts: a zip of WorldFluxAgent.save, the directory of a run or of a model.
         n_envs: Environments that are stepped together.
         seed: Of the environments and of random actions. Without one, chance decides.
         overwrite: Replace the file if it exists.
@@ -49,28 +51,31 @@ def collect(
     if not output.absolute().parent.is_dir():
         raise ConfigurationError(f"There is no directory '{output.parent}' for {output.name}. Make it first.")
     _check_writable(output)
-    if policy != RANDOM and not Path(policy).is_file():
-        raise ConfigurationError(
-            f"There is no file '{policy}'. --policy is 'random', or a file of WorldFluxAgent.save."
-        )
+    saved = None if policy == RANDOM else _policy(policy)
     found = find_environment(env)
 
     from worldflux.envs.collection import collect as collect_steps
     from worldflux.envs.make import make_vec_env
 
-    acting: Any = None
-    if policy != RANDOM:
-        from worldflux.agents import WorldFluxAgent
-
-        acting = WorldFluxAgent.load(policy)
     envs = make_vec_env(found, n_envs, seed=seed)
     try:
+        acting = None if saved is None else load_player(saved, envs, env)
         buffer = collect_steps(envs, acting, steps=steps, episodes=episodes, seed=seed, progress=sys.stderr.isatty())
     finally:
         envs.close()
     buffer.save(output)
     print(f"{output}: {buffer.num_transitions} steps of {buffer.num_episodes} episodes.")
     return 0
+
+
+def _policy(given: str) -> Saved:
+    path = Path(given)
+    if not path.exists() and not path.with_name(f"{path.name}.zip").is_file():
+        raise ConfigurationError(
+            f"There is no file '{given}'. --policy is 'random', a file of WorldFluxAgent.save, or the directory of a "
+            "run or of a model."
+        )
+    return saved_agent(path)
 
 
 def _check_writable(output: Path) -> None:

@@ -15,10 +15,9 @@ import tyro
 
 from worldflux.cli import runs
 from worldflux.cli.environments import find_environment
-from worldflux.cli.options import EnvOptions, File, OptionalEnvName, from_json
-from worldflux.cli.runs import RunConfig
-from worldflux.cli.train import TrainSettings
-from worldflux.errors import ConfigurationError, MissingDependencyError, ShapeMismatchError
+from worldflux.cli.options import EnvOptions, File, OptionalEnvName
+from worldflux.cli.players import environment_of, load_player
+from worldflux.errors import ConfigurationError, MissingDependencyError
 
 if TYPE_CHECKING:
     import gymnasium as gym
@@ -56,7 +55,7 @@ def evaluate(
     """Play episodes with a saved agent, and print what it earns.
 
     Args:
-        agent: A zip of WorldFluxAgent.save, a checkpoint, or the directory of a run.
+        agent: A zip of WorldFluxAgent.save, a checkpoint, the directory of a run, or of a model (save_pretrained).
         env: As for worldflux train. Default: the one that the agent's run was made in, with the same options.
         episodes: How many to play.
         seed: Of the environment and of sampled actions.
@@ -70,7 +69,6 @@ def evaluate(
     Returns:
         0
     """
-    from worldflux.agents import WorldFluxAgent
     from worldflux.agents.settings import AgentSettings
     from worldflux.cli.video import VideoFile, check_target
     from worldflux.training.config import whole_number
@@ -83,10 +81,9 @@ def evaluate(
     name, options = _environment(agent, env, options)
     if video is not None:
         check_target(video)
-    player = WorldFluxAgent.load(source)
     made = make_environment(name, options, film=video is not None)
     try:
-        check_spaces(player, made, name)
+        player = load_player(source, made, name)
         seed_everything(seed)
         fps = made.metadata.get("render_fps") or 30
         with nullcontext() if video is None else VideoFile(video, fps) as film:
@@ -103,7 +100,7 @@ def evaluate(
                 _tell(len(played), episodes, episode)
     finally:
         made.close()
-    _report(played, str(source), name, stochastic=stochastic, seed=seed, as_json=json_output, video=video)
+    _report(played, str(source.path), name, stochastic=stochastic, seed=seed, as_json=json_output, video=video)
     return 0
 
 
@@ -111,13 +108,10 @@ def _environment(agent: Path, env: str | None, options: EnvOptions) -> tuple[str
     """The environment that is meant, and how it is made."""
     if env is not None:
         return env, options
-    run = runs.run_of(agent)
-    if run is None:
-        raise ConfigurationError(f"{agent} is of no run that says where to act. Add ENV: worldflux eval {agent} ENV")
+    found = environment_of(agent, f"Add ENV: worldflux eval {agent} ENV")
     if options != _NO_OPTIONS:
         raise ConfigurationError(f"--{' --'.join(options.given())} go with ENV. Add it, or leave them out.")
-    config = RunConfig.read(run)
-    return config.task, from_json(TrainSettings, config.settings, run / runs.CONFIG_FILE)
+    return found
 
 
 def make_environment(name: str, options: EnvOptions, *, film: bool) -> gym.Env[Any, Any]:
@@ -144,23 +138,6 @@ def make_environment(name: str, options: EnvOptions, *, film: bool) -> gym.Env[A
             "A class of your own takes render_mode in its constructor and keeps it."
         )
     return env
-
-
-def check_spaces(agent: WorldFluxAgent, env: gym.Env[Any, Any], name: str) -> None:
-    """Raises a `ShapeMismatchError` unless the agent was trained for such an environment."""
-    from worldflux.envs.spaces import ObservationCodec
-
-    expected, found = agent.obs_codec, ObservationCodec(env.observation_space)
-    if (expected.obs_shape, expected.obs_classes) != (found.obs_shape, found.obs_classes):
-        raise ShapeMismatchError(
-            f"The agent observes {expected.obs_shape}, and {name} shows {found.obs_shape}. "
-            "Pass the environment that it was trained in, with the same --pixels and --size."
-        )
-    if agent.action_space != env.action_space:
-        raise ShapeMismatchError(
-            f"The agent acts in {agent.action_space}, and {name} has {env.action_space}. Pass the environment that it "
-            "was trained in."
-        )
 
 
 def _play(

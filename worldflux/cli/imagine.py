@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,13 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from worldflux.cli import runs
-from worldflux.cli.eval import check_spaces, make_environment
-from worldflux.cli.options import EnvOptions, Number, from_json
-from worldflux.cli.train import TrainSettings
+from worldflux.cli.eval import make_environment
+from worldflux.cli.options import EnvOptions, Number
+from worldflux.cli.players import environment_of, load_player
+from worldflux.cli.runs import Saved
 from worldflux.errors import ConfigurationError, ShapeMismatchError
 
 if TYPE_CHECKING:
     from worldflux.agents import WorldFluxAgent
+    from worldflux.models.base import WorldModel
     from worldflux.training import ReplayBuffer
     from worldflux.training.prediction import PredictionError
 
@@ -47,8 +50,9 @@ def imagine(
     """Draw what a saved agent imagines: it sees how recorded windows begin, and predicts the rest from the actions.
 
     Args:
-        agent: A zip of WorldFluxAgent.save, a checkpoint, or the directory of a run.
-        data: Recorded episodes, an .npz. Without it and --env, the replay data of the checkpoint.
+        agent: A zip of WorldFluxAgent.save, a checkpoint, the directory of a run, or of a model (save_pretrained).
+        data: Recorded episodes, an .npz. Without it and --env, the replay data of the checkpoint, or what the run of
+            worldflux train-offline learned from.
         env: Record new episodes of the agent instead, in an environment as for worldflux train.
         episodes: How many to record with --env.
         context: Rows of each window that the model sees.
@@ -81,24 +85,20 @@ def imagine(
     source = _find_agent(agent)
     _make_directory(output)
 
-    from worldflux.agents import WorldFluxAgent
     from worldflux.cli.video import VideoFile
     from worldflux.training.calibration import check_finite, summary
     from worldflux.training.pictures import figures, picture_name
     from worldflux.training.pictures.frames import FPS, film, image_keys, longest_windows
     from worldflux.training.prediction import open_loop
 
-    player = WorldFluxAgent.load(source)
-    buffer, described = _episodes_of(player, source, data, env, options, episodes=episodes, seed=seed)
-    _check_rows(player, buffer, described)
-    has_images = any(len(shape) == 3 for shape in player.model.config.obs_shapes.values())
+    model, steps, buffer, described = _shown(source, data, env, options, episodes=episodes, seed=seed)
+    _check_rows(model, buffer, described)
+    has_images = any(len(shape) == 3 for shape in model.config.obs_shapes.values())
     count = windows or (IMAGE_WINDOWS if has_images else WINDOWS)
-    found = open_loop(
-        player.model, buffer.sample(count, context + horizon), context=context, samples=samples, seed=seed
-    )
+    found = open_loop(model, buffer.sample(count, context + horizon), context=context, samples=samples, seed=seed)
     check_finite(found)
     errors = found.errors()
-    title = f"{player.model.config.model_type} after {player.num_timesteps} steps; {described}"
+    title = f"{model.config.model_type}{'' if steps is None else f' after {steps} steps'}; {described}"
     with tempfile.TemporaryDirectory(dir=output, prefix=".imagination-") as scratch:
         beside = Path(scratch)
         images = image_keys(found)
@@ -108,24 +108,21 @@ def imagine(
                     video.add(frame)
         for name, figure in figures(found, errors, shown=shown, title=title).items():
             figure.savefig(beside / f"{name}.png")
-        numbers = {"agent": str(source), "data": described, "seed": seed, **summary(found, errors)}
+        numbers = {"agent": str(source.path), "data": described, "seed": seed, **summary(found, errors)}
         (beside / "imagination.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
         written = [file.replace(output / file.name) for file in sorted(beside.iterdir())]
     _report(errors, written, pictured=bool(found.obs))
     return 0
 
 
-def _find_agent(path: Path) -> Path:
-    """What `WorldFluxAgent.load` reads, the newest checkpoint where there are several: it has replay data."""
+def _find_agent(path: Path) -> Saved:
+    """What to read, the newest checkpoint where there are several: it has replay data."""
     from worldflux.training.checkpoint import newest_checkpoint
 
-    source = runs.saved_agent(path, newest=True)
-    if not source.is_dir() or (source / "agent.json").is_file():
-        return source
-    newest = newest_checkpoint(source)
-    if newest is None:
-        raise ConfigurationError(f"{path} holds no checkpoint of an agent. Pass what an agent was saved to.")
-    return newest
+    saved = runs.saved_agent(path, newest=True)
+    if not saved.path.is_dir() or (saved.path / "agent.json").is_file():
+        return saved
+    return replace(saved, path=newest_checkpoint(saved.path) or saved.path)
 
 
 def _make_directory(output: Path) -> None:
@@ -139,48 +136,64 @@ def _make_directory(output: Path) -> None:
         ) from error
 
 
-def _episodes_of(
-    agent: WorldFluxAgent,
-    source: Path,
-    data: Path | None,
-    env: str | None,
-    options: EnvOptions,
-    *,
-    episodes: int,
-    seed: int,
-) -> tuple[ReplayBuffer, str]:
-    """What the agent is shown, and what that is in words."""
+def _shown(
+    source: Saved, data: Path | None, env: str | None, options: EnvOptions, *, episodes: int, seed: int
+) -> tuple[WorldModel, int | None, ReplayBuffer, str]:
+    """The model, the environment steps of its agent, what the model is shown, and what that is in words."""
+    from worldflux.agents import WorldFluxAgent
+    from worldflux.factory import create_world_model
     from worldflux.training import ReplayBuffer
 
+    path = source.path
+    if data is None and env is None and not source.is_agent:
+        data = _data_of_run(path)
+    if data is not None and not data.is_file():
+        raise ConfigurationError(f"There is no file '{data}'. DATA is an .npz of worldflux collect.")
+    if data is None and env is None and not path.is_dir():
+        remedy = f"Add recorded episodes (worldflux imagine {path} data.npz), or --env ENV to record some."
+        if runs.run_of(path) is None:
+            raise ConfigurationError(f"{path} holds no replay data. {remedy}")
+        env, options = environment_of(path, remedy)
+    if env is not None:
+        player, buffer = _record(source, env, options, episodes, seed)
+        return player.model, _steps(source, player), buffer, f"{episodes} new episodes in {env}"
+    if not source.is_agent:
+        assert data is not None
+        model = create_world_model(path, device="auto")
+        return model, None, ReplayBuffer.load(data, seed=seed), f"episodes of {data.name}"
+    player = WorldFluxAgent.load(path)
     if data is not None:
-        if not data.is_file():
-            raise ConfigurationError(f"There is no file '{data}'. DATA is an .npz of worldflux collect.")
-        return ReplayBuffer.load(data, seed=seed), f"episodes of {data.name}"
-    if env is None and source.is_dir():
-        return _replay_data(agent, source, seed), f"replay data of {source.name}"
-    if env is None:
-        run = runs.run_of(source)
-        if run is None:
-            raise ConfigurationError(
-                f"{source} holds no replay data. Add recorded episodes (worldflux imagine {source} data.npz), or "
-                "--env ENV to record some."
-            )
-        config = runs.RunConfig.read(run)
-        env = config.task
-        options = from_json(TrainSettings, config.settings, run / runs.CONFIG_FILE)
-    return _record(agent, env, options, episodes, seed), f"{episodes} new episodes in {env}"
+        return player.model, player.num_timesteps, ReplayBuffer.load(data, seed=seed), f"episodes of {data.name}"
+    return player.model, player.num_timesteps, _replay_data(player, path, seed), f"replay data of {path.name}"
 
 
-def _record(agent: WorldFluxAgent, env: str, options: EnvOptions, episodes: int, seed: int) -> ReplayBuffer:
-    """New episodes of the agent, with sampled actions as in training."""
+def _steps(source: Saved, player: WorldFluxAgent) -> int | None:
+    return player.num_timesteps if source.is_agent else None
+
+
+def _data_of_run(path: Path) -> Path:
+    """What a model was trained on, by the run that it belongs to."""
+    run = runs.run_of(path)
+    if run is None or (config := runs.RunConfig.read(run)).kind == "train":
+        raise ConfigurationError(
+            f"{path} holds no replay data. Add recorded episodes (worldflux imagine {path} data.npz), or --env ENV to "
+            "record some."
+        )
+    return Path(config.task)
+
+
+def _record(
+    source: Saved, env: str, options: EnvOptions, episodes: int, seed: int
+) -> tuple[WorldFluxAgent, ReplayBuffer]:
+    """The agent, and new episodes of it, with sampled actions as in training."""
     from worldflux.envs.collection import collect
     from worldflux.training.randomness import seed_everything
 
     made = make_environment(env, options, film=False)
     try:
-        check_spaces(agent, made, env)
+        player = load_player(source, made, env)
         seed_everything(seed)
-        return collect(made, agent, episodes=episodes, seed=seed)
+        return player, collect(made, player, episodes=episodes, seed=seed)
     finally:
         made.close()
 
@@ -210,12 +223,12 @@ def _replay_data(agent: WorldFluxAgent, checkpoint: Path, seed: int) -> ReplayBu
     return buffer
 
 
-def _check_rows(agent: WorldFluxAgent, buffer: ReplayBuffer, described: str) -> None:
-    expected = (agent.obs_codec.obs_shape, agent.action_codec.action_dim)
+def _check_rows(model: WorldModel, buffer: ReplayBuffer, described: str) -> None:
+    expected = (model.config.obs_shape, model.config.action_dim)
     if (buffer.obs_shape, buffer.action_dim) != expected:
         raise ShapeMismatchError(
             f"The {described} hold observations {buffer.obs_shape} and {buffer.action_dim} action numbers, expected "
-            f"{expected[0]} and {expected[1]} for this agent."
+            f"{expected[0]} and {expected[1]} for this model."
         )
 
 

@@ -70,19 +70,32 @@ def _read(directories: tuple[Path, ...]) -> list[Run]:
     from worldflux.cli.curves import read_run
 
     found: dict[Path, Run] = {}
+    without: list[Path] = []
     for directory in directories:
         inside = list(runs.find_runs(directory))
         if not inside:
-            raise ConfigurationError(f"There is no run in {directory}. Pass a directory that worldflux train has made.")
+            raise ConfigurationError(_no_run(directory))
         for entry in inside:
             run = read_run(entry)
             if run is None:
-                print(f"worldflux: {entry} was trained without an environment and has no scores", file=sys.stderr)
+                without.append(entry)
             else:
                 found[entry.resolve()] = run
     if not found:
-        raise ConfigurationError("There is no run of worldflux train among these directories.")
+        raise ConfigurationError(
+            f"There is no run of worldflux train among these directories: {without[0]} was trained without an "
+            f"environment and has losses in place of scores. tensorboard --logdir {without[0] / runs.LOGS} shows them."
+        )
+    for entry in without:
+        print(f"worldflux: {entry} was trained without an environment and has no scores", file=sys.stderr)
     return list(found.values())
+
+
+def _no_run(path: Path) -> str:
+    """Why there is nothing to draw of what the user named, and what to pass."""
+    run = runs.run_of(path)
+    whole = "a directory that worldflux train has made" if run is None else f"the directory of the run: {run}"
+    return f"There is no run in {path}. Pass {whole}."
 
 
 def _grouped(found: list[Run]) -> dict[str, list[Curve]]:

@@ -15,6 +15,7 @@ import platform
 import re
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -162,32 +163,71 @@ def newest_step(directory: Path) -> int | None:
     return None if newest is None else int(newest.name.removeprefix("step-"))
 
 
-def saved_agent(path: Path, *, newest: bool = False) -> Path:
-    """What `WorldFluxAgent.load` shall read: the path itself, or the best or newest agent of a run.
+@dataclass(frozen=True)
+class Saved:
+    """Something saved that acts."""
+
+    path: Path
+    """What is to be read."""
+    is_agent: bool
+    """Whether it is a whole agent, and no model alone, which needs an environment to act in."""
+
+
+def saved_agent(path: Path, *, newest: bool = False) -> Saved:
+    """What to read where the user names an agent or a model.
 
     Args:
-        path: A zip, a checkpoint or the directory of a run.
-        newest: Take the newest checkpoint of a run, and not the agent of its best evaluation.
+        path: A zip, a checkpoint, the directory of a run or one that `WorldModel.save_pretrained` wrote.
+        newest: Of a run, take the newest checkpoint, and not the agent of its best evaluation or the model at its end.
 
     Raises:
-        ConfigurationError: If there is no agent.
+        ConfigurationError: If there is neither.
     """
-    if not is_run(path):
-        if not path.exists() and not path.with_name(f"{path.name}.zip").is_file():
-            raise ConfigurationError(
-                f"There is no '{path}'. AGENT is a zip of WorldFluxAgent.save, a checkpoint, or the directory of a run."
-            )
-        return path
-    if RunConfig.read(path).kind != "train":
-        raise ConfigurationError(
-            f"{path} was trained without an environment and has no agent. "
-            f"WorldFluxAgent('{path / MODEL_DIRECTORY}', env) makes one of its model."
-        )
-    if (path / BEST_AGENT_FILE).is_file() and not newest:
-        return path / BEST_AGENT_FILE
-    if newest_step(path) is None:
-        raise ConfigurationError(f"{path} has no agent yet. Wait for the first checkpoint or evaluation of this run.")
-    return path / CHECKPOINTS
+    from worldflux.training.checkpoint import newest_checkpoint
+
+    if is_run(path):
+        return _of_run(path, newest)
+    if not path.exists() and path.with_name(f"{path.name}.zip").is_file():
+        return Saved(path, True)
+    if path.is_file():
+        if not zipfile.is_zipfile(path):
+            raise ConfigurationError(f"{path} is no file of WorldFluxAgent.save. {_AGENT}")
+        return Saved(path, True)
+    if not path.exists():
+        raise ConfigurationError(f"There is no '{path}'. {_AGENT}")
+    for place in (path, newest_checkpoint(path)):
+        if place is not None and (place / "agent.json").is_file():
+            return Saved(path, True)
+        if place is not None and _is_model(place):
+            return Saved(place, False)
+    raise ConfigurationError(f"{path} holds no checkpoint of an agent, and no model. {_AGENT}")
+
+
+_AGENT = (
+    "AGENT is a zip of WorldFluxAgent.save, a checkpoint, the directory of a run, or of a model that save_pretrained "
+    "wrote."
+)
+
+
+def _of_run(run: Path, newest: bool) -> Saved:
+    """What a run has saved."""
+    from worldflux.training.checkpoint import newest_checkpoint
+
+    checkpoint = newest_checkpoint(run / CHECKPOINTS)
+    if RunConfig.read(run).kind == "train":
+        if (run / BEST_AGENT_FILE).is_file() and not newest:
+            return Saved(run / BEST_AGENT_FILE, True)
+        if checkpoint is not None:
+            return Saved(run / CHECKPOINTS, True)
+        raise ConfigurationError(f"{run} has no agent yet. Wait for the first checkpoint or evaluation of this run.")
+    for place in (checkpoint, run / MODEL_DIRECTORY) if newest else (run / MODEL_DIRECTORY, checkpoint):
+        if place is not None and _is_model(place):
+            return Saved(place, False)
+    raise ConfigurationError(f"{run} has no model yet. Wait for the first checkpoint of this run.")
+
+
+def _is_model(directory: Path) -> bool:
+    return all((directory / name).is_file() for name in ("config.json", "model.safetensors"))
 
 
 def versions() -> dict[str, str]:
