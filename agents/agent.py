@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
-from stable_baselines3.common.utils import safe_mean, update_learning_rate
+from stable_baselines3.common.utils import safe_mean, set_random_seed, update_learning_rate
 from torch import Tensor
 
 from worldflux.agents.acting import Actor, Memory
@@ -25,9 +25,10 @@ from worldflux.agents.rates import Rate, RateSchedule
 from worldflux.agents.saving import SavedAgent
 from worldflux.agents.schedule import UpdateSchedule
 from worldflux.agents.settings import AgentSettings
-from worldflux.agents.vec_envs import frames_per_vec_step, steps_elsewhere
+from worldflux.agents.vec_envs import frames_per_vec_step, stands_for, steps_elsewhere
 from worldflux.envs.make import as_env
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
+from worldflux.envs.vector import seed_envs
 from worldflux.errors import ConfigurationError
 from worldflux.models.base import WorldModel
 from worldflux.overriding import overridden, steps_back
@@ -166,7 +167,7 @@ class WorldFluxAgent(SavedAgent):
             stats_window_size=settings.stats_window_size,
             tensorboard_log=settings.tensorboard_log,
             verbose=settings.verbose,
-            device=resolve_device(device),
+            device=resolve_device(device, must_compute=True),
             support_multi_env=True,
             seed=settings.seed,
         )
@@ -298,12 +299,26 @@ class WorldFluxAgent(SavedAgent):
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """Seeds Python, NumPy, torch, the environments, their action space and the sampler; None does nothing."""
-        super().set_random_seed(seed)
-        if seed is not None and self.replay_buffer is not None:
+        if seed is None:
+            return
+        set_random_seed(seed, using_cuda=self.device.type == "cuda")
+        self.action_space.seed(seed)
+        if self.env is not None:
+            seed_envs(self.env, seed)
+        if self.replay_buffer is not None:
             self.replay_buffer.seed(seed)
 
     def set_env(self, env: GymEnv | str, force_reset: bool = True) -> None:
-        """Continues in another environment of the same spaces and the same number of copies, as SB3 checks."""
+        """Continues in another environment of the same spaces and the same number of copies, as SB3 checks.
+
+        Args:
+            env: As for the constructor.
+            force_reset: False leaves the environment that is set already as it is, so that
+                `learn(..., reset_num_timesteps=False)` goes on with the episodes in flight. Another one is always
+                reset.
+        """
+        if not force_reset and self.env is not None and stands_for(self.env, env):
+            return
         made: Any = as_env(env)
         self._leave_episodes()
         super().set_env(made, force_reset)
@@ -533,8 +548,8 @@ class WorldFluxAgent(SavedAgent):
                 learns and explores with False.
 
         Returns:
-            Actions in the environment's form, `[n, ...]` or for one observation a single one; and the next `state`, for
-            each of its arrays `[n, ...]`.
+            Actions in the environment's form, `[n, ...]` or for one observation a single one, which is an integer of
+            NumPy where the action space is `Discrete`; and the next `state`, for each of its arrays `[n, ...]`.
 
         Raises:
             ShapeMismatchError: If an array has another shape or dtype than expected, or holds NaN.

@@ -33,6 +33,7 @@ from worldflux.agents.schedule import UpdateSchedule
 from worldflux.agents.settings import AgentSettings
 from worldflux.envs.make import as_env
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
+from worldflux.envs.vector import seed_envs
 from worldflux.errors import CheckpointError, ConfigurationError, ShapeMismatchError, nearest
 from worldflux.files import atomic_directory
 from worldflux.models.base import WEIGHTS_FILE
@@ -42,6 +43,9 @@ from worldflux.training.replay_segments import ReplaySegments
 from worldflux.training.trainer import Trainer
 
 SelfAgent = TypeVar("SelfAgent", bound="SavedAgent")
+
+_SAVED = ("model", "policy", "trainer", "lr_schedule", "_current_progress_remaining")
+"""Attributes of an agent that are always in its file, beside those that its description names."""
 
 
 class SavedAgent(BaseAlgorithm):
@@ -79,20 +83,31 @@ class SavedAgent(BaseAlgorithm):
 
         Args:
             path: Gets the suffix `.zip` if it has none; or a binary file that is open for writing.
-            exclude: Not supported; SB3's signature has it.
-            include: Not supported; SB3's signature has it.
+            exclude: Names of what is not in the file anyway, such as `"replay_buffer"` or `"env"`; SB3's signature has
+                it.
+            include: Names of what is always in the file; SB3's signature has it.
 
         Raises:
-            ConfigurationError: If `exclude` or `include` names something, or `path` is no place for a file.
+            ConfigurationError: If `exclude` names what is always in the file, or `include` what never is, or `path` is
+                no place for a file.
             TrainingError: If a loss was not finite; nothing is written then.
             CheckpointError: If `path` is a directory, or cannot be written; an older file is unchanged.
         """
-        if exclude or include:
-            raise ConfigurationError(
-                f"exclude is {exclude!r} and include is {include!r}. They choose among pickled attributes, and this "
-                "file has none: save_replay_buffer writes the replay buffer, save_checkpoint the whole run."
-            )
-        write_archive(path, self._description().to_json(), self.trainer.write_checkpoint)
+        description = self._description()
+        saved = {*_SAVED, *vars(description), *vars(description.settings), *description.counters}
+        for name in _names("exclude", exclude):
+            if name.partition(".")[0] in saved:
+                raise ConfigurationError(
+                    f"exclude has '{name}', which is always in the file: an agent is loaded with all of it. Leave it "
+                    "out, and pass load another value for it."
+                )
+        for name in _names("include", include):
+            if name.partition(".")[0] not in saved:
+                raise ConfigurationError(
+                    f"include has '{name}', which is never in the file. save_replay_buffer writes the replay buffer, "
+                    "save_checkpoint the whole run."
+                )
+        write_archive(path, description.to_json(), self.trainer.write_checkpoint)
 
     def save_checkpoint(self, path: str | Path) -> None:
         """Writes everything that the run goes on from into one directory, which appears whole or not at all.
@@ -235,7 +250,7 @@ class SavedAgent(BaseAlgorithm):
         if self._random_started:
             # The environments' own streams cannot be saved; these seeds follow from the streams that were.
             seed = int(np.random.randint(2**31 - 1))
-            self.env.seed(seed)
+            seed_envs(self.env, seed)
             self.action_space.seed(seed)
 
     def save_replay_buffer(self, path: ArchivePath) -> None:
@@ -294,3 +309,12 @@ class SavedAgent(BaseAlgorithm):
             except Exception as error:  # safetensors raises its own Rust exception class
                 raise CheckpointError(f"{load_path_or_dict} has no readable {WEIGHTS_FILE}: {error}.") from error
         super().set_parameters({"policy": weights}, exact_match, device)  # type: ignore[dict-item]
+
+
+def _names(argument: str, given: Iterable[str] | None) -> list[str]:
+    """The names in `exclude` or `include`, in the order in which they were given."""
+    names = [given] if isinstance(given, str) else list(given or ())
+    for name in names:
+        if not isinstance(name, str):
+            raise ConfigurationError(f"{argument} has {name!r}, expected names of attributes.")
+    return names

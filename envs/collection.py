@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from worldflux.envs.make import as_env, check_batches, make_env
 from worldflux.envs.recorder import VecEpisodeRecorder
 from worldflux.envs.spaces import ActionCodec, Array, ObservationCodec
-from worldflux.envs.vector import row_of
+from worldflux.envs.vector import row_of, seed_envs
 from worldflux.errors import ConfigurationError, MissingDependencyError
 from worldflux.training.config import whole_number
 from worldflux.training.replay import ReplayBuffer
@@ -86,7 +86,7 @@ def collect(
     venv = _as_vec_env(env)
     try:
         if seed is not None:
-            venv.seed(seed)
+            seed_envs(venv, seed)
         single = not isinstance(env, VecEnv | VectorEnv)
         return _collect(venv, _actor(venv, policy, seed, deterministic, single), steps, episodes, capacity, seed, bar)
     finally:
@@ -143,7 +143,7 @@ def _collect(
             resting = [env for env in range(n_envs) if not left[env]]
         if bar is not None:
             bar.update(recorder.steps - before if left is None else len(ended))
-    recorder.interrupt()
+    recorder.close()
     return buffer
 
 

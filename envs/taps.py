@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 TapType = TypeVar("TapType", bound="Tap")
@@ -38,5 +39,6 @@ def tapped(owner: Any, name: str, make: type[TapType], *arguments: Any) -> TapTy
             return layer
         layer = layer.method
     tap = make(method, *arguments)
-    setattr(owner, name, tap)
+    with suppress(AttributeError, TypeError):  # an engine's own object, which takes no attributes and is not heard
+        setattr(owner, name, tap)
     return tap

@@ -79,6 +79,17 @@ def innermost(venv: VecEnv) -> Any:
     return venv
 
 
+def seed_envs(venv: VecEnv, seed: int) -> None:
+    """Seeds environments, for their next reset; warns where that cannot be done."""
+    try:
+        venv.seed(seed)
+    except AttributeError as error:
+        base = type(innermost(venv)).__name__
+        warnings.warn(
+            f"{base} cannot be seeded ({error}). Seed the environments where they are made.", UserWarning, stacklevel=3
+        )
+
+
 def row_of(obs: Any, env: int) -> Any:
     """One environment's part of batched observations, dictionaries and tuples of them included."""
     if isinstance(obs, dict):

@@ -10,7 +10,7 @@ from gymnasium.vector import SyncVectorEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from worldflux.envs.taps import Tap, tapped
-from worldflux.envs.vector import GymnasiumVecEnv
+from worldflux.envs.vector import GymnasiumVecEnv, innermost
 
 _MOVES = ("reset", "step", "step_wait", "reset_wait", "recv")
 
@@ -29,7 +29,7 @@ class EnvWatch:
     """
 
     def __init__(self, venv: VecEnv) -> None:
-        base: Any = venv.unwrapped
+        base: Any = innermost(venv)
         if isinstance(base, GymnasiumVecEnv):
             base = base.vector_env.unwrapped
         reachable = isinstance(base, DummyVecEnv | SyncVectorEnv)

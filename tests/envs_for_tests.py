@@ -179,19 +179,3 @@ class Aim(gym.Env[Any, Any]):
     def _show(self) -> np.ndarray:
         self.shown = self.np_random.uniform(-1, 1, 1).astype(np.float32)
         return self.shown
-
-
-class AnySpaces(gym.Env[Any, Any]):
-    """Shows samples of any space, and takes actions of any other, for nine steps."""
-
-    def __init__(self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
-        self.observation_space, self.action_space = observation_space, action_space
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        super().reset(seed=seed)
-        self.t = 0
-        return self.observation_space.sample(), {}
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        self.t += 1
-        return self.observation_space.sample(), 0.0, False, self.t >= 9, {}

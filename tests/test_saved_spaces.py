@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from envs_for_tests import AnySpaces
 from gymnasium import spaces
+from sb3_families import AnySpaces
 
 from worldflux import WorldFluxAgent
 from worldflux.agents.callbacks import AgentCheckpointCallback

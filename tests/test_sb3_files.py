@@ -233,11 +233,32 @@ def test_the_versions_of_then_and_now_are_printed(trained: WorldFluxAgent, capsy
         assert f"- PyTorch: {torch.__version__}\n" in part and f"- Numpy: {np.__version__}\n" in part
 
 
-def test_nothing_can_be_left_out_of_a_file_or_put_into_it(trained: WorldFluxAgent) -> None:
-    for choice in ({"exclude": ["learning_rate"]}, {"include": ["replay_buffer"]}):
-        with pytest.raises(ConfigurationError, match=r"this file has none: save_replay_buffer writes the replay"):
-            trained.save(io.BytesIO(), **choice)
-    trained.save(io.BytesIO(), exclude=[], include=None)
+ALWAYS_SAVED = ["learning_rate", "policy", "policy.optimizer", "model", "num_timesteps", "action_space", "seed"]
+NEVER_SAVED = ["replay_buffer", "env", "logger", "_last_obs", "ep_info_buffer", "actor", "no_such_attribute"]
+
+
+@pytest.mark.parametrize("name", ALWAYS_SAVED)
+def test_what_is_always_in_the_file_cannot_be_left_out(trained: WorldFluxAgent, name: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"exclude has '{name}', which is always in the file"):
+        trained.save(io.BytesIO(), exclude=["env", name])
+    trained.save(io.BytesIO(), include=[name])
+
+
+@pytest.mark.parametrize("name", NEVER_SAVED)
+def test_what_is_never_in_the_file_may_be_left_out(trained: WorldFluxAgent, name: str) -> None:
+    file = io.BytesIO()
+    trained.save(file, exclude=[name, "replay_buffer"])
+
+    assert WorldFluxAgent.load(file).num_timesteps == trained.num_timesteps
+    with pytest.raises(ConfigurationError, match=rf"include has '{name}', which is never in the file"):
+        trained.save(io.BytesIO(), include=[name])
+
+
+def test_names_are_taken_alone_and_in_any_collection(trained: WorldFluxAgent) -> None:
+    for choice in ({"exclude": "replay_buffer"}, {"exclude": ("env",)}, {"exclude": {"env"}}, {"exclude": []}, {}):
+        trained.save(io.BytesIO(), **choice)
+    with pytest.raises(ConfigurationError, match="exclude has 3, expected names of attributes"):
+        trained.save(io.BytesIO(), exclude=[3])
 
 
 def test_a_file_of_sb3_itself_is_refused(trained: WorldFluxAgent, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.vector import SyncVectorEnv
 from sb3_families import (
     BOX,
     DISCRETE_ACTIONS,
@@ -257,6 +258,56 @@ def test_repeated_learning_goes_on_or_begins_anew(family: str) -> None:
     agent.learn(10)
     assert (agent.num_timesteps, agent._total_timesteps, agent._episode_num) == (10, 10, 2)
     assert len(agent.ep_info_buffer) == 2
+
+
+class Resets(gym.Wrapper[Any, Any, Any, Any]):
+    """Counts resets."""
+
+    count = 0
+
+    def reset(self, **kwargs: Any) -> Any:
+        self.count += 1
+        return self.env.reset(**kwargs)
+
+
+SET_ENV: dict[str, Callable[[Resets], Any]] = {
+    "the environment": lambda env: env,
+    "a monitored one": Monitor,
+    "a VecEnv": lambda env: DummyVecEnv([lambda: env]),
+    "a wrapped VecEnv": lambda env: VecMonitor(DummyVecEnv([lambda: env])),
+    "a Gymnasium vector environment": lambda env: SyncVectorEnv([lambda: env]),
+}
+
+
+@pytest.mark.parametrize("given", SET_ENV)
+@pytest.mark.parametrize("observed", [NUMBERS, IMAGE], ids=["numbers", "images"])
+def test_an_environment_that_is_set_already_need_not_be_reset(given: str, observed: spaces.Space[Any]) -> None:
+    counted = Resets(AnySpaces(observed))
+    env = SET_ENV[given](counted)
+    agent = make("dreamerv3", env).learn(LENGTH + 2)
+    before, episodes = counted.count, agent._episode_num
+
+    for same in (env, agent.get_env()):
+        agent.set_env(same, force_reset=False)
+    agent.learn(1, reset_num_timesteps=False)
+    assert counted.count == before  # in the middle of an episode
+    agent.learn(LENGTH, reset_num_timesteps=False)
+    assert agent._episode_num == episodes + 1
+
+    before = counted.count
+    agent.set_env(env)
+    agent.learn(1, reset_num_timesteps=False)
+    assert counted.count == before + 1
+
+
+def test_another_environment_is_always_reset() -> None:
+    agent = make("dreamerv3", Resets(AnySpaces())).learn(2)
+    other = Resets(AnySpaces())
+
+    agent.set_env(other, force_reset=False)
+    agent.learn(1, reset_num_timesteps=False)
+
+    assert other.count == 1
 
 
 @both
