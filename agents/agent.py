@@ -26,6 +26,7 @@ from worldflux.agents.saving import SavedAgent
 from worldflux.agents.schedule import UpdateSchedule
 from worldflux.agents.settings import AgentSettings
 from worldflux.agents.vec_envs import frames_per_vec_step, stands_for, steps_elsewhere
+from worldflux.config.devices import resolve_device
 from worldflux.envs.make import as_env
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
 from worldflux.envs.vector import seed_envs
@@ -33,7 +34,7 @@ from worldflux.errors import ConfigurationError
 from worldflux.models.base import WorldModel
 from worldflux.overriding import overridden, steps_back
 from worldflux.training.compiling import captures
-from worldflux.training.config import TrainingConfig, resolve_device, whole_number
+from worldflux.training.config import TrainingConfig, whole_number
 from worldflux.training.replay import ReplayBuffer
 from worldflux.training.replay_segments import ReplaySegments
 from worldflux.training.signals import StopRequest, stopping_on_signals

@@ -14,10 +14,10 @@ from sb3_families import AnySpaces, make
 
 from worldflux import WorldFluxAgent, create_world_model
 from worldflux.cli.main import main
+from worldflux.config.devices import resolve_device
 from worldflux.errors import ConfigurationError
 from worldflux.models.base import WorldModel
 from worldflux.training import ReplayBuffer, Trainer, TrainingConfig
-from worldflux.training.config import resolve_device
 
 UNSUPPORTED = ["mps", "mps:0", "xpu", "xla", "hpu", "mtia", "vulkan", "ipu", "privateuseone", torch.device("mps")]
 UNKNOWN = ["gpu", "", "tpu", None, 1.5, True, ["cpu"], "cuda:-1"]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from training_fakes import MemoryProvider, NoisyRegression
 
+from worldflux.config.devices import resolve_device
 from worldflux.errors import ConfigurationError, TrainingError
 from worldflux.models.base import LossOutput, Phase
 from worldflux.training import Callback, Trainer, TrainingConfig, train
-from worldflux.training.config import resolve_device
 from worldflux.training.optim import Adam, LaProp
 from worldflux.training.replay import ReplayBuffer
 

@@ -21,11 +21,11 @@ from worldflux.config import (
     WorldModelConfig,
 )
 from worldflux.config.base import check_field_names
+from worldflux.config.devices import resolve_device
 from worldflux.errors import CheckpointError, ConfigurationError, nearest
 from worldflux.models.base import CONFIG_FILE, WorldModel
 from worldflux.models.dreamerv3.world_model import DreamerV3
 from worldflux.models.tdmpc2.world_model import TDMPC2
-from worldflux.training.config import resolve_device
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def hardware(device: str) -> dict[str, Any]:
     """
     import torch
 
-    from worldflux.training.config import resolve_device
+    from worldflux.config.devices import resolve_device
 
     works, problem = None, ""
     try:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from worldflux.config import WorldModelConfig
+from worldflux.config.devices import resolve_device
 from worldflux.errors import CheckpointError, ShapeMismatchError
 from worldflux.files import write_atomically
 from worldflux.models.health import Vital
 from worldflux.nn.precision import autocast
 from worldflux.training.batch import Batch, Observation
-from worldflux.training.config import resolve_device
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

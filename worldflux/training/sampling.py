@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from worldflux.config.devices import resolve_device
 from worldflux.errors import BufferError
 from worldflux.training.actions import Classes, check_fits
 from worldflux.training.arrays import SINGLE, RowForm, as_numpy
 from worldflux.training.batch import Batch, BatchRequest
-from worldflux.training.config import resolve_device, whole_number
+from worldflux.training.config import whole_number
 from worldflux.training.rows import FINAL, FIRST, TERMINATED, TRUNCATED, UNSEEN, RowStore
 from worldflux.training.storage import DeviceArray, RowArray
 from worldflux.training.transfers import to_device

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from worldflux.config.devices import resolve_device
 from worldflux.errors import BufferError, ConfigurationError
 from worldflux.training.budget import Budget, free_device_memory, free_disk, free_memory
-from worldflux.training.config import resolve_device
 from worldflux.training.transfers import to_device
 
 StoragePlace = str | os.PathLike[str] | torch.device | None

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from worldflux.config.devices import resolve_device
 from worldflux.errors import CheckpointError, ConfigurationError, TrainingError
 from worldflux.files import atomic_directory, remove_leftovers
 from worldflux.models.base import CONFIG_FILE, WEIGHTS_FILE, OptimizerSpec, Phase, WorldModel
@@ -38,7 +39,7 @@ from worldflux.training.checkpoint import (
     writing_checkpoint,
 )
 from worldflux.training.compiling import captures, compiles
-from worldflux.training.config import TrainingConfig, resolve_device, whole_number
+from worldflux.training.config import TrainingConfig, whole_number
 from worldflux.training.data import BatchProvider, BatchRequestProvider, sample_from
 from worldflux.training.fitting import check_first_batch, check_kind, warn_of_overruled
 from worldflux.training.graphs import CudaRecorder
