@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -57,7 +58,7 @@ def source(tmp_path, monkeypatch) -> Path:
 
 
 def answer(library) -> float:
-    library.answer.restype = native.ctypes.c_double
+    library.answer.restype = ctypes.c_double
     return library.answer()
 
 
@@ -321,6 +322,44 @@ def test_hooks_of_the_networks_are_called_while_planning(part):
     value_of_sequences(model)
 
     assert len(seen) >= 2
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("default", ["device", "dtype"])
+def test_defaults_for_new_tensors_change_nothing(default, native_calls):
+    net, _ = random_net("plain end")
+    parts = [torch.randn(6, 5).requires_grad_(), torch.randn(6, 2)]
+    expected = output_and_gradients(net, parts, {})
+    model = tiny_model()
+    state, actions = model.encode(torch.zeros(2, 3)), torch.zeros(3, 2, 4, 2)
+    weights = torch.linspace(0.5, 1.5, expected[0].numel()).view_as(expected[0])
+    try:
+        if default == "device":
+            torch.set_default_device("meta")
+        else:
+            torch.set_default_dtype(torch.float64)
+        output = net(*parts)
+        grads = torch.autograd.grad((output * weights).sum(), [*net.parameters(), parts[0]])
+        with torch.no_grad():
+            outlook = model.outlook(state, actions, discount=0.9, deterministic=True)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+    assert torch.equal(output, expected[0]) and len(native_calls) >= 2
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(grads, expected[1:], strict=True))
+    assert outlook.earned.dtype == torch.float32 and outlook.earned.device.type == "cpu"
+
+
+@needs_a_compiler
+def test_a_blas_that_computes_wrongly_is_not_used(caplog):
+    library = fast._library()
+    assert library is not None
+    nothing = ctypes.CFUNCTYPE(None)(lambda: None)
+
+    assert fast._is_right(library)
+    assert not fast._is_right(library._replace(sgemm=ctypes.cast(nothing, ctypes.c_void_p).value))
+    assert "computes wrongly" in caplog.text
 
 
 # Not in the way

@@ -8,19 +8,23 @@ product, by torch's own BLAS, and one pass over its result.
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as torch_module
 
 from worldflux.accel import native
 from worldflux.nn import nodes
+
+logger = logging.getLogger("worldflux.nn")
 
 PLAIN, MISH, SIMNORM = 0, 1, 2
 _DISPATCH_DEPTH: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
@@ -133,10 +137,10 @@ def rollout(
     assert library is not None
     H, N, S, A = actions.shape
     state, actions = state.contiguous(), actions.contiguous()
-    states = torch.empty(H, N, S, dynamics[-1].bias.shape[-1])
-    heads = torch.empty(H, N, S, head[-1].bias.shape[-1])
+    states = state.new_empty(H, N, S, dynamics[-1].bias.shape[-1])
+    heads = state.new_empty(H, N, S, head[-1].bias.shape[-1])
     widest = max(layer.bias.shape[-1] for layer in (*dynamics, *head))
-    work = torch.empty(3 * max(H - 1, 1) * N * S * widest)
+    work = state.new_empty(3 * max(H - 1, 1) * N * S * widest)
     library.rollout(
         library.sgemm,
         _packed(dynamics),
@@ -247,8 +251,9 @@ class _Call:
 
     def forward(self, saved: Tensor | None) -> Tensor:
         """The output `[N, out]`, with members `[m, N, out]`."""
-        out = torch.empty((self.members, self.rows, self.out) if self.members else (self.rows, self.out))
-        work = torch.empty(self.sizes()[0])
+        like = self.parts[0]
+        out = like.new_empty((self.members, self.rows, self.out) if self.members else (self.rows, self.out))
+        work = like.new_empty(self.sizes()[0])
         kept = None if saved is None else saved.data_ptr()
         self.library.forward(*self._arguments(), work.data_ptr(), kept, out.data_ptr(), torch.get_num_threads())
         return out
@@ -257,7 +262,7 @@ class _Call:
         self, saved: Tensor, grad: Tensor, d_layers: Sequence[Tensor | None] | None, d_parts: Sequence[Tensor | None]
     ) -> None:
         """Adds the parameters' gradients to `d_layers`, and writes those of the parts to `d_parts`."""
-        work = torch.empty(self.sizes()[0])
+        work = saved.new_empty(self.sizes()[0])
         to_layers = None
         if d_layers is not None:
             to_layers = (ctypes.c_void_p * len(d_layers))(*(None if d is None else d.data_ptr() for d in d_layers))
@@ -276,7 +281,7 @@ class _Call:
 class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, trained: tuple[Tensor, ...], *tensors: Tensor) -> Tensor:
-        saved = torch.empty(call.sizes()[1])
+        saved = call.parts[0].new_empty(call.sizes()[1])
         out = call.forward(saved)
         ctx.call, ctx.count = call, len(trained)
         # Also those that are no inputs of this node: changed in between, they would give wrong gradients.
@@ -296,14 +301,13 @@ class _MLP(torch.autograd.Function):
             # One piece of memory for all: clearing it is one pass.
             shapes = [None if p is None else p.shape for layer in call.layers for p in layer[:4]]
             sizes = [0 if shape is None else prod(shape) for shape in shapes]
-            pieces = torch.zeros(sum(sizes)).split(sizes)
+            pieces = grad.new_zeros(sum(sizes)).split(sizes)
             d_layers = [
                 None if shape is None else piece.view(shape) for shape, piece in zip(shapes, pieces, strict=True)
             ]
             d_parameters = [d for d in d_layers if d is not None]
-        shared = (call.rows,)
         d_parts = [
-            torch.empty(*shared, part.shape[-1]) if needed else None
+            part.new_empty(call.rows, part.shape[-1]) if needed else None
             for part, needed in zip(call.parts, to_parts, strict=True)
         ]
         call.backward(saved, grad.contiguous(), d_layers, d_parts)
@@ -324,4 +328,35 @@ def _library() -> _Library | None:
     library.mlp_rollout.argtypes = [pointer, *[pointer, number] * 2, pointer, pointer, *[number] * 4]
     library.mlp_rollout.argtypes += [pointer, pointer, pointer, ctypes.c_int]
     library.mlp_forward.restype = library.mlp_backward.restype = library.mlp_rollout.restype = None
-    return _Library(library.mlp_forward, library.mlp_backward, library.mlp_rollout, product)
+    found = _Library(library.mlp_forward, library.mlp_backward, library.mlp_rollout, product)
+    return found if _is_right(found) else None
+
+
+@torch.no_grad()
+def _is_right(library: _Library) -> bool:
+    """Whether a small network gives what torch gives: a BLAS that is called in another way is found out here."""
+    line = partial(torch.linspace, dtype=torch.float32, device="cpu")
+    x, weight = line(-2, 2, 15).view(3, 5), line(-1, 2, 20).view(4, 5)
+    bias, scale, shift = line(1, -1, 4), line(0.5, 1.5, 4), line(0, 1, 4)
+    expected = F.mish(F.layer_norm(F.linear(x, weight, bias), (4,), scale, shift))
+    layer, part = _packed([Layer(weight, bias, scale, shift, MISH)]), (ctypes.c_int64 * 4)(x.data_ptr(), 5, 5, 1)
+    out, work = x.new_empty(3, 4), x.new_empty(36)
+    library.forward(
+        library.sgemm,
+        layer,
+        1,
+        part,
+        1,
+        None,
+        1,
+        3,
+        None,
+        work.data_ptr(),
+        None,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if torch.allclose(out, expected, rtol=1e-4, atol=1e-5):
+        return True
+    logger.warning("native code for MLPs computes wrongly on this machine and is not used; please report this")
+    return False
