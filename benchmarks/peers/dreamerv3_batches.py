@@ -1,0 +1,45 @@
+"""Records what danijar/dreamerv3 learns from: initial weights, and batch and losses of its first gradient steps.
+
+    python benchmarks/peers/dreamerv3_batches.py --repo path/to/dreamerv3 --case dreamerv3-cartpole --losses 130
+
+`--losses` is the number of gradient steps. They are written to `batches.npz`, for `../same_batches.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import dreamerv3_loop
+import loops
+import numpy as np
+
+FIELDS = ("vector", "action", "reward", "is_first", "is_last", "is_terminal", "dyn/deter", "dyn/stoch")
+
+
+def recorded(agent: Any, updates: int, _: list[dict[str, float]]) -> Any:
+    """The agent's gradient step, which keeps what it is given and writes it to a file after so many."""
+    step = agent.train
+    arrays = {f"weights/{name}": np.asarray(value) for name, value in agent.params.items()}
+
+    def train(carry: Any, data: Any) -> Any:
+        done = int(agent.n_updates)
+        if done < updates:
+            arrays.update({f"batch/{done}/{name}": np.asarray(data[name]) for name in FIELDS})
+        carry, outs, metrics = step(carry, data)
+        # Metrics come back one call later.
+        arrays.update({f"losses/{done - 1}/{k}": np.asarray(v) for k, v in metrics.items() if k.startswith("loss/")})
+        if done >= updates:
+            np.savez("batches.npz", **arrays)
+            raise loops.Stop
+        return carry, outs, metrics
+
+    return train
+
+
+if __name__ == "__main__":
+    dreamerv3_loop.recorded = recorded
+    loops.run(__doc__, "danijar/dreamerv3", ("dreamerv3",), dreamerv3_loop.learn)
+    sys.stdout.flush()
+    os._exit(0)  # their threads would go on
