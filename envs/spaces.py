@@ -104,7 +104,7 @@ def _other_form(space: spaces.Space[Any]) -> str:
     """What to do about a space that is not supported, or has such parts."""
     try:
         flat: Any = None if _has_images(space) else spaces.utils.flatten_space(space)
-    except NotImplementedError:  # a space of somebody's own
+    except (NotImplementedError, ValueError):  # a space of somebody's own, or nothing in it
         flat = None
     if isinstance(flat, spaces.Box):
         return "gymnasium.wrappers.FlattenObservation(env) makes one Box of everything."

@@ -91,6 +91,8 @@ OBSERVATIONS: dict[str, tuple[spaces.Space[Any], list[str]]] = {
     "one of two": (spaces.OneOf([NUMBERS, spaces.Discrete(3)]), [FLATTEN]),
     "dictionaries in a dictionary": (spaces.Dict(a=spaces.Dict(b=NUMBERS), c=spaces.Discrete(3)), [FLATTEN]),
     "a picture in a dictionary in a dictionary": (spaces.Dict(a=spaces.Dict(b=PICTURE), c=NUMBERS), [FILTER]),
+    "an empty dictionary in a dictionary": (spaces.Dict(a=spaces.Dict(), c=NUMBERS), [FILTER]),
+    "nothing but an empty dictionary": (spaces.Dict(a=spaces.Dict()), [TRANSFORM]),
     "a picture of odd sides": (Box(0, 255, (84, 84, 3), np.uint8), [RESIZE]),
     "a picture with channels first": (Box(0, 255, (3, 84, 84), np.uint8), [RESIZE]),
     "five frames": (Box(0, 255, (5, 84, 84), np.uint8), [RESIZE]),
