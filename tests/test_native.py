@@ -19,9 +19,10 @@ from worldflux import WorldFluxAgent, create_world_model
 from worldflux.accel import native
 from worldflux.models.tdmpc2.world_model import TDMPC2
 from worldflux.nn import nodes
+from worldflux.nn.distributions import TwoHot
 from worldflux.nn.fast import mlp as fast
 from worldflux.nn.mish import Ensemble, MishMLP, NormedLinear, mish
-from worldflux.nn.transforms import simnorm
+from worldflux.nn.transforms import simnorm, symlog_bins
 from worldflux.training import ReplayBuffer, train
 
 HAS_COMPILER = any(shutil.which(name) for name in ("gcc", "cc", "clang"))
@@ -446,3 +447,21 @@ def test_whoever_watches_operations_sees_the_products():
         net(torch.randn(6, 7))
 
     assert counter.get_total_flops() == 2 * 6 * (7 * 24 + 24 * 24 + 24 * 5)
+
+
+def test_a_traced_network_holds_its_operations():
+    net, _ = random_net("plain end")
+    x = torch.randn(6, 7)
+    with torch.no_grad():
+        traced = torch.jit.trace(net, (torch.zeros(6, 7),))
+
+        torch.testing.assert_close(traced(x), net(x))
+
+
+def test_a_traced_two_hot_mean_holds_its_operations():
+    bins = symlog_bins(5, 2.0)
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda logits: TwoHot(logits, bins).mean, (torch.zeros(6, 5),))
+        x = torch.randn(6, 5)
+
+        torch.testing.assert_close(traced(x), TwoHot(x, bins).mean)

@@ -37,7 +37,7 @@ def kernels(*tensors: Tensor, elements: int = 0) -> Any:
         return None
     if not all(x.device.type == "cpu" and x.dtype == torch.float32 and type(x) in _KINDS for x in tensors):
         return None
-    return None if is_in_torch_dispatch_mode() else library()
+    return None if is_in_torch_dispatch_mode() or torch.jit.is_tracing() else library()
 
 
 @cache

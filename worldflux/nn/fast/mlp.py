@@ -63,6 +63,7 @@ def applies(parts: Sequence[Tensor]) -> bool:
     return (
         not torch.is_autocast_enabled("cpu")
         and _DISPATCH_DEPTH() == 0
+        and not torch.jit.is_tracing()
         and not _GLOBAL_HOOKS()
         and _library() is not None
     )
