@@ -46,7 +46,7 @@ class DMCEnv(gym.Env[Array, Array], gym.utils.EzPickle):
     Args:
         name: One of `worldflux.envs.suites.DMC_TASKS`, such as `"walker-walk"`.
         pixels: Observe a picture instead of the task's numbers.
-        size: Of the observed picture, a number for a square or `(height, width)`.
+        size: Of the observed picture, a number for a square or `(height, width)`. None: 64.
         camera: Number or name in the task's model, -1 for the free camera. None is 2 for `quadruped`, whose camera 0
             looks from far away, and 0 for all others, as the papers' implementations have it.
         action_repeat: How often an action is applied. Rewards are summed; the end of the episode ends it early.
@@ -67,7 +67,7 @@ class DMCEnv(gym.Env[Array, Array], gym.utils.EzPickle):
         name: str,
         *,
         pixels: bool = False,
-        size: Size = 64,
+        size: Size | None = None,
         camera: int | str | None = None,
         action_repeat: int = 2,
         render_mode: str | None = None,
@@ -98,7 +98,13 @@ class DMCEnv(gym.Env[Array, Array], gym.utils.EzPickle):
                 "gymnasium.wrappers.HumanRendering shows a window."
             )
         self.name, self.pixels, self.action_repeat, self.render_mode = name, pixels, action_repeat, render_mode
-        self._size, self._render_size = checked_size(size, "size"), checked_size(render_size, "render_size")
+        if size is not None and not pixels:
+            raise ConfigurationError(
+                f"size is {size!r}, and '{name}' observes numbers, not pictures: it would change nothing. Pass "
+                "pixels=True (--pixels), or leave it out."
+            )
+        self._size = checked_size(64 if size is None else size, "size")
+        self._render_size = checked_size(render_size, "render_size")
         self._render_flags = _FAST_FLAGS if fast_rendering else {}
         self._fast_rendering = fast_rendering
         domain, _ = DMC_TASKS[name]

@@ -195,6 +195,13 @@ def test_train_refuses_a_learning_rate_that_is_given_twice(capsys: pytest.Captur
     assert "Pass one of them" in capsys.readouterr().err
 
 
+def test_a_size_of_pictures_that_nobody_sees_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for env in ("dmc/cartpole-balance", "CartPole-v1"):
+        assert main(["train", "tdmpc2:tiny", env, "--size", "84", "--steps", "1"]) == 2
+        assert env != "dmc/cartpole-balance" or "pixels=True (--pixels)" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
 # The data decides what the model is made of
 
 

@@ -154,7 +154,7 @@ def batches_from(
     A user's own provider is always asked on the calling thread, and so is a buffer with a `sample` of its own. What
     lies on a device is gathered there at once.
     """
-    ahead = isinstance(provider, WindowSampler) and provider.device.type == "cpu"
-    if ahead and not steps_back("Sampling on another thread", provider, overridden(provider, *SAMPLES)):
-        return PrefetchedBatches(provider, batch_size, seq_len, device)
+    if isinstance(provider, WindowSampler) and provider.device.type == "cpu":
+        if not steps_back("Sampling on another thread", provider, overridden(provider, *SAMPLES)):
+            return PrefetchedBatches(provider, batch_size, seq_len, device)
     return Batches(provider, batch_size, seq_len, device)

@@ -419,7 +419,7 @@ class DreamerV3(WorldModel):
 
     def _predict(self, feat: Tensor) -> Tensor:
         """Reward, probability of going on, and the slow critic's value, at features `[N, F]`. `[N, 3]`"""
-        heads = (self.reward_head, self.continue_head, self.slow_critic)
+        heads: tuple[Any, ...] = (self.reward_head, self.continue_head, self.slow_critic)
         if give_by_stacks(*heads):
             hidden = stacked_mlps([head.mlp for head in heads], feat)
             reward, cont, value = (head.output(x) for head, x in zip(heads, hidden, strict=True))
