@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from worldflux import WorldFluxAgent, create_world_model
 from worldflux.envs import RecordEpisodes, VecRecordEpisodes, collect
 from worldflux.errors import BufferError, ConfigurationError
-from worldflux.training import Batch, ReplayBuffer, Trainer, TrainingConfig, train
+from worldflux.training import Batch, ReplayBuffer, train
 
 DREAMER = dict(
     deter_dim=16, hidden_dim=8, units=8, stoch_discrete=2, stoch_classes=4, blocks=4, bins=15, imagination_horizon=3
@@ -221,13 +221,21 @@ def batch_of(actions: torch.Tensor) -> Batch:
     return Batch(torch.zeros(B, T, 4), actions, torch.zeros(B, T), torch.zeros(B, T))
 
 
+class Gives:
+    """The same batch again and again."""
+
+    def __init__(self, actions: torch.Tensor) -> None:
+        self.batch = batch_of(actions)
+
+    def sample(self, batch_size: int, seq_len: int | None = None, device: str = "cpu") -> Batch:
+        return self.batch
+
+
 def test_a_providers_actions_are_looked_at_once() -> None:
-    trainer = Trainer(model_of("dreamerv3", 1), TrainingConfig(device="cpu"))
     with pytest.raises(BufferError, match="The batch's actions have values from -50 to 50, expected -1 to 1"):
-        trainer.step(batch_of(50.0 * torch.tensor([[[1.0], [-1.0]]])))
-    trainer = Trainer(model_of("dreamerv3", 2, action_type="discrete"), TrainingConfig(device="cpu"))
+        train(model_of("dreamerv3", 1), Gives(50.0 * torch.tensor([[[1.0], [-1.0]]])), **STEPS)
     with pytest.raises(BufferError, match="expected one-hots of 2"):
-        trainer.step(batch_of(torch.full((1, 2, 2), 0.5)))
+        train(model_of("dreamerv3", 2, action_type="discrete"), Gives(torch.full((1, 2, 2), 0.5)), **STEPS)
 
 
 # What was executed

@@ -279,7 +279,7 @@ class Trainer:
         self._restored = None
         if buffer is not None:
             self._sampler = buffer
-        if self._last_batch is None:
+        if self._last_batch is None and buffer is not None:
             check_first_batch(self.model, batch, self.step_count + 1)
         self._last_batch = batch
         updated = self._take_step(batch)
