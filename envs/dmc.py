@@ -98,12 +98,12 @@ class DMCEnv(gym.Env[Array, Array], gym.utils.EzPickle):
                 "gymnasium.wrappers.HumanRendering shows a window."
             )
         self.name, self.pixels, self.action_repeat, self.render_mode = name, pixels, action_repeat, render_mode
+        self._size = checked_size(64 if size is None else size, "size")
         if size is not None and not pixels:
             raise ConfigurationError(
                 f"size is {size!r}, and '{name}' observes numbers, not pictures: it would change nothing. Pass "
                 "pixels=True (--pixels), or leave it out."
             )
-        self._size = checked_size(64 if size is None else size, "size")
         self._render_size = checked_size(render_size, "render_size")
         self._render_flags = _FAST_FLAGS if fast_rendering else {}
         self._fast_rendering = fast_rendering
