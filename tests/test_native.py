@@ -427,6 +427,13 @@ def test_what_a_user_changed_is_computed_as_written(change):
     assert seen == [1]
 
 
+def test_groups_that_do_not_fit_are_an_error_as_in_the_definition():
+    net = MishMLP(7, [24], 30, partial(simnorm, dim=8))
+
+    with pytest.raises(RuntimeError, match="30"):
+        net(torch.zeros(2, 7))
+
+
 def test_hooks_on_all_modules_are_called():
     net, _ = random_net("plain end")
     seen = []

@@ -273,13 +273,16 @@ def _described(module: nn.Module) -> fast.Layer | None:
     if is_untouched([module], nn.Linear.forward):
         return fast.Layer(weight, bias, None, None, fast.PLAIN)
     if is_untouched([module], _STACKED):
-        norm = module._modules.get("norm")
-        if norm is None:
+        stacked = module._modules.get("norm")
+        if stacked is None:
             return fast.Layer(weight, bias, None, None, fast.PLAIN)
-        return fast.Layer(weight, bias, norm.weight, norm.bias, fast.MISH)
+        if not isinstance(stacked, StackedNorm):
+            return None
+        return fast.Layer(weight, bias, stacked.weight, stacked.bias, fast.MISH)
     if not is_untouched([module], _NORMED):
         return None
-    norm, activation = module.norm, module.activation
+    norm: Any = module.norm
+    activation: Any = module.activation
     if (
         not isinstance(norm, nn.LayerNorm)
         or not is_untouched([norm], nn.LayerNorm.forward)
@@ -292,7 +295,7 @@ def _described(module: nn.Module) -> fast.Layer | None:
         return fast.Layer(weight, bias, norm.weight, norm.bias, fast.MISH)
     if isinstance(activation, partial) and activation.func is simnorm and list(activation.keywords) == ["dim"]:
         group = activation.keywords["dim"]
-        if not activation.args:
+        if not activation.args and group > 0 and len(weight) % group == 0:
             return fast.Layer(weight, bias, norm.weight, norm.bias, fast.SIMNORM, group)
     return None
 

@@ -322,7 +322,8 @@ def _library() -> _Library | None:
     library = None if product is None else native.load(Path(__file__).with_name("mlp.c"))
     if library is None or product is None:
         return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    pointer: Any = ctypes.c_void_p
+    number: Any = ctypes.c_int64
     common = [pointer, pointer, number, pointer, number, pointer, number, number, pointer]
     library.mlp_forward.argtypes = [*common, pointer, pointer, pointer, ctypes.c_int]
     library.mlp_backward.argtypes = [*common, pointer, pointer, pointer, pointer, pointer, ctypes.c_int]
