@@ -24,7 +24,8 @@ LAYER_NORM_EPS = 1e-5
 def applies(x: Tensor) -> bool:
     """Whether the hand-written nodes take this input: on a CPU, and not where a compiler fuses the formulas itself."""
     suited = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-    return suited and fast_forms() and not torch.compiler.is_compiling()
+    # In this order: a compiler cannot follow what asks for the forms.
+    return suited and not torch.compiler.is_compiling() and fast_forms()
 
 
 def mish(x: Tensor) -> Tensor:

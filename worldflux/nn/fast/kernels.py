@@ -31,9 +31,10 @@ def kernels(*tensors: Tensor, elements: int = 0) -> Any:
     """
     if elements > _LARGE and torch.get_num_threads() > _FEW_THREADS:
         return None
-    if not native.switched_on() or not fast_forms():
-        return None
+    # In this order: a compiler cannot follow what asks for the forms.
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return None
+    if not native.switched_on() or not fast_forms():
         return None
     if not all(x.device.type == "cpu" and x.dtype == torch.float32 and type(x) in _KINDS for x in tensors):
         return None
