@@ -389,3 +389,17 @@ def test_imagining_with_the_policy_gives_actions_and_what_they_lead_to():
     trajectory, chosen = model.imagine(state, 4)
     assert chosen.shape == (4, 2, 3)
     torch.testing.assert_close(trajectory.rewards[2], model.decode(trajectory.states[2])["reward"])
+
+
+def test_modes_reach_every_module_and_call_those_that_have_their_own():
+    class Frozen(torch.nn.Linear):
+        def train(self, mode=True):
+            return super().train(False)
+
+    model = build()
+    model.extra = torch.nn.Sequential(Frozen(2, 2), torch.nn.Dropout())
+    assert model.eval() is model and not any(module.training for module in model.modules())
+    assert model.train() is model
+    assert [name for name, module in model.named_modules() if not module.training] == ["extra.0"]
+    with pytest.raises(ValueError, match="boolean"):
+        model.train("no")

@@ -22,6 +22,7 @@ from worldflux.nn.fast import kernels
 from worldflux.nn.layers import MLP, stacked_mlps
 from worldflux.nn.transforms import symexp_bins
 from worldflux.training import Trainer, TrainingConfig
+from worldflux.training.optim import LaProp
 
 SWITCH = "WORLDFLUX_NATIVE"
 needs_compiler = pytest.mark.skipif(
@@ -134,6 +135,33 @@ def test_two_hot_means_equal_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> 
     plain, ours = both(monkeypatch, run)
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6, equal_nan=True)
     assert ours[1][0, 0] == 0.0 and ours[1].isnan().sum() == 1
+
+
+@needs_compiler
+@pytest.mark.parametrize("agc", [0.3, None])
+def test_laprop_equals_its_form_in_torch(agc: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> list[Tensor]:
+        parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3,), (64, 99), (1,), (5, 4, 2))]
+        parameters[2].data.zero_()
+        optimizer = LaProp(parameters, lr=1e-2, agc=agc, warmup_steps=3, weight_decay=0.1)
+        for step in range(10):
+            for i, parameter in enumerate(parameters):  # the third one counts fewer updates than the others
+                parameter.grad = None if i == 2 and step % 2 else torch.randn_like(parameter) * 10.0 ** (step % 4 - 2)
+            optimizer.step()
+        state = [optimizer.state[p][name] for p in parameters for name in ("mu", "nu")]
+        return [*(p.detach() for p in parameters), *state]
+
+    plain, ours = both(monkeypatch, run)
+    for theirs, mine in zip(plain, ours, strict=True):
+        assert theirs.abs().max() > 0 and (mine - theirs).norm() <= 2e-5 * theirs.norm()
+
+
+@needs_compiler
+def test_a_gradient_that_is_not_finite_makes_its_tensor_nan() -> None:
+    bad, good = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    bad.grad, good.grad = torch.tensor([1.0, torch.nan, 1.0]), torch.ones(3)
+    LaProp([bad, good], agc=0.3).step()
+    assert bad.isnan().all() and good.isfinite().all()
 
 
 @needs_compiler

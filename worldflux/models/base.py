@@ -212,6 +212,23 @@ class WorldModel(nn.Module):
         """Where the parameters are."""
         return next(self.parameters()).device
 
+    def train(self, mode: bool = True) -> WorldModel:
+        """Sets the module and all inside to training or evaluation mode, as torch does, without its bookkeeping.
+
+        An agent changes the mode twice for each environment step.
+        """
+        if not isinstance(mode, bool):
+            raise ValueError("training mode is expected to be boolean")  # as torch says it
+        modules: list[nn.Module] = [self]
+        while modules:
+            module = modules.pop()
+            if module is not self and (type(module).train is not nn.Module.train or "train" in vars(module)):
+                module.train(mode)  # its own
+                continue
+            module.__dict__["training"] = mode
+            modules.extend(child for child in module._modules.values() if child is not None)
+        return self
+
     def set_training_mode(self, mode: bool) -> None:
         """stable-baselines3's name of `train(mode)`, for callbacks and scripts that expect it of a policy."""
         self.train(mode)
@@ -297,10 +314,9 @@ class WorldModel(nn.Module):
     @torch.no_grad()
     def after_step(self, outputs: Sequence[LossOutput]) -> None:
         """Commits what a gradient step leaves behind: running normalisers; subclasses add target networks."""
-        buffers = dict(self.named_buffers())
         for output in outputs:
             for name, value in output.updates.items():
-                buffers[name].copy_(value)
+                self.get_buffer(name).copy_(value)
 
     def health(self, batch: Batch) -> tuple[Vital, ...]:
         """Numbers that tell whether the model is dying, measured on a batch without a gradient; none by default.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from worldflux.errors import ConfigurationError, nearest
 from worldflux.models.base import OptimizerSpec, ParameterGroup, parameter_groups
+from worldflux.nn.fast.laprop import laprop
 from worldflux.training.counted import Alike
 
 AGC_MIN_NORM = 1e-3
@@ -131,15 +132,30 @@ class LaProp(torch.optim.Optimizer):
 
     def _update(self, params: list[Tensor], k: int, lr: float, group: dict[str, Any]) -> None:
         """One update of tensors that are at their `k`-th."""
-        grads = _clipped(params, group["agc"])
         mu = [self.state[p]["mu"] for p in params]
         nu = [self.state[p]["nu"] for p in params]
         beta1, beta2 = group["betas"]
-
-        torch._foreach_mul_(nu, beta2)
-        torch._foreach_addcmul_(nu, grads, grads, value=1 - beta2)
         # g / (sqrt(nu / c) + eps) = sqrt(c) * g / (sqrt(nu) + sqrt(c) * eps): one pass over the tensors less.
         root = math.sqrt(1 - beta2**k)
+        done = laprop(
+            params,
+            [p.grad for p in params],  # type: ignore[misc]
+            mu,
+            nu,
+            agc=group["agc"],
+            least_norm=AGC_MIN_NORM,
+            betas=group["betas"],
+            eps=root * group["eps"],
+            share=(1 - beta1) * root,
+            keep=1 - lr * group["weight_decay"],
+            rate=-lr / (1 - beta1**k),
+        )
+        if done:
+            return
+
+        grads = _clipped(params, group["agc"])
+        torch._foreach_mul_(nu, beta2)
+        torch._foreach_addcmul_(nu, grads, grads, value=1 - beta2)
         scale = torch._foreach_sqrt(nu)
         torch._foreach_add_(scale, root * group["eps"])
         torch._foreach_mul_(mu, beta1)

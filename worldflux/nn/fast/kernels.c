@@ -116,59 +116,75 @@ typedef struct {
     float *normed, *inverse;     /* [layers, kept, units], [layers, kept] */
     float *hidden, *out;         /* [layers - 1, kept, units], [n, units] */
     const float *grad;           /* of `out` */
-    float *const *d_weights;     /* as `weights` */
+    float *const *d_weights;     /* as `weights`; the first kernel's is not written */
 } Mlp;
 
 enum { PORTION = 256 }; /* rows whose activations stay in the cache from layer to layer */
 
 static int least(int a, int b) { return a < b ? a : b; }
 
-/* Several MLPs (`worldflux.nn.layers.MLP`) on one input x[n, in]. */
-void mlps(int n, int in, const float *x, int count, const Mlp *each) {
-    for (int first = 0; first < n; first += PORTION)
-        for (const Mlp *m = each; m < each + count; m++) {
-            int rows = least(PORTION, n - first), u = m->units, width = in;
-            long at = m->kept < n ? 0 : first;
-            const float *input = x + (long)first * in;
+/* Several MLPs (`worldflux.nn.layers.MLP`) on one input x[n, in]. Their first kernels stand one below the other in
+ * `kernel` [total, in]: one product, because narrow ones take longer. `memory` is [PORTION, total]. */
+void mlps(int n, int in, const float *x, int total, const float *kernel, int count, const Mlp *each, float *memory) {
+    for (int first = 0; first < n; first += PORTION) {
+        int rows = least(PORTION, n - first), offset = 0;
+        times_transposed(rows, total, in, x + (long)first * in, in, kernel, in, 0, memory, total);
+        for (const Mlp *m = each; m < each + count; offset += m->units, m++) {
+            int u = m->units;
+            const float *input = NULL;
             for (int l = 0; l < m->layers; l++) {
-                long row = (long)l * m->kept + at;
+                long row = (long)l * m->kept + (m->kept < n ? 0 : first);
                 float *y = l == m->layers - 1 ? m->out + (long)first * u : m->hidden + row * u;
-                layer(rows, width, u, input, width, m->weights + 3 * l, m->normed + row * u, m->inverse + row, y);
-                input = y, width = u;
+                float *normed = m->normed + row * u;
+                const float *const *w = m->weights + 3 * l;
+                if (l)
+                    times_transposed(rows, u, u, input, u, w[0], u, 0, normed, u);
+                else
+                    for (int i = 0; i < rows; i++)
+                        memcpy(normed + (long)i * u, memory + (long)i * total + offset, u * sizeof(float));
+                norm_silu(rows, u, w[1], w[2], normed, m->inverse + row, y, u);
+                input = y;
             }
         }
+    }
 }
 
-/* Their gradients; d_x [n, in] may be NULL, `memory` is [2, PORTION, units] of the widest. */
-void mlps_backward(int n, int in, const float *x, float *d_x, int count, const Mlp *each, float *memory) {
+/* Their gradients, those of the first kernels in d_kernel [total, in]; d_x [n, in] may be NULL. `memory` is [PORTION,
+ * total] and [2, PORTION, units] of the widest. */
+void mlps_backward(int n, int in, const float *x, float *d_x, int total, const float *kernel, float *d_kernel,
+                   int count, const Mlp *each, float *memory) {
     for (const Mlp *m = each; m < each + count; m++)
         for (int l = 0; l < m->layers; l++) {
             memset(m->d_weights[3 * l + 1], 0, m->units * sizeof(float));
             memset(m->d_weights[3 * l + 2], 0, m->units * sizeof(float));
         }
-    for (int first = 0; first < n; first += PORTION)
-        for (const Mlp *m = each; m < each + count; m++) {
-            int rows = least(PORTION, n - first), u = m->units;
-            float *grad = memory, *next = memory + (long)PORTION * u;
+    for (int first = 0; first < n; first += PORTION) {
+        int rows = least(PORTION, n - first), offset = 0;
+        for (const Mlp *m = each; m < each + count; offset += m->units, m++) {
+            int u = m->units;
+            float *grad = memory + (long)PORTION * total, *next = grad + (long)PORTION * u;
             memcpy(grad, m->grad + (long)first * u, (long)rows * u * sizeof(float));
             for (int l = m->layers - 1; l >= 0; l--) {
                 long row = (long)l * n + first;
+                const float *const *w = m->weights + 3 * l;
                 float *const *d = m->d_weights + 3 * l, *swap = grad;
-                norm_silu_backward(rows, u, m->normed + row * u, m->inverse + row, m->weights[3 * l + 2], grad, d[2], d[1]);
-                const float *input = l ? m->hidden + (row - n) * u : x + (long)first * in;
-                int width = l ? u : in;
-                outer(rows, u, width, grad, u, input, width, first > 0, d[0], width);
-                if (l)
-                    times(rows, u, u, grad, u, m->weights[3 * l], u, 0, next, u);
-                else if (d_x)
-                    times(rows, in, u, grad, u, m->weights[0], in, m > each, d_x + (long)first * in, in);
-                grad = next, next = swap;
+                norm_silu_backward(rows, u, m->normed + row * u, m->inverse + row, w[2], grad, d[2], d[1]);
+                if (l) {
+                    outer(rows, u, u, grad, u, m->hidden + (row - n) * u, u, first > 0, d[0], u);
+                    times(rows, u, u, grad, u, w[0], u, 0, next, u);
+                    grad = next, next = swap;
+                } else
+                    for (int i = 0; i < rows; i++)
+                        memcpy(memory + (long)i * total + offset, grad + (long)i * u, u * sizeof(float));
             }
         }
+        outer(rows, total, in, memory, total, x + (long)first * in, in, first > 0, d_kernel, in);
+        if (d_x) times(rows, in, total, memory, total, kernel, in, 0, d_x + (long)first * in, in);
+    }
 }
 
-/* Softmax of n groups of c numbers each, in place. */
-static void softmax(int n, int c, float *x) {
+/* Softmax of n groups of c numbers each, in place. For known n and c, gcc makes copies without vectors: no such copies. */
+__attribute__((noipa)) static void softmax(int n, int c, float *x) {
     for (int i = 0; i < n; i++) {
         float *row = x + (long)i * c, top = row[0];
         TOP for (int j = 1; j < c; j++) top = row[j] > top ? row[j] : top;
@@ -186,8 +202,8 @@ static void softmax(int n, int c, float *x) {
  * probabilities differ by no more than `share` of their sum count as equal. */
 void two_hot(int n, int bins, const float *logits, const float *values, float share, float *probs, float *mean) {
     const int middle = bins / 2;
-    memcpy(probs, logits, sizeof(float) * n * bins);
     for (int i = 0; i < n; i++) {
+        memcpy(probs + (long)i * bins, logits + (long)i * bins, sizeof(float) * bins);
         const float *lower = probs + (long)i * bins, *upper = lower + middle + 1, *value = values + middle + 1;
         float sum = 0;
         softmax(1, bins, probs + (long)i * bins);
@@ -505,4 +521,38 @@ int works(void) {
     float y[4] = {0};
     times_transposed(2, 2, 3, x, 3, w, 3, 0, y, 2);
     return y[0] == 7 && y[1] == 5 && y[2] == 16 && y[3] == 11;
+}
+
+/* Square of the norm of n numbers; sums of floats, added up in double precision. */
+static double squares(long n, const float *x) {
+    double total = 0;
+    for (long i = 0; i < n; i += 4096) {
+        long end = i + 4096 < n ? i + 4096 : n;
+        float sum = 0;
+        SUM for (long j = i; j < end; j++) sum += x[j] * x[j];
+        total += sum;
+    }
+    return total;
+}
+
+/* One update of `count` tensors (`worldflux.training.optim.LaProp`); agc 0: no clipping. */
+void laprop(int count, const long *sizes, float *const *parameters, const float *const *grads, float *const *mus,
+            float *const *nus, float agc, float least_norm, float beta1, float beta2, float eps, float share, float keep,
+            float rate) {
+    for (int t = 0; t < count; t++) {
+        float *p = parameters[t], *mu = mus[t], *nu = nus[t], factor = 1;
+        const float *g = grads[t];
+        if (agc) {
+            double norm = sqrt(squares(sizes[t], p));
+            double excess = sqrt(squares(sizes[t], g)) / (agc * (norm < least_norm ? least_norm : norm));
+            factor = excess <= 1 ? 1 : 1 / excess; /* NaN stays NaN */
+        }
+        SIMD for (long j = 0; j < sizes[t]; j++) {
+            float grad = g[j] * factor, n = beta2 * nu[j] + (1 - beta2) * grad * grad;
+            float m = beta1 * mu[j] + share * grad / (sqrtf(n) + eps);
+            nu[j] = n;
+            mu[j] = m;
+            p[j] = keep * p[j] + rate * m;
+        }
+    }
 }

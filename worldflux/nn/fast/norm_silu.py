@@ -54,6 +54,8 @@ def mlps(x: Tensor, weights: Sequence[Sequence[Tensor]]) -> list[Tensor] | None:
 def _forward(rows: Tensor, weights: Sequence[Sequence[Tensor]], kept: int) -> list[tuple[Tensor, ...]]:
     """Normalised rows, their factors, hidden layers and the output, of each MLP."""
     structures, memories, alive = (_Mlp * len(weights))(), [], []
+    kernel = _stacked([each[0] for each in weights])
+    working = rows.new_empty(PORTION * len(kernel))
     for structure, each in zip(structures, weights, strict=True):
         layers, units = len(each) // 3, len(each[1])
         memory = (
@@ -67,7 +69,8 @@ def _forward(rows: Tensor, weights: Sequence[Sequence[Tensor]], kept: int) -> li
         structure.weights = ctypes.addressof(alive[-1])
         structure.normed, structure.inverse, structure.hidden, structure.out = (x.data_ptr() for x in memory)
         memories.append(memory)
-    library().mlps(*rows.shape, ctypes.c_void_p(rows.data_ptr()), len(weights), structures)
+    given, first, memory_at = (ctypes.c_void_p(x.data_ptr()) for x in (rows, kernel, working))
+    library().mlps(*rows.shape, given, len(kernel), first, len(weights), structures, memory_at)
     return memories
 
 
@@ -86,8 +89,12 @@ class _Mlps(torch.autograd.Function):
         flat, kept = saved[: sum(ctx.counts)], saved[sum(ctx.counts) :]
         structures, alive = (_Mlp * len(grads))(), []
         found: list[Tensor] = []
+        firsts = [each[0] for each in _cut(flat, ctx.counts)]
+        kernel = _stacked(firsts)
+        d_kernel = torch.empty_like(kernel)
+        d_firsts = iter(d_kernel.split([len(first) for first in firsts]))
         for i, (structure, grad, each) in enumerate(zip(structures, grads, _cut(flat, ctx.counts), strict=True)):
-            made = [torch.empty_like(weight) for weight in each]
+            made = [next(d_firsts), *(torch.empty_like(weight) for weight in each[1:])]
             grad = grad.contiguous()
             alive += [addresses(each), addresses(made), grad]
             structure.layers, structure.units, structure.kept = len(each) // 3, len(each[1]), len(rows)
@@ -96,16 +103,24 @@ class _Mlps(torch.autograd.Function):
             structure.grad = grad.data_ptr()
             found += made
         d_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        memory = rows.new_empty(2 * PORTION * max(grad.shape[1] for grad in grads))
+        memory = rows.new_empty(PORTION * (len(kernel) + 2 * max(grad.shape[1] for grad in grads)))
         library().mlps_backward(
             *rows.shape,
             ctypes.c_void_p(rows.data_ptr()),
             None if d_rows is None else ctypes.c_void_p(d_rows.data_ptr()),
+            len(kernel),
+            ctypes.c_void_p(kernel.data_ptr()),
+            ctypes.c_void_p(d_kernel.data_ptr()),
             len(grads),
             structures,
             ctypes.c_void_p(memory.data_ptr()),
         )
         return d_rows, None, *found
+
+
+def _stacked(kernels: Sequence[Tensor]) -> Tensor:
+    """Kernels of one input, one below the other. `[total, in]`"""
+    return kernels[0] if len(kernels) == 1 else torch.cat(list(kernels))
 
 
 def _cut(flat: Sequence[Tensor], counts: Sequence[int]) -> list[Sequence[Tensor]]:
