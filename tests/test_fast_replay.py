@@ -33,16 +33,18 @@ def times_entered(function: Callable[[], Any], *names: str) -> int:
     return sum(event.count for event in seen.key_averages() if event.key in (names or FAST))
 
 
-def episodes(*, finals: bool, storage: Any = None, model: Any = None, actions: int = 2) -> ReplayBuffer:
-    """Episodes that end in many ways, with or without their last observations."""
+def episodes(*, finals: bool, storage: Any = None, model: Any = None, classes: tuple[int, ...] = ()) -> ReplayBuffer:
+    """Episodes that end in many ways, with or without their last observations; discrete actions have `classes`."""
     extras = {} if model is None else model.replay_extras()
-    buffer = ReplayBuffer(400, (3,), actions, seed=0, storage=storage, extras=extras)
+    buffer = ReplayBuffer(400, (3,), sum(classes) or 2, seed=0, storage=storage, extras=extras)
     random = np.random.default_rng(0)
     for episode, length in enumerate((5, 9, 1, 14, 30, 3, 22, 8) * 2):
         ends = np.arange(length) == length - 1
         buffer.add_episode(
             random.normal(size=(length + finals, 3)),
-            random.uniform(-1, 1, (length, actions)),
+            np.concatenate([np.eye(n)[random.integers(n, size=length)] for n in classes], -1)
+            if classes
+            else random.uniform(-1, 1, (length, 2)),
             random.normal(size=length),
             **{"terminations" if episode % 2 else "truncations": ends},
         )

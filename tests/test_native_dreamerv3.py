@@ -81,7 +81,7 @@ def test_mlps_and_their_gradients_equal_those_of_torch(shape: tuple[int, ...], m
 @pytest.mark.parametrize("kind", ACTIONS)
 def test_losses_and_every_gradient_equal_those_of_torch(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(**ACTIONS[kind])
-    batch = episodes(finals=True, model=model, actions=model.config.action_dim).sample(5, 9)
+    batch = episodes(finals=True, model=model, classes=model.config.action_classes).sample(5, 9)
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def run() -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
@@ -104,7 +104,7 @@ def test_ten_updates_equal_those_of_torch(kind: str, monkeypatch: pytest.MonkeyP
         config = TrainingConfig(
             total_steps=10, batch_size=4, sequence_length=12, learning_rate=1e-3, device="cpu", grad_clip=0.0
         )
-        data = episodes(finals=True, model=model, actions=model.config.action_dim)
+        data = episodes(finals=True, model=model, classes=model.config.action_classes)
         return dict(Trainer(model, config).train(data).named_parameters())
 
     plain, ours = both(monkeypatch, run)
