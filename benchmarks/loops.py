@@ -59,15 +59,16 @@ class Loop:
 
 
 SPEED = {
-    "dreamerv3-16x16": Loop("dreamerv3", "CartPole-v1", 1000, starts=400, skipped=10),
-    "dreamerv3-16x64": Loop("dreamerv3", "CartPole-v1", 2100, starts=1200, skipped=10, length=64),
-    "dreamerv3-8x8": Loop("dreamerv3", "CartPole-v1", 700, starts=200, skipped=10, batch=8, length=8),
+    "dreamerv3-16x16": Loop("dreamerv3", "CartPole-v1", 800, starts=400, skipped=10),
+    "dreamerv3-16x64": Loop("dreamerv3", "CartPole-v1", 2000, starts=1200, skipped=10, length=64),
+    "dreamerv3-8x8": Loop("dreamerv3", "CartPole-v1", 500, starts=200, skipped=10, batch=8, length=8),
     "dreamerv3-pixels": Loop(
-        "dreamerv3", "PixelSeek", 900, starts=300, skipped=10, batch=8, train_ratio=32, entropy_scale=3e-3, cnn_depth=4
+        "dreamerv3", "PixelSeek", 700, starts=300, skipped=10, batch=8, train_ratio=32, entropy_scale=3e-3, cnn_depth=4
     ),
-    # Short episodes, because the reference learns from ended ones only and makes up for all random steps at once.
+    # Short episodes, because the reference learns from ended ones only. Ours waits until it has 256 windows, and both
+    # make up for all random steps at once.
     "tdmpc2": Loop(
-        "tdmpc2", "dmc/walker-stand", 300, starts=100, skipped=110, batch=256, length=4, learning_rate=3e-4, limit=50
+        "tdmpc2", "dmc/walker-stand", 320, starts=260, skipped=270, batch=256, length=4, learning_rate=3e-4, limit=50
     ),
 }
 LEARNING = {
