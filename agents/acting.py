@@ -208,7 +208,7 @@ def remembered(acting: Acting) -> Memory:
     return tuple(to_host(_tensors(acting)).values())
 
 
-def recalled(memory: Memory, like: Acting) -> Acting:
+def recalled(memory: Memory | None, like: Acting) -> Acting:
     """What a memory holds; `like` shows what is expected."""
     expected = _tensors(like)
     if not isinstance(memory, tuple | list) or len(memory) != len(expected):

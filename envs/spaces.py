@@ -142,6 +142,7 @@ class _Leaf:
         elif self.is_image:
             self._set_image_layout()
         else:
+            assert isinstance(space, spaces.Box)  # all others are choices
             _reject_other_images(space, name)
             self.shape = (int(np.prod(self.given_shape, dtype=np.int64)),)
         self._is_vector = self.choices is None and not self.is_image and len(self.given_shape) == 1

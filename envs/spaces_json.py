@@ -53,12 +53,12 @@ def _from_json(data: dict[str, Any]) -> spaces.Space[Any]:
     if kind == "Box":
         dtype, shape = np.dtype(data["dtype"]), tuple(data["shape"])
         low, high = (_bound_from_json(data[name], shape, dtype) for name in ("low", "high"))
-        return spaces.Box(low, high, shape, dtype)  # type: ignore[arg-type]
+        return spaces.Box(low, high, shape, dtype)
     if kind == "Discrete":
         return spaces.Discrete(data["n"], start=data["start"], dtype=data.get("dtype", "int64"))
     if kind == "MultiDiscrete":
         dtype = np.dtype(data["dtype"])
-        return spaces.MultiDiscrete(data["nvec"], dtype=dtype, start=np.array(data["start"], dtype))  # type: ignore[arg-type]
+        return spaces.MultiDiscrete(data["nvec"], dtype=dtype, start=np.array(data["start"], dtype))
     if kind == "MultiBinary":
         if "n" in data:
             return spaces.MultiBinary(data["n"])

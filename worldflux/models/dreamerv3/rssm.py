@@ -194,7 +194,7 @@ class RSSM(nn.Module):
         start = (self.unimix, deter, stoch, keep.transpose(0, 1))
         parts = (self.action_part(prev_actions).transpose(0, 1), embed_part.float().transpose(0, 1))
         drawn = (noise, None if draws is None else draws.transpose(0, 1))
-        weights = (*self.core_weights(), *self.posterior_weights())
+        weights: tuple[Tensor, ...] = (*self.core_weights(), *self.posterior_weights())
         if obs_mask is None and self.takes_kernels(deter, stoch):
             results = NativeScan.apply(*start, *parts, *drawn, *weights)
         else:
@@ -274,11 +274,8 @@ class RSSM(nn.Module):
         """Weights of the prior, as `core_weights` gives those of the recurrence."""
         kind = self._precision()
         layers = layers_of(self.prior_in, kind)
-        return PriorWeights(
-            *(weight for layer in layers for weight in layer),
-            out_kernel=self.prior_out.weight.to(kind),
-            out_bias=self.prior_out.bias.to(kind),
-        )
+        hidden = [weight for layer in layers for weight in layer]
+        return PriorWeights._make([*hidden, self.prior_out.weight.to(kind), self.prior_out.bias.to(kind)])
 
     def imagination_weights(self, actor: MLP) -> ImaginationWeights:
         """Weights of the prior's side, and of the policy's hidden layers, as `core_weights` gives those of the core."""

@@ -53,7 +53,9 @@ def mlps(x: Tensor, weights: Sequence[Sequence[Tensor]]) -> list[Tensor] | None:
 
 def _forward(rows: Tensor, weights: Sequence[Sequence[Tensor]], kept: int) -> list[tuple[Tensor, ...]]:
     """Normalised rows, their factors, hidden layers and the output, of each MLP."""
-    structures, memories, alive = (_Mlp * len(weights))(), [], []
+    structures = (_Mlp * len(weights))()
+    memories: list[tuple[Tensor, ...]] = []
+    alive: list[Any] = []
     kernel = _stacked([each[0] for each in weights])
     working = rows.new_empty(PORTION * len(kernel))
     for structure, each in zip(structures, weights, strict=True):
@@ -87,7 +89,8 @@ class _Mlps(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, *saved = ctx.saved_tensors
         flat, kept = saved[: sum(ctx.counts)], saved[sum(ctx.counts) :]
-        structures, alive = (_Mlp * len(grads))(), []
+        structures = (_Mlp * len(grads))()
+        alive: list[Any] = []
         found: list[Tensor] = []
         firsts = [each[0] for each in _cut(flat, ctx.counts)]
         kernel = _stacked(firsts)
