@@ -10,7 +10,6 @@ of probabilities count, as in the reference.
 from __future__ import annotations
 
 import argparse
-import copy
 
 import torch
 from torch import Tensor
@@ -39,9 +38,9 @@ def watch(seed: int, dtype: str, updates: int, beyond: float, in_full: bool) -> 
     def mean(dist: TwoHot) -> Tensor:
         if in_full:
             dist._rounding = 0.0
-        far = copy.copy(dist)
-        far.bins = torch.where(dist.bins.abs() > beyond, dist.bins, 0.0)
-        share = own(far).detach()
+        far = TwoHot(dist.logits.detach(), torch.where(dist.bins.abs() > beyond, dist.bins, 0.0))
+        far._rounding = dist._rounding
+        share = own(far)
         shares.append((float(share.mean().abs()), float(share.abs().max())))
         return own(dist)
 
