@@ -156,7 +156,7 @@ def test_growing_needs_memory_for_a_copy_and_counts_from_there(monkeypatch):
         buffer.add_episode(np.zeros((51, 1000)), np.zeros((50, 1)), np.zeros(50))
     assert buffer.num_transitions == 100
     memory_of(monkeypatch, 100_000)
-    with pytest.raises(BufferError, match=r"A copy of .* 100 transitions, which growing it needs, takes .* kB, and"):
+    with pytest.raises(BufferError, match=r"100 transitions, which changing its size needs, takes .* kB, and"):
         buffer.grow(1000)
     assert buffer.capacity == 100
     memory_of(monkeypatch, GB)

@@ -129,7 +129,7 @@ def test_check_env_prints_each_check_and_succeeds(capsys: pytest.CaptureFixture[
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "CartPole-v1"
     assert "  ok      a seed repeats what happens: over 50 steps" in lines
-    assert len(lines) == 14
+    assert len(lines) == 16
 
 
 def test_check_env_prints_the_same_without_rich(

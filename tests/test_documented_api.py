@@ -422,7 +422,8 @@ def test_a_picture_without_channels_is_taken_as_a_vector_with_a_hint(
 @family
 def test_half_precision_trains_and_acts(preset: str, shape: Any) -> None:
     torch.manual_seed(0)
-    model = create_world_model(preset, obs_shape=shape, action_dim=2, dtype="float16", **FAMILIES[preset])
+    sizes = {**FAMILIES[preset], **({"cnn_depth": 2, "bspace": 4} if preset.startswith("dreamerv3") else {})}
+    model = create_world_model(preset, obs_shape=shape, action_dim=2, dtype="float16", **sizes)
     buffer = create_random_buffer(200, shape, 2, num_episodes=4, episode_length=20, seed=0)
     train(model, buffer, total_steps=2, batch_size=2, sequence_length=6, device="cpu")
     obs = torch.zeros(2, *shape, dtype=torch.uint8 if len(shape) == 3 else torch.float32)

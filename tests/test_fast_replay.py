@@ -59,7 +59,7 @@ def test_every_update_of_learn_takes_the_fast_form(obs: str) -> None:
         "dreamerv3:tiny", env, batch_size=4, seq_len=6, train_ratio=12, learning_starts=30, seed=0, device="cpu",
         model_kwargs=sizes,
     )  # fmt: skip
-    entered = times_entered(lambda: agent.learn(50))
+    entered = times_entered(lambda: agent.learn(42))
     assert entered == agent.trainer.step_count > 5
 
 

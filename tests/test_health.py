@@ -412,9 +412,10 @@ def test_rows_that_were_never_seen_do_not_count():
     data = batch_for(model)
     seen = torch.ones(8, 6, dtype=torch.bool)
     seen[:, 3:] = False
-    # Without an observation prior and posterior are one: half of the steps would lie at the free nats.
+    # Where nothing was seen, prior and posterior agree up to rounding: half of the steps would lie at the free nats.
     with torch.no_grad():
-        assert bool((model.loss_parts(replace(data, obs_mask=seen)).kl[:, 3:] == 0).all())
+        kl = model.loss_parts(replace(data, obs_mask=seen)).kl
+    assert float(kl[:, 3:].abs().max()) < 1e-5 < 1e-2 < float(kl[:, :3].min())
     assert check_health(model, replace(data, obs_mask=seen), seed=0).metrics()["kl_at_free_nats"] < 0.05
     fill(model.rssm.posterior_out, 0.0)
     fill(model.rssm.prior_out, 0.0)
