@@ -90,6 +90,39 @@ def test_a_cache_that_cannot_be_written_is_done_without(source, tmp_path, monkey
     assert answer(native.load.__wrapped__(source)) == 42.0
 
 
+@needs_a_compiler
+def test_without_a_home_there_is_a_library_all_the_same(source, monkeypatch):
+    monkeypatch.delenv("WORLDFLUX_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+
+    assert answer(native.load.__wrapped__(source)) == 42.0
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("size", [0, 3000])
+def test_a_library_that_was_cut_short_is_compiled_again(size, source, tmp_path):
+    native.load.__wrapped__(source)
+    (built,) = (tmp_path / "cache").iterdir()
+    content = built.read_bytes()
+    built.unlink()  # the library that is loaded already keeps its file
+    built.write_bytes(content[:size])
+
+    script = (
+        "from pathlib import Path\n"
+        "from worldflux.accel import native\n"
+        f"assert native.load(Path({str(source)!r})).answer is not None\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)  # it may die of a signal
+
+    assert done.returncode == 0, done.stderr
+    assert [path.read_bytes() for path in (tmp_path / "cache").iterdir()] == [content]
+
+
 @pytest.mark.parametrize("why", ["no compiler", "switched off", "damaged source"])
 def test_where_nothing_can_be_compiled_there_is_no_library(why, source, tmp_path, monkeypatch):
     if why == "no compiler":

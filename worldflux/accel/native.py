@@ -40,7 +40,8 @@ def load(source: Path) -> ctypes.CDLL | None:
     """The library that is made of a C file for this machine's processor; None where that is not possible.
 
     The first call compiles, which takes about a second, and leaves the library in the cache; later processes load it.
-    The file appears there whole or not at all, so processes may compile at the same time.
+    The file appears there whole or not at all, so processes may compile at the same time. Its name has the checksum of
+    its content: one that a crash or a full disk has cut short would end the process, and is compiled again.
 
     Args:
         source: C without dependencies; a function that runs in several threads is told how many.
@@ -52,7 +53,7 @@ def load(source: Path) -> ctypes.CDLL | None:
     for flags in _choices():
         digest = hashlib.sha256(b"\0".join([code, " ".join((compiler, *flags)).encode(), _processor()])).hexdigest()
         try:
-            return ctypes.CDLL(str(_built(source, compiler, flags, f"{source.stem}-{digest[:20]}.so")))
+            return ctypes.CDLL(str(_built(source, compiler, flags, f"{source.stem}-{digest[:20]}")))
         except (OSError, subprocess.SubprocessError) as error:
             detail = getattr(error, "stderr", None) or error
             logger.info("%s was not compiled with %s: %s", source.name, " ".join(flags), detail)
@@ -88,27 +89,32 @@ def _choices() -> list[tuple[str, ...]]:
 
 
 def _built(source: Path, compiler: str, flags: tuple[str, ...], name: str) -> Path:
-    """The library of that name, compiled unless it is in the cache."""
+    """The library whose name begins so, compiled unless it is in the cache."""
     for place in (_cache_folder, _private_folder):
-        folder = place()
-        target = folder / name
-        if target.is_file():
-            return target
         try:
+            folder = place()
+            for built in sorted(folder.glob(f"{name}-*.so")):
+                if built.stem == f"{name}-{_checksum(built)}":
+                    return built
             folder.mkdir(parents=True, exist_ok=True)
             handle, unfinished = tempfile.mkstemp(suffix=".so", dir=folder)
-        except OSError:  # no home, or a read-only one
+        except (OSError, RuntimeError):  # no home, or one that cannot be read or written
             continue
         os.close(handle)
         try:
             command = [compiler, *flags, str(source), "-o", unfinished, "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
+            target = folder / f"{name}-{_checksum(Path(unfinished))}.so"
             os.replace(unfinished, target)
         except BaseException:
             Path(unfinished).unlink(missing_ok=True)
             raise
         return target
     raise OSError("there is no folder to write a library to")
+
+
+def _checksum(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()[:20]
 
 
 def _cache_folder() -> Path:
