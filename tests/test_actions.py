@@ -111,11 +111,27 @@ def test_bounds_rescale_actions_in_the_environments_own_units(tmp_path: Path) ->
         assert np.array_equal(one.stored()[0].actions[:30], expected)
     numbers = ReplayBuffer.load(file_of(tmp_path, NUMBERS), action_low=0, action_high=3)
     assert np.allclose(numbers.stored()[0].actions[:30], NUMBERS * 2 / 3 - 1)
-    with pytest.raises(BufferError, match="expected -1 to 1"):  # bounds that do not hold
-        ReplayBuffer.load(file_of(tmp_path, executed), action_low=-1, action_high=1)
-    for bounds in ({"action_low": -1}, {"action_high": 1}, {"action_low": 1, "action_high": 1}):
+    beyond = r"from 0 to 3, expected them between action_low \(0\) and action_high \(1\)"
+    with pytest.raises(BufferError, match=beyond):  # and not that whole numbers look like discrete actions
+        ReplayBuffer.load(file_of(tmp_path, NUMBERS), action_low=0, action_high=1)
+    for bounds in (
+        {"action_low": -1},
+        {"action_high": 1},
+        {"action_low": 1, "action_high": 1},
+        {"action_low": "a", "action_high": 1},
+        {"action_low": [0, 0, 0], "action_high": 1},
+    ):
         with pytest.raises(ConfigurationError, match="action_low"):
             ReplayBuffer.load(file_of(tmp_path, executed), **bounds)
+
+
+def test_a_saved_buffer_is_not_rescaled_a_second_time(tmp_path: Path) -> None:
+    buffer = ReplayBuffer(100, (4,), 2, action_type="continuous")
+    buffer.add_episode(np.zeros((31, 4)), np.full((30, 2), 2.0), np.zeros(30), action_low=-2, action_high=2)
+    buffer.save(tmp_path / "saved.npz")
+
+    with pytest.raises(BufferError, match=r"saved\.npz .* rescaled already.*Leave action_low and action_high out"):
+        ReplayBuffer.load(tmp_path / "saved.npz", action_low=-2, action_high=2)
 
 
 def test_a_rounding_beyond_one_ends_at_one() -> None:

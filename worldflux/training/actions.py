@@ -62,20 +62,29 @@ def rescaled(actions: Any, low: Any, high: Any) -> Any:
 
     Raises:
         ConfigurationError: If only one bound is given, or they are no bounds.
+        BufferError: If an action lies beyond them.
     """
     if low is None and high is None:
         return actions
     if low is None or high is None:
         raise ConfigurationError("action_low and action_high belong together: pass both.")
-    lowest, highest = np.asarray(low, np.float64), np.asarray(high, np.float64)
+    try:
+        lowest, highest = np.asarray(low, np.float64), np.asarray(high, np.float64)
+        with np.errstate(all="ignore"):  # what the bounds are worth is looked at next
+            result = (np.asarray(actions, np.float64) - lowest) * (2.0 / (highest - lowest)) - 1.0
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"action_low and action_high do not fit the actions: {error}.") from error
     if not (np.isfinite(lowest).all() and np.isfinite(highest).all() and (lowest < highest).all()):
         raise ConfigurationError(
             f"action_low is {low} and action_high is {high}, expected finite bounds, the first below the second."
         )
-    try:
-        return (np.asarray(actions, np.float64) - lowest) * (2.0 / (highest - lowest)) - 1.0
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"action_low and action_high do not fit the actions: {error}.") from error
+    if (np.abs(result) > 1 + ROUNDING).any():
+        given = np.asarray(actions, np.float64)
+        raise BufferError(
+            f"actions has values from {given.min():g} to {given.max():g}, expected them between action_low ({low}) and "
+            f"action_high ({high}). Pass the bounds of the environment's action space."
+        )
+    return result
 
 
 def as_executed(name: str, given: Any, actions: np.ndarray, classes: Classes | None) -> np.ndarray:

@@ -68,6 +68,11 @@ class FileActions:
                     f"{file.path.name} holds actions with {described(classes)}, and {described(named or ())} was asked "
                     "for. Leave it out."
                 )
+            if self.low is not None and "episode_lengths" in file.names:
+                raise BufferError(
+                    f"{file.path.name} is of ReplayBuffer.save, and its actions were rescaled already: they are "
+                    f"{described(classes)}. Leave action_low and action_high out."
+                )
         given = file.read("actions")
         actions = _checked(file, "actions", rescaled(given, self.low, self.high), shape, np.float32)
         if "episode_lengths" not in file.names:  # a buffer that was saved holds what it was given
