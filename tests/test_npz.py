@@ -274,3 +274,20 @@ def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path / "runs") == ["a.npz"]
     with np.load(path) as file:
         assert file["x"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("dtype", [bool, np.float32])
+def test_black_and_white_images_are_as_bright_as_floats_from_0_to_1(tmp_path, dtype):
+    pictures = np.zeros((5, 1, 16, 16), dtype)
+    pictures[:, :, ::2] = 1
+    np.savez(tmp_path / "a.npz", **documented(obs=pictures, obs_shape=np.array([1, 16, 16])))
+
+    obs = ReplayBuffer.load(tmp_path / "a.npz").sample(1, 4).obs
+
+    assert torch.equal(obs[0, 0, 0, :, 0], torch.tensor([255, 0] * 8, dtype=torch.uint8))
+
+
+def test_images_with_nan_are_not_given_a_line_with_nan():
+    buffer = ReplayBuffer(20, (1, 16, 16), 1)
+    with pytest.raises(BufferError, match="obs has NaN or infinite values, expected images of finite numbers"):
+        buffer.add_episode(np.full((9, 1, 16, 16), np.nan), np.zeros((9, 1)), np.zeros(9))

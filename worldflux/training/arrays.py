@@ -173,6 +173,8 @@ def _converted(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
         raise BufferError(f"{name} has dtype {array.dtype}, expected numbers of dtype {dtype}.")
     if dtype == np.uint8:
         if array.dtype.kind == "f":
+            if not all_finite(array):
+                raise BufferError(f"{name} has NaN or infinite values, expected images of finite numbers.")
             raise BufferError(
                 f"{name} has dtype {array.dtype}, expected uint8 (0 to 255). Convert the images: "
                 f"{image_line(float(array.min(initial=0)), float(array.max(initial=0)))} Or create the buffer with "

@@ -202,7 +202,7 @@ def read_replay(file: NpzFile, reader: FileActions) -> ReplayData:
     else:
         n_envs, final_obs = 1, {}
         for key, stream in obs.items():
-            if len(stream.shape) == 4 and stream.dtype.kind == "f":
+            if len(stream.shape) == 4 and stream.dtype.kind in "bf":
                 obs[key] = _as_bytes(file, _member("obs", key, is_dict))
         _warn_of_unread(file, keys, is_dict)
         if count:  # what the file's end cuts off is an episode that goes on elsewhere
@@ -224,7 +224,7 @@ def read_replay(file: NpzFile, reader: FileActions) -> ReplayData:
 
 
 def _as_bytes(file: NpzFile, name: str) -> Stream:
-    """Images `[N, C, H, W]` that a file has as floats: 0 to 1, or the whole numbers from 0 to 255.
+    """Images `[N, C, H, W]` that a file has as flags or floats: 0 to 1, or the whole numbers from 0 to 255.
 
     Raises:
         BufferError: If they are something else, with the line to write.
