@@ -400,6 +400,16 @@ def test_a_configuration_becomes_a_model(family: Any, tmp_path: Path) -> None:
     assert create_world_model(WorldModelConfig.load(tmp_path / "config.json")).config == config
 
 
+def test_what_follows_from_a_replaced_field_of_a_configuration_is_derived_anew() -> None:
+    planned = create_world_model(TDMPC2Config.from_size("tiny", obs_shape=(3,), action_dim=1), latent_dim=32)
+    assert (planned.config.latent_dim, planned.config.deter_dim) == (32, 32)
+    dreamed = create_world_model(
+        DreamerV3Config.from_size("tiny", obs_shape=(3,), action_dim=1), obs_shape=(3, 64, 64), deter_dim=64
+    )
+    assert dreamed.config.latent_dim == 64 + dreamed.config.stoch_dim
+    assert (dreamed.config.encoder_type, dreamed.config.decoder_type) == ("cnn", "cnn")
+
+
 def test_a_configuration_of_no_family_becomes_no_model() -> None:
     with pytest.raises(ConfigurationError, match=r"A WorldModelConfig belongs to no family.*TDMPC2Config"):
         create_world_model(WorldModelConfig(obs_shape=(4,)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -26,6 +26,9 @@ from worldflux.errors import CheckpointError, ConfigurationError, nearest
 from worldflux.models.base import CONFIG_FILE, WorldModel
 from worldflux.models.dreamerv3.world_model import DreamerV3
 from worldflux.models.tdmpc2.world_model import TDMPC2
+
+_DERIVED = ("deter_dim", "stoch_dim", "latent_dim", "encoder_type", "decoder_type")
+"""Fields of configurations that follow from others where a family gives them no default."""
 
 
 @dataclass(frozen=True)
@@ -176,8 +179,8 @@ def register_model(
     for key in (*presets, *added):
         if owners.get(key.lower(), name) != name:
             raise ConfigurationError(f"The name '{key}' belongs to '{owners[key.lower()]}'. Choose another one.")
-    for fields in presets.values():
-        config_class.from_dict(fields)
+    for preset in presets.values():
+        config_class.from_dict(preset)
     # A class that is defined again, as in a notebook, takes its own place.
     _families[name] = _Family(config_class, model_class, presets, added, description)
     _count_parameters.cache_clear()
@@ -208,7 +211,9 @@ def _from_config(config: WorldModelConfig, device: str | torch.device, given: di
         )
     place = resolve_device(config.device if device == "cpu" else device)
     check_field_names(type(config), given)
-    return family.model_class(replace(config, **{**given, "device": str(place)})).to(place)
+    # What follows from other fields is derived anew from those that are replaced.
+    derived = {item.name: None for item in fields(config) if item.name in _DERIVED and item.default is None}
+    return family.model_class(replace(config, **{**derived, **given, "device": str(place)})).to(place)
 
 
 def _load(name: str, device: torch.device, given: dict[str, Any]) -> WorldModel:
