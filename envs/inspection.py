@@ -15,7 +15,7 @@ from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 from gymnasium.utils.env_checker import data_equivalence
 
-from worldflux.config import DreamerV3Config
+from worldflux.config import DreamerV3Config, TDMPC2Config
 from worldflux.envs.check_others import PlainNumbers, is_unimportant
 from worldflux.envs.check_report import (
     ACTIONS,
@@ -148,19 +148,7 @@ class Inspection:
             self._fail(SPACES, str(error))
             return False
         self._pass(SPACES, f"observations {obs_codec.obs_shape}, actions ({action_codec.action_dim},) in the library")
-        try:
-            DreamerV3Config.from_size(
-                "tiny",
-                obs_shape=obs_codec.obs_shape,
-                obs_classes=obs_codec.obs_classes,
-                action_dim=action_codec.action_dim,
-                action_type=action_codec.action_type,
-                action_classes=action_codec.action_classes,
-            )
-        except ConfigurationError as error:
-            self._fail(MODELS, str(error))
-        else:
-            self._pass(MODELS)
+        self._check_models(obs_codec, action_codec)
         self._judge(SAVED, saved_otherwise(self._obs_space, self._action_space))
         alike = names_alike(self._obs_space)
         if alike is not None:
@@ -169,6 +157,31 @@ class Inspection:
             if isinstance(space, spaces.Box) and space.dtype == np.float64:
                 self._advise(f"The {name} is float64; float32 is what the library stores and half the size.")
         return True
+
+    def _check_models(self, obs_codec: ObservationCodec, action_codec: ActionCodec) -> None:
+        """Whether a family takes the shapes; what the other one objects to is advice, if actions are for both."""
+        refusals: dict[str, str] = {}
+        families: dict[str, type[DreamerV3Config | TDMPC2Config]] = {"DreamerV3": DreamerV3Config}
+        if action_codec.action_type == "continuous":
+            families["TD-MPC2"] = TDMPC2Config
+        for family, config in families.items():
+            try:
+                config.from_size(
+                    "tiny",
+                    obs_shape=obs_codec.obs_shape,
+                    obs_classes=obs_codec.obs_classes,
+                    action_dim=action_codec.action_dim,
+                    action_type=action_codec.action_type,
+                    action_classes=action_codec.action_classes,
+                )
+            except ConfigurationError as error:
+                refusals[family] = str(error)
+        if len(refusals) == len(families):
+            self._fail(MODELS, refusals["DreamerV3"])
+            return
+        self._pass(MODELS, "" if not refusals else f"{' and '.join(families.keys() - refusals)} only")
+        for family, refusal in refusals.items():
+            self._advise(f"{family} does not take these shapes: {refusal}")
 
     # Steps
 

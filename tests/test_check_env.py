@@ -13,6 +13,7 @@ from envs_for_tests import CountingEnv
 from gymnasium import spaces
 from gymnasium.wrappers import RescaleAction, TransformAction
 
+from worldflux import WorldFluxAgent
 from worldflux.envs import check_report as check
 from worldflux.envs.check import check_env
 from worldflux.envs.check_report import EnvironmentCheckError
@@ -271,6 +272,14 @@ class ChannelsFirst(Camera):
 class CameraOfOddSize(Camera):
     shape = (84, 84, 3)
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.action_space = spaces.Discrete(2)
+
+
+class CameraOfFewRows(Camera):
+    shape = (32, 84, 3)
+
 
 class CameraOfFloats(Camera):
     dtype = np.float32
@@ -312,6 +321,7 @@ BROKEN: list[tuple[Callable[[], gym.Env[Any, Any]], str, str]] = [
     (ObservesATuple, check.SPACES, "Tuple space, which is not supported"),
     (CameraOfFloats, check.SPACES, "looks like an image"),
     (CameraOfOddSize, check.MODELS, "is 84x84 .*multiples of 16 from 48 to 256.*ResizeImages"),
+    (CameraOfFewRows, check.MODELS, "is 32x84 .*multiples of 16 from 48 to 256.*ResizeImages"),
 ]
 
 
@@ -332,6 +342,22 @@ def test_a_broken_environment_is_told_what_is_wrong(broken: type[Walk], name: st
         "CameraOfFloats": set(),
     }
     assert own <= allowed.get(broken.__name__, set())
+
+
+@pytest.mark.parametrize("shape", [(84, 84, 3), (5, 84, 84), (84, 84, 9)])
+def test_pictures_for_one_family_pass_and_what_the_other_one_says_is_advice(shape: tuple[int, ...]) -> None:
+    class CameraForOne(Camera):
+        pass
+
+    CameraForOne.shape = shape
+    report = check_env(CameraForOne, steps=20)
+
+    assert next(item.detail for item in report.checks if item.name == check.MODELS) == "TD-MPC2 only"
+    (advice,) = (text for text in report.advice if "84x84" in text)
+    assert advice.startswith("DreamerV3 does not take these shapes: The image 'obs' is 84x84")
+    WorldFluxAgent("tdmpc2:tiny", CameraForOne(), buffer_size=3000)
+    with pytest.raises(ConfigurationError, match="84x84"):
+        WorldFluxAgent("dreamerv3:tiny", CameraForOne(), buffer_size=3000)
 
 
 def test_all_problems_are_reported_together() -> None:
