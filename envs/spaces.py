@@ -234,16 +234,12 @@ def _reject_other_images(space: spaces.Box, name: str) -> None:
     numbers = int(np.prod(shape, dtype=np.int64))
     if space.dtype == np.uint8:
         given, expected = f"with bounds {space.low.min()} to {space.high.max()}", "the bounds 0 to 255"
-        how = (
-            "If it is one, gymnasium.wrappers.TransformObservation(env, lambda obs: "
-            f"{_as_pixels(space)}.astype(numpy.uint8), Box(0, 255, {shape}, numpy.uint8)) says so"
-        )
+        how = f"If it is one, {_as_pixels(space)} says so"
     else:
         given = f"of {'floats' if space.dtype.kind == 'f' else space.dtype}"
         expected = "uint8 with values from 0 to 255"
         how = (
-            "Remove the wrapper that scales it, or use gymnasium.wrappers.TransformObservation(env, lambda obs: "
-            f"{_as_pixels(space)}.astype(numpy.uint8), Box(0, 255, {shape}, numpy.uint8)); the model scales it itself. "
+            f"Remove the wrapper that scales it, or use {_as_pixels(space)}; the model scales it itself. "
             "Frames that are stacked are its channels"
         )
     raise ConfigurationError(
@@ -253,13 +249,16 @@ def _reject_other_images(space: spaces.Box, name: str) -> None:
 
 
 def _as_pixels(space: spaces.Box) -> str:
-    """How numbers become those from 0 to 255, as code; without bounds they are taken for 0 to 1."""
+    """The wrapper that makes numbers those from 0 to 255, as code; without bounds they are taken for 0 to 1."""
     low, high = float(space.low.min()), float(space.high.max())
     if not (np.isfinite([low, high]).all() and low < high):
         low, high = 0.0, 1.0
-    if (low, high) == (0.0, 255.0):
-        return "obs"
-    return f"({255 / (high - low):.6g} * {'obs' if low == 0 else f'(obs - {low:g})'})"
+    # Unlike arithmetic, this neither overflows in small integers nor leaves 0 to 255 where bounds are not kept.
+    pixels = "obs" if (low, high) == (0.0, 255.0) else f"numpy.interp(obs, ({low:.7g}, {high:.7g}), (0, 255))"
+    return (
+        f"gymnasium.wrappers.TransformObservation(env, lambda obs: {pixels}.round().astype(numpy.uint8), "
+        f"Box(0, 255, {space.shape}, numpy.uint8))"
+    )
 
 
 def _has_sides_of_a_picture(shape: tuple[int, ...]) -> bool:

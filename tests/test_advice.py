@@ -110,6 +110,9 @@ OBSERVATIONS: dict[str, tuple[spaces.Space[Any], list[str]]] = {
     "floats without bounds": (Box(-np.inf, np.inf, (64, 64, 1), np.float32), [TRANSFORM]),
     "frames of frames": (Box(0, 1, (4, 64, 64, 3), np.float32), [TRANSFORM]),
     "integers": (Box(0, 10, (64, 64), np.int64), [TRANSFORM]),
+    "signed bytes": (Box(-128, 127, (64, 64), np.int8), [TRANSFORM]),
+    "16 bits": (Box(0, 65535, (64, 64), np.uint16), [TRANSFORM]),
+    "flags": (Box(0, 1, (64, 64), np.bool_), [TRANSFORM]),
     "uint8 from 0 to 1": (Box(0, 1, (64, 64), np.uint8), [TRANSFORM]),
     "floats in a dictionary": (spaces.Dict(picture=Box(0, 1, (64, 64), np.float32), numbers=NUMBERS), [FLATTEN]),
 }
@@ -127,6 +130,21 @@ def test_advice_about_observations_leads_to_an_agent(case: str) -> None:
     agent = WorldFluxAgent("dreamerv3:tiny", env, buffer_size=3000, learning_starts=1000)
 
     assert agent.learn(6).replay_buffer.num_transitions == 6
+
+
+@pytest.mark.parametrize("case", [case for case in OBSERVATIONS if OBSERVATIONS[case][1][:1] == [TRANSFORM]])
+def test_advice_about_pictures_makes_the_least_number_black_and_the_largest_white(case: str) -> None:
+    space, _ = OBSERVATIONS[case]
+    if not isinstance(space, Box):
+        pytest.skip("no picture")
+    with pytest.raises(ConfigurationError) as refused:
+        WorldFluxAgent("dreamerv3:tiny", Samples(space))
+    shown = followed(str(refused.value), TRANSFORM, env=Samples(space))
+    bounds = (space.low, space.high) if space.is_bounded() else (np.zeros(space.shape), np.ones(space.shape))
+
+    black, white = (shown.observation(bound.astype(space.dtype)) for bound in bounds)
+
+    assert (black == 0).all() and (white == 255).all()
 
 
 LOW, HIGH, SHAPE = -1.0, 1.0, (2,)

@@ -164,6 +164,7 @@ def test_a_value_that_does_not_fit_is_refused_with_a_remedy(fields: dict[str, An
 
 REFUSED_DREAMER: list[tuple[dict[str, Any], str]] = [
     ({"obs_shape": (64, 64, 3)}, r"channels last; expected channels first \(CHW\).*use \(3, 64, 64\)"),
+    ({"obs_shape": (64, 64, 9)}, r"channels last; expected channels first \(CHW\).*use \(9, 64, 64\)"),
     ({"obs_shape": {"camera": (96, 96, 1)}}, r"obs_shape\['camera'\] is \(96, 96, 1\).*use \(1, 96, 96\)"),
     ({"obs_shape": (2, 3, 64, 64)}, "expected at most 3 dimensions"),
     ({"deter_dim": 100}, r"deter_dim is 100, expected a multiple of blocks \(8\), such as 96 or 104"),

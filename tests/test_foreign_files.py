@@ -133,24 +133,85 @@ def test_the_documented_recipe_trains_on_pictures(family: str, tmp_path: Path) -
     train(model, buffer, total_steps=1, batch_size=2, sequence_length=5, device="cpu")
 
 
-@pytest.mark.parametrize(
-    ("pictures", "line"),
-    [
-        (PICTURES / 127.5 - 1, r"from -1 to 1, .*\(\(obs \+ 1\) \* 127\.5\)\.round\(\)\.astype\(np\.uint8\)"),
-        (PICTURES * 0.9, r"from 0 to 229\.5, .* obs\.round\(\)\.astype\(np\.uint8\)"),
-        (PICTURES.astype(np.float32) * 100, "from 0 to 25500"),
-    ],
-)
-def test_other_pictures_are_refused_with_the_line_to_write(pictures: Any, line: str, tmp_path: Path) -> None:
-    with pytest.raises(BufferError, match=line):
-        ReplayBuffer.load(write(tmp_path, obs=pictures.astype(np.float32)))
+def episode(path: Path, pictures: Any) -> ReplayBuffer:
+    buffer = ReplayBuffer(100, pictures.shape[1:], 2)
+    buffer.add_episode(pictures, np.zeros((30, 2)), np.zeros(30))
+    return buffer
 
 
-def test_an_episodes_pictures_as_floats_are_refused_with_the_line_to_write() -> None:
-    buffer = ReplayBuffer(100, (3, 64, 64), 2)
-    for pictures, line in ((PICTURES / 255, r"\(obs \* 255\)\.round"), (PICTURES * 1.0, r"obs\.round\(\)\.astype")):
-        with pytest.raises(BufferError, match=line):
-            buffer.add_episode(pictures, np.zeros((30, 2)), np.zeros(30))
+def documented(path: Path, pictures: Any) -> ReplayBuffer:
+    return ReplayBuffer.load(write(path, obs=pictures))
+
+
+SHARES = PICTURES / 255
+"""Of the pictures' range."""
+
+# Pictures that are no bytes: what is given, the doors that refuse it, and the line in the message.
+OTHERS: dict[str, tuple[Any, list[Any], str]] = {
+    "floats from 0 to 1": (SHARES, [episode], "(obs * 255).round()"),
+    "floats from 0 to 255": (PICTURES.astype(np.float32), [episode], "obs.round()"),
+    "floats between bytes": (PICTURES * 0.999, [episode, documented], "obs.round()"),
+    "floats from -1 to 1": (SHARES * 2 - 1, [episode, documented], "np.interp(obs, (-1, 1), (0, 255)).round()"),
+    "half precision": ((SHARES * 2 - 1).astype(np.float16), [episode, documented], "np.interp(obs, (-1, 1), (0, 255))"),
+    "floats from 0 to 2": (SHARES * 2, [episode, documented], "np.interp(obs, (0, 2), (0, 255)).round()"),
+    "floats from -0.5 to 0.5": (SHARES - 0.5, [episode, documented], "np.interp(obs, (-1, 1), (0, 255))"),
+    "normalised floats": (SHARES * 5 - 2.125, [episode, documented], "np.interp(obs, (-2.125, 2.875), (0, 255))"),
+    "floats up to 25500": (PICTURES * np.float32(100), [episode, documented], "np.interp(obs, (0, 25500), (0, 255))"),
+    "integers up to 299": (
+        (SHARES * 299).round().astype(int),
+        [episode, documented],
+        "np.interp(obs, (0, 299), (0, 255))",
+    ),
+    "16 bits": ((SHARES * 65535).astype(np.uint16), [episode, documented], "np.interp(obs, (0, 65535), (0, 255))"),
+    "signed bytes": (
+        (PICTURES - 128.0).astype(np.int8),
+        [episode, documented],
+        "np.interp(obs, (-128, 127), (0, 255))",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_pictures_are_refused_with_the_line_that_makes_bytes_of_them(kind: str, tmp_path: Path) -> None:
+    pictures, doors, line = OTHERS[kind]
+    for door in doors:
+        with pytest.raises(BufferError) as refused:
+            door(tmp_path, pictures)
+        message = str(refused.value)
+        assert line in message
+        if door is documented:
+            assert message.startswith("buffer.npz: obs")
+        begin = message.index(line)
+        end = message.index(".astype(np.uint8)", begin) + len(".astype(np.uint8)")
+        converted = eval(message[begin:end], {"np": np, "obs": pictures})
+        assert np.array_equal(door(tmp_path, converted).stored()[0].obs["obs"][:30], converted)
+        seen = (
+            converted * 2.0 - 127.5 if kind == "floats from -0.5 to 0.5" else converted
+        )  # taken for those from -1 to 1
+        assert np.abs(seen - PICTURES).max() <= 1
+
+
+@pytest.mark.parametrize("keys", [{"obs": 30}, {"obs/camera": 30, "obs/speed": 2}])
+def test_a_picture_without_channels_is_a_vector_with_a_hint(
+    keys: dict[str, int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with np.load(write(tmp_path)) as file:
+        arrays = {name: file[name] for name in file.files if name not in ("obs", "obs_shape")}
+    for key, side in keys.items():
+        arrays[key] = np.zeros((30, side, side), np.float32)
+        arrays[key.replace("obs", "obs_shape")] = np.array([side, side])
+    path = tmp_path / "tables.npz"
+    np.savez(path, **arrays)
+
+    buffer = ReplayBuffer.load(path)
+
+    (line,) = caplog.messages
+    assert (
+        "is (30, 30), which is taken as a vector of 900 numbers. An image has its channels first: (1, 30, 30)" in line
+    )
+    caplog.clear()
+    ReplayBuffer(10, buffer.obs_shape, 2)
+    assert caplog.messages == [line]
 
 
 def test_floats_that_were_stored_as_floats_stay_floats(tmp_path: Path) -> None:

@@ -276,6 +276,21 @@ def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(tmp_path):
         assert file["x"].tolist() == [0, 1, 2]
 
 
+def test_images_of_flags_are_bright_in_files_with_all_arrays_too(tmp_path):
+    buffer = ReplayBuffer(20, (1, 8, 8), 1)
+    pictures = np.arange(5 * 64).reshape(5, 1, 8, 8) % 3 == 0
+    buffer.add_episode(pictures, np.zeros((4, 1)), np.zeros(4))
+    buffer.save(tmp_path / "bytes.npz")
+    with np.load(tmp_path / "bytes.npz") as file:
+        arrays = dict(file)
+    flags = {name: arrays[name] > 0 for name in ("obs", "final_obs")}
+    np.savez(tmp_path / "flags.npz", **arrays | flags)
+
+    obs = ReplayBuffer.load(tmp_path / "flags.npz").sample(1, 5).obs
+
+    assert np.array_equal(obs[0], np.where(pictures, 255, 0))
+
+
 @pytest.mark.parametrize("dtype", [bool, np.float32])
 def test_black_and_white_images_are_as_bright_as_floats_from_0_to_1(tmp_path, dtype):
     pictures = np.zeros((5, 1, 16, 16), dtype)

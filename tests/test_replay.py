@@ -292,8 +292,10 @@ def test_a_step_that_does_not_fit_is_refused_and_nothing_is_stored(changes, erro
 
 
 def test_channel_last_images_are_answered_with_the_transposition_that_helps():
-    with pytest.raises(ShapeMismatchError, match=r"channel-last.*pass \(3, 64, 64\)"):
-        ReplayBuffer(10, (64, 64, 3), 1)
+    for channels in (1, 3, 4, 9):  # the last are stacked frames
+        with pytest.raises(ShapeMismatchError, match=rf"channel-last.*pass \({channels}, 64, 64\)"):
+            ReplayBuffer(10, (64, 64, channels), 1)
+        ReplayBuffer(10, (channels, 64, 64), 1)
     buffer = ReplayBuffer(10, (3, 16, 12), 1)
     images = np.zeros((3, 16, 12, 3), np.uint8)
     with pytest.raises(ShapeMismatchError, match=r"np.transpose\(obs, \(0, 3, 1, 2\)\).*\(3, 3, 16, 12\)"):
@@ -301,6 +303,50 @@ def test_channel_last_images_are_answered_with_the_transposition_that_helps():
     buffer.add_episode(np.transpose(images, (0, 3, 1, 2)), np.zeros((2, 1)), np.zeros(2))
     with pytest.raises(ShapeMismatchError, match="channel-last"):
         buffer.add(images[:1], np.zeros((1, 1)), [0], [0], [0])
+
+
+FLAGS = np.arange(2 * 64).reshape(2, 1, 8, 8) % 3 == 0
+
+
+def added(buffer, obs, final_obs):
+    buffer.add(obs, np.zeros((1, 1)), np.zeros(1), np.ones(1), np.zeros(1), final_obs=final_obs)
+
+
+def ended_from_outside(buffer, obs, final_obs):
+    buffer.add(obs, np.zeros((1, 1)), np.zeros(1), np.zeros(1), np.zeros(1))
+    buffer.end_episodes(final_obs=final_obs)
+
+
+def added_whole(buffer, obs, final_obs):
+    obs = {"map": np.concatenate([obs["map"], final_obs["map"]])}
+    buffer.add_episode(obs, np.zeros((1, 1)), np.zeros(1))
+
+
+@pytest.mark.parametrize("door", [added, ended_from_outside, added_whole])
+@pytest.mark.parametrize("of", [np.asarray, torch.from_numpy])
+def test_images_of_flags_become_black_and_white(door, of):
+    buffer = ReplayBuffer(10, {"map": (1, 8, 8)}, 1)
+    door(buffer, {"map": of(FLAGS[:1])}, {"map": of(FLAGS[1:])})
+    stored = buffer.sample(1, 2).obs["map"]
+    assert stored.dtype == torch.uint8 and np.array_equal(stored[0], np.where(FLAGS, 255, 0))
+
+
+@pytest.mark.parametrize(
+    "options, shape, whole", [({"obs_dtype": np.uint8}, (8,), 1), ({"obs_dtype": "f4"}, (1, 8, 8), 1)]
+)
+def test_flags_that_are_no_bytes_of_images_stay_0_and_1(options, shape, whole):
+    buffer = ReplayBuffer(10, shape, 1, **options)
+    flags = FLAGS.reshape(-1)[: 2 * np.prod(shape)].reshape(2, *shape)
+    buffer.add_episode(flags, np.zeros((1, 1)), np.zeros(1))
+    assert np.array_equal(buffer.sample(1, 2).obs[0], flags.astype(float))
+
+
+def test_numbers_that_are_no_images_are_not_advised_like_images():
+    with pytest.raises(
+        BufferError, match=r"dtype float64, expected uint8 \(0 to 255\)\. Or create the buffer with obs_dty"
+    ) as no:
+        ReplayBuffer(10, (2,), 1, obs_dtype=np.uint8).add_episode(np.full((2, 2), 0.5), np.zeros((1, 1)), np.zeros(1))
+    assert "image" not in str(no.value)
 
 
 def test_images_are_bytes_unless_the_buffer_was_made_for_floats():

@@ -23,7 +23,7 @@ RESIZE_OR_FLATTEN = (
 logger = logging.getLogger("worldflux")
 
 _LEAST_PICTURE_SIDE = 16
-"""From here on, a shape of two dimensions is more likely to be a picture's than a table's."""
+"""From here on, two dimensions are more likely to be a picture's than a table's; no encoder takes smaller ones."""
 
 EnumT = TypeVar("EnumT", bound=Enum)
 
@@ -46,26 +46,39 @@ def _clean_shape(name: str, shape: Any, any_shape: bool) -> tuple[int, ...]:
     cleaned = clean_sizes(name, shape)
     if any_shape:
         return cleaned
-    if len(cleaned) == 2 and min(cleaned) >= _LEAST_PICTURE_SIDE:
-        logger.warning(
-            "%s is %s, which is taken as a vector of %s numbers. An image has its channels first: (1, %d, %d).",
-            name,
-            cleaned,
-            f"{math.prod(cleaned):,}",
-            *cleaned,
-        )
+    warn_of_missing_channels(name, cleaned)
     if len(cleaned) > 3:
         raise ConfigurationError(
             f"{name} is {cleaned}, expected at most 3 dimensions: a vector (n,) or an image (C, H, W). "
             "Fold further dimensions, such as stacked frames, into the channels."
         )
-    if len(cleaned) == 3 and cleaned[2] in (1, 3, 4) and cleaned[0] not in (1, 3, 4):
+    if has_channels_last(cleaned):
         height, width, channels = cleaned
         raise ConfigurationError(
             f"{name} is {cleaned}, which looks like an image with its channels last; expected channels first (CHW). "
             f"Transpose the images and use ({channels}, {height}, {width})."
         )
     return cleaned
+
+
+def warn_of_missing_channels(name: str, shape: tuple[int, ...]) -> None:
+    """Says how a picture without channels is taken."""
+    if len(shape) == 2 and min(shape) >= _LEAST_PICTURE_SIDE:
+        logger.warning(
+            "%s is %s, which is taken as a vector of %s numbers. An image has its channels first: (1, %d, %d).",
+            name,
+            shape,
+            f"{math.prod(shape):,}",
+            *shape,
+        )
+
+
+def has_channels_last(shape: tuple[int, ...]) -> bool:
+    """Whether a shape looks like that of an image `(H, W, C)`, stacked frames among them."""
+    if len(shape) != 3:
+        return False
+    usual = (1, 3, 4)
+    return (shape[2] in usual and shape[0] not in usual) or shape[2] < _LEAST_PICTURE_SIDE <= min(shape[:2])
 
 
 def clean_sizes(name: str, sizes: Any) -> tuple[int, ...]:

@@ -9,11 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from worldflux.config.checks import has_channels_last, warn_of_missing_channels
 from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError
 from worldflux.training.actions import Classes, as_executed
 from worldflux.training.config import whole_number
 
 ObsShape = tuple[int, ...] | dict[str, tuple[int, ...]]
+
+_BRIGHT = 127
+"""Images of floats that go beyond it are taken for those from 0 to 255 that were resized or blurred."""
 
 SINGLE = "obs"
 """Key of an observation that is one array."""
@@ -54,6 +58,8 @@ class RowForm:
         self.action_classes = action_classes
         self.is_dict = isinstance(obs_shape, Mapping)
         self.shapes = obs_shapes(obs_shape if isinstance(obs_shape, Mapping) else {SINGLE: obs_shape})
+        for key, shape in self.shapes.items():
+            warn_of_missing_channels(f"obs_shape['{key}']" if self.is_dict else "obs_shape", shape)
         self.extras = extras_spec(extras)
         self.dtypes = obs_dtypes(obs_dtype, self.shapes)
 
@@ -139,7 +145,7 @@ def checked(
     """`value` as an array of exactly this shape and dtype, all of it finite.
 
     Numbers are converted where nothing is lost but float precision: integers into uint8 only within 0..255, anything
-    into bool only if it is 0 or 1.
+    into bool only if it is 0 or 1. Images of flags become black and white, 0 and 255.
 
     Args:
         name: What the array is called in messages.
@@ -172,31 +178,51 @@ def _converted(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     if array.dtype.kind not in "biuf":
         raise BufferError(f"{name} has dtype {array.dtype}, expected numbers of dtype {dtype}.")
     if dtype == np.uint8:
-        if array.dtype.kind == "f":
-            if not all_finite(array):
-                raise BufferError(f"{name} has NaN or infinite values, expected images of finite numbers.")
-            raise BufferError(
-                f"{name} has dtype {array.dtype}, expected uint8 (0 to 255). Convert the images: "
-                f"{image_line(float(array.min(initial=0)), float(array.max(initial=0)))} Or create the buffer with "
-                "obs_dtype=np.float32 to store floats, which the models here do not take for images."
-            )
-        if array.size and not (0 <= array.min() and array.max() <= 255):
-            raise BufferError(f"{name} has values from {array.min()} to {array.max()}, expected 0 to 255 for uint8.")
+        return _as_bytes(name, array)
     if dtype == np.bool_ and not ((array == 0) | (array == 1)).all():
         raise BufferError(f"{name} has values other than 0 and 1, expected flags.")
     with np.errstate(over="ignore"):  # what overflows becomes infinite and is reported as such
         return array.astype(dtype)
 
 
-def image_line(low: float, high: float) -> str:
-    """The line that makes bytes of images whose numbers lie between these two."""
+def _as_bytes(name: str, array: np.ndarray) -> np.ndarray:
+    """Rows of another dtype in bytes: whole numbers from 0 to 255, and images `[N, C, H, W]` of flags."""
+    is_image = array.ndim == 4
+    if array.dtype.kind == "b":
+        return array.astype(np.uint8) * np.uint8(255 if is_image else 1)
+    if not all_finite(array):
+        raise BufferError(f"{name} has NaN or infinite values, expected {'images of ' * is_image}finite numbers.")
+    low, high = (float(bound) for bound in (array.min(initial=0), array.max(initial=0)))
+    remedy = f" Convert the images: {image_line(low, high, bool((array == np.rint(array)).all()))}" * is_image
+    if array.dtype.kind == "f":
+        raise BufferError(
+            f"{name} has dtype {array.dtype}, expected uint8 (0 to 255).{remedy} Or create the buffer with "
+            f"obs_dtype=np.float32 to store floats{', which the models here do not take for images' * is_image}."
+        )
+    if low < 0 or high > 255:
+        raise BufferError(
+            f"{name} has values from {array.min()} to {array.max()}, expected 0 to 255 for uint8.{remedy}"
+        )
+    return array.astype(np.uint8)
+
+
+def image_line(low: float, high: float, whole: bool) -> str:
+    """The line that makes bytes of images.
+
+    Args:
+        low: The least of their numbers, or 0.
+        high: The largest, or 0.
+        whole: Whether all of them are whole.
+    """
     if low >= 0 and high <= 1:
         return "(obs * 255).round().astype(np.uint8)."
-    if low >= 0 and high <= 255:
+    if low >= 0 and high <= 255 and (whole or high > _BRIGHT):
         return "obs.round().astype(np.uint8)."
-    if low >= -1 and high <= 1:
-        return "((obs + 1) * 127.5).round().astype(np.uint8)."
-    return f"((obs - {low:g}) * (255 / {high - low:g})).round().astype(np.uint8)."
+    black, white = (-1, 1) if low >= -1 and high <= 1 else (f"{low:.7g}", f"{high:.7g}")
+    return (
+        f"np.interp(obs, ({black}, {white}), (0, 255)).round().astype(np.uint8), where {black} is black and {white} "
+        "is white."
+    )
 
 
 def _shape_hint(name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> str:
@@ -226,7 +252,7 @@ def obs_shapes(named: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             raise ConfigurationError(
                 f"obs_shape is {given!r}, expected a tuple of whole numbers of at least 1; that of a number is (1,)."
             )
-        if len(shape) == 3 and shape[2] in (1, 3, 4) and min(shape[:2]) >= 8:
+        if has_channels_last(shape):
             raise ShapeMismatchError(
                 f"obs_shape {shape} looks like a channel-last image (HWC). Images are channel-first: "
                 f"pass {(shape[2], *shape[:2])}."

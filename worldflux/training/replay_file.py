@@ -202,7 +202,7 @@ def read_replay(file: NpzFile, reader: FileActions) -> ReplayData:
     else:
         n_envs, final_obs = 1, {}
         for key, stream in obs.items():
-            if len(stream.shape) == 4 and stream.dtype.kind in "bf":
+            if len(stream.shape) == 4 and stream.dtype.kind == "f":
                 obs[key] = _as_bytes(file, _member("obs", key, is_dict))
         _warn_of_unread(file, keys, is_dict)
         if count:  # what the file's end cuts off is an episode that goes on elsewhere
@@ -224,7 +224,7 @@ def read_replay(file: NpzFile, reader: FileActions) -> ReplayData:
 
 
 def _as_bytes(file: NpzFile, name: str) -> Stream:
-    """Images `[N, C, H, W]` that a file has as flags or floats: 0 to 1, or the whole numbers from 0 to 255.
+    """Images `[N, C, H, W]` that a file has as floats: 0 to 1, or the whole numbers from 0 to 255.
 
     Raises:
         BufferError: If they are something else, with the line to write.
@@ -237,7 +237,7 @@ def _as_bytes(file: NpzFile, name: str) -> Stream:
     if low < 0 or high > 255 or (high > 1 and not whole):
         raise BufferError(
             f"{file.path.name}: {name} are images as floats from {low:g} to {high:g}, expected 0 to 1, or whole "
-            f"numbers from 0 to 255. Write them as bytes: {image_line(low, high)}"
+            f"numbers from 0 to 255. Write them as bytes: {image_line(low, high, whole)}"
         )
     factor = 255.0 if high <= 1 else 1.0
     stream = file.stream(name)
