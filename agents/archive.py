@@ -24,6 +24,7 @@ from stable_baselines3.common.utils import get_system_info
 
 from worldflux.errors import CheckpointError, ConfigurationError
 from worldflux.files import directory_beside, recover_directory
+from worldflux.reading import read_json
 from worldflux.training.checkpoint import newest_checkpoint, writing_checkpoint
 
 AGENT_FILE = "agent.json"
@@ -152,11 +153,7 @@ def open_saved(path: ArchivePath) -> Iterator[tuple[dict[str, Any], Path]]:
             f"The directory {path} holds no checkpoint of an agent. Pass one that save_checkpoint wrote, or that "
             "holds several of them."
         )
-    try:
-        description = json.loads((directory / AGENT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{directory} is not a readable checkpoint of an agent: {error}.") from error
-    yield _checked(description, directory), directory
+    yield _checked(read_json(directory / AGENT_FILE), directory), directory
 
 
 def print_saved_system(description: dict[str, Any]) -> None:
@@ -184,11 +181,11 @@ def _open_archive(path: ArchivePath) -> Iterator[tuple[dict[str, Any], Path]]:
                     )
                 for entry in _ENTRIES:  # these names only: a zip may hold any path
                     archive.extract(entry, scratch)
-            description = json.loads((Path(scratch) / AGENT_FILE).read_text(encoding="utf-8"))
         except CheckpointError:
             raise
         except Exception as error:  # what a damaged zip makes zipfile raise is not a closed list
             raise CheckpointError(f"{path} is not a readable file of an agent: {error}.") from error
+        description = read_json(Path(scratch) / AGENT_FILE, name=f"{path}: {AGENT_FILE}")
         yield _checked(description, path), Path(scratch)
 
 

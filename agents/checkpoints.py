@@ -23,6 +23,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from worldflux.agents.numbers import count, finite_number
 from worldflux.errors import CheckpointError, ConfigurationError, ShapeMismatchError
+from worldflux.reading import read_json
 
 RUN_FILE = "run.json"
 _EPISODE_INFO = ("r", "l", "t")
@@ -55,7 +56,7 @@ class RunState:
         """
         path = directory / RUN_FILE
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_json(path, finite=False)  # statistics of a VecNormalize may be anything
             infos = data["episode_infos"]
             infos = [
                 {name: finite_number(name, info[name]) for name in _EPISODE_INFO if name in info} for info in infos
@@ -71,7 +72,7 @@ class RunState:
                 f"{directory} has no {RUN_FILE}, so there is no run to resume. Pass a directory that "
                 "WorldFluxAgent.save_checkpoint wrote; a zip of save() holds no replay data."
             ) from error
-        except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, ArithmeticError) as error:
             raise CheckpointError(f"{path} is damaged: {error!r}.") from error
 
 

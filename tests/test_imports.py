@@ -19,6 +19,7 @@ FOLDERS = {"worldflux": ROOT / "worldflux", "worldflux.envs": ROOT / "envs", "wo
 LAYERS = (
     ("worldflux.errors",),
     ("worldflux.files",),
+    ("worldflux.reading",),
     ("worldflux.overriding",),
     ("worldflux.config",),
     ("worldflux.accel",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import numpy as np
 
 from worldflux.cli.evaluations import read_evaluations
 from worldflux.cli.runs import EVALUATIONS_FILE, LOGS, RunConfig
+from worldflux.errors import CheckpointError
+from worldflux.reading import open_regular
 
 Score = tuple[float, float, float]
 """Environment steps, seconds of training, and the score."""
@@ -148,10 +151,13 @@ def _part(path: Path) -> int:
 def _training_rows(path: Path) -> Iterator[Score]:
     """The rows of a log that have a mean return."""
     names = ("time/total_timesteps", "time/time_elapsed", "rollout/ep_rew_mean")
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            try:
-                step, seconds, score = (float(row[name]) for name in names)
-            except (KeyError, TypeError, ValueError):  # a row of an evaluation, or one that is being written
-                continue
-            yield step, seconds, score
+    try:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                try:
+                    step, seconds, score = (float(row[name]) for name in names)
+                except (KeyError, TypeError, ValueError):  # a row of an evaluation, or one that is being written
+                    continue
+                yield step, seconds, score
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise CheckpointError(f"{path} is no log of a run: {error}. Remove it, or restore it.") from error

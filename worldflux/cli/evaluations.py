@@ -9,6 +9,7 @@ from pathlib import Path
 
 from worldflux.errors import CheckpointError
 from worldflux.files import write_atomically
+from worldflux.reading import open_regular
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,11 @@ def read_evaluations(path: Path) -> list[Evaluation]:
         return []
     kinds = {item.name: {"int": int, "float": float}[str(item.type)] for item in fields(Evaluation)}
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8", newline="") as file:
             return [
                 Evaluation(**{name: kind(row[name]) for name, kind in kinds.items()}) for row in csv.DictReader(file)
             ]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise CheckpointError(f"{path} is not a file of evaluations: {error!r}. Remove it, or restore it.") from error
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from worldflux.errors import CheckpointError, ConfigurationError
 from worldflux.files import write_atomically
+from worldflux.reading import read_json
 
 CONFIG_FILE = "config.json"
 LOGS = "logs"
@@ -76,7 +77,7 @@ class RunConfig:
         if not is_run(directory):
             what = f"There is no '{directory}'" if not directory.exists() else f"{directory} is no directory of a run"
             raise ConfigurationError(f"{what}. Pass one that worldflux train has made.")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path, finite=False)
         if data.pop("run") != FORMAT:
             raise CheckpointError(f"{path} is of another version of worldflux than this one. Use a newer one.")
         types = {"kind": str, "model": str, "task": str, "settings": dict, "frames_per_step": int}
@@ -90,8 +91,8 @@ class RunConfig:
 def is_run(directory: Path) -> bool:
     """Whether a directory is one of a run; the checkpoint of an agent has a `config.json`, too, of its model."""
     try:
-        data = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        data = read_json(directory / CONFIG_FILE, finite=False)
+    except (FileNotFoundError, CheckpointError):
         return False
     return isinstance(data, dict) and "run" in data
 

@@ -21,6 +21,7 @@ from worldflux.config.checks import (
 )
 from worldflux.errors import ConfigurationError, nearest
 from worldflux.files import write_atomically
+from worldflux.reading import only_our_errors, read_json
 
 ConfigT = TypeVar("ConfigT", bound="WorldModelConfig")
 
@@ -197,20 +198,18 @@ class WorldModelConfig:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            json.JSONDecodeError: If the file is not JSON.
-            ConfigurationError: If it is JSON, but not a configuration that this class can hold.
+            ConfigurationError: If it is not a configuration that this class can hold; if it is not even JSON, this is a
+                `json.JSONDecodeError`, too.
         """
         path = Path(path)
         if path.is_dir():
             path = path / "config.json"
-        try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except UnicodeDecodeError as error:
-            raise ConfigurationError(
-                f"{path} is not a text file. A configuration is JSON written by save()."
-            ) from error
-        except ConfigurationError as error:
-            raise ConfigurationError(f"{path}: {error}") from error
+        data = read_json(path, error=ConfigurationError, finite=False)  # of fields, the checks say which is not
+        with only_our_errors(path, ConfigurationError):
+            try:
+                return cls.from_dict(data)
+            except ConfigurationError as error:
+                raise ConfigurationError(f"{path}: {error}") from error
 
     def _derive(self) -> None:
         """Bring what was given to its stored form, and fill in what follows from it."""

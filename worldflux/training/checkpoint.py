@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import re
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from worldflux.errors import CheckpointError, WorldFluxError
 from worldflux.files import recover_directories, recover_directory, remove_directory
 from worldflux.models.base import WEIGHTS_FILE
+from worldflux.reading import read_json
 from worldflux.training.config import whole_number
 from worldflux.training.randomness import decoded
 
@@ -106,7 +106,7 @@ def read_checkpoint(path: Path) -> tuple[Any, dict[str, Tensor], Any, dict[str, 
         if not (path / name).is_file():
             raise CheckpointError(f"{path} has no {name}. Pass a directory written by Trainer.save_checkpoint.")
     return (
-        _read(path / TRAINER_FILE, lambda file: json.loads(file.read_text(encoding="utf-8"))),
+        read_json(path / TRAINER_FILE, finite=False),  # what callbacks remember may be infinite
         _read(path / WEIGHTS_FILE, safetensors.torch.load_file),
         _read(path / OPTIMIZER_FILE, lambda file: torch.load(file, map_location="cpu", weights_only=True)),
         _read(path / EXTRAS_FILE, safetensors.torch.load_file) if (path / EXTRAS_FILE).exists() else {},
@@ -212,8 +212,8 @@ def _continues(state: dict[str, Any], optimizer: torch.optim.Optimizer, moments:
 
 def _saved_at(checkpoint: Path) -> float:
     try:
-        saved_at = float(json.loads((checkpoint / TRAINER_FILE).read_text(encoding="utf-8"))["saved_at"])
-    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
+        saved_at = float(read_json(checkpoint / TRAINER_FILE, finite=False)["saved_at"])
+    except (FileNotFoundError, CheckpointError, ValueError, LookupError, TypeError):
         return 0.0
     return saved_at if math.isfinite(saved_at) else 0.0
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from worldflux.config.devices import resolve_device
 from worldflux.errors import ConfigurationError, WorldFluxError, nearest
 from worldflux.files import write_atomically
+from worldflux.reading import only_our_errors, read_json
 from worldflux.training.compiling import checked_compile
 
 _COUNTS = {
@@ -114,15 +115,15 @@ class TrainingConfig:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            json.JSONDecodeError: If the file is not JSON.
-            ConfigurationError: If it is JSON, but not a training configuration.
+            ConfigurationError: If it is not a training configuration; if it is not even JSON, this is a
+                `json.JSONDecodeError`, too.
         """
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except UnicodeDecodeError as error:
-            raise ConfigurationError(f"{path} is no text file. A TrainingConfig is JSON written by save().") from error
-        except ConfigurationError as error:
-            raise ConfigurationError(f"{path}: {error}") from error
+        data = read_json(path, error=ConfigurationError, finite=False)  # grad_clip may be infinite
+        with only_our_errors(path, ConfigurationError):
+            try:
+                return cls.from_dict(data)
+            except ConfigurationError as error:
+                raise ConfigurationError(f"{path}: {error}") from error
 
 
 def _number(name: str, value: Any) -> float:

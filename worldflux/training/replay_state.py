@@ -12,6 +12,7 @@ import numpy as np
 
 from worldflux.errors import CheckpointError, ConfigurationError
 from worldflux.files import write_atomically
+from worldflux.reading import read_json
 from worldflux.training.config import whole_number
 from worldflux.training.replay import ReplayBuffer
 from worldflux.training.rows import FINAL, RowStore
@@ -87,11 +88,7 @@ def read_state(folder: Path, buffer: ReplayBuffer) -> ReplayState:
     file = folder / STATE_FILE
     if not file.is_file():
         raise CheckpointError(f"{folder} has no {STATE_FILE}. Pass a checkpoint that was saved with replay data.")
-    try:
-        said = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}. The file is damaged.") from error
-    return _Reader(file, said, buffer).state()
+    return _Reader(file, read_json(file), buffer).state()
 
 
 def check_rows(folder: Path, state: ReplayState, store: RowStore) -> None:
