@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -51,11 +51,13 @@ class WorldFluxAgent(SavedAgent):
         >>> action, state = agent.predict(next_obs, state)              # and the ones after it
 
     Settings that are None take the numbers of the model's family (`WorldModel.online_defaults`, `optimizer_spec`);
-    afterwards the attributes of the same names hold the numbers in use.
+    afterwards the attributes of the same names hold the numbers in use. Of these, `learning_rate`, `train_ratio`,
+    `tensorboard_log` and `verbose` can be set at any time; the agent is built with the others.
 
     Attributes:
         model: The world model; `policy` is another name of it, which SB3 uses.
-        replay_buffer: What was collected; None until there is an environment.
+        replay_buffer: What was collected; None until there is an environment. It can be set to another one, also by a
+            callback: the episodes in flight end as truncated, and training begins when that one holds enough.
         trainer: Owns the gradient steps.
         schedule: Says how many of them are due.
         last_losses: Of the last gradient step, as tensors on the device.
@@ -173,17 +175,34 @@ class WorldFluxAgent(SavedAgent):
             seed=settings.seed,
         )
         self._take_over(settings)
-        self.replay_buffer: ReplayBuffer | None = None
+        self._replay_buffer: ReplayBuffer | None = None
         self._model_source = model
         self._model_kwargs = checked_model_kwargs(model_kwargs, learning_rate, settings.planner_kwargs)
         self._collector: Collector | None = None  # while the episodes in flight are known
         self._segments: ReplaySegments | None = None  # of the replay buffer, once a checkpoint holds some of it
         self._stop = StopRequest()
+        self._learning: int | None = None  # this agent's id while it learns, which a copy of it does not
         self._random_started = False
         self._steps_elsewhere = False
         self._frames_per_step = 1
         if _init_setup_model:
             self._setup_model()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute; a setting of an agent that is built takes effect, or cannot be changed any more.
+
+        Raises:
+            ConfigurationError: If a value cannot be used, or what depends on it was built already.
+        """
+        if name in _SETTINGS and "trainer" in vars(self):
+            self._change_setting(name, value)
+        elif name == "policy" and "trainer" in vars(self) and value is not self.policy:
+            raise ConfigurationError(
+                "The agent's model cannot be exchanged: its optimisers and its replay data are made for it. Take over "
+                "weights with set_parameters, or make an agent of the other model: WorldFluxAgent(model, env)."
+            )
+        else:
+            super().__setattr__(name, value)
 
     @property
     def model(self) -> WorldModel:
@@ -266,6 +285,23 @@ class WorldFluxAgent(SavedAgent):
         for name, value in vars(settings).items():
             setattr(self, name, value)
 
+    def _change_setting(self, name: str, value: Any) -> None:
+        settings = replace(self._settings(), **{name: value}).with_defaults(self.model, self.n_envs)
+        value = getattr(settings, name)
+        if name not in _CHANGEABLE and value != getattr(self, name):
+            how = "Call set_random_seed" if name == "seed" else "Save it, and load it with another one: WorldFluxAgent."
+            how += "" if name == "seed" else f"load(path, env, {name}=...)"
+            raise ConfigurationError(
+                f"{name} is {getattr(self, name)!r} and cannot become {value!r}: the agent was built with it. {how}."
+            )
+        if name == "train_ratio":
+            if value:
+                self._check_size_of_buffer(value)
+            self._learner.set_train_ratio(value)
+        super().__setattr__(name, value)
+        if name == "learning_rate":
+            self._setup_lr_schedule()
+
     def _settings(self) -> AgentSettings:
         return AgentSettings(**{item.name: getattr(self, item.name) for item in fields(AgentSettings)})
 
@@ -277,14 +313,17 @@ class WorldFluxAgent(SavedAgent):
     def _extras_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
         return self.model.replay_extras() if self.replay_context else {}
 
-    def _make_buffer(self) -> ReplayBuffer:
+    def _check_size_of_buffer(self, train_ratio: float) -> None:
         least = max(self.learning_starts, self.n_envs * self._window + self.batch_size)
-        if self.train_ratio and self.buffer_size < least:
+        if train_ratio and self.buffer_size < least:
             raise ConfigurationError(
                 f"buffer_size is {self.buffer_size}, expected at least {least}: "
                 f"learning_starts ({self.learning_starts}) transitions, "
                 f"and {self.batch_size} windows of {self._window} rows from {self.n_envs} environments."
             )
+
+    def _make_buffer(self) -> ReplayBuffer:
+        self._check_size_of_buffer(self.train_ratio)
         return ReplayBuffer(
             self.buffer_size,
             self.obs_codec.obs_shape,
@@ -312,6 +351,9 @@ class WorldFluxAgent(SavedAgent):
     def set_env(self, env: GymEnv | str, force_reset: bool = True) -> None:
         """Continues in another environment of the same spaces and the same number of copies, as SB3 checks.
 
+        A callback may call it, too, as a curriculum does: the episodes in flight end there as truncated, and the next
+        step of `learn` is the first one in the other environment, after a reset.
+
         Args:
             env: As for the constructor.
             force_reset: False leaves the environment that is set already as it is, so that
@@ -321,14 +363,14 @@ class WorldFluxAgent(SavedAgent):
         if not force_reset and self.env is not None and stands_for(self.env, env):
             return
         made: Any = as_env(env)
-        self._leave_episodes()
         super().set_env(made, force_reset)
+        self._leave_episodes()
         if self.replay_buffer is None:
             self.replay_buffer = self._make_buffer()
 
-    def _begin_episodes(self) -> None:
+    def _begin_episodes(self, collector: Collector) -> None:
         """The environments were just reset, to `_last_obs`."""
-        self._get_collector().begin(self._last_obs)
+        collector.begin(self._last_obs)
         self._last_episode_starts = np.ones(self.n_envs, dtype=bool)
 
     def _get_collector(self) -> Collector:
@@ -379,7 +421,8 @@ class WorldFluxAgent(SavedAgent):
             total_timesteps: Environment steps, over all environments; with several of them it may overshoot by
                 fewer than there are.
             callback: As for every algorithm of SB3. It is called after each step was stored, before the training that
-                this step owes; returning False stops.
+                this step owes; returning False stops. It may change the run: set another environment, replay buffer or
+                parameters, `learning_rate` or `train_ratio`, save, or act with this agent. It cannot call `learn`.
             log_interval: Episodes between two dumps of the log; None leaves them to a callback.
             tb_log_name: Name of the run for TensorBoard; None takes the model's family.
             reset_num_timesteps: False continues the count of steps, and the episodes in flight. If somebody else has
@@ -391,12 +434,18 @@ class WorldFluxAgent(SavedAgent):
             This agent.
 
         Raises:
-            ConfigurationError: If there is no environment, or a number is out of its range.
+            ConfigurationError: If there is no environment, a number is out of its range, or a callback calls it.
             BufferError: If the replay data of so many steps would not fit into the machine's memory.
             TrainingError: If a loss is not finite; it names the loss and the step.
         """
         if self.env is None or self.replay_buffer is None:
             raise ConfigurationError("The agent has no environment to learn in. Call set_env, or pass env to load.")
+        if self._learning == id(self):
+            raise ConfigurationError(
+                "A callback has called learn() of the agent that is learning. Let the callback return False to end "
+                "this call, and call learn(..., reset_num_timesteps=False) after it; set_env changes the environment "
+                "in between."
+            )
         if isinstance(total_timesteps, float) and total_timesteps % 1 == 0:  # such as 1e5
             total_timesteps = int(total_timesteps)
         total_timesteps = whole_number("total_timesteps", total_timesteps, 0)
@@ -405,14 +454,18 @@ class WorldFluxAgent(SavedAgent):
         self.replay_buffer.check_budget(total_timesteps)
         self.lr_schedule(self._current_progress_remaining)  # fails now rather than after the first steps
         tb_log_name = tb_log_name or self.model.config.model_type
-        total_timesteps, callback = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-        )
-        if self.verbose >= 1:
-            print(self._learner.describe_schedule())
-        callback.on_training_start(locals(), globals())
-        with stopping_on_signals() as self._stop:
-            self._learn(total_timesteps, callback, log_interval)
+        self._learning = id(self)
+        try:
+            total_timesteps, callback = self._setup_learn(
+                total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+            )
+            if self.verbose >= 1:
+                print(self._learner.describe_schedule())
+            callback.on_training_start(locals(), globals())
+            with stopping_on_signals() as self._stop:
+                self._learn(total_timesteps, callback, log_interval)
+        finally:
+            self._learning = None
         return self
 
     def _learn(self, total_timesteps: int, callback: BaseCallback, log_interval: int | None) -> None:
@@ -454,11 +507,10 @@ class WorldFluxAgent(SavedAgent):
         if self._collector is not None and self._collector.moved:
             self._leave_episodes()
         starts_episodes = reset_num_timesteps or self._last_obs is None
-        if starts_episodes:
-            self._get_collector()
+        collector = self._get_collector() if starts_episodes else None
         set_up = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
-        if starts_episodes:
-            self._begin_episodes()
+        if collector is not None and collector is self._collector:  # no callback has set another environment
+            self._begin_episodes(collector)
         return set_up
 
     def _collect_step(self, callback: BaseCallback) -> bool:
@@ -466,15 +518,15 @@ class WorldFluxAgent(SavedAgent):
 
         Gradient steps that earlier environment steps owe are taken while other processes make this one.
         """
-        assert self.env is not None and self._collector is not None and self.replay_buffer is not None
         callback.on_rollout_start()
-        if self._collector.moved:
+        collector = self._collector
+        if collector is None or collector.moved:  # by a callback
             self._leave_episodes()
-            self._get_collector()
-            self._last_obs = self.env.reset()  # type: ignore[assignment]
-            self._begin_episodes()
-        assert self._last_episode_starts is not None
-        actions, new_obs, rewards, dones, infos = self._collector.step(
+            collector = self._get_collector()
+            self._last_obs = collector.env.reset()  # type: ignore[assignment]
+            self._begin_episodes(collector)
+        assert self._last_episode_starts is not None and self.replay_buffer is not None
+        actions, new_obs, rewards, dones, infos = collector.step(
             self._last_obs, self._last_episode_starts, at_random=self._learner.acts_at_random, meanwhile=self._train
         )
         self.num_timesteps += self.n_envs
@@ -558,4 +610,7 @@ class WorldFluxAgent(SavedAgent):
         return self.actor.predict(observation, state, episode_start, deterministic)
 
 
+_SETTINGS = frozenset(item.name for item in fields(AgentSettings))
+_CHANGEABLE = ("learning_rate", "train_ratio", "tensorboard_log", "verbose")
+"""Settings of which an agent that is built takes another value."""
 _PREDICT = WorldFluxAgent.predict

@@ -76,6 +76,12 @@ class Learner:
             rhythm += f", and {schedule.first_updates} at once after {self.learning_starts} random steps"
         return rhythm
 
+    def set_train_ratio(self, ratio: float) -> None:
+        """Learns so much from each environment step from now on; with 0 nothing is owed any more."""
+        self.schedule.set_train_ratio(ratio)
+        if not ratio:
+            self.updates_owed = 0
+
     def owe(self, env_steps: int, buffer: ReplayBuffer) -> None:
         """Adds the gradient steps that new environment steps ask for, if training has started."""
         if self._can_train(buffer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections import deque
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ from worldflux.agents.description import LOOP_COUNTERS, AgentDescription
 from worldflux.agents.learning import Learner
 from worldflux.agents.schedule import UpdateSchedule
 from worldflux.agents.settings import AgentSettings
+from worldflux.config.devices import resolve_device
 from worldflux.envs.make import as_env
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
 from worldflux.envs.vector import seed_envs
@@ -38,6 +40,7 @@ from worldflux.errors import CheckpointError, ConfigurationError, ShapeMismatchE
 from worldflux.files import atomic_directory
 from worldflux.models.base import WEIGHTS_FILE
 from worldflux.training.checkpoint import check_target, writing_checkpoint
+from worldflux.training.randomness import keeping_random_streams
 from worldflux.training.replay import ReplayBuffer
 from worldflux.training.replay_segments import ReplaySegments
 from worldflux.training.trainer import Trainer
@@ -53,7 +56,6 @@ class SavedAgent(BaseAlgorithm):
 
     trainer: Trainer
     schedule: UpdateSchedule
-    replay_buffer: ReplayBuffer | None
     buffer_size: int
     buffer_storage: str | None
     obs_codec: ObservationCodec
@@ -62,6 +64,7 @@ class SavedAgent(BaseAlgorithm):
     _collector: Collector | None
     _segments: ReplaySegments | None
     _random_started: bool
+    _replay_buffer: ReplayBuffer | None
     _model_source: Any
 
     def _settings(self) -> AgentSettings:
@@ -75,6 +78,40 @@ class SavedAgent(BaseAlgorithm):
     def _leave_episodes(self) -> None:
         """Closes the episodes in flight."""
         raise NotImplementedError
+
+    @property
+    def replay_buffer(self) -> ReplayBuffer | None:
+        """What was collected; None until there is an environment."""
+        return self._replay_buffer
+
+    @replay_buffer.setter
+    def replay_buffer(self, buffer: ReplayBuffer) -> None:
+        if buffer is self._replay_buffer:
+            return
+        self._check_buffer(buffer, "The buffer")
+        self._leave_episodes()
+        self._replay_buffer = buffer
+        self._learner.take_new_buffer(buffer)
+
+    def _check_buffer(self, buffer: ReplayBuffer, name: str) -> None:
+        """Raises unless this agent can record into a buffer and learn from it."""
+        if not isinstance(buffer, ReplayBuffer):
+            raise ConfigurationError(f"replay_buffer is {buffer!r}, expected a ReplayBuffer of worldflux.training.")
+        expected = (self.obs_codec.obs_shape, self.action_codec.action_dim)
+        if (buffer.obs_shape, buffer.action_dim) != expected:
+            raise ShapeMismatchError(
+                f"{name} holds observations {buffer.obs_shape} and {buffer.action_dim} action numbers, "
+                f"expected {expected[0]} and {expected[1]} for this agent."
+            )
+        buffer.check_actions(self.action_codec.action_classes)
+        extras = self._extras_spec()
+        if buffer.n_envs != self.n_envs or {name: buffer.extras.get(name) for name in extras} != extras:
+            states = ", extras=agent.model.replay_extras()" if extras else ""
+            raise ConfigurationError(
+                f"{name} is for {buffer.n_envs} environments and has {sorted(buffer.extras) or 'nothing'} beside its "
+                f"rows, expected {self.n_envs} and {sorted(extras) or 'nothing'} for this agent. Make it with "
+                f"ReplayBuffer(..., n_envs={self.n_envs}{states})."
+            )
 
     def save(
         self, path: ArchivePath, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None
@@ -169,8 +206,9 @@ class SavedAgent(BaseAlgorithm):
     ) -> SelfAgent:
         """Reads an agent that `save` or `save_checkpoint` wrote.
 
-        It can act at once, and learn if it is given an environment. The random streams of Python, NumPy and torch
-        continue where they were when it was saved.
+        It can act at once, and learn if it is given an environment. The random streams of Python, NumPy and torch stay
+        as they are, so that a callback may load a rival without changing the training around it; pass `seed` to start
+        them anew.
 
         With `resume`, the run goes on: `learn(..., reset_num_timesteps=False)` continues with the replay data, counters
         and random streams of the checkpoint, and with the statistics of a `VecNormalize`. Episodes that were in flight
@@ -213,12 +251,17 @@ class SavedAgent(BaseAlgorithm):
             if made is not None:
                 made = cls._wrap_env(made, settings.verbose)
                 check_for_correct_spaces(made, saved.observation_space, saved.action_space)
-            agent: Any = cls(checkpoint, made, device=device, _init_setup_model=False, **vars(settings))  # type: ignore[arg-type, call-arg]
-            if made is None:
-                agent.observation_space, agent.action_space = saved.observation_space, saved.action_space
-                agent.n_envs = saved.n_envs
-            agent._setup_model()
-            agent.trainer.load_checkpoint(checkpoint)
+            # Building draws and seeds, and a trainer's checkpoint holds the streams of its process.
+            place = resolve_device(device, must_compute=True)
+            with nullcontext() if resume else keeping_random_streams(place):
+                agent: Any = cls(checkpoint, made, device=place, _init_setup_model=False, **vars(settings))  # type: ignore[arg-type, call-arg]
+                if made is None:
+                    agent.observation_space, agent.action_space = saved.observation_space, saved.action_space
+                    agent.n_envs = saved.n_envs
+                agent._setup_model()
+                agent.trainer.load_checkpoint(checkpoint)
+            if "seed" in kwargs and not resume:
+                agent.set_random_seed(settings.seed)
             resumed = agent._read_run(checkpoint) if resume else None
         agent._model_source = agent.policy
         for name in LOOP_COUNTERS:
@@ -226,7 +269,7 @@ class SavedAgent(BaseAlgorithm):
         agent._current_progress_remaining = saved.progress_remaining
         agent.schedule.load_state_dict(saved.schedule)
         agent._learner.load_counters(saved.counters)
-        # A saved agent's random streams go on; only one that was seeded anew starts them again.
+        # Learning goes on with the streams that there are; only an agent that was seeded anew starts them again.
         agent._random_started = "seed" not in kwargs
         if resumed is not None:
             agent._resume(resumed)
@@ -261,7 +304,7 @@ class SavedAgent(BaseAlgorithm):
             self.replay_buffer.save(target)
 
     def load_replay_buffer(self, path: ArchivePath, truncate_last_traj: bool = True) -> None:
-        """Replaces the replay buffer by one from a file; the next `learn` starts new episodes.
+        """Replaces the replay buffer by one from a file; the next step of `learn` starts new episodes.
 
         Args:
             path: What `save_replay_buffer` or `ReplayBuffer.save` wrote, or a binary file that holds it. The newest
@@ -281,17 +324,9 @@ class SavedAgent(BaseAlgorithm):
                 seed=self.seed,
                 storage=self.buffer_storage,
             )
-        expected = (self.obs_codec.obs_shape, self.action_codec.action_dim)
-        if (buffer.obs_shape, buffer.action_dim) != expected:
-            raise ShapeMismatchError(
-                f"{path} holds observations {buffer.obs_shape} and {buffer.action_dim} action numbers, "
-                f"expected {expected[0]} and {expected[1]} for this agent."
-            )
-        buffer.check_actions(self.action_codec.action_classes)
+        self._check_buffer(buffer, str(path))
         buffer.end_episodes()
-        self._leave_episodes()
         self.replay_buffer = buffer
-        self._learner.take_new_buffer(buffer)
 
     def set_parameters(
         self,

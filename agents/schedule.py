@@ -53,6 +53,11 @@ class UpdateSchedule:
         due, self._handed_out = total - self._handed_out, total
         return due
 
+    def set_train_ratio(self, train_ratio: float) -> None:
+        """Keeps another ratio from now on; nothing is owed for the past."""
+        self.train_ratio = train_ratio
+        self.load_state_dict(self.state_dict())
+
     def state_dict(self) -> dict[str, int | None]:
         """Where the count stands, for a checkpoint."""
         return {"env_steps": self._env_steps, "handed_out": self._handed_out}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -48,6 +50,22 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+@contextmanager
+def keeping_random_streams(device: torch.device) -> Iterator[None]:
+    """Leaves the global random streams as they were before the block, whatever is drawn or seeded inside it.
+
+    Args:
+        device: Its own stream is kept if it is a CUDA device.
+    """
+    python, legacy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)
 
 
 def _encode(state: torch.Tensor) -> str:
