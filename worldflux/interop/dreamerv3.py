@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
+import itertools
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +14,11 @@ import torch
 from torch import Tensor
 
 from worldflux.config import DreamerV3Config
-from worldflux.errors import CheckpointError
+from worldflux.config.checks import as_integer
+from worldflux.errors import CheckpointError, ConfigurationError
+from worldflux.interop.pickles import NUMPY, PickleReader, StoredArray, only_our_errors
 from worldflux.models.dreamerv3.world_model import DreamerV3
+from worldflux.models.weights import check_finite
 
 _SCALARS = {"retnorm/lo/value": "return_low", "retnorm/hi/value": "return_high"}
 
@@ -22,10 +26,10 @@ _HEADS = {"rew": "reward_head", "con": "continue_head", "pol": "actor", "val": "
 
 # Official module name -> ours; `kernel`, `bias` and `scale` follow.
 _MODULES = [
-    (r"enc/mlp(\d)", r"encoder.mlp.linears.\1"),
-    (r"enc/mlp(\d)norm", r"encoder.mlp.norms.\1"),
-    (r"enc/cnn(\d)", r"encoder.cnn.convs.\1"),
-    (r"enc/cnn(\d)norm", r"encoder.cnn.norms.\1"),
+    (r"enc/mlp([0-9])", r"encoder.mlp.linears.\1"),
+    (r"enc/mlp([0-9])norm", r"encoder.mlp.norms.\1"),
+    (r"enc/cnn([0-9])", r"encoder.cnn.convs.\1"),
+    (r"enc/cnn([0-9])norm", r"encoder.cnn.norms.\1"),
     (r"dyn/dynin0", "rssm.deter_in.linears.0"),
     (r"dyn/dynin1", "rssm.stoch_in.linears.0"),
     (r"dyn/dynin2", "rssm.action_in.linears.0"),
@@ -38,17 +42,17 @@ _MODULES = [
     (r"dyn/obs0", "rssm.posterior_in.linears.0"),
     (r"dyn/obs0norm", "rssm.posterior_in.norms.0"),
     (r"dyn/obslogit", "rssm.posterior_out"),
-    (r"dyn/prior(\d)", r"rssm.prior_in.linears.\1"),
-    (r"dyn/prior(\d)norm", r"rssm.prior_in.norms.\1"),
+    (r"dyn/prior([0-9])", r"rssm.prior_in.linears.\1"),
+    (r"dyn/prior([0-9])norm", r"rssm.prior_in.norms.\1"),
     (r"dyn/priorlogit", "rssm.prior_out"),
-    (r"dec/mlp/linear(\d)", r"decoder.mlp.linears.\1"),
-    (r"dec/mlp/norm(\d)", r"decoder.mlp.norms.\1"),
-    (r"dec/sp(\d)", r"decoder.cnn.sp\1"),
+    (r"dec/mlp/linear([0-9])", r"decoder.mlp.linears.\1"),
+    (r"dec/mlp/norm([0-9])", r"decoder.mlp.norms.\1"),
+    (r"dec/sp([0-9])", r"decoder.cnn.sp\1"),
     (r"dec/sp1norm", "decoder.cnn.sp1norm"),
     (r"dec/spnorm", "decoder.cnn.spnorm"),
     (r"dec/imgout", "decoder.cnn.out"),
-    *((rf"{theirs}/mlp/linear(\d)", rf"{ours}.mlp.linears.\1") for theirs, ours in _HEADS.items()),
-    *((rf"{theirs}/mlp/norm(\d)", rf"{ours}.mlp.norms.\1") for theirs, ours in _HEADS.items()),
+    *((rf"{theirs}/mlp/linear([0-9])", rf"{ours}.mlp.linears.\1") for theirs, ours in _HEADS.items()),
+    *((rf"{theirs}/mlp/norm([0-9])", rf"{ours}.mlp.norms.\1") for theirs, ours in _HEADS.items()),
     (r"rew/head/logits", "reward_head.out"),
     (r"con/head/logit", "continue_head.out"),
     (r"val/head/logits", "critic.out"),
@@ -58,6 +62,11 @@ _MODULES = [
     (r"pol/head/[^/]+/stddev", "actor.std"),
 ]
 _LEAVES = {"kernel": "weight", "bias": "bias", "scale": "scale"}
+_KERNELS = {2: (1, 0), 3: (0, 1, 2), 4: (3, 2, 0, 1)}
+"""(in, out) -> (out, in); (h, w, in, out) -> (out, in, h, w); block-linear kernels keep (g, in, out)."""
+_OPTIMIZER = "opt/"
+_LONGEST_LATEST = 256
+"""Bytes of the file that names the newest checkpoint."""
 
 
 def load_official_dreamerv3(
@@ -67,15 +76,17 @@ def load_official_dreamerv3(
     action_dim: int,
     action_type: str = "continuous",
     stoch_discrete: int | None = None,
+    allow_nonfinite: bool = False,
 ) -> DreamerV3:
     """A model with the weights of a checkpoint of DreamerV3's reference implementation.
 
-    All dimensions are read from the weights' shapes.
+    All dimensions are read from the weights' shapes. No memory is taken for the model before its shapes have been
+    compared with those of all weights.
 
     Args:
         params_or_path: The reference's parameter names and arrays, or its run directory, its `ckpt` directory, one
-            checkpoint folder in there, or an `agent.pkl`. The pickle is read by an unpickler that admits NumPy arrays
-            and plain containers only.
+            checkpoint folder in there, or an `agent.pkl`. It is not unpickled: NumPy arrays of numbers and plain
+            containers are read from it, and it is refused if it names anything else. The optimiser's state is left out.
         obs_shape: Of the environment that the checkpoint was trained in; images `(C, H, W)`. A dictionary names the
             reference's observation keys; a single vector joins all of its vector keys in sorted order.
         action_dim: A
@@ -83,37 +94,54 @@ def load_official_dreamerv3(
         stoch_discrete: Categorical rows of the latent; the shapes give only rows times classes. By default 32, as in
             all of the reference's sizes, or where 32 does not divide the latent, its largest divisor up to the square
             root.
+        allow_nonfinite: Take weights that are NaN or infinite, too.
 
     Returns:
         The model, on the CPU, in float32.
 
     Raises:
-        CheckpointError: If the file cannot be read, holds anything but arrays, or its weights do not fit the shapes
-            given.
+        CheckpointError: If the file cannot be read, holds anything but arrays, or its weights are not finite or do not
+            fit the shapes given.
+        ConfigurationError: If no DreamerV3 has such observations, actions or categorical rows.
     """
+    shapes = dict(obs_shape) if isinstance(obs_shape, Mapping) else obs_shape
+    given = DreamerV3Config(model_name="official", obs_shape=shapes, action_dim=action_dim, action_type=action_type)
+    if stoch_discrete is not None:
+        stoch_discrete = as_integer("stoch_discrete", stoch_discrete)
+        if stoch_discrete < 1:
+            raise ConfigurationError(f"stoch_discrete is {stoch_discrete}, expected at least 1.")
     if isinstance(params_or_path, Mapping):
-        params = {name: np.asarray(value) for name, value in params_or_path.items()}
+        where: object = "The checkpoint"
+        with only_our_errors(where):
+            params = {_name(name): _numbers(name, value) for name, value in params_or_path.items()}
+    elif isinstance(params_or_path, str | os.PathLike):
+        with only_our_errors(params_or_path):
+            where = _agent_file(Path(params_or_path))
+        with only_our_errors(where):
+            params = _read_params(where)
     else:
-        params = _read_params(Path(params_or_path))
-    shapes = dict(obs_shape) if isinstance(obs_shape, Mapping) else tuple(obs_shape)
-    try:
-        config = _config(params, shapes, action_dim, action_type, stoch_discrete)
-    except KeyError as error:
+        raise ConfigurationError(
+            f"The checkpoint is a {type(params_or_path).__name__}, expected a path or names and arrays."
+        )
+    with only_our_errors(where):
+        config = _config(params, given, stoch_discrete)
+        with torch.device("meta"):
+            sketch = DreamerV3(config)
+        tensors = official_to_state_dict(params, sketch)
+    expected = sketch.state_dict()
+    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    wrong = [name for name in expected if name in tensors and tensors[name].shape != expected[name].shape]
+    if missing or unknown or wrong:
+        problem = f"lacks {missing[:3]}" if missing else f"has {unknown[:3]} besides what it needs"
+        if wrong and not missing:
+            problem = f"differs in the shape of {wrong[:3]}"
         raise CheckpointError(
-            f"The checkpoint has no parameter {error}, which a DreamerV3 of these observations and actions needs. "
-            "Check obs_shape and action_type, and that the file is one of danijar/dreamerv3."
-        ) from error
-    model = DreamerV3(config)
-    tensors = official_to_state_dict(params, model)
-    expected = model.state_dict()
-    missing = sorted(set(expected) - set(tensors))
-    wrong = [k for k in tensors if k in expected and tensors[k].shape != expected[k].shape]
-    if missing or wrong:
-        problem = f"lacks {missing[:3]}" if missing else f"differs in the shape of {wrong[:3]}"
-        raise CheckpointError(
-            f"The checkpoint {problem} from a DreamerV3 with obs_shape={shapes} and action_dim={action_dim}. "
+            f"The checkpoint {problem} from a DreamerV3 with obs_shape={given.obs_shape} and action_dim={action_dim}. "
             "Pass the shapes of the environment that it was trained in."
         )
+    if not allow_nonfinite:
+        check_finite(where, tensors)
+    model = DreamerV3(config)
     model.load_state_dict(tensors)
     return model
 
@@ -129,19 +157,21 @@ def official_to_state_dict(params: Mapping[str, np.ndarray], model: DreamerV3) -
     vectors: dict[str, dict[str, Tensor]] = {}
     for name, value in params.items():
         if name in _SCALARS:
-            tensors[_SCALARS[name]] = torch.tensor(float(value))
+            if value.size != 1:
+                raise CheckpointError(f"The checkpoint's {name} has shape {value.shape}, expected a single number.")
+            tensors[_SCALARS[name]] = torch.tensor(value.item(), dtype=torch.float32)
             continue
         module, _, leaf = name.rpartition("/")
-        if leaf not in _LEAVES or module.startswith("opt/"):
+        if leaf not in _LEAVES or module.startswith(_OPTIMIZER):
             continue
         array = torch.from_numpy(np.array(value, dtype=np.float32))
         if leaf == "kernel":
-            # (in, out) -> (out, in); (h, w, in, out) -> (out, in, h, w); block-linear kernels keep (g, in, out).
-            array = {2: lambda x: x.t(), 3: lambda x: x, 4: lambda x: x.permute(3, 2, 0, 1)}[array.ndim](array)
-            array = array.contiguous()
+            if array.ndim not in _KERNELS:
+                raise CheckpointError(f"The checkpoint's {name} has shape {value.shape}, expected 2 to 4 dimensions.")
+            array = array.permute(_KERNELS[array.ndim]).contiguous()
         if match := re.fullmatch(r"dec/vec/(.+)/(?:pred|logits)", module):
             vectors.setdefault(match[1], {})[_LEAVES[leaf]] = array
-        elif match := re.fullmatch(r"dec/conv(\d)(norm)?", module):
+        elif match := re.fullmatch(r"dec/conv([0-9])(norm)?", module):
             # The reference numbers the decoder's stages from the image down; ours run upwards.
             stage = convolutions - 2 - int(match[1])
             tensors[f"decoder.cnn.{'norms' if match[2] else 'convs'}.{stage}.{_LEAVES[leaf]}"] = array
@@ -159,48 +189,54 @@ def official_to_state_dict(params: Mapping[str, np.ndarray], model: DreamerV3) -
     return tensors
 
 
-def _config(
-    params: Mapping[str, np.ndarray], obs_shape: Any, action_dim: int, action_type: str, groups: int | None
-) -> DreamerV3Config:
-    """Dimensions from the weights' shapes."""
+def _config(params: Mapping[str, np.ndarray], given: DreamerV3Config, groups: int | None) -> DreamerV3Config:
+    """`given` with the dimensions that the weights' shapes tell."""
 
-    def width(name: str, axis: int) -> int:
-        return int(params[name].shape[axis])
+    def shape(name: str, axes: int) -> tuple[int, ...]:
+        if name not in params:
+            raise CheckpointError(
+                f"The checkpoint has no parameter {name!r}, which a DreamerV3 of these observations and actions needs. "
+                "Check obs_shape and action_type, and that the file is one of danijar/dreamerv3."
+            )
+        found = params[name].shape
+        if len(found) != axes or not all(found):
+            raise CheckpointError(
+                f"The checkpoint's {name} has shape {found}, expected {axes} dimensions of at least 1. "
+                "Check that the file is one of danijar/dreamerv3."
+            )
+        return found
 
-    def layers(pattern: str) -> int:
-        return sum(re.fullmatch(pattern, name) is not None for name in params)
+    def layers(name: str) -> int:
+        return next(number for number in itertools.count() if f"{name}{number}/kernel" not in params)
 
-    blocks, block_in, block_out = (int(n) for n in params["dyn/dynhid0/kernel"].shape)
-    deter = blocks * block_out
-    hidden = (block_in - block_out) // 3
-    stoch = width("dyn/obslogit/kernel", 1)
+    blocks, block_in, block_out = shape("dyn/dynhid0/kernel", 3)
+    stoch = shape("dyn/obslogit/kernel", 2)[1]
     groups = _groups(stoch) if groups is None else groups
-    options: dict[str, Any] = {}
+    fields: dict[str, Any] = {
+        "deter_dim": blocks * block_out,
+        "hidden_dim": (block_in - block_out) // 3,
+        "stoch_discrete": groups,
+        "stoch_classes": stoch // groups,
+        "units": shape("rew/mlp/linear0/kernel", 2)[1],
+        "blocks": blocks,
+        "bins": shape("rew/head/logits/bias", 1)[0],
+        "reward_layers": layers("rew/mlp/linear"),
+        "continue_layers": layers("con/mlp/linear"),
+        "actor_layers": layers("pol/mlp/linear"),
+        "critic_layers": layers("val/mlp/linear"),
+    }
     if "enc/cnn0/kernel" in params:
-        options["cnn_depth"] = width("enc/cnn0/kernel", 3) // 2
-        options["cnn_kernels"] = tuple(width(f"enc/cnn{i}/kernel", 0) for i in range(4))
-        options["bspace"] = width("dec/sp0/kernel", 0)
+        fields["cnn_depth"] = shape("enc/cnn0/kernel", 4)[3] // 2
+        fields["cnn_kernels"] = tuple(shape(f"enc/cnn{i}/kernel", 4)[0] for i in range(4))
+        fields["bspace"] = shape("dec/sp0/kernel", 3)[0]
     if "enc/mlp0/kernel" in params:
-        options["encoder_layers"] = layers(r"enc/mlp\d/kernel")
-        options["decoder_layers"] = layers(r"dec/mlp/linear\d/kernel")
-    return DreamerV3Config(
-        model_name="official",
-        obs_shape=obs_shape,
-        action_dim=action_dim,
-        action_type=action_type,
-        deter_dim=deter,
-        hidden_dim=hidden,
-        stoch_discrete=groups,
-        stoch_classes=stoch // groups,
-        units=width("rew/mlp/linear0/kernel", 1),
-        blocks=blocks,
-        bins=width("rew/head/logits/bias", 0),
-        reward_layers=layers(r"rew/mlp/linear\d/kernel"),
-        continue_layers=layers(r"con/mlp/linear\d/kernel"),
-        actor_layers=layers(r"pol/mlp/linear\d/kernel"),
-        critic_layers=layers(r"val/mlp/linear\d/kernel"),
-        **options,
-    )
+        fields["encoder_layers"] = layers("enc/mlp")
+        fields["decoder_layers"] = layers("dec/mlp/linear")
+    described = {name: getattr(given, name) for name in ("model_name", "obs_shape", "action_dim", "action_type")}
+    try:
+        return DreamerV3Config(**described, **fields)
+    except ConfigurationError as error:
+        raise CheckpointError(f"The checkpoint's weights give no possible DreamerV3. {error}") from error
 
 
 def _groups(stoch: int) -> int:
@@ -210,46 +246,34 @@ def _groups(stoch: int) -> int:
     return max(n for n in range(1, int(stoch**0.5) + 1) if stoch % n == 0)
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Reads plain containers and NumPy arrays; anything else in a pickle could run code."""
+def _name(name: Any) -> str:
+    if not isinstance(name, str):
+        raise CheckpointError(f"The checkpoint has a parameter under a {type(name).__name__}, expected its name.")
+    return name
 
-    _ALLOWED = frozenset(
-        (module, name)
-        for root in ("numpy.core", "numpy._core")
-        for module, name in [
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            (f"{root}.multiarray", "_reconstruct"),
-            (f"{root}.multiarray", "scalar"),
-            (f"{root}.numeric", "_frombuffer"),
-        ]
-    )
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
-            raise CheckpointError(
-                f"The pickle refers to {module}.{name}, expected NumPy arrays and plain containers only. "
-                "It is not loaded, because it could run code."
-            )
-        return super().find_class(module, name)
+def _numbers(name: str, value: Any) -> np.ndarray:
+    """An array that somebody passed."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
+        raise CheckpointError(f"The checkpoint's {name} has the type {array.dtype}, expected real numbers.")
+    return array
 
 
 def _read_params(path: Path) -> dict[str, np.ndarray]:
-    """The `params` of an `agent.pkl`, which is looked for in the places that the reference writes to."""
-    path = _agent_file(path)
-    try:
-        with path.open("rb") as file:
-            content = _ArraysOnly(file).load()
-    except CheckpointError:
-        raise
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise CheckpointError(f"{path} is not a readable pickle: {error}.") from error
-    params = content.get("params") if isinstance(content, dict) else None
-    if not isinstance(params, dict) or not all(isinstance(v, np.ndarray | np.generic) for v in params.values()):
-        raise CheckpointError(f"{path} has no mapping 'params' of names to arrays. Is it a DreamerV3 checkpoint?")
-    if any(np.asarray(v).dtype.hasobject for v in params.values()):
-        raise CheckpointError(f"{path} holds arrays of Python objects, expected numbers.")
-    return {name: np.asarray(value) for name, value in params.items()}
+    """The `params` of an `agent.pkl`, without the optimiser's state."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        content = PickleReader(file, size, NUMPY).read()
+        params = content.get("params") if isinstance(content, dict) else None
+        if not isinstance(params, dict) or not all(isinstance(value, StoredArray) for value in params.values()):
+            raise CheckpointError(f"{path} has no mapping 'params' of names to arrays. Is it a DreamerV3 checkpoint?")
+        needed = {name: value for name, value in params.items() if not name.startswith(_OPTIMIZER)}
+        # Several arrays may share the bytes of one.
+        claimed = sum(value.nbytes for value in needed.values())
+        if claimed > size:
+            raise CheckpointError(f"{path} has {size:,} bytes, and its arrays claim {claimed:,}. It is damaged.")
+        return {name: value.load(file) for name, value in needed.items()}
 
 
 def _agent_file(path: Path) -> Path:
@@ -259,8 +283,13 @@ def _agent_file(path: Path) -> Path:
     for folder in (path / "ckpt", path):
         latest = folder / "latest"
         if latest.is_file():
+            with only_our_errors(latest), latest.open("rb") as file:
+                text = file.read(_LONGEST_LATEST).decode().strip()
             # The file holds the name of a sibling folder; a path in it would lead elsewhere.
-            return _existing(folder / Path(latest.read_text().strip()).name / "agent.pkl", path)
+            name = Path(text).name
+            if name in ("", ".."):
+                raise CheckpointError(f"{latest} is {text!r}, expected the name of a folder beside it.")
+            return _existing(folder / name / "agent.pkl", path)
     return _existing(path / "agent.pkl", path)
 
 

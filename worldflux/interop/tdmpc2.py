@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Mapping
@@ -14,7 +15,10 @@ from torch import Tensor
 from worldflux.config import TDMPC2Config
 from worldflux.config.checks import clean_sizes
 from worldflux.errors import CheckpointError, ConfigurationError
+from worldflux.interop.pickles import only_our_errors
+from worldflux.interop.torch_files import StoredTensor, TorchFile
 from worldflux.models.tdmpc2.world_model import TDMPC2
+from worldflux.models.weights import check_finite
 
 _NETWORKS = {
     "_dynamics": "dynamics",
@@ -26,6 +30,8 @@ _NETWORKS = {
 }
 _STACKED_LEAVES = ("weight", "bias", "ln.weight", "ln.bias")
 """What the old format numbers within each layer of the value networks."""
+_MOST_TASKS = 100_000
+"""Each takes far more memory than its embedding may have in a file; the reference has 80."""
 _FIRST_CONV, _CONV_STEP = 2, 2
 """Positions of the convolutions in the reference's image encoder."""
 
@@ -35,59 +41,55 @@ def load_official_tdmpc2(
     *,
     obs_shape: tuple[int, ...],
     action_dim: int,
+    allow_nonfinite: bool = False,
     **overrides: Any,
 ) -> TDMPC2:
     """A model with the weights of a checkpoint of TD-MPC2's reference implementation.
 
-    All dimensions are read from the weights' shapes. What shapes don't tell takes the reference's defaults, unless it
-    is given in `overrides`: `episode_length` above all, which the discount follows from, and for several tasks
+    All dimensions are read from the weights' shapes. No memory is taken for the model before its shapes have been
+    compared with those of all weights. What shapes don't tell takes the reference's defaults, unless it is given in
+    `overrides`: `episode_length` above all, which the discount follows from, and for several tasks
     `task_episode_lengths` and, of old checkpoints, `task_action_dims`. `episodic=True` gives a checkpoint without a
     termination head a fresh one, to go on learning where episodes terminate.
 
     Args:
-        checkpoint_or_path: A `.pt` file, or what `torch.load` returns for it. Files are loaded with
-            `weights_only=True`, which runs no code. Both key formats are read: the present one, and that of the
-            checkpoints published in 2023 and 2024.
+        checkpoint_or_path: A `.pt` file, or what `torch.load` returns for it. Files are not unpickled: tensors and
+            plain containers are read from them, and a file is refused if it names anything else. Both key formats are
+            read: the present one, and that of the checkpoints published in 2023 and 2024.
         obs_shape: Of the environment that the checkpoint was trained in; images `(C, H, W)`. For several tasks, of the
             padded observation.
         action_dim: A; for several tasks, of the padded action.
+        allow_nonfinite: Take weights that are NaN or infinite, too.
         **overrides: Further fields of `TDMPC2Config`.
 
     Returns:
         The model, on the CPU, in evaluation mode.
 
     Raises:
-        CheckpointError: If the file cannot be read, or its weights do not fit the shapes given.
+        CheckpointError: If the file cannot be read, or its weights are not finite or do not fit the shapes given.
         ConfigurationError: If `obs_shape` is no shape, or an override is no field of `TDMPC2Config`, or does not fit.
     """
     if isinstance(obs_shape, Mapping):
         raise ConfigurationError(f"obs_shape is {obs_shape!r}, expected the shape of one tensor, as the reference has.")
-    obs_shape = clean_sizes("obs_shape", obs_shape)
-    params = _present_names(_read(checkpoint_or_path))
-    try:
+    given = TDMPC2Config(obs_shape=clean_sizes("obs_shape", obs_shape), action_dim=action_dim)
+    obs_shape, action_dim = given.obs_shapes["obs"], given.action_dim
+    where = f"{checkpoint_or_path}" if isinstance(checkpoint_or_path, str | os.PathLike) else "The checkpoint"
+    with only_our_errors(where):
+        params = _present_names(_read(checkpoint_or_path))
         fields = _dimensions(params, obs_shape, action_dim)
-    except KeyError as error:
-        raise CheckpointError(
-            f"The checkpoint has no parameter {error}, which a TD-MPC2 of these observations needs. "
-            "Check obs_shape, and that the file is one of nicklashansen/tdmpc2."
-        ) from error
-    except (IndexError, RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"The weights of the checkpoint have shapes that no TD-MPC2 has ({error}). "
-            "Check that the file is one of nicklashansen/tdmpc2."
-        ) from error
-    try:
-        config = TDMPC2Config.from_dict({**fields, **overrides})
-    except ConfigurationError as error:
-        if overrides:
-            raise
-        raise CheckpointError(f"The checkpoint's weights give no possible TD-MPC2. {error}") from error
-    model = TDMPC2(config)
-    tensors = official_to_state_dict(params, model)
+        try:
+            config = TDMPC2Config.from_dict({**fields, **overrides})
+        except ConfigurationError as error:
+            if overrides:
+                raise
+            raise CheckpointError(f"The checkpoint's weights give no possible TD-MPC2. {error}") from error
+        with torch.device("meta"):
+            sketch = TDMPC2(config)
+        tensors = official_to_state_dict(params, sketch)
     # What the checkpoint cannot have is fresh where an override asks for it.
     fresh = ("decoder.",) if fields["episodic"] else ("decoder.", "termination_head.")
-    own = {name for name, _ in model.named_parameters() if not name.startswith(fresh)}
-    expected = {name: tensor for name, tensor in model.state_dict().items() if name in own}
+    own = {name for name, _ in sketch.named_parameters() if not name.startswith(fresh)}
+    expected = {name: tensor for name, tensor in sketch.state_dict().items() if name in own}
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     wrong = sorted(name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape)
     if missing or unknown or wrong:
@@ -99,6 +101,9 @@ def load_official_tdmpc2(
             f"The checkpoint {problem}, for a TD-MPC2 with obs_shape={obs_shape} and action_dim={action_dim}. "
             "Pass the shapes of the environment that it was trained in."
         )
+    if not allow_nonfinite:
+        check_finite(where, tensors)
+    model = TDMPC2(config)
     model.load_state_dict(tensors, strict=False)
     if model.tasks is not None:
         model.tasks.renormalize()
@@ -115,12 +120,12 @@ def official_to_state_dict(params: Mapping[str, Tensor], model: TDMPC2) -> dict[
         ours = None
         if name == "_task_emb.weight":
             ours = "tasks.weight"
-        elif match := re.fullmatch(r"_encoder\.state\.(\d+)\.(.+)", name):
+        elif match := re.fullmatch(r"_encoder\.state\.([0-9]{1,6})\.(.+)", name):
             layer = int(match[1])
             ours = f"encoder.project.{match[2]}" if layer == last else f"encoder.parts.0.{layer}.{match[2]}"
-        elif match := re.fullmatch(r"_encoder\.rgb\.(\d+)\.(.+)", name):
+        elif match := re.fullmatch(r"_encoder\.rgb\.([0-9]{1,6})\.(.+)", name):
             ours = f"encoder.parts.0.convs.{(int(match[1]) - _FIRST_CONV) // _CONV_STEP}.{match[2]}"
-        elif match := re.fullmatch(r"(.+?)\.(\d+)\.((?:ln\.)?(?:weight|bias))", name):
+        elif match := re.fullmatch(r"(.+?)\.([0-9]{1,6})\.((?:ln\.)?(?:weight|bias))", name):
             if match[1] in _NETWORKS:
                 ours = f"{_NETWORKS[match[1]]}.layers.{match[2]}.{match[3]}"
         if ours is not None:
@@ -128,7 +133,7 @@ def official_to_state_dict(params: Mapping[str, Tensor], model: TDMPC2) -> dict[
     return tensors
 
 
-def _read(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
+def _read(source: Mapping[str, Any] | str | Path) -> Mapping[Any, Any]:
     """The parameters in a checkpoint, whatever lies around them."""
     content: Any = source
     if not isinstance(source, Mapping):
@@ -139,55 +144,88 @@ def _read(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
         path = Path(source)
         if not path.is_file():
             raise CheckpointError(f"{path} is no file. Pass a checkpoint (.pt) of TD-MPC2.")
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # what a damaged or foreign file makes torch raise is not a closed list
-            raise CheckpointError(
-                f"{path} is not a checkpoint of tensors: {error}. It is damaged, or holds objects that could run code."
-            ) from error
+        with TorchFile(path) as file:
+            content = _parameters(file.read())
+            return file.tensors(content)
+    return _parameters(source)
+
+
+def _parameters(content: Any) -> Mapping[Any, Any]:
+    """The mapping of names to what may be tensors, whatever lies around it."""
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         content = content["model"]
-    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, Mapping) or not any(
+        isinstance(value, Tensor | StoredTensor) for value in content.values()
+    ):
         raise CheckpointError("The checkpoint has no mapping of names to tensors. Is it one of TD-MPC2?")
-    return dict(content)
+    return content
 
 
-def _present_names(params: Mapping[str, Any]) -> dict[str, Tensor]:
+def _present_names(params: Mapping[Any, Any]) -> dict[str, Tensor]:
     """Tensors under the names of the present format."""
     found: dict[str, Tensor] = {}
     for name, value in params.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             continue
-        if match := re.fullmatch(r"(_target_Qs|_Qs)\.params\.(\d+)", name):
+        if match := re.fullmatch(r"(_target_Qs|_Qs)\.params\.([0-9]{1,6})", name):
             layer, leaf = divmod(int(match[2]), len(_STACKED_LEAVES))
             prefix = "_Qs.params" if match[1] == "_Qs" else "_target_Qs_params"
             name = f"{prefix}.{layer}.{_STACKED_LEAVES[leaf]}"
-        found[name] = value
+        found[name] = _checked(name, value)
     # A second name of the value networks, which the reference loads later than the first.
     for name in [name for name in found if name.startswith("_detach_Qs_params.")]:
         found[name.replace("_detach_Qs_params", "_Qs.params")] = found[name]
     return found
 
 
+def _checked(name: str, tensor: Tensor) -> Tensor:
+    """The tensor, if it holds real numbers, and each of them once."""
+    problem = None
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        problem = "is sparse, quantised or nested"
+    elif tensor.device.type == "meta":
+        problem = "has a shape and no numbers"
+    elif tensor.is_complex():
+        problem = "holds complex numbers"
+    elif not tensor.numel():
+        problem = f"is empty, with shape {tuple(tensor.shape)}"
+    elif tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        problem = f"has shape {tuple(tensor.shape)} and strides {tensor.stride()}, which repeat its numbers"
+    if problem:
+        raise CheckpointError(f"The checkpoint's {name} {problem}; expected a dense tensor of real numbers.")
+    return tensor
+
+
 def _dimensions(params: Mapping[str, Tensor], obs_shape: tuple[int, ...], action_dim: int) -> dict[str, Any]:
     """Fields of the configuration that the weights' shapes tell."""
 
+    def shape(name: str, axes: int) -> tuple[int, ...]:
+        if name not in params:
+            raise CheckpointError(
+                f"The checkpoint has no parameter {name!r}, which a TD-MPC2 of these observations needs. "
+                "Check obs_shape, and that the file is one of nicklashansen/tdmpc2."
+            )
+        found = tuple(params[name].shape)
+        if len(found) != axes:
+            raise CheckpointError(
+                f"The checkpoint's {name} has shape {found}, expected {axes} dimensions. "
+                "Check that the file is one of nicklashansen/tdmpc2."
+            )
+        return found
+
     def layers(network: str) -> int:
-        pattern = re.compile(re.escape(network) + r"\.(\d+)\.weight")
-        found = [int(match[1]) for match in map(pattern.fullmatch, params) if match]
-        if not found:
-            raise KeyError(f"{network}.0.weight")
-        return max(found) + 1
+        shape(f"{network}.0.weight", 3 if network == "_Qs.params" else 2)
+        return next(number for number in itertools.count() if f"{network}.{number}.weight" not in params)
 
     count = layers("_dynamics")
-    members, bins, mlp_dim = params[f"_Qs.params.{layers('_Qs.params') - 1}.weight"].shape
+    members, bins, mlp_dim = shape(f"_Qs.params.{layers('_Qs.params') - 1}.weight", 3)
     fields: dict[str, Any] = {
         "model_type": "tdmpc2",
         "model_name": "official",
         "obs_shape": obs_shape,
         "action_dim": action_dim,
-        "latent_dim": params[f"_dynamics.{count - 1}.weight"].shape[0],
-        "hidden_dim": params["_dynamics.0.weight"].shape[0],
+        "latent_dim": shape(f"_dynamics.{count - 1}.weight", 2)[0],
+        "hidden_dim": shape("_dynamics.0.weight", 2)[0],
         "num_hidden_layers": count - 1,
         "mlp_dim": mlp_dim,
         "num_q_networks": members,
@@ -195,15 +233,18 @@ def _dimensions(params: Mapping[str, Tensor], obs_shape: tuple[int, ...], action
         "episodic": "_termination.0.weight" in params,
     }
     if len(obs_shape) == 3:
-        fields["num_channels"] = params[f"_encoder.rgb.{_FIRST_CONV}.weight"].shape[0]
+        fields["num_channels"] = shape(f"_encoder.rgb.{_FIRST_CONV}.weight", 4)[0]
     else:
-        fields["enc_dim"] = params["_encoder.state.0.weight"].shape[0]
+        fields["enc_dim"] = shape("_encoder.state.0.weight", 2)[0]
         fields["num_enc_layers"] = layers("_encoder.state")
     if "_task_emb.weight" in params:
-        fields["num_tasks"], fields["task_dim"] = params["_task_emb.weight"].shape
+        fields["num_tasks"], fields["task_dim"] = shape("_task_emb.weight", 2)
+        if fields["num_tasks"] > _MOST_TASKS:
+            raise CheckpointError(f"The checkpoint has {fields['num_tasks']:,} tasks, expected up to {_MOST_TASKS:,}.")
         if "_action_masks" in params:
+            shape("_action_masks", 2)
             fields["task_action_dims"] = tuple(int(used) for used in params["_action_masks"].sum(-1))
     if "log_std_min" in params and "log_std_dif" in params:
-        fields["log_std_min"] = float(params["log_std_min"])
-        fields["log_std_max"] = float(params["log_std_min"] + params["log_std_dif"])
+        low, above = float(params["log_std_min"]), float(params["log_std_dif"])
+        fields["log_std_min"], fields["log_std_max"] = low, low + above
     return fields
