@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -179,3 +179,52 @@ class Aim(gym.Env[Any, Any]):
     def _show(self) -> np.ndarray:
         self.shown = self.np_random.uniform(-1, 1, 1).astype(np.float32)
         return self.shown
+
+
+class Samples(gym.Env[Any, Any]):
+    """Samples of any spaces; every episode is cut after so many steps."""
+
+    def __init__(
+        self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any] | None = None, length: int = 4
+    ) -> None:
+        self.observation_space, self.action_space = observation_space, action_space or spaces.Discrete(2)
+        self.length = length
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.t = 0
+        return self.observe(), {}
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        self.t += 1
+        return self.observe(), self.earn(), False, self.t >= self.length, {}
+
+    def observe(self) -> Any:
+        """What is seen at step `t`."""
+        return self.observation_space.sample()
+
+    def earn(self) -> Any:
+        """What the step to `t` earned."""
+        return 0.0
+
+
+class Gives(Samples):
+    """Observations and rewards as functions of the step describe them, whether the space does or not."""
+
+    def __init__(
+        self,
+        space: spaces.Space[Any],
+        obs: Callable[[int], Any],
+        reward: Callable[[int], Any] = float,
+        length: int = 6,
+        **attributes: Any,
+    ) -> None:
+        super().__init__(space, length=length)
+        self.obs, self.reward = obs, reward
+        vars(self).update(attributes)
+
+    def observe(self) -> Any:
+        return self.obs(self.t)
+
+    def earn(self) -> Any:
+        return self.reward(self.t)

@@ -7,6 +7,7 @@ import gymnasium
 import numpy
 import numpy as np
 import pytest
+from envs_for_tests import Samples
 from gymnasium import spaces
 from gymnasium.spaces import Box
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
@@ -16,22 +17,6 @@ from worldflux import WorldFluxAgent
 from worldflux.envs import check_env, collect
 from worldflux.envs.check_report import EnvironmentCheckError
 from worldflux.errors import ConfigurationError
-
-
-class Samples(gymnasium.Env[Any, Any]):
-    """Samples of any spaces."""
-
-    def __init__(self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any] | None = None) -> None:
-        self.observation_space, self.action_space = observation_space, action_space or spaces.Discrete(2)
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        super().reset(seed=seed)
-        self.t = 0
-        return self.observation_space.sample(), {}
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        self.t += 1
-        return self.observation_space.sample(), 0.0, False, self.t >= 4, {}
 
 
 class Mission(spaces.Space[str]):

@@ -4,9 +4,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
+from envs_for_tests import Gives
 from gymnasium import spaces
 
 from worldflux.envs import check_report as check
@@ -14,32 +14,6 @@ from worldflux.envs import check_stored
 from worldflux.envs.check import check_env
 from worldflux.envs.check_report import EnvironmentCheckError
 from worldflux.envs.recorder import VecEpisodeRecorder
-
-
-class Gives(gym.Env[Any, Any]):
-    """Observations and rewards as they are described by functions of the step."""
-
-    metadata = {"render_modes": []}  # noqa: RUF012
-
-    def __init__(
-        self,
-        space: spaces.Space[Any],
-        obs: Callable[[int], Any],
-        reward: Callable[[int], Any] = float,
-        **attributes: Any,
-    ) -> None:
-        self.observation_space, self.obs, self.reward = space, obs, reward
-        self.action_space = spaces.Discrete(2)
-        vars(self).update(attributes)
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        super().reset(seed=seed)
-        self.t = 0
-        return self.obs(0), {}
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        self.t += 1
-        return self.obs(self.t), self.reward(self.t), False, self.t >= 9, {}
 
 
 def box(dtype: Any = np.float64, high: Any = np.inf) -> spaces.Box:
@@ -146,7 +120,7 @@ def test_last_observations_that_a_recorder_clips_are_seen(case: str, monkeypatch
 
     monkeypatch.setattr(VecEpisodeRecorder, "_final", clipped)
 
-    with pytest.raises(EnvironmentCheckError, match=r"that was 9\.0 at index .* is stored as"):
+    with pytest.raises(EnvironmentCheckError, match=r"that was 6\.0 at index .* is stored as"):
         check_env(SOUND[case], steps=30)
 
 
@@ -164,8 +138,8 @@ ADVICE: dict[str, tuple[dict[str, Any], str | None]] = {
     "infinity": ({"max_episode_steps": np.inf}, "max_episode_steps is inf, which is no number of steps"),
     "-1": ({"max_episode_steps": -1}, "max_episode_steps is -1, which is no number of steps"),
     "a method": ({"max_episode_steps": lambda: 9}, "max_episode_steps is a function, which is no number of steps"),
-    "too small": ({"max_episode_steps": 5}, "An episode had 9 steps, and the smallest time limit .* is 5"),
-    "right": ({"max_episode_steps": 9}, None),
+    "too small": ({"max_episode_steps": 5}, "An episode had 6 steps, and the smallest time limit .* is 5"),
+    "right": ({"max_episode_steps": 6}, None),
     "larger": ({"max_episode_steps": 900}, None),
     "none": ({}, None),
 }

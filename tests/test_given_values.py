@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
+from envs_for_tests import Gives
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor, VecNormalize
@@ -27,26 +27,6 @@ from worldflux.errors import ShapeMismatchError
 from worldflux.training import ReplayBuffer
 
 LENGTH = 6
-
-
-class Gives(gym.Env[Any, Any]):
-    """Observations and rewards as they are described by functions of the step."""
-
-    action_space = spaces.Discrete(2)
-
-    def __init__(
-        self, space: spaces.Space[Any], obs: Callable[[int], Any], reward: Callable[[int], Any] = lambda t: 1.0
-    ) -> None:
-        self.observation_space, self.obs, self.reward = space, obs, reward
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        super().reset(seed=seed)
-        self.t = 0
-        return self.obs(0), {}
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        self.t += 1
-        return self.obs(self.t), self.reward(self.t), self.t >= LENGTH, False, {}
 
 
 PICTURE = spaces.Box(0, 255, (64, 64, 3), np.uint8)
@@ -163,7 +143,7 @@ def vec_env(env: Gives) -> DummyVecEnv:
 
 
 def recorded(env: Any, wrapper: Any, envs: int = 1) -> Any:
-    obs, actions = ObservationCodec(env_space(env)), ActionCodec(Gives.action_space)
+    obs, actions = ObservationCodec(env_space(env)), ActionCodec(spaces.Discrete(2))
     buffer = ReplayBuffer(200, obs.obs_shape, actions.action_dim, obs_dtype=obs.obs_dtype, n_envs=envs)
     return wrapper(env, buffer)
 

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
+from envs_for_tests import Samples
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.logger import KVWriter
@@ -49,22 +49,18 @@ def _in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
 
 
-class Telling(gym.Env[Any, Any]):
+class Telling(Samples):
     """Has everything that adds to a log: two observations, success, an action repeat, both ends of episodes."""
 
     action_repeat = 2
-    observation_space = spaces.Dict({key: spaces.Box(-1, 1, (2,), np.float32) for key in KEYS})
-    action_space = spaces.Box(-1, 1, (1,), np.float32)
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        super().reset(seed=seed)
-        self.t = 0
-        return self.observation_space.sample(), {}
+    def __init__(self) -> None:
+        box = spaces.Box(-1, 1, (2,), np.float32)
+        super().__init__(spaces.Dict({key: box for key in KEYS}), spaces.Box(-1, 1, (1,), np.float32), length=8)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        self.t += 1
-        over = self.t == 8
-        return self.observation_space.sample(), 1.0, over, False, {"is_success": over}
+        obs, _, _, over, _ = super().step(action)
+        return obs, 1.0, over, False, {"is_success": over}
 
 
 class Names(KVWriter):

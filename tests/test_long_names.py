@@ -3,10 +3,9 @@
 import io
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
-from envs_for_tests import CountingEnv
+from envs_for_tests import CountingEnv, Samples
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.logger import CSVOutputFormat, HumanOutputFormat, Logger, configure
@@ -24,24 +23,13 @@ NAMES = {
 SETTINGS: dict[str, Any] = {"batch_size": 4, "train_ratio": 2, "learning_starts": 40, "buffer_size": 3000, "seed": 0}
 
 
-class Keys(gym.Env[Any, Any]):
-    action_space = spaces.Box(-1, 1, (2,), np.float32)
-
-    def __init__(self, keys: list[str]) -> None:
-        self.observation_space = spaces.Dict({key: spaces.Box(-9, 9, (2,), np.float32) for key in keys})
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        super().reset(seed=seed)
-        self.t = 0
-        return self.observation_space.sample(), {}
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        self.t += 1
-        return self.observation_space.sample(), 0.0, False, self.t >= 9, {}
+def with_keys(keys: list[str]) -> Samples:
+    space = spaces.Dict({key: spaces.Box(-9, 9, (2,), np.float32) for key in keys})
+    return Samples(space, spaces.Box(-1, 1, (2,), np.float32), length=9)
 
 
 def make(keys: list[str], family: str = "dreamerv3:tiny", **settings: Any) -> WorldFluxAgent:
-    return WorldFluxAgent(family, Keys(keys), seq_len=8, **SETTINGS, **settings)
+    return WorldFluxAgent(family, with_keys(keys), seq_len=8, **SETTINGS, **settings)
 
 
 @pytest.mark.parametrize("family", ["dreamerv3:tiny", "tdmpc2:tiny"])
@@ -86,7 +74,9 @@ def test_what_a_user_records_beside_them_is_printed(capsys: pytest.CaptureFixtur
 def test_evaluations_between_two_dumps_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     keys = NAMES["lerobot"]
 
-    make(keys, verbose=1).learn(80, EvalCallback(Monitor(Keys(keys)), eval_freq=30, n_eval_episodes=1), log_interval=1)
+    make(keys, verbose=1).learn(
+        80, EvalCallback(Monitor(with_keys(keys)), eval_freq=30, n_eval_episodes=1), log_interval=1
+    )
 
     assert "mean_ep_length" in capsys.readouterr().out
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from worldflux.errors import ConfigurationError, MissingDependencyError
+from worldflux.training.pictures.frames import bgr, import_cv2
 
 _GIF_FPS = 25
 """Browsers play faster GIFs slowly."""
@@ -27,7 +28,7 @@ def check_target(path: Path) -> None:
         raise ConfigurationError(f"{path} ends in '{path.suffix}', expected .mp4 or .gif.")
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise ConfigurationError(f"{path} cannot be written: it is a directory, or '{path.parent}' is none.")
-    if path.suffix.lower() == ".gif" and not hasattr(_cv2(), "imwriteanimation"):
+    if path.suffix.lower() == ".gif" and not hasattr(import_cv2(), "imwriteanimation"):
         raise MissingDependencyError("GIFs need OpenCV 4.11: pip install -U opencv-python. Or choose an .mp4.")
 
 
@@ -74,10 +75,10 @@ class VideoFile:
         self._count += 1
         if self.path.suffix.lower() == ".gif":
             if (self._count - 1) % self._stride == 0:
-                self._pictures.append(_bgr(picture))
+                self._pictures.append(bgr(picture))
             return
         if self._writer is None:
-            cv2 = _cv2()
+            cv2 = import_cv2()
             height, width = _even(picture).shape[:2]
             # MPEG-4 is what every build of OpenCV can write; H.264 needs a library that it may not ship.
             self._writer = cv2.VideoWriter(
@@ -85,7 +86,7 @@ class VideoFile:
             )
             if not self._writer.isOpened():
                 raise ConfigurationError(f"OpenCV cannot write {self.path}. Choose a .gif.")
-        self._writer.write(_bgr(_even(picture)))
+        self._writer.write(bgr(_even(picture)))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -105,7 +106,7 @@ class VideoFile:
 
 
 def _write_gif(path: Path, pictures: list[np.ndarray], seconds: float) -> None:
-    cv2 = _cv2()
+    cv2 = import_cv2()
     animation = cv2.Animation()
     animation.frames = pictures
     animation.durations = [round(1000 * seconds)] * len(pictures)
@@ -118,19 +119,3 @@ def _even(picture: np.ndarray) -> np.ndarray:
     """The picture with one more row or column where their number is odd, which the codec would cut off."""
     height, width = picture.shape[:2]
     return np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-
-
-def _bgr(picture: np.ndarray) -> np.ndarray:
-    """The order in which OpenCV has its channels."""
-    return np.ascontiguousarray(picture[..., ::-1])
-
-
-def _cv2() -> Any:
-    try:
-        import cv2
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"Videos need opencv-python, which cannot be imported: {error}. pip install opencv-python; on slim Linux "
-            'machines also "apt-get install libgl1 libglib2.0-0".'
-        ) from error
-    return cv2

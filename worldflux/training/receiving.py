@@ -96,33 +96,7 @@ class RowReceiver:
             ShapeMismatchError: If a shape is not as above; nothing is stored then.
             BufferError: If a value cannot be stored or `final_obs` is missing; nothing is stored then.
         """
-        self.add_to(
-            np.arange(self._n_envs),
-            obs,
-            actions,
-            rewards,
-            terminations,
-            truncations,
-            final_obs=final_obs,
-            extras=extras,
-            active=active,
-        )
-
-    def add_to(
-        self,
-        streams: np.ndarray,
-        obs: Any,
-        actions: Any,
-        rewards: Any,
-        terminations: Any,
-        truncations: Any,
-        *,
-        final_obs: Any = None,
-        extras: Mapping[str, Any] | None = None,
-        active: Any = None,
-    ) -> None:
-        """`add` for the environments of these streams, in ascending order. `[S]`"""
-        n = len(streams)
+        n = self._n_envs
         rows = None if active is None else np.flatnonzero(checked("active", active, (n,), _BOOL))
         terminated = checked("terminations", terminations, (n,), _BOOL, rows)
         truncated = checked("truncations", truncations, (n,), _BOOL, rows)
@@ -148,7 +122,7 @@ class RowReceiver:
             flags[None],
             finals,
             {name: array[None] for name, array in extra_arrays.items()},
-            self._or_all(streams),
+            self._or_all(np.arange(n)),
         )
 
     def _or_all(self, streams: np.ndarray) -> np.ndarray | None:

@@ -173,14 +173,14 @@ def as_animated_png(frames: np.ndarray, fps: float = FPS) -> bytes | None:
     if not hasattr(cv2, "imencodeanimation"):
         return None
     animation = cv2.Animation()
-    animation.frames = [_bgr(frame) for frame in frames]
+    animation.frames = [bgr(frame) for frame in frames]
     animation.durations = [round(1000 / fps)] * len(frames)
     animation.loop_count = 0
     made, data = cv2.imencodeanimation(".png", animation)
     return bytes(data) if made else None
 
 
-def _bgr(frame: np.ndarray) -> np.ndarray:
+def bgr(frame: np.ndarray) -> np.ndarray:
     """The order in which OpenCV has its channels."""
     return np.ascontiguousarray(frame[..., ::-1])
 
