@@ -21,15 +21,16 @@ FIELDS = ("vector", "action", "reward", "is_first", "is_last", "is_terminal", "d
 def recorded(agent: Any, updates: int, _: list[dict[str, float]]) -> Any:
     """The agent's gradient step, which keeps what it is given and writes it to a file after so many."""
     step = agent.train
-    arrays = {f"weights/{name}": np.asarray(value) for name, value in agent.params.items()}
+    # Copies, because an array that JAX gives on a CPU is a view of memory that the next step writes to.
+    arrays = {f"weights/{name}": np.array(value) for name, value in agent.params.items()}
 
     def train(carry: Any, data: Any) -> Any:
         done = int(agent.n_updates)
         if done < updates:
-            arrays.update({f"batch/{done}/{name}": np.asarray(data[name]) for name in FIELDS})
+            arrays.update({f"batch/{done}/{name}": np.array(data[name]) for name in FIELDS})
         carry, outs, metrics = step(carry, data)
         # Metrics come back one call later.
-        arrays.update({f"losses/{done - 1}/{k}": np.asarray(v) for k, v in metrics.items() if k.startswith("loss/")})
+        arrays.update({f"losses/{done - 1}/{k}": np.array(v) for k, v in metrics.items() if k.startswith("loss/")})
         if done >= updates:
             np.savez("batches.npz", **arrays)
             raise loops.Stop
