@@ -181,7 +181,7 @@ class EpisodeRecorder:
         flags[envs] = [flag for _, flag in ends]
         active = np.ones(self._shape, np.bool_)
         active[list(skipped)] = False
-        add = self.buffer.add if self.is_in_order else partial(self.buffer.add_to, self._held.streams)
+        add = self.buffer.add if self.is_in_order else partial(self.buffer.add, streams=self._held.streams)
         add(
             self.obs,
             self.action_codec.executed(actions) if is_compact else actions,

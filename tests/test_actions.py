@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from small_models import DREAMERV3, SIZES, TDMPC2
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from worldflux import WorldFluxAgent, create_world_model
@@ -17,10 +18,6 @@ from worldflux.envs import RecordEpisodes, VecRecordEpisodes, collect
 from worldflux.errors import BufferError, ConfigurationError
 from worldflux.training import Batch, ReplayBuffer, train
 
-DREAMER = dict(
-    deter_dim=16, hidden_dim=8, units=8, stoch_discrete=2, stoch_classes=4, blocks=4, bins=15, imagination_horizon=3
-)
-TDMPC2 = dict(latent_dim=16, hidden_dim=16, mlp_dim=16, enc_dim=16, num_q_networks=3, num_bins=15)
 STEPS = dict(total_steps=1, batch_size=2, sequence_length=6, device="cpu")
 RNG = np.random.default_rng(0)
 ONE_HOT = np.eye(2)[RNG.integers(0, 2, 30)]
@@ -31,7 +28,7 @@ TWO_PARTS = np.concatenate([np.eye(2)[RNG.integers(0, 2, 30)], np.eye(3)[RNG.int
 
 def model_of(family: str, action_dim: int, **fields: Any) -> Any:
     torch.manual_seed(0)
-    sizes = DREAMER if family == "dreamerv3" else TDMPC2
+    sizes = SIZES[family]
     return create_world_model(f"{family}:tiny", obs_shape=(4,), action_dim=action_dim, **sizes, **fields)
 
 
@@ -301,7 +298,7 @@ BOXES = {
 @pytest.mark.parametrize("space", BOXES)
 def test_an_agent_stores_the_actions_that_its_environments_carried_out(family: str, space: str) -> None:
     env = Told(BOXES[space])
-    sizes, plans = (TDMPC2 if family == "tdmpc2" else DREAMER), "plans" in family
+    sizes, plans = (TDMPC2 if family == "tdmpc2" else DREAMERV3), "plans" in family
     agent = WorldFluxAgent(
         f"{family.split()[0]}:tiny",
         env,
@@ -367,7 +364,7 @@ def test_what_records_names_the_kind(space: spaces.Space[Any], kind: Any, tmp_pa
 
 
 def test_an_agent_refuses_a_replay_buffer_of_another_kind(tmp_path: Path) -> None:
-    agent = WorldFluxAgent("dreamerv3:tiny", Told(spaces.Discrete(2)), model_kwargs=DREAMER, device="cpu")
+    agent = WorldFluxAgent("dreamerv3:tiny", Told(spaces.Discrete(2)), model_kwargs=DREAMERV3, device="cpu")
     file = tmp_path / "other.npz"
     continuous = ReplayBuffer(100, (3,), 2)
     continuous.add_episode(np.zeros((31, 3)), SOFT[:, :2], np.zeros(30))

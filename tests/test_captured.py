@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_models
 import torch
 from tape import TapeRecorder
 from torch import Tensor, nn
@@ -24,21 +25,16 @@ from worldflux.training.optim import Adam
 
 PLAIN_STEPS = 1 + WARM_UP_CALLS
 CONFIG = TrainingConfig(learning_rate=1e-3, warmup_steps=3, grad_clip=1.0, device="cpu")
-DREAMER = dict(
-    deter_dim=16, hidden_dim=8, units=8, stoch_discrete=2, stoch_classes=4, blocks=4, bins=15, imagination_horizon=3
-)
-TDMPC2 = dict(
-    latent_dim=16, hidden_dim=16, mlp_dim=16, enc_dim=16, num_q_networks=3, num_bins=15, horizon=2, dropout=0.1
-)
+TDMPC2 = dict(small_models.TDMPC2, dropout=0.1)
 IMAGE = (3, 48, 48)
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
-    "dreamerv3": lambda: create_world_model("dreamerv3:tiny", obs_shape=(4,), action_dim=2, **DREAMER),
+    "dreamerv3": lambda: create_world_model("dreamerv3:tiny", obs_shape=(4,), action_dim=2, **small_models.DREAMERV3),
     "tdmpc2": lambda: create_world_model("tdmpc2:tiny", obs_shape=(4,), action_dim=2, **TDMPC2),
     "tdmpc2 that ends": lambda: create_world_model(
         "tdmpc2:tiny", obs_shape=(4,), action_dim=2, **{**TDMPC2, "episodic": True, "use_decoder": True}
     ),
     "dreamerv3 pixels": lambda: create_world_model(
-        "dreamerv3:tiny", obs_shape=IMAGE, action_dim=2, cnn_depth=2, **DREAMER
+        "dreamerv3:tiny", obs_shape=IMAGE, action_dim=2, cnn_depth=2, **small_models.DREAMERV3
     ),
     "tdmpc2 pixels": lambda: create_world_model("tdmpc2:tiny", obs_shape=IMAGE, action_dim=2, num_channels=2, **TDMPC2),
 }

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from small_models import PRESETS
 from tape import TapeRecorder
 
 from worldflux import WorldModel, create_world_model
@@ -22,10 +23,6 @@ OBS = {
     "vector": spaces.Box(-1, 1, (4,), np.float32),
     "both": spaces.Dict({"camera": spaces.Box(0, 255, (3, 48, 48), np.uint8), "joints": spaces.Box(-1, 1, (4,))}),
 }
-SIZES: dict[str, dict[str, Any]] = {
-    "dreamerv3:tiny": dict(deter_dim=16, hidden_dim=8, units=8, stoch_discrete=2, stoch_classes=4, blocks=4, bins=15),
-    "tdmpc2:tiny": dict(latent_dim=16, hidden_dim=16, mlp_dim=16, enc_dim=16, num_bins=15, horizon=2),
-}
 CASES = [
     ("dreamerv3:tiny", "vector", False),
     ("dreamerv3:tiny", "both", False),
@@ -38,7 +35,7 @@ CASES = [
 def actors(preset: str, obs: str, plans: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[Actor, Actor]:
     """One that acts plainly and one that plays tapes back, with equal models."""
     torch.manual_seed(0)
-    sizes = {**SIZES[preset], **({"cnn_depth": 2} if obs == "both" else {})}
+    sizes = {**PRESETS[preset], **({"cnn_depth": 2} if obs == "both" else {})}
     codec = ObservationCodec(OBS[obs])
     model = create_world_model(preset, obs_shape=codec.obs_shape, action_dim=2, **sizes)
     for p in model.parameters():  # heads that begin at zero would make every plan alike

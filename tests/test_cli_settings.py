@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_models import SIZES
 
 from worldflux import BufferError, ConfigurationError, WorldFluxAgent, create_world_model
 from worldflux.cli import train_offline
@@ -19,12 +20,6 @@ from worldflux.cli.train_offline import OfflineSettings
 from worldflux.config import DreamerV3Config, TDMPC2Config, WorldModelConfig
 from worldflux.training import ReplayBuffer, Trainer, TrainingConfig, train
 
-SIZES: dict[str, dict[str, Any]] = {
-    "dreamerv3": dict(
-        deter_dim=16, hidden_dim=8, units=8, stoch_discrete=2, stoch_classes=4, blocks=4, bins=15, imagination_horizon=3
-    ),
-    "tdmpc2": dict(latent_dim=16, hidden_dim=16, mlp_dim=16, enc_dim=16, num_q_networks=3, num_bins=15, horizon=2),
-}
 CONFIGS: dict[str, type[WorldModelConfig]] = {"dreamerv3": DreamerV3Config, "tdmpc2": TDMPC2Config}
 OTHER: dict[str, Any] = {
     # What cannot be told from the field's own value, as it is written on a command line.

@@ -13,6 +13,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import small_models
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
@@ -41,16 +42,10 @@ PLAIN_STEPS = 1 + WARM_UP_CALLS
 CONFIG = TrainingConfig(
     learning_rate=1e-3, warmup_steps=3, grad_clip=1.0, batch_size=4, sequence_length=7, device=DEVICE
 )
-SIZES: dict[str, dict[str, Any]] = {
-    "dreamerv3:tiny": dict(
-        deter_dim=16, hidden_dim=8, units=8, stoch_discrete=2, stoch_classes=4, blocks=4, bins=15,
-        imagination_horizon=3, cnn_depth=4,
-    ),
-    "tdmpc2:tiny": dict(
-        latent_dim=16, hidden_dim=16, mlp_dim=16, enc_dim=16, num_q_networks=3, num_bins=15, horizon=2, dropout=0.1,
-        num_channels=4,
-    ),
-}  # fmt: skip
+SIZES = {
+    "dreamerv3:tiny": dict(small_models.DREAMERV3, cnn_depth=4),
+    "tdmpc2:tiny": dict(small_models.TDMPC2, num_channels=4, dropout=0.1),
+}
 IMAGE = (3, 64, 64)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "dreamerv3": ("dreamerv3:tiny", {}),

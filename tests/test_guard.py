@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from envs_for_tests import Aim
+from small_models import PRESETS
 from tape import RANDOM, Spoil, SpoiledRecorder, TapeRecorder, stale, the_same_draws_again, without
 from test_captured import CONFIG, PLAIN_STEPS, batches, new, recorded, run, set_rate
 from test_captured_acting import acted, actors
@@ -144,16 +145,8 @@ def test_actions_recorded_wrongly_are_those_of_the_plain_actor(
     assert message.startswith(f"Acting of {type(plain.model).__name__}, played back as a CUDA graph")
 
 
-SIZES = {
-    "dreamerv3:tiny": dict(
-        deter_dim=16, hidden_dim=8, units=8, stoch_discrete=2, stoch_classes=4, blocks=4, bins=15, imagination_horizon=3
-    ),
-    "tdmpc2:tiny": dict(latent_dim=16, hidden_dim=16, mlp_dim=16, enc_dim=16, num_bins=15, horizon=2),
-}
-
-
 @pytest.mark.parametrize("spoil", [None, stale()], ids=["right", "wrong"])
-@pytest.mark.parametrize("preset", SIZES)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_an_agent_learns_with_right_and_with_wrong_recordings(
     preset: str, spoil: Spoil | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -170,7 +163,7 @@ def test_an_agent_learns_with_right_and_with_wrong_recordings(
         else {"planner_kwargs": dict(num_samples=16, num_elites=4, num_pi_trajs=2, iterations=2)}
     )
     agent = WorldFluxAgent(
-        preset, Aim(), model_kwargs=SIZES[preset], batch_size=4, seq_len=4, train_ratio=16, learning_starts=20,
+        preset, Aim(), model_kwargs=PRESETS[preset], batch_size=4, seq_len=4, train_ratio=16, learning_starts=20,
         buffer_size=500, device="cpu", seed=0, **planner,
     )  # fmt: skip
     with by_definition():  # as above

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_models
 import torch
 from gymnasium import spaces
 from torch import Tensor
@@ -25,16 +26,10 @@ from worldflux.training import trainer as trainer_module
 B, T, A = 2, 4, 2
 CAMERA = (3, 48, 48)
 OBS: dict[str, Any] = {"vector": (4,), "pixels": CAMERA, "both": {"camera": CAMERA, "joints": (4,)}}
-SIZES: dict[str, dict[str, Any]] = {
-    "dreamerv3": dict(
-        deter_dim=16, hidden_dim=8, units=8, stoch_discrete=2, stoch_classes=4, blocks=4, bins=15,
-        imagination_horizon=2, cnn_depth=2,
-    ),
-    "tdmpc2": dict(
-        latent_dim=16, hidden_dim=16, mlp_dim=16, enc_dim=16, num_q_networks=3, num_bins=15, horizon=2, dropout=0.1,
-        num_channels=2,
-    ),
-}  # fmt: skip
+SIZES = {
+    "dreamerv3": dict(small_models.DREAMERV3, cnn_depth=2),
+    "tdmpc2": dict(small_models.TDMPC2, num_channels=2, dropout=0.1),
+}
 SEARCH = PlannerConfig(horizon=2, num_samples=8, num_elites=3, num_pi_trajs=2, iterations=2)
 TASKS = dict(num_tasks=2, task_dim=4, task_action_dims=(1, 2), task_episode_lengths=(100, 200))
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {

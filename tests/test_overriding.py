@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from small_models import SIZES
 from torch import Tensor, nn
 
 from worldflux import WorldFluxAgent, create_world_model
@@ -25,10 +26,6 @@ from worldflux.nn.layers import Linear
 from worldflux.overriding import _say
 from worldflux.training import Batch, BatchRequest, ReplayBuffer, Trainer, TrainingConfig, train
 
-DREAMER = dict(
-    deter_dim=16, hidden_dim=8, units=8, stoch_discrete=2, stoch_classes=4, blocks=4, bins=15, imagination_horizon=3
-)
-TDMPC2_SIZES = dict(latent_dim=16, hidden_dim=16, mlp_dim=16, enc_dim=16, num_q_networks=3, num_bins=15)
 STEPS = dict(total_steps=3, batch_size=2, sequence_length=6, device="cpu")
 AGENT = dict(batch_size=2, seq_len=6, train_ratio=6, learning_starts=40, buffer_size=1000, device="cpu")
 
@@ -43,7 +40,7 @@ def told(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
 
 def model_of(family: str) -> Any:
     torch.manual_seed(0)
-    sizes = DREAMER if family == "dreamerv3" else TDMPC2_SIZES
+    sizes = SIZES[family]
     return create_world_model(f"{family}:tiny", obs_shape=(3,), action_dim=1, **sizes)
 
 

@@ -77,6 +77,7 @@ class RowReceiver:
         final_obs: Any = None,
         extras: Mapping[str, Any] | None = None,
         active: Any = None,
+        streams: np.ndarray | None = None,
     ) -> None:
         """Stores one step of every environment; the rows can be sampled at once.
 
@@ -91,12 +92,15 @@ class RowReceiver:
             extras: What to store beside the rows, zero where nothing is given. `{name: [n_envs, ...]}`
             active: The environments that made a step; the rows of the others are neither read nor stored. None means
                 all of them. `[n_envs]`
+            streams: Of a recorder's environments, in ascending order; `n_envs` is their number then. None: those that
+                the buffer was made with. `[n_envs]`
 
         Raises:
             ShapeMismatchError: If a shape is not as above; nothing is stored then.
             BufferError: If a value cannot be stored or `final_obs` is missing; nothing is stored then.
         """
-        n = self._n_envs
+        streams = np.arange(self._n_envs) if streams is None else streams
+        n = len(streams)
         rows = None if active is None else np.flatnonzero(checked("active", active, (n,), _BOOL))
         terminated = checked("terminations", terminations, (n,), _BOOL, rows)
         truncated = checked("truncations", truncations, (n,), _BOOL, rows)
@@ -122,7 +126,7 @@ class RowReceiver:
             flags[None],
             finals,
             {name: array[None] for name, array in extra_arrays.items()},
-            self._or_all(np.arange(n)),
+            self._or_all(streams),
         )
 
     def _or_all(self, streams: np.ndarray) -> np.ndarray | None:

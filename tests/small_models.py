@@ -1,0 +1,13 @@
+"""Both families in sizes with which a gradient step takes milliseconds."""
+
+from typing import Any
+
+DREAMERV3: dict[str, Any] = dict(
+    deter_dim=16, hidden_dim=8, units=8, stoch_discrete=2, stoch_classes=4, blocks=4, bins=15, imagination_horizon=3
+)
+TDMPC2: dict[str, Any] = dict(
+    latent_dim=16, hidden_dim=16, mlp_dim=16, enc_dim=16, num_q_networks=3, num_bins=15, horizon=2
+)
+SIZES = {"dreamerv3": DREAMERV3, "tdmpc2": TDMPC2}
+PRESETS = {f"{family}:tiny": sizes for family, sizes in SIZES.items()}
+"""The same by the name of the preset that they change."""
