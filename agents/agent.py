@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -31,12 +31,14 @@ from worldflux.envs.make import as_env
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
 from worldflux.envs.vector import seed_envs
 from worldflux.errors import ConfigurationError
+from worldflux.files import writing
 from worldflux.models.base import WorldModel
 from worldflux.overriding import overridden, steps_back
 from worldflux.training.compiling import captures
 from worldflux.training.config import TrainingConfig, whole_number
 from worldflux.training.replay import ReplayBuffer
 from worldflux.training.replay_segments import ReplaySegments
+from worldflux.training.saving import call_all
 from worldflux.training.signals import StopRequest, stopping_on_signals
 from worldflux.training.trainer import Trainer
 
@@ -157,7 +159,7 @@ class WorldFluxAgent(SavedAgent):
             verbose=verbose,
             seed=seed,
             compile=compile,
-        )
+        ).with_lasting_paths()
         made: Any = None if env is None else as_env(env)
         if made is not None:
             # Before SB3's own assertions: these name what is supported.
@@ -182,6 +184,7 @@ class WorldFluxAgent(SavedAgent):
         self._segments: ReplaySegments | None = None  # of the replay buffer, once a checkpoint holds some of it
         self._stop = StopRequest()
         self._learning: int | None = None  # this agent's id while it learns, which a copy of it does not
+        self._endings: list[Callable[[], None]] = []  # what else belongs to the end of `learn`
         self._random_started = False
         self._steps_elsewhere = False
         self._frames_per_step = 1
@@ -218,6 +221,10 @@ class WorldFluxAgent(SavedAgent):
     def stopping(self) -> bool:
         """Whether Ctrl-C or SIGTERM has come: this step of `learn` is its last."""
         return bool(self._stop)
+
+    def at_end_of_learn(self, function: Callable[[], None]) -> None:
+        """Has a function called when `learn` ends, whatever ends it and whatever other callbacks do then."""
+        self._endings.append(function)
 
     @property
     def _n_updates(self) -> int:
@@ -461,16 +468,19 @@ class WorldFluxAgent(SavedAgent):
             )
             if self.verbose >= 1:
                 print(self._learner.describe_schedule())
-            callback.on_training_start(locals(), globals())
+            started = locals()
             with stopping_on_signals() as self._stop:
-                self._learn(total_timesteps, callback, log_interval)
+                self._learn(total_timesteps, callback, log_interval, started)
         finally:
             self._learning = None
         return self
 
-    def _learn(self, total_timesteps: int, callback: BaseCallback, log_interval: int | None) -> None:
-        """The loop of `learn`."""
+    def _learn(
+        self, total_timesteps: int, callback: BaseCallback, log_interval: int | None, started: dict[str, Any]
+    ) -> None:
+        """The loop of `learn`, whose variables callbacks get."""
         try:
+            callback.on_training_start(started, globals())
             keep_going = True
             if not self._steps_elsewhere:
                 self._train()  # what was owed when the agent was saved
@@ -490,7 +500,8 @@ class WorldFluxAgent(SavedAgent):
                 self.trainer.check_finite()
             raise
         finally:
-            callback.on_training_end()
+            endings, self._endings = self._endings, []
+            call_all([callback.on_training_end, *endings])
 
     def _setup_learn(
         self,
@@ -508,6 +519,9 @@ class WorldFluxAgent(SavedAgent):
             self._leave_episodes()
         starts_episodes = reset_num_timesteps or self._last_obs is None
         collector = self._get_collector() if starts_episodes else None
+        if self.tensorboard_log is not None and not self._custom_logger:
+            with writing(self.tensorboard_log, ConfigurationError):
+                Path(self.tensorboard_log).mkdir(parents=True, exist_ok=True)
         set_up = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         if collector is not None and collector is self._collector:  # no callback has set another environment
             self._begin_episodes(collector)

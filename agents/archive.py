@@ -23,7 +23,7 @@ from typing import IO, Any, Literal, TypeGuard
 from stable_baselines3.common.utils import get_system_info
 
 from worldflux.errors import CheckpointError, ConfigurationError
-from worldflux.files import directory_beside, recover_directory
+from worldflux.files import checked_path, directory_beside, recover_directory
 from worldflux.reading import read_json
 from worldflux.training.checkpoint import newest_checkpoint, writing_checkpoint
 
@@ -98,9 +98,9 @@ def write_archive(path: ArchivePath, description: dict[str, Any], write_checkpoi
         CheckpointError: If the path is a directory, or cannot be written.
         ConfigurationError: If it is neither a path nor a binary file that can be written.
     """
-    target = None if is_file(path, "write") else _with_suffix(Path(path))  # type: ignore[arg-type]
-    if target is not None and target.is_dir():
-        raise CheckpointError(f"{target} is a directory, expected the path of a file. Add a name, such as agent.zip.")
+    target = None if is_file(path, "write") else _with_suffix(checked_path("path", path))
+    if target is not None and (target.is_dir() or os.path.basename(os.fspath(path)) in ("", ".", "..")):  # type: ignore[arg-type]
+        raise CheckpointError(f"{path} is a directory, expected the path of a file. Add a name, such as agent.zip.")
     with _scratch(target) as scratch:
         checkpoint = scratch / "checkpoint"
         checkpoint.mkdir()

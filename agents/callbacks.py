@@ -9,8 +9,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from worldflux.agents.agent import WorldFluxAgent
 from worldflux.errors import ConfigurationError, TrainingError
-from worldflux.training.checkpoint import checkpoint_name, keep_newest
 from worldflux.training.config import whole_number
+from worldflux.training.saving import CheckpointDirectory
 
 
 class AgentCheckpointCallback(BaseCallback):
@@ -21,29 +21,50 @@ class AgentCheckpointCallback(BaseCallback):
         agent = WorldFluxAgent.load("runs/pong", "atari/pong", resume=True)
         agent.learn(1_000_000 - agent.num_timesteps, AgentCheckpointCallback("runs/pong"), reset_num_timesteps=False)
 
-    One more is saved when `learn` ends between two intervals, also by Ctrl-C, SIGTERM or an error in the environment.
-    Nothing is saved once a loss is not finite: the newest checkpoint is a good one.
+    One more is saved when `learn` ends between two intervals, also by Ctrl-C, SIGTERM, or an error in the environment
+    or another callback. Nothing is saved once a loss is not finite: the newest checkpoint is a good one.
+
+    A directory belongs to one run. While a run is there, no other can begin; where another run has saved checkpoints,
+    `learn` ends at once with a `ConfigurationError` that says what to do.
 
     Args:
         output_dir: Made if it does not exist.
         save_interval: Environment steps between checkpoints, over all environments.
-        max_checkpoints: How many to keep in `output_dir`; the ones written longest ago are removed.
+        max_checkpoints: How many of this run to keep in `output_dir`; the ones written longest ago are removed.
         verbose: 1 prints the path of each.
+        overwrite: Begin a new run where another one has saved checkpoints; they are removed once this run has saved one
+            of its own.
 
     Raises:
-        ConfigurationError: If a number is below 1, or it is given to another algorithm of SB3.
+        ConfigurationError: If a number is below 1, `output_dir` can be no directory, or it is given to another
+            algorithm of SB3.
     """
 
     model: WorldFluxAgent
 
     def __init__(
-        self, output_dir: str | Path, save_interval: int = 10_000, max_checkpoints: int = 2, verbose: int = 0
+        self,
+        output_dir: str | Path,
+        save_interval: int = 10_000,
+        max_checkpoints: int = 2,
+        verbose: int = 0,
+        *,
+        overwrite: bool = False,
     ) -> None:
         super().__init__(verbose)
-        self.output_dir = Path(output_dir)
+        self.directory = CheckpointDirectory(output_dir, max_checkpoints, overwrite)
         self.save_interval = whole_number("save_interval", save_interval, 1)
-        self.max_checkpoints = whole_number("max_checkpoints", max_checkpoints, 1)
-        self._saved_at = 0
+        self._saved_at: int | None = None
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the checkpoints are."""
+        return self.directory.path
+
+    @property
+    def max_checkpoints(self) -> int:
+        """How many of the run are kept."""
+        return self.directory.max_checkpoints
 
     def _init_callback(self) -> None:
         if not isinstance(self.model, WorldFluxAgent):
@@ -53,28 +74,42 @@ class AgentCheckpointCallback(BaseCallback):
             )
 
     def _on_training_start(self) -> None:
+        # Not `_on_training_end`: SB3 does not call it where another callback fails, or is around this one.
+        self.model.at_end_of_learn(self._end)
+        self.directory.hold()
+        resuming = f"load its agent with WorldFluxAgent.load({str(self.output_dir)!r}, env, resume=True)"
+        self.directory.check_owner(self.model.trainer.run, resuming)
         self._saved_at = self.num_timesteps
 
     def _on_step(self) -> bool:
+        if self._saved_at is None:  # somebody has added it in the middle of `learn`
+            self._on_training_start()
+        assert self._saved_at is not None
         due = self.num_timesteps // self.save_interval > self._saved_at // self.save_interval
         if due or self.model.stopping:
             self._save()
         return True
 
-    def _on_training_end(self) -> None:
-        if self.num_timesteps == self._saved_at:
-            return
-        if self.model.stopping and isinstance(sys.exc_info()[1], KeyboardInterrupt):
-            return  # the second Ctrl-C, which may have come in the middle of anything
+    def _end(self) -> None:
+        """Saves the last step."""
+        self.num_timesteps, error = self.model.num_timesteps, sys.exc_info()[1]
+        begun = self._saved_at is not None
+        if (self.model.stopping or self.model.trainer.in_step) and isinstance(error, KeyboardInterrupt):
+            begun = False  # the second Ctrl-C, which may have come in the middle of anything
         try:
-            self._save()
-        except TrainingError:  # which `learn` raises itself
-            return
+            if begun and self.num_timesteps != self._saved_at:
+                self._save()
+        except TrainingError:
+            if error is None:
+                raise
+            # What the training ended with says why; the newest checkpoint is a good one.
+        finally:
+            self._saved_at = None
+            self.directory.release()
 
     def _save(self) -> None:
-        path = self.output_dir / checkpoint_name(self.num_timesteps)
-        self.model.save_checkpoint(path)
-        keep_newest(self.output_dir, self.max_checkpoints)
+        self.model.trainer.check_good()
+        path = self.directory.save(self.num_timesteps, self.model.trainer.run, self.model.save_checkpoint)
         self._saved_at = self.num_timesteps
         if self.verbose:
             print(f"saved {path}")

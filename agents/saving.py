@@ -37,9 +37,9 @@ from worldflux.envs.make import as_env
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
 from worldflux.envs.vector import seed_envs
 from worldflux.errors import CheckpointError, ConfigurationError, ShapeMismatchError, nearest
-from worldflux.files import atomic_directory
+from worldflux.files import atomic_directory, checked_path
 from worldflux.models.base import WEIGHTS_FILE
-from worldflux.training.checkpoint import check_target, writing_checkpoint
+from worldflux.training.checkpoint import check_target, new_run, writing_checkpoint
 from worldflux.training.randomness import keeping_random_streams
 from worldflux.training.replay import ReplayBuffer
 from worldflux.training.replay_segments import ReplaySegments
@@ -163,7 +163,7 @@ class SavedAgent(BaseAlgorithm):
         """
         if self.replay_buffer is None:
             raise ConfigurationError("There is no run to save yet, only an agent: call save, or set_env first.")
-        path = Path(path)
+        path = checked_path("path", path)
         check_target(path)
         if self._segments is None or self._segments.buffer is not self.replay_buffer:
             self._segments = ReplaySegments(self.replay_buffer)
@@ -273,6 +273,8 @@ class SavedAgent(BaseAlgorithm):
         agent._random_started = "seed" not in kwargs
         if resumed is not None:
             agent._resume(resumed)
+        else:
+            agent.trainer.run = new_run()
         return agent
 
     def _read_run(self, checkpoint: Path) -> RunState:

@@ -13,9 +13,11 @@ import torch
 from worldflux.agents.numbers import count, finite_number
 from worldflux.agents.rates import Rate, checked_rate
 from worldflux.errors import ConfigurationError, nearest
+from worldflux.files import checked_path
 from worldflux.models.base import WorldModel
 from worldflux.models.planning import PlannerConfig
 from worldflux.training.compiling import checked_compile
+from worldflux.training.storage import lasting_place
 
 _COUNTS = {"batch_size": 1, "seq_len": 1, "buffer_size": 1, "learning_starts": 0, "seed": 0}
 
@@ -89,6 +91,19 @@ class AgentSettings:
         checked["compile"] = checked_compile(self.compile)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+    def with_lasting_paths(self) -> AgentSettings:
+        """The same settings with paths that stay when the working directory changes.
+
+        Raises:
+            ConfigurationError: If one can be none of a directory.
+        """
+        storage, log = self.buffer_storage, self.tensorboard_log
+        return replace(
+            self,
+            buffer_storage=None if storage is None else lasting_place("buffer_storage", storage),
+            tensorboard_log=None if log is None else str(checked_path("tensorboard_log", log, directory=True)),
+        )
 
     def with_defaults(self, model: WorldModel, n_envs: int) -> AgentSettings:
         """The same settings with the numbers of a model's family where none were given."""

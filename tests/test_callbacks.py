@@ -69,7 +69,7 @@ def test_the_documented_defaults():
     assert list(defaults(EarlyStoppingCallback)) == ["monitor", "patience", "min_delta"]
     assert EarlyStoppingCallback().monitor == "loss"
     checkpoint = defaults(CheckpointCallback)
-    assert list(checkpoint) == ["output_dir", "save_interval", "max_checkpoints"]
+    assert list(checkpoint) == ["output_dir", "save_interval", "max_checkpoints", "overwrite"]
     assert checkpoint["save_interval"] == 10_000 and checkpoint["max_checkpoints"] == 5
 
 
@@ -155,8 +155,8 @@ def test_only_the_newest_checkpoints_are_kept_and_nothing_else_is_touched(tmp_pa
     (tmp_path / "notes").mkdir()
     trained(CheckpointCallback(tmp_path, save_interval=1, max_checkpoints=2), steps=6)
     assert checkpoints(tmp_path) == ["notes", "step-00000005", "step-00000006"]
-    # A shorter run into the same directory keeps its own, although their numbers are lower.
-    trained(CheckpointCallback(tmp_path, save_interval=1, max_checkpoints=2), steps=3)
+    # A shorter run that replaces it keeps its own, although their numbers are lower.
+    trained(CheckpointCallback(tmp_path, save_interval=1, max_checkpoints=2, overwrite=True), steps=3)
     assert checkpoints(tmp_path) == ["notes", "step-00000002", "step-00000003"]
 
 

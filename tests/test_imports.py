@@ -20,6 +20,7 @@ LAYERS = (
     ("worldflux.errors",),
     ("worldflux.files",),
     ("worldflux.reading",),
+    ("worldflux.locks",),
     ("worldflux.overriding",),
     ("worldflux.config",),
     ("worldflux.accel",),

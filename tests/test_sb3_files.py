@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -200,7 +201,8 @@ def test_settings_are_changed_by_keywords_and_by_custom_objects(trained: WorldFl
     file = in_memory(trained)
 
     changed = WorldFluxAgent.load(file, learning_rate=0.5, verbose=1, seed=9, tensorboard_log="logs")
-    assert (changed.learning_rate, changed.verbose, changed.seed, changed.tensorboard_log) == (0.5, 1, 9, "logs")
+    assert (changed.learning_rate, changed.verbose, changed.seed) == (0.5, 1, 9)
+    assert changed.tensorboard_log == os.path.abspath("logs")
     # What scripts pass to read old files of SB3; a schedule that this library does not have is none of its settings.
     objects = {"learning_rate": 0.0, "lr_schedule": lambda _: 0.0, "clip_range": lambda _: 0.0}
     assert WorldFluxAgent.load(file, custom_objects=objects).learning_rate == 0.0

@@ -20,7 +20,7 @@ from worldflux.config.checks import (
     clean_sizes,
 )
 from worldflux.errors import ConfigurationError, nearest
-from worldflux.files import write_atomically
+from worldflux.files import write_text
 from worldflux.reading import only_our_errors, read_json
 
 ConfigT = TypeVar("ConfigT", bound="WorldModelConfig")
@@ -187,10 +187,16 @@ class WorldModelConfig:
         return {item.name: _to_json(getattr(self, item.name)) for item in fields(self)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the configuration to `path` as JSON. A kill at any moment leaves the old file or the new one."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
+        """Write the configuration to `path` as JSON. A kill at any moment leaves the old file or the new one.
+
+        Raises:
+            ConfigurationError: If it cannot be written.
+        """
+        write_text(path, self.to_json(), ConfigurationError)
+
+    def to_json(self) -> str:
+        """What `save` writes."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @classmethod
     def load(cls: type[ConfigT], path: str | os.PathLike[str]) -> ConfigT:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from worldflux.config import WorldModelConfig
 from worldflux.config.devices import resolve_device
 from worldflux.errors import CheckpointError, ShapeMismatchError
-from worldflux.files import write_atomically
+from worldflux.files import checked_path, replacing_together, writing
 from worldflux.models.health import Vital
 from worldflux.nn.precision import autocast
 from worldflux.training.batch import Batch, Observation
@@ -342,15 +342,19 @@ class WorldModel(nn.Module):
     # Files
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes `config.json` and `model.safetensors`; each appears whole or not at all.
+        """Writes `config.json` and `model.safetensors`, both or neither, also where another model was saved.
 
         Args:
-            directory: Created if it does not exist.
+            directory: Created if it does not exist. Other files in it stay.
+
+        Raises:
+            ConfigurationError: If `directory` can be none.
+            CheckpointError: If it cannot be written; an older model is unchanged then.
         """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / WEIGHTS_FILE, self.weights_bytes())
-        self.config.save(directory / CONFIG_FILE)
+        path = checked_path("directory", directory, directory=True)
+        with writing(path, CheckpointError), replacing_together(path) as beside:
+            (beside / WEIGHTS_FILE).write_bytes(self.weights_bytes())
+            (beside / CONFIG_FILE).write_text(self.config.to_json(), encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, device: str | torch.device = "cpu") -> WorldModel:

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from worldflux.errors import ConfigurationError, MissingDependencyError, nearest
-from worldflux.training.checkpoint import checkpoint_name, keep_newest
+from worldflux.errors import ConfigurationError, MissingDependencyError, TrainingError, nearest
+from worldflux.files import checked_path
 from worldflux.training.config import whole_number
+from worldflux.training.saving import CheckpointDirectory
 
 if TYPE_CHECKING:
     from worldflux.training.trainer import Trainer
@@ -172,6 +173,7 @@ class LoggingCallback(Callback):
         self.use_wandb = use_wandb
         self._wandb: Any = _import_wandb() if use_wandb else None
         self.tensorboard_log: str | Path | None = "runs"
+        self._begun_in = checked_path("the working directory", ".")
         self._writer: Any = None
         self._opened_run = False
         self._since: tuple[float, int] | None = None
@@ -189,7 +191,8 @@ class LoggingCallback(Callback):
             self._opened_run = True
         if self.tensorboard_log is not None:
             name = type(trainer.model).__name__.lower()
-            self._writer = _import_writer()(_new_directory(Path(self.tensorboard_log), name))
+            parent = checked_path("tensorboard_log", self.tensorboard_log, within=self._begun_in, directory=True)
+            self._writer = _import_writer()(_new_directory(parent, name))
         self._since = (time.perf_counter(), trainer.step_count)
 
     def on_step_end(self, step: int, losses: Mapping[str, float]) -> None:
@@ -241,18 +244,23 @@ class _ConfiguredInterval(int):
 class CheckpointCallback(Callback):
     """Saves checkpoints `output_dir/step-00010000`, each a directory for `Trainer.load_checkpoint`.
 
-    One more is saved when training has finished between two intervals, or was stopped by Ctrl-C or SIGTERM. Nothing is
-    saved once a loss is not finite: the newest checkpoint is a good one, and `Trainer.train(buffer, resume=True)` goes
-    on from it.
+    One more is saved when training ends between two intervals, whatever ends it: its last step, Ctrl-C, SIGTERM, or an
+    error in a callback or a provider of data. Nothing is saved once a loss is not finite: the newest checkpoint is a
+    good one, and `Trainer.train(buffer, resume=True)` goes on from it.
+
+    A directory belongs to one run. While a run is there, no other can begin; where another run has saved checkpoints,
+    training ends at once with a `ConfigurationError` that says what to do.
 
     Args:
         output_dir: Made if it does not exist.
         save_interval: Steps between checkpoints. If it is not given, `TrainingConfig.save_interval` rules, which is
             10000 by default too.
-        max_checkpoints: How many to keep in `output_dir`; the ones written longest ago are removed.
+        max_checkpoints: How many of this run to keep in `output_dir`; the ones written longest ago are removed.
+        overwrite: Begin a new run where another one has saved checkpoints; they are removed once this run has saved one
+            of its own.
 
     Raises:
-        ConfigurationError: If a number is below 1.
+        ConfigurationError: If a number is below 1, or `output_dir` can be no directory.
     """
 
     def __init__(
@@ -260,14 +268,25 @@ class CheckpointCallback(Callback):
         output_dir: str | Path,
         save_interval: int = _ConfiguredInterval(10_000),
         max_checkpoints: int = 5,
+        *,
+        overwrite: bool = False,
     ) -> None:
-        self.output_dir = Path(output_dir)
+        self.directory = CheckpointDirectory(output_dir, max_checkpoints, overwrite)
         self.save_interval = save_interval
         if not isinstance(save_interval, _ConfiguredInterval):
             self.save_interval = whole_number("save_interval", save_interval, 1)
-        self.max_checkpoints = whole_number("max_checkpoints", max_checkpoints, 1)
         self._trainer: Trainer | None = None
         self._saved_step: int | None = None
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the checkpoints are."""
+        return self.directory.path
+
+    @property
+    def max_checkpoints(self) -> int:
+        """How many of the run are kept."""
+        return self.directory.max_checkpoints
 
     def on_train_begin(self, trainer: Trainer) -> None:
         """Remembers the trainer."""
@@ -283,14 +302,24 @@ class CheckpointCallback(Callback):
 
     def on_train_end(self, trainer: Trainer) -> None:
         """Saves the last step."""
-        if (trainer.finished or trainer.interrupted) and trainer.step_count != self._saved_step:
-            self._save(trainer.step_count)
+        begun, error = self._trainer is not None, sys.exc_info()[1]
+        if trainer.in_step and error is not None and not isinstance(error, Exception):
+            begun = False  # a second Ctrl-C, which may have come in the middle of anything
+        try:
+            if begun and trainer.step_count != self._saved_step:
+                self._save(trainer.step_count)
+        except TrainingError:
+            if error is None:
+                raise
+            # What the training ended with says why; the newest checkpoint is a good one.
+        finally:
+            self._trainer = None
 
     def _save(self, step: int) -> None:
         assert self._trainer is not None, "on_train_begin comes first"
-        self._trainer.save_checkpoint(self.output_dir / checkpoint_name(step))
+        self._trainer.check_good()
+        self.directory.save(step, self._trainer.run, self._trainer.save_checkpoint)
         self._saved_step = step
-        keep_newest(self.output_dir, self.max_checkpoints)
 
 
 class EarlyStoppingCallback(Callback):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import re
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from worldflux.errors import CheckpointError, WorldFluxError
-from worldflux.files import recover_directories, recover_directory, remove_directory
+from worldflux.files import reason, recover_directories, recover_directory
 from worldflux.models.base import WEIGHTS_FILE
 from worldflux.reading import read_json
 from worldflux.training.config import whole_number
@@ -70,10 +72,22 @@ def time_of_saving(directory: Path) -> float:
     return max(time.time(), math.nextafter(last, math.inf))
 
 
-def keep_newest(directory: Path, count: int) -> None:
-    """Removes all checkpoints in a directory but those written last."""
-    for outdated in checkpoints_in(directory)[:-count]:
-        remove_directory(outdated)
+def new_run() -> str:
+    """A name for a run that no other has. It is not drawn from the random streams of the run."""
+    return uuid.uuid4().hex
+
+
+def run_of(checkpoint: Path, progress: Any = None) -> str:
+    """The name of the run that a checkpoint belongs to.
+
+    Those that older versions wrote have no name; of them, all in one directory count as one run.
+
+    Args:
+        checkpoint: The directory.
+        progress: What its `trainer.json` holds, if it was read already.
+    """
+    run = (_progress(checkpoint) if progress is None else progress).get("run")
+    return run if isinstance(run, str) and run else os.path.realpath(checkpoint.parent)
 
 
 @contextmanager
@@ -85,7 +99,7 @@ def writing_checkpoint(path: Path) -> Iterator[None]:
         if isinstance(error, WorldFluxError):
             raise
         raise CheckpointError(
-            f"The checkpoint {path} could not be written: {error}. What was there before is unchanged."
+            f"The checkpoint {path} could not be written: {reason(error)}. What was there before is unchanged."
         ) from error
 
 
@@ -212,10 +226,19 @@ def _continues(state: dict[str, Any], optimizer: torch.optim.Optimizer, moments:
 
 def _saved_at(checkpoint: Path) -> float:
     try:
-        saved_at = float(read_json(checkpoint / TRAINER_FILE, finite=False)["saved_at"])
-    except (FileNotFoundError, CheckpointError, ValueError, LookupError, TypeError):
+        saved_at = float(_progress(checkpoint)["saved_at"])
+    except (ValueError, LookupError, TypeError):
         return 0.0
     return saved_at if math.isfinite(saved_at) else 0.0
+
+
+def _progress(checkpoint: Path) -> dict[str, Any]:
+    """What `trainer.json` holds; nothing where it cannot be read."""
+    try:
+        progress = read_json(checkpoint / TRAINER_FILE, finite=False)
+    except (FileNotFoundError, CheckpointError):
+        return {}
+    return progress if isinstance(progress, dict) else {}
 
 
 def _some(names: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from worldflux.config.devices import resolve_device
 from worldflux.errors import ConfigurationError, WorldFluxError, nearest
-from worldflux.files import write_atomically
+from worldflux.files import write_text
 from worldflux.reading import only_our_errors, read_json
 from worldflux.training.compiling import checked_compile
 
@@ -104,10 +104,12 @@ class TrainingConfig:
         return asdict(self)
 
     def save(self, path: str | Path) -> None:
-        """Writes the configuration to `path` as JSON, whole or not at all. Missing directories are made."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
+        """Writes the configuration to `path` as JSON, whole or not at all. Missing directories are made.
+
+        Raises:
+            ConfigurationError: If it cannot be written.
+        """
+        write_text(path, json.dumps(self.to_dict(), indent=2) + "\n", ConfigurationError)
 
     @classmethod
     def load(cls, path: str | Path) -> TrainingConfig:

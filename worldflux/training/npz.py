@@ -70,12 +70,9 @@ def write_npz(path: str | Path, arrays: Mapping[str, np.ndarray | Stream]) -> No
         arrays: What to write, by name.
 
     Raises:
-        BufferError: If `path` is a directory.
         OSError: If it cannot be written: a full disk, no permission. The old file stays.
     """
     path = Path(path)
-    if path.is_dir():
-        raise BufferError(f"{path} is a directory, expected the path of a file. Add a name, such as buffer.npz.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():

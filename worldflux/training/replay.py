@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from worldflux.errors import BufferError, ConfigurationError, WorldFluxError
+from worldflux.files import checked_path, writing
 from worldflux.overriding import overridden
 from worldflux.training.actions import declared_classes, described, type_of
 from worldflux.training.arrays import SINGLE, ObsShape, RowForm
@@ -401,10 +402,14 @@ class ReplayBuffer(RowReceiver, WindowSampler):
             path: Target; directories above it are created.
 
         Raises:
-            BufferError: If `path` is a directory.
+            BufferError: If `path` is a directory, or cannot be written; an older file is unchanged then.
         """
+        target = checked_path("path", path)
+        if target.is_dir():
+            raise BufferError(f"{path} is a directory, expected the path of a file. Add a name, such as buffer.npz.")
         data = collect_data(self._rows, self._capacity, self._form.is_dict, self._form.action_classes)
-        write_replay(path, data)
+        with writing(target, BufferError):
+            write_replay(target, data)
 
     @classmethod
     def load(

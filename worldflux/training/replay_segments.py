@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from worldflux.errors import BufferError, ConfigurationError
+from worldflux.errors import BufferError, CheckpointError, ConfigurationError
 from worldflux.training.replay import ReplayBuffer
 from worldflux.training.replay_state import (
     COUNTERS,
@@ -159,6 +159,12 @@ class ReplaySegments:
         if store.end.any():
             raise ConfigurationError(f"{buffer} is not empty. Read a checkpoint into a new buffer.")
         folder = Path(directory).absolute() / REPLAY_FOLDER
+        for path in (folder, *(folder.iterdir() if folder.is_dir() else ())):
+            if path.is_symlink():  # its rows would get into the next checkpoint from elsewhere
+                raise CheckpointError(
+                    f"{path} is a symbolic link, and the replay data of a checkpoint are its own. Copy the checkpoint "
+                    "with its files (cp -rL), and resume from the copy."
+                )
         state = read_state(folder, buffer)
         store, fresh = buffer.stored()  # which may have got streams
         in_flight = state.in_flight

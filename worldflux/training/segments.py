@@ -46,7 +46,7 @@ class Segment:
 
 def identity(path: Path) -> tuple[int, int, int]:
     """What tells a file from every other that was ever at its place."""
-    found = path.stat()
+    found = path.lstat()  # a symbolic link is no segment
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from worldflux.config.devices import resolve_device
 from worldflux.errors import BufferError, ConfigurationError
+from worldflux.files import checked_path
 from worldflux.training.budget import Budget, free_device_memory, free_disk, free_memory
 from worldflux.training.transfers import to_device
 
@@ -150,7 +151,6 @@ class DiskStorage:
         directory: Made if it is missing, and not removed.
 
     Raises:
-        ConfigurationError: If it is a file.
         BufferError: If it cannot be made.
     """
 
@@ -158,8 +158,6 @@ class DiskStorage:
 
     def __init__(self, directory: Path) -> None:
         self.place = directory
-        if directory.exists() and not directory.is_dir():
-            raise ConfigurationError(f"storage is '{directory}', which is a file, expected a directory.")
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -232,7 +230,20 @@ def storage_at(place: StoragePlace) -> Storage:
         return DeviceStorage(torch.device(place))
     if not place or not isinstance(place, str | os.PathLike):
         raise ConfigurationError(f"storage is {place!r}, expected 'memory', the path of a directory, or a device.")
-    return DiskStorage(Path(place))
+    return DiskStorage(checked_path("storage", place, directory=True))
+
+
+def lasting_place(name: str, place: str | os.PathLike[str] | torch.device) -> str:
+    """The same place as text; a directory's is its absolute path, which stays when the working directory changes.
+
+    Args:
+        name: What it is called in errors.
+        place: As for `storage_at`.
+    """
+    text = str(place)
+    if text == "memory" or _DEVICE.fullmatch(text):
+        return text
+    return str(checked_path(name, place, directory=True))
 
 
 def _reserve(file: int, size: int) -> None:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -14,9 +15,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from worldflux.config import WorldModelConfig
 from worldflux.config.devices import resolve_device
 from worldflux.errors import CheckpointError, ConfigurationError, TrainingError
-from worldflux.files import atomic_directory, remove_leftovers
+from worldflux.files import atomic_directory, checked_path, give_rights_of, remove_leftovers
 from worldflux.models.base import CONFIG_FILE, WEIGHTS_FILE, OptimizerSpec, Phase, WorldModel
 from worldflux.overriding import overridden
 from worldflux.training.allocator import keep_freed_memory
@@ -32,8 +34,10 @@ from worldflux.training.checkpoint import (
     check_progress,
     check_target,
     check_weights,
+    new_run,
     newest_checkpoint,
     read_checkpoint,
+    run_of,
     time_of_saving,
     weights_on_cpu,
     writing_checkpoint,
@@ -48,6 +52,7 @@ from worldflux.training.optim import build_optimizer
 from worldflux.training.prefetch import SAMPLES, Batches, Resumable, batches_from
 from worldflux.training.randomness import random_state, seed_everything, set_random_state
 from worldflux.training.sampling import WindowSampler
+from worldflux.training.saving import CheckpointDirectory, call_all
 from worldflux.training.signals import StopRequest, stopping_on_signals
 from worldflux.training.step import OF_BATCH, FiniteWatch, WriteBack, as_loss_output, evaluating, phases_of
 from worldflux.training.update import GradientStep, Updated
@@ -87,6 +92,8 @@ class Trainer:
         target_step: Step at which the current call of `train` ends.
         finished: True once `train` has ended without an error.
         interrupted: True once Ctrl-C or SIGTERM has ended `train` behind a whole step.
+        in_step: True inside a gradient step, also once an error has ended it there.
+        run: Name of the run, which no other has; a checkpoint that is loaded brings that of its run.
 
     Args:
         model: Moved to `config.device`.
@@ -118,6 +125,8 @@ class Trainer:
         self.target_step = 0
         self.finished = False
         self.interrupted = False
+        self.in_step = False
+        self.run = new_run()
         self._callbacks: list[Callback] = []
         for callback in callbacks:
             self.add_callback(callback)
@@ -210,8 +219,19 @@ class Trainer:
             CheckpointError: If the checkpoint is damaged, of another model, or was trained on other data.
             TrainingError: If a loss is not finite, with the term and the step at which it was not for the first time.
         """
-        if resume:
-            self._load_newest()
+        with ExitStack() as held:
+            for directory in self._directories():
+                held.callback(directory.release)
+                directory.hold()
+            if resume:
+                self._load_newest()
+            for directory in self._directories():
+                directory.check_owner(self.run, "pass resume=True to train")
+            self._train(buffer, num_steps, resume)
+        return self.model.eval()
+
+    def _train(self, buffer: Provider, num_steps: int | None, resume: bool) -> None:
+        """`train`, once the directories for checkpoints are this run's."""
         config = self.config
         self.target_step = (
             config.total_steps if num_steps is None else self.step_count + whole_number("num_steps", num_steps, 0)
@@ -230,13 +250,10 @@ class Trainer:
                         self._run(self._batches, stop)
                 finally:
                     self._batches = None
-                    with ExitStack() as ending:  # all of them, whatever one raises
-                        for callback in reversed(self._callbacks):
-                            ending.callback(callback.on_train_end, self)
+                    call_all(partial(callback.on_train_end, self) for callback in self._callbacks)
         finally:
             if self._held_out_share is not None:
                 self.eval_data = None
-        return self.model.eval()
 
     def _run(self, batches: Batches, stop: StopRequest) -> None:
         """The loop of `train`."""
@@ -282,8 +299,10 @@ class Trainer:
         if self._last_batch is None and buffer is not None:
             check_first_batch(self.model, batch, self.step_count + 1)
         self._last_batch = batch
+        self.in_step = True
         updated = self._take_step(batch)
         self.step_count += 1
+        self.in_step = False
         self._watch.see(self.step_count, {**self._inputs_seen(batch, buffer), **updated.losses})
         self._store_extras(batch, updated.extras, buffer)
         return updated.losses
@@ -302,6 +321,19 @@ class Trainer:
             TrainingError: Names the terms and the first step.
         """
         self._watch.check()
+
+    def check_good(self) -> None:
+        """Raises unless the model is worth saving: all losses so far and all parameters are finite.
+
+        Raises:
+            TrainingError: Names what is not.
+        """
+        self.check_finite()
+        parameters = dict(self.model.named_parameters())
+        good = torch.stack([parameter.detach().isfinite().all() for parameter in parameters.values()]).tolist()
+        if not all(good):
+            name = list(parameters)[good.index(False)]
+            raise TrainingError(f"The parameter {name} is not finite after step {self.step_count}; nothing is saved.")
 
     def evaluate(self, data: Provider, num_batches: int = _EVAL_BATCHES) -> dict[str, float]:
         """Mean losses on experience that is not trained on.
@@ -366,7 +398,7 @@ class Trainer:
             TrainingError: If a loss was not finite; the weights are lost then, and an older checkpoint is worth more.
             CheckpointError: If `path` holds something else, or cannot be written.
         """
-        path = Path(path)
+        path = checked_path("path", path)
         check_target(path)
         with writing_checkpoint(path), atomic_directory(path) as beside:
             self.write_checkpoint(beside)
@@ -386,6 +418,7 @@ class Trainer:
         progress = {
             "format": FORMAT,
             "step": self.step_count,
+            "run": self.run,
             "saved_at": time_of_saving(directory.parent),
             "training_config": self.config.to_dict(),
             "random": random_state(self.device),
@@ -402,13 +435,18 @@ class Trainer:
             extras = self._restored_extras
         safetensors.torch.save_file(weights_on_cpu(self.model), directory / WEIGHTS_FILE)
         config = getattr(self.model, "config", None)
-        if config is not None and hasattr(config, "save"):
+        if isinstance(config, WorldModelConfig):
+            (directory / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
+        elif config is not None and hasattr(config, "save"):
             config.save(directory / CONFIG_FILE)
         optimizers = {"kind": self._kind, "states": [optimizer.state_dict() for optimizer in self._optimizers]}
-        torch.save(optimizers, directory / OPTIMIZER_FILE)
+        with (directory / OPTIMIZER_FILE).open("wb") as file:  # of a path, torch would not say what went wrong
+            torch.save(optimizers, file)
         if extras:
             safetensors.torch.save_file(extras, directory / EXTRAS_FILE)
         (directory / TRAINER_FILE).write_text(json.dumps(progress), encoding="utf-8")
+        for name in (WEIGHTS_FILE, EXTRAS_FILE):  # which safetensors makes readable to their owner alone
+            give_rights_of(directory / name, directory / TRAINER_FILE)
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Continues from a checkpoint: weights, optimisers, step and random states become those that were saved.
@@ -436,22 +474,26 @@ class Trainer:
             for group, setting in zip(optimizer.param_groups, settings, strict=True):
                 group.update(setting)
         self.step_count = progress["step"]
+        self.run = run_of(path, progress)
         self._watch = FiniteWatch()
         self._write_back = WriteBack()
         set_random_state(progress["random"], self.device)
         self._restored, self._restored_extras = progress, extras
 
+    def _directories(self) -> list[CheckpointDirectory]:
+        """Where this trainer's callbacks save checkpoints."""
+        return [callback.directory for callback in self._callbacks if isinstance(callback, CheckpointCallback)]
+
     def _load_newest(self) -> None:
         """Loads the newest checkpoint of this trainer's `CheckpointCallback`, if there is one."""
-        saving = [callback for callback in self._callbacks if isinstance(callback, CheckpointCallback)]
-        if not saving:
+        directories = self._directories()
+        if not directories:
             raise ConfigurationError(
                 "resume=True goes on from what a CheckpointCallback saved, and this trainer has none. Add one, or call "
                 "load_checkpoint(directory) before train(buffer)."
             )
-        directory = saving[0].output_dir
-        if directory.is_dir():
-            remove_leftovers(directory)
+        directory = directories[0].path
+        remove_leftovers(directory)
         newest = newest_checkpoint(directory)
         if newest is None:
             logger.info("no checkpoint in %s yet: training begins", directory)
