@@ -1,0 +1,361 @@
+"""Feeds readers with damaged and hostile files, and says what came of it.
+
+    python tests/fuzz/fuzz_readers.py --reader official-dreamerv3 --minutes 10 --seed 0
+
+Input n of a seed is always the same: `--first n --count 1` makes it again. Every input is read in a process of its own
+kind: one that may take a bounded amount of memory and of CPU time for each input, and whose death is noticed. A reader
+is right if it gives something or raises one of the errors that it may raise, for another reason than a lack of memory.
+
+A further reader is a further entry of `READERS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import os
+import pickle
+import pickletools
+import random
+import resource
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from worldflux.errors import CheckpointError
+from worldflux.interop import load_official_dreamerv3, load_official_tdmpc2
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+SECONDS = 20
+"""Of CPU time that one input may take."""
+MEMORY = 2**30
+"""Bytes that a process may take while it reads, above what it had before."""
+BATCH = 500
+"""Inputs that one process reads."""
+SCRATCH = "/dev/shm" if os.path.isdir("/dev/shm") else None
+"""Where the inputs lie; in memory where that is possible."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One way into the library."""
+
+    make: Callable[[Path], Path]
+    """Writes a good input into an empty directory and returns what `read` takes."""
+    mutate: Callable[[random.Random, Path], None]
+    """Damages a copy of it, in place."""
+    read: Callable[[Path], Any]
+    allowed: tuple[type[BaseException], ...] = (CheckpointError,)
+
+
+# Damage to bytes
+
+NUMBERS = (0, 1, 2, 127, 128, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
+
+
+def some_number(rng: random.Random, size: int) -> bytes:
+    """A number in `size` bytes, often one that programs stumble over."""
+    number = rng.choice(NUMBERS) if rng.random() < 0.7 else rng.getrandbits(8 * size)
+    return (number % 2 ** (8 * size)).to_bytes(size, rng.choice(("little", "little", "big")))  # type: ignore[arg-type]
+
+
+def damaged_bytes(rng: random.Random, data: bytes) -> bytes:
+    """`data` with one to eight places overwritten, doubled, left out or cut off."""
+    changed = bytearray(data)
+    for _ in range(rng.randint(1, 8)):
+        # Headers are at the beginning of files and, of archives, at their end.
+        where = rng.choice((rng.randrange(len(changed) + 1), rng.randrange(min(len(changed), 500) + 1)))
+        where = len(changed) - where if rng.random() < 0.2 else where
+        length = rng.choice((1, 2, 4, 8, 16, 100))
+        kind = rng.randrange(6)
+        if kind == 0 and where < len(changed):
+            changed[where] ^= 1 << rng.randrange(8)
+        elif kind in (1, 2):
+            number = some_number(rng, rng.choice((1, 2, 4, 8)))
+            changed[where : where + len(number)] = number
+        elif kind == 3:
+            del changed[where : where + length]
+        elif kind == 4:
+            changed[where:where] = changed[where : where + length]
+        elif rng.random() < 0.2:
+            del changed[where:]
+    return bytes(changed)
+
+
+def damage_file(rng: random.Random, path: Path) -> None:
+    """The same for a file."""
+    path.write_bytes(damaged_bytes(rng, path.read_bytes()))
+
+
+# Damage to pickles
+
+WORDS = (
+    "numpy dtype ndarray numpy._core.multiarray numpy.core.multiarray numpy._core.numeric _reconstruct scalar "
+    "_frombuffer builtins eval os system torch Size collections OrderedDict FloatStorage torch._utils "
+    "_rebuild_tensor_v2 storage f4 O8 V8 U4 c8 < | C F K params a.b"
+).split(" ")
+
+
+def split_pickle(data: bytes) -> list[bytes]:
+    """The pickle opcode by opcode, each with what belongs to it."""
+    starts = [position for _, _, position in pickletools.genops(data)]
+    return [data[start:end] for start, end in zip(starts, [*starts[1:], len(data)], strict=True)]
+
+
+def some_opcode(rng: random.Random) -> bytes:
+    """Any opcode, with something behind it that may belong to it."""
+    opcode = rng.choice(pickletools.opcodes)
+    code = opcode.code.encode("latin-1")
+    if opcode.arg is None:
+        return code
+    word = rng.choice(WORDS).encode()
+    size = opcode.arg.n
+    if size == pickletools.UP_TO_NEWLINE:
+        return code + word + b"\n" + (rng.choice(WORDS).encode() + b"\n" if "pair" in opcode.arg.name else b"")
+    if size >= 0:
+        return code + some_number(rng, size)
+    width = {
+        pickletools.TAKEN_FROM_ARGUMENT1: 1,
+        pickletools.TAKEN_FROM_ARGUMENT4: 4,
+        pickletools.TAKEN_FROM_ARGUMENT4U: 4,
+        pickletools.TAKEN_FROM_ARGUMENT8U: 8,
+    }[size]
+    length = len(word).to_bytes(width, "little") if rng.random() < 0.8 else some_number(rng, width)
+    return code + length + word
+
+
+def damaged_pickle(rng: random.Random, data: bytes) -> bytes:
+    """A pickle with one to six opcodes more, fewer, moved, or with other arguments."""
+    try:
+        opcodes = split_pickle(data)
+    except ValueError:  # damaged before
+        return damaged_bytes(rng, data)
+    for _ in range(rng.randint(1, 6)):
+        where, other = rng.randrange(len(opcodes)), rng.randrange(len(opcodes))
+        kind = rng.randrange(8)
+        if kind == 0:
+            del opcodes[where : where + rng.choice((1, 1, 1, 2, 10))]
+        elif kind == 1:
+            opcodes.insert(where, some_opcode(rng))
+        elif kind == 2:
+            opcodes[where] = some_opcode(rng)
+        elif kind == 3:
+            opcodes[where:where] = opcodes[other : other + rng.choice((1, 2, 5, 30))]
+        elif kind == 4:
+            opcodes[where], opcodes[other] = opcodes[other], opcodes[where]
+        elif kind == 5:  # another argument, as long as the old one
+            head, argument = opcodes[where][:1], opcodes[where][1:]
+            size = min(len(argument), 8)
+            opcodes[where] = head + some_number(rng, size) + argument[size:] if size else head
+        elif kind == 6:  # the argument of another opcode of its kind
+            alike = [
+                opcode for opcode in rng.sample(opcodes, min(len(opcodes), 200)) if opcode[:1] == opcodes[where][:1]
+            ]
+            opcodes[where] = rng.choice(alike) if alike else opcodes[where]
+        else:  # a whole number, where shapes and sizes are
+            numbers = [i for i in range(where, min(where + 60, len(opcodes))) if opcodes[i][:1] in b"KMJ"]
+            if numbers:
+                value = rng.choice(NUMBERS) * rng.choice((1, -1))
+                opcodes[rng.choice(numbers)] = pickle.LONG1 + b"\x09" + value.to_bytes(9, "little", signed=True)
+        if not opcodes:
+            return b"."
+    return b"".join(opcodes)
+
+
+# Damage to archives
+
+
+def damage_archive(rng: random.Random, path: Path, inner: dict[str, Callable[[random.Random, bytes], bytes]]) -> None:
+    """A zip with damaged, renamed, doubled, missing or compressed members, or with damage to its own structure.
+
+    `inner` damages members in a way of their own, by the end of their names.
+    """
+    if rng.random() < 0.3:
+        damage_file(rng, path)
+        return
+    with zipfile.ZipFile(path) as archive:
+        members = [(name, archive.read(name)) for name in archive.namelist()]
+    for _ in range(rng.randint(1, 3)):
+        where = rng.randrange(len(members))
+        chosen = [i for i, (name, _) in enumerate(members) if name.endswith(tuple(inner))]
+        if chosen and rng.random() < 0.7:
+            where = rng.choice(chosen)
+        name, data = members[where]
+        special = next((damage for ending, damage in inner.items() if name.endswith(ending)), None)
+        kind = rng.randrange(8)
+        if kind < 5 and special is not None:
+            members[where] = name, special(rng, data)
+        elif kind in (4, 5):
+            members[where] = name, damaged_bytes(rng, data)
+        elif kind == 6:
+            members[where] = rng.choice(members)[0] + rng.choice(("", "", "x", "/../x")), data
+        elif len(members) > 1:
+            del members[where]
+    compression = zipfile.ZIP_STORED if rng.random() < 0.9 else zipfile.ZIP_DEFLATED
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in members:
+            archive.writestr(zipfile.ZipInfo(name), data)
+    if rng.random() < 0.1:
+        damage_file(rng, path)
+
+
+# The papers' checkpoints
+
+OBS_SHAPES = {"height": (1,), "position": (5,), "velocity": (5,)}
+
+
+def make_agent_pkl(directory: Path) -> Path:
+    """DreamerV3's reference checkpoint without its optimiser."""
+    with np.load(GOLDEN / "dreamerv3_proprio.npz") as file:
+        params = {name[2:]: file[name] for name in file.files if name.startswith("p/")}
+    content = {"params": params, "counters": {"updates": 3, "batches": 4}}
+    for protocol in (3, 4, 5):
+        (directory / f"agent{protocol}.pkl").write_bytes(pickle.dumps(content, protocol))
+    shutil.copy(directory / "agent4.pkl", directory / "agent.pkl")
+    return directory / "agent.pkl"
+
+
+def damage_agent_pkl(rng: random.Random, path: Path) -> None:
+    """On the level of opcodes in three of four cases, of bytes in the others."""
+    data = path.with_name(f"agent{rng.choice((3, 4, 5))}.pkl").read_bytes()
+    damage = damaged_pickle if rng.random() < 0.75 else damaged_bytes
+    path.write_bytes(damage(rng, data))
+
+
+def make_pt(directory: Path) -> Path:
+    """TD-MPC2's reference checkpoint."""
+    return Path(shutil.copy(GOLDEN / "tdmpc2_state_official.pt", directory / "model.pt"))
+
+
+READERS = {
+    "official-dreamerv3": Reader(
+        make_agent_pkl,
+        damage_agent_pkl,
+        lambda path: load_official_dreamerv3(path, obs_shape=OBS_SHAPES, action_dim=3),
+    ),
+    "official-tdmpc2": Reader(
+        make_pt,
+        lambda rng, path: damage_archive(rng, path, {"data.pkl": damaged_pickle}),
+        lambda path: load_official_tdmpc2(path, obs_shape=(9,), action_dim=3),
+    ),
+}
+
+
+# Running
+
+
+def lacked_memory(error: BaseException | None) -> bool:
+    """Whether an error stands for a failed allocation."""
+    while error is not None:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def read_one(reader: Reader, good: Path, target: str, seed: str) -> str:
+    """What came of an input: `read`, `refused`, or what was wrong."""
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as directory:
+        shutil.copytree(good, directory, dirs_exist_ok=True)
+        path = Path(directory, target)
+        reader.mutate(random.Random(seed), path)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        try:
+            reader.read(path)
+        except reader.allowed as error:
+            return f"wanted more than {MEMORY:,} bytes: {error}" if lacked_memory(error) else "refused"
+        except BaseException:
+            return "".join(traceback.format_exc(limit=-3))
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+    return "read"
+
+
+def read_batch(
+    reader: Reader, good: Path, target: str, seed: int, numbers: range, until: float, state: mmap.mmap
+) -> None:
+    """In a process of its own. `state` has the number of the input that is being read, and counts."""
+    with open("/proc/self/statm") as file:
+        size = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY,) * 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for number in numbers:
+        if time.monotonic() > until:
+            break
+        struct.pack_into("<q", state, 0, number)
+        outcome = read_one(reader, good, target, f"{seed}/{number}")
+        place = {"read": 8, "refused": 16}.get(outcome, 24)
+        struct.pack_into("<q", state, place, struct.unpack_from("<q", state, place)[0] + 1)
+        if place == 24:
+            print(f"input {number} of seed {seed}: {outcome}", flush=True)
+    rows = np.arange(4.0)
+    assert (pickle.loads(pickle.dumps(rows, 5)) == rows).all() and np.dtype("f4").itemsize == 4, "NumPy was changed"
+
+
+def fuzz(name: str, minutes: float, seed: int, first: int, count: int) -> bool:
+    """Reads inputs until the time is over or there are no more; True if nothing was wrong."""
+    reader = READERS[name]
+    state = mmap.mmap(-1, 32)
+    number, deaths = first, 0
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as directory:
+        good = Path(directory)
+        target = str(reader.make(good).relative_to(good))
+        reader.read(good / target)  # the good one; and imports what it needs
+        started = time.monotonic()
+        until = started + 60 * minutes
+        while number < first + count and time.monotonic() < until:
+            numbers = range(number, min(number + BATCH, first + count))
+            struct.pack_into("<q", state, 0, number)
+            child = os.fork()
+            if child == 0:
+                try:
+                    read_batch(reader, good, target, seed, numbers, until, state)
+                    sys.stdout.flush()
+                    os._exit(0)
+                except BaseException:
+                    traceback.print_exc()
+                    os._exit(1)
+            status = os.waitpid(child, 0)[1]
+            number = struct.unpack_from("<q", state, 0)[0] + 1
+            if status:
+                deaths += 1
+                cause = signal.Signals(status & 127).name if status & 127 else "an error"
+                print(f"input {number - 1} of seed {seed}: the process ended with {cause}", flush=True)
+    good_ones, refused, wrong = struct.unpack_from("<3q", state, 8)
+    print(
+        f"{name}, seed {seed}: {good_ones + refused + wrong + deaths:,} inputs in {time.monotonic() - started:.0f} s; "
+        f"{good_ones:,} read, {refused:,} refused, {wrong:,} wrong, {deaths:,} processes ended."
+    )
+    return not wrong and not deaths
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Feeds readers with damaged and hostile files.")
+    parser.add_argument("--reader", choices=READERS, required=True)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first input")
+    parser.add_argument("--count", type=int, default=2**40, help="how many inputs")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "Duplicate name")  # of members that are there twice on purpose
+    good = fuzz(arguments.reader, arguments.minutes, arguments.seed, arguments.first, arguments.count)
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()
