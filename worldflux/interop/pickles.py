@@ -12,14 +12,11 @@ import math
 import pickle
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-
-from worldflux.errors import CheckpointError, WorldFluxError
 
 Builder = Callable[..., Any]
 """What stands for a function that a pickle names: takes the pickle's arguments and gives a description."""
@@ -43,22 +40,6 @@ _BYTES = {pickle.SHORT_BINBYTES: "<B", pickle.BINBYTES: "<I", pickle.BINBYTES8: 
 _TUPLES = {pickle.TUPLE1: 1, pickle.TUPLE2: 2, pickle.TUPLE3: 3}
 _SAVES = {pickle.BINPUT: "<B", pickle.LONG_BINPUT: "<I"}
 _RECALLS = {pickle.BINGET: "<B", pickle.LONG_BINGET: "<I"}
-
-
-@contextmanager
-def only_our_errors(name: object) -> Iterator[None]:
-    """Turns whatever a damaged file makes its reader raise into a `CheckpointError`.
-
-    Args:
-        name: What is read.
-    """
-    try:
-        yield
-    except WorldFluxError:
-        raise
-    except Exception as error:  # what foreign bytes make a reader raise is not a closed list
-        reason = f"{type(error).__name__}: {error}".rstrip(": .")
-        raise CheckpointError(f"{name} cannot be loaded ({reason}). Is it damaged, or another kind of file?") from error
 
 
 class Blob(NamedTuple):

@@ -15,10 +15,10 @@ from torch import Tensor
 from worldflux.config import TDMPC2Config
 from worldflux.config.checks import clean_sizes
 from worldflux.errors import CheckpointError, ConfigurationError
-from worldflux.interop.pickles import only_our_errors
 from worldflux.interop.torch_files import StoredTensor, TorchFile
 from worldflux.models.tdmpc2.world_model import TDMPC2
 from worldflux.models.weights import check_finite
+from worldflux.reading import only_our_errors
 
 _NETWORKS = {
     "_dynamics": "dynamics",
