@@ -108,9 +108,10 @@ def test_bounds_rescale_actions_in_the_environments_own_units(tmp_path: Path) ->
         assert np.array_equal(one.stored()[0].actions[:30], expected)
     numbers = ReplayBuffer.load(file_of(tmp_path, NUMBERS), action_low=0, action_high=3)
     assert np.allclose(numbers.stored()[0].actions[:30], NUMBERS * 2 / 3 - 1)
-    beyond = r"from 0 to 3, expected them between action_low \(0\) and action_high \(1\)"
-    with pytest.raises(BufferError, match=beyond):  # and not that whole numbers look like discrete actions
-        ReplayBuffer.load(file_of(tmp_path, NUMBERS), action_low=0, action_high=1)
+    for low, high in ((0, 1), (1, 3)):
+        beyond = rf"from 0 to 3, expected them between action_low \({low}\) and action_high \({high}\)"
+        with pytest.raises(BufferError, match=beyond):  # and not that whole numbers look like discrete actions
+            ReplayBuffer.load(file_of(tmp_path, NUMBERS), action_low=low, action_high=high)
     for bounds in (
         {"action_low": -1},
         {"action_high": 1},

@@ -168,3 +168,13 @@ def test_long_keys_that_begin_alike_are_advice() -> None:
         "'observation.images.left_front' and 'observation.images.left_wrist' begin with" in text for text in advice
     )
     assert sum("begin with the same" in text for text in advice) == 1
+
+
+@pytest.mark.parametrize(("same", "told"), [(19, 0), (20, 1)])
+def test_keys_are_alike_from_20_equal_characters_on(same: int, told: int) -> None:
+    keys = ["k" * same + end for end in "ab"]
+    space = spaces.Dict({key: box(np.float32) for key in keys})
+
+    advice = check_env(Gives(space, lambda t: {key: np.full(2, t, np.float32) for key in keys}), steps=20).advice
+
+    assert sum("begin with the same 20 characters" in text for text in advice) == told

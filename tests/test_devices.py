@@ -62,6 +62,14 @@ def test_a_device_that_nothing_computes_on_is_an_error(device: Any) -> None:
         resolve_device(device)
 
 
+def test_the_first_cuda_device_that_is_not_there_is_an_error() -> None:
+    count = torch.cuda.device_count()
+    with pytest.raises(
+        ConfigurationError, match=rf"device is 'cuda:{count}', and torch sees {count} CUDA devices here"
+    ):
+        resolve_device(f"cuda:{count}")
+
+
 @pytest.mark.parametrize("device", UNKNOWN, ids=repr)
 def test_what_is_no_device_is_an_error(device: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"device is .*, expected 'auto', 'cpu', 'cuda' or 'cuda:<index>'"):

@@ -59,11 +59,12 @@ def test_loggers_of_users_are_widened_too(tmp_path: Any) -> None:
     assert all(f"{key} " in (tmp_path / "log.txt").read_text() for key in NAMES["lerobot"])
 
 
-def test_what_a_user_records_beside_them_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("table", ["mine/", "a/", ""])  # names are indented in tables that have a title
+def test_what_a_user_records_beside_them_is_printed(table: str, capsys: pytest.CaptureFixture[str]) -> None:
     class Records(BaseCallback):
         def _on_step(self) -> bool:
             for end in "ab":
-                self.logger.record("mine/" + "z" * 50 + end, 1.0)
+                self.logger.record(table + "z" * 50 + end, 1.0)
             return True
 
     make(NAMES["robosuite"], verbose=1).learn(60, Records(), log_interval=1)

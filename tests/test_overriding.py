@@ -270,6 +270,15 @@ def test_a_hook_in_the_recurrence_has_its_effect(path: str) -> None:
     assert loss(hooked=True) != pytest.approx(loss(hooked=False), rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"])
+def test_hooks_of_every_kind_in_the_recurrence_are_called(kind: str) -> None:
+    model, calls = model_of("dreamerv3"), []
+    layer = model.rssm.prior_in.linears[0]
+    getattr(layer, f"register_{kind}")(lambda *_: calls.append(kind))
+    train(model, filled(ReplayBuffer(1000, (3,), 1)), **STEPS)
+    assert len(calls) >= STEPS["total_steps"]
+
+
 class Low(nn.Module):
     """A layer with a low-rank addition, as in LoRA."""
 

@@ -197,6 +197,17 @@ def test_a_stream_that_is_free_serves_another_environment(how: str) -> None:
     assert is_seen(buffer, 3)
 
 
+def test_a_recorder_leaves_the_episode_alone_that_somebody_else_has_in_flight() -> None:
+    buffer, zeros = buffer_for_counting(n_envs=2), np.zeros(2)
+    buffer.add(np.zeros((2, 4)), np.zeros((2, 1)), zeros, zeros, zeros, active=[True, False])
+    (env,) = recorders(buffer, 1)
+    env.reset()
+    env.step(ACTION)
+
+    assert buffer.sample(50, 1).truncations.sum() == 0  # which the step of stream 0 would be
+    assert buffer.stored()[0].in_flight.tolist() == [True, True]
+
+
 def test_a_closed_environment_may_be_reset_again() -> None:
     buffer = buffer_for_counting()
     env, other = recorders(buffer, 2)
