@@ -12,8 +12,9 @@ from gymnasium.spaces import Discrete
 from torch import Tensor
 
 from worldflux.envs.spaces import ActionCodec, Array, Arrays, ObservationCodec
-from worldflux.errors import ShapeMismatchError
+from worldflux.errors import ShapeMismatchError, TrainingError
 from worldflux.models.base import State, WorldModel
+from worldflux.models.finite import first_not_finite, largest, weights_of
 from worldflux.models.planning import Planner
 from worldflux.training.batch import Observation
 from worldflux.training.graphs import Captures, CudaRecorder, form_of, places
@@ -176,6 +177,39 @@ class Actor:
         outputs = self._captures(form, Work(evaluated, lambda: inputs, plain))
         return {name: value.clone() for name, value in outputs.items()}
 
+    def check_finite(self, actions: Array, before: Acting, obs: Arrays) -> None:
+        """Lets no action pass that is not finite; at the usual price of one look at a few numbers.
+
+        Args:
+            actions: About to be executed, in the library's form. `[N, A]`
+            before: What they were chosen with.
+            obs: That they were chosen for, in the library's form. `[N, ...]`
+
+        Raises:
+            TrainingError: Names the first tensor that is not finite.
+        """
+        if np.count_nonzero(np.isfinite(actions)) == actions.size:
+            return
+        weights = weights_of(self.model)
+        seen = obs if isinstance(obs, dict) else {"obs": obs}
+        observed = {name: torch.from_numpy(array) for name, array in seen.items()}
+        if found := first_not_finite(weights):
+            reason = (
+                f"of the model's weights {found}. Its training has diverged: take an earlier checkpoint, or train "
+                "again with a lower learning_rate"
+            )
+        elif found := first_not_finite(observed):
+            reason = f"of the observation {found}. Look for where the environment makes them"
+        elif found := first_not_finite(_tensors(before)):
+            reason = f"of the state before {found}. Pass what predict returned, or None where an episode begins"
+        else:
+            reason = (
+                f"all weights are finite, up to {largest(weights):.3g}, and so is the observation, up to "
+                f"{largest(observed):.3g}, but what the model computes of them overflows. Scale what is observed, as "
+                "VecNormalize does, or train again with a lower learning_rate"
+            )
+        raise TrainingError(f"The chosen action is not finite: {reason}.")
+
     def predict(
         self, observation: Any, memory: Memory | None, episode_start: Any, deterministic: bool
     ) -> tuple[Array, Memory]:
@@ -187,10 +221,11 @@ class Actor:
         if memory is not None:
             acting = recalled(memory, acting)
             starts = _episode_starts(episode_start, rows)
-        acting = self.observe(acting, obs, starts, deterministic=deterministic)
-        acting = self.act(acting, starts, deterministic=deterministic)
-        memory = remembered(acting)
-        actions = self.action_codec.to_env(to_host({"actions": acting.actions})["actions"])
+        after = self.observe(acting, obs, starts, deterministic=deterministic)
+        after = self.act(after, starts, deterministic=deterministic)
+        arrays = to_host(_tensors(after))
+        self.check_finite(arrays["actions"], acting, obs)
+        memory, actions = tuple(arrays.values()), self.action_codec.to_env(arrays["actions"])
         if batched:
             return actions, memory
         # Of one choice the row is a number, which environments look up in dictionaries; an array cannot be hashed.

@@ -443,7 +443,7 @@ class WorldFluxAgent(SavedAgent):
         Raises:
             ConfigurationError: If there is no environment, a number is out of its range, or a callback calls it.
             BufferError: If the replay data of so many steps would not fit into the machine's memory.
-            TrainingError: If a loss is not finite; it names the loss and the step.
+            TrainingError: If a loss is not finite, with its name and the step; or an action, before it is taken.
         """
         if self.env is None or self.replay_buffer is None:
             raise ConfigurationError("The agent has no environment to learn in. Call set_env, or pass env to load.")
@@ -619,7 +619,8 @@ class WorldFluxAgent(SavedAgent):
             NumPy where the action space is `Discrete`; and the next `state`, for each of its arrays `[n, ...]`.
 
         Raises:
-            ShapeMismatchError: If an array has another shape or dtype than expected, or holds NaN.
+            ShapeMismatchError: If an array has another shape or dtype than expected, or the observation holds NaN.
+            TrainingError: If an action is not finite, with the first tensor that is not: of the model or the state.
         """
         return self.actor.predict(observation, state, episode_start, deterministic)
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from worldflux.agents.acting import Acting, Actor, Memory, recalled, remembered
 from worldflux.envs.record import VecEpisodeRecorder
-from worldflux.envs.spaces import Array
+from worldflux.envs.spaces import Array, Arrays
 from worldflux.envs.watch import EnvWatch
+from worldflux.errors import TrainingError
 from worldflux.training.replay import ReplayBuffer
 from worldflux.training.transfers import to_device, to_host
 
@@ -111,28 +112,38 @@ class Collector:
         """
         actor, n_envs = self.actor, self.env.num_envs
         before = self._acting if self._acting is not None else actor.start(n_envs)
+        seen: Arrays | None = None
         if self.predict is None or at_random:
-            acting = self._chosen(before, obs, episode_starts, at_random)
+            seen = self._encoded(obs)
+            acting = self._chosen(before, seen, episode_starts, at_random)
         else:
             chosen, memory = self.predict(obs, remembered(before), episode_starts, deterministic=False)
+            if not np.isfinite(chosen).all():
+                raise TrainingError(f"The agent's own predict chose an action that is not finite: {chosen}.")
             acting = recalled(memory, before)
             acting = replace(acting, actions=self._as_tensor(chosen))
         if actor.action_codec.rounds:
             asked = to_host({"actions": acting.actions})["actions"]
+            if seen is not None:  # before whole numbers are made of it
+                actor.check_finite(asked, before, seen)
             acting = replace(acting, actions=self._as_tensor(actor.action_codec.to_env(asked)))
-        self._acting = acting
         extras = actor.model.extras_from_state(acting.state) if self.replay_context else {}
         arrays = to_host({**{f"extras/{name}": value for name, value in extras.items()}, "actions": acting.actions})
+        if seen is not None:
+            actor.check_finite(arrays["actions"], before, seen)
+        self._acting = acting
         return arrays["actions"], {name: arrays[f"extras/{name}"] for name in extras}
 
-    def _chosen(self, before: Acting, obs: Any, episode_starts: Array, at_random: bool) -> Acting:
+    def _encoded(self, obs: Any) -> Arrays:
+        """Observations as the policy sees them, in the library's form. `[n_envs, ...]`"""
+        if self._normalizes:  # the recorder has them as they are stored
+            return self.actor.obs_codec.encode_any(obs)[0]
+        assert self.recorder.obs is not None
+        return self.recorder.obs
+
+    def _chosen(self, before: Acting, seen: Arrays, episode_starts: Array, at_random: bool) -> Acting:
         """What the actor makes of observations."""
         actor = self.actor
-        if self._normalizes:  # the recorder has them as they are stored, not as the policy sees them
-            seen, _ = actor.obs_codec.encode_any(obs)
-        else:
-            assert self.recorder.obs is not None
-            seen = self.recorder.obs
         acting = actor.observe(before, seen, episode_starts, deterministic=False)
         if at_random:
             sampled = np.stack([actor.action_codec.space.sample() for _ in range(self.env.num_envs)])

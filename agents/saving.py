@@ -127,7 +127,7 @@ class SavedAgent(BaseAlgorithm):
         Raises:
             ConfigurationError: If `exclude` names what is always in the file, or `include` what never is, or `path` is
                 no place for a file.
-            TrainingError: If a loss was not finite; nothing is written then.
+            TrainingError: If a loss or a weight is not finite; nothing is written then.
             CheckpointError: If `path` is a directory, or cannot be written; an older file is unchanged.
         """
         description = self._description()
@@ -158,7 +158,7 @@ class SavedAgent(BaseAlgorithm):
             path: The directory. One that holds a checkpoint is replaced.
 
         Raises:
-            TrainingError: If a loss was not finite; nothing is written then.
+            TrainingError: If a loss or a weight is not finite; nothing is written then.
             CheckpointError: If `path` holds something else, or cannot be written; an older checkpoint is unchanged.
         """
         if self.replay_buffer is None:

@@ -72,18 +72,20 @@ class GivenValues:
                 self._tell(problem)
 
     def check_reward(self, reward: Any) -> None:
-        """Looks at a reward; what is no number is left to others.
+        """Looks at a reward: a number, or an array of one.
 
         Raises:
-            ShapeMismatchError: If it is beyond float32.
+            ShapeMismatchError: If it is none, or beyond float32.
         """
         small = self._rewards.small
         try:
             if -small < reward < small:
                 return
             number = np.array([reward], np.float64)
-        except (TypeError, ValueError):
-            return
+        except (TypeError, ValueError) as error:
+            raise ShapeMismatchError(
+                f"The reward is {reward!r}, expected one number. Change what step returns as its second value."
+            ) from error
         except OverflowError:
             number = np.array([np.finfo(np.float64).max if reward > 0 else np.finfo(np.float64).min])
         problem = self._rewards.see(number)

@@ -79,7 +79,7 @@ class RecordEpisodes(gym.Wrapper[Any, Any, Any, Any]):
             over = terminated or truncated
             # Where a time limit meets the true end, the end counts, as SB3 has it.
             ends = [(0, int(TERMINATED if terminated else TRUNCATED))] if over else []
-            self._recorder.add(checked, np.array([float(reward)]), obs, ends, is_compact=True)
+            self._recorder.add(checked, np.array(reward, np.float64).reshape(1), obs, ends, is_compact=True)
         except BaseException:
             self._recorder.interrupt()
             raise

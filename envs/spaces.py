@@ -33,6 +33,10 @@ SINGLE_KEY = "obs"
 _OBSERVATIONS_SUPPORTED = "Box, Discrete, MultiDiscrete, MultiBinary and a flat Dict of these"
 _LEAST_SIDE, _LEAST_SIDE_OF_NUMBERS = 16, 40
 """Of what counts as a picture although it is not `uint8`: with at most four channels, and with any number or none."""
+_MOST_OPTIONS = 2**16
+"""Of a one-hot: more would be a quarter of a megabyte in every row, for numbers that hardly ever come twice."""
+_MOST_FLATTENED = 2**20
+"""Numbers that nobody is told to make of parts of a space."""
 _ACTIONS_SUPPORTED = "Box with finite bounds, Discrete, MultiDiscrete and MultiBinary"
 
 
@@ -83,8 +87,21 @@ class OneHots:
         return np.stack(columns, axis=1) + self._starts
 
 
-def _choices(space: spaces.Space[Any]) -> OneHots | None:
+def _choices(space: spaces.Space[Any], name: str) -> OneHots | None:
     """The one-hot form of a space of whole numbers, or None for other spaces."""
+    width = 0
+    if isinstance(space, spaces.Discrete):
+        width = int(space.n)
+    elif isinstance(space, spaces.MultiDiscrete):
+        width = sum(int(n) for n in space.nvec.reshape(-1)) if space.nvec.size <= _MOST_OPTIONS else space.nvec.size
+    elif isinstance(space, spaces.MultiBinary):
+        width = 2 * int(np.prod(space.shape))
+    if width > _MOST_OPTIONS:
+        raise ConfigurationError(
+            f"{name} is a {type(space).__name__} space with {width:,} options, each of which would be a number of its "
+            f"one-hots in every row, expected at most {_MOST_OPTIONS:,}. Give it as a Box of a few numbers instead, "
+            "such as its digits or coordinates: gymnasium.wrappers.TransformObservation and TransformAction do that."
+        )
     if isinstance(space, spaces.Discrete):
         return OneHots((int(space.n),), (int(space.start),))
     if isinstance(space, spaces.MultiDiscrete):
@@ -103,7 +120,9 @@ def _is_supported(space: spaces.Space[Any]) -> bool:
 def _other_form(space: spaces.Space[Any]) -> str:
     """What to do about a space that is not supported, or has such parts."""
     try:
-        flat: Any = None if _has_images(space) else spaces.utils.flatten_space(space)
+        # The bounds of the flattened space are arrays of its size.
+        too_large = _has_images(space) or spaces.utils.flatdim(space) > _MOST_FLATTENED
+        flat: Any = None if too_large else spaces.utils.flatten_space(space)
     except (NotImplementedError, ValueError):  # a space of somebody's own, or nothing in it
         flat = None
     if isinstance(flat, spaces.Box):
@@ -132,7 +151,7 @@ class _Leaf:
             )
         self.name = name
         self.given_shape: tuple[int, ...] = tuple(space.shape or ())
-        self.choices = _choices(space)
+        self.choices = _choices(space, name)
         self.is_image = isinstance(space, spaces.Box) and is_image(space)
         self._other_layout: tuple[int, ...] | None = None
         self._channels_last = False
@@ -389,7 +408,7 @@ class ActionCodec:
         self._shape: tuple[int, ...] = tuple(space.shape or ())
         self._ndim = len(self._shape) + 1
         self._dtype = np.dtype(space.dtype)
-        self._choices = _choices(space)
+        self._choices = _choices(space, "The action space")
         self.action_classes: tuple[int, ...] = () if self._choices is None else self._choices.classes
         self.action_dim: int = self._half.size if self._choices is None else self._choices.width
         # Of a single choice, the numbers of its options.

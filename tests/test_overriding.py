@@ -350,6 +350,38 @@ def test_a_norm_inside_tdmpc2s_layers_can_be_hooked() -> None:
     assert len(calls) >= 3
 
 
+@pytest.mark.parametrize("family", ["dreamerv3", "tdmpc2"])
+def test_a_hook_on_any_module_is_called_in_each_gradient_step(family: str) -> None:
+    trainer, buffer, silent = (
+        Trainer(model_of(family), TrainingConfig(**STEPS)),
+        filled(ReplayBuffer(1000, (3,), 1)),
+        [],
+    )
+    for name, module in trainer.model.named_modules():
+        if type(module).forward in (nn.Module.forward, nn.ModuleList.forward):  # it only holds others
+            continue
+        calls: list[int] = []
+        handle = module.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        trainer.step(buffer.sample(2, 6))
+        handle.remove()
+        silent += [] if calls else [name]
+    assert silent == []
+
+
+def test_a_hook_on_a_critics_norm_has_its_effect() -> None:
+    batch = filled(ReplayBuffer(1000, (3,), 1, seed=0)).sample(2, 6)
+
+    def loss(*, hooked: bool) -> float:
+        model = model_of("tdmpc2")
+        torch.nn.init.normal_(model.critics.layers[-1].weight)
+        if hooked:
+            model.critics.layers[0].norm.register_forward_hook(lambda *_: torch.zeros_like(_[-1]))
+        torch.manual_seed(1)
+        return float(model.loss(batch).loss.detach())
+
+    assert loss(hooked=True) != pytest.approx(loss(hooked=False), rel=1e-3)
+
+
 class Noisy(WorldFluxAgent):
     asked = 0
 

@@ -201,9 +201,31 @@ def test_values_that_are_not_numbers_count_as_zero():
     search = planner(Faulty())
     actions, mean = search.plan(PLACES, search.start(4), deterministic=True, trace=traces.append)
 
-    assert any((trace.values == 0.0).any() for trace in traces)
+    assert any(trace.values.isnan().any() for trace in traces)
     assert torch.isfinite(actions).all() and torch.isfinite(mean).all()
     assert all(torch.isfinite(trace.std).all() and torch.isfinite(trace.weights).all() for trace in traces)
+
+
+def test_a_model_that_knows_no_value_or_no_action_has_chosen_nothing():
+    class Lost(PointModel):
+        lost_in = "value"
+
+        def value(self, state: State) -> Tensor:
+            at = state["place"][..., :1] > 0.5 if self.lost_in == "value" else torch.zeros(1, dtype=torch.bool)
+            return torch.where(at[..., 0], torch.nan, super().value(state))
+
+        def policy(self, state: State, deterministic: bool = False) -> Tensor:
+            action = super().policy(state, deterministic)
+            return action * torch.nan if self.lost_in == "policy" else action
+
+    model = Lost()
+    search = planner(model)
+    places = State({"place": torch.tensor([[-0.9, 0.0], [9.0, 0.0]])})
+    actions, _ = search.plan(places, search.start(2), deterministic=True)
+    assert torch.isfinite(actions[0]).all() and torch.isnan(actions[1]).all()
+    model.lost_in = "policy"
+    actions, _ = search.plan(places, search.start(2), deterministic=True)
+    assert torch.isnan(actions).all()
 
 
 def test_infinite_values_leave_the_weights_finite():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import gymnasium as gym
@@ -14,7 +15,7 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 
-from worldflux.envs import RecordEpisodes, VecRecordEpisodes, VectorRecordEpisodes, make_env, make_vec_env
+from worldflux.envs import RecordEpisodes, VecRecordEpisodes, VectorRecordEpisodes, collect, make_env, make_vec_env
 from worldflux.envs.vector import GymnasiumVecEnv
 from worldflux.envs.watch import EnvWatch
 from worldflux.errors import BufferError, ConfigurationError, MissingDependencyError, ShapeMismatchError
@@ -670,3 +671,39 @@ def test_a_copy_of_a_watched_environment_moves_alone(copied: Any) -> None:
 
     assert (env.episode, env.t) == (0, 0) and (twin.episode, twin.t) == (1, 1)
     assert not watch.moved
+
+
+class Paying(CountingEnv):
+    """Pays what it is told to, in whatever form."""
+
+    def __init__(self, reward: Any) -> None:
+        super().__init__()
+        self.reward = reward
+
+    def step(self, action: Any) -> Any:
+        obs, _, *rest = super().step(action)
+        return obs, self.reward, *rest
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [2, 2.0, True + 1, np.float32(2), np.int64(2), np.array(2.0), np.array([2.0], np.float32), np.array([[2]])],
+)
+def test_a_reward_is_any_number_or_an_array_of_one(reward: Any) -> None:
+    buffer = ReplayBuffer(20, (4,), 1)
+    env = RecordEpisodes(Paying(reward), buffer)
+    env.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert env.step(np.array([5.0], np.float32))[1] is reward
+    assert buffer.stored()[0].rewards[0] == 2.0
+
+
+@pytest.mark.parametrize("reward", [None, [2.0], (2.0,), "2", np.array([2.0, 3.0]), np.array([]), {}, 2j])
+def test_a_reward_that_is_no_number_is_called_so(reward: Any) -> None:
+    env = RecordEpisodes(Paying(reward), ReplayBuffer(20, (4,), 1))
+    env.reset()
+    with pytest.raises(ShapeMismatchError, match=r"The reward is .*, expected one number\. Change what step returns"):
+        env.step(np.array([5.0], np.float32))
+    with pytest.raises(ShapeMismatchError, match=r"The reward is .*, expected one number"):
+        collect(Paying(reward), steps=3)

@@ -228,3 +228,27 @@ def test_unbounded_actions_say_how_bounds_are_set() -> None:
     space = unbounded((2,))
     with pytest.raises(ConfigurationError, match=r"TransformAction\(env, lambda action: action, Box\(low, high"):
         ActionCodec(space)
+
+
+@pytest.mark.parametrize(
+    ("space", "options"),
+    [
+        (spaces.Discrete(10**9), "Discrete space with 1,000,000,000 options"),
+        (spaces.Discrete(2**16 + 1), "Discrete space with 65,537 options"),
+        (spaces.MultiDiscrete([10**9, 3]), "MultiDiscrete space with 1,000,000,003 options"),
+        (spaces.MultiDiscrete(np.full(10**5, 2)), "MultiDiscrete space with 100,000 options"),
+        (spaces.MultiBinary(10**5), "MultiBinary space with 200,000 options"),
+    ],
+)
+def test_one_hots_that_are_absurdly_wide_are_refused_at_once(space: Any, options: str) -> None:
+    message = rf"{options}, .* expected at most 65,536\. Give it as a Box of a few numbers instead"
+    for codec, whole in ((ObservationCodec, space), (ObservationCodec, spaces.Dict(a=space)), (ActionCodec, space)):
+        with pytest.raises(ConfigurationError, match=message):
+            codec(whole)
+    for nested in (spaces.Dict(a=spaces.Dict(b=space)), spaces.Tuple([space])):
+        with pytest.raises(ConfigurationError, match="which is not supported"):
+            ObservationCodec(nested)
+
+
+def test_one_hots_may_be_wide() -> None:
+    assert ObservationCodec(spaces.Discrete(2**16)).encode(np.array([65_535]))[0, -1] == 1.0

@@ -30,7 +30,7 @@ class CheckpointError(WorldFluxError, RuntimeError):
 
 
 class TrainingError(WorldFluxError, RuntimeError):
-    """Raised when training cannot go on, for example at the first loss that is not finite."""
+    """Raised when training or acting cannot go on, for example at the first loss or action that is not finite."""
 
 
 class MissingDependencyError(WorldFluxError, ImportError):

@@ -121,7 +121,7 @@ class PlanTrace:
     """What one iteration found. The last one is what was acted on."""
 
     values: Tensor
-    """Of all candidates. `[N, S]`"""
+    """Of all candidates, as the model gave them; NaN counts as 0. `[N, S]`"""
     elites: Tensor
     """Their numbers, best first. `[N, E]`"""
     weights: Tensor
@@ -204,7 +204,8 @@ class Planner:
             trace: Called with each iteration's findings.
 
         Returns:
-            Actions in [-1, 1] `[N, A]`, and the plan to hand to the next call `[N, H, A]`.
+            Actions in [-1, 1] `[N, A]`, NaN in rows where the model values no candidate or its policy is lost, and
+            the plan to hand to the next call `[N, H, A]`.
         """
         c = self.config
         self._check(state, previous, is_first)
@@ -251,6 +252,11 @@ class Planner:
         actions = torch.take_along_dim(found.elite_actions[0], chosen[:, None, None], dim=1).squeeze(1)
         if draws.final is not None:
             actions = actions + std[0] * draws.final
+        # Not chosen by anything that the model knows: no candidate has a value, or the policy no action to begin with.
+        lost = found.values.isnan().all(-1, keepdim=True)
+        if proposals is not None:
+            lost = lost | proposals.actions[0].isnan().flatten(1).any(-1, keepdim=True)
+        actions = actions.masked_fill(lost, torch.nan)
         return actions.clamp(-1.0, 1.0), mean.transpose(0, 1)
 
     def _proposals(

@@ -154,7 +154,7 @@ class Found(NamedTuple):
     std: Tensor
     """`[H, N, A]`"""
     values: Tensor
-    """Of all candidates. `[N, S]`"""
+    """Of all candidates, as the model gave them; NaN counts as 0. `[N, S]`"""
     elites: Tensor
     """Their numbers, best first. `[N, E]`"""
     elite_actions: Tensor
@@ -201,9 +201,9 @@ def search_step(
     values = model.outlook_value(outlook, deterministic=deterministic, noise=value_noise, members=members)
     # A candidate that takes the model to infinity must not be chosen, nor spoil the weights of the others:
     # NaN counts as 0, as in the reference.
-    values = values.float().nan_to_num(0.0)
+    values = values.float()
     # Stable, so that ties (a fresh critic says 0 to everything) fall the same way for every batch size.
-    values_sorted, order = values.sort(dim=-1, descending=True, stable=True)
+    values_sorted, order = values.nan_to_num(0.0).sort(dim=-1, descending=True, stable=True)
     elites, elite_values = order[:, : config.num_elites], values_sorted[:, : config.num_elites]
     elite_actions = torch.take_along_dim(candidates, elites[None, :, :, None], dim=2)
     # The largest is taken off first: values may be as large as a float can be.

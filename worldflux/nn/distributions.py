@@ -284,6 +284,8 @@ class NormalPolicy:
 class CategoricalPolicy:
     """One or several independent softmaxes, side by side in one vector; actions are concatenated one-hots.
 
+    Where logits are NaN, so are the actions.
+
     Without the latents' unimix: the reference lists it for the policy, but its categorical head does not read it.
 
     Args:
@@ -322,4 +324,5 @@ class CategoricalPolicy:
 
     def _onehots(self, indices: Sequence[Tensor]) -> Tensor:
         pairs = zip(indices, self.classes, strict=True)
-        return torch.cat([F.one_hot(index, width) for index, width in pairs], -1).to(self.logprobs.dtype)
+        onehots = torch.cat([F.one_hot(index, width) for index, width in pairs], -1).to(self.logprobs.dtype)
+        return torch.add(onehots, self.logprobs.detach(), alpha=0.0)  # NaN stays NaN, though a class was found

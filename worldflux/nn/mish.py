@@ -128,12 +128,23 @@ class MishMLP(nn.Module):
 
 
 class StackedNorm(nn.Module):
-    """The scales and shifts of one LayerNorm for each member of an ensemble."""
+    """One LayerNorm for each member of an ensemble."""
 
     def __init__(self, members: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(members, width))
         self.bias = nn.Parameter(torch.zeros(members, width))
+
+    def forward(self, x: Tensor, *, members: Tensor | None = None, frozen: bool = False) -> Tensor:
+        """Normalises `[m, N, width]`; for `members` and `frozen` see `StackedLinear.forward`."""
+        weight, bias = (_chosen(parameter, members, frozen).unsqueeze(1) for parameter in (self.weight, self.bias))
+        return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:]), weight)
+
+
+def _chosen(parameter: Tensor, members: Tensor | None, frozen: bool) -> Tensor:
+    """The members' part of a parameter."""
+    parameter = parameter.detach() if frozen else parameter
+    return parameter if members is None else parameter.index_select(0, members)
 
 
 class StackedLinear(nn.Module):
@@ -163,14 +174,9 @@ class StackedLinear(nn.Module):
             dropout: Factors for the linear layer's output, before the norm. `[m, N, out]`
             frozen: Take the parameters as constants, so that gradients reach the input only.
         """
-
-        def chosen(parameter: Tensor) -> Tensor:
-            parameter = parameter.detach() if frozen else parameter
-            return parameter if members is None else parameter.index_select(0, members)
-
-        weight, bias = chosen(self.weight), chosen(self.bias)
-        if self.norm is not None and _one_node(parts):
-            scale, shift = chosen(self.norm.weight), chosen(self.norm.bias)
+        weight, bias = _chosen(self.weight, members, frozen), _chosen(self.bias, members, frozen)
+        if self.norm is not None and _one_node(parts) and is_untouched([self.norm], _STACKED_NORM):
+            scale, shift = (_chosen(p, members, frozen) for p in (self.norm.weight, self.norm.bias))
             return nodes.mish_layer(parts, weight, bias, scale, shift, dropout)
         x = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
         y = torch.baddbmm(bias.unsqueeze(1), x.expand(len(weight), *x.shape[-2:]), weight.transpose(1, 2))
@@ -178,8 +184,7 @@ class StackedLinear(nn.Module):
             y = y * dropout
         if self.norm is None:
             return y
-        y = F.layer_norm(y, y.shape[-1:])
-        return mish(torch.addcmul(chosen(self.norm.bias).unsqueeze(1), y, chosen(self.norm.weight).unsqueeze(1)))
+        return mish(self.norm(y, members=members, frozen=frozen))
 
 
 class Ensemble(nn.Module):
@@ -273,10 +278,10 @@ def _described(module: nn.Module) -> fast.Layer | None:
     if is_untouched([module], nn.Linear.forward):
         return fast.Layer(weight, bias, None, None, fast.PLAIN)
     if is_untouched([module], _STACKED):
-        stacked = module._modules.get("norm")
+        stacked: Any = module._modules.get("norm")
         if stacked is None:
             return fast.Layer(weight, bias, None, None, fast.PLAIN)
-        if not isinstance(stacked, StackedNorm):
+        if not is_untouched([stacked], _STACKED_NORM):
             return None
         return fast.Layer(weight, bias, stacked.weight, stacked.bias, fast.MISH)
     if not is_untouched([module], _NORMED):
@@ -302,3 +307,4 @@ def _described(module: nn.Module) -> fast.Layer | None:
 
 # As defined here, whoever replaces them later.
 _NORMED, _STACKED, _MLP = NormedLinear.forward, StackedLinear.forward, MishMLP.forward
+_STACKED_NORM = StackedNorm.forward

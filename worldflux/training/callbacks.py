@@ -4,6 +4,9 @@ Order of the calls in `Trainer.train`: `on_train_begin`; then for each gradient 
 is due, and `on_step_end`; at last `on_train_end`, also when training ends with an error. Callbacks are called in the
 order in which they were added, all of them also when one asks to stop. Only a `CheckpointCallback` comes behind all
 others, so that a checkpoint has what they remember of the step.
+
+They may change the trainer: save and load checkpoints, add callbacks, take further steps, set `eval_data` and the rates
+of the optimisers.
 """
 
 from __future__ import annotations
@@ -139,7 +142,7 @@ class ProgressCallback(Callback):
             return
         if due:
             self._bar.set_postfix_str(f"loss {losses['loss']:.4g}", refresh=False)
-        self._bar.update(1)
+        self._bar.update(step - self._bar.n)  # backwards, where a callback has loaded a checkpoint
 
     def on_train_end(self, trainer: Trainer) -> None:
         """Closes the bar."""

@@ -67,6 +67,9 @@ class Batches:
     def settle(self) -> None:
         """Waits until nobody reads the provider, so that others may change it."""
 
+    def forget(self) -> None:
+        """Has the next batch sampled anew, after the provider's random stream was moved."""
+
     def rng_state(self) -> dict[str, Any] | None:
         """Where the provider's random stream stands before the next batch; None if it cannot be told."""
         return self.provider.rng_state() if isinstance(self.provider, Resumable) else None
@@ -123,12 +126,16 @@ class PrefetchedBatches(Batches):
         """Where the provider's random stream stood before the batch that is being sampled."""
         return self._state_before if self._coming is not None else self.provider.rng_state()
 
-    def close(self) -> None:
+    def forget(self) -> None:
         """Gives up the batch that is being sampled, as if it had not been begun."""
         self.settle()
         if self._coming is not None:
             self.provider.set_rng_state(self._state_before)
             self._coming = None
+
+    def close(self) -> None:
+        """Gives up the batch that is being sampled, as if it had not been begun."""
+        self.forget()
         self._thread.shutdown()
 
     def _begin(self) -> None:

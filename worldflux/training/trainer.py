@@ -20,6 +20,7 @@ from worldflux.config.devices import resolve_device
 from worldflux.errors import CheckpointError, ConfigurationError, TrainingError
 from worldflux.files import atomic_directory, checked_path, give_rights_of, remove_leftovers
 from worldflux.models.base import CONFIG_FILE, WEIGHTS_FILE, OptimizerSpec, Phase, WorldModel
+from worldflux.models.finite import first_not_finite, weights_of
 from worldflux.overriding import overridden
 from worldflux.training.allocator import keep_freed_memory
 from worldflux.training.batch import Batch
@@ -63,6 +64,9 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 Provider = BatchProvider | BatchRequestProvider
 
 _EVAL_BATCHES = 8
+_READ_IN_EACH_STEP = ("log_interval", "eval_interval")
+_READ_BY_TRAIN = ("total_steps", "batch_size", "sequence_length", "save_interval", "seed")
+"""Settings that a trainer does not build anything with."""
 _DEFAULT_SPEC = OptimizerSpec(kind="adam", learning_rate=3e-4)
 """For modules that don't say how they are optimised."""
 
@@ -114,7 +118,7 @@ class Trainer:
         *,
         eval_data: Provider | float | None = None,
     ) -> None:
-        self.config = config if config is not None else TrainingConfig()
+        self._config = config if config is not None else TrainingConfig()
         self.device = resolve_device(self.config.device)
         self.model = model.to(self.device)
         if self.device.type == "cpu":
@@ -127,6 +131,7 @@ class Trainer:
         self.interrupted = False
         self.in_step = False
         self.run = new_run()
+        self._batches: Batches | None = None  # while `train` runs
         self._callbacks: list[Callback] = []
         for callback in callbacks:
             self.add_callback(callback)
@@ -145,7 +150,6 @@ class Trainer:
         self._watch = FiniteWatch()
         self._write_back = WriteBack()
         self._sampler: Any = None  # what the last batch came from
-        self._batches: Batches | None = None  # while `train` runs
         self._restored: dict[str, Any] | None = None
         self._restored_extras: dict[str, Tensor] = {}
         self._data_digest: str | None = None
@@ -170,12 +174,38 @@ class Trainer:
         return lambda batch: step(batch.to(self.device))
 
     @property
+    def config(self) -> TrainingConfig:
+        """The settings. Those that nothing was built with can be set: intervals, also while `train` runs, and before
+        it the sizes of batches, `total_steps` and `seed`.
+        """
+        return self._config
+
+    @config.setter
+    def config(self, config: TrainingConfig) -> None:
+        before = self._config.to_dict()
+        changed = [name for name, value in config.to_dict().items() if value != before[name]]
+        if built_in := [name for name in changed if name not in (*_READ_IN_EACH_STEP, *_READ_BY_TRAIN)]:
+            raise ConfigurationError(
+                f"{', '.join(built_in)} cannot be changed: the trainer was made with it. Make another one, "
+                "Trainer(model, config), and let it load_checkpoint what this one saved. A learning rate can be set: "
+                "trainer.optimizers[0].param_groups[0]['lr'] = ..., and so for each of them."
+            )
+        if self._batches is not None and (begun := [name for name in changed if name in _READ_BY_TRAIN]):
+            raise ConfigurationError(
+                f"{', '.join(begun)} cannot be changed while train runs. Let the callback return False to end it, and "
+                "call train() again with the other settings."
+            )
+        self._config = config
+
+    @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """The optimiser of each phase of a step, in order."""
         return self._optimizers
 
     def add_callback(self, callback: Callback) -> None:
         """Adds a callback behind the others; only a `CheckpointCallback` stays behind it.
+
+        One that is added while `train` runs takes part from the next call on, after its `on_train_begin`.
 
         Raises:
             ConfigurationError: If it does not derive from `Callback`.
@@ -185,8 +215,13 @@ class Trainer:
                 f"A callback derives from worldflux.training.Callback, got {type(callback).__name__}. "
                 "Pass an instance, not a class."
             )
-        self._callbacks.append(callback)
-        self._callbacks.sort(key=lambda one: isinstance(one, CheckpointCallback))
+        if self._batches is not None:
+            if isinstance(callback, CheckpointCallback):
+                callback.directory.hold()
+                callback.directory.check_owner(self.run, "resume it instead of this one")
+            callback.on_train_begin(self)
+        # A new list: this may be called by a callback, while the old one is gone through.
+        self._callbacks = sorted([*self._callbacks, callback], key=lambda one: isinstance(one, CheckpointCallback))
 
     # Training
 
@@ -214,14 +249,19 @@ class Trainer:
             The trained model, in evaluation mode.
 
         Raises:
-            ConfigurationError: If `num_steps` is not a whole number from 0, nothing can be held out of the buffer, or
-                there is no `CheckpointCallback` to resume from.
+            ConfigurationError: If `num_steps` is not a whole number from 0, nothing can be held out of the buffer,
+                there is no `CheckpointCallback` to resume from, or a callback calls it.
             CheckpointError: If the checkpoint is damaged, of another model, or was trained on other data.
             TrainingError: If a loss is not finite, with the term and the step at which it was not for the first time.
         """
+        if self._batches is not None:
+            raise ConfigurationError(
+                "A callback has called train() of the trainer that is training. Let the callback return False to end "
+                "this call, and call train() again after it; step(batch) takes a single step more."
+            )
         with ExitStack() as held:
+            held.callback(self._release_directories)  # also of callbacks that are added meanwhile
             for directory in self._directories():
-                held.callback(directory.release)
                 directory.hold()
             if resume:
                 self._load_newest()
@@ -257,7 +297,6 @@ class Trainer:
 
     def _run(self, batches: Batches, stop: StopRequest) -> None:
         """The loop of `train`."""
-        config = self.config
         for callback in self._callbacks:
             callback.on_train_begin(self)
         self._restore_callbacks()
@@ -265,14 +304,17 @@ class Trainer:
         while keep_going and not stop and self.step_count < self.target_step:
             losses = Losses(self.step(batches.next(), batches.provider))
             batches.settle()
-            if self.step_count % config.log_interval == 0:
+            if self.step_count % self.config.log_interval == 0:
                 self.check_finite()
-            if self.eval_data is not None and self.step_count % config.eval_interval == 0:
+            if self.eval_data is not None and self.step_count % self.config.eval_interval == 0:
                 metrics = self.evaluate(self.eval_data)
                 for callback in self._callbacks:
                     callback.on_eval_end(self.step_count, metrics)
             for callback in self._callbacks:
                 keep_going &= callback.on_step_end(self.step_count, losses) is not False
+            if self._restored is not None:  # a callback has gone back to a checkpoint
+                batches.forget()
+                self._start_random_streams(batches.provider)
         self.check_finite()
         self._write_back.flush()
         self.interrupted = bool(stop)
@@ -323,17 +365,17 @@ class Trainer:
         self._watch.check()
 
     def check_good(self) -> None:
-        """Raises unless the model is worth saving: all losses so far and all parameters are finite.
+        """Raises unless the model is worth saving: all losses so far and all weights are finite.
 
         Raises:
             TrainingError: Names what is not.
         """
         self.check_finite()
-        parameters = dict(self.model.named_parameters())
-        good = torch.stack([parameter.detach().isfinite().all() for parameter in parameters.values()]).tolist()
-        if not all(good):
-            name = list(parameters)[good.index(False)]
-            raise TrainingError(f"The parameter {name} is not finite after step {self.step_count}; nothing is saved.")
+        if found := first_not_finite(weights_of(self.model)):
+            raise TrainingError(
+                f"Nothing is saved: of the model's weights {found}. Take an earlier checkpoint, or train again with a "
+                "lower learning_rate."
+            )
 
     def evaluate(self, data: Provider, num_batches: int = _EVAL_BATCHES) -> dict[str, float]:
         """Mean losses on experience that is not trained on.
@@ -395,7 +437,7 @@ class Trainer:
             path: The directory. One that holds a checkpoint is replaced.
 
         Raises:
-            TrainingError: If a loss was not finite; the weights are lost then, and an older checkpoint is worth more.
+            TrainingError: If a loss or a weight is not finite: an older checkpoint is worth more then.
             CheckpointError: If `path` holds something else, or cannot be written.
         """
         path = checked_path("path", path)
@@ -410,9 +452,9 @@ class Trainer:
             directory: Without such files yet.
 
         Raises:
-            TrainingError: If a loss was not finite; nothing is written then.
+            TrainingError: If a loss or a weight is not finite.
         """
-        self.check_finite()
+        self.check_good()
         self._write_back.flush()
         states = [{"type": type(callback).__name__, "state": callback.state_dict()} for callback in self._callbacks]
         progress = {
@@ -451,6 +493,9 @@ class Trainer:
     def load_checkpoint(self, path: str | Path) -> None:
         """Continues from a checkpoint: weights, optimisers, step and random states become those that were saved.
 
+        A callback may call it while `train` runs, to go back: the next step is the one after the checkpoint, on the
+        batch that came then, and callbacks keep what they remember.
+
         Everything is read and checked before anything is changed. Rate, warm-up, weight decay and betas stay those of
         this trainer's configuration. `train` and `step` then give the same bits as a run that did not stop (on a CPU,
         with the same buffer).
@@ -483,6 +528,10 @@ class Trainer:
     def _directories(self) -> list[CheckpointDirectory]:
         """Where this trainer's callbacks save checkpoints."""
         return [callback.directory for callback in self._callbacks if isinstance(callback, CheckpointCallback)]
+
+    def _release_directories(self) -> None:
+        for directory in self._directories():
+            directory.release()
 
     def _load_newest(self) -> None:
         """Loads the newest checkpoint of this trainer's `CheckpointCallback`, if there is one."""

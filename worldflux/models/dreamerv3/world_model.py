@@ -105,8 +105,12 @@ class DreamerV3(WorldModel):
         if is_first is not None:
             if is_first.shape != deter.shape[:1]:
                 raise ShapeMismatchError(f"is_first has shape {list(is_first.shape)}, expected [{len(deter)}].")
-            keep = 1.0 - is_first.to(deter.dtype).unsqueeze(-1)
-            deter, stoch, action = deter * keep, stoch * keep.unsqueeze(-1), action * keep
+            first = is_first.bool().unsqueeze(-1)  # whose state does not matter, NaN included
+            deter, stoch, action = (
+                deter.masked_fill(first, 0.0),
+                stoch.masked_fill(first.unsqueeze(-1), 0.0),
+                action.masked_fill(first, 0.0),
+            )
         with self._autocast():
             deter = self.rssm.core(deter, stoch, action.float())
             logits = self.rssm.posterior(deter, self.encoder(tensors))
@@ -408,7 +412,9 @@ class DreamerV3(WorldModel):
 
     def _state(self, deter: Tensor, logits: Tensor, deterministic: bool) -> State:
         dist = self.rssm.dist(logits)
-        return State({"deter": deter, "stoch": dist.mode if deterministic else dist.sample(), "logits": logits})
+        # A class is found in NaN, too: whoever reads the state shall see that there is none.
+        stoch = torch.add(dist.mode if deterministic else dist.sample(), logits, alpha=0.0)
+        return State({"deter": deter, "stoch": stoch, "logits": logits})
 
     def _trajectory(self, states: Sequence[State]) -> Trajectory:
         """What the heads read off the states after each action; the discount is taken out of the continuation."""

@@ -236,7 +236,8 @@ class LatentModel(WorldModel):
             rewards = torch.cat([self._decoded(part) for part in parts])
         continues = None
         if self.termination_head is not None:
-            continues = (self._continues(after, task) >= 0.5).float()
+            # A probability to end of one half still goes on; NaN stays NaN, which a comparison would hide.
+            continues = 1.0 - torch.round(1.0 - self._continues(after, task))
         weight = self._discount(task) if discount is None else discount
         earned, left = discounted_rewards(rewards, continues, weight)
         return Outlook(earned, left, _state(after[-1], None if task is None else task.expand(earned.shape)))
