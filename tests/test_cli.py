@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import gymnasium as gym
@@ -51,15 +52,17 @@ NUMBER = 3
 
 
 @pytest.fixture
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A directory with somebody's own environment, which imports a file beside it."""
     (tmp_path / "coin_env.py").write_text(OWN_ENV, encoding="utf-8")
     (tmp_path / "neighbour.py").write_text("REWARD = 1.0\n", encoding="utf-8")
     (tmp_path / "typo_env.py").write_text("import numpi\n", encoding="utf-8")
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "modules", sys.modules.copy())
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    yield tmp_path
+    # Only these are forgotten: what a test is the first to import, others find half-imported if it is taken from them.
+    for name in ("coin_env", "neighbour", "typo_env"):
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["plot", "--help"], ["eval", "--help"]])
