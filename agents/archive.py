@@ -140,13 +140,13 @@ def open_saved(path: ArchivePath) -> Iterator[tuple[dict[str, Any], Path]]:
         ConfigurationError: If it is neither a path nor a binary file that can be read.
     """
     from_file = is_file(path, "read")
-    if not from_file:
-        recover_directory(path)  # type: ignore[arg-type]
-    if from_file or not Path(path).is_dir():  # type: ignore[arg-type]
+    holder = None if from_file else checked_path("path", path)
+    if holder is not None:
+        recover_directory(holder)
+    if holder is None or not holder.is_dir():
         with _open_archive(path) as opened:
             yield opened
         return
-    holder = Path(path)  # type: ignore[arg-type]
     directory = holder if (holder / AGENT_FILE).is_file() else newest_checkpoint(holder)
     if directory is None:
         raise FileNotFoundError(

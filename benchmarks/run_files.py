@@ -5,7 +5,7 @@ scores.csv     step,score,seed; a line for each training episode or evaluation, 
 logs/          of the agent, a part for each start
 checkpoints/   while it is unfinished
 agent.zip      at the end
-lock           held by the process that works on it
+.lock          held by the process that works on it
 """
 
 from __future__ import annotations
@@ -22,11 +22,7 @@ from score_files import Score, read_scores, write_scores
 
 from worldflux.errors import CheckpointError, ConfigurationError
 from worldflux.files import write_atomically
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from worldflux.locks import DirectoryLock
 
 RUN_FILE, SCORES_FILE, AGENT_FILE, CHECKPOINTS, LOGS = "run.json", "scores.csv", "agent.zip", "checkpoints", "logs"
 FORMAT = 1
@@ -151,14 +147,11 @@ def held(directory: Path) -> Iterator[bool]:
 
     The lock ends with its process, however that ends.
     """
-    with (directory / "lock").open("w") as file:
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+    lock = DirectoryLock(directory)
+    try:
+        yield lock.take()
+    finally:
+        lock.release()
 
 
 def settings_in_words(settings: Mapping[str, Any]) -> str:

@@ -168,7 +168,7 @@ def test_what_cannot_be_drawn_is_refused_in_a_sentence(
         (archive, data, "--size", "32"): "--size go with --env",
         (archive, data, "--horizon", "0"): "horizon is 0, expected a whole number from 1",
         (archive, data, "--horizon", "500"): "no window fits",
-        (archive, data, "-o", "file"): "Nothing can be written to file: File exists",
+        (archive, data, "-o", "file"): "--output is 'file', which is a file, expected a directory",
     }
     for arguments, message in refused.items():
         assert main(["imagine", *arguments]) == 2

@@ -23,7 +23,8 @@ from worldflux.config import (
 from worldflux.config.base import check_field_names
 from worldflux.config.devices import resolve_device
 from worldflux.errors import CheckpointError, ConfigurationError, nearest
-from worldflux.models.base import CONFIG_FILE, WorldModel
+from worldflux.files import checked_path, reading_together
+from worldflux.models.base import CONFIG_FILE, WEIGHTS_FILE, WorldModel
 from worldflux.models.dreamerv3.world_model import DreamerV3
 from worldflux.models.tdmpc2.world_model import TDMPC2
 
@@ -218,10 +219,15 @@ def _from_config(config: WorldModelConfig, device: str | torch.device, given: di
 
 def _load(name: str, device: torch.device, given: dict[str, Any]) -> WorldModel:
     """The saved model in the directory `name`, with some fields of its configuration replaced."""
-    directory = Path(name)
-    if not name or not directory.exists():  # an empty path would be the working directory
+    if not name or not os.path.exists(name):  # an empty path would be the working directory
         options = [key for family in _families.values() for key in family.names()]
-        raise ConfigurationError(f"Unknown model '{name}'{nearest(name, options)} list_models() shows all.")
+        raise ConfigurationError(f"Unknown model {name!r}{nearest(name, options)} list_models() shows all.")
+    directory = checked_path("spec_or_path", name)
+    return reading_together(directory, (CONFIG_FILE, WEIGHTS_FILE), lambda: _read(name, directory, device, given))
+
+
+def _read(name: str, directory: Path, device: torch.device, given: dict[str, Any]) -> WorldModel:
+    """The same, once it is known to exist."""
     try:
         saved = WorldModelConfig.load(directory / CONFIG_FILE)
     except (OSError, json.JSONDecodeError) as error:

@@ -14,6 +14,7 @@ from worldflux.cli.options import Number
 from worldflux.cli.players import load_player
 from worldflux.cli.runs import Saved, saved_agent
 from worldflux.errors import ConfigurationError
+from worldflux.files import checked_path
 
 RANDOM = "random"
 
@@ -44,6 +45,7 @@ def collect(
     Returns:
         0
     """
+    target = checked_path("--output", output)  # before the environment may change the working directory
     if output.is_dir():
         raise ConfigurationError(f"{output} is a directory, expected a file. Add a name: {output / 'data.npz'}.")
     if output.exists() and not overwrite:
@@ -63,7 +65,7 @@ def collect(
         buffer = collect_steps(envs, acting, steps=steps, episodes=episodes, seed=seed, progress=sys.stderr.isatty())
     finally:
         envs.close()
-    buffer.save(output)
+    buffer.save(target)
     print(f"{output}: {buffer.num_transitions} steps of {buffer.num_episodes} episodes.")
     return 0
 

@@ -18,6 +18,7 @@ from worldflux.cli.environments import find_environment
 from worldflux.cli.options import EnvOptions, File, OptionalEnvName
 from worldflux.cli.players import environment_of, load_player
 from worldflux.errors import ConfigurationError, MissingDependencyError
+from worldflux.files import checked_path
 
 if TYPE_CHECKING:
     import gymnasium as gym
@@ -81,12 +82,13 @@ def evaluate(
     name, options = _environment(agent, env, options)
     if video is not None:
         check_target(video)
+        video_file = checked_path("--video", video)  # before the environment may change the working directory
     made = make_environment(name, options, film=video is not None)
     try:
         player = load_player(source, made, name)
         seed_everything(seed)
         fps = made.metadata.get("render_fps") or 30
-        with nullcontext() if video is None else VideoFile(video, fps) as film:
+        with nullcontext() if video is None else VideoFile(video_file, fps) as film:
             played: list[Episode] = []
             while len(played) < episodes:
                 episode = _play(

@@ -17,6 +17,7 @@ from worldflux.cli.options import EnvOptions, Number
 from worldflux.cli.players import environment_of, load_player
 from worldflux.cli.runs import Saved
 from worldflux.errors import ConfigurationError, ShapeMismatchError
+from worldflux.files import checked_path, directory_beside, writing
 
 if TYPE_CHECKING:
     from worldflux.agents import WorldFluxAgent
@@ -83,6 +84,7 @@ def imagine(
     if options != _NO_OPTIONS and env is None:
         raise ConfigurationError(f"--{' --'.join(options.given())} go with --env. Add it, or leave them out.")
     source = _find_agent(agent)
+    target = checked_path("--output", output, directory=True)  # before an environment may change the working directory
     _make_directory(output)
 
     from worldflux.cli.video import VideoFile
@@ -99,8 +101,7 @@ def imagine(
     check_finite(found)
     errors = found.errors()
     title = f"{model.config.model_type}{'' if steps is None else f' after {steps} steps'}; {described}"
-    with tempfile.TemporaryDirectory(dir=output, prefix=".imagination-") as scratch:
-        beside = Path(scratch)
+    with writing(output, ConfigurationError), directory_beside(target / "imagination") as beside:
         images = image_keys(found)
         for key in images:
             with VideoFile(beside / f"{picture_name('imagination', key, images)}.mp4", FPS) as video:
@@ -110,7 +111,7 @@ def imagine(
             figure.savefig(beside / f"{name}.png")
         numbers = {"agent": str(source.path), "data": described, "seed": seed, **summary(found, errors)}
         (beside / "imagination.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-        written = [file.replace(output / file.name) for file in sorted(beside.iterdir())]
+        written = [output / file.replace(target / file.name).name for file in sorted(beside.iterdir())]
     _report(errors, written, pictured=bool(found.obs))
     return 0
 

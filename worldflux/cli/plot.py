@@ -11,6 +11,7 @@ import tyro
 
 from worldflux.cli import runs
 from worldflux.errors import ConfigurationError
+from worldflux.files import checked_path, path_beside, writing
 
 if TYPE_CHECKING:
     from worldflux.cli.curves import Curve, Run
@@ -43,6 +44,7 @@ def plot(
     """
     if not directories:
         raise ConfigurationError("No DIR was given, such as: worldflux plot runs/CartPole-v1")
+    checked_path("--output", output)
     if output.suffix.lower() not in (".png", ".pdf", ".svg") or not output.absolute().parent.is_dir():
         raise ConfigurationError(f"{output} cannot be written, expected a .png, .pdf or .svg in an existing directory.")
     from worldflux.cli.figures import draw  # first, because it may be missing
@@ -56,7 +58,9 @@ def plot(
     if not with_scores:
         raise ConfigurationError(f"None of these {len(found)} runs has {kind} scores yet. Nothing is drawn.")
     tasks = _grouped(with_scores)
-    draw(tasks, output, x=x, kind=kind, reference=reference and x == "steps")
+    with writing(output, ConfigurationError), path_beside(output) as beside:
+        draw(tasks, beside, x=x, kind=kind, reference=reference and x == "steps")
+        beside.replace(output)
     for task, curves in tasks.items():
         for curve in curves:
             last = [run.scores(kind)[-1][2] for run in curve.runs]

@@ -11,6 +11,7 @@ agent.zip          at the end (model/ for a training without an environment)
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import sys
@@ -23,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from worldflux.errors import CheckpointError, ConfigurationError
-from worldflux.files import write_atomically
+from worldflux.files import checked_path, write_atomically
+from worldflux.locks import LOCK_FILE
 from worldflux.reading import read_json
 
 CONFIG_FILE = "config.json"
@@ -33,6 +35,8 @@ EVALUATIONS_FILE = "evaluations.csv"
 AGENT_FILE = "agent.zip"
 BEST_AGENT_FILE = "best_agent.zip"
 MODEL_DIRECTORY = "model"
+ROOT = Path("runs")
+"""Of runs whose directory nobody has named."""
 
 FORMAT = 1
 """Of `config.json`; a change that older versions cannot read raises it."""
@@ -75,7 +79,8 @@ class RunConfig:
         """
         path = directory / CONFIG_FILE
         if not is_run(directory):
-            what = f"There is no '{directory}'" if not directory.exists() else f"{directory} is no directory of a run"
+            given = shown(directory)
+            what = f"There is no '{given}'" if not directory.exists() else f"{given} is no directory of a run"
             raise ConfigurationError(f"{what}. Pass one that worldflux train has made.")
         data = read_json(path, finite=False)
         if data.pop("run") != FORMAT:
@@ -119,19 +124,37 @@ def check_free(run: Path | None) -> None:
         return
     if is_run(run):
         raise ConfigurationError(
-            f"{run} has a run already. Go on with it (--resume {run}), or choose another directory."
+            f"{shown(run)} has a run already. Go on with it (--resume {shown(run)}), or choose another directory."
         )
-    if run.exists() and not (run.is_dir() and not any(run.iterdir())):
-        raise ConfigurationError(f"{run} exists and is no empty directory. Choose another one for the run.")
+    if run.exists() and not (run.is_dir() and all(entry.name == LOCK_FILE for entry in run.iterdir())):
+        raise ConfigurationError(f"{shown(run)} exists and is no empty directory. Choose another one for the run.")
 
 
-def make_directory(run: Path | None, task: str, model: str) -> Path:
+def lasting(option: str, path: Path | None) -> Path | None:
+    """A path of the command line that stays when an environment changes the working directory.
+
+    One that is below the working directory is shown as the user has given it, by `shown`.
+
+    Raises:
+        ConfigurationError: If it can be none.
+    """
+    return None if path is None else checked_path(option, path)
+
+
+def shown(path: Path) -> Path:
+    """A path as it is shown: from the working directory, if it is below it."""
+    here = Path(os.path.abspath("."))
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def make_directory(run: Path | None, task: str, model: str, root: Path) -> Path:
     """Makes the directory of a new run.
 
     Args:
-        run: Where the user wants it; None is the first free number in `runs/<task>/<model>`.
+        run: Where the user wants it; None is the first free number in `<root>/<task>/<model>`.
         task: Environment or data of the run.
         model: Its model.
+        root: Of all runs.
 
     Raises:
         ConfigurationError: If it cannot be made.
@@ -140,7 +163,7 @@ def make_directory(run: Path | None, task: str, model: str) -> Path:
         if run is not None:
             run.mkdir(parents=True, exist_ok=True)
             return run
-        parent = Path("runs", _plain(task), _plain(model))
+        parent = root / _plain(task) / _plain(model)
         parent.mkdir(parents=True, exist_ok=True)
         number = 1 + max((int(entry.name) for entry in parent.iterdir() if entry.name.isdecimal()), default=0)
         while True:

@@ -27,6 +27,8 @@ from worldflux.cli.options import (
 )
 from worldflux.cli.runs import RunConfig
 from worldflux.errors import ConfigurationError
+from worldflux.files import checked_path
+from worldflux.locks import using
 
 if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import VecEnv
@@ -133,16 +135,18 @@ def train(
     if resume is not None:
         if model is not None or env is not None or run is not None:
             raise ConfigurationError("--resume goes on with the MODEL, ENV and directory of the run. Leave them out.")
+        resume = checked_path("--resume", resume)
         return _resume(resume, settings)
     if model is None or env is None:
         raise ConfigurationError(
             "MODEL and ENV are missing, such as: worldflux train dreamerv3:size12m CartPole-v1. "
             "A run that was stopped goes on with: worldflux train --resume DIR"
         )
-    return _start(model, env, run, settings.resolved())
+    root = checked_path("the directory of runs", runs.ROOT)
+    return _start(model, env, runs.lasting("--run", run), root, settings.resolved())
 
 
-def _start(model: str, env: str, run: Path | None, settings: TrainSettings) -> int:
+def _start(model: str, env: str, run: Path | None, root: Path, settings: TrainSettings) -> int:
     """Begins a new run."""
     from worldflux.agents import WorldFluxAgent
     from worldflux.agents.vec_envs import frames_per_vec_step
@@ -151,18 +155,20 @@ def _start(model: str, env: str, run: Path | None, settings: TrainSettings) -> i
     envs = _make_envs(env, settings)
     try:
         agent = WorldFluxAgent(model, envs, **settings.agent_settings())
-        directory = runs.make_directory(run, env, model)
-        RunConfig(
-            kind=KIND,
-            model=model,
-            task=lasting_name(env),
-            settings=asdict(settings),
-            frames_per_step=frames_per_vec_step(envs),
-            command=f"worldflux train {shlex.quote(model)} {shlex.quote(env)} {as_arguments(settings)}",
-            versions=runs.versions(),
-            started=runs.now(),
-        ).write(directory)
-        return _run(agent, directory, env, settings)
+        directory = runs.make_directory(run, env, model, root)
+        with using(directory):
+            runs.check_free(directory)
+            RunConfig(
+                kind=KIND,
+                model=model,
+                task=lasting_name(env),
+                settings=asdict(settings),
+                frames_per_step=frames_per_vec_step(envs),
+                command=f"worldflux train {shlex.quote(model)} {shlex.quote(env)} {as_arguments(settings)}",
+                versions=runs.versions(),
+                started=runs.now(),
+            ).write(directory)
+            return _run(agent, directory, env, settings)
     finally:
         envs.close()
 
@@ -173,15 +179,17 @@ def _resume(directory: Path, given: TrainSettings) -> int:
 
     config = RunConfig.read(directory)
     if config.kind != KIND:
-        raise ConfigurationError(f"{directory} is a run of worldflux {config.kind}, which has a --resume of its own.")
+        raise ConfigurationError(
+            f"{runs.shown(directory)} is a run of worldflux {config.kind}, which has a --resume of its own."
+        )
     settings = from_json(TrainSettings, config.settings, directory / runs.CONFIG_FILE).resolved()
     settings = with_changes(settings, given, directory)
     assert settings.steps is not None
     done = runs.newest_step(directory)
     if done is not None and done >= settings.steps and (directory / runs.AGENT_FILE).is_file():
         print(
-            f"{directory} has finished its {settings.steps} steps. A larger --steps goes on: "
-            f"worldflux train --resume {directory} --steps {2 * settings.steps}"
+            f"{runs.shown(directory)} has finished its {settings.steps} steps. A larger --steps goes on: "
+            f"worldflux train --resume {runs.shown(directory)} --steps {2 * settings.steps}"
         )
         return 0
     if is_own_code(config.task):
@@ -189,16 +197,17 @@ def _resume(directory: Path, given: TrainSettings) -> int:
     envs = _make_envs(config.task, settings)
     try:
         if done is None:
-            print(f"worldflux: {directory} has no checkpoint yet, so the run begins anew", file=sys.stderr)
+            print(f"worldflux: {runs.shown(directory)} has no checkpoint yet, so the run begins anew", file=sys.stderr)
             agent = WorldFluxAgent(config.model, envs, **settings.agent_settings())
         else:
             try:
                 agent = WorldFluxAgent.load(directory / runs.CHECKPOINTS, envs, device=settings.device, resume=True)
             except ValueError as error:  # SB3's, where the spaces are others
-                raise ConfigurationError(f"{directory} cannot go on in {config.task}: {error}") from error
+                raise ConfigurationError(f"{runs.shown(directory)} cannot go on in {config.task}: {error}") from error
             print(f"worldflux: going on at step {agent.num_timesteps} of {settings.steps}", file=sys.stderr)
-        replace(config, settings=asdict(settings)).write(directory)
-        return _run(agent, directory, config.task, settings)
+        with using(directory):
+            replace(config, settings=asdict(settings)).write(directory)
+            return _run(agent, directory, config.task, settings)
     finally:
         envs.close()
 
@@ -218,8 +227,8 @@ def with_changes(settings: Any, given: Any, directory: Path) -> Any:
     fixed = [f"--{name.replace('_', '-')}" for name in anew if name not in ("steps", "device")]
     if fixed:
         raise ConfigurationError(
-            f"{', '.join(fixed)}: a run goes on with the settings of {directory / runs.CONFIG_FILE}; only --steps and "
-            "--device may be given anew. Other settings need a new run."
+            f"{', '.join(fixed)}: a run goes on with the settings of {runs.shown(directory / runs.CONFIG_FILE)}; only "
+            "--steps and --device may be given anew. Other settings need a new run."
         )
     return replace(settings, **anew)
 
@@ -249,7 +258,10 @@ def _run(agent: WorldFluxAgent, directory: Path, env: str, settings: TrainSettin
     callbacks.append(AgentCheckpointCallback(directory / runs.CHECKPOINTS, settings.checkpoint_interval))
     agent.set_logger(run_logger(directory / runs.LOGS))
     every = agent.schedule.env_steps_per_update
-    print(f"worldflux: {directory}, seed {seed}, a gradient step every {every:g} environment steps", file=sys.stderr)
+    print(
+        f"worldflux: {runs.shown(directory)}, seed {seed}, a gradient step every {every:g} environment steps",
+        file=sys.stderr,
+    )
     try:
         agent.learn(max(steps - agent.num_timesteps, 0), callbacks, reset_num_timesteps=False)
         agent.dump_logs()  # of the episodes since the last dump
@@ -262,7 +274,7 @@ def _run(agent: WorldFluxAgent, directory: Path, env: str, settings: TrainSettin
     agent.save(directory / runs.AGENT_FILE)
     best = evaluations.best if evaluations is not None else None
     scored = "" if best is None else f", best evaluation {best.score:g} at step {best.step}"
-    print(f"{directory}: {agent.num_timesteps} steps{scored}.")
+    print(f"{runs.shown(directory)}: {agent.num_timesteps} steps{scored}.")
     return 0
 
 
@@ -281,7 +293,7 @@ def ended_early(error: BaseException, directory: Path, command: str) -> int:
     step = runs.newest_step(directory)
     if asked or step is not None:
         where = "nothing is saved yet, and it begins anew" if step is None else f"saved at step {step}, and it goes on"
-        again = f"worldflux {command} --resume {shlex.quote(str(directory))}"
+        again = f"worldflux {command} --resume {shlex.quote(str(runs.shown(directory)))}"
         print(f"worldflux: stopped; {where} with: {again}", file=sys.stderr)
     if not asked:
         raise error

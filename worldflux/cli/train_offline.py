@@ -25,6 +25,8 @@ from worldflux.cli.options import (
 from worldflux.cli.runs import RunConfig
 from worldflux.cli.train import ended_early, with_changes
 from worldflux.errors import BufferError, ConfigurationError
+from worldflux.files import checked_path
+from worldflux.locks import using
 
 if TYPE_CHECKING:
     from worldflux.models.base import WorldModel
@@ -99,56 +101,63 @@ def train_offline(
     if resume is not None:
         if model is not None or data is not None or run is not None:
             raise ConfigurationError("--resume goes on with the MODEL, DATA and directory of the run. Leave them out.")
+        resume = checked_path("--resume", resume)
         return _resume(resume, settings)
     if model is None or data is None:
         raise ConfigurationError(
             "MODEL and DATA are missing, such as: worldflux train-offline tdmpc2:5m walker.npz. "
             "A run that was stopped goes on with: worldflux train-offline --resume DIR"
         )
-    return _start(model, data, run, settings)
+    root = checked_path("the directory of runs", runs.ROOT)
+    return _start(model, data, runs.lasting("--run", run), root, settings)
 
 
-def _start(model: str, data: Path, run: Path | None, settings: OfflineSettings) -> int:
+def _start(model: str, data: Path, run: Path | None, root: Path, settings: OfflineSettings) -> int:
     """Begins a new run."""
     runs.check_free(run)
     buffer = _load(data)
     built = _build(model, buffer, settings)
     trainer = _trainer(built, settings)  # which checks the settings before there is a directory
     _check_data(built, buffer, trainer, settings)
-    directory = runs.make_directory(run, data.stem, model)
+    directory = runs.make_directory(run, data.stem, model, root)
     settings = replace(settings, steps=trainer.config.total_steps)
-    RunConfig(
-        kind=KIND,
-        model=model,
-        task=str(data.resolve()),
-        settings=asdict(settings),
-        command=f"worldflux train-offline {shlex.quote(model)} {shlex.quote(str(data))} {as_arguments(settings)}",
-        versions=runs.versions(),
-        started=runs.now(),
-    ).write(directory)
-    return _run(trainer, built, buffer, directory)
+    with using(directory):
+        runs.check_free(directory)
+        RunConfig(
+            kind=KIND,
+            model=model,
+            task=str(data.resolve()),
+            settings=asdict(settings),
+            command=f"worldflux train-offline {shlex.quote(model)} {shlex.quote(str(data))} {as_arguments(settings)}",
+            versions=runs.versions(),
+            started=runs.now(),
+        ).write(directory)
+        return _run(trainer, built, buffer, directory)
 
 
 def _resume(directory: Path, given: OfflineSettings) -> int:
     """Goes on with a run."""
     config = RunConfig.read(directory)
     if config.kind != KIND:
-        raise ConfigurationError(f"{directory} is a run of worldflux {config.kind}, which has a --resume of its own.")
+        raise ConfigurationError(
+            f"{runs.shown(directory)} is a run of worldflux {config.kind}, which has a --resume of its own."
+        )
     settings = from_json(OfflineSettings, config.settings, directory / runs.CONFIG_FILE)
     settings = with_changes(settings, given, directory)
     done = runs.newest_step(directory)
     if done is not None and settings.steps is not None and done >= settings.steps:
         if (directory / runs.MODEL_DIRECTORY).is_dir():
             print(
-                f"{directory} has finished its {settings.steps} steps. A larger --steps goes on: "
-                f"worldflux train-offline --resume {directory} --steps {2 * settings.steps}"
+                f"{runs.shown(directory)} has finished its {settings.steps} steps. A larger --steps goes on: "
+                f"worldflux train-offline --resume {runs.shown(directory)} --steps {2 * settings.steps}"
             )
             return 0
     buffer = _load(Path(config.task))
     built = _build(config.model, buffer, settings)
     trainer = _trainer(built, settings)
-    replace(config, settings=asdict(settings)).write(directory)
-    return _run(trainer, built, buffer, directory)
+    with using(directory):
+        replace(config, settings=asdict(settings)).write(directory)
+        return _run(trainer, built, buffer, directory)
 
 
 def _load(data: Path) -> ReplayBuffer:
@@ -235,13 +244,13 @@ def _run(trainer: Trainer, model: WorldModel, buffer: ReplayBuffer, directory: P
     trainer.add_callback(CheckpointCallback(directory / runs.CHECKPOINTS, config.save_interval, max_checkpoints=2))
     if sys.stderr.isatty():
         trainer.add_callback(ProgressCallback())
-    print(f"worldflux: {directory}, {buffer.num_transitions} steps of data", file=sys.stderr)
+    print(f"worldflux: {runs.shown(directory)}, {buffer.num_transitions} steps of data", file=sys.stderr)
     try:
         trainer.train(buffer, resume=True)
     except BaseException as error:
         return ended_early(error, directory, KIND)
     model.save_pretrained(directory / runs.MODEL_DIRECTORY)
-    print(f"{directory}: {trainer.step_count} gradient steps{_found(log.last_eval)}.")
+    print(f"{runs.shown(directory)}: {trainer.step_count} gradient steps{_found(log.last_eval)}.")
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from worldflux.errors import ConfigurationError, MissingDependencyError
+from worldflux.files import checked_path, path_beside, writing
 from worldflux.training.pictures.frames import bgr, import_cv2
 
 _GIF_FPS = 25
@@ -45,7 +46,7 @@ class VideoFile:
 
     def __init__(self, path: Path, fps: float) -> None:
         check_target(path)
-        self.path = path
+        self.path = checked_path("path", path)
         self.fps = fps
         self._stride = max(round(fps / _GIF_FPS), 1)
         self._count = 0
@@ -53,11 +54,10 @@ class VideoFile:
         self._pictures: list[np.ndarray] = []
         self._writer: Any = None
         self._beside = Path()
+        self._ending = ExitStack()
 
     def __enter__(self) -> VideoFile:
-        handle, beside = tempfile.mkstemp(dir=self.path.absolute().parent, suffix=self.path.suffix.lower())
-        os.close(handle)
-        self._beside = Path(beside)
+        self._beside = self._ending.enter_context(path_beside(self.path))
         return self
 
     def add(self, picture: np.ndarray) -> None:
@@ -97,12 +97,10 @@ class VideoFile:
             if error is None and self._count:
                 if self._pictures:
                     _write_gif(self._beside, self._pictures, self._stride / self.fps)
-                umask = os.umask(0)
-                os.umask(umask)
-                os.chmod(self._beside, 0o666 & ~umask)
-                os.replace(self._beside, self.path)
+                with writing(self.path, ConfigurationError):
+                    os.replace(self._beside, self.path)
         finally:
-            self._beside.unlink(missing_ok=True)
+            self._ending.close()
 
 
 def _write_gif(path: Path, pictures: list[np.ndarray], seconds: float) -> None:

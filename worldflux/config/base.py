@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from worldflux.config.checks import (
@@ -20,7 +19,7 @@ from worldflux.config.checks import (
     clean_sizes,
 )
 from worldflux.errors import ConfigurationError, nearest
-from worldflux.files import write_text
+from worldflux.files import checked_path, write_text
 from worldflux.reading import only_our_errors, read_json
 
 ConfigT = TypeVar("ConfigT", bound="WorldModelConfig")
@@ -207,7 +206,7 @@ class WorldModelConfig:
             ConfigurationError: If it is not a configuration that this class can hold; if it is not even JSON, this is a
                 `json.JSONDecodeError`, too.
         """
-        path = Path(path)
+        path = checked_path("path", path)
         if path.is_dir():
             path = path / "config.json"
         data = read_json(path, error=ConfigurationError, finite=False)  # of fields, the checks say which is not

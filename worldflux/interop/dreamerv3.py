@@ -16,6 +16,7 @@ from torch import Tensor
 from worldflux.config import DreamerV3Config
 from worldflux.config.checks import as_integer
 from worldflux.errors import CheckpointError, ConfigurationError
+from worldflux.files import checked_path
 from worldflux.interop.pickles import NUMPY, PickleReader, StoredArray
 from worldflux.models.dreamerv3.world_model import DreamerV3
 from worldflux.models.weights import check_finite
@@ -117,7 +118,7 @@ def load_official_dreamerv3(
             params = {_name(name): _numbers(name, value) for name, value in params_or_path.items()}
     elif isinstance(params_or_path, str | os.PathLike):
         with only_our_errors(params_or_path):
-            where = _agent_file(Path(params_or_path))
+            where = _agent_file(checked_path("params_or_path", params_or_path))
         with only_our_errors(where):
             params = _read_params(where)
     else:

@@ -15,6 +15,7 @@ from torch import Tensor
 from worldflux.config import TDMPC2Config
 from worldflux.config.checks import clean_sizes
 from worldflux.errors import CheckpointError, ConfigurationError
+from worldflux.files import checked_path
 from worldflux.interop.torch_files import StoredTensor, TorchFile
 from worldflux.models.tdmpc2.world_model import TDMPC2
 from worldflux.models.weights import check_finite
@@ -141,7 +142,7 @@ def _read(source: Mapping[str, Any] | str | Path) -> Mapping[Any, Any]:
             raise CheckpointError(
                 f"The checkpoint is a {type(source).__name__}, expected a path or what torch.load returns for it."
             )
-        path = Path(source)
+        path = checked_path("source", source)
         if not path.is_file():
             raise CheckpointError(f"{path} is no file. Pass a checkpoint (.pt) of TD-MPC2.")
         with TorchFile(path) as file:

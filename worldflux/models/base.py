@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from worldflux.config import WorldModelConfig
 from worldflux.config.devices import resolve_device
 from worldflux.errors import CheckpointError, ShapeMismatchError
-from worldflux.files import checked_path, replacing_together, writing
+from worldflux.files import checked_path, reading_together, replacing_together, writing
 from worldflux.models.health import Vital
 from worldflux.nn.precision import autocast
 from worldflux.training.batch import Batch, Observation
@@ -358,13 +358,17 @@ class WorldModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, device: str | torch.device = "cpu") -> WorldModel:
-        """Builds the model that `save_pretrained` wrote.
+        """Builds the model that `save_pretrained` wrote; also while another process replaces it.
 
         Raises:
             CheckpointError: If the directory lacks a file, or the weights do not fit the configuration.
-            ConfigurationError: If there is no such device.
+            ConfigurationError: If there is no such device, or `directory` can be none.
         """
-        directory, place = Path(directory), resolve_device(device)
+        path, place = checked_path("directory", directory), resolve_device(device)
+        return reading_together(path, (CONFIG_FILE, WEIGHTS_FILE), lambda: cls._read(path)).to(place)
+
+    @classmethod
+    def _read(cls, directory: Path) -> WorldModel:
         if not (directory / CONFIG_FILE).is_file() or not (directory / WEIGHTS_FILE).is_file():
             raise CheckpointError(
                 f"{directory} has no {CONFIG_FILE} and {WEIGHTS_FILE}. Pass a directory written by save_pretrained."
@@ -375,7 +379,7 @@ class WorldModel(nn.Module):
             raise CheckpointError(f"{directory / CONFIG_FILE} is not valid JSON: {error}.") from error
         model = cls(config)
         model.load_weights((directory / WEIGHTS_FILE).read_bytes(), source=directory / WEIGHTS_FILE)
-        return model.to(place)
+        return model
 
     def weights_bytes(self) -> bytes:
         """All parameters and buffers in safetensors format."""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from worldflux.config.devices import resolve_device
 from worldflux.errors import ConfigurationError, WorldFluxError, nearest
-from worldflux.files import write_text
+from worldflux.files import checked_path, write_text
 from worldflux.reading import only_our_errors, read_json
 from worldflux.training.compiling import checked_compile
 
@@ -120,6 +120,7 @@ class TrainingConfig:
             ConfigurationError: If it is not a training configuration; if it is not even JSON, this is a
                 `json.JSONDecodeError`, too.
         """
+        path = checked_path("path", path)
         data = read_json(path, error=ConfigurationError, finite=False)  # grad_clip may be infinite
         with only_our_errors(path, ConfigurationError):
             try:

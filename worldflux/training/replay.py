@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from worldflux.errors import BufferError, ConfigurationError, WorldFluxError
-from worldflux.files import checked_path, writing
+from worldflux.files import checked_path
 from worldflux.overriding import overridden
 from worldflux.training.actions import declared_classes, described, type_of
 from worldflux.training.arrays import SINGLE, ObsShape, RowForm
@@ -408,8 +408,7 @@ class ReplayBuffer(RowReceiver, WindowSampler):
         if target.is_dir():
             raise BufferError(f"{path} is a directory, expected the path of a file. Add a name, such as buffer.npz.")
         data = collect_data(self._rows, self._capacity, self._form.is_dict, self._form.action_classes)
-        with writing(target, BufferError):
-            write_replay(target, data)
+        write_replay(target, data)
 
     @classmethod
     def load(
@@ -451,7 +450,7 @@ class ReplayBuffer(RowReceiver, WindowSampler):
             BufferError: If the file is damaged, lacks arrays, contradicts itself, or holds NaN or objects; or if the
                 machine has no room for what is in it.
         """
-        with NpzFile(path) as file:
+        with NpzFile(checked_path("path", path)) as file:
             data = read_replay(file, FileActions(action_type, action_classes, action_low, action_high))
             count = len(data.rewards)
             if capacity is None and count > data.capacity:

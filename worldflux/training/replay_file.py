@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from worldflux.errors import BufferError
+from worldflux.files import writing
 from worldflux.training.actions import Classes, as_executed, declared_classes, described, judged_classes, rescaled
 from worldflux.training.arrays import SINGLE, all_finite, checked, image_line, obs_shapes
 from worldflux.training.npz import OTHER_NAMES, NpzFile, Stream, rows_per_chunk, write_npz
@@ -134,10 +135,8 @@ def write_replay(path: str | Path, data: ReplayData) -> None:
     classes = judged_classes(data.actions) if data.action_classes is None else data.action_classes
     if classes is not None:
         arrays["action_classes"] = np.array(classes, np.int64)
-    try:
+    with writing(path, BufferError):
         write_npz(path, arrays)
-    except OSError as error:
-        raise BufferError(f"{path} could not be written: {error}. What was there before is unchanged.") from error
 
 
 def read_replay(file: NpzFile, reader: FileActions) -> ReplayData:

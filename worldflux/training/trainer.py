@@ -506,7 +506,7 @@ class Trainer:
         Raises:
             CheckpointError: If it is missing, damaged, or of another model.
         """
-        path = Path(path)
+        path = checked_path("path", path)
         progress, weights, optimizers, extras = read_checkpoint(path)
         check_progress(path, progress, self.device)
         check_weights(path, weights, self.model.state_dict())
