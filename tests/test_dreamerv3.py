@@ -388,7 +388,8 @@ def test_imagining_with_the_policy_gives_actions_and_what_they_lead_to():
     torch.manual_seed(0)
     trajectory, chosen = model.imagine(state, 4)
     assert chosen.shape == (4, 2, 3)
-    torch.testing.assert_close(trajectory.rewards[2], model.decode(trajectory.states[2])["reward"])
+    decoded = model.decode(trajectory.states[2])["reward"]
+    torch.testing.assert_close(trajectory.rewards[2], decoded, rtol=1e-5, atol=1e-5)  # of some millions
 
 
 def test_modes_reach_every_module_and_call_those_that_have_their_own():

@@ -14,6 +14,7 @@ from sb3_families import AnySpaces, both, make, weights
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 
+from worldflux import create_world_model
 from worldflux.agents import WorldFluxAgent
 from worldflux.envs import check_env, collect
 from worldflux.training import Trainer
@@ -41,6 +42,7 @@ LEAVES_ALONE: dict[str, Callable[[WorldFluxAgent, Path], Any]] = {
     "load with an environment": lambda agent, path: WorldFluxAgent.load(path / "agent.zip", AnySpaces()),
     "load a checkpoint": lambda agent, path: WorldFluxAgent.load(path / "checkpoint"),
     "load and act": lambda agent, path: WorldFluxAgent.load(path / "agent.zip").predict(OBS, deterministic=True),
+    "create_world_model": lambda agent, path: create_world_model(path / "model"),
     "save": lambda agent, path: agent.save(path / "again"),
     "save_checkpoint": lambda agent, path: agent.save_checkpoint(path / "again"),
     "set_parameters": lambda agent, path: agent.set_parameters(path / "agent.zip"),

@@ -377,7 +377,8 @@ class WorldModel(nn.Module):
             config = cls.config_class.load(directory / CONFIG_FILE)
         except json.JSONDecodeError as error:
             raise CheckpointError(f"{directory / CONFIG_FILE} is not valid JSON: {error}.") from error
-        model = cls(config)
+        with torch.random.fork_rng(devices=[]):  # the weights that it draws are replaced
+            model = cls(config)
         model.load_weights((directory / WEIGHTS_FILE).read_bytes(), source=directory / WEIGHTS_FILE)
         return model
 
