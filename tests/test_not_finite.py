@@ -118,6 +118,20 @@ def test_no_broken_action_reaches_an_environment(family: str, value: float) -> N
     assert agent.learn(5).num_timesteps == 5 and len(given) == 5  # it is as usable as before
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_learning_steps_no_environment_with_a_broken_action(way: str) -> None:
+    family, of, settings = WAYS[way]
+    agent = make(family, AnySpaces(*of), train_ratio=2, **settings).learn(16)
+    agent.train_ratio = 0
+    with broken(agent, an_actors_tensor(agent)):
+        for _ in range(2):
+            with pytest.raises(
+                TrainingError, match=r"The chosen action is not finite: of the model's weights 'actor\."
+            ):
+                agent.learn(5, reset_num_timesteps=False)
+    assert agent.num_timesteps == agent.replay_buffer.num_transitions == 16
+
+
 def test_a_broken_state_is_named_unless_an_episode_begins_there() -> None:
     agent, obs = make("dreamerv3"), np.zeros((3, 3), np.float32)
     _, memory = agent.predict(obs)
