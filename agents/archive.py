@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal, TypeGuard
 
@@ -24,7 +24,7 @@ from stable_baselines3.common.utils import get_system_info
 
 from worldflux.errors import CheckpointError, ConfigurationError
 from worldflux.files import checked_path, directory_beside, recover_directory
-from worldflux.reading import read_json
+from worldflux.reading import check_stored, open_regular, read_json
 from worldflux.training.checkpoint import newest_checkpoint, writing_checkpoint
 
 AGENT_FILE = "agent.json"
@@ -168,10 +168,13 @@ def print_saved_system(description: dict[str, Any]) -> None:
 @contextmanager
 def _open_archive(path: ArchivePath) -> Iterator[tuple[dict[str, Any], Path]]:
     """The same for a zip."""
-    source: Any = path if is_file(path, "read") else _existing(Path(path))  # type: ignore[arg-type]
+    from_file = is_file(path, "read")
+    existing = None if from_file else _existing(Path(path))  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory(prefix="agent-") as scratch:
         try:
-            with zipfile.ZipFile(source) as archive:
+            with ExitStack() as stack:
+                source: Any = path if existing is None else stack.enter_context(open_regular(existing))
+                archive = stack.enter_context(zipfile.ZipFile(source))
                 names = set(archive.namelist())
                 missing = [entry for entry in _ENTRIES if entry not in names]
                 if missing:
@@ -179,6 +182,7 @@ def _open_archive(path: ArchivePath) -> Iterator[tuple[dict[str, Any], Path]]:
                     raise CheckpointError(
                         f"{path} has no {', '.join(missing)}.{hint} Pass a file that WorldFluxAgent.save wrote."
                     )
+                check_stored(archive, source.seek(0, os.SEEK_END))
                 for entry in _ENTRIES:  # these names only: a zip may hold any path
                     archive.extract(entry, scratch)
         except CheckpointError:

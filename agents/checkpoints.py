@@ -123,4 +123,7 @@ def _restore_moments(rms: RunningMeanStd, state: Mapping[str, Any]) -> None:
     mean, var = np.asarray(state["mean"], np.float64), np.asarray(state["var"], np.float64)
     if mean.shape != np.shape(rms.mean) or var.shape != np.shape(rms.var):
         raise ShapeMismatchError(f"a mean has shape {mean.shape}, expected {np.shape(rms.mean)}")
-    rms.mean, rms.var, rms.count = mean, var, float(state["count"])
+    count = finite_number("count", state["count"])
+    if not np.isfinite(mean).all() or not (np.isfinite(var) & (var >= 0)).all() or count < 0:
+        raise ConfigurationError("a mean, a variance or a count is none")
+    rms.mean, rms.var, rms.count = mean, var, count

@@ -119,10 +119,15 @@ class Learner:
         """What goes on counting after loading, by the names in an agent's file."""
         return {"_n_updates": self.n_updates, "_updates_owed": self.updates_owed}
 
-    def load_counters(self, counters: Mapping[str, int]) -> None:
-        """Continues from what `counters` gave; where nothing is to be trained any more, nothing is owed."""
+    def load_counters(self, counters: Mapping[str, int], *, most_owed: int) -> None:
+        """Continues from what `counters` gave.
+
+        Args:
+            counters: Where nothing is to be trained any more, nothing is owed.
+            most_owed: More than the present schedule can owe is none of this run.
+        """
         self.n_updates = self._examined_at = counters["_n_updates"]
-        self.updates_owed = counters["_updates_owed"] if self.schedule.train_ratio else 0
+        self.updates_owed = min(counters["_updates_owed"], most_owed) if self.schedule.train_ratio else 0
 
     def take_new_buffer(self, buffer: ReplayBuffer) -> None:
         """Counts anew from what another buffer holds already."""

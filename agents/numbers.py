@@ -11,11 +11,12 @@ from worldflux.errors import ConfigurationError
 from worldflux.training.config import whole_number
 
 
-def count(name: str, value: Any, least: int) -> int:
-    """`value` as an int, if it is a whole number from `least` that fits into 64 bits."""
+def count(name: str, value: Any, least: int, *, below: int = 2**63) -> int:
+    """`value` as an int, if it is a whole number from `least` and below a power of two, at most what fits 64 bits."""
     number = whole_number(name, value, least)
-    if number >= 2**63:
-        raise ConfigurationError(f"{name} is above 9e18, expected a whole number below 2**63.")
+    if number >= below:
+        limit = f"{below:.0e}".replace("e+", "e")
+        raise ConfigurationError(f"{name} is above {limit}, expected a whole number below 2**{below.bit_length() - 1}.")
     return number
 
 

@@ -77,6 +77,8 @@ def rate_from_json(data: Any) -> Any:
         return data
     if data.get("schedule") == "linear":
         numbers = {name: finite_number(name, data[name]) for name in ("start", "end", "end_fraction")}
+        if not numbers["end_fraction"] > 0:
+            raise ConfigurationError(f"end_fraction is {numbers['end_fraction']}, expected a share above 0.")
         return LinearSchedule(**numbers)
     if data.get("schedule") == "function" and isinstance(data.get("name"), str):
         return UnsavedFunction(data["name"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections import deque
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import safetensors.torch
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
@@ -36,14 +36,19 @@ from worldflux.config.devices import resolve_device
 from worldflux.envs.make import as_env
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
 from worldflux.envs.vector import seed_envs
-from worldflux.errors import CheckpointError, ConfigurationError, ShapeMismatchError, nearest
+from worldflux.errors import ConfigurationError, ShapeMismatchError, nearest
+from worldflux.factory import create_world_model
 from worldflux.files import atomic_directory, checked_path
 from worldflux.models.base import WEIGHTS_FILE
+from worldflux.models.weights import read_weights
+from worldflux.reading import only_our_errors
 from worldflux.training.checkpoint import check_target, new_run, writing_checkpoint
 from worldflux.training.randomness import keeping_random_streams
 from worldflux.training.replay import ReplayBuffer
 from worldflux.training.replay_segments import ReplaySegments
 from worldflux.training.trainer import Trainer
+
+logger = logging.getLogger("worldflux")
 
 SelfAgent = TypeVar("SelfAgent", bound="SavedAgent")
 
@@ -189,6 +194,7 @@ class SavedAgent(BaseAlgorithm):
             counters={name: getattr(self, name) for name in LOOP_COUNTERS} | self._learner.counters(),
             progress_remaining=self._current_progress_remaining,
             schedule=self.schedule.state_dict(),
+            stored_elsewhere=self.buffer_storage not in (None, "memory"),
         )
 
     @classmethod
@@ -202,6 +208,7 @@ class SavedAgent(BaseAlgorithm):
         force_reset: bool = True,
         *,
         resume: bool = False,
+        allow_nonfinite: bool = False,
         **kwargs: Any,
     ) -> SelfAgent:
         """Reads an agent that `save` or `save_checkpoint` wrote.
@@ -209,6 +216,9 @@ class SavedAgent(BaseAlgorithm):
         It can act at once, and learn if it is given an environment. The random streams of Python, NumPy and torch stay
         as they are, so that a callback may load a rival without changing the training around it; pass `seed` to start
         them anew.
+
+        No file decides on where this machine writes: `buffer_storage` and `tensorboard_log` are None unless they are
+        passed here, whatever they were when the agent was saved.
 
         With `resume`, the run goes on: `learn(..., reset_num_timesteps=False)` continues with the replay data, counters
         and random streams of the checkpoint, and with the statistics of a `VecNormalize`. Episodes that were in flight
@@ -224,13 +234,18 @@ class SavedAgent(BaseAlgorithm):
                 nothing in the file is an object.
             print_system_info: Print the versions of this machine, and those that the file was saved with.
             force_reset: The environment is always reset before training; SB3's signature has it.
-            resume: Continue the run and not only the agent. Needs `env`, with as many copies as before.
+            resume: Continue the run and not only the agent. Needs `env`, with as many copies as before. Replay data
+                that lay on a disk or a device come into memory, if they fit there; pass `buffer_storage` again for
+                another place.
+            allow_nonfinite: Take weights and optimiser states with NaN or infinite numbers, to look at them.
             **kwargs: Settings of the constructor that shall differ from the saved ones.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            CheckpointError: If the file is damaged or no agent's, or there is no run to resume.
+            CheckpointError: If the file is damaged or no agent's, has weights that are not finite, or there is no run
+                to resume.
             ConfigurationError: If a setting is unknown or out of its range, or the run cannot be resumed in `env`.
+            BufferError: If there is no room for the replay data.
         """
         if resume and env is None:
             raise ConfigurationError("resume=True continues in an environment. Pass env to load.")
@@ -251,28 +266,38 @@ class SavedAgent(BaseAlgorithm):
             if made is not None:
                 made = cls._wrap_env(made, settings.verbose)
                 check_for_correct_spaces(made, saved.observation_space, saved.action_space)
+            if made is not None and saved.stored_elsewhere and "buffer_storage" not in kwargs:
+                logger.warning(
+                    "The replay data of the saved agent did not lie in memory, and now they do: where to write is not "
+                    "taken from a file. Pass buffer_storage=... to load for another place."
+                )
             # Building draws and seeds, and a trainer's checkpoint holds the streams of its process.
             place = resolve_device(device, must_compute=True)
             with nullcontext() if resume else keeping_random_streams(place):
-                agent: Any = cls(checkpoint, made, device=place, _init_setup_model=False, **vars(settings))  # type: ignore[arg-type, call-arg]
+                with only_our_errors(path):
+                    model = create_world_model(checkpoint, device=place, allow_nonfinite=allow_nonfinite)
+                agent: Any = cls(model, made, device=place, _init_setup_model=False, **vars(settings))  # type: ignore[arg-type, call-arg]
                 if made is None:
                     agent.observation_space, agent.action_space = saved.observation_space, saved.action_space
                     agent.n_envs = saved.n_envs
-                agent._setup_model()
-                agent.trainer.load_checkpoint(checkpoint)
+                with only_our_errors(path):
+                    agent._setup_model()
+                    agent.trainer.load_checkpoint(checkpoint, allow_nonfinite=allow_nonfinite)
             if "seed" in kwargs and not resume:
                 agent.set_random_seed(settings.seed)
-            resumed = agent._read_run(checkpoint) if resume else None
+            with only_our_errors(path):
+                resumed = agent._read_run(checkpoint) if resume else None
         agent._model_source = agent.policy
         for name in LOOP_COUNTERS:
             setattr(agent, name, saved.counters[name])
         agent._current_progress_remaining = saved.progress_remaining
         agent.schedule.load_state_dict(saved.schedule)
-        agent._learner.load_counters(saved.counters)
+        agent._learner.load_counters(saved.counters, most_owed=agent.schedule.most_owed(agent.n_envs))
         # Learning goes on with the streams that there are; only an agent that was seeded anew starts them again.
         agent._random_started = "seed" not in kwargs
         if resumed is not None:
-            agent._resume(resumed)
+            with only_our_errors(path):
+                agent._resume(resumed)
         else:
             agent.trainer.run = new_run()
         return agent
@@ -335,17 +360,27 @@ class SavedAgent(BaseAlgorithm):
         load_path_or_dict: str | Path | io.BufferedIOBase | TensorDict,
         exact_match: bool = True,
         device: torch.device | str = "auto",
+        *,
+        allow_nonfinite: bool = False,
     ) -> None:
-        """Takes over the model's parameters from a saved agent, or from what `get_parameters` returned."""
+        """Takes over the model's parameters from a saved agent, or from what `get_parameters` returned.
+
+        Args:
+            load_path_or_dict: Either.
+            exact_match: Every parameter has to be there, and no other.
+            device: SB3's signature has it.
+            allow_nonfinite: Take weights from a file that are NaN or infinite.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            CheckpointError: If the file is damaged or no agent's, or its weights are of another model or not finite.
+        """
         if isinstance(load_path_or_dict, dict):
             super().set_parameters(load_path_or_dict, exact_match, device)
             return
-        with open_saved(load_path_or_dict) as (_, checkpoint):
-            try:
-                weights = safetensors.torch.load_file(checkpoint / WEIGHTS_FILE)
-            except Exception as error:  # safetensors raises its own Rust exception class
-                raise CheckpointError(f"{load_path_or_dict} has no readable {WEIGHTS_FILE}: {error}.") from error
-        super().set_parameters({"policy": weights}, exact_match, device)  # type: ignore[dict-item]
+        with only_our_errors(load_path_or_dict), open_saved(load_path_or_dict) as (_, checkpoint):
+            weights = read_weights(checkpoint / WEIGHTS_FILE, allow_nonfinite=allow_nonfinite)
+            super().set_parameters({"policy": weights}, exact_match, device)  # type: ignore[dict-item]
 
 
 def _names(argument: str, given: Iterable[str] | None) -> list[str]:

@@ -58,6 +58,10 @@ class UpdateSchedule:
         self.train_ratio = train_ratio
         self.load_state_dict(self.state_dict())
 
+    def most_owed(self, n_envs: int) -> int:
+        """Gradient steps that can be owed at one time: the first ones, and those of two steps of `n_envs` each."""
+        return self.first_updates + int(2 * n_envs * self.train_ratio / self.replayed_per_update) + 1
+
     def state_dict(self) -> dict[str, int | None]:
         """Where the count stands, for a checkpoint."""
         return {"env_steps": self._env_steps, "handed_out": self._handed_out}

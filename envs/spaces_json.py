@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 
 from worldflux.errors import CheckpointError, ConfigurationError
+
+_MOST_NUMBERS = 2**24
+"""Of all boxes in a description. Bounds of so many take 0.3 GB; a picture of 1024 x 1024 has a fifth of them."""
+_MOST_CHOICES = 2**22
+"""Of all one-hots in a description."""
 
 
 def space_to_json(space: spaces.Space[Any]) -> dict[str, Any]:
@@ -43,9 +49,39 @@ def space_from_json(data: dict[str, Any]) -> spaces.Space[Any]:
         CheckpointError: If the description is damaged.
     """
     try:
+        numbers, choices = _sizes(data)
+        if numbers > _MOST_NUMBERS or choices > _MOST_CHOICES:
+            raise ValueError(
+                f"it has {numbers:,} numbers and {choices:,} choices, expected at most {_MOST_NUMBERS:,} and "
+                f"{_MOST_CHOICES:,}"
+            )
         return _from_json(data)
     except Exception as error:  # what Gymnasium and NumPy make of invented numbers is not a closed list
         raise CheckpointError(f"The description of a space is damaged ({error!r}): {str(data)[:200]}.") from error
+
+
+def _sizes(data: dict[str, Any]) -> tuple[int, int]:
+    """How many numbers and choices a described space has, before anything is made of it."""
+    kind = data["type"]
+    if kind == "Dict":
+        parts = [_sizes(part) for part in data["spaces"].values()]
+        return sum(numbers for numbers, _ in parts), sum(choices for _, choices in parts)
+    if kind == "Box":
+        return math.prod(_flat(data["shape"])), 0
+    if kind == "Discrete":
+        return 0, int(data["n"])
+    if kind == "MultiDiscrete":
+        return 0, sum(_flat(data["nvec"]))
+    return 0, 2 * math.prod(_flat(data["n"] if "n" in data else data["shape"]))
+
+
+def _flat(sizes: Any) -> list[int]:
+    """Whole numbers, in lists or not."""
+    if isinstance(sizes, list):
+        return [size for part in sizes for size in _flat(part)]
+    if isinstance(sizes, bool) or not isinstance(sizes, int) or sizes < 0:
+        raise ValueError(f"a size is {sizes!r}")
+    return [sizes]
 
 
 def _from_json(data: dict[str, Any]) -> spaces.Space[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -27,6 +26,7 @@ from worldflux.files import checked_path, reading_together
 from worldflux.models.base import CONFIG_FILE, WEIGHTS_FILE, WorldModel
 from worldflux.models.dreamerv3.world_model import DreamerV3
 from worldflux.models.tdmpc2.world_model import TDMPC2
+from worldflux.reading import InvalidJSONError
 
 _DERIVED = ("deter_dim", "stoch_dim", "latent_dim", "encoder_type", "decoder_type")
 """Fields of configurations that follow from others where a family gives them no default."""
@@ -58,6 +58,7 @@ def create_world_model(
     obs_shape: ObsShape | None = None,
     action_dim: int | None = None,
     device: str | torch.device = "cpu",
+    allow_nonfinite: bool = False,
     **overrides: Any,
 ) -> WorldModel:
     """A world model from a preset, an alias, a saved directory or a configuration.
@@ -73,12 +74,13 @@ def create_world_model(
         action_dim: Width of the action vector. Default: the configuration's, for a preset 6.
         device: Where the model shall be; "auto" takes the GPU if there is one. Of a configuration, its own device
             rules unless this is another one than the default.
+        allow_nonfinite: Take saved weights that are NaN or infinite, to look at them.
         **overrides: Any other field of the model's configuration, such as `action_type` or `learning_rate`. Of a saved
             model, those can change that leave its weights their shapes.
 
     Raises:
         ConfigurationError: If the name, a field or a value is not known or does not fit. The message says what would.
-        CheckpointError: If the directory is not a complete saved model.
+        CheckpointError: If the directory is not a complete saved model, or its weights are not finite.
     """
     if isinstance(spec_or_path, WorldModelConfig):
         given = {"obs_shape": obs_shape, "action_dim": action_dim}
@@ -99,7 +101,7 @@ def create_world_model(
         given["action_dim"] = action_dim
     found = find_preset(name) if isinstance(spec_or_path, str) else None
     if found is None:
-        return _load(name, place, given)
+        return _load(name, place, given, allow_nonfinite)
     preset, family = found
     named = {"model_name": preset.split(":")[-1], **family.presets[preset]}
     config = family.config_class.from_dict({**named, **given, "device": str(place)})
@@ -217,7 +219,7 @@ def _from_config(config: WorldModelConfig, device: str | torch.device, given: di
     return family.model_class(replace(config, **{**derived, **given, "device": str(place)})).to(place)
 
 
-def _load(name: str, device: torch.device, given: dict[str, Any]) -> WorldModel:
+def _load(name: str, device: torch.device, given: dict[str, Any], allow_nonfinite: bool) -> WorldModel:
     """The saved model in the directory `name`, with some fields of its configuration replaced."""
     if not name or not os.path.exists(name):  # an empty path would be the working directory
         options = [key for family in _families.values() for key in family.names()]
@@ -230,7 +232,7 @@ def _read(name: str, directory: Path, device: torch.device, given: dict[str, Any
     """The same, once it is known to exist."""
     try:
         saved = WorldModelConfig.load(directory / CONFIG_FILE)
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, InvalidJSONError) as error:
         raise CheckpointError(
             f"{name} has no readable {CONFIG_FILE} ({error}). Pass a directory written by save_pretrained."
         ) from error
@@ -247,7 +249,8 @@ def _read(name: str, directory: Path, device: torch.device, given: dict[str, Any
                 f"{field} is {given[field]}, but the model in {name} was made for {getattr(saved, field)}. "
                 "Leave it out, or create a new model."
             )
-    model = family.model_class.from_pretrained(directory, device=device)
+    wish = {"allow_nonfinite": True} if allow_nonfinite else {}  # models of somebody's own may not know it
+    model = family.model_class.from_pretrained(directory, device=device, **wish)
     try:
         config = family.config_class.from_dict({**saved.to_dict(), **given, "device": str(device)})
         if given:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import stat
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
@@ -105,6 +106,22 @@ def only_our_errors(name: object, error: type[WorldFluxError] = CheckpointError)
     except Exception as cause:  # what numbers that nobody thought of make NumPy and torch raise is no closed list
         reason = f"{type(cause).__name__}: {cause}".rstrip(": .")
         raise error(f"{name} cannot be loaded ({reason}). It is damaged, or too large for this machine.") from cause
+
+
+def check_stored(archive: zipfile.ZipFile, size: int) -> None:
+    """Raises a `ValueError` for an archive that unpacks to more bytes than it has itself.
+
+    Args:
+        archive: None of ours is compressed.
+        size: Bytes of the file.
+    """
+    members = archive.infolist()
+    packed = next((one for one in members if one.compress_type != zipfile.ZIP_STORED or one.flag_bits & 0x1), None)
+    if packed is not None:
+        raise ValueError(f"its entry {packed.filename[:99]!r} is compressed or encrypted, expected it as it is")
+    claimed = sum(one.file_size for one in members)
+    if claimed > size:
+        raise ValueError(f"its entries claim {claimed:,} bytes, and the file has {size:,}")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

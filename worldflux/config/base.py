@@ -106,6 +106,9 @@ class WorldModelConfig:
         "grad_clip",
     )
 
+    _at_most: ClassVar[dict[str, int]] = {}
+    """Largest values of fields that the weights have no shape of, or too late: they decide on memory or time alone."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Register the family under its `model_type`, so that a saved file finds its class."""
         super().__init_subclass__(**kwargs)
@@ -252,6 +255,9 @@ class WorldModelConfig:
                 raise ConfigurationError(f"{item.name} is {value!r}, expected True or False.")
             elif kind == "str" and not isinstance(value, str):
                 raise ConfigurationError(f"{item.name} is {value!r}, expected a string.")
+        for name, most in self._at_most.items():
+            if getattr(self, name) > most:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}, expected at most {most:,}.")
         for name in self._positive:
             if getattr(self, name) <= 0:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}, expected a number above 0.")

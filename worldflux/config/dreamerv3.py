@@ -136,6 +136,16 @@ class DreamerV3Config(WorldModelConfig):
         "slow_critic_rate",
     )
 
+    _at_most: ClassVar[dict[str, int]] = {
+        "encoder_layers": 1_000,
+        "decoder_layers": 1_000,
+        "reward_layers": 1_000,
+        "continue_layers": 1_000,
+        "actor_layers": 1_000,
+        "critic_layers": 1_000,
+        "imagination_horizon": 10_000,
+    }
+
     @classmethod
     def from_size(cls, size: str, **overrides: Any) -> DreamerV3Config:
         """Configuration of a named size, with fields of your own.

@@ -156,6 +156,14 @@ class TDMPC2Config(WorldModelConfig):
         "max_std",
     )
 
+    _at_most: ClassVar[dict[str, int]] = {
+        "num_hidden_layers": 1_000,
+        "num_enc_layers": 1_000,
+        "num_q_networks": 1_000,
+        "num_tasks": 100_000,
+        "horizon": 1_000,
+    }
+
     @classmethod
     def from_size(cls, size: str, **overrides: Any) -> TDMPC2Config:
         """Configuration of a named size, with fields of your own.

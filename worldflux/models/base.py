@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -19,7 +18,9 @@ from worldflux.config.devices import resolve_device
 from worldflux.errors import CheckpointError, ShapeMismatchError
 from worldflux.files import checked_path, reading_together, replacing_together, writing
 from worldflux.models.health import Vital
+from worldflux.models.weights import check_weights, parse_weights, read_weights
 from worldflux.nn.precision import autocast
+from worldflux.reading import InvalidJSONError, only_our_errors
 from worldflux.training.batch import Batch, Observation
 
 CONFIG_FILE = "config.json"
@@ -357,51 +358,76 @@ class WorldModel(nn.Module):
             (beside / CONFIG_FILE).write_text(self.config.to_json(), encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, device: str | torch.device = "cpu") -> WorldModel:
+    def from_pretrained(
+        cls, directory: str | Path, device: str | torch.device = "cpu", *, allow_nonfinite: bool = False
+    ) -> WorldModel:
         """Builds the model that `save_pretrained` wrote; also while another process replaces it.
 
+        The weights are read and compared with what the configuration describes before anything is built: what is built
+        takes as much memory as the file has bytes.
+
+        Args:
+            directory: What it wrote.
+            device: Where the model shall be.
+            allow_nonfinite: Take weights that are NaN or infinite, to look at them.
+
         Raises:
-            CheckpointError: If the directory lacks a file, or the weights do not fit the configuration.
-            ConfigurationError: If there is no such device, or `directory` can be none.
+            CheckpointError: If the directory lacks a file, the weights do not fit the configuration, or are not finite.
+            ConfigurationError: If there is no such device, the configuration is none, or `directory` can be none.
         """
         path, place = checked_path("directory", directory), resolve_device(device)
-        return reading_together(path, (CONFIG_FILE, WEIGHTS_FILE), lambda: cls._read(path)).to(place)
+        return reading_together(path, (CONFIG_FILE, WEIGHTS_FILE), lambda: cls._read(path, allow_nonfinite)).to(place)
 
     @classmethod
-    def _read(cls, directory: Path) -> WorldModel:
+    def _read(cls, directory: Path, allow_nonfinite: bool) -> WorldModel:
         if not (directory / CONFIG_FILE).is_file() or not (directory / WEIGHTS_FILE).is_file():
             raise CheckpointError(
                 f"{directory} has no {CONFIG_FILE} and {WEIGHTS_FILE}. Pass a directory written by save_pretrained."
             )
         try:
             config = cls.config_class.load(directory / CONFIG_FILE)
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"{directory / CONFIG_FILE} is not valid JSON: {error}.") from error
-        with torch.random.fork_rng(devices=[]):  # the weights that it draws are replaced
-            model = cls(config)
-        model.load_weights((directory / WEIGHTS_FILE).read_bytes(), source=directory / WEIGHTS_FILE)
+        except InvalidJSONError as error:
+            raise CheckpointError(str(error)) from error
+        with only_our_errors(directory):
+            weights = read_weights(directory / WEIGHTS_FILE, allow_nonfinite=allow_nonfinite)
+            cls._check_described(config, weights, directory / WEIGHTS_FILE)
+            with torch.random.fork_rng(devices=[]):  # the weights that it draws are replaced
+                model = cls(config)
+            model._take_over(weights, directory / WEIGHTS_FILE)
         return model
+
+    @classmethod
+    def _check_described(cls, config: WorldModelConfig, weights: Mapping[str, Tensor], path: Path) -> None:
+        """Raises a `CheckpointError` unless the weights are those of the model that a configuration describes."""
+        if cls.load_state_dict is not nn.Module.load_state_dict:  # who may take weights under other names
+            return
+        try:
+            with torch.device("meta"):
+                described = cls(config).state_dict()
+        except (NotImplementedError, RuntimeError):  # a model of somebody's own that computes while it is built
+            return
+        check_weights(path, weights, described)
 
     def weights_bytes(self) -> bytes:
         """All parameters and buffers in safetensors format."""
         return safetensors.torch.save({k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()})
 
-    def load_weights(self, data: bytes, *, source: object) -> None:
+    def load_weights(self, data: bytes, *, source: object, allow_nonfinite: bool = False) -> None:
         """Takes over what `weights_bytes` gave.
 
         Args:
             data: safetensors.
             source: Named in errors.
+            allow_nonfinite: Take weights that are NaN or infinite.
 
         Raises:
-            CheckpointError: If the data is damaged, or names or shapes differ from the model's.
+            CheckpointError: If the data is damaged or not finite, or names or shapes differ from the model's.
         """
+        self._take_over(parse_weights(data, source, allow_nonfinite=allow_nonfinite), source)
+
+    def _take_over(self, weights: Mapping[str, Tensor], source: object) -> None:
         try:
-            tensors = safetensors.torch.load(data)
-        except Exception as error:  # safetensors raises its own Rust exception class
-            raise CheckpointError(f"{source} is not a readable safetensors file: {error}.") from error
-        try:
-            self.load_state_dict(tensors)
+            self.load_state_dict(weights)
         except RuntimeError as error:
             raise CheckpointError(f"{source} does not fit the model's configuration. {error}") from error
 

@@ -28,6 +28,8 @@ from worldflux.models.search import PlanningModel, Proposals, RolloutPlanning, r
 from worldflux.overriding import newer_than, steps_back
 
 _NOISE_SEED = 0  # of the fixed noise that deterministic planning uses
+_MOST_STEPS = 2**22
+"""Of all candidates in all iterations of a plan, 450 times the paper's; random numbers for them are drawn at once."""
 _LARGE_ACTION_DIM = 20  # from here on the paper plans with two iterations more
 
 
@@ -64,6 +66,12 @@ class PlannerConfig:
         self._check("num_elites", self.num_elites <= most, f"at most num_samples ({most})")
         few = isinstance(self.num_pi_trajs, int) and 0 <= self.num_pi_trajs < most
         self._check("num_pi_trajs", few, f"an integer from 0 on, below num_samples ({most})")
+        steps = self.iterations * self.num_samples * self.horizon
+        if steps > _MOST_STEPS:
+            raise ConfigurationError(
+                f"iterations * num_samples * horizon is {self.iterations} * {self.num_samples} * {self.horizon}, "
+                f"expected at most {_MOST_STEPS:,} steps of candidates in a plan."
+            )
         self._check("temperature", 0.0 < self.temperature < math.inf, "a number above 0")
         self._check("max_std", 0.0 < self.max_std < math.inf, "a number above 0")
         self._check("min_std", 0.0 <= self.min_std <= self.max_std, f"0 to max_std ({self.max_std})")

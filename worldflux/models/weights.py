@@ -2,12 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from worldflux.errors import CheckpointError
+from worldflux.reading import open_regular
+
+
+def read_weights(path: Path, *, allow_nonfinite: bool = False) -> dict[str, Tensor]:
+    """The tensors in a safetensors file; they take as much memory as it has bytes.
+
+    Raises:
+        CheckpointError: If it is missing or damaged, or a number in it is not finite and `allow_nonfinite` is not set.
+    """
+    try:
+        with open_regular(path) as file:
+            data = file.read()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+    return parse_weights(data, path, allow_nonfinite=allow_nonfinite)
+
+
+def parse_weights(data: bytes, source: object, *, allow_nonfinite: bool = False) -> dict[str, Tensor]:
+    """The same of the file's bytes."""
+    try:
+        tensors = safetensors.torch.load(data)
+    except Exception as error:  # safetensors raises its own Rust exception class
+        raise CheckpointError(f"{source} is not a readable safetensors file: {error}.") from error
+    if not allow_nonfinite:
+        check_finite(source, tensors)
+    return tensors
+
+
+def check_weights(path: object, saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raises a `CheckpointError` unless saved weights have the names, shapes and kinds of a model's own."""
+    missing, unknown = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
+    if missing or unknown:
+        raise CheckpointError(
+            f"{path} is of another model: it lacks {_some(missing)} and has {_some(unknown)} that this model lacks. "
+            "Build the model with the configuration that was saved."
+        )
+    for name, tensor in sorted(saved.items()):
+        if tensor.shape != own[name].shape:
+            raise CheckpointError(
+                f"{path} is of another model: {name} has shape {tuple(tensor.shape)}, expected "
+                f"{tuple(own[name].shape)}. Build the model with the configuration that was saved."
+            )
+        if tensor.dtype != own[name].dtype and not (tensor.is_floating_point() and own[name].is_floating_point()):
+            raise CheckpointError(f"{path} has {name} as {tensor.dtype}, expected {own[name].dtype}.")
+
+
+def _some(names: Sequence[str]) -> str:
+    if not names:
+        return "nothing"
+    return f"'{names[0]}'" if len(names) == 1 else f"'{names[0]}' and {len(names) - 1} more"
 
 
 def check_finite(where: object, tensors: Mapping[str, Tensor]) -> None:

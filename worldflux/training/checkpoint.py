@@ -8,21 +8,22 @@ import random
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from worldflux.errors import CheckpointError, WorldFluxError
 from worldflux.files import reason, recover_directories, recover_directory
 from worldflux.models.base import WEIGHTS_FILE
-from worldflux.reading import read_json
+from worldflux.models.weights import check_finite, read_weights
+from worldflux.reading import check_stored, open_regular, read_json
 from worldflux.training.config import whole_number
 from worldflux.training.randomness import decoded
 
@@ -32,6 +33,9 @@ EXTRAS_FILE = "extras.safetensors"
 """What training on stored data had written beside its rows; only where there is such."""
 FORMAT = 1
 """Of the files; a change that older versions cannot read raises it."""
+
+LARGEST_STEP = 2**48
+"""No run has so many steps."""
 
 _MOMENTS = {"laprop": ("mu", "nu"), "adam": ("exp_avg", "exp_avg_sq")}
 """What each kind of optimiser remembers of a parameter, in its shape."""
@@ -109,11 +113,13 @@ def check_target(path: Path) -> None:
         raise CheckpointError(f"{path} exists and is no checkpoint. Choose another path or remove it.")
 
 
-def read_checkpoint(path: Path) -> tuple[Any, dict[str, Tensor], Any, dict[str, Tensor]]:
+def read_checkpoint(
+    path: Path, *, allow_nonfinite: bool = False
+) -> tuple[Any, dict[str, Tensor], Any, dict[str, Tensor]]:
     """What the files of a checkpoint hold: the trainer's progress, the weights, the optimisers' states, the extras.
 
     Raises:
-        CheckpointError: If a file is missing or cannot be read.
+        CheckpointError: If a file is missing or cannot be read, or a weight is not finite and that is not allowed.
     """
     recover_directory(path)
     for name in (TRAINER_FILE, WEIGHTS_FILE, OPTIMIZER_FILE):
@@ -121,9 +127,10 @@ def read_checkpoint(path: Path) -> tuple[Any, dict[str, Tensor], Any, dict[str, 
             raise CheckpointError(f"{path} has no {name}. Pass a directory written by Trainer.save_checkpoint.")
     return (
         read_json(path / TRAINER_FILE, finite=False),  # what callbacks remember may be infinite
-        _read(path / WEIGHTS_FILE, safetensors.torch.load_file),
-        _read(path / OPTIMIZER_FILE, lambda file: torch.load(file, map_location="cpu", weights_only=True)),
-        _read(path / EXTRAS_FILE, safetensors.torch.load_file) if (path / EXTRAS_FILE).exists() else {},
+        read_weights(path / WEIGHTS_FILE, allow_nonfinite=allow_nonfinite),
+        _read_optimizers(path / OPTIMIZER_FILE),
+        # What a model computed beside the rows is its own affair.
+        read_weights(path / EXTRAS_FILE, allow_nonfinite=True) if (path / EXTRAS_FILE).exists() else {},
     )
 
 
@@ -136,7 +143,8 @@ def check_progress(path: Path, progress: Any, device: torch.device) -> None:
         raise CheckpointError(
             f"{path} has format {progress['format']}, this version reads {FORMAT}. Load it with a newer worldflux."
         )
-    whole_number(f"{file}: step", progress["step"], 0, error=CheckpointError)
+    if whole_number(f"{file}: step", progress["step"], 0, error=CheckpointError) >= LARGEST_STEP:
+        raise CheckpointError(f"{file}: step is {progress['step']:.0e}, more than any run has. The file is damaged.")
     if not isinstance(progress["sampler"], dict | None):
         raise CheckpointError(f"{file}: sampler is {progress['sampler']!r}, expected a state. The file is damaged.")
     callbacks = progress.get("callbacks", [])
@@ -172,24 +180,14 @@ def weights_on_cpu(model: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
-def check_weights(path: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Raises a `CheckpointError` unless saved weights have the names and shapes of a model's own."""
-    missing, unknown = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
-    if missing or unknown:
-        raise CheckpointError(
-            f"{path} is of another model: it lacks {_some(missing)} and has {_some(unknown)} that this model lacks. "
-            "Build the model with the configuration that was saved."
-        )
-    for name, tensor in saved.items():
-        if tensor.shape != own[name].shape:
-            raise CheckpointError(
-                f"{path} is of another model: {name} has shape {tuple(tensor.shape)}, expected "
-                f"{tuple(own[name].shape)}. Build the model with the configuration that was saved."
-            )
+def optimizer_states(
+    path: Path, saved: Any, kind: str, own: Sequence[torch.optim.Optimizer], *, allow_nonfinite: bool = False
+) -> list[dict[str, Any]]:
+    """The states that optimisers go on from: of the saved ones what was counted and remembered, the rest is their own.
 
-
-def check_optimizers(path: Path, saved: Any, kind: str, own: Sequence[torch.optim.Optimizer]) -> None:
-    """Raises a `CheckpointError` unless saved optimisers are of this kind and have all that the own ones go on from."""
+    Raises:
+        CheckpointError: If they are of another kind, of other parameters, or lack what the next update needs.
+    """
     expected = [[len(group["params"]) for group in optimizer.param_groups] for optimizer in own]
     damaged = f"{path / OPTIMIZER_FILE} is not the state of an optimiser. The file is damaged."
     try:
@@ -205,23 +203,52 @@ def check_optimizers(path: Path, saved: Any, kind: str, own: Sequence[torch.opti
             "Freeze the same parameters as when it was saved."
         )
     try:
-        fit = all(_continues(state, optimizer, _MOMENTS[kind]) for state, optimizer in zip(states, own, strict=True))
-    except (AttributeError, LookupError, TypeError) as error:
-        raise CheckpointError(damaged) from error
-    if not fit:
-        raise CheckpointError(damaged)
+        taken = [_taken_over(state, optimizer, _MOMENTS[kind]) for state, optimizer in zip(states, own, strict=True)]
+    except (AttributeError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{damaged.removesuffix('.')}: {error}.") from error
+    if not allow_nonfinite:
+        for state in taken:
+            for index, entry in state["state"].items():
+                check_finite(f"{path / OPTIMIZER_FILE}, parameter {index}", {n: entry[n] for n in _MOMENTS[kind]})
+    return taken
 
 
-def _continues(state: dict[str, Any], optimizer: torch.optim.Optimizer, moments: Sequence[str]) -> bool:
-    """Whether a saved state has what the optimiser's next update reads, in the shapes of its parameters."""
-    shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
-    saved = state["state"].items()
-    return (
-        [index for group in state["param_groups"] for index in group["params"]] == list(range(len(shapes)))
-        and all(isinstance(group["updates"], int) for group in state["param_groups"])
-        and all(isinstance(entry["step"], int | float | Tensor) for _, entry in saved)
-        and all(entry[name].shape == shapes[index] for index, entry in saved for name in moments)
-    )
+def _taken_over(state: dict[str, Any], optimizer: torch.optim.Optimizer, moments: Sequence[str]) -> dict[str, Any]:
+    """The state of an optimiser, with what the next update reads from a saved one.
+
+    Raises:
+        ValueError: If that is not there in the shapes of the parameters; or what Python raises for another structure.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if [index for group in state["param_groups"] for index in group["params"]] != list(range(len(parameters))):
+        raise ValueError("its parameters are not in their order")
+    groups = [
+        {**group, "updates": int(_counted("updates", saved["updates"]))}
+        for group, saved in zip(own, state["param_groups"], strict=True)
+    ]
+    entries: dict[int, dict[str, Any]] = {}
+    for index, entry in state["state"].items():
+        parameter = parameters[index]
+        for name in moments:
+            moment = entry[name]
+            if moment.layout is not torch.strided or moment.device.type != "cpu" or not moment.is_floating_point():
+                raise ValueError(f"{name} of parameter {index} holds no numbers")
+            if moment.shape != parameter.shape or not (moment.is_contiguous() or moment.stride() == parameter.stride()):
+                raise ValueError(f"{name} of parameter {index} has not the form {tuple(parameter.shape)}")
+        step = _counted(f"step of parameter {index}", entry["step"])
+        entries[index] = {"step": step, **{name: entry[name] for name in moments}}
+    return {"state": entries, "param_groups": groups}
+
+
+def _counted(name: str, value: Any) -> Any:
+    """A count of updates, as it was saved: a number, or a tensor with one."""
+    is_one = isinstance(value, Tensor) and value.numel() == 1 and value.device.type == "cpu"
+    if isinstance(value, bool) or not (isinstance(value, int | float) or is_one):
+        raise ValueError(f"{name} is no number")
+    if not 0 <= float(value) < LARGEST_STEP or float(value) % 1:
+        raise ValueError(f"{name} is {float(value)}, expected a whole number from 0")
+    return value
 
 
 def _saved_at(checkpoint: Path) -> float:
@@ -241,14 +268,12 @@ def _progress(checkpoint: Path) -> dict[str, Any]:
     return progress if isinstance(progress, dict) else {}
 
 
-def _some(names: Sequence[str]) -> str:
-    if not names:
-        return "nothing"
-    return f"'{names[0]}'" if len(names) == 1 else f"'{names[0]}' and {len(names) - 1} more"
-
-
-def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
+def _read_optimizers(path: Path) -> Any:
     try:
-        return reader(path)
+        with open_regular(path) as file:
+            with zipfile.ZipFile(file) as archive:
+                check_stored(archive, file.seek(0, os.SEEK_END))
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged file makes unpickling raise is not a closed list
         raise CheckpointError(f"{path} cannot be read: {error}. It is damaged or not a checkpoint.") from error

@@ -21,6 +21,7 @@ from numpy.lib import format as npy
 
 from worldflux.errors import BufferError
 from worldflux.files import replacing
+from worldflux.reading import open_regular
 
 OTHER_NAMES = {
     "terminals": "dones",
@@ -112,6 +113,7 @@ class NpzFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
+            open_regular(self.path).close()  # zipfile would wait for a pipe
             self._archive = zipfile.ZipFile(self.path)
             self._bytes = self.path.stat().st_size
             _check_count(self.path, len(self._archive.infolist()))
@@ -274,7 +276,7 @@ def _other_format(path: Path) -> str | None:
     if path.is_dir():
         return "a directory. Pass the path of a file in it."
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(16)
     except OSError:
         return None

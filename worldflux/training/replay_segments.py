@@ -154,6 +154,7 @@ class ReplaySegments:
         Raises:
             ConfigurationError: If the buffer is another one: in capacity, environments, shapes, dtypes or extras.
             CheckpointError: If a file is missing, damaged, or contradicts another. The buffer is as empty as before.
+            BufferError: If the rows do not fit into memory.
         """
         store, fresh = buffer.stored()
         if store.end.any():
@@ -166,6 +167,7 @@ class ReplaySegments:
                     "with its files (cp -rL), and resume from the copy."
                 )
         state = read_state(folder, buffer)
+        buffer.check_budget(int(state.counters["transitions"].sum()))
         store, fresh = buffer.stored()  # which may have got streams
         in_flight = state.in_flight
         for segment in state.segments:

@@ -196,7 +196,7 @@ class _Reader:
 
     def _in_flight(self) -> np.ndarray:
         listed = self._get("in_flight")
-        numbers = listed if isinstance(listed, list) else []
+        numbers = {number for number in listed if isinstance(number, int)} if isinstance(listed, list) else set()
         mask = np.array([stream in numbers for stream in range(self._streams)])
         if np.flatnonzero(mask).tolist() != listed:
             raise damaged(self._file, f"in_flight is {listed!r}, expected numbers of streams in order")

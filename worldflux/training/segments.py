@@ -133,6 +133,8 @@ def read_segment(
         raise CheckpointError(
             f"{path} has {path.stat().st_size} bytes, expected {segment.size}. The file is damaged (cut short?)."
         )
+    if (segment.end - segment.first).sum() > segment.size:  # before room is made for their numbers
+        raise CheckpointError(f"{path} has {segment.size} bytes, too few for its rows. The file is damaged.")
     streams, rows = _places(segment.first, segment.end)
     at = store.at(streams, rows)
     try:

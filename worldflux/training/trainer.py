@@ -21,7 +21,9 @@ from worldflux.errors import CheckpointError, ConfigurationError, TrainingError
 from worldflux.files import atomic_directory, checked_path, give_rights_of, remove_leftovers
 from worldflux.models.base import CONFIG_FILE, WEIGHTS_FILE, OptimizerSpec, Phase, WorldModel
 from worldflux.models.finite import first_not_finite, weights_of
+from worldflux.models.weights import check_weights
 from worldflux.overriding import overridden
+from worldflux.reading import only_our_errors
 from worldflux.training.allocator import keep_freed_memory
 from worldflux.training.batch import Batch
 from worldflux.training.callbacks import Callback, CheckpointCallback, Losses
@@ -31,12 +33,11 @@ from worldflux.training.checkpoint import (
     FORMAT,
     OPTIMIZER_FILE,
     TRAINER_FILE,
-    check_optimizers,
     check_progress,
     check_target,
-    check_weights,
     new_run,
     newest_checkpoint,
+    optimizer_states,
     read_checkpoint,
     run_of,
     time_of_saving,
@@ -490,7 +491,7 @@ class Trainer:
         for name in (WEIGHTS_FILE, EXTRAS_FILE):  # which safetensors makes readable to their owner alone
             give_rights_of(directory / name, directory / TRAINER_FILE)
 
-    def load_checkpoint(self, path: str | Path) -> None:
+    def load_checkpoint(self, path: str | Path, *, allow_nonfinite: bool = False) -> None:
         """Continues from a checkpoint: weights, optimisers, step and random states become those that were saved.
 
         A callback may call it while `train` runs, to go back: the next step is the one after the checkpoint, on the
@@ -502,22 +503,21 @@ class Trainer:
 
         Args:
             path: What `save_checkpoint` wrote.
+            allow_nonfinite: Take weights and optimiser states with NaN or infinite numbers, to look at them.
 
         Raises:
-            CheckpointError: If it is missing, damaged, or of another model.
+            CheckpointError: If it is missing, damaged, of another model, or its numbers are not finite.
         """
         path = checked_path("path", path)
-        progress, weights, optimizers, extras = read_checkpoint(path)
-        check_progress(path, progress, self.device)
-        check_weights(path, weights, self.model.state_dict())
-        check_optimizers(path, optimizers, self._kind, self._optimizers)
+        with only_our_errors(path):
+            progress, weights, saved, extras = read_checkpoint(path, allow_nonfinite=allow_nonfinite)
+            check_progress(path, progress, self.device)
+            check_weights(path, weights, self.model.state_dict())
+            states = optimizer_states(path, saved, self._kind, self._optimizers, allow_nonfinite=allow_nonfinite)
 
         self.model.load_state_dict(weights)
-        for optimizer, state in zip(self._optimizers, optimizers["states"], strict=True):
-            settings = [{k: v for k, v in g.items() if k not in ("params", "updates")} for g in optimizer.param_groups]
+        for optimizer, state in zip(self._optimizers, states, strict=True):
             optimizer.load_state_dict(state)
-            for group, setting in zip(optimizer.param_groups, settings, strict=True):
-                group.update(setting)
         self.step_count = progress["step"]
         self.run = run_of(path, progress)
         self._watch = FiniteWatch()
