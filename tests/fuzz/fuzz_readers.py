@@ -12,6 +12,7 @@ A further reader is a further entry of `READERS`.
 from __future__ import annotations
 
 import argparse
+import json
 import mmap
 import os
 import pickle
@@ -29,14 +30,22 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 
-from worldflux.errors import CheckpointError
+from worldflux import WorldFluxAgent, create_world_model
+from worldflux.cli.curves import read_run
+from worldflux.cli.options import from_json
+from worldflux.cli.runs import CONFIG_FILE, RunConfig
+from worldflux.cli.train import TrainSettings
+from worldflux.errors import BufferError, CheckpointError, WorldFluxError
 from worldflux.interop import load_official_dreamerv3, load_official_tdmpc2
+from worldflux.training import ReplayBuffer
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 SECONDS = 20
@@ -175,6 +184,58 @@ def damaged_pickle(rng: random.Random, data: bytes) -> bytes:
     return b"".join(opcodes)
 
 
+# Damage to JSON
+
+TEXTS = ("", "x", "nan", "inf", "/tmp/x", "../../x", "cuda:7", "\udc80")
+CONTAINERS: tuple[Any, ...] = ([], {}, [1], {"a": 1}, [[[]]], [None], [[1, 2], [3]])
+FLOATS = (0.5, -0.0, 1e-320, 1e308, float("nan"), float("inf"))
+COUNTS = (0, 1, -1, 2, 3, 255, 2**20, 2**31, 2**48, 2**53, 2**62, 2**63, 10**30)
+VALUES: tuple[Any, ...] = (None, True, False, *TEXTS, *CONTAINERS, *FLOATS, *COUNTS)
+
+
+def places_in(value: Any) -> list[tuple[Any, Any]]:
+    """Every list and object in a value, each with one of its keys or indices; of long lists the beginning."""
+    if not isinstance(value, dict | list):
+        return []
+    keys: list[Any] = list(value) if isinstance(value, dict) else list(range(min(len(value), 20)))
+    return [(value, key) for key in keys] + [place for key in keys for place in places_in(value[key])]
+
+
+def damaged_json(rng: random.Random, data: bytes) -> bytes:
+    """JSON with one to three values replaced, left out or put elsewhere; deep, long or double at times."""
+    if rng.random() < 0.15:
+        return damaged_bytes(rng, data)
+    value = json.loads(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        places = places_in(value)
+        if not places:
+            break
+        holder, key = rng.choice(places)
+        old, kind = holder[key], rng.randrange(8)
+        if kind == 0:
+            del holder[key]
+        elif kind == 1 and isinstance(holder, dict):
+            holder[rng.choice(("x", "", "type", "\udc80"))] = holder.pop(key)
+        elif kind == 2 and type(old) in (int, float):
+            holder[key] = rng.choice((old + 1, -old, old * 1000, str(old), [old]))
+        elif kind == 3 and isinstance(old, list):
+            holder[key] = old * rng.choice((2, 1000))
+        elif kind == 4:
+            other, name = rng.choice(places)
+            holder[key] = json.loads(json.dumps(other[name]))
+        else:
+            holder[key] = rng.choice(VALUES)
+    text = json.dumps(value)
+    for old, new in (
+        ("1", "1" * rng.choice((30, 400, 5000))),
+        ("[", "[" * rng.choice((70, 900, 100_000))),
+        ("{", '{"step": 1, "step": 2, '),
+    ):
+        if rng.random() < 0.03:
+            text = text.replace(old, new, 1)
+    return text.encode()
+
+
 # Damage to archives
 
 
@@ -240,7 +301,163 @@ def make_pt(directory: Path) -> Path:
     return Path(shutil.copy(GOLDEN / "tdmpc2_state_official.pt", directory / "model.pt"))
 
 
+# Files of worldflux
+
+
+class Walk(gym.Env[Any, Any]):
+    """Ten steps and an end."""
+
+    def __init__(self, family: str) -> None:
+        self.observation_space = gym.spaces.Box(-1, 1, (4,), np.float32)
+        discrete = family == "dreamerv3"
+        self.action_space = gym.spaces.Discrete(2) if discrete else gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        """The beginning."""
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(4, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """The next of ten steps."""
+        self.steps += 1
+        return np.full(4, self.steps / 10, np.float32), 1.0, False, self.steps >= 10, {}
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "dreamerv3": dict(deter_dim=32, hidden_dim=8, stoch_discrete=4, stoch_classes=4, units=8, imagination_horizon=3),
+    "tdmpc2": dict(latent_dim=16, hidden_dim=16, mlp_dim=16, enc_dim=16, num_q_networks=2),
+}
+
+
+def make_agent(family: str) -> WorldFluxAgent:
+    """A small one that has learned a little."""
+    search = dict(num_samples=16, num_elites=4, num_pi_trajs=4, iterations=2) if family == "tdmpc2" else None
+    agent = WorldFluxAgent(
+        f"{family}:tiny",
+        Walk(family),
+        **dict(batch_size=4, seq_len=4, train_ratio=8, buffer_size=500, learning_starts=20, seed=0, device="cpu"),
+        planner_kwargs=search,
+        model_kwargs=SIZES[family],
+    )
+    return agent.learn(30)
+
+
+def make_saved(directory: Path, family: str, kind: str) -> Path:
+    """An agent's zip, its checkpoint or its model."""
+    agent = make_agent(family)
+    if kind == "agent":
+        agent.save(directory / "agent.zip")
+        return directory / "agent.zip"
+    if kind == "checkpoint":
+        agent.save_checkpoint(directory / "checkpoint")
+    else:
+        agent.model.save_pretrained(directory / "model")
+    return directory / kind
+
+
+def damage_directory(rng: random.Random, path: Path) -> None:
+    """One or two of the files in a directory, each in its own way; at times one is missing, or is a pipe."""
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    for file in rng.sample(files, min(len(files), rng.choice((1, 1, 2)))):
+        chance = rng.random()
+        if chance > 0.97:
+            file.unlink()
+            if chance > 0.99:
+                os.mkfifo(file)
+        elif file.suffix == ".json":
+            file.write_bytes(damaged_json(rng, file.read_bytes()))
+        elif file.suffix in (".pt", ".npz"):
+            damage_archive(rng, file, {"data.pkl": damaged_pickle})
+        else:
+            damage_file(rng, file)
+
+
+def damage_agent(rng: random.Random, path: Path) -> None:
+    """The zip of an agent, the JSON in it, and the pickle in the archive in it."""
+
+    def damaged_archive(rng: random.Random, data: bytes) -> bytes:
+        inner = path.with_name("inner")
+        inner.write_bytes(data)
+        damage_archive(rng, inner, {"data.pkl": damaged_pickle})
+        return inner.read_bytes()
+
+    damage_archive(rng, path, {".json": damaged_json, "optimizer.pt": damaged_archive})
+
+
+def load_agent(path: Path, family: str, *, resume: bool) -> None:
+    """Loads, acts, and takes a gradient step, whatever the settings say of how many are due."""
+    refused = ""
+    try:
+        agent = WorldFluxAgent.load(path, Walk(family), device="cpu", resume=resume)
+    except BufferError as error:  # a buffer's size is a setting, and what it reserves is no memory yet
+        refused = str(error)
+    except ValueError as error:
+        if "spaces do not match" not in str(error):  # which is SB3's
+            raise
+        refused = str(error)
+    if refused:
+        raise CheckpointError(refused)
+    agent.predict(np.zeros(4, np.float32))
+    if agent.replay_buffer is not None and len(agent.replay_buffer) >= 8:
+        agent.trainer.step(agent.replay_buffer.sample(2, 5), agent.replay_buffer)
+
+
+def load_model(path: Path) -> None:
+    """Loads a model and asks it for actions."""
+    model = create_world_model(path)
+    model.policy(model.encode(torch.zeros(1, 4)))
+
+
+def make_buffer(directory: Path) -> Path:
+    """The `.npz` of a replay buffer."""
+    make_agent("tdmpc2").save_replay_buffer(directory / "buffer.npz")
+    return directory / "buffer.npz"
+
+
+def make_run(directory: Path) -> Path:
+    """The directory of a run of the command line, without its checkpoints."""
+    run = directory / "run"
+    (run / "logs").mkdir(parents=True)
+    settings = {"steps": 100, "seed": 3, "learning_rate": 0.1, "set": ["units=8"], "planner": "auto"}
+    RunConfig("train", "tdmpc2:tiny", "Pendulum-v1", settings, versions={"torch": "2"}).write(run)
+    (run / "evaluations.csv").write_text("step,score,std,length,episodes,seconds,seed\n3,1.5,0.1,10,5,1.0,3\n")
+    (run / "logs" / "progress.csv").write_text(
+        "time/total_timesteps,time/time_elapsed,rollout/ep_rew_mean\n10,1,0.5\n20,2,0.7\n"
+    )
+    return run
+
+
+def load_run(path: Path) -> None:
+    """What `worldflux train --resume` and `worldflux plot` read of it."""
+    from_json(TrainSettings, RunConfig.read(path).settings, path / CONFIG_FILE)
+    run = read_run(path)
+    if run is not None:
+        assert all(len(score) == 3 for score in run.evaluation + run.training) and run.task
+
+
+OURS = (WorldFluxError, FileNotFoundError)
+
+
+def saved(family: str, kind: str) -> Reader:
+    """An entry of the table below."""
+    make = partial(make_saved, family=family, kind=kind)
+    if kind == "model":
+        return Reader(make, damage_directory, load_model, OURS)
+    resume = kind == "checkpoint"
+    damage = damage_directory if resume else damage_agent
+    return Reader(make, damage, partial(load_agent, family=family, resume=resume), OURS)
+
+
 READERS = {
+    **{f"{kind}-{family}": saved(family, kind) for kind in ("agent", "checkpoint", "model") for family in SIZES},
+    "npz": Reader(
+        make_buffer,
+        lambda rng, path: damage_archive(rng, path, {}),
+        lambda path: ReplayBuffer.load(path).sample(2, 3),
+        OURS,
+    ),
+    "run": Reader(make_run, damage_directory, load_run, OURS),
     "official-dreamerv3": Reader(
         make_agent_pkl,
         damage_agent_pkl,
