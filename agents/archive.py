@@ -100,7 +100,8 @@ def write_archive(path: ArchivePath, description: dict[str, Any], write_checkpoi
     """
     target = None if is_file(path, "write") else _with_suffix(checked_path("path", path))
     if target is not None and (target.is_dir() or os.path.basename(os.fspath(path)) in ("", ".", "..")):  # type: ignore[arg-type]
-        raise CheckpointError(f"{path} is a directory, expected the path of a file. Add a name, such as agent.zip.")
+        name = target if target.is_dir() else path
+        raise CheckpointError(f"{name} is a directory, expected the path of a file. Add a name, such as agent.zip.")
     with _scratch(target) as scratch:
         checkpoint = scratch / "checkpoint"
         checkpoint.mkdir()
