@@ -453,3 +453,21 @@ def test_statistics_that_are_none_are_refused(value: Any, tmp_path: Path) -> Non
     replaced(path, json.dumps(with_value(json.loads(path.read_text()), "normalization.obs..var", value)).encode())
     with pytest.raises(CheckpointError, match="statistics of VecNormalize"):
         WorldFluxAgent.load(tmp_path / "checkpoint", VecNormalize(DummyVecEnv([make_env])), device="cpu", resume=True)
+
+
+PICKLES: dict[str, tuple[bytes, str]] = {
+    "code": (b"cos\nsystem\n(S'true'\ntR.", "refers to os.system"),
+    "memory": (b"cbuiltins\nbytearray\n(J\xff\xff\xff\x7ftR.", "refers to builtins.bytearray"),
+    "a place far off": (b"}r\xff\xff\xff\x7f.", "KeyError|TypeError|cannot be loaded"),
+    "itself": (b"]q\x00h\x00a.", "cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+def test_the_state_of_an_optimiser_is_not_unpickled(kind: str, place: Path) -> None:
+    content, message = PICKLES[kind]
+    (place / "checkpoint" / "optimizer.pt").unlink()
+    with zipfile.ZipFile(place / "checkpoint" / "optimizer.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + content)
+    with pytest.raises(CheckpointError, match=rf"optimizer\.pt cannot be loaded .*{message}|{message}"):
+        resume(place)

@@ -21,6 +21,7 @@ LAYERS = (
     ("worldflux.files",),
     ("worldflux.reading",),
     ("worldflux.locks",),
+    ("worldflux.pickles",),
     ("worldflux.overriding",),
     ("worldflux.config",),
     ("worldflux.accel",),

@@ -203,9 +203,12 @@ def places_in(value: Any) -> list[tuple[Any, Any]]:
 
 def damaged_json(rng: random.Random, data: bytes) -> bytes:
     """JSON with one to three values replaced, left out or put elsewhere; deep, long or double at times."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):  # damaged before
+        return damaged_bytes(rng, data)
     if rng.random() < 0.15:
         return damaged_bytes(rng, data)
-    value = json.loads(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         places = places_in(value)
         if not places:
@@ -247,8 +250,12 @@ def damage_archive(rng: random.Random, path: Path, inner: dict[str, Callable[[ra
     if rng.random() < 0.3:
         damage_file(rng, path)
         return
-    with zipfile.ZipFile(path) as archive:
-        members = [(name, archive.read(name)) for name in archive.namelist()]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [(name, archive.read(name)) for name in archive.namelist()]
+    except (zipfile.BadZipFile, NotImplementedError):  # damaged before
+        damage_file(rng, path)
+        return
     for _ in range(rng.randint(1, 3)):
         where = rng.randrange(len(members))
         chosen = [i for i, (name, _) in enumerate(members) if name.endswith(tuple(inner))]

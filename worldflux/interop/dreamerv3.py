@@ -17,9 +17,9 @@ from worldflux.config import DreamerV3Config
 from worldflux.config.checks import as_integer
 from worldflux.errors import CheckpointError, ConfigurationError
 from worldflux.files import checked_path
-from worldflux.interop.pickles import NUMPY, PickleReader, StoredArray
 from worldflux.models.dreamerv3.world_model import DreamerV3
 from worldflux.models.weights import check_finite
+from worldflux.pickles.reader import NUMPY, PickleReader, StoredArray
 from worldflux.reading import only_our_errors
 
 _SCALARS = {"retnorm/lo/value": "return_low", "retnorm/hi/value": "return_high"}

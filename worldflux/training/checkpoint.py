@@ -8,7 +8,6 @@ import random
 import re
 import time
 import uuid
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,8 @@ from worldflux.errors import CheckpointError, WorldFluxError
 from worldflux.files import reason, recover_directories, recover_directory
 from worldflux.models.base import WEIGHTS_FILE
 from worldflux.models.weights import check_finite, read_weights
-from worldflux.reading import check_stored, open_regular, read_json
+from worldflux.pickles.torch_files import StoredTensor, TorchFile
+from worldflux.reading import only_our_errors, read_json
 from worldflux.training.config import whole_number
 from worldflux.training.randomness import decoded
 
@@ -113,10 +113,8 @@ def check_target(path: Path) -> None:
         raise CheckpointError(f"{path} exists and is no checkpoint. Choose another path or remove it.")
 
 
-def read_checkpoint(
-    path: Path, *, allow_nonfinite: bool = False
-) -> tuple[Any, dict[str, Tensor], Any, dict[str, Tensor]]:
-    """What the files of a checkpoint hold: the trainer's progress, the weights, the optimisers' states, the extras.
+def read_checkpoint(path: Path, *, allow_nonfinite: bool = False) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+    """What the files of a checkpoint hold: the trainer's progress, the weights, the extras; not the optimisers' states.
 
     Raises:
         CheckpointError: If a file is missing or cannot be read, or a weight is not finite and that is not allowed.
@@ -128,7 +126,6 @@ def read_checkpoint(
     return (
         read_json(path / TRAINER_FILE, finite=False),  # what callbacks remember may be infinite
         read_weights(path / WEIGHTS_FILE, allow_nonfinite=allow_nonfinite),
-        _read_optimizers(path / OPTIMIZER_FILE),
         # What a model computed beside the rows is its own affair.
         read_weights(path / EXTRAS_FILE, allow_nonfinite=True) if (path / EXTRAS_FILE).exists() else {},
     )
@@ -180,48 +177,48 @@ def weights_on_cpu(model: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
-def optimizer_states(
-    path: Path, saved: Any, kind: str, own: Sequence[torch.optim.Optimizer], *, allow_nonfinite: bool = False
+def read_optimizers(
+    path: Path, kind: str, own: Sequence[torch.optim.Optimizer], *, allow_nonfinite: bool = False
 ) -> list[dict[str, Any]]:
     """The states that optimisers go on from: of the saved ones what was counted and remembered, the rest is their own.
 
     Raises:
-        CheckpointError: If they are of another kind, of other parameters, or lack what the next update needs.
+        CheckpointError: If they cannot be read, are of another kind or other parameters, or lack what the next update
+            needs; or a number is not finite, and that is not allowed.
     """
-    expected = [[len(group["params"]) for group in optimizer.param_groups] for optimizer in own]
-    damaged = f"{path / OPTIMIZER_FILE} is not the state of an optimiser. The file is damaged."
-    try:
-        saved_kind, states = saved["kind"], saved["states"]
-        found = [[len(group["params"]) for group in state["param_groups"]] for state in states]
-    except (AttributeError, LookupError, TypeError) as error:
-        raise CheckpointError(damaged) from error
-    if saved_kind != kind:
-        raise CheckpointError(f"{path} was trained with '{saved_kind}', and this model uses '{kind}'.")
-    if found != expected:
-        raise CheckpointError(
-            f"{path} has optimisers for {found} parameters, and this model trains {expected}. "
-            "Freeze the same parameters as when it was saved."
-        )
-    try:
-        taken = [_taken_over(state, optimizer, _MOMENTS[kind]) for state, optimizer in zip(states, own, strict=True)]
-    except (AttributeError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{damaged.removesuffix('.')}: {error}.") from error
-    if not allow_nonfinite:
-        for state in taken:
-            for index, entry in state["state"].items():
-                check_finite(f"{path / OPTIMIZER_FILE}, parameter {index}", {n: entry[n] for n in _MOMENTS[kind]})
+    file = path / OPTIMIZER_FILE
+    with only_our_errors(file):
+        with TorchFile(file, keys=(str, int)) as archive:
+            saved = archive.read()
+            saved_kind, states = saved["kind"], saved["states"]
+            if saved_kind != kind:
+                raise CheckpointError(f"{path} was trained with '{saved_kind}', and this model uses '{kind}'.")
+            expected = [[len(group["params"]) for group in optimizer.param_groups] for optimizer in own]
+            most = 1 + max(len(expected), *map(len, expected))  # the same state may be there any number of times
+            found = [[len(group["params"]) for group in state["param_groups"][:most]] for state in states[:most]]
+            if found != expected:
+                raise CheckpointError(
+                    f"{path} has optimisers for {found} parameters, and this model trains {expected}. "
+                    "Freeze the same parameters as when it was saved."
+                )
+            taken = [_taken_over(archive, state, one, _MOMENTS[kind]) for state, one in zip(states, own, strict=True)]
+    for state in taken if not allow_nonfinite else ():
+        for index, entry in state["state"].items():
+            check_finite(f"{file}, parameter {index}", {name: entry[name] for name in _MOMENTS[kind]})
     return taken
 
 
-def _taken_over(state: dict[str, Any], optimizer: torch.optim.Optimizer, moments: Sequence[str]) -> dict[str, Any]:
+def _taken_over(
+    archive: TorchFile, state: dict[str, Any], optimizer: torch.optim.Optimizer, moments: Sequence[str]
+) -> dict[str, Any]:
     """The state of an optimiser, with what the next update reads from a saved one.
 
     Raises:
         ValueError: If that is not there in the shapes of the parameters; or what Python raises for another structure.
     """
     own = optimizer.state_dict()["param_groups"]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if [index for group in state["param_groups"] for index in group["params"]] != list(range(len(parameters))):
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    if [index for group in state["param_groups"] for index in group["params"]] != list(parameters):
         raise ValueError("its parameters are not in their order")
     groups = [
         {**group, "updates": int(_counted("updates", saved["updates"]))}
@@ -229,21 +226,21 @@ def _taken_over(state: dict[str, Any], optimizer: torch.optim.Optimizer, moments
     ]
     entries: dict[int, dict[str, Any]] = {}
     for index, entry in state["state"].items():
-        parameter = parameters[index]
         for name in moments:
-            moment = entry[name]
-            if moment.layout is not torch.strided or moment.device.type != "cpu" or not moment.is_floating_point():
-                raise ValueError(f"{name} of parameter {index} holds no numbers")
-            if moment.shape != parameter.shape or not (moment.is_contiguous() or moment.stride() == parameter.stride()):
-                raise ValueError(f"{name} of parameter {index} has not the form {tuple(parameter.shape)}")
-        step = _counted(f"step of parameter {index}", entry["step"])
-        entries[index] = {"step": step, **{name: entry[name] for name in moments}}
+            if not isinstance(entry[name], StoredTensor) or entry[name].shape != tuple(parameters[index].shape):
+                raise ValueError(f"{name} of parameter {index} has not the shape {tuple(parameters[index].shape)}")
+        read = archive.tensors({name: entry[name] for name in ("step", *moments)})
+        for name in moments:
+            if not read[name].is_floating_point():
+                raise ValueError(f"{name} of parameter {index} is of type {read[name].dtype}")
+        step = read.get("step", entry["step"])
+        entries[index] = {**read, "step": _counted(f"step of parameter {index}", step)}
     return {"state": entries, "param_groups": groups}
 
 
 def _counted(name: str, value: Any) -> Any:
     """A count of updates, as it was saved: a number, or a tensor with one."""
-    is_one = isinstance(value, Tensor) and value.numel() == 1 and value.device.type == "cpu"
+    is_one = isinstance(value, Tensor) and value.numel() == 1
     if isinstance(value, bool) or not (isinstance(value, int | float) or is_one):
         raise ValueError(f"{name} is no number")
     if not 0 <= float(value) < LARGEST_STEP or float(value) % 1:
@@ -266,14 +263,3 @@ def _progress(checkpoint: Path) -> dict[str, Any]:
     except (FileNotFoundError, CheckpointError):
         return {}
     return progress if isinstance(progress, dict) else {}
-
-
-def _read_optimizers(path: Path) -> Any:
-    try:
-        with open_regular(path) as file:
-            with zipfile.ZipFile(file) as archive:
-                check_stored(archive, file.seek(0, os.SEEK_END))
-            file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged file makes unpickling raise is not a closed list
-        raise CheckpointError(f"{path} cannot be read: {error}. It is damaged or not a checkpoint.") from error

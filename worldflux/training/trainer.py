@@ -37,8 +37,8 @@ from worldflux.training.checkpoint import (
     check_target,
     new_run,
     newest_checkpoint,
-    optimizer_states,
     read_checkpoint,
+    read_optimizers,
     run_of,
     time_of_saving,
     weights_on_cpu,
@@ -510,10 +510,10 @@ class Trainer:
         """
         path = checked_path("path", path)
         with only_our_errors(path):
-            progress, weights, saved, extras = read_checkpoint(path, allow_nonfinite=allow_nonfinite)
+            progress, weights, extras = read_checkpoint(path, allow_nonfinite=allow_nonfinite)
             check_progress(path, progress, self.device)
             check_weights(path, weights, self.model.state_dict())
-            states = optimizer_states(path, saved, self._kind, self._optimizers, allow_nonfinite=allow_nonfinite)
+            states = read_optimizers(path, self._kind, self._optimizers, allow_nonfinite=allow_nonfinite)
 
         self.model.load_state_dict(weights)
         for optimizer, state in zip(self._optimizers, states, strict=True):

@@ -1,4 +1,4 @@
-"""Reading the files of `torch.save` without unpickling them; see `pickles`."""
+"""Reading the files of `torch.save` without unpickling them; see `reader`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from worldflux.interop.pickles import Builder, Name, PickleReader, whole_numbers
+from worldflux.pickles.reader import Builder, Name, PickleReader, whole_numbers
 
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -78,11 +78,13 @@ class TorchFile:
 
     Args:
         path: The zip archive that torch writes since 1.6.
+        keys: What keys of its mappings may be.
 
     What is wrong with the file raises a `ValueError`, or what Python raises for a damaged archive.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, keys: tuple[type, ...] = (str,)) -> None:
+        self._keys = keys
         self._size = os.path.getsize(path)
         if not zipfile.is_zipfile(path):
             raise ValueError("it is no archive, which is what torch.save writes since torch 1.6")
@@ -112,7 +114,7 @@ class TorchFile:
         with self._archive.open(found[0]) as file:
             size = self._members[found[0]].file_size
             buffered = io.BufferedReader(cast(io.RawIOBase, file))
-            return PickleReader(buffered, size, _BUILDERS, partial(self._storage, folder)).read()
+            return PickleReader(buffered, size, _BUILDERS, partial(self._storage, folder), self._keys).read()
 
     def tensors(self, mapping: Mapping[str, Any]) -> dict[str, Tensor]:
         """The tensors in a mapping that `read` gave; what is none is left out."""

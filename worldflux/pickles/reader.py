@@ -72,6 +72,7 @@ class PickleReader:
         size: Bytes that there are.
         builders: For each name that may occur, what stands for it; None if it is only mentioned and never called.
         persistent: Builds what the pickle refers to by an id.
+        keys: What keys of its mappings may be.
 
     What is wrong with the pickle raises a `ValueError`, or what Python raises for a missing operand.
     """
@@ -82,7 +83,9 @@ class PickleReader:
         size: int,
         builders: Mapping[tuple[str, str], Builder | None],
         persistent: Builder | None = None,
+        keys: tuple[type, ...] = (str,),
     ) -> None:
+        self._keys = keys
         self._file, self._left, self._builders, self._persistent = file, size, builders, persistent
         self._stack: list[Any] = []
         self._outer: list[list[Any]] = []
@@ -208,8 +211,8 @@ class PickleReader:
             raise ValueError(f"the pickle changes a {type(self._stack[-1]).__name__}, expected a {kind.__name__}")
         return self._stack[-1]
 
-    def _set(self, target: dict[str, Any], pairs: Any) -> None:
-        if len(pairs) % 2 or not all(type(key) is str for key in pairs[::2]):
+    def _set(self, target: dict[Any, Any], pairs: Any) -> None:
+        if len(pairs) % 2 or not all(type(key) in self._keys for key in pairs[::2]):
             raise ValueError("the pickle has a mapping with keys that are no names")
         target.update(zip(pairs[::2], pairs[1::2], strict=True))
 

@@ -1,0 +1,1 @@
+"""Reading files of arrays that others saved as pickles, without unpickling them."""
