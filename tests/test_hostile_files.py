@@ -377,7 +377,7 @@ NONFINITE: dict[str, tuple[str, Callable[..., Any]]] = {
 def test_weights_that_are_not_finite_are_refused_unless_they_are_asked_for(reader: str, place: Path) -> None:
     folder, read = NONFINITE[reader]
     name = poisoned(place / folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=rf"model\.safetensors: 1 of the .* numbers in '{name}' are NaN"):
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: '{name}' has 1 of .* values that are NaN"):
         read(place)
     read(place, allow_nonfinite=True)
 

@@ -283,9 +283,9 @@ WRONG_ARRAYS: dict[str, tuple[dict[Any, Any], str]] = {
     "text": ({"enc/mlp0/kernel": "text"}, "expected real numbers"),
     "uneven rows": ({"enc/mlp0/kernel": [[1.0], [1.0, 2.0]]}, "cannot be loaded"),
     "a name that is none": ({3: zeros(2)}, "under a int"),
-    "NaN": ({"enc/mlp0/bias": np.full(24, np.nan)}, "24 of the 24 numbers in 'encoder.mlp.linears.0.bias'"),
-    "infinity": ({"retnorm/hi/value": np.array(np.inf)}, "1 of the 1 numbers in 'return_high'"),
-    "infinite in 32 bits": ({"retnorm/hi/value": np.array(1e300)}, "1 of the 1 numbers in 'return_high'"),
+    "NaN": ({"enc/mlp0/bias": np.full(24, np.nan)}, "'encoder.mlp.linears.0.bias' has 24 of 24 values"),
+    "infinity": ({"retnorm/hi/value": np.array(np.inf)}, "'return_high' has 1 of 1 values"),
+    "infinite in 32 bits": ({"retnorm/hi/value": np.array(1e300)}, "'return_high' has 1 of 1 values"),
 }
 
 
@@ -377,10 +377,10 @@ WRONG_TENSORS: dict[str, tuple[dict[Any, Callable[[], Any]], str]] = {
     "other digits": ({"_dynamics.٣.weight": lambda: torch.zeros(8, 8)}, None),
     "two smallest deviations": ({"log_std_min": lambda: torch.zeros(2)}, "cannot be loaded"),
     "a deviation that is NaN": ({"log_std_min": lambda: torch.tensor(torch.nan)}, "no possible TD-MPC2"),
-    "NaN": ({"_pi.0.bias": lambda: torch.full((56,), torch.nan)}, "56 of the 56 numbers in 'actor.layers.0.bias'"),
+    "NaN": ({"_pi.0.bias": lambda: torch.full((56,), torch.nan)}, "'actor.layers.0.bias' has 56 of 56 values"),
     "infinite in 32 bits": (
         {"_pi.0.bias": lambda: torch.full((56,), 1e300, dtype=torch.float64)},
-        "56 of the 56 numbers",
+        "has 56 of 56 values",
     ),
 }
 

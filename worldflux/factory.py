@@ -225,10 +225,12 @@ def _load(name: str, device: torch.device, given: dict[str, Any], allow_nonfinit
         options = [key for family in _families.values() for key in family.names()]
         raise ConfigurationError(f"Unknown model {name!r}{nearest(name, options)} list_models() shows all.")
     directory = checked_path("spec_or_path", name)
-    return reading_together(directory, (CONFIG_FILE, WEIGHTS_FILE), lambda: _read(name, directory, device, given))
+    return reading_together(
+        directory, (CONFIG_FILE, WEIGHTS_FILE), lambda: _read(name, directory, device, given, allow_nonfinite)
+    )
 
 
-def _read(name: str, directory: Path, device: torch.device, given: dict[str, Any]) -> WorldModel:
+def _read(name: str, directory: Path, device: torch.device, given: dict[str, Any], allow_nonfinite: bool) -> WorldModel:
     """The same, once it is known to exist."""
     try:
         saved = WorldModelConfig.load(directory / CONFIG_FILE)

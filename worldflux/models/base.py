@@ -423,7 +423,8 @@ class WorldModel(nn.Module):
         Raises:
             CheckpointError: If the data is damaged or not finite, or names or shapes differ from the model's.
         """
-        self._take_over(parse_weights(data, source, allow_nonfinite=allow_nonfinite), source)
+        with only_our_errors(source):
+            self._take_over(parse_weights(data, source, allow_nonfinite=allow_nonfinite), source)
 
     def _take_over(self, weights: Mapping[str, Tensor], source: object) -> None:
         try:

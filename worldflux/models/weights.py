@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from worldflux.errors import CheckpointError
+from worldflux.models.finite import first_not_finite
 from worldflux.reading import open_regular
 
 
@@ -67,15 +67,11 @@ def check_finite(where: object, tensors: Mapping[str, Tensor]) -> None:
 
     Args:
         where: What the tensors were read from.
-        tensors: On any device.
+        tensors: On one device.
     """
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.numel():
-            continue
-        # The smallest and the largest number are NaN where any number is, and finding them takes no further memory.
-        if not torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all():
-            broken = int((~torch.isfinite(tensor)).sum())
-            raise CheckpointError(
-                f"{where}: {broken:,} of the {tensor.numel():,} numbers in '{name}' are NaN or infinite. A model of "
-                "them predicts NaN. Load an earlier checkpoint, or pass allow_nonfinite=True to look into this one."
-            )
+    problem = first_not_finite(tensors)
+    if problem is not None:
+        raise CheckpointError(
+            f"{where}: {problem}. A model of them predicts NaN. Load an earlier checkpoint, or pass "
+            "allow_nonfinite=True to look into this one."
+        )
