@@ -438,3 +438,14 @@ def test_two_commands_do_not_work_on_one_run(here: Path, capsys: pytest.CaptureF
     with using(here / "mine"):
         assert main(["train", "--resume", str(here / "mine"), "--steps", "20"]) == 2
     assert "in use by process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", [".", "..", "below/"])
+def test_a_path_that_names_a_directory_is_no_file_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agent: WorldFluxAgent, path: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(CheckpointError, match="is a directory, expected the path of a file"):
+        agent.save(path)
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["here"]
