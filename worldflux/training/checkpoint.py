@@ -234,7 +234,8 @@ def _taken_over(
             if not read[name].is_floating_point():
                 raise ValueError(f"{name} of parameter {index} is of type {read[name].dtype}")
         step = read.get("step", entry["step"])
-        entries[index] = {**read, "step": _counted(f"step of parameter {index}", step)}
+        counted = _counted(f"step of parameter {index}", step)
+        entries[index] = {"step": counted, **{name: read[name] for name in moments}}  # in the order of a living state
     return {"state": entries, "param_groups": groups}
 
 
