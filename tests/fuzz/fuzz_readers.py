@@ -12,6 +12,7 @@ A further reader is a further entry of `READERS`.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import mmap
 import os
@@ -227,7 +228,7 @@ def damaged_json(rng: random.Random, data: bytes) -> bytes:
             other, name = rng.choice(places)
             holder[key] = json.loads(json.dumps(other[name]))
         else:
-            holder[key] = rng.choice(VALUES)
+            holder[key] = copy.deepcopy(rng.choice(VALUES))
     text = json.dumps(value)
     for old, new in (
         ("1", "1" * rng.choice((30, 400, 5000))),
@@ -440,7 +441,7 @@ def load_run(path: Path) -> None:
     from_json(TrainSettings, RunConfig.read(path).settings, path / CONFIG_FILE)
     run = read_run(path)
     if run is not None:
-        assert all(len(score) == 3 for score in run.evaluation + run.training) and run.task
+        assert all(len(score) == 3 for score in run.evaluation + run.training) and isinstance(run.task, str)
 
 
 OURS = (WorldFluxError, FileNotFoundError)
