@@ -3,6 +3,6 @@
 from worldflux.agents.agent import WorldFluxAgent
 from worldflux.agents.callbacks import AgentCheckpointCallback
 from worldflux.agents.imagination import ImaginationCallback
-from worldflux.agents.schedule import UpdateSchedule
+from worldflux.agents.learning import UpdateSchedule
 
 __all__ = ["AgentCheckpointCallback", "ImaginationCallback", "UpdateSchedule", "WorldFluxAgent"]

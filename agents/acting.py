@@ -11,15 +11,15 @@ import torch
 from gymnasium.spaces import Discrete
 from torch import Tensor
 
+from worldflux.accel.cuda_graphs import Captures, CudaRecorder, form_of, places
+from worldflux.accel.guard import Tensors, Work
+from worldflux.accel.transfers import to_device, to_host
 from worldflux.envs.spaces import ActionCodec, Array, Arrays, ObservationCodec
 from worldflux.errors import ShapeMismatchError, TrainingError
 from worldflux.models.base import State, WorldModel
 from worldflux.models.finite import first_not_finite, largest, weights_of
 from worldflux.models.planning import Planner
-from worldflux.training.batch import Observation
-from worldflux.training.graphs import Captures, CudaRecorder, form_of, places
-from worldflux.training.guard import Tensors, Work
-from worldflux.training.transfers import to_device, to_host
+from worldflux.replay.batch import Observation
 
 MAX_FORMS = 8
 """Forms of acting that are recorded: observing and acting, at random or not, for each number of environments."""

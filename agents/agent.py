@@ -16,31 +16,28 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import safe_mean, set_random_seed, update_learning_rate
 from torch import Tensor
 
+from worldflux.accel.compilation import captures
+from worldflux.accel.device import resolve_device
+from worldflux.accel.overriding import overridden, steps_back
 from worldflux.agents.acting import Actor, Memory
 from worldflux.agents.building import build_model, build_planner, checked_model_kwargs
-from worldflux.agents.collecting import Collector
-from worldflux.agents.learning import Learner
-from worldflux.agents.logs import dump_log
-from worldflux.agents.rates import Rate, RateSchedule
+from worldflux.agents.collecting import Collector, frames_per_vec_step, stands_for, steps_elsewhere
+from worldflux.agents.learning import Learner, UpdateSchedule, dump_log
 from worldflux.agents.saving import SavedAgent
-from worldflux.agents.schedule import UpdateSchedule
-from worldflux.agents.settings import AgentSettings
-from worldflux.agents.vec_envs import frames_per_vec_step, stands_for, steps_elsewhere
-from worldflux.config.devices import resolve_device
+from worldflux.agents.settings import AgentSettings, Rate, RateSchedule
 from worldflux.envs.make import as_env
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
 from worldflux.envs.vector import seed_envs
 from worldflux.errors import ConfigurationError
 from worldflux.files import writing
 from worldflux.models.base import WorldModel
-from worldflux.overriding import overridden, steps_back
-from worldflux.training.compiling import captures
-from worldflux.training.config import TrainingConfig, whole_number
-from worldflux.training.replay import ReplayBuffer
-from worldflux.training.replay_segments import ReplaySegments
+from worldflux.replay.buffer import ReplayBuffer
+from worldflux.replay.checkpoint import ReplaySegments
+from worldflux.training.config import TrainingConfig
 from worldflux.training.saving import call_all
 from worldflux.training.signals import StopRequest, stopping_on_signals
 from worldflux.training.trainer import Trainer
+from worldflux.validation import whole_number
 
 SelfAgent = TypeVar("SelfAgent", bound="WorldFluxAgent")
 

@@ -15,17 +15,25 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any, Literal, TypeGuard
 
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.utils import get_system_info
+from stable_baselines3.common.vec_env import VecNormalize
 
-from worldflux.errors import CheckpointError, ConfigurationError
+from worldflux.agents.settings import AgentSettings, rate_from_json, rate_to_json
+from worldflux.envs.spaces_json import space_from_json, space_to_json
+from worldflux.errors import CheckpointError, ConfigurationError, ShapeMismatchError
 from worldflux.files import checked_path, directory_beside, recover_directory
 from worldflux.reading import check_stored, open_regular, read_json
 from worldflux.training.checkpoint import newest_checkpoint, writing_checkpoint
+from worldflux.validation import count, finite_number
 
 AGENT_FILE = "agent.json"
 FORMAT = 1
@@ -231,3 +239,208 @@ def _existing(path: Path) -> Path:
         if candidate.is_file():
             return candidate
     raise FileNotFoundError(f"There is no file {candidates[0]} or {candidates[1]}.")
+
+
+RUN_FILE = "run.json"
+_EPISODE_INFO = ("r", "l", "t")
+"""What SB3's `Monitor` says of an episode: its return, its length, and when it ended."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run remembers besides its agent and its replay data."""
+
+    collected: int
+    """Transitions that the replay buffer has received."""
+    episode_infos: list[dict[str, float]]
+    """SB3's `ep_info_buffer`: return, length and time of the last episodes."""
+    episode_successes: list[float]
+    """SB3's `ep_success_buffer`."""
+    normalization: dict[str, Any] | None
+    """Statistics of the `VecNormalize` around the environments, if there is one."""
+
+    def write(self, directory: Path) -> None:
+        """Writes `run.json`."""
+        (directory / RUN_FILE).write_text(json.dumps(vars(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls, directory: Path) -> RunState:
+        """What `write` wrote.
+
+        Raises:
+            CheckpointError: If the file is missing or damaged.
+        """
+        path = directory / RUN_FILE
+        try:
+            data = read_json(path, finite=False)  # statistics of a VecNormalize may be anything
+            infos = data["episode_infos"]
+            infos = [
+                {name: finite_number(name, info[name]) for name in _EPISODE_INFO if name in info} for info in infos
+            ]
+            return cls(
+                collected=count("collected", data["collected"], 0),
+                episode_infos=[{**info, "l": int(info["l"])} for info in infos],
+                episode_successes=[finite_number("episode_successes", value) for value in data["episode_successes"]],
+                normalization=None if data["normalization"] is None else dict(data["normalization"]),
+            )
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{directory} has no {RUN_FILE}, so there is no run to resume. Pass a directory that "
+                "WorldFluxAgent.save_checkpoint wrote; a zip of save() holds no replay data."
+            ) from error
+        except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+            raise CheckpointError(f"{path} is damaged: {error!r}.") from error
+
+
+def episode_info(info: Mapping[str, Any]) -> dict[str, float]:
+    """What is remembered of an episode, as JSON can hold it; `VecMonitor` and others give NumPy's numbers."""
+    return {name: float(info[name]) for name in _EPISODE_INFO if name in info}
+
+
+def normalization_state(normalize: VecNormalize | None) -> dict[str, Any] | None:
+    """The running statistics of a `VecNormalize`, as JSON can hold them."""
+    if normalize is None:
+        return None
+    obs = normalize.obs_rms if normalize.norm_obs else {}
+    return {
+        "obs": {key: _moments(rms) for key, rms in (obs if isinstance(obs, dict) else {"": obs}).items()},
+        "returns": _moments(normalize.ret_rms),
+    }
+
+
+def restore_normalization(normalize: VecNormalize | None, state: Mapping[str, Any] | None) -> None:
+    """Continues the statistics that `normalization_state` gave.
+
+    Raises:
+        ConfigurationError: If only one of the two runs has a `VecNormalize`.
+        CheckpointError: If the statistics are of other observations.
+    """
+    if (normalize is None) != (state is None):
+        was, now = ("had a", "has none") if normalize is None else ("had no", "has one")
+        raise ConfigurationError(
+            f"The run {was} VecNormalize around its environments, and env {now}. Wrap env as it was."
+        )
+    if normalize is None or state is None:
+        return
+    obs = normalize.obs_rms if normalize.norm_obs else {}
+    try:
+        for key, rms in (obs if isinstance(obs, dict) else {"": obs}).items():
+            _restore_moments(rms, state["obs"][key])
+        _restore_moments(normalize.ret_rms, state["returns"])
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"The statistics of VecNormalize in the checkpoint do not fit env: {error}.") from error
+
+
+def _moments(rms: RunningMeanStd) -> dict[str, Any]:
+    return {"mean": np.asarray(rms.mean).tolist(), "var": np.asarray(rms.var).tolist(), "count": float(rms.count)}
+
+
+def _restore_moments(rms: RunningMeanStd, state: Mapping[str, Any]) -> None:
+    mean, var = np.asarray(state["mean"], np.float64), np.asarray(state["var"], np.float64)
+    if mean.shape != np.shape(rms.mean) or var.shape != np.shape(rms.var):
+        raise ShapeMismatchError(f"a mean has shape {mean.shape}, expected {np.shape(rms.mean)}")
+    count = finite_number("count", state["count"])
+    if not np.isfinite(mean).all() or not (np.isfinite(var) & (var >= 0)).all() or count < 0:
+        raise ConfigurationError("a mean, a variance or a count is none")
+    rms.mean, rms.var, rms.count = mean, var, count
+
+
+LOOP_COUNTERS = ("num_timesteps", "_total_timesteps", "_num_timesteps_at_start", "_episode_num")
+"""Attributes of an agent that go on counting after loading."""
+
+COUNTERS = (*LOOP_COUNTERS, "_n_updates", "_updates_owed")
+"""These and what its `Learner` goes on counting."""
+
+
+_LATER_SETTINGS = {"compile"}
+"""That the first files of this format lack."""
+
+_PLACES = ("buffer_storage", "tensorboard_log")
+"""Settings that say where to write. They are those of the machine that an agent was saved on, and no file decides on
+where its reader writes."""
+_ELSEWHERE = "elsewhere"
+"""What a file says of replay data that did not lie in memory."""
+
+MOST_ENVS = 2**20
+LARGEST_COUNTER = 2**48
+"""No count in a file is that large."""
+
+
+@dataclass(frozen=True)
+class AgentDescription:
+    """An agent without its model and optimiser."""
+
+    observation_space: spaces.Space[Any]
+    action_space: spaces.Space[Any]
+    n_envs: int
+    settings: AgentSettings
+    counters: Mapping[str, int]
+    """By the names in `COUNTERS`."""
+    progress_remaining: float
+    """1 at the beginning of a call of `learn`, 0 at its end."""
+    schedule: Mapping[str, int | None]
+    """Where `UpdateSchedule` stands."""
+    stored_elsewhere: bool
+    """Whether the replay data lay on a disk or a device."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` builds an equal description from."""
+        return {
+            "observation_space": space_to_json(self.observation_space),
+            "action_space": space_to_json(self.action_space),
+            "n_envs": self.n_envs,
+            "settings": {
+                **vars(self.settings),
+                **dict.fromkeys(_PLACES),
+                "learning_rate": rate_to_json(self.settings.learning_rate),
+                "buffer_storage": _ELSEWHERE if self.stored_elsewhere else None,
+            },
+            "counters": dict(self.counters),
+            "progress_remaining": self.progress_remaining,
+            "schedule": dict(self.schedule),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], source: object) -> AgentDescription:
+        """The description that `to_json` turned into JSON.
+
+        Args:
+            data: Its content.
+            source: Named in errors.
+
+        Raises:
+            CheckpointError: If something is missing, or no agent can have such a value.
+        """
+        try:
+            return cls(
+                observation_space=space_from_json(data["observation_space"]),
+                action_space=space_from_json(data["action_space"]),
+                n_envs=count("n_envs", data["n_envs"], 1, below=MOST_ENVS),
+                settings=_settings(data["settings"]),
+                counters={name: count(name, data["counters"][name], 0, below=LARGEST_COUNTER) for name in COUNTERS},
+                progress_remaining=finite_number("progress_remaining", data["progress_remaining"]),
+                schedule={
+                    "env_steps": _whole_or_none("schedule: env_steps", data["schedule"]["env_steps"]),
+                    "handed_out": count(
+                        "schedule: handed_out", data["schedule"]["handed_out"], 0, below=LARGEST_COUNTER
+                    ),
+                },
+                stored_elsewhere=data["settings"].get("buffer_storage") not in (None, "memory"),
+            )
+        except KeyError as error:
+            raise CheckpointError(f"{source} is damaged: its agent.json has no {error}.") from error
+        except (CheckpointError, ConfigurationError, AttributeError, ArithmeticError, TypeError) as error:
+            raise CheckpointError(f"{source} is damaged. In its agent.json: {error}") from error
+
+
+def _settings(data: Mapping[str, Any]) -> AgentSettings:
+    """Settings as they were saved, without places; one that came later than the file takes its default."""
+    names = [item.name for item in fields(AgentSettings) if item.name not in _PLACES]
+    known = [name for name in names if name in data or name not in _LATER_SETTINGS]
+    return AgentSettings(
+        **{**{name: data[name] for name in known}, "learning_rate": rate_from_json(data["learning_rate"])}
+    )
+
+
+def _whole_or_none(name: str, value: Any) -> int | None:
+    return None if value is None else count(name, value, 0, below=LARGEST_COUNTER)

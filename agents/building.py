@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from stable_baselines3.common.vec_env import VecEnv
 
-from worldflux.agents.vec_envs import max_vec_episode_steps
+from worldflux.agents.collecting import max_vec_episode_steps
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
 from worldflux.errors import ConfigurationError, ShapeMismatchError
 from worldflux.factory import create_world_model, find_preset

@@ -9,8 +9,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from worldflux.agents.agent import WorldFluxAgent
 from worldflux.errors import ConfigurationError, TrainingError
-from worldflux.training.config import whole_number
 from worldflux.training.saving import CheckpointDirectory
+from worldflux.validation import whole_number
 
 
 class AgentCheckpointCallback(BaseCallback):

@@ -8,16 +8,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecTransposeImage, unwrap_vec_normalize
 from torch import Tensor
 
+from worldflux.accel.transfers import to_device, to_host
 from worldflux.agents.acting import Acting, Actor, Memory, recalled, remembered
-from worldflux.envs.record import VecEpisodeRecorder
+from worldflux.envs.recording.wrappers import VecEpisodeRecorder
 from worldflux.envs.spaces import Array, Arrays
+from worldflux.envs.vector import GymnasiumVecEnv, innermost
 from worldflux.envs.watch import EnvWatch
+from worldflux.envs.wrappers import LIMIT_NAMES, max_episode_steps, smallest_limit, stated_frames
 from worldflux.errors import TrainingError
-from worldflux.training.replay import ReplayBuffer
-from worldflux.training.transfers import to_device, to_host
+from worldflux.replay.buffer import ReplayBuffer
 
 
 class VecStep(NamedTuple):
@@ -155,3 +159,57 @@ class Collector:
         codec = self.actor.action_codec
         actions = codec.executed(codec.compact(env_actions))
         return to_device(torch.from_numpy(actions), self.actor.model.device)
+
+
+def steps_elsewhere(venv: VecEnv) -> bool:
+    """Whether a step is made by other processes, so that this one can work between `step_async` and `step_wait`."""
+    base = innermost(venv)
+    if isinstance(base, GymnasiumVecEnv):
+        return isinstance(base.vector_env.unwrapped, AsyncVectorEnv)
+    return isinstance(base, SubprocVecEnv)
+
+
+def stands_for(venv: VecEnv, env: object) -> bool:
+    """Whether `venv` is what an agent makes of `env`: itself, or wrapped in what SB3 and worldflux put around it."""
+    layer: Any = venv
+    while layer is not env:
+        if isinstance(layer, VecTransposeImage):
+            layer = layer.venv
+        elif isinstance(layer, GymnasiumVecEnv):
+            layer = layer.vector_env
+        elif isinstance(layer, DummyVecEnv) and layer.num_envs == 1:
+            layer = layer.envs[0]
+        elif isinstance(layer, Monitor):
+            layer = layer.env
+        else:
+            return False
+    return True
+
+
+def max_vec_episode_steps(venv: VecEnv) -> int | None:
+    """Steps after which each environment cuts its episodes; None where it does not say.
+
+    Of environments in other processes only the outermost limit of each name is known.
+    """
+    base = innermost(venv)
+    envs = base.vector_env.unwrapped if isinstance(base, GymnasiumVecEnv) else base
+    if isinstance(envs, DummyVecEnv | SyncVectorEnv):
+        return max_episode_steps(envs.envs[0])
+    stated = [_of_the_first(venv, name) for name in LIMIT_NAMES]
+    if not isinstance(base, SubprocVecEnv):  # whose processes die of a specification that cannot be pickled
+        stated.append(getattr(_of_the_first(venv, "spec"), "max_episode_steps", None))
+    return smallest_limit(stated)
+
+
+def frames_per_vec_step(venv: VecEnv) -> int:
+    """Frames that a step of each environment takes, by the attribute `action_repeat`; 1 where there is none."""
+    return stated_frames(_of_the_first(venv, "action_repeat"))
+
+
+def _of_the_first(venv: VecEnv, name: str) -> Any:
+    """An attribute of the first environment; None where it has none of that name, or cannot be asked."""
+    try:
+        return venv.get_attr(name, indices=[0])[0] if venv.has_attr(name) else None
+    except (AttributeError, TypeError, LookupError, NotImplementedError):
+        # What SB3's wrapper class is put around may be no VecEnv, and have none of its methods, or others.
+        return None

@@ -8,15 +8,15 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure, TensorBoardOutputFormat
 
 from worldflux.agents.agent import WorldFluxAgent
-from worldflux.agents.normalization import normalized
+from worldflux.agents.learning import normalized
+from worldflux.diagnostics.calibration import check_finite
+from worldflux.diagnostics.open_loop import OpenLoop, open_loop
+from worldflux.diagnostics.plots import figures, picture_name
+from worldflux.diagnostics.plots.frames import FPS, as_animated_png, film, image_keys, longest_windows
 from worldflux.errors import ConfigurationError, TrainingError
-from worldflux.training.batch import Batch
-from worldflux.training.calibration import check_finite
-from worldflux.training.config import whole_number
-from worldflux.training.newest import NewestRows
-from worldflux.training.pictures import figures, picture_name
-from worldflux.training.pictures.frames import FPS, as_animated_png, film, image_keys, longest_windows
-from worldflux.training.prediction import OpenLoop, open_loop
+from worldflux.replay.batch import Batch
+from worldflux.replay.newest import NewestRows
+from worldflux.validation import whole_number
 
 WINDOWS, IMAGE_WINDOWS = 64, 16
 """By default; windows of images take much memory."""

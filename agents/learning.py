@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
+import torch
+from stable_baselines3.common.logger import HumanOutputFormat, Logger
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
-from worldflux.agents.losses import MeanLosses
-from worldflux.agents.normalization import normalized
-from worldflux.agents.schedule import UpdateSchedule
+from worldflux.envs.spaces import SINGLE_KEY
+from worldflux.errors import ConfigurationError
 from worldflux.models.base import OnlineDefaults
-from worldflux.training.batch import Batch
-from worldflux.training.data import sample_from
-from worldflux.training.replay import ReplayBuffer
+from worldflux.replay.batch import Batch, Observation
+from worldflux.replay.buffer import ReplayBuffer
+from worldflux.replay.provider import sample_from
 from worldflux.training.trainer import Trainer
 
 CHECK_INTERVAL = 100
@@ -149,3 +151,127 @@ class Learner:
                 and buffer.num_windows(self.window) >= self.trainer.config.batch_size
             )
         return self._started
+
+
+class MeanLosses:
+    """Means of the losses since they were last read, kept on the device until then."""
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """Takes in the losses of one gradient step, without reading them."""
+        values = torch.stack([value.detach().float() for value in losses.values()])
+        if self._names != tuple(losses):
+            self._names, self._sum, self._count = tuple(losses), None, 0
+        self._sum = values if self._sum is None else self._sum.add_(values)
+        self._count += 1
+
+    def take(self) -> dict[str, float]:
+        """The means, empty if nothing was trained; then starts anew. Waits for the device."""
+        if self._sum is None:
+            return {}
+        means = (self._sum / self._count).tolist()
+        self._sum, self._count = None, 0
+        return dict(zip(self._names, means, strict=True))
+
+
+def normalized(obs: Observation, normalize: VecNormalize) -> Observation:
+    """`VecNormalize`'s own normalisation, of observations in the library's form `[B, T, ...]`."""
+    if not isinstance(obs, dict):
+        return normalized({SINGLE_KEY: obs}, normalize)[SINGLE_KEY]  # type: ignore[index]
+    statistics = normalize.obs_rms if isinstance(normalize.obs_rms, dict) else {SINGLE_KEY: normalize.obs_rms}
+    scaled = dict(obs)
+    for key, rms in statistics.items():
+        mean = torch.as_tensor(rms.mean.reshape(-1), dtype=torch.float32)
+        std = torch.as_tensor(np.sqrt(rms.var + normalize.epsilon).reshape(-1), dtype=torch.float32)
+        scaled[key] = ((obs[key] - mean) / std).clamp(-normalize.clip_obs, normalize.clip_obs)
+    return scaled
+
+
+class UpdateSchedule:
+    """Keeps replayed time steps and environment steps at a fixed ratio.
+
+    Counting starts with the first call, that is when training starts, and that call owes `first_updates`. After
+    it, every environment step owes `train_ratio / replayed_per_update` of one; whole ones are handed out and the
+    remainder is kept, so that the ratio holds over any stretch, whatever the number of environments.
+
+    Args:
+        train_ratio: Replayed time steps per environment step. Larger learns more from each step and takes longer.
+        replayed_per_update: Time steps in one batch, `batch_size * seq_len`.
+        first_updates: Gradient steps that the first call owes; more than one make up for the time before it.
+
+    Source: the training loops of DreamerV3, arXiv:2301.04104, and TD-MPC2, arXiv:2310.16828.
+    """
+
+    def __init__(self, train_ratio: float, replayed_per_update: int, first_updates: int = 1) -> None:
+        if not train_ratio >= 0 or train_ratio == float("inf"):
+            raise ConfigurationError(f"train_ratio is {train_ratio}, expected a number of 0 or more.")
+        self.train_ratio = train_ratio
+        self.replayed_per_update = replayed_per_update
+        self.first_updates = first_updates
+        self._env_steps: int | None = None
+        self._handed_out = 0
+
+    @property
+    def env_steps_per_update(self) -> float:
+        """The k of "one gradient step every k environment steps"; infinite for a ratio of 0."""
+        return self.replayed_per_update / self.train_ratio if self.train_ratio else float("inf")
+
+    def updates_due(self, new_env_steps: int) -> int:
+        """Gradient steps to take now.
+
+        Args:
+            new_env_steps: Environment steps, over all environments, since the last call.
+        """
+        if self.train_ratio == 0:
+            return 0
+        if self._env_steps is None:
+            self._env_steps = 0
+            return self.first_updates
+        self._env_steps += new_env_steps
+        # Totals rather than a running remainder: rounding cannot add up over millions of steps.
+        total = int(self._env_steps * self.train_ratio / self.replayed_per_update)
+        due, self._handed_out = total - self._handed_out, total
+        return due
+
+    def set_train_ratio(self, train_ratio: float) -> None:
+        """Keeps another ratio from now on; nothing is owed for the past."""
+        self.train_ratio = train_ratio
+        self.load_state_dict(self.state_dict())
+
+    def most_owed(self, n_envs: int) -> int:
+        """Gradient steps that can be owed at one time: the first ones, and those of two steps of `n_envs` each."""
+        return self.first_updates + int(2 * n_envs * self.train_ratio / self.replayed_per_update) + 1
+
+    def state_dict(self) -> dict[str, int | None]:
+        """Where the count stands, for a checkpoint."""
+        return {"env_steps": self._env_steps, "handed_out": self._handed_out}
+
+    def load_state_dict(self, state: Mapping[str, int | None]) -> None:
+        """Continue a count that `state_dict` described.
+
+        The handed-out total is counted anew where the ratio has changed since: nothing is owed for the past.
+        """
+        self._env_steps = state["env_steps"]
+        self._handed_out = int((self._env_steps or 0) * self.train_ratio / self.replayed_per_update)
+
+
+_INDENT = 3
+"""Columns that a table puts before a name."""
+
+
+def dump_log(logger: Logger, step: int) -> None:
+    """Writes what was recorded.
+
+    SB3's tables cut names that are longer than their `max_length`, and raise where two of them become the same.
+    Names of losses hold those of the observations, which begin alike in many environments, so tables are made wide
+    enough for all of them, whoever made the logger.
+    """
+    longest = max(map(len, logger.name_to_value), default=0) + _INDENT
+    for output in logger.output_formats:
+        if isinstance(output, HumanOutputFormat):
+            output.max_length = max(output.max_length, longest)
+    logger.dump(step)

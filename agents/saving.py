@@ -17,22 +17,25 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 from stable_baselines3.common.utils import check_for_correct_spaces, get_system_info
 
+from worldflux.accel.device import resolve_device
 from worldflux.agents.archive import (
+    LOOP_COUNTERS,
+    AgentDescription,
     ArchivePath,
+    RunState,
+    episode_info,
+    normalization_state,
     open_saved,
     path_to_read,
     path_to_write,
     print_saved_system,
+    restore_normalization,
     write_archive,
     write_description,
 )
-from worldflux.agents.checkpoints import RunState, episode_info, normalization_state, restore_normalization
 from worldflux.agents.collecting import Collector
-from worldflux.agents.description import LOOP_COUNTERS, AgentDescription
-from worldflux.agents.learning import Learner
-from worldflux.agents.schedule import UpdateSchedule
+from worldflux.agents.learning import Learner, UpdateSchedule
 from worldflux.agents.settings import AgentSettings
-from worldflux.config.devices import resolve_device
 from worldflux.envs.make import as_env
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
 from worldflux.envs.vector import seed_envs
@@ -42,10 +45,10 @@ from worldflux.files import atomic_directory, checked_path
 from worldflux.models.base import WEIGHTS_FILE
 from worldflux.models.weights import read_weights
 from worldflux.reading import only_our_errors
+from worldflux.replay.buffer import ReplayBuffer
+from worldflux.replay.checkpoint import ReplaySegments
 from worldflux.training.checkpoint import check_target, new_run, writing_checkpoint
 from worldflux.training.randomness import keeping_random_streams
-from worldflux.training.replay import ReplayBuffer
-from worldflux.training.replay_segments import ReplaySegments
 from worldflux.training.trainer import Trainer
 
 logger = logging.getLogger("worldflux")

@@ -24,7 +24,7 @@ from gymnasium import spaces
 
 import worldflux.agents.agent as agent_module
 from worldflux import WorldFluxAgent
-from worldflux.agents.vec_envs import steps_elsewhere
+from worldflux.agents.collecting import steps_elsewhere
 from worldflux.envs import make_vec_env
 
 

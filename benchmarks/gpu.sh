@@ -52,7 +52,7 @@ speed() {  # NAME MOST OPTIONS...
 
 "$python" -c "import torch; print(torch.__version__, torch.cuda.get_device_name())" > "$out/device.txt" 2>&1 ||
     { cat "$out/device.txt" >&2; echo "There is no CUDA device." >&2; exit 2; }
-part tests 90 "$python" -m pytest -q -p no:cacheprovider tests/test_cuda.py
+part tests 90 "$python" -m pytest -q -p no:cacheprovider tests/accel/test_cuda.py
 part doctor 60 "$python" -m worldflux.cli.main doctor --check-device cuda
 speed bfloat16 140 --dtype bfloat16
 speed float32 100 --dtype float32

@@ -44,8 +44,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from worldflux.replay.backends import free_memory, human
 from worldflux.training import ReplayBuffer
-from worldflux.training.budget import free_memory, human
 
 RESULTS = Path(__file__).parent / "results" / "replay.csv"
 SHAPES = {"vector": (24,), "image": (3, 64, 64)}

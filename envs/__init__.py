@@ -9,14 +9,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from worldflux.envs.registration import register_suites
+from worldflux.envs.suites.registration import register_suites
 
 if TYPE_CHECKING:
-    from worldflux.envs.check import check_env
-    from worldflux.envs.check_report import CheckReport, EnvironmentCheckError
+    from worldflux.envs.checking import check_env
+    from worldflux.envs.checking.report import CheckReport, EnvironmentCheckError
     from worldflux.envs.collection import collect
     from worldflux.envs.make import make_env, make_vec_env
-    from worldflux.envs.record import RecordEpisodes, VecRecordEpisodes, VectorRecordEpisodes
+    from worldflux.envs.recording.wrappers import RecordEpisodes, VecRecordEpisodes, VectorRecordEpisodes
     from worldflux.envs.spaces import ActionCodec, ObservationCodec
     from worldflux.envs.vector import GymnasiumVecEnv
     from worldflux.envs.wrappers import ActionRepeat, ResizeImages
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 _HOMES = {
     "ActionCodec": "worldflux.envs.spaces",
     "ActionRepeat": "worldflux.envs.wrappers",
-    "CheckReport": "worldflux.envs.check_report",
-    "EnvironmentCheckError": "worldflux.envs.check_report",
+    "CheckReport": "worldflux.envs.checking.report",
+    "EnvironmentCheckError": "worldflux.envs.checking.report",
     "GymnasiumVecEnv": "worldflux.envs.vector",
     "ObservationCodec": "worldflux.envs.spaces",
-    "RecordEpisodes": "worldflux.envs.record",
+    "RecordEpisodes": "worldflux.envs.recording.wrappers",
     "ResizeImages": "worldflux.envs.wrappers",
-    "VecRecordEpisodes": "worldflux.envs.record",
-    "VectorRecordEpisodes": "worldflux.envs.record",
-    "check_env": "worldflux.envs.check",
+    "VecRecordEpisodes": "worldflux.envs.recording.wrappers",
+    "VectorRecordEpisodes": "worldflux.envs.recording.wrappers",
+    "check_env": "worldflux.envs.checking",
     "collect": "worldflux.envs.collection",
     "make_env": "worldflux.envs.make",
     "make_vec_env": "worldflux.envs.make",

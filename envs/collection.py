@@ -12,12 +12,12 @@ from gymnasium.vector import VectorEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from worldflux.envs.make import as_env, check_batches, make_env
-from worldflux.envs.recorder import VecEpisodeRecorder
+from worldflux.envs.recording.recorder import VecEpisodeRecorder
 from worldflux.envs.spaces import ActionCodec, Array, ObservationCodec
 from worldflux.envs.vector import row_of, seed_envs
 from worldflux.errors import ConfigurationError, MissingDependencyError
-from worldflux.training.config import whole_number
-from worldflux.training.replay import ReplayBuffer
+from worldflux.replay.buffer import ReplayBuffer
+from worldflux.validation import whole_number
 
 _FIRST_STEPS = 1000
 """Steps of each environment that a buffer has room for before it grows."""

@@ -14,13 +14,13 @@ from gymnasium.wrappers import AddRenderObservation
 from stable_baselines3.common.env_util import make_vec_env as sb3_make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
-from worldflux.envs.atari import register_ale
-from worldflux.envs.registration import register_suites, suite_id, suite_names
 from worldflux.envs.spaces import ObservationCodec
+from worldflux.envs.suites.atari import register_ale
+from worldflux.envs.suites.registration import register_suites, suite_id, suite_names
 from worldflux.envs.vector import GymnasiumVecEnv
 from worldflux.envs.wrappers import ActionRepeat, ResizeImages, Size
 from worldflux.errors import ConfigurationError, MissingDependencyError, WorldFluxError, nearest
-from worldflux.training.config import whole_number
+from worldflux.validation import whole_number
 
 _NAMES = "'CartPole-v1', 'dmc/walker-walk', 'atari/pong' or 'atari100k/pong'"
 _OWN_SUITES = ("dmc/", "atari/", "atari100k/")

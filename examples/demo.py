@@ -24,9 +24,9 @@ from stable_baselines3.common.monitor import Monitor
 from tqdm.auto import tqdm
 
 from worldflux import WorldFluxAgent
+from worldflux.diagnostics.open_loop import open_loop
 from worldflux.envs import make_vec_env
 from worldflux.training import Batch
-from worldflux.training.prediction import open_loop
 
 ENV = "CartPole-v1"
 BEST_RETURN = 500

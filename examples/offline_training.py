@@ -32,10 +32,10 @@ import torch
 import tyro
 
 from worldflux import create_world_model
+from worldflux.diagnostics.open_loop import PredictionError, open_loop
 from worldflux.envs import collect
 from worldflux.models.base import WorldModel
 from worldflux.training import Batch, Callback, ReplayBuffer, Trainer, train
-from worldflux.training.prediction import PredictionError, open_loop
 
 ENV = "Pendulum-v1"
 OBS_NAMES = ("cosine of the angle", "sine of the angle", "angular velocity")

@@ -11,6 +11,7 @@ from typing import Any, Literal, overload
 
 import torch
 
+from worldflux.accel.device import resolve_device
 from worldflux.config import (
     DREAMERV3_SIZES,
     TDMPC2_SIZES,
@@ -20,7 +21,6 @@ from worldflux.config import (
     WorldModelConfig,
 )
 from worldflux.config.base import check_field_names
-from worldflux.config.devices import resolve_device
 from worldflux.errors import CheckpointError, ConfigurationError, nearest
 from worldflux.files import checked_path, reading_together
 from worldflux.models.base import CONFIG_FILE, WEIGHTS_FILE, WorldModel

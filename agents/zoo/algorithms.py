@@ -11,8 +11,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import LinearSchedule
 
 from worldflux.agents.agent import WorldFluxAgent
-from worldflux.agents.rates import Rate
-from worldflux.agents.settings import AgentSettings
+from worldflux.agents.settings import AgentSettings, Rate
 from worldflux.agents.zoo.theirs import SimpleLinearSchedule
 from worldflux.config import DreamerV3Config, TDMPC2Config, WorldModelConfig
 from worldflux.errors import ConfigurationError, TrainingError, nearest

@@ -40,10 +40,10 @@ import numpy as np
 import torch
 
 from worldflux import WorldFluxAgent, create_world_model
+from worldflux.cli.commands.train import TrainSettings
 from worldflux.cli.curves import read_run
 from worldflux.cli.options import from_json
 from worldflux.cli.runs import CONFIG_FILE, RunConfig
-from worldflux.cli.train import TrainSettings
 from worldflux.errors import BufferError, CheckpointError, WorldFluxError
 from worldflux.interop import load_official_dreamerv3, load_official_tdmpc2
 from worldflux.training import ReplayBuffer

@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
+from worldflux.accel.compilation import compiles
+from worldflux.accel.cuda_graphs import CudaRecorder
+from worldflux.accel.guard import Changes, Work, circumstances, compared, precision_of
 from worldflux.agents.acting import Actor
 from worldflux.agents.building import build_planner
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
@@ -22,13 +25,9 @@ from worldflux.factory import create_world_model
 from worldflux.models.base import WorldModel
 from worldflux.nn.definitions import by_definition
 from worldflux.training import Batch, ReplayBuffer, Trainer, TrainingConfig
-from worldflux.training.captured import CapturedStep, StepChanges
-from worldflux.training.compiling import compiles
+from worldflux.training.captured_step import CapturedStep, StepChanges
 from worldflux.training.config import resolve_device
-from worldflux.training.graphs import CudaRecorder
-from worldflux.training.guard import Changes, Work, circumstances, compared, precision_of
-from worldflux.training.step import phases_of
-from worldflux.training.update import GradientStep
+from worldflux.training.gradient_step import GradientStep, phases_of
 
 _FAMILIES: dict[str, tuple[int, int]] = {"dreamerv3:tiny": (2, 8), "tdmpc2:tiny": (16, 4)}
 """Windows in a batch and their rows."""

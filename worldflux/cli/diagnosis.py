@@ -12,7 +12,7 @@ from typing import Any
 
 from worldflux.cli.environments import find_environment
 from worldflux.cli.runs import installed_version
-from worldflux.envs.rendering import choose_backend
+from worldflux.envs.suites.rendering import choose_backend
 from worldflux.errors import WorldFluxError
 
 _PACKAGES = (
@@ -81,7 +81,7 @@ def hardware(device: str) -> dict[str, Any]:
     """
     import torch
 
-    from worldflux.config.devices import resolve_device
+    from worldflux.accel.device import resolve_device
 
     works, problem = None, ""
     try:
@@ -124,8 +124,8 @@ def environment(name: str, *, render: bool) -> dict[str, Any]:
         name: As for `worldflux check-env`.
         render: Check its picture, too.
     """
-    from worldflux.envs.check import check_env
-    from worldflux.envs.check_report import EnvironmentCheckError
+    from worldflux.envs.checking import check_env
+    from worldflux.envs.checking.report import EnvironmentCheckError
 
     try:
         report = check_env(find_environment(name), render=render)

@@ -10,15 +10,15 @@ from typing import TextIO
 
 import tyro
 
-from worldflux.cli.check_env import check_env
-from worldflux.cli.collect import collect
-from worldflux.cli.doctor import doctor
-from worldflux.cli.eval import evaluate
-from worldflux.cli.imagine import imagine
-from worldflux.cli.models import models
-from worldflux.cli.plot import plot
-from worldflux.cli.train import train
-from worldflux.cli.train_offline import train_offline
+from worldflux.cli.commands.check_env import check_env
+from worldflux.cli.commands.collect import collect
+from worldflux.cli.commands.doctor import doctor
+from worldflux.cli.commands.eval import evaluate
+from worldflux.cli.commands.imagine import imagine
+from worldflux.cli.commands.models import models
+from worldflux.cli.commands.plot import plot
+from worldflux.cli.commands.train import train
+from worldflux.cli.commands.train_offline import train_offline
 from worldflux.errors import WorldFluxError
 
 COMMANDS: dict[str, Callable[..., int]] = {

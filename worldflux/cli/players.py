@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from worldflux.cli import runs
+from worldflux.cli.commands.train import TrainSettings
 from worldflux.cli.options import EnvOptions, from_json
 from worldflux.cli.runs import RunConfig, Saved
-from worldflux.cli.train import TrainSettings
 from worldflux.errors import ConfigurationError, ShapeMismatchError
 
 if TYPE_CHECKING:

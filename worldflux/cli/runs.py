@@ -10,6 +10,8 @@ agent.zip          at the end (model/ for a training without an environment)
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import platform
@@ -18,7 +20,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from typing import Any
 from worldflux.errors import CheckpointError, ConfigurationError
 from worldflux.files import checked_path, write_atomically
 from worldflux.locks import LOCK_FILE
-from worldflux.reading import read_json
+from worldflux.reading import open_regular, read_json
 
 CONFIG_FILE = "config.json"
 LOGS = "logs"
@@ -284,3 +286,50 @@ def _plain(name: str) -> str:
     if ".py:" in name:  # path/to/file.py:MyEnv
         name = re.split(r"[\\/]", name)[-1].replace(".py:", "-")
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "run"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What some episodes earned that were played for this purpose, with the likeliest actions."""
+
+    step: int
+    """Environment steps of the training before."""
+    score: float
+    """Mean return."""
+    std: float
+    """Standard deviation of the returns."""
+    length: float
+    """Mean number of steps."""
+    episodes: int
+    """How many."""
+    seconds: float
+    """Since the training began, without the time between an interruption and its resumption."""
+    seed: int
+    """Of the run."""
+
+
+def read_evaluations(path: Path) -> list[Evaluation]:
+    """The rows of a file; none where there is no file.
+
+    Raises:
+        CheckpointError: If the file is damaged.
+    """
+    if not path.is_file():
+        return []
+    kinds = {item.name: {"int": int, "float": float}[str(item.type)] for item in fields(Evaluation)}
+    try:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8", newline="") as file:
+            return [
+                Evaluation(**{name: kind(row[name]) for name, kind in kinds.items()}) for row in csv.DictReader(file)
+            ]
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+        raise CheckpointError(f"{path} is not a file of evaluations: {error!r}. Remove it, or restore it.") from error
+
+
+def write_evaluations(path: Path, rows: list[Evaluation]) -> None:
+    """Writes all rows, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [item.name for item in fields(Evaluation)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    write_atomically(path, text.getvalue().encode())

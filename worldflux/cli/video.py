@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from worldflux.diagnostics.plots.frames import bgr, import_cv2
 from worldflux.errors import ConfigurationError, MissingDependencyError
 from worldflux.files import checked_path, path_beside, writing
-from worldflux.training.pictures.frames import bgr, import_cv2
 
 _GIF_FPS = 25
 """Browsers play faster GIFs slowly."""

@@ -1,9 +1,9 @@
 """What a world model is made of: its sizes, its inputs and its hyperparameters, checked when they are put together."""
 
 from worldflux.config.base import DynamicsType, LatentType, WorldModelConfig
-from worldflux.config.checks import ObsShape
 from worldflux.config.dreamerv3 import DREAMERV3_SIZES, DreamerV3Config
 from worldflux.config.tdmpc2 import TDMPC2_SIZES, TDMPC2Config
+from worldflux.validation import ObsShape
 
 __all__ = [
     "DREAMERV3_SIZES",

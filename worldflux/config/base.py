@@ -9,7 +9,10 @@ from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from typing import Any, ClassVar, TypeVar
 
-from worldflux.config.checks import (
+from worldflux.errors import ConfigurationError, nearest
+from worldflux.files import checked_path, write_text
+from worldflux.reading import only_our_errors, read_json
+from worldflux.validation import (
     ObsShape,
     as_integer,
     as_number,
@@ -18,9 +21,6 @@ from worldflux.config.checks import (
     clean_obs_shape,
     clean_sizes,
 )
-from worldflux.errors import ConfigurationError, nearest
-from worldflux.files import checked_path, write_text
-from worldflux.reading import only_our_errors, read_json
 
 ConfigT = TypeVar("ConfigT", bound="WorldModelConfig")
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from worldflux.config.base import DynamicsType, LatentType, WorldModelConfig, sized_fields
-from worldflux.config.checks import RESIZE_OR_FLATTEN, as_integer, as_number, check_choice, clean_sizes
 from worldflux.errors import ConfigurationError, nearest
+from worldflux.validation import RESIZE_OR_FLATTEN, as_integer, as_number, check_choice, clean_sizes
 
 _ENCODER_TYPES = ("cnn", "mlp", "multi")
 _DREAMERV3_LOSS_SCALES = {

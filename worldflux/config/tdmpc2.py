@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from worldflux.config.base import DynamicsType, LatentType, WorldModelConfig, sized_fields
-from worldflux.config.checks import RESIZE_OR_FLATTEN, as_integer, clean_sizes
 from worldflux.errors import ConfigurationError
+from worldflux.validation import RESIZE_OR_FLATTEN, as_integer, clean_sizes
 
 _SAMPLES_PER_PROPOSAL, _MOST_PROPOSALS = 16, 24
 _LEAST_IMAGE_SIDE = 39

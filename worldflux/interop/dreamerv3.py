@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from worldflux.config import DreamerV3Config
-from worldflux.config.checks import as_integer
 from worldflux.errors import CheckpointError, ConfigurationError
 from worldflux.files import checked_path
 from worldflux.models.dreamerv3.world_model import DreamerV3
 from worldflux.models.weights import check_finite
 from worldflux.pickles.reader import NUMPY, PickleReader, StoredArray
 from worldflux.reading import only_our_errors
+from worldflux.validation import as_integer
 
 _SCALARS = {"retnorm/lo/value": "return_low", "retnorm/hi/value": "return_high"}
 

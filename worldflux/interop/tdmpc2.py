@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from worldflux.config import TDMPC2Config
-from worldflux.config.checks import clean_sizes
 from worldflux.errors import CheckpointError, ConfigurationError
 from worldflux.files import checked_path
 from worldflux.models.tdmpc2.world_model import TDMPC2
 from worldflux.models.weights import check_finite
 from worldflux.pickles.torch_files import StoredTensor, TorchFile
 from worldflux.reading import only_our_errors
+from worldflux.validation import clean_sizes
 
 _NETWORKS = {
     "_dynamics": "dynamics",

@@ -13,15 +13,15 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from worldflux.accel.device import resolve_device
 from worldflux.config import WorldModelConfig
-from worldflux.config.devices import resolve_device
 from worldflux.errors import CheckpointError, ShapeMismatchError
 from worldflux.files import checked_path, reading_together, replacing_together, writing
 from worldflux.models.health import Vital
 from worldflux.models.weights import check_weights, parse_weights, read_weights
 from worldflux.nn.precision import autocast
 from worldflux.reading import InvalidJSONError, only_our_errors
-from worldflux.training.batch import Batch, Observation
+from worldflux.replay.batch import Batch, Observation
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from worldflux.accel.overriding import newer_than, steps_back
 from worldflux.config import WorldModelConfig
 from worldflux.errors import ConfigurationError, ShapeMismatchError
 from worldflux.models.base import State, WorldModel
-from worldflux.models.search import PlanningModel, Proposals, RolloutPlanning, repeated, search_step
-from worldflux.overriding import newer_than, steps_back
+from worldflux.models.mppi import PlanningModel, Proposals, RolloutPlanning, repeated, search_step
 
 _NOISE_SEED = 0  # of the fixed noise that deterministic planning uses
 _MOST_STEPS = 2**22

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from worldflux.accel.overriding import is_untouched
 from worldflux.nn.fast.norm_silu import mlps
 from worldflux.nn.init import truncated_normal_
-from worldflux.overriding import is_untouched
 
 PORTION = 2048
 """Rows of features that a CPU works on at a time."""

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldflux.nn import nodes
+from worldflux.accel.overriding import is_untouched
+from worldflux.nn.fast import mish as nodes
 from worldflux.nn.fast import mlp as fast
 from worldflux.nn.init import narrow_normal_
 from worldflux.nn.transforms import simnorm
-from worldflux.overriding import is_untouched
 
 
 def mish(x: Tensor) -> Tensor:

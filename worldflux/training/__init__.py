@@ -9,7 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from worldflux.training.batch import Batch, BatchRequest
+    from worldflux.diagnostics.health import Health, check_health
+    from worldflux.diagnostics.open_loop import OpenLoop, open_loop
+    from worldflux.replay.batch import Batch, BatchRequest
+    from worldflux.replay.buffer import ReplayBuffer
     from worldflux.training.callbacks import (
         Callback,
         CheckpointCallback,
@@ -19,28 +22,25 @@ if TYPE_CHECKING:
     )
     from worldflux.training.config import TrainingConfig
     from worldflux.training.data import create_random_buffer
-    from worldflux.training.health import Health, check_health
-    from worldflux.training.prediction import OpenLoop, open_loop
-    from worldflux.training.replay import ReplayBuffer
     from worldflux.training.trainer import Trainer, train
 
 _MODULE_OF = {
-    "Batch": "batch",
-    "BatchRequest": "batch",
-    "Callback": "callbacks",
-    "CheckpointCallback": "callbacks",
-    "EarlyStoppingCallback": "callbacks",
-    "Health": "health",
-    "LoggingCallback": "callbacks",
-    "OpenLoop": "prediction",
-    "ProgressCallback": "callbacks",
-    "ReplayBuffer": "replay",
-    "Trainer": "trainer",
-    "TrainingConfig": "config",
-    "check_health": "health",
-    "create_random_buffer": "data",
-    "open_loop": "prediction",
-    "train": "trainer",
+    "Batch": "worldflux.replay.batch",
+    "BatchRequest": "worldflux.replay.batch",
+    "Callback": "worldflux.training.callbacks",
+    "CheckpointCallback": "worldflux.training.callbacks",
+    "EarlyStoppingCallback": "worldflux.training.callbacks",
+    "Health": "worldflux.diagnostics.health",
+    "LoggingCallback": "worldflux.training.callbacks",
+    "OpenLoop": "worldflux.diagnostics.open_loop",
+    "ProgressCallback": "worldflux.training.callbacks",
+    "ReplayBuffer": "worldflux.replay.buffer",
+    "Trainer": "worldflux.training.trainer",
+    "TrainingConfig": "worldflux.training.config",
+    "check_health": "worldflux.diagnostics.health",
+    "create_random_buffer": "worldflux.training.data",
+    "open_loop": "worldflux.diagnostics.open_loop",
+    "train": "worldflux.training.trainer",
 }
 
 __all__ = [
@@ -66,7 +66,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    return getattr(import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:

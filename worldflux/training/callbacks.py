@@ -24,8 +24,8 @@ from torch import Tensor
 
 from worldflux.errors import ConfigurationError, MissingDependencyError, TrainingError, nearest
 from worldflux.files import checked_path
-from worldflux.training.config import whole_number
 from worldflux.training.saving import CheckpointDirectory
+from worldflux.validation import whole_number
 
 if TYPE_CHECKING:
     from worldflux.training.trainer import Trainer

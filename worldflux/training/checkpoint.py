@@ -24,8 +24,8 @@ from worldflux.models.base import WEIGHTS_FILE
 from worldflux.models.weights import check_finite, read_weights
 from worldflux.pickles.torch_files import StoredTensor, TorchFile
 from worldflux.reading import only_our_errors, read_json
-from worldflux.training.config import whole_number
 from worldflux.training.randomness import decoded
+from worldflux.validation import whole_number
 
 OPTIMIZER_FILE = "optimizer.pt"
 TRAINER_FILE = "trainer.json"

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from worldflux.config.devices import resolve_device
-from worldflux.errors import ConfigurationError, WorldFluxError, nearest
+from worldflux.accel.compilation import checked_compile
+from worldflux.accel.device import resolve_device
+from worldflux.errors import ConfigurationError, nearest
 from worldflux.files import checked_path, write_text
 from worldflux.reading import only_our_errors, read_json
-from worldflux.training.compiling import checked_compile
+from worldflux.validation import whole_number
 
 _COUNTS = {
     "total_steps": 1,
@@ -137,22 +137,4 @@ def _number(name: str, value: Any) -> float:
         number = None
     if number is None:
         raise ConfigurationError(f"{name} is {value!r}, expected a number.")
-    return number
-
-
-def whole_number(name: str, value: Any, least: int, *, error: type[WorldFluxError] = ConfigurationError) -> int:
-    """`value` as an int, if it is a whole number of Python, NumPy or torch, and no bool.
-
-    Args:
-        name: What it is called in the message.
-        value: What was given.
-        least: The smallest that is allowed.
-        error: Raised if it is something else or smaller.
-    """
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or number < least:
-        raise error(f"{name} is {value!r}, expected a whole number from {least}.")
     return number

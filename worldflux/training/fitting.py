@@ -12,10 +12,10 @@ from torch import nn
 
 from worldflux.config import WorldModelConfig
 from worldflux.errors import BufferError, ConfigurationError, TrainingError
-from worldflux.training.actions import ROUNDING, check_one_hots
-from worldflux.training.batch import Batch
+from worldflux.replay.actions import ROUNDING, check_one_hots
+from worldflux.replay.batch import Batch
+from worldflux.replay.sampler import WindowSampler
 from worldflux.training.config import TrainingConfig
-from worldflux.training.sampling import WindowSampler
 
 logger = logging.getLogger("worldflux.training")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from worldflux.errors import ConfigurationError, nearest
 from worldflux.models.base import OptimizerSpec, ParameterGroup, parameter_groups
 from worldflux.nn.fast.laprop import laprop
-from worldflux.training.counted import Alike
 
 AGC_MIN_NORM = 1e-3
 """Norm that adaptive clipping takes a smaller tensor to have, so that a tensor that starts at zero can leave it."""
@@ -415,3 +414,43 @@ def _check_settings(lr: float, betas: tuple[float, float], eps: float, warmup_st
         raise ConfigurationError(f"warmup_steps is {warmup_steps}, expected 0 (none) or more.")
     if not weight_decay >= 0:
         raise ConfigurationError(f"weight_decay is {weight_decay}, expected 0 (none) or more.")
+
+
+Alike = list[list[Tensor]]
+"""Parameters of a group, in lists of those that have been updated equally often."""
+
+
+@runtime_checkable
+class CapturableOptimizer(Protocol):
+    """An optimiser whose update can be recorded, in two halves: the host counts it, the device carries it out.
+
+    The two together do what `step` does, up to rounding.
+    """
+
+    param_groups: list[dict[str, Any]]
+    state: dict[Any, Any]
+    updated: Sequence[Alike]
+    """What the last `step` updated, by group."""
+
+    def make_capturable(self, capturable: bool = True) -> None:
+        """Prepares for this kind of updates, or takes that back; `step` works in both cases."""
+
+    def are_alike(self, parameters: Sequence[Alike]) -> bool:
+        """Whether the parameters in each list have been updated equally often, so that they can be counted together."""
+        ...
+
+    def count(self, parameters: Sequence[Alike]) -> list[float]:
+        """Counts an update of these parameters, by group; they are alike.
+
+        Returns:
+            The numbers that this update needs.
+        """
+        ...
+
+    def update(self, numbers: Tensor, parameters: Sequence[Alike]) -> None:
+        """Carries the update out.
+
+        Args:
+            numbers: What `count` returned, on the device of the parameters. `[n]`
+            parameters: As given to `count`.
+        """

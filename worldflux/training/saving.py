@@ -12,7 +12,7 @@ from worldflux.errors import ConfigurationError
 from worldflux.files import checked_path, remove_directory
 from worldflux.locks import using
 from worldflux.training.checkpoint import checkpoint_name, checkpoints_in, run_of
-from worldflux.training.config import whole_number
+from worldflux.validation import whole_number
 
 logger = logging.getLogger("worldflux.training")
 

@@ -15,19 +15,33 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from worldflux.accel.allocator import keep_freed_memory
+from worldflux.accel.compilation import captures, compiles
+from worldflux.accel.cuda_graphs import CudaRecorder
+from worldflux.accel.device import resolve_device
+from worldflux.accel.overriding import overridden
 from worldflux.config import WorldModelConfig
-from worldflux.config.devices import resolve_device
+from worldflux.diagnostics.health import Health, check_health
 from worldflux.errors import CheckpointError, ConfigurationError, TrainingError
 from worldflux.files import atomic_directory, checked_path, give_rights_of, remove_leftovers
 from worldflux.models.base import CONFIG_FILE, WEIGHTS_FILE, OptimizerSpec, Phase, WorldModel
+from worldflux.models.evaluation import evaluating
 from worldflux.models.finite import first_not_finite, weights_of
 from worldflux.models.weights import check_weights
-from worldflux.overriding import overridden
 from worldflux.reading import only_our_errors
-from worldflux.training.allocator import keep_freed_memory
-from worldflux.training.batch import Batch
+from worldflux.replay.batch import Batch
+from worldflux.replay.provider import (
+    SAMPLES,
+    Batches,
+    BatchProvider,
+    BatchRequestProvider,
+    Resumable,
+    batches_from,
+    sample_from,
+)
+from worldflux.replay.sampler import WindowSampler
 from worldflux.training.callbacks import Callback, CheckpointCallback, Losses
-from worldflux.training.captured import CapturedStep
+from worldflux.training.captured_step import CapturedStep
 from worldflux.training.checkpoint import (
     EXTRAS_FILE,
     FORMAT,
@@ -44,20 +58,22 @@ from worldflux.training.checkpoint import (
     weights_on_cpu,
     writing_checkpoint,
 )
-from worldflux.training.compiling import captures, compiles
-from worldflux.training.config import TrainingConfig, whole_number
-from worldflux.training.data import BatchProvider, BatchRequestProvider, sample_from
+from worldflux.training.config import TrainingConfig
 from worldflux.training.fitting import check_first_batch, check_kind, warn_of_overruled
-from worldflux.training.graphs import CudaRecorder
-from worldflux.training.health import Health, check_health
+from worldflux.training.gradient_step import (
+    OF_BATCH,
+    FiniteWatch,
+    GradientStep,
+    Updated,
+    WriteBack,
+    as_loss_output,
+    phases_of,
+)
 from worldflux.training.optim import build_optimizer
-from worldflux.training.prefetch import SAMPLES, Batches, Resumable, batches_from
 from worldflux.training.randomness import random_state, seed_everything, set_random_state
-from worldflux.training.sampling import WindowSampler
 from worldflux.training.saving import CheckpointDirectory, call_all
 from worldflux.training.signals import StopRequest, stopping_on_signals
-from worldflux.training.step import OF_BATCH, FiniteWatch, WriteBack, as_loss_output, evaluating, phases_of
-from worldflux.training.update import GradientStep, Updated
+from worldflux.validation import whole_number
 
 logger = logging.getLogger("worldflux.training")
 

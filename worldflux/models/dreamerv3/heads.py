@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from worldflux.accel.overriding import steps_back
 from worldflux.nn.distributions import CategoricalPolicy, NormalPolicy, PolicyDistribution, TwoHot
 from worldflux.nn.layers import MLP, Linear, are_plain
 from worldflux.nn.transforms import symexp_bins
-from worldflux.overriding import steps_back
 
 
 class TwoHotHead(nn.Module):

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from worldflux.models.dreamerv3.alignment import ArrivalRows
 from worldflux.models.dreamerv3.behavior import ImaginationLosses, Imagined
-from worldflux.models.dreamerv3.inputs import ArrivalRows
 from worldflux.models.dreamerv3.rssm import Observed
 from worldflux.nn.distributions import OneHot, PolicyDistribution
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from worldflux.models.dreamerv3.behavior import Imagined
-from worldflux.models.dreamerv3.fast.imagine import imagine
+from worldflux.models.dreamerv3.fast.native_imagine import imagine
 from worldflux.models.dreamerv3.heads import Actor
 from worldflux.models.dreamerv3.parts import Draws
 from worldflux.models.dreamerv3.rssm import RSSM, bounded

@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldflux.models.dreamerv3.cell import CoreWeights, PosteriorWeights, PriorWeights
-from worldflux.models.dreamerv3.fast.scan import NativeScan
-from worldflux.models.dreamerv3.imagination import ImaginationWeights, hidden_layers, imagine_step, layers_of
-from worldflux.models.dreamerv3.scan import Scan, observe_step, observe_step_backward
+from worldflux.accel.overriding import overridden, steps_back
+from worldflux.models.dreamerv3.fast.cell import CoreWeights, PosteriorWeights, PriorWeights
+from worldflux.models.dreamerv3.fast.imagine import ImaginationWeights, hidden_layers, imagine_step, layers_of
+from worldflux.models.dreamerv3.fast.native_scan import NativeScan
+from worldflux.models.dreamerv3.fast.scan import Scan, observe_step, observe_step_backward
 from worldflux.nn.definitions import fast_forms
 from worldflux.nn.distributions import OneHot
 from worldflux.nn.fast.kernels import kernels
 from worldflux.nn.layers import MLP, BlockLinear, Linear, NormSiLU, are_plain
 from worldflux.nn.precision import products
-from worldflux.overriding import overridden, steps_back
 
 
 class Observed(NamedTuple):

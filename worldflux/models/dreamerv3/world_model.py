@@ -17,6 +17,7 @@ from torch import Tensor
 from worldflux.config import DreamerV3Config
 from worldflux.errors import ShapeMismatchError
 from worldflux.models.base import LossOutput, OnlineDefaults, OptimizerSpec, State, Trajectory, WorldModel
+from worldflux.models.dreamerv3.alignment import ArrivalRows, arrival_rows
 from worldflux.models.dreamerv3.behavior import (
     ReturnNorm,
     imagination_losses,
@@ -26,13 +27,12 @@ from worldflux.models.dreamerv3.behavior import (
 from worldflux.models.dreamerv3.encoder import Decoder, Encoder
 from worldflux.models.dreamerv3.heads import Actor, ContinueHead, TwoHotHead, give_by_stacks
 from worldflux.models.dreamerv3.health import vitals
-from worldflux.models.dreamerv3.inputs import ArrivalRows, arrival_rows
 from worldflux.models.dreamerv3.parts import Draws, LossParts
 from worldflux.models.dreamerv3.rollout import roll_out
 from worldflux.models.dreamerv3.rssm import RSSM, kl_losses
 from worldflux.models.health import Vital
 from worldflux.nn.layers import PORTION, in_portions, stacked_mlps
-from worldflux.training.batch import Batch, Observation
+from worldflux.replay.batch import Batch, Observation
 
 
 class DreamerV3(WorldModel):

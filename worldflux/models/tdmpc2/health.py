@@ -20,8 +20,8 @@ from worldflux.models.health import (
     share_constant,
     value_over_rewards,
 )
+from worldflux.models.tdmpc2.alignment import Windows
 from worldflux.models.tdmpc2.parts import ModelParts
-from worldflux.models.tdmpc2.windows import Windows
 
 TDMPC2_LIMITS: dict[str, Limit] = {
     # Healthy: 0. Broken: 0.33 to 0.9 with learning rates of 0.3 and 3, 0.8 with encoder weights 30 times as large.

@@ -9,18 +9,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from worldflux.accel.overriding import overridden
 from worldflux.config import TDMPC2Config
 from worldflux.errors import ConfigurationError, ShapeMismatchError
 from worldflux.models.base import State, Trajectory, WorldModel
-from worldflux.models.search import Outlook, discounted_rewards
+from worldflux.models.mppi import Outlook, discounted_rewards
 from worldflux.models.tdmpc2.encoder import MAX_SHIFT, Decoder, Encoder
 from worldflux.models.tdmpc2.policy import PolicySample, squashed_normal
 from worldflux.models.tdmpc2.tasks import Tasks
 from worldflux.nn.distributions import TwoHot
 from worldflux.nn.mish import Ensemble, MishMLP, rollout_natively
 from worldflux.nn.transforms import simnorm, symexp, symlog_bins
-from worldflux.overriding import overridden
-from worldflux.training.batch import Observation
+from worldflux.replay.batch import Observation
 
 _SAMPLED_MEMBERS = 2
 """Value networks in each estimate."""

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from worldflux.accel.overriding import overridden, steps_back
 from worldflux.errors import TrainingError
 from worldflux.models.base import (
     LossOutput,
@@ -27,17 +28,16 @@ from worldflux.models.base import (
     parameter_groups,
 )
 from worldflux.models.health import Vital
-from worldflux.models.search import Found, search_step
+from worldflux.models.mppi import Found, search_step
+from worldflux.models.tdmpc2.alignment import Windows, windows
 from worldflux.models.tdmpc2.health import vitals
 from worldflux.models.tdmpc2.latent_model import LatentModel
 from worldflux.models.tdmpc2.losses import moved_scale, step_weights, termination_statistics, value_range
 from worldflux.models.tdmpc2.parts import ModelDraws, ModelParts, PolicyDraws
-from worldflux.models.tdmpc2.windows import Windows, windows
 from worldflux.nn.distributions import TwoHot
-from worldflux.nn.dropout import dropout_factors
+from worldflux.nn.fast.dropout import dropout_factors
 from worldflux.nn.transforms import symlog
-from worldflux.overriding import overridden, steps_back
-from worldflux.training.batch import Batch
+from worldflux.replay.batch import Batch
 
 
 class TDMPC2(LatentModel):

@@ -413,10 +413,10 @@ typedef struct {
     float *posterior_normed, *posterior_hidden, *inverse; /* D, S * C, h, h, 2 * h, D, D, 3 * D, D, h, h wide; 4 */
     /* For the gradient; `d_deter`, `d_stoch` and `d_logits` hold those of the results, and are used up. */
     float *d_deter, *d_stoch, *d_logits, *d_action, *d_embed, *d_deter_in, *d_stoch_in, *d_gates, *before;
-    float *d_weights[15]; /* as `CoreWeights` and `PosteriorWeights` of `worldflux.models.dreamerv3.cell` */
+    float *d_weights[15]; /* as `CoreWeights` and `PosteriorWeights` of `worldflux.models.dreamerv3.fast.cell` */
 } Window;
 
-/* The states along replayed windows (`worldflux.models.dreamerv3.scan.observe_step`). */
+/* The states along replayed windows (`worldflux.models.dreamerv3.fast.scan.observe_step`). */
 void observe(const Model *m, const Window *v) {
     int N = v->N, D = m->D, g = m->g, w = D / g, h = m->h, S = m->S, C = m->C, L = S * C;
     for (long t = 0; t < v->T; t++) {
@@ -458,7 +458,7 @@ void observe(const Model *m, const Window *v) {
     }
 }
 
-/* Their gradients (`worldflux.models.dreamerv3.scan.observe_step_backward`, then those of the weights). */
+/* Their gradients (`worldflux.models.dreamerv3.fast.scan.observe_step_backward`, then those of the weights). */
 void observe_backward(const Model *m, const Window *v) {
     int N = v->N, D = m->D, g = m->g, w = D / g, h = m->h, S = m->S, C = m->C, L = S * C, all = v->T * N;
     float *const *d = v->d_weights;

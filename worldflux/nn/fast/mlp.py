@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as torch_module
 
 from worldflux.accel import native
-from worldflux.nn import nodes
+from worldflux.nn.fast import mish as nodes
 
 logger = logging.getLogger("worldflux.nn")
 

@@ -1,0 +1,1 @@
+"""Recording episodes into a replay buffer."""

@@ -1,0 +1,360 @@
+"""Recorders: what environments gave for a step becomes a row of the replay buffer.
+
+How observations, actions and rewards belong together is drawn in `ReplayBuffer`; here, and nowhere else, are the steps
+of environments turned into its rows. A step is in the buffer as soon as it was made, long before its episode ends.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
+
+from worldflux.envs.given import check_what_is_given
+from worldflux.envs.recording.step_cache import HeldSteps
+from worldflux.envs.spaces import ActionCodec, Array, Arrays, ObservationCodec
+from worldflux.envs.taps import Tap, tapped
+from worldflux.envs.vector import ENDED, RESET_STEP, GymnasiumVecEnv, innermost, settle
+from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError
+from worldflux.replay.buffer import ReplayBuffer
+from worldflux.replay.ring import TERMINATED, TRUNCATED
+
+_TERMINATED, _TRUNCATED = int(TERMINATED), int(TRUNCATED)
+
+_GIVEN_FINAL = "worldflux.given_final"
+"""In the info of an episode's last step: its last observation as it was before `VecNormalize`."""
+
+Ends = Sequence[tuple[int, int]]
+"""The environments whose episodes a step ended, from the first to the last, with TERMINATED or TRUNCATED."""
+
+
+class EpisodeRecorder:
+    """Writes the steps of environments that move together into a buffer.
+
+    Attributes:
+        buffer: Where the steps go.
+        obs_codec: Translates observations.
+        action_codec: Translates actions.
+
+    Args:
+        buffer: In which each environment gets a stream of its own.
+        observation_space: Of a single environment.
+        action_space: Of a single environment.
+        n_envs: How many there are.
+
+    Raises:
+        ConfigurationError: If a space is not supported.
+        ShapeMismatchError: If the buffer was made for other shapes.
+        BufferError: If it was made for another kind of actions.
+    """
+
+    _held_type = HeldSteps
+
+    def __init__(
+        self, buffer: ReplayBuffer, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], n_envs: int
+    ) -> None:
+        self.buffer = buffer
+        self.n_envs = n_envs
+        self.obs_codec = ObservationCodec(observation_space)
+        self.action_codec = ActionCodec(action_space)
+        if buffer.obs_shape != self.obs_codec.obs_shape or buffer.action_dim != self.action_codec.action_dim:
+            raise ShapeMismatchError(
+                f"The buffer holds observations {buffer.obs_shape} and {buffer.action_dim} action numbers, expected "
+                f"{self.obs_codec.obs_shape} and {self.action_codec.action_dim} for this environment. "
+                "ObservationCodec and ActionCodec of worldflux.envs tell these numbers for any space."
+            )
+        buffer.declare_actions(self.action_codec.action_type, self.action_codec.action_classes)
+        self._began = False
+        self._held: Any = None  # of `_held_type`
+        self._shape = (n_envs,)
+
+    @property
+    def is_in_order(self) -> bool:
+        """Whether the environments have the streams of the same numbers, as `add` does."""
+        return self._began and self._held.is_in_order
+
+    @property
+    def obs(self) -> Arrays | None:
+        """What the next actions will be taken at, in the library's form `[n_envs, ...]`; None before a reset."""
+        return self._held.obs if self._began else None
+
+    def begin(self, obs: Any) -> None:
+        """All environments were reset to `obs` `[n_envs, ...]`; episodes in flight end there, truncated."""
+        if self._began:
+            self.interrupt()
+        first, _ = self.obs_codec.encode_any(obs)
+        count = len(next(iter(first.values())) if isinstance(first, dict) else first)
+        if count != self.n_envs:
+            raise ShapeMismatchError(f"reset() gave {count} observations, expected {self.n_envs}.")
+        if self._held is None:
+            self._held = self._held_type(self.buffer, self.obs_codec, self.action_codec, self.n_envs)
+            # Who forgets to close an environment does not keep its stream for ever.
+            weakref.finalize(self, self._held.abandon).atexit = False
+        self._held.attach()
+        self._held.set_obs(first)
+        self._began = True
+
+    def interrupt(self) -> None:
+        """Ends the episodes in flight as truncated, with the observations after their last steps.
+
+        That is due when a reset, a step or storing it has failed, too: nobody knows where the environments are then.
+        """
+        if self._began:
+            self._held.end_episodes()
+        self.finish()
+
+    def finish(self) -> None:
+        """Every episode has ended; a reset is due."""
+        self._began = False
+        if self._held is not None:
+            self._held.rest()
+
+    def close(self) -> None:
+        """Ends the episodes in flight, and leaves the streams to others."""
+        self.interrupt()
+        if self._held is not None:
+            self._held.detach()
+
+    def checked_actions(self, actions: Any) -> Array:
+        """A copy of what is about to be executed, for `add` (`is_compact`).
+
+        Raises:
+            BufferError: If no episode has begun.
+            ShapeMismatchError: If these are no actions of the space.
+        """
+        if not self._began:
+            raise BufferError("step() was called where no episode has begun. Call env.reset() first.")
+        return self.action_codec.compact(actions)
+
+    def add(
+        self,
+        actions: Array,
+        rewards: Any,
+        next_obs: Any,
+        ends: Ends = (),
+        finals: Sequence[Any] | None = None,
+        skipped: Sequence[int] = (),
+        extras: Mapping[str, Any] | None = None,
+        is_compact: bool = False,
+    ) -> None:
+        """Stores a step of every environment.
+
+        Args:
+            actions: As executed, in the library's form `[n_envs, A]`, or as `checked_actions` returned them.
+            rewards: As the environments gave them. `[n_envs]`
+            next_obs: What the next actions will be taken at, as the environments gave it `[n_envs, ...]`.
+            ends: The episodes that it ended.
+            finals: For each of `ends` the observation after this step, before the reset, as the environment gave it.
+                None if `next_obs` holds them.
+            skipped: The environments that made no step.
+            extras: What the model wants stored beside the rows. `{name: [n_envs, ...]}`
+            is_compact: Which of the two forms the actions have.
+        """
+        encoded = None if finals is None else [self._held.encoded_final(final) for final in finals]
+        if not extras and self._held.put(actions, rewards, next_obs, is_compact):
+            if ends or skipped:
+                self._held.mark(ends, encoded, skipped)
+        else:
+            self._add_at_once(actions, rewards, next_obs, ends, encoded, skipped, extras, is_compact)
+
+    def _add_at_once(
+        self,
+        actions: Array,
+        rewards: Any,
+        next_obs: Any,
+        ends: Ends,
+        finals: Sequence[Arrays] | None,
+        skipped: Sequence[int],
+        extras: Mapping[str, Any] | None,
+        is_compact: bool,
+    ) -> None:
+        """Through the buffer's own door, which takes extras and says what cannot be stored."""
+        following, _ = self.obs_codec.encode_any(next_obs)
+        envs = [env for env, _ in ends]
+        flags = np.zeros(self._shape, np.uint8)
+        flags[envs] = [flag for _, flag in ends]
+        active = np.ones(self._shape, np.bool_)
+        active[list(skipped)] = False
+        add = self.buffer.add if self.is_in_order else partial(self.buffer.add, streams=self._held.streams)
+        add(
+            self.obs,
+            self.action_codec.executed(actions) if is_compact else actions,
+            rewards,
+            flags == _TERMINATED,
+            flags == _TRUNCATED,
+            final_obs=following if finals is None else _at_rows(finals, envs, following),
+            extras=extras,
+            active=active if skipped else None,
+        )
+        self._held.set_obs(following)
+
+
+class VecEpisodeRecorder(EpisodeRecorder):
+    """Reads the steps of an SB3 `VecEnv`, which resets its environments itself.
+
+    Under `VecNormalize`, rewards and observations are stored as they were before normalisation: its running statistics
+    move on, and what is stored must not depend on when it was.
+
+    Attributes:
+        steps: How many were stored, over all environments.
+
+    Args:
+        buffer: With `n_envs=venv.num_envs`.
+        venv: Outermost wrapper of what is stepped.
+
+    Raises:
+        ConfigurationError: If a space is not supported, the numbers of environments differ, wrappers outside
+            `VecNormalize` change the shape of observations, or there is more than one `VecNormalize`.
+        ShapeMismatchError: If the buffer was made for other shapes.
+    """
+
+    def __init__(self, buffer: ReplayBuffer, venv: VecEnv) -> None:
+        super().__init__(buffer, venv.observation_space, venv.action_space, venv.num_envs)
+        if buffer.n_envs != venv.num_envs:
+            raise ConfigurationError(f"The buffer is for {buffer.n_envs} environments, expected {venv.num_envs}.")
+        check_what_is_given(venv)
+        self.steps = 0
+        self._base = base = innermost(venv)
+        self._hears_late = isinstance(base, GymnasiumVecEnv) and base.autoreset_mode is AutoresetMode.NEXT_STEP
+        self._normalize = _normalization(venv)
+        if self._normalize is not None:
+            tapped(self._normalize.venv, "step_wait", _GivenFinals)
+        if self._normalize is not None and self._normalize.norm_obs:
+            inner = ObservationCodec(self._normalize.observation_space).obs_shape
+            if inner != self.obs_codec.obs_shape:
+                raise ConfigurationError(
+                    f"VecNormalize sees observations {inner} and the policy {self.obs_codec.obs_shape}, expected the "
+                    "same. Make VecNormalize the outermost wrapper, or pass norm_obs=False."
+                )
+
+    def begin(self, obs: Any) -> None:
+        """The environments were reset to `obs` `[n_envs, ...]`; episodes in flight end there, truncated."""
+        super().begin(self._unnormalized(obs))
+
+    def interrupt(self) -> None:
+        """Ends the episodes in flight, and makes sure that the next answers are to the next questions."""
+        super().interrupt()
+        settle(self._base)
+
+    def add_vec_step(
+        self,
+        actions: Array,
+        new_obs: Any,
+        rewards: Array,
+        dones: Array,
+        infos: Sequence[Mapping[str, Any]],
+        *,
+        extras: Mapping[str, Any] | None = None,
+        skipped: Sequence[int] = (),
+        is_compact: bool = False,
+    ) -> list[int]:
+        """Stores what `VecEnv.step` returned.
+
+        Args:
+            actions: As executed, in the library's form `[n_envs, A]`, or as `checked_actions` returned them.
+            new_obs: `[n_envs, ...]`; where an episode ended, the first observation of the next one.
+            rewards: `[n_envs]`
+            dones: `[n_envs]`
+            infos: Where an episode ended: `terminal_observation`, and `TimeLimit.truncated` for a cut from outside.
+                Those of `GymnasiumVecEnv` say more.
+            extras: What the model wants stored beside the rows. `{name: [n_envs, ...]}`
+            skipped: The environments whose steps are not wanted.
+            is_compact: Which of the two forms the actions have.
+
+        Returns:
+            The environments whose episodes ended with a step that was stored.
+        """
+        if self._normalize is not None:
+            rewards, new_obs = self._normalize.get_original_reward(), self._unnormalized(new_obs)
+        ends: list[tuple[int, int]] = []
+        finals: list[Any] | None = None
+        if not (self._hears_late or extras or skipped or np.count_nonzero(dones)):
+            if self._held.put(actions, rewards, new_obs, is_compact):  # the commonest step, at a fraction of the time
+                self.steps += self.n_envs
+                return []
+        elif self._hears_late:
+            skipped = sorted({*skipped, *(env for env, info in enumerate(infos) if RESET_STEP in info)})
+            for env, info in enumerate(infos):
+                if ENDED in info and env not in skipped:
+                    ends.append((env, _TRUNCATED if info[ENDED] == "truncated" else _TERMINATED))
+        else:
+            finals = []
+            for env in np.asarray(dones).nonzero()[0].tolist():
+                if env not in skipped:
+                    info = infos[env]
+                    ends.append((env, _TRUNCATED if info.get("TimeLimit.truncated", False) else _TERMINATED))
+                    finals.append(self._final(env, info))
+        self.add(actions, rewards, new_obs, ends, finals, skipped, extras, is_compact)
+        self.steps += self.n_envs - len(skipped)
+        return [env for env, _ in ends]
+
+    def _unnormalized(self, obs: Any) -> Any:
+        return self._normalize.get_original_obs() if self._normalize is not None and self._normalize.norm_obs else obs
+
+    def _final(self, env: int, info: Mapping[str, Any]) -> Any:
+        """The observation before the reset, not normalised."""
+        obs = info.get("terminal_observation")
+        if obs is None:
+            raise BufferError(
+                f"Environment {env} ended an episode without a 'terminal_observation' in its info. "
+                "Every VecEnv of SB3 puts the last observation there before it resets."
+            )
+        if self._normalize is None or not self._normalize.norm_obs:
+            return obs
+        if _GIVEN_FINAL not in info:
+            raise BufferError(
+                f"The last observation of environment {env} is known only as VecNormalize has clipped it, because a "
+                "wrapper outside replaced the info. Let it keep all entries, or put VecNormalize outside of it."
+            )
+        return info[_GIVEN_FINAL]
+
+
+class _GivenFinals(Tap):
+    """Keeps the last observations of episodes, below `VecNormalize`, which clips them and forgets what they were."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self.method(*args, **kwargs)
+        _, _, dones, infos = result
+        if np.count_nonzero(dones):
+            for info in infos:
+                if "terminal_observation" in info:
+                    info[_GIVEN_FINAL] = info["terminal_observation"]
+        return result
+
+
+def _normalization(venv: VecEnv) -> VecNormalize | None:
+    """The `VecNormalize` in a stack of wrappers, if there is one.
+
+    Raises:
+        ConfigurationError: If there are several.
+    """
+    found: list[VecNormalize] = []
+    while isinstance(venv, VecEnvWrapper):
+        if isinstance(venv, VecNormalize):
+            found.append(venv)
+        venv = venv.venv
+    if len(found) > 1:
+        raise ConfigurationError(
+            f"There are {len(found)} VecNormalize around these environments, expected one: what was before the inner "
+            "one cannot be known. A single VecNormalize(venv, norm_obs=True, norm_reward=True) does both."
+        )
+    return found[0] if found else None
+
+
+def _at_rows(finals: Sequence[Any], envs: Sequence[int], like: Arrays) -> Arrays:
+    """Zeros as `like`, but for the rows of some environments, which have one of `finals` `[1, ...]` each."""
+    if isinstance(like, dict):
+        spread: dict[str, Any] = {}
+        for key, array in like.items():
+            spread[key] = _at_rows([final[key] for final in finals], envs, array)
+        return spread
+    rows = np.zeros_like(like)
+    for env, final in zip(envs, finals, strict=True):
+        rows[env] = final[0]
+    return rows

@@ -1,0 +1,147 @@
+"""`worldflux train-offline`: a model from a file, and how its training goes on after it was stopped."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shlex
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from worldflux import create_world_model
+from worldflux.cli.main import main
+from worldflux.cli.run_callbacks import OfflineLog
+from worldflux.cli.runs import RunConfig, find_runs
+from worldflux.training import ReplayBuffer
+from worldflux.training.checkpoint import checkpoints_in
+
+MODEL = ["--set", "units=8", "--set", "hidden_dim=8", "--set", "deter_dim=16", "--set", "action_type=discrete"]
+TINY = [*MODEL, "--batch-size", "2", "--seq-len", "4", "--steps", "12", "--log-interval", "4", "--eval-interval", "6"]
+
+
+@pytest.fixture(autouse=True)
+def _with_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory with `data.npz`: ten episodes of eight steps."""
+    monkeypatch.chdir(tmp_path)
+    rng, buffer = np.random.default_rng(0), ReplayBuffer(200, (3,), 2)
+    for _ in range(10):
+        obs, ends = rng.normal(size=(9, 3)).astype(np.float32), np.arange(8) == 7
+        actions = np.eye(2, dtype=np.float32)[rng.integers(2, size=8)]
+        buffer.add_episode(obs, actions, rng.normal(size=8).astype(np.float32), ends)
+    buffer.save("data.npz")
+
+
+def weights(directory: str | Path) -> dict[str, torch.Tensor]:
+    return create_world_model(str(directory)).state_dict()
+
+
+def log(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_model_is_trained_and_saved(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train-offline", "dreamerv3:tiny", "data.npz", *TINY]) == 0
+    run = Path("runs/data/dreamerv3-tiny/1")
+    out, err = capsys.readouterr()
+    rows = log(run / "logs" / "progress.csv")
+    losses = {int(row["time/total_timesteps"]): float(row["train/loss"]) for row in rows if row["train/loss"]}
+    kept = {int(row["time/total_timesteps"]): float(row["eval/loss"]) for row in rows if row["eval/loss"]}
+    assert (list(losses), list(kept)) == ([4, 8, 12], [6, 12])
+    assert out == f"{run}: 12 gradient steps, loss {kept[12]:.4g} on the steps that were kept.\n"
+    assert f"step 12/12  loss {losses[12]:.4g}, {kept[12]:.4g} on the steps that are kept" in err
+    assert err.count("\n") == 1 + 12  # no redrawn bar
+    config = create_world_model(str(run / "model")).config
+    assert (config.obs_shape, config.action_dim, config.action_type) == ((3,), 2, "discrete")
+    assert [path.name for path in checkpoints_in(run / "checkpoints")] == ["step-00000012"]
+
+
+def test_config_json_starts_the_same_run_again() -> None:
+    assert main(["train-offline", "dreamerv3:tiny", "data.npz", *TINY, "--seed", "5", "--eval-share", "0"]) == 0
+    (first,) = find_runs(Path("runs"))
+    assert main(shlex.split(RunConfig.read(first).command)[1:]) == 0
+    first, second = find_runs(Path("runs"))
+    before, after = weights(first / "model"), weights(second / "model")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (
+        log(first / "logs" / "progress.csv")[0]["train/loss"] == log(second / "logs" / "progress.csv")[0]["train/loss"]
+    )
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_resumed_run_ends_like_one_that_was_never_stopped(
+    number: signal.Signals, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["train-offline", "dreamerv3:tiny", "data.npz", *TINY, "--run"]
+    assert main([*args, "whole"]) == 0
+    logged = OfflineLog.on_step_end
+
+    def on_step_end(self: OfflineLog, step: int, losses: Mapping[str, float]) -> None:
+        if step == 5:
+            os.kill(os.getpid(), number)
+        logged(self, step, losses)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(OfflineLog, "on_step_end", on_step_end)
+        assert main([*args, "run"]) == status
+    assert not Path("run/model").exists()
+    before = Path("run/logs/progress.csv").read_bytes()
+    again = "saved at step 5, and it goes on with: worldflux train-offline --resume run\n"
+    assert capsys.readouterr().err.endswith(again)
+    assert main(["train-offline", "--resume", "run"]) == 0
+    assert "going on at step 5 of 12" in capsys.readouterr().err
+    assert Path("run/logs/progress.csv").read_bytes() == before
+    assert [row["time/total_timesteps"] for row in log(Path("run/logs/progress-2.csv"))] == ["6", "8", "12", "12"]
+    whole, resumed = weights("whole/model"), weights("run/model")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_finished_run_says_so_and_takes_more_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train-offline", "dreamerv3:tiny", "data.npz", *TINY, "--run", "run"]) == 0
+    capsys.readouterr()
+    assert main(["train-offline", "--resume", "run"]) == 0
+    again = "A larger --steps goes on: worldflux train-offline --resume run --steps 24\n"
+    assert capsys.readouterr().out == f"run has finished its 12 steps. {again}"
+    assert main(["train-offline", "--resume", "run", "--steps", "14"]) == 0
+    assert capsys.readouterr().out.startswith("run: 14 gradient steps")
+    assert RunConfig.read(Path("run")).settings["steps"] == 14
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "MODEL and DATA are missing"),
+        (["dreamerv3:tiny", "nothing.npz"], "There is no file 'nothing.npz'. worldflux collect ENV --output"),
+        (["dreamerv3:tini", "data.npz"], "did you mean 'dreamerv3:tiny'?"),
+        (["dreamerv3:tiny", "data.npz", "--steps", "0"], "total_steps is 0"),
+        (["dreamerv3:tiny", "data.npz", "--eval-share", "2"], "eval_data is 2.0"),
+        (["dreamerv3:tiny", "data.npz", "--set", "unit=8"], "did you mean 'units'?"),
+        (["dreamerv3:tiny", "data.npz", "--resume", "run"], "--resume goes on with the MODEL, DATA and directory"),
+        (["--resume", "run"], "There is no 'run'"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_leaves_no_directory(
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train-offline", *args]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert message in err
+    assert [path.name for path in Path().iterdir()] == ["data.npz"]
+
+
+def test_a_run_goes_on_with_its_own_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run").mkdir()
+    RunConfig("train-offline", "dreamerv3:tiny", "gone.npz", {"steps": 3}).write(Path("run"))
+    assert main(["train-offline", "--resume", "run", "--eval-share", "0.2"]) == 2
+    assert "--eval-share: a run goes on with the settings of run/config.json" in capsys.readouterr().err
+    assert main(["train-offline", "--resume", "run"]) == 2
+    assert "There is no file 'gone.npz'" in capsys.readouterr().err
+    RunConfig("train", "dreamerv3:tiny", "CartPole-v1", {}).write(Path("run"))
+    assert main(["train-offline", "--resume", "run"]) == 2
+    assert "run is a run of worldflux train, which has a --resume of its own" in capsys.readouterr().err

@@ -1,0 +1,709 @@
+"""What drives an environment is what lands in the buffer."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
+from helpers.envs import CountingEnv, assert_rows_belong_together
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
+
+from worldflux.envs import RecordEpisodes, VecRecordEpisodes, VectorRecordEpisodes, collect, make_env, make_vec_env
+from worldflux.envs.vector import GymnasiumVecEnv
+from worldflux.envs.watch import EnvWatch
+from worldflux.errors import BufferError, ConfigurationError, MissingDependencyError, ShapeMismatchError
+from worldflux.replay.batch import Batch
+from worldflux.replay.buffer import ReplayBuffer
+
+ENDINGS = dict(lengths=(3, 1, 4), ends=("terminate", "truncate", "both"))
+
+
+def buffer_for_counting(n_envs: int = 1, capacity: int = 1000) -> ReplayBuffer:
+    return ReplayBuffer(capacity, (4,), 1, n_envs=n_envs, seed=0)
+
+
+def everything(buffer: ReplayBuffer, rows: int) -> Batch:
+    """The first `rows` rows of the only stream, in order."""
+    while True:
+        batch = buffer.sample(1, rows)
+        if batch.rows[0, 0] == 0:
+            return batch
+
+
+def drive(env: gym.Env[Any, Any], steps: int) -> None:
+    env.action_space.seed(0)
+    env.reset()
+    for _ in range(steps):
+        _, _, terminated, truncated, _ = env.step(env.action_space.sample())
+        if terminated or truncated:
+            env.reset()
+
+
+def test_every_kind_of_ending_is_recorded_as_it_happened() -> None:
+    buffer = buffer_for_counting()
+    env = RecordEpisodes(CountingEnv(**ENDINGS), buffer)
+
+    drive(env, 8)
+
+    batch = everything(buffer, rows=11)
+    # Episodes of 3, 1 and 4 steps, each followed by a row for its last observation.
+    assert batch.obs[0, :, 1].tolist() == [0, 0, 0, 0, 1, 1, 2, 2, 2, 2, 2]
+    assert batch.obs[0, :, 2].tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 4]
+    assert batch.rewards[0].tolist() == [1, 2, 3, 0, 101, 0, 201, 202, 203, 204, 0]
+    assert batch.terminations[0].nonzero().flatten().tolist() == [2, 9]
+    assert batch.truncations[0].nonzero().flatten().tolist() == [4]
+    assert batch.is_first[0].nonzero().flatten().tolist() == [0, 4, 6]
+    assert batch.obs_mask is None
+    assert_rows_belong_together(batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy())
+    assert (buffer.num_episodes, buffer.num_transitions) == (3, 8)
+
+
+def test_steps_of_an_episode_in_flight_are_in_the_buffer() -> None:
+    buffer = buffer_for_counting()
+    env = RecordEpisodes(CountingEnv(lengths=(100,)), buffer)
+
+    drive(env, 7)
+
+    assert (buffer.num_episodes, buffer.num_transitions) == (0, 7)
+    assert everything(buffer, rows=7).rewards[0].tolist() == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_reset_in_the_middle_truncates_the_episode_and_keeps_its_last_observation() -> None:
+    buffer = buffer_for_counting()
+    env = RecordEpisodes(CountingEnv(lengths=(100,)), buffer)
+    env.reset()
+    for _ in range(2):
+        env.step(np.array([4.0], np.float32))
+
+    env.reset()
+    env.step(np.array([4.0], np.float32))
+
+    batch = everything(buffer, rows=4)
+    assert batch.obs[0].tolist() == [[0, 0, 0, 0], [0, 0, 1, 4], [0, 0, 2, 4], [0, 1, 0, 0]]
+    assert batch.truncations[0].tolist() == [False, True, False, False]
+    assert not batch.terminations.any() and batch.obs_mask is None
+    assert batch.is_first[0].tolist() == [True, False, False, True]
+
+
+def test_two_resets_in_a_row_record_nothing() -> None:
+    buffer = buffer_for_counting()
+    env = RecordEpisodes(CountingEnv(), buffer)
+
+    env.reset()
+    env.reset()
+
+    assert buffer.num_transitions == 0 and buffer.num_episodes == 0
+
+
+def test_a_step_after_the_end_asks_for_a_reset() -> None:
+    env = RecordEpisodes(CountingEnv(lengths=(1,)), buffer_for_counting())
+    action = np.array([1.0], np.float32)
+
+    with pytest.raises(BufferError, match=r"Call env.reset\(\) first"):
+        env.step(action)
+    env.reset()
+    env.step(action)
+    with pytest.raises(BufferError, match=r"Call env.reset\(\) first"):
+        env.step(action)
+
+
+def test_a_step_that_raises_leaves_nothing_behind() -> None:
+    buffer = buffer_for_counting()
+    env = RecordEpisodes(CountingEnv(raise_at=2), buffer)
+    env.reset()
+    env.step(np.array([1.0], np.float32))
+    env.step(np.array([1.0], np.float32))
+
+    with pytest.raises(KeyboardInterrupt):
+        env.step(np.array([1.0], np.float32))
+
+    # What was stored until then is an episode that was cut.
+    assert (buffer.num_transitions, buffer.num_episodes) == (2, 1)
+    batch = everything(buffer, rows=3)
+    assert batch.obs[0, :, 2].tolist() == [0, 1, 2] and batch.truncations[0].tolist() == [False, True, False]
+    with pytest.raises(BufferError, match=r"Call env.reset\(\) first"):
+        env.step(np.array([1.0], np.float32))
+    env.reset()
+    env.step(np.array([1.0], np.float32))
+    assert everything(buffer, rows=4).is_first[0].tolist() == [True, False, False, True]
+
+
+def recorded_together(name: str, buffer: ReplayBuffer, **options: Any) -> Any:
+    """Two counting environments, the second with options, behind one of the recording wrappers."""
+    makers = [lambda: CountingEnv(**ENDINGS), lambda: CountingEnv(**ENDINGS, **options)]
+    if name == "VecEnv":
+        return VecRecordEpisodes(DummyVecEnv(makers), buffer)
+    if name == "face":
+        return VecRecordEpisodes(GymnasiumVecEnv(SyncVectorEnv(makers)), buffer)
+    return VectorRecordEpisodes(SyncVectorEnv(makers, autoreset_mode=name), buffer)
+
+
+PATHS = ("VecEnv", "face", "NextStep", "SameStep", "Disabled")
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_where_one_of_several_raises_nothing_of_that_step_is_stored(name: str) -> None:
+    buffer = buffer_for_counting(n_envs=2)
+    env = recorded_together(name, buffer, raise_at=2)
+    env.reset()
+    actions = np.full((2, 1), 2.5, np.float32)
+    for _ in range(2):
+        env.step(actions)
+    with pytest.raises(KeyboardInterrupt):
+        env.step(actions)
+
+    assert (buffer.num_transitions, buffer.num_episodes) == (4, 2)
+    batch = buffer.sample(50, 3)
+    assert batch.obs[:, :, 2].tolist() == [[0, 1, 2]] * 50 and batch.truncations[:, 1].all()
+    with pytest.raises(BufferError, match=r"Call env.reset\(\) first"):
+        env.step(actions)
+    env.reset()
+    env.step(actions)
+    batch = buffer.sample(50, 4)
+    assert batch.is_first[batch.rows[:, 0] < 2].tolist()[:9] == [[True, False, False, True]] * 9
+    assert_rows_belong_together(batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy())
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_reset_that_raises_ends_the_episodes_and_another_begins_new_ones(name: str) -> None:
+    buffer = buffer_for_counting(n_envs=2)
+    env = recorded_together(name, buffer)
+    first = env.envs[0] if name == "VecEnv" else (env.vector_env if name == "face" else env.env).envs[0]
+    env.reset()
+    env.step(np.ones((2, 1), np.float32))
+    reset, first.reset = first.reset, "not callable"
+    with pytest.raises(TypeError):
+        env.reset()
+    assert buffer.num_episodes == 2
+    with pytest.raises(BufferError, match=r"Call env.reset\(\) first"):
+        env.step(np.ones((2, 1), np.float32))
+    first.reset = reset
+    env.reset()
+    env.step(np.ones((2, 1), np.float32))
+    batch = buffer.sample(50, 3)
+    assert (
+        buffer.num_transitions == 4 and batch.is_first[batch.rows[:, 0] < 2].tolist()[:9] == [[True, False, True]] * 9
+    )
+
+
+class OutOfRangeEnv(CountingEnv):
+    """Its third step gives a number that is none."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(lengths=(9,))
+        self.what = what
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        obs, reward, *ends = super().step(action)
+        if self.total == 3 and self.what == "obs":
+            obs[3] = np.inf
+        return obs, float("nan") if self.total == 3 and self.what == "reward" else reward, *ends
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [("obs", "observation contains NaN or infinite"), ("reward", r"rewards has nan at index \(0,\)")],
+)
+@pytest.mark.parametrize("name", ["single", "VecEnv", "vector"])
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_number_that_is_none_is_refused_in_the_step_that_brings_it(name: str, what: str, message: str) -> None:
+    buffer = buffer_for_counting()
+    makers = [lambda: OutOfRangeEnv(what)]
+    env: Any = {
+        "single": lambda: RecordEpisodes(makers[0](), buffer),
+        "VecEnv": lambda: VecRecordEpisodes(DummyVecEnv(makers), buffer),
+        "vector": lambda: VectorRecordEpisodes(SyncVectorEnv(makers), buffer),
+    }[name]()
+    action = np.ones(1 if name == "single" else (1, 1), np.float32)
+    env.reset()
+    env.step(action)
+    env.step(action)
+    with pytest.raises((BufferError, ShapeMismatchError), match=message):
+        env.step(action)
+    assert (buffer.num_transitions, buffer.num_episodes) == (2, 1)
+    with pytest.raises(BufferError, match=r"Call env.reset\(\) first"):
+        env.step(action)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
+def test_a_copy_of_a_recorder_holds_what_was_made_and_goes_on_by_itself(copied: Any) -> None:
+    env = RecordEpisodes(OutOfRangeEnv("reward"), buffer_for_counting())
+    env.reset()
+    env.step(np.array([1.0], np.float32))
+
+    twin = copied(env)
+    twin.step(np.array([2.0], np.float32))
+
+    assert (len(env.buffer), len(twin.buffer)) == (1, 2)
+    assert everything(twin.buffer, rows=2).obs[0, :, 3].tolist() == [0, 1]
+    with pytest.raises(BufferError, match="finite"):
+        twin.step(np.array([3.0], np.float32))
+    assert everything(twin.buffer, rows=3).rewards[0].tolist() == [1, 2, 0]
+
+
+def test_a_reset_that_fails_leaves_another_recorders_episode_alone() -> None:
+    buffer, action = buffer_for_counting(), np.array([1.0], np.float32)
+    one = RecordEpisodes(CountingEnv(lengths=(9,)), buffer)
+    other = RecordEpisodes(CountingEnv(), buffer)
+    other.env.reset = lambda **_: 1 / 0  # type: ignore[method-assign,assignment]
+    one.reset()
+    one.step(action)
+
+    with pytest.raises(ZeroDivisionError):
+        other.reset()
+    one.step(action)
+
+    assert everything(buffer, rows=2).truncations[0].tolist() == [False, False]
+
+
+class InterruptedPipe:
+    """Raises KeyboardInterrupt once, instead of fetching an answer that `left` others come before."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe, self.left = pipe, -1
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipe, name)
+
+    def recv(self) -> Any:
+        self.left -= 1
+        if self.left == -1:
+            raise KeyboardInterrupt
+        return self._pipe.recv()
+
+
+@pytest.mark.parametrize("kind", ["SubprocVecEnv", "AsyncVectorEnv"])
+def test_an_interrupt_between_the_answers_of_processes_leaves_them_usable(kind: str) -> None:
+    makers = [lambda i=i: CountingEnv(env_id=i, **ENDINGS) for i in range(2)]  # type: ignore[misc]
+    venv: Any
+    if kind == "SubprocVecEnv":
+        venv = SubprocVecEnv(makers, start_method="forkserver")
+        pipe = InterruptedPipe(venv.remotes[1])
+        venv.remotes = (venv.remotes[0], pipe)
+    else:
+        venv = GymnasiumVecEnv(AsyncVectorEnv(makers, context="forkserver"))
+        pipe = InterruptedPipe(venv.vector_env.parent_pipes[1])
+        venv.vector_env.parent_pipes[1] = pipe
+    buffer, action = buffer_for_counting(n_envs=2), np.full((2, 1), 5.0, np.float32)
+    env = VecRecordEpisodes(venv, buffer)
+    try:
+        env.reset()
+        pipe.left = 2
+        with pytest.raises(KeyboardInterrupt):
+            for _ in range(9):
+                env.step(action)
+        made = len(buffer)
+        env.reset()
+        for _ in range(9):
+            env.step(action)
+    finally:
+        env.close()
+
+    assert made == 4 and len(buffer) > made + 8
+    batch = buffer.sample(100, 2)
+    assert_rows_belong_together(batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy())
+
+
+def test_an_action_that_is_none_is_refused_before_the_environment_moves() -> None:
+    inner = CountingEnv(lengths=(9,), action_space=spaces.Discrete(3, start=1))
+    buffer = ReplayBuffer(100, (4,), 3, seed=0)
+    env = RecordEpisodes(inner, buffer)
+    env.reset()
+    for wrong in (0, 4, -1, 1.5):
+        with pytest.raises(ShapeMismatchError, match=rf"values between {wrong} and {wrong}, expected \[1\] to \[3\]"):
+            env.step(wrong)
+    with pytest.raises(ShapeMismatchError, match=r"actions have shape \(1, 2\), expected"):
+        env.step([1, 2])
+    env.step(np.int64(3))
+    assert inner.t == 1 and everything(buffer, rows=1).actions[0].tolist() == [[0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("space", "given", "expected"),
+    [
+        (spaces.MultiDiscrete([2, 3]), np.array([1, 2]), [0, 1, 0, 0, 1]),
+        (spaces.MultiBinary(2), np.array([1, 0], np.int8), [0, 1, 1, 0]),
+        (spaces.Box(np.array([0.0, 3.0]), np.array([4.0, 3.0]), dtype=np.float64), np.array([1.0, 3.0]), [-0.5, 0]),
+    ],
+)
+def test_every_kind_of_action_is_stored_in_the_librarys_form(space: Any, given: Any, expected: list[float]) -> None:
+    buffer = ReplayBuffer(100, (4,), len(expected), seed=0)
+    env = RecordEpisodes(CountingEnv(lengths=(9,), action_space=space), buffer)
+    env.reset()
+    for _ in range(2):
+        env.step(given)
+    assert everything(buffer, rows=2).actions[0].tolist() == [expected] * 2
+
+
+def test_what_is_recorded_is_a_copy() -> None:
+    buffer = buffer_for_counting(n_envs=2)
+    venv = VecRecordEpisodes(DummyVecEnv([lambda: CountingEnv(lengths=(2,))] * 2), buffer)
+    actions = np.ones((2, 1), np.float32)
+    given: Any = [venv.reset()]
+    for value in range(1, 7):
+        actions[:] = value
+        venv.step_async(actions.copy() if value < 6 else actions)
+        actions[:] = -1  # whoever overwrites arrays has no influence on what was recorded
+        *arrays, infos = venv.step_wait() if value < 6 else (np.zeros(1), [])
+        given += [*arrays, *(info["terminal_observation"] for info in infos if "terminal_observation" in info)]
+        for array in given:
+            array[...] = 77 if array.dtype != bool else True
+    batch = buffer.sample(50, 5)
+    assert buffer.num_transitions == 10 and batch.obs.max() < 77 and batch.rewards.max() < 300
+    assert_rows_belong_together(batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy())
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_whoever_looks_in_the_middle_changes_nothing(name: str) -> None:
+    batches = []
+    for look_every in (1, 7, 10_000):
+        buffer = buffer_for_counting(n_envs=2, capacity=700)
+        env = recorded_together(name, buffer)
+        env.reset()
+        seen = 0
+        for step in range(600):
+            _, _, terminations, truncations, *_ = env.step(np.full((2, 1), step % 9 + 1.0, np.float32))
+            if name == "Disabled" and (terminations | truncations).any():
+                env.reset(options={"reset_mask": terminations | truncations})
+            if step % look_every == 0:
+                assert len(buffer) >= seen
+                seen = len(buffer)
+        buffer.seed(0)
+        batches.append(buffer.sample(200, 6))
+        assert len(buffer) == 700
+    for batch in batches[1:]:
+        for part in ("rows", "obs", "actions", "rewards", "terminations", "truncations", "is_first"):
+            np.testing.assert_array_equal(getattr(batch, part), getattr(batches[0], part))
+    first = batches[0]
+    compared = assert_rows_belong_together(
+        first.obs.numpy(), first.actions.numpy(), first.rewards.numpy(), first.is_first.numpy()
+    )
+    assert compared > 500
+
+
+def test_a_vector_environment_that_resets_nothing_itself_must_be_reset_where_episodes_ended() -> None:
+    buffer = buffer_for_counting(n_envs=2)
+    env = recorded_together("Disabled", buffer)
+    with pytest.raises(BufferError, match="No episode has begun: call reset"):
+        env.reset(options={"reset_mask": np.array([True, False])})
+    env.reset()
+    for _ in range(3):
+        env.step(np.ones((2, 1), np.float32))
+    with pytest.raises(BufferError, match=r"environments \[0, 1\] have ended. Reset them with options="):
+        env.step(np.ones((2, 1), np.float32))
+    env.reset(options={"reset_mask": np.array([True, False])})
+    with pytest.raises(BufferError, match=r"environments \[1\] have ended"):
+        env.step(np.ones((2, 1), np.float32))
+    env.reset(options={"reset_mask": np.array([False, True])})
+    env.step(np.ones((2, 1), np.float32))
+    assert (buffer.num_transitions, buffer.num_episodes) == (8, 4)  # their second episodes have one step
+
+
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep", "Disabled"])
+def test_a_reset_of_some_environments_cuts_only_their_episodes(mode: str) -> None:
+    buffer = buffer_for_counting(n_envs=2)
+    makers = [lambda: CountingEnv(lengths=(9,)), lambda: CountingEnv(lengths=(2, 9))]
+    env = VectorRecordEpisodes(SyncVectorEnv(makers, autoreset_mode=mode, copy=False), buffer)
+    env.reset()
+    actions = np.full((2, 1), 2.5, np.float32)
+    for _ in range(2):
+        env.step(actions)
+    # The first is in flight, the second's episode has just ended.
+    mask = {"NextStep": [True, False], "SameStep": [True, False], "Disabled": [True, True]}[mode]
+    env.reset(options={"reset_mask": np.array(mask)})
+    assert buffer.num_episodes == 2
+    for _ in range(3):
+        env.step(actions)
+    batch = buffer.sample(100, 5)
+    assert_rows_belong_together(batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy())
+    assert batch.truncations.sum() > 10 and batch.terminations.sum() > 10
+    # Where it resets on the next step, one of the second's three steps was that.
+    assert buffer.num_transitions == {"NextStep": 9, "SameStep": 10, "Disabled": 10}[mode]
+    final = (batch.obs[..., 1] == 0) & (batch.obs[..., 2] == 2)
+    assert final.any() and batch.obs_mask is None and not batch.rewards[final].any()
+
+
+def test_actions_that_are_ignored_may_be_anything() -> None:
+    makers = [lambda: CountingEnv(lengths=(1,), action_space=spaces.Discrete(2)), lambda: CountingEnv(lengths=(9,))]
+    makers[1] = lambda: CountingEnv(lengths=(9,), action_space=spaces.Discrete(2))
+    buffer = ReplayBuffer(100, (4,), 2, n_envs=2, seed=0)
+    env = VectorRecordEpisodes(SyncVectorEnv(makers), buffer)
+    env.reset()
+    env.step(np.array([1, 1]))
+    env.step(np.array([-5, 1]))  # the first only resets
+    with pytest.raises(ShapeMismatchError, match="values between -5 and 1"):
+        env.step(np.array([-5, 1]))
+    env.step(np.array([0, 1]))
+    assert (buffer.num_transitions, buffer.num_episodes) == (5, 2)
+
+
+def test_the_atari_vector_environment_is_recorded() -> None:
+    ale_vector = pytest.importorskip("ale_py.vector_env")
+    for mode in ("NextStep", "SameStep"):
+        envs = ale_vector.AtariVectorEnv(
+            "breakout", 2, max_num_frames_per_episode=60, autoreset_mode=mode, img_height=20, img_width=20, stack_num=2
+        )
+        buffer = ReplayBuffer(200, (2, 20, 20), 4, n_envs=2, seed=0)
+        env = VectorRecordEpisodes(envs, buffer)
+        try:
+            obs, _ = env.reset(seed=1)
+            seen, ended = [obs], []
+            for step in range(40):
+                obs, _, terminations, truncations, _ = env.step(np.array([step % 4, 1]))
+                seen.append(obs)
+                ended.append(terminations | truncations)
+            recorded = buffer.num_episodes  # those in flight end when the environments are closed
+        finally:
+            env.close()
+        ends = np.array(ended)[:, 0]
+        first = int(ends.argmax())
+        assert ends.sum() >= 2 and recorded == np.sum(ended)
+        assert buffer.num_transitions == 80 - (np.sum(np.array(ended)[:-1]) if mode == "NextStep" else 0)
+        window = everything(buffer, rows=first + 2)
+        if window.rows[0, 0] == 0:
+            np.testing.assert_array_equal(window.obs[0, : first + 1], [obs[0] for obs in seen[: first + 1]])
+            assert window.truncations[0].nonzero().flatten().tolist() == [first]
+
+
+def test_the_wrong_wrapper_names_the_right_one() -> None:
+    single, vec, vector = CountingEnv(), DummyVecEnv([CountingEnv]), SyncVectorEnv([CountingEnv])
+    buffer = buffer_for_counting()
+    for wrapper, env, right in (
+        (RecordEpisodes, vec, "VecRecordEpisodes"),
+        (RecordEpisodes, vector, "VectorRecordEpisodes"),
+        (VecRecordEpisodes, single, "RecordEpisodes"),
+        (VecRecordEpisodes, vector, "VectorRecordEpisodes"),
+        (VectorRecordEpisodes, single, "RecordEpisodes"),
+        (VectorRecordEpisodes, vec, "VecRecordEpisodes"),
+    ):
+        with pytest.raises(ConfigurationError, match=f"{wrapper.__name__} got a.* Record it with {right}."):
+            wrapper(env, buffer)  # type: ignore[operator]
+    with pytest.raises(ConfigurationError, match="VectorRecordEpisodes got 'CartPole-v1', expected a Gymnasium vector"):
+        VectorRecordEpisodes("CartPole-v1", buffer)  # type: ignore[arg-type]
+
+
+def test_several_environments_are_recorded_as_each_would_be_alone() -> None:
+    settings = [dict(lengths=(3, 1, 4)), dict(lengths=(5,), ends=("truncate",)), dict(lengths=(2, 7))]
+    together = buffer_for_counting(n_envs=3)
+    venv = VecRecordEpisodes(
+        DummyVecEnv([lambda i=i, kw=kw: CountingEnv(env_id=i, **kw) for i, kw in enumerate(settings)]), together
+    )
+    actions = np.random.default_rng(0).uniform(0, 10, (30, 3, 1)).astype(np.float32)
+    venv.reset()
+    for action in actions:
+        venv.step(action)
+
+    for i, kw in enumerate(settings):
+        alone = buffer_for_counting()
+        env = RecordEpisodes(CountingEnv(env_id=i, **kw), alone)
+        env.reset()
+        for action in actions[:, i]:
+            if any(env.step(action)[2:4]):
+                env.reset()
+        rows = int(alone.num_transitions + alone.num_episodes)
+        expected = everything(alone, rows)
+        windows = together.sample(400, rows)
+        found = (windows.rows[:, 0] == i).nonzero().flatten()  # the window that begins at row 0 of stream i
+        for name in ("obs", "actions", "rewards", "terminations", "truncations", "is_first"):
+            np.testing.assert_array_equal(getattr(windows, name)[found[0]], getattr(expected, name)[0], err_msg=name)
+
+
+def test_a_reset_of_all_environments_truncates_what_they_were_doing() -> None:
+    buffer = buffer_for_counting(n_envs=2)
+    venv = VecRecordEpisodes(DummyVecEnv([lambda: CountingEnv(lengths=(100,))] * 2), buffer)
+    venv.reset()
+    venv.step(np.ones((2, 1), np.float32))
+
+    venv.reset()
+
+    assert buffer.num_episodes == 2
+    assert buffer.sample(8, 2).truncations[:, 0].all()
+
+
+def test_images_and_dictionaries_are_recorded_channel_first() -> None:
+    env = CountingEnv(lengths=(4,), obs="dict", action_space=spaces.Discrete(3))
+    shapes = {"image": (3, 48, 48), "vector": (4,), "kind": (3,)}
+    buffer = ReplayBuffer(100, shapes, 3, seed=0)
+
+    drive(RecordEpisodes(env, buffer), 4)
+
+    batch = everything(buffer, rows=5)
+    assert batch.obs["image"][0, :, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
+    assert batch.obs["vector"][0, :, 2].tolist() == [0, 1, 2, 3, 4]
+    assert batch.obs["kind"][0].argmax(-1).tolist() == [0, 1, 2, 0, 1]
+    assert batch.actions[0, :4].sum(-1).tolist() == [1, 1, 1, 1]
+
+
+def test_under_normalisation_rewards_and_observations_are_stored_as_they_were() -> None:
+    buffer = buffer_for_counting(n_envs=2)
+    venv = VecNormalize(DummyVecEnv([lambda: CountingEnv(**ENDINGS)] * 2))
+    venv = VecRecordEpisodes(venv, buffer)
+    seen = [venv.reset()]
+    for _ in range(20):
+        seen.append(venv.step(np.full((2, 1), 2.5, np.float32))[0])
+
+    batch = buffer.sample(64, 6)
+
+    assert np.abs(np.concatenate(seen)).max() < 11  # the policy saw normalised numbers
+    compared = assert_rows_belong_together(
+        batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy()
+    )
+    assert compared > 100
+    np.testing.assert_allclose(batch.actions[batch.rewards > 0], -0.5)
+
+
+def test_normalisation_below_a_wrapper_that_changes_shapes_is_refused() -> None:
+    venv = VecFrameStack(VecNormalize(DummyVecEnv([CountingEnv])), 2)
+
+    with pytest.raises(ConfigurationError, match="Make VecNormalize the outermost wrapper"):
+        VecRecordEpisodes(venv, ReplayBuffer(100, (8,), 1))
+
+
+def test_a_buffer_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ShapeMismatchError, match=r"holds observations \(3,\) and 1 action numbers, expected \(4,\)"):
+        RecordEpisodes(CountingEnv(), ReplayBuffer(100, (3,), 1))
+    with pytest.raises(ConfigurationError, match="buffer is for 2 environments, expected 1"):
+        VecRecordEpisodes(DummyVecEnv([CountingEnv]), buffer_for_counting(n_envs=2))
+    with pytest.raises(ConfigurationError, match="buffer is for 2 environments, expected 1"):
+        VectorRecordEpisodes(SyncVectorEnv([CountingEnv]), buffer_for_counting(n_envs=2))
+
+
+def test_environments_are_made_from_their_names() -> None:
+    assert make_env("CartPole-v1").spec.id == "CartPole-v1"
+    assert make_vec_env("Pendulum-v1", 3, seed=0, max_episode_steps=7).num_envs == 3
+    with pytest.raises(ConfigurationError, match=r"Unknown environment 'CartPol-v1'; did you mean 'CartPole-v[01]'"):
+        make_env("CartPol-v1")
+    with pytest.raises(ConfigurationError, match="n_envs is 0, expected a whole number from 1"):
+        make_vec_env("Pendulum-v1", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Pendulum-v0", "'Pendulum-v0' cannot be made: .*use `Pendulum-v1` instead"),
+        ("bad id!!", r"'bad id!!' cannot be made: Malformed .* gymnasium\.pprint_registry\(\) shows all"),
+        ("", "'' cannot be made: Malformed environment ID"),
+        (5, "name is 5, expected an id such as 'CartPole-v1'"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*out of date")
+def test_names_that_cannot_be_made_say_what_to_do(name: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        make_env(name)
+
+
+@pytest.mark.filterwarnings("ignore:.*out of date")
+def test_an_environment_whose_package_is_missing_says_so() -> None:
+    with pytest.raises(MissingDependencyError, match="'Humanoid-v3' needs a package that is not installed"):
+        make_env("Humanoid-v3")
+
+
+# --- who moves an environment
+
+
+def test_every_handle_to_an_environment_is_watched() -> None:
+    venv = VecNormalize(DummyVecEnv([lambda: gym.wrappers.TimeLimit(CountingEnv(lengths=(9,)), 5)] * 2))
+    watch = EnvWatch(venv)
+    venv.reset()
+    assert watch.moved
+    action = np.ones(1, np.float32)
+    for move in (
+        venv.venv.reset,
+        venv.venv.envs[1].reset,
+        lambda: venv.step(np.stack([action] * 2)),
+        lambda: venv.venv.envs[0].step(action),
+        lambda: venv.venv.envs[1].unwrapped.step(action),
+        lambda: venv.env_method("reset", indices=[1]),
+    ):
+        watch.mark()
+        assert not watch.moved
+        move()
+        assert watch.moved
+
+
+def test_environments_in_other_processes_are_watched_where_they_are_reached() -> None:
+    venv = SubprocVecEnv([CountingEnv] * 2, start_method="fork")
+    try:
+        watch = EnvWatch(VecFrameStack(venv, 2))
+        assert not watch.moved
+        venv.reset()
+        assert watch.moved
+        for move in (
+            lambda: venv.step(np.ones((2, 1), np.float32)),
+            lambda: venv.env_method("reset"),
+            lambda: venv.env_method(method_name="step", action=np.ones(1, np.float32)),
+        ):
+            watch.mark()
+            venv.env_method("get_wrapper_attr", "t")  # a question moves nothing
+            assert not watch.moved
+            move()
+            assert watch.moved
+    finally:
+        venv.close()
+
+
+def test_two_who_watch_do_not_count_each_others_marks() -> None:
+    venv = DummyVecEnv([CountingEnv])
+    first, second = EnvWatch(venv), EnvWatch(venv)
+    venv.reset()
+    first.mark()
+
+    assert second.moved and not first.moved
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
+def test_a_copy_of_a_watched_environment_moves_alone(copied: Any) -> None:
+    env = CountingEnv(lengths=(9,))
+    watch = EnvWatch(DummyVecEnv([lambda: env]))
+    env.reset()
+    twin = copied(env)
+    watch.mark()
+
+    twin.reset()
+    twin.step(np.ones(1, np.float32))
+
+    assert (env.episode, env.t) == (0, 0) and (twin.episode, twin.t) == (1, 1)
+    assert not watch.moved
+
+
+class Paying(CountingEnv):
+    """Pays what it is told to, in whatever form."""
+
+    def __init__(self, reward: Any) -> None:
+        super().__init__()
+        self.reward = reward
+
+    def step(self, action: Any) -> Any:
+        obs, _, *rest = super().step(action)
+        return obs, self.reward, *rest
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [2, 2.0, True + 1, np.float32(2), np.int64(2), np.array(2.0), np.array([2.0], np.float32), np.array([[2]])],
+)
+def test_a_reward_is_any_number_or_an_array_of_one(reward: Any) -> None:
+    buffer = ReplayBuffer(20, (4,), 1)
+    env = RecordEpisodes(Paying(reward), buffer)
+    env.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert env.step(np.array([5.0], np.float32))[1] is reward
+    assert buffer.stored()[0].rewards[0] == 2.0
+
+
+@pytest.mark.parametrize("reward", [None, [2.0], (2.0,), "2", np.array([2.0, 3.0]), np.array([]), {}, 2j])
+def test_a_reward_that_is_no_number_is_called_so(reward: Any) -> None:
+    env = RecordEpisodes(Paying(reward), ReplayBuffer(20, (4,), 1))
+    env.reset()
+    with pytest.raises(ShapeMismatchError, match=r"The reward is .*, expected one number\. Change what step returns"):
+        env.step(np.array([5.0], np.float32))
+    with pytest.raises(ShapeMismatchError, match=r"The reward is .*, expected one number"):
+        collect(Paying(reward), steps=3)

@@ -1,0 +1,1 @@
+"""What several tests use: environments, buffers, fakes, golden arrays."""

@@ -1,0 +1,86 @@
+"""The wheel holds every package, under the installed names and no others."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import worldflux
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that neither the checkout nor another test sees the build's files."""
+    source = tmp_path_factory.mktemp("source")
+    for folder in ("worldflux", "envs", "agents"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source / file)
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(out), "."]
+    built = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_every_module_of_the_checkout(wheel: Path) -> None:
+    expected = set()
+    for package, folder in (("worldflux", "worldflux"), ("worldflux/envs", "envs"), ("worldflux/agents", "agents")):
+        expected |= {f"{package}/{path.relative_to(ROOT / folder)}" for path in (ROOT / folder).rglob("*.py")}
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {name for name in names if name.endswith(".py")} == expected
+    assert "worldflux/py.typed" in names
+    hyperparams = {f"worldflux/agents/zoo/hyperparams/{algorithm}.yml" for algorithm in ("dreamerv3", "tdmpc2")}
+    assert hyperparams <= names
+    assert {name.split("/")[0] for name in names} == {"worldflux", f"worldflux-{worldflux.__version__}.dist-info"}
+
+
+def test_every_package_can_be_imported_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    packages = PROJECT["tool"]["setuptools"]["packages"]
+    code = (
+        "import importlib, sys; sys.path.insert(0, sys.argv[1])\n"
+        "for name in sys.argv[2:]:\n"
+        "    assert importlib.import_module(name).__file__.startswith(sys.argv[1]), name\n"
+        "from worldflux import WorldFluxAgent, create_world_model\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), *packages]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_version_is_said_once() -> None:
+    assert PROJECT["project"]["version"] == worldflux.__version__
+
+
+def test_the_core_needs_seven_packages() -> None:
+    names = {line.split(">")[0] for line in PROJECT["project"]["dependencies"]}
+    assert names == {"torch", "numpy", "gymnasium", "stable-baselines3", "safetensors", "opencv-python", "tyro"}
+    assert {"dmc", "atari", "wandb", "minari", "hub", "dev"} <= set(PROJECT["project"]["optional-dependencies"])
+
+
+def test_what_the_developers_install_is_pinned() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {line.split("==")[0] for line in lines if line and not line.startswith("#")}
+    project = PROJECT["project"]
+    named = [*project["dependencies"]]
+    for extra in project["optional-dependencies"].values():
+        named += extra
+    wanted = {line.split(">")[0].split("[")[0] for line in named} - {"worldflux"}
+    assert wanted <= pinned

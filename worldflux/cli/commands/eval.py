@@ -1,0 +1,217 @@
+"""`worldflux eval`: what a saved agent earns, and what that looks like."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from worldflux.cli import runs
+from worldflux.cli.environments import find_environment
+from worldflux.cli.options import EnvOptions, File, OptionalEnvName
+from worldflux.cli.players import environment_of, load_player
+from worldflux.errors import ConfigurationError, MissingDependencyError
+from worldflux.files import checked_path
+
+if TYPE_CHECKING:
+    import gymnasium as gym
+    import numpy as np
+
+    from worldflux.agents import WorldFluxAgent
+
+_NO_OPTIONS = EnvOptions()
+_LINES = 10
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One that was played."""
+
+    score: float
+    """Sum of the rewards."""
+    length: int
+    """Steps."""
+
+
+def evaluate(
+    agent: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="AGENT")],
+    env: OptionalEnvName = None,
+    *,
+    episodes: int = 10,
+    seed: int = 0,
+    stochastic: bool = False,
+    newest: bool = False,
+    video: File = None,
+    video_episodes: int = 1,
+    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    options: Annotated[EnvOptions, tyro.conf.arg(name="")] = _NO_OPTIONS,
+) -> int:
+    """Play episodes with a saved agent, and print what it earns.
+
+    Args:
+        agent: A zip of WorldFluxAgent.save, a checkpoint, the directory of a run, or of a model (save_pretrained).
+        env: As for worldflux train. Default: the one that the agent's run was made in, with the same options.
+        episodes: How many to play.
+        seed: Of the environment and of sampled actions.
+        stochastic: Sample the actions, as in training, instead of taking the likeliest ones.
+        newest: Of a run, take the newest checkpoint instead of the agent of its best evaluation.
+        video: Also film the first episodes: an .mp4 or a .gif.
+        video_episodes: How many of them.
+        json_output: Print JSON, every episode included.
+        options: How ENV is made.
+
+    Returns:
+        0
+    """
+    from worldflux.agents.settings import AgentSettings
+    from worldflux.cli.video import VideoFile, check_target
+    from worldflux.training.randomness import seed_everything
+    from worldflux.validation import whole_number
+
+    whole_number("episodes", episodes, 1)
+    whole_number("video_episodes", video_episodes, 1)
+    AgentSettings(seed=seed)  # which checks it
+    source = runs.saved_agent(agent, newest=newest)
+    name, options = _environment(agent, env, options)
+    if video is not None:
+        check_target(video)
+        video_file = checked_path("--video", video)  # before the environment may change the working directory
+    made = make_environment(name, options, film=video is not None)
+    try:
+        player = load_player(source, made, name)
+        seed_everything(seed)
+        fps = made.metadata.get("render_fps") or 30
+        with nullcontext() if video is None else VideoFile(video_file, fps) as film:
+            played: list[Episode] = []
+            while len(played) < episodes:
+                episode = _play(
+                    player,
+                    made,
+                    seed=None if played else seed,
+                    deterministic=not stochastic,
+                    show=film.add if film is not None and len(played) < video_episodes else None,
+                )
+                played.append(episode)
+                _tell(len(played), episodes, episode)
+    finally:
+        made.close()
+    _report(played, str(source.path), name, stochastic=stochastic, seed=seed, as_json=json_output, video=video)
+    return 0
+
+
+def _environment(agent: Path, env: str | None, options: EnvOptions) -> tuple[str, EnvOptions]:
+    """The environment that is meant, and how it is made."""
+    if env is not None:
+        return env, options
+    found = environment_of(agent, f"Add ENV: worldflux eval {agent} ENV")
+    if options != _NO_OPTIONS:
+        raise ConfigurationError(f"--{' --'.join(options.given())} go with ENV. Add it, or leave them out.")
+    return found
+
+
+def make_environment(name: str, options: EnvOptions, *, film: bool) -> gym.Env[Any, Any]:
+    """One environment, which renders where it shall be filmed.
+
+    Raises:
+        ConfigurationError: If it cannot be made, or cannot be filmed.
+    """
+    from worldflux.envs.make import check_batches, make_env
+
+    given, render = options.given(), {"render_mode": "rgb_array"} if film else {}
+    found = find_environment(name)
+    if isinstance(found, str):
+        env = make_env(found, **given, **render)
+    else:
+        if given:
+            raise ConfigurationError(f"--{' --'.join(given)}: {name} is code of your own, which takes no options.")
+        env = found(**render) if "render_mode" in inspect.signature(found).parameters else found()
+    check_batches(env)
+    if film and env.render_mode != "rgb_array":
+        env.close()
+        raise ConfigurationError(
+            f"{name} cannot be filmed: its render_mode is {env.render_mode!r}, expected 'rgb_array'. "
+            "A class of your own takes render_mode in its constructor and keeps it."
+        )
+    return env
+
+
+def _play(
+    agent: WorldFluxAgent,
+    env: gym.Env[Any, Any],
+    *,
+    seed: int | None,
+    deterministic: bool,
+    show: Callable[[np.ndarray], None] | None,
+) -> Episode:
+    """Plays an episode; every picture of it is shown to `show`."""
+    obs, _ = env.reset(seed=seed)
+    memory, score, length, over = None, 0.0, 0, False
+    while not over:
+        if show is not None:
+            show(_picture(env))
+        action, memory = agent.predict(obs, memory, deterministic=deterministic)
+        obs, reward, terminated, truncated, _ = env.step(action)
+        score, length, over = score + float(reward), length + 1, terminated or truncated
+    if show is not None:
+        show(_picture(env))
+    return Episode(score, length)
+
+
+def _tell(number: int, episodes: int, episode: Episode) -> None:
+    """Some lines on stderr, since planning takes its time; results are for stdout."""
+    if number * _LINES // episodes > (number - 1) * _LINES // episodes:
+        print(f"episode {number}/{episodes}  score {episode.score:.4g}  length {episode.length}", file=sys.stderr)
+
+
+def _picture(env: gym.Env[Any, Any]) -> np.ndarray:
+    """What the environment looks like now, RGB. `[H, W, 3]`"""
+    import numpy as np
+    from gymnasium.error import DependencyNotInstalled
+
+    try:
+        picture: Any = env.render()
+    except DependencyNotInstalled as error:
+        raise MissingDependencyError(f"The environment cannot be filmed: {error}") from error
+    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape[2:] != (3,):
+        kind = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
+        raise ConfigurationError(f"render() of the environment gave {kind}, expected uint8 [height, width, 3].")
+    return picture
+
+
+def _report(
+    played: list[Episode], agent: str, env: str, *, stochastic: bool, seed: int, as_json: bool, video: Path | None
+) -> None:
+    """Prints what was earned."""
+    from statistics import fmean, pstdev
+
+    scores, lengths = [episode.score for episode in played], [episode.length for episode in played]
+    if as_json:
+        result = {
+            "agent": agent,
+            "env": env,
+            "deterministic": not stochastic,
+            "seed": seed,
+            "episodes": len(played),
+            "mean": fmean(scores),
+            "std": pstdev(scores),
+            "min": min(scores),
+            "max": max(scores),
+            "scores": scores,
+            "lengths": lengths,
+        }
+        print(json.dumps(result if video is None else {**result, "video": str(video)}))
+        return
+    actions = "sampled" if stochastic else "likeliest"
+    print(f"{agent} in {env}: {len(played)} episodes, {actions} actions, seed {seed}")
+    for name, values in (("score", scores), ("length", lengths)):
+        low, high = min(values), max(values)
+        print(f"  {name:<7} mean {fmean(values):<10.6g} std {pstdev(values):<10.4g} min {low:<10.6g} max {high:.6g}")
+    if video is not None:
+        print(f"  {video}")

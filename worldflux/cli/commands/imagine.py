@@ -1,0 +1,249 @@
+"""`worldflux imagine`: what a saved agent expects of recorded actions, as pictures and numbers."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import replace
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from worldflux.cli import runs
+from worldflux.cli.commands.eval import make_environment
+from worldflux.cli.options import EnvOptions, Number
+from worldflux.cli.players import environment_of, load_player
+from worldflux.cli.runs import Saved
+from worldflux.errors import ConfigurationError, ShapeMismatchError
+from worldflux.files import checked_path, directory_beside, writing
+
+if TYPE_CHECKING:
+    from worldflux.agents import WorldFluxAgent
+    from worldflux.diagnostics.open_loop import PredictionError
+    from worldflux.models.base import WorldModel
+    from worldflux.training import ReplayBuffer
+
+_Data = Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA", help_behavior_hint="")]
+_Env = Annotated[str | None, tyro.conf.arg(metavar="ENV", help_behavior_hint="")]
+
+WINDOWS, IMAGE_WINDOWS = 256, 32
+"""By default; windows of images take much memory."""
+_NO_OPTIONS = EnvOptions()
+
+
+def imagine(
+    agent: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="AGENT")],
+    data: _Data = None,
+    *,
+    env: _Env = None,
+    episodes: int = 10,
+    context: int = 5,
+    horizon: int = 45,
+    windows: Number = None,
+    shown: int = 4,
+    samples: Number = None,
+    seed: int = 0,
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("imagination"),
+    options: Annotated[EnvOptions, tyro.conf.arg(name="")] = _NO_OPTIONS,
+) -> int:
+    """Draw what a saved agent imagines: it sees how recorded windows begin, and predicts the rest from the actions.
+
+    Args:
+        agent: A zip of WorldFluxAgent.save, a checkpoint, the directory of a run, or of a model (save_pretrained).
+        data: Recorded episodes, an .npz. Without it and --env, the replay data of the checkpoint, or what the run of
+            worldflux train-offline learned from.
+        env: Record new episodes of the agent instead, in an environment as for worldflux train.
+        episodes: How many to record with --env.
+        context: Rows of each window that the model sees.
+        horizon: Rows after them that it predicts.
+        windows: That the errors are measured on. By default 256, of images 32.
+        shown: Windows that are drawn: those in which most can be seen.
+        samples: Futures to draw for each window. By default one, of the likeliest latents.
+        seed: Of the windows, the drawn futures, and with --env of the environment and the actions.
+        output: Directory for the pictures and imagination.json.
+        options: How ENV is made.
+
+    Returns:
+        0
+    """
+    from worldflux.validation import whole_number
+
+    whole_number("context", context, 1)
+    whole_number("horizon", horizon, 1)
+    whole_number("shown", shown, 1)
+    whole_number("episodes", episodes, 1)
+    whole_number("seed", seed, 0)
+    if windows is not None:
+        whole_number("windows", windows, 1)
+    if samples is not None:
+        whole_number("samples", samples, 1)
+    if data is not None and env is not None:
+        raise ConfigurationError(f"Both {data} and --env {env} are given. Leave one of them out.")
+    if options != _NO_OPTIONS and env is None:
+        raise ConfigurationError(f"--{' --'.join(options.given())} go with --env. Add it, or leave them out.")
+    source = _find_agent(agent)
+    target = checked_path("--output", output, directory=True)  # before an environment may change the working directory
+    _make_directory(output)
+
+    from worldflux.cli.video import VideoFile
+    from worldflux.diagnostics.calibration import check_finite, summary
+    from worldflux.diagnostics.open_loop import open_loop
+    from worldflux.diagnostics.plots import figures, picture_name
+    from worldflux.diagnostics.plots.frames import FPS, film, image_keys, longest_windows
+
+    model, steps, buffer, described = _shown(source, data, env, options, episodes=episodes, seed=seed)
+    _check_rows(model, buffer, described)
+    has_images = any(len(shape) == 3 for shape in model.config.obs_shapes.values())
+    count = windows or (IMAGE_WINDOWS if has_images else WINDOWS)
+    found = open_loop(model, buffer.sample(count, context + horizon), context=context, samples=samples, seed=seed)
+    check_finite(found)
+    errors = found.errors()
+    title = f"{model.config.model_type}{'' if steps is None else f' after {steps} steps'}; {described}"
+    with writing(output, ConfigurationError), directory_beside(target / "imagination") as beside:
+        images = image_keys(found)
+        for key in images:
+            with VideoFile(beside / f"{picture_name('imagination', key, images)}.mp4", FPS) as video:
+                for frame in film(found, key, longest_windows(found, shown)):
+                    video.add(frame)
+        for name, figure in figures(found, errors, shown=shown, title=title).items():
+            figure.savefig(beside / f"{name}.png")
+        numbers = {"agent": str(source.path), "data": described, "seed": seed, **summary(found, errors)}
+        (beside / "imagination.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        written = [output / file.replace(target / file.name).name for file in sorted(beside.iterdir())]
+    _report(errors, written, pictured=bool(found.obs))
+    return 0
+
+
+def _find_agent(path: Path) -> Saved:
+    """What to read, the newest checkpoint where there are several: it has replay data."""
+    from worldflux.training.checkpoint import newest_checkpoint
+
+    saved = runs.saved_agent(path, newest=True)
+    if not saved.path.is_dir() or (saved.path / "agent.json").is_file():
+        return saved
+    return replace(saved, path=newest_checkpoint(saved.path) or saved.path)
+
+
+def _make_directory(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise ConfigurationError(
+            f"Nothing can be written to {output}: {error.strerror}. Choose another one."
+        ) from error
+
+
+def _shown(
+    source: Saved, data: Path | None, env: str | None, options: EnvOptions, *, episodes: int, seed: int
+) -> tuple[WorldModel, int | None, ReplayBuffer, str]:
+    """The model, the environment steps of its agent, what the model is shown, and what that is in words."""
+    from worldflux.agents import WorldFluxAgent
+    from worldflux.factory import create_world_model
+    from worldflux.training import ReplayBuffer
+
+    path = source.path
+    if data is None and env is None and not source.is_agent:
+        data = _data_of_run(path)
+    if data is not None and not data.is_file():
+        raise ConfigurationError(f"There is no file '{data}'. DATA is an .npz of worldflux collect.")
+    if data is None and env is None and not path.is_dir():
+        remedy = f"Add recorded episodes (worldflux imagine {path} data.npz), or --env ENV to record some."
+        if runs.run_of(path) is None:
+            raise ConfigurationError(f"{path} holds no replay data. {remedy}")
+        env, options = environment_of(path, remedy)
+    if env is not None:
+        player, buffer = _record(source, env, options, episodes, seed)
+        return player.model, _steps(source, player), buffer, f"{episodes} new episodes in {env}"
+    if not source.is_agent:
+        assert data is not None
+        model = create_world_model(path, device="auto")
+        return model, None, ReplayBuffer.load(data, seed=seed), f"episodes of {data.name}"
+    player = WorldFluxAgent.load(path)
+    if data is not None:
+        return player.model, player.num_timesteps, ReplayBuffer.load(data, seed=seed), f"episodes of {data.name}"
+    return player.model, player.num_timesteps, _replay_data(player, path, seed), f"replay data of {path.name}"
+
+
+def _steps(source: Saved, player: WorldFluxAgent) -> int | None:
+    return player.num_timesteps if source.is_agent else None
+
+
+def _data_of_run(path: Path) -> Path:
+    """What a model was trained on, by the run that it belongs to."""
+    run = runs.run_of(path)
+    if run is None or (config := runs.RunConfig.read(run)).kind == "train":
+        raise ConfigurationError(
+            f"{path} holds no replay data. Add recorded episodes (worldflux imagine {path} data.npz), or --env ENV to "
+            "record some."
+        )
+    return Path(config.task)
+
+
+def _record(
+    source: Saved, env: str, options: EnvOptions, episodes: int, seed: int
+) -> tuple[WorldFluxAgent, ReplayBuffer]:
+    """The agent, and new episodes of it, with sampled actions as in training."""
+    from worldflux.envs.collection import collect
+    from worldflux.training.randomness import seed_everything
+
+    made = make_environment(env, options, film=False)
+    try:
+        player = load_player(source, made, env)
+        seed_everything(seed)
+        return player, collect(made, player, episodes=episodes, seed=seed)
+    finally:
+        made.close()
+
+
+def _replay_data(agent: WorldFluxAgent, checkpoint: Path, seed: int) -> ReplayBuffer:
+    """The replay data of a checkpoint."""
+    from worldflux.agents.archive import RunState
+    from worldflux.replay.checkpoint import ReplaySegments
+    from worldflux.training import ReplayBuffer
+
+    normalization = RunState.read(checkpoint).normalization
+    if normalization is not None and normalization["obs"]:
+        raise ConfigurationError(
+            "The agent was trained behind a VecNormalize, and its replay data are as they were before that. "
+            "Add ImaginationCallback to its training instead: it normalises them."
+        )
+    buffer = ReplayBuffer(
+        agent.buffer_size,
+        agent.obs_codec.obs_shape,
+        agent.action_codec.action_dim,
+        obs_dtype=agent.obs_codec.obs_dtype,
+        n_envs=agent.n_envs,
+        extras=agent.model.replay_extras() if agent.replay_context else {},
+    )
+    ReplaySegments.read(checkpoint, buffer)
+    buffer.seed(seed)
+    return buffer
+
+
+def _check_rows(model: WorldModel, buffer: ReplayBuffer, described: str) -> None:
+    expected = (model.config.obs_shape, model.config.action_dim)
+    if (buffer.obs_shape, buffer.action_dim) != expected:
+        raise ShapeMismatchError(
+            f"The {described} hold observations {buffer.obs_shape} and {buffer.action_dim} action numbers, expected "
+            f"{expected[0]} and {expected[1]} for this model."
+        )
+
+
+def _report(errors: dict[str, PredictionError], written: list[Path], *, pictured: bool) -> None:
+    """Prints what was written, and how far the model is off."""
+    from worldflux.diagnostics.calibration import overall_ratio
+
+    for path in written:
+        print(path)
+    for name, error in errors.items():
+        if name.startswith(("obs", "reward")) or (not pictured and name.startswith("state")):
+            ratio = overall_ratio(error)
+            compared = f"{ratio:.3g} of the error of 'nothing changes'" if isfinite(ratio) else "nothing did change"
+            first, last = (f"{error.model.mean[step]:.3g}" for step in (0, -1))
+            print(f"{name}: off by {first} one step ahead and {last} {len(error.ratio)} ahead; {compared}")
+    if not pictured:
+        print("The model has no decoder, so that it pictures no observations: latent states are compared.")

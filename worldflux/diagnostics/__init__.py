@@ -1,0 +1,1 @@
+"""Looking at a model: open-loop predictions, calibration, health and plots."""

@@ -1,0 +1,1 @@
+"""What was experienced: batches, the replay buffer and its files."""

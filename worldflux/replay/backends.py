@@ -1,0 +1,385 @@
+"""Where a replay buffer's arrays lie: in memory, in files that are mapped into it, or on a device."""
+
+from __future__ import annotations
+
+import errno
+import math
+import mmap
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worldflux.accel.device import resolve_device
+from worldflux.accel.transfers import to_device
+from worldflux.errors import BufferError, ConfigurationError
+from worldflux.files import checked_path
+
+StoragePlace = str | os.PathLike[str] | torch.device | None
+
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d+)?")
+_NOT_RESERVABLE = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+
+
+class RowArray(Protocol):
+    """An array of rows: a NumPy array without gaps, or something on a device that is read and written like one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[N, ...]`."""
+        ...
+
+    @property
+    def dtype(self) -> Any:
+        """NumPy's name of what it holds."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        ...
+
+    def __getitem__(self, at: Any) -> Any:
+        """A copy of the rows at these indices, a NumPy array."""
+        ...
+
+    def __setitem__(self, at: Any, values: Any) -> None:
+        """Writes rows, or one value into all of them."""
+        ...
+
+
+class DeviceArray:
+    """Rows in a tensor, read and written at NumPy arrays of indices as if they lay in a NumPy array.
+
+    Args:
+        tensor: `[N, ...]`
+        dtype: NumPy's name of the tensor's dtype.
+    """
+
+    def __init__(self, tensor: Tensor, dtype: np.dtype) -> None:
+        self.tensor, self.dtype = tensor, dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[N, ...]`."""
+        return tuple(self.tensor.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return self.tensor.numel() * self.dtype.itemsize
+
+    def __getitem__(self, at: np.ndarray) -> np.ndarray:
+        return self.tensor[self._index(at)].cpu().numpy()
+
+    def __setitem__(self, at: np.ndarray, values: Any) -> None:
+        """Writes one value into all rows `at`, or `values[i]` into row `at[i]`; of several for one row the last stays.
+
+        Values in a tensor on this array's device do not leave it.
+        """
+        if not isinstance(values, Tensor):
+            values = torch.from_numpy(np.array(values, self.dtype))
+        values = to_device(values.detach(), self.tensor.device).to(self.tensor.dtype)
+        at = np.asarray(at)
+        if values.dim():
+            at, values = at.reshape(-1), values.reshape(at.size, *self.shape[1:])
+            rows, first = np.unique(at[::-1], return_index=True)
+            if len(rows) < len(at):  # which of them stays is not defined on a device
+                at, values = rows, values[self._index(len(at) - 1 - first)]
+        self.tensor[self._index(at)] = values
+
+    def _index(self, at: np.ndarray) -> Tensor:
+        return to_device(torch.as_tensor(at, dtype=torch.int64), self.tensor.device)
+
+
+class Storage(Protocol):
+    """A place for arrays of rows."""
+
+    @property
+    def place(self) -> str | Path | torch.device:
+        """What `ReplayBuffer(storage=...)` was given."""
+        ...
+
+    @property
+    def takes_all_at_once(self) -> bool:
+        """Whether arrays take their bytes when they are made, not when they are first written to."""
+        ...
+
+    def budget(self) -> Budget:
+        """What is free there now."""
+        ...
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> RowArray:
+        """A new array.
+
+        Raises:
+            BufferError: If there is no room for it.
+        """
+        ...
+
+
+class MemoryStorage:
+    """Arrays in memory, which the system hands out as rows are written."""
+
+    place = "memory"
+    takes_all_at_once = False
+
+    def budget(self) -> Budget:
+        """What is free in memory."""
+        remedy = "storage='<directory>' to keep it on disk"
+        return Budget(free_memory(), "this machine", "memory", remedy)
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> RowArray:
+        """A new array."""
+        try:
+            return np.zeros(shape, dtype)
+        except (MemoryError, OverflowError, ValueError) as error:  # the latter: more than can be addressed
+            raise BufferError(
+                f"The replay buffer cannot have an array {shape} of {dtype} in memory. Use a smaller capacity."
+            ) from error
+
+
+class DiskStorage:
+    """Arrays in files that are mapped into memory, where the system keeps of them what it has room for.
+
+    They are room to work in and no record: a file has no name (on Windows: it is removed when it is closed), so that
+    nothing is left of it when the buffer or its process is gone, however that ended, and any number of buffers can
+    share a directory. All of it is reserved at once: a disk that is too small shows then.
+
+    Args:
+        directory: Made if it is missing, and not removed.
+
+    Raises:
+        BufferError: If it cannot be made.
+    """
+
+    takes_all_at_once = True
+
+    def __init__(self, directory: Path) -> None:
+        self.place = directory
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BufferError(f"The directory '{directory}' of the replay buffer cannot be made: {error}") from error
+
+    def budget(self) -> Budget:
+        """What is free on the disk."""
+        return Budget(free_disk(self.place), f"'{self.place}'", "disk space", "a directory on another disk")
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> RowArray:
+        """A new array in a file of its own."""
+        size = math.prod(shape) * dtype.itemsize
+        try:
+            with tempfile.TemporaryFile(dir=self.place) as file:
+                _reserve(file.fileno(), size)
+                mapped = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            raise BufferError(f"The replay buffer cannot have {size} bytes in '{self.place}': {error}") from error
+        return np.frombuffer(mapped, dtype).reshape(shape)
+
+
+class DeviceStorage:
+    """Arrays in a device's memory, where batches are gathered without a detour.
+
+    Args:
+        device: Of torch.
+
+    Raises:
+        ConfigurationError: If there is no such device.
+    """
+
+    takes_all_at_once = True
+
+    def __init__(self, device: torch.device) -> None:
+        self.place = resolve_device(device)
+
+    def budget(self) -> Budget:
+        """What is free on the device."""
+        return Budget(free_device_memory(self.place), f"'{self.place}'", "memory", "storage='memory'")
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> RowArray:
+        """A new array in a tensor."""
+        if dtype.kind == "u" and dtype.itemsize > 1:  # of these, torch cannot write single rows
+            raise ConfigurationError(
+                f"An array of dtype {dtype} cannot be stored on '{self.place}'. Use a signed dtype, or uint8."
+            )
+        torch_dtype = torch.from_numpy(np.zeros(0, dtype)).dtype
+        try:
+            return DeviceArray(torch.zeros(shape, dtype=torch_dtype, device=self.place), dtype)
+        except RuntimeError as error:  # torch's errors of memory are all of this kind
+            raise BufferError(
+                f"The replay buffer cannot have {math.prod(shape) * dtype.itemsize} bytes on '{self.place}': {error}"
+            ) from error
+
+
+def storage_at(place: StoragePlace) -> Storage:
+    """The storage that a user names.
+
+    Args:
+        place: None or "memory"; a device of torch or its name ("cuda", "cuda:1", "cpu", ...); anything else is the path
+            of a directory. A directory of a device's name is written "./cuda".
+
+    Raises:
+        ConfigurationError: If it is none of these, or the device is not there.
+        BufferError: If the directory cannot be made.
+    """
+    if place is None or place == "memory":
+        return MemoryStorage()
+    if isinstance(place, torch.device) or (isinstance(place, str) and _DEVICE.fullmatch(place)):
+        return DeviceStorage(torch.device(place))
+    if not place or not isinstance(place, str | os.PathLike):
+        raise ConfigurationError(f"storage is {place!r}, expected 'memory', the path of a directory, or a device.")
+    return DiskStorage(checked_path("storage", place, directory=True))
+
+
+def lasting_place(name: str, place: str | os.PathLike[str] | torch.device) -> str:
+    """The same place as text; a directory's is its absolute path, which stays when the working directory changes.
+
+    Args:
+        name: What it is called in errors.
+        place: As for `storage_at`.
+    """
+    text = str(place)
+    if text == "memory" or _DEVICE.fullmatch(text):
+        return text
+    return str(checked_path(name, place, directory=True))
+
+
+def _reserve(file: int, size: int) -> None:
+    """Gives a file its size and all of its blocks: a hole that the disk cannot fill later kills the process."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in _NOT_RESERVABLE:
+                raise
+    os.truncate(file, size)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What is free in one place, and what to say if that is too little."""
+
+    free: int | None
+    """Bytes; None where the system does not tell, and nothing is refused then."""
+    holder: str
+    """Subject of the sentence, such as "this machine"."""
+    kind: str
+    """What it has, such as "memory"."""
+    remedy: str
+    """What helps besides a smaller capacity, as the end of a sentence."""
+
+    def require(self, needed: int, *, what: str, fits: int) -> None:
+        """Refuses what does not fit.
+
+        Args:
+            needed: Bytes.
+            what: Start of the sentence: what takes them, without its number.
+            fits: The capacity that would fit; 0 if none does.
+
+        Raises:
+            BufferError: If less is free than is needed.
+        """
+        if self.free is None or needed <= self.free:
+            return
+        smaller = f"Use a smaller capacity ({_rounded_down(fits):,} would fit), or " if fits else "Use "
+        raise BufferError(
+            f"{what} takes {human(needed)}, and {self.holder} has {human(self.free)} of free {self.kind}. "
+            f"{smaller}{self.remedy}."
+        )
+
+
+def human(count: int) -> str:
+    """A number of bytes with its unit, such as "13.1 GB" (powers of 1000)."""
+    value, units = float(count), ["bytes", "kB", "MB", "GB", "TB", "PB"]
+    while value >= 999.95 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.0f} {units[0]}" if units[0] == "bytes" else f"{value:.1f} {units[0]}"
+
+
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that this process can still take without swapping: what the machine has, or its container if that is less.
+
+    Memory in which the system only caches files counts as free. Where there is no `/proc` (macOS), all of the machine's
+    memory is given; None where the system does not tell (Windows).
+
+    Args:
+        root: Where `proc` and `sys` are; tests have their own.
+    """
+    found = [*_machine_memory(root), *_container_memory(root)]
+    if found:
+        return max(0, min(found))
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def free_disk(directory: Path) -> int:
+    """Bytes that this user can still write to the file system of `directory`, which need not exist yet."""
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def free_device_memory(device: torch.device) -> int | None:
+    """Bytes that torch can still take on a device: what the device has free, and what torch holds there unused.
+
+    None for a device that does not tell.
+    """
+    if device.type == "cpu":
+        return free_memory()
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def _machine_memory(root: Path) -> Iterator[int]:
+    for line in _lines(root / "proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            yield int(line.split()[1]) * 1024
+
+
+def _container_memory(root: Path) -> Iterator[int]:
+    """What is left below the limit of each control group that this process is in, the groups above them included."""
+    for line in _lines(root / "proc/self/cgroup"):
+        number, controllers, path = line.split(":", 2)
+        if number == "0":  # version 2
+            top, limit_name, used_name, cached = root / "sys/fs/cgroup", "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):  # version 1
+            top = root / "sys/fs/cgroup/memory"
+            limit_name, used_name, cached = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        else:
+            continue
+        group = top / path.lstrip("/")
+        # Inside a container the path may be the one outside; the group itself is at the top then.
+        for place in (group, *group.parents):
+            if top not in (place, *place.parents):
+                break
+            limit, used = _lines(place / limit_name), _lines(place / used_name)
+            if limit and used and limit[0] != "max":
+                stat = dict(entry.split(maxsplit=1) for entry in _lines(place / "memory.stat"))
+                files = sum(int(stat.get(f"{cached}{kind}_file", 0)) for kind in ("inactive", "active"))
+                yield int(limit[0]) - int(used[0]) + files
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+
+def _rounded_down(count: int) -> int:
+    """To two digits: what is free changes from moment to moment."""
+    unit = 10 ** max(0, len(str(count)) - 2)
+    return count // unit * unit

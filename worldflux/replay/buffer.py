@@ -1,0 +1,490 @@
+"""The replay buffer: what was observed, done and earned, in rows; windows of them to learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from worldflux.accel.overriding import overridden
+from worldflux.errors import BufferError, ConfigurationError, WorldFluxError
+from worldflux.files import checked_path
+from worldflux.replay.actions import declared_classes, described, type_of
+from worldflux.replay.backends import Storage, StoragePlace, storage_at
+from worldflux.replay.batch import Batch, BatchRequest
+from worldflux.replay.export import FileActions, collect_data, dtype_in_memory, fill, read_replay, write_replay
+from worldflux.replay.held_out import ReplayPart, split
+from worldflux.replay.npz import NpzFile
+from worldflux.replay.receiving import RowReceiver
+from worldflux.replay.ring import RowStore
+from worldflux.replay.sampler import Drawn, Span, WholeStreams, WindowSampler
+from worldflux.replay.spec import SINGLE, ObsShape, RowForm
+from worldflux.validation import whole_number
+
+
+class ReplayBuffer(RowReceiver, WindowSampler):
+    """The newest `capacity` transitions of one or more environments, as windows of consecutive rows.
+
+    A row is an observation, the action taken there, and what came of that action. An episode of T transitions takes
+    T+1 rows, because its last observation is kept; here T = 3, and the next episode of the same environment follows:
+
+        row            0     1     2     3     4     5
+        obs            o0    o1    o2    o3    o0'   o1'   o3: the observation after the last step
+        actions        a0    a1    a2    ·     a0'   a1'   taken at obs[t]; · is zero
+        rewards        r0    r1    r2    ·     r0'   r1'   what actions[t] earned on the way to obs[t+1]
+        terminations   0     0     1     0     0     0     nothing is worth anything beyond obs[t+1]
+        truncations    0     0     0     0     0     0     or 1 with terminations 0: obs[t+1] is still bootstrapped
+        is_first       1     0     0     0     1     0     recurrent state and previous action are reset here
+        obs_mask       1     1     1     1     1     1     0 on row 3 if the last observation was not recorded; a batch
+                                                           in which all observations were has no obs_mask
+
+    Each environment has a stream of its own, a ring of rows. A sampled window is any run of rows of one stream: it may
+    cross episode ends, and rows of an episode in flight are sampled like all others. The oldest rows make room for new
+    ones; where that cuts an episode, its oldest remaining row has `is_first` False. Very short episodes (fewer
+    than 16 steps on average) can fill a large buffer's rows before `capacity` transitions are reached.
+
+    Args:
+        capacity: Transitions to keep, over all environments.
+        obs_shape: Of one observation, images channel-first; a dict of shapes where observations are dictionaries.
+        action_dim: Width of an action vector. Discrete actions are one-hot.
+        action_type: "continuous", "discrete" or "multi_discrete", as in a model's configuration: what is stored has to
+            be of that kind. None: what records into the buffer says so, or the values are looked at when training
+            starts.
+        action_classes: Sizes of the one-hots; needed for "multi_discrete".
+        obs_dtype: uint8 or float32, or a dict with one for each key. By default uint8 for three-dimensional shapes
+            (images) and float32 for the others.
+        n_envs: Streams, one for each environment that `add` receives. Recorders of further environments get streams of
+            their own when they need them, which share the capacity with these.
+        extras: Further arrays beside each row, as `{name: (shape, dtype)}`, which a model fills through `add` and
+            `update_extras`; zero until then.
+        seed: Of the sampler; None draws one.
+        storage: Where the rows lie. None or "memory" is the machine's memory, of which they take what has been written
+            to; `check_budget` tells beforehand whether all will fit. The path of a directory is for buffers larger than
+            memory: files there are mapped into it. They are reserved at once and vanish with the buffer or its
+            process, also a killed one; what is to last is written with `save`. A device of torch ("cuda", "cuda:1") is
+            for batches that are wanted there; its memory is taken at once. A directory of a device's name is written
+            "./cuda".
+
+    Raises:
+        ConfigurationError: If an argument is out of its range.
+        ShapeMismatchError: If `obs_shape` is that of a channel-last image.
+        BufferError: If there is no room for it.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        obs_shape: ObsShape,
+        action_dim: int,
+        *,
+        obs_dtype: Any = None,
+        n_envs: int = 1,
+        extras: Mapping[str, tuple[tuple[int, ...], Any]] | None = None,
+        seed: int | None = None,
+        storage: StoragePlace = None,
+        action_type: str | None = None,
+        action_classes: Sequence[int] | None = None,
+    ) -> None:
+        self._capacity = whole_number("capacity", capacity, 1)
+        n_envs = whole_number("n_envs", n_envs, 1)
+        if capacity < n_envs:
+            raise ConfigurationError(f"capacity is {capacity}, expected at least n_envs ({n_envs}).")
+        action_dim = whole_number("action_dim", action_dim, 1)
+        classes = declared_classes(action_type, action_classes, action_dim)
+        form = RowForm(obs_shape, action_dim, obs_dtype, extras, classes)
+        WindowSampler.__init__(self, form, seed)
+        RowReceiver.__init__(self, form, _new_store(capacity, n_envs, form, storage_at(storage)))
+        self._known_span: tuple[bytes, WholeStreams] | None = None  # of the rows with these bounds
+
+    def _span(self, rows: RowStore) -> Span:
+        bounds = rows.bounds
+        if self._known_span is None or self._known_span[0] != bounds:
+            self._known_span = bounds, WholeStreams(rows.begin, rows.end)
+        return self._known_span[1]
+
+    # --- what it is and what it holds
+
+    @property
+    def capacity(self) -> int:
+        """Transitions it keeps at most."""
+        return self._capacity
+
+    @property
+    def obs_shape(self) -> ObsShape:
+        """Shape of one observation, or a dict of them."""
+        return self._form.obs_shape
+
+    @property
+    def obs_dtype(self) -> np.dtype | dict[str, np.dtype]:
+        """In which observations are stored, or a dict of them."""
+        return self._form.obs_dtype
+
+    @property
+    def action_dim(self) -> int:
+        """Width of an action vector."""
+        return self._form.action_dim
+
+    @property
+    def action_type(self) -> str | None:
+        """Kind of the actions, as in a model's configuration; None if nobody has named it."""
+        return None if self._form.action_classes is None else type_of(self._form.action_classes)
+
+    @property
+    def action_classes(self) -> tuple[int, ...] | None:
+        """Sizes of the actions' one-hots, none if they are continuous; None if nobody has named their kind."""
+        return self._form.action_classes
+
+    def declare_actions(self, action_type: str, action_classes: Sequence[int] | None = None) -> None:
+        """Names the kind of the actions, as the constructor does.
+
+        Raises:
+            ConfigurationError: If the two are no kind.
+            BufferError: If the buffer holds, or was made for, another kind.
+        """
+        classes = declared_classes(action_type, action_classes, self.action_dim)
+        assert classes is not None
+        if self._form.action_classes is not None and classes != self._form.action_classes:
+            raise BufferError(
+                f"The buffer is for actions with {described(self._form.action_classes)}, and these have "
+                f"{described(classes)}. Use another buffer."
+            )
+        if classes and self._form.action_classes is None:
+            self.check_actions(classes)
+        self._form.action_classes = classes
+
+    @property
+    def n_envs(self) -> int:
+        """Environments whose steps `add` receives, each with a stream."""
+        return self._n_envs
+
+    @property
+    def num_streams(self) -> int:
+        """Streams: one for each of `n_envs`, and those that recorders of further environments got."""
+        return len(self._store.base)
+
+    @property
+    def extras(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and dtype of what is stored beside each row, by name."""
+        return dict(self._form.extras)
+
+    @property
+    def storage(self) -> str | Path | torch.device:
+        """Where the rows lie: "memory", a directory or a device."""
+        return self._store.storage.place
+
+    @property
+    def num_transitions(self) -> int:
+        """Transitions stored now, those of episodes in flight included."""
+        return int(self._rows.transitions.sum())
+
+    @property
+    def num_episodes(self) -> int:
+        """Episodes that have ended and of which at least one transition is still stored."""
+        return int(self._rows.episodes.sum())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its arrays once every row has been written to."""
+        return self._rows.nbytes
+
+    def __len__(self) -> int:
+        return self.num_transitions
+
+    def __repr__(self) -> str:
+        return (
+            f"ReplayBuffer({self.num_transitions} of {self.capacity} transitions, {self.num_episodes} episodes, "
+            f"obs_shape={self.obs_shape}, action_dim={self.action_dim}, n_envs={self.n_envs})"
+        )
+
+    @property
+    def room(self) -> int:
+        """Steps of every environment that `add` can take, however their episodes end, before it drops old rows."""
+        return self._rows.room
+
+    def grow(self, capacity: int) -> None:
+        """Makes room for more transitions; what is stored stays, with the same numbers in `Batch.rows`.
+
+        Args:
+            capacity: At least the present one.
+
+        Raises:
+            ConfigurationError: If it is less.
+            BufferError: If the machine has no memory for it; nothing is changed then.
+        """
+        capacity = whole_number("capacity", capacity, self._capacity)
+        rows = self._rows
+        self._move_rows(rows, _new_store(capacity, len(rows.base), self._form, rows.storage))
+        self._capacity = capacity
+
+    def add_streams(self, count: int) -> None:
+        """Makes further streams, for environments that move by themselves.
+
+        All streams have equal shares of the capacity from then on: the oldest rows of those that hold more are dropped.
+
+        Raises:
+            BufferError: If the capacity is less than a transition for each, or the machine has no memory for it;
+                nothing is changed then.
+        """
+        rows = self._rows
+        streams = len(rows.base) + count
+        if self._capacity < streams:
+            raise BufferError(
+                f"The buffer's capacity is {self._capacity}, and {streams} environments record into it, each of which "
+                "needs a stream of its own. Make it larger."
+            )
+        store = _new_store(self._capacity, streams, self._form, rows.storage)
+        rows.drop_excess(store)
+        self._move_rows(rows, store)
+        self._fresh = np.append(self._fresh, np.zeros(count, np.int64))
+        for writer in self._writers:
+            writer.limit(store.most_steps)
+
+    def clear(self, streams: int) -> None:
+        """Forgets all rows, and makes so many streams."""
+        self._store = _new_store(self._capacity, streams, self._form, self._store.storage)
+        self._fresh = np.zeros(streams, np.int64)
+
+    def _move_rows(self, rows: RowStore, store: RowStore) -> None:
+        """Goes on with another store, to which all rows are copied."""
+        if not store.storage.takes_all_at_once:
+            what = f"A copy of the replay buffer's {len(self):,} transitions, which changing its size needs,"
+            store.storage.budget().require(rows.bytes_taken, what=what, fits=0)
+        rows.move_to(store)
+        self._store = store
+
+    def check_budget(self, steps: int | None = None) -> None:
+        """Refuses, before a long run, what the machine has no memory for.
+
+        Memory is taken when it is first written to, so that a buffer which is too large for the machine can be made and
+        fails after hours. What is written already is not counted again. On disk and on devices all has been reserved.
+
+        Args:
+            steps: Transitions that are going to be stored, over all environments; None: until the buffer is full.
+
+        Raises:
+            BufferError: If that takes more memory than is free, with both numbers and what would fit.
+            ConfigurationError: If `steps` is not a whole number from 0.
+        """
+        if steps is not None:
+            steps = whole_number("steps", steps, 0)
+        rows = self._rows
+        if rows.storage.takes_all_at_once:
+            return
+        budget = rows.storage.budget()
+        if steps is not None:
+            what = f"Storing {steps:,} more transitions in the replay buffer"
+        elif not len(self):
+            what = f"A replay buffer of {self._capacity:,} transitions"
+        else:
+            what = f"Filling the replay buffer, which holds {len(self):,} transitions, up to {self._capacity:,}"
+        fits = self._capacity * (rows.bytes_taken + (budget.free or 0)) // rows.nbytes
+        budget.require(rows.bytes_to_come(steps), what=what, fits=fits)
+
+    # --- taking out
+
+    def sample(
+        self,
+        batch_size: int | BatchRequest,
+        seq_len: int | None = None,
+        device: str | torch.device = "cpu",
+        *,
+        fresh: bool = False,
+    ) -> Batch:
+        """A batch of windows, each row of which is aligned as drawn above.
+
+        They are drawn uniformly, with replacement, from all windows of all streams: what is stored, `seed` and the
+        calls since then decide on them, and nothing else.
+
+        Args:
+            batch_size: Windows, `B`; or a request that holds all three.
+            seq_len: Rows of each, `T`. None means 50.
+            device: Where the batch is wanted.
+            fresh: For learning while recording: begin with the windows that `add` completed and no call with `fresh`
+                has given yet (non-overlapping ones of `seq_len` rows in each stream, oldest first), and draw only the
+                rest. Episodes that came through `add_episode` or a file have no such turn.
+
+        Raises:
+            BufferError: If a size is not a whole number from 1, or no stream holds `seq_len` rows.
+            ConfigurationError: If there is no such device.
+        """
+        return self._sample(batch_size, seq_len, device, first=self._take_fresh if fresh else None)
+
+    def split(self, fraction: float, *, seed: int = 0, seq_len: int = 1) -> tuple[ReplayPart, ReplayPart]:
+        """Two parts that share no row, to train on one and to evaluate on the other; nothing is copied.
+
+        Whole episodes are drawn at random for the second part until it has its share of the transitions. Episodes in
+        flight count as such. Windows of a part run over the ends of its episodes like those of the buffer, as if the
+        other part's were not there. Once rows are added to the buffer, its parts cannot be sampled from any more.
+
+        Args:
+            fraction: Share of the transitions that is kept from training, in (0, 1).
+            seed: Of the draw, and of the parts' samplers.
+            seq_len: Rows of the windows that will be asked for.
+
+        Returns:
+            The part to train on, and the part to evaluate on.
+
+        Raises:
+            BufferError: If the fraction is out of its range, there are fewer than two episodes, or a part has no window
+                of `seq_len` rows.
+            ConfigurationError: If the seed is not a whole number from 0, or a subclass has a `sample` of its own,
+                which the parts would not call.
+        """
+        if overridden(self, _SAMPLE):
+            raise ConfigurationError(
+                f"{type(self).__name__} has its own sample(), which the parts of a split would not call. Give it its "
+                "own split() as well, or pass evaluation data of its own."
+            )
+        return split(self, self._form, fraction, seed, seq_len)
+
+    def _take_fresh(self, count: int, seq_len: int) -> Drawn:
+        """Up to `count` completed windows that are fresh, oldest first; from now on they are not."""
+        rows = self._rows
+        overwritten = np.maximum(rows.begin - self._fresh, 0)
+        self._fresh += -(-overwritten // seq_len) * seq_len
+        start = self._fresh[:, None] + np.arange(count) * seq_len  # [n_envs, B]
+        complete = start + seq_len <= rows.end[:, None]
+        stream = np.nonzero(complete)[0]
+        start = start[complete]
+        oldest = np.argsort(start, kind="stable")[:count]
+        stream, start = stream[oldest], start[oldest]
+        self._fresh += seq_len * np.bincount(stream, minlength=len(self._fresh))
+        return Drawn(stream, start)
+
+    # --- files
+
+    def stored(self) -> tuple[RowStore, np.ndarray]:
+        """What it holds, for who keeps it on disk: the rows, and where the fresh windows of each stream begin.
+
+        Both are the buffer's own; the second is int64, `[num_streams]`.
+        """
+        return self._rows, self._fresh
+
+    def checked_final_obs(self, final_obs: Any, envs: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows `envs` of `final_obs`, an array or a dict of them, by key as they are stored. `[E, ...]` each.
+
+        Raises:
+            ShapeMismatchError: If `final_obs` has another shape than `[n_envs, ...]`.
+            BufferError: If it cannot be stored.
+        """
+        return self._form.checked_finals(final_obs, self._n_envs, envs)
+
+    def save(self, path: str | Path) -> None:
+        """Writes everything but the extras and the sampler's state to exactly `path`, an `.npz` without pickle.
+
+        The file is moved into place when it is complete. N transitions, stream by stream and oldest first:
+
+            obs              [N, ...]  where each action was taken; `obs/<key>` for each key of a dictionary
+            actions          [N, A]    float32
+            rewards          [N]       float32
+            dones            [N]       bool, the terminations
+            obs_shape        [...]     shape of one observation; `obs_shape/<key>` for a dictionary
+            action_dim, capacity       numbers
+
+        `load` needs no more than these. They are followed by what they cannot say, with one entry for each of the S
+        episodes:
+
+            truncations      [N]       bool
+            episode_lengths  [S]       transitions
+            episode_streams  [S]       the stream of its environment, 0 to n_envs - 1
+            episode_starts   [S]       False where the episode's oldest rows were overwritten
+            episode_ends     [S]       False where the episode is in flight
+            final_obs        [S, ...]  the observation after the last step; `final_obs/<key>` for a dictionary
+            final_obs_mask   [S]       False where that was not recorded (zeros)
+            n_envs                     number of the streams
+            action_classes   [...]     sizes of the actions' one-hots, none for continuous actions; absent where
+                                       nobody has named their kind and it cannot be told from the values
+
+        Args:
+            path: Target; directories above it are created.
+
+        Raises:
+            BufferError: If `path` is a directory, or cannot be written; an older file is unchanged then.
+        """
+        target = checked_path("path", path)
+        if target.is_dir():
+            raise BufferError(f"{path} is a directory, expected the path of a file. Add a name, such as buffer.npz.")
+        data = collect_data(self._rows, self._capacity, self._form.is_dict, self._form.action_classes)
+        write_replay(target, data)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        capacity: int | None = None,
+        n_envs: int | None = None,
+        extras: Mapping[str, tuple[tuple[int, ...], Any]] | None = None,
+        seed: int | None = None,
+        storage: StoragePlace = None,
+        action_type: str | None = None,
+        action_classes: Sequence[int] | None = None,
+        action_low: Any = None,
+        action_high: Any = None,
+    ) -> ReplayBuffer:
+        """A buffer with what `save`, or anybody who follows its schema, wrote.
+
+        Of the arrays, the seven documented ones suffice; episodes then end at their dones, without an observation
+        after their last step, and a last step without a flag counts as truncated, as in `add_episode`. `truncations`
+        `[N]`, which D4RL's files call `timeouts`, may come with them.
+
+        Args:
+            path: The file.
+            capacity: Another one than the file's; if it is smaller, the newest transitions are kept.
+            n_envs: Another number of streams than the file's. Episodes are shared out among them, and those in flight
+                are closed as truncated.
+            extras: As for the constructor; the file has none.
+            seed: Of the sampler.
+            storage: Where the rows are to lie, as for the constructor.
+            action_type: Kind of the actions, as for the constructor, for files that do not say it. None: one-hots
+                are discrete, and what has other numbers than 0 and 1 is continuous.
+            action_classes: As for the constructor.
+            action_low: Of continuous actions in the environment's own units, as for `add_episode`. `[A]`
+            action_high: As for `add_episode`. `[A]`
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            BufferError: If the file is damaged, lacks arrays, contradicts itself, or holds NaN or objects; or if the
+                machine has no room for what is in it.
+        """
+        with NpzFile(checked_path("path", path)) as file:
+            data = read_replay(file, FileActions(action_type, action_classes, action_low, action_high))
+            count = len(data.rewards)
+            if capacity is None and count > data.capacity:
+                raise BufferError(
+                    f"{file.path.name} says that its capacity is {data.capacity}, but has {count} transitions. "
+                    "Pass capacity= to load."
+                )
+            shapes = {key: obs.shape[1:] for key, obs in data.obs.items()}
+            buffer = cls(
+                data.capacity if capacity is None else capacity,
+                shapes if data.is_dict else shapes[SINGLE],
+                data.action_dim,
+                obs_dtype={key: dtype_in_memory(obs) for key, obs in data.obs.items()},
+                n_envs=data.n_envs if n_envs is None else n_envs,
+                extras=extras,
+                seed=seed,
+                storage=storage,
+                action_type=None if data.action_classes is None else type_of(data.action_classes),
+                action_classes=data.action_classes,
+            )
+            buffer.check_budget(min(count, buffer.capacity))
+            fill(buffer._rows, data, file.path.name)
+        buffer._fresh[:] = buffer._rows.end
+        return buffer
+
+
+_SAMPLE = ReplayBuffer.sample
+
+
+def _new_store(capacity: int, n_envs: int, form: RowForm, storage: Storage) -> RowStore:
+    obs = {key: (shape, form.dtypes[key]) for key, shape in form.shapes.items()}
+    try:
+        return RowStore(capacity, n_envs, obs, form.action_dim, form.extras, storage)
+    except WorldFluxError:
+        raise
+    except (MemoryError, OverflowError, ValueError) as error:  # depending on how much too much it is
+        raise BufferError(f"A buffer of {capacity} transitions does not fit into memory: {error}") from error

@@ -1,0 +1,266 @@
+"""Batches on their way: while one trains, the next is sampled and copied to the device."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from worldflux.accel.overriding import overridden, steps_back
+from worldflux.accel.transfers import to_device
+from worldflux.errors import ConfigurationError
+from worldflux.replay.batch import Batch, BatchRequest
+from worldflux.replay.buffer import ReplayBuffer
+from worldflux.replay.sampler import WindowSampler
+
+
+class BatchProvider(Protocol):
+    """Anything that gives batches, such as `ReplayBuffer`."""
+
+    def sample(self, batch_size: int, seq_len: int | None = None, device: str | torch.device = "cpu") -> Batch:
+        """A batch of `batch_size` windows of `seq_len` rows on `device`. `[B, T, ...]`."""
+        ...
+
+
+class BatchRequestProvider(Protocol):
+    """The same with one argument; the signature of its `sample` tells which of the two a provider is.
+
+    Name the argument `request` or annotate it; options with defaults may follow it.
+    """
+
+    def sample(self, request: BatchRequest) -> Batch:
+        """The batch that was asked for. `[B, T, ...]`."""
+        ...
+
+
+def sample_from(
+    provider: BatchProvider | BatchRequestProvider,
+    batch_size: int,
+    seq_len: int | None = None,
+    device: str | torch.device = "cpu",
+    **options: Any,
+) -> Batch:
+    """A batch from a provider of either form.
+
+    Args:
+        provider: Its `sample` takes a `BatchRequest`, or the three numbers below.
+        batch_size: Windows, `B`.
+        seq_len: Rows of each, `T`; None leaves it to the provider.
+        device: Where the batch is wanted; it is moved there if the provider did not.
+        **options: Further arguments, for providers whose `sample` takes them.
+
+    Raises:
+        ConfigurationError: If the provider has no `sample`, or one of another form, or that returns no `Batch`.
+    """
+    sample = getattr(provider, "sample", None)
+    if not callable(sample):
+        raise ConfigurationError(
+            f"{type(provider).__name__} has no method sample(batch_size, seq_len, device) or sample(request)."
+        )
+    numbers = {"batch_size": batch_size, "seq_len": seq_len, "device": device}
+    if options and _accepts(sample, batch_size, seq_len, device, **options):
+        batch = sample(batch_size, seq_len, device, **options)
+    elif _takes_request(sample):
+        batch = sample(BatchRequest(batch_size, seq_len, device))
+    elif _accepts(sample, **numbers):
+        batch = sample(**numbers)
+    elif _accepts(sample, batch_size, seq_len, device):
+        batch = sample(batch_size, seq_len, device)
+    else:
+        raise ConfigurationError(
+            f"{type(provider).__name__}.sample{inspect.signature(sample)} is of neither form: expected "
+            "sample(batch_size, seq_len=None, device='cpu') or sample(request)."
+        )
+    if not isinstance(batch, Batch):
+        raise ConfigurationError(f"{type(provider).__name__}.sample returned {type(batch).__name__}, expected a Batch.")
+    return batch.to(device)
+
+
+def _takes_request(function: Callable[..., Any]) -> bool:
+    """Whether the signature is of the form with one argument, whatever options with defaults follow it.
+
+    Its first parameter says so by its annotation or by the name `request`; otherwise by being the only one that must
+    be given, where nothing suggests that it is the number of windows.
+    """
+    signature = _signature(function)
+    if signature is None or not signature.parameters or not _accepts(function, BatchRequest(1)):
+        return False
+    parameters = signature.parameters
+    name, first = next(iter(parameters.items()))
+    if name == "request" or "BatchRequest" in str(first.annotation):
+        return True
+    of_numbers = first.annotation in (int, "int") or parameters.keys() & {"batch_size", "seq_len", "device"}
+    return first.default is first.empty and first.kind is not first.VAR_POSITIONAL and not of_numbers
+
+
+def _accepts(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    """Whether the signature takes these arguments; nothing is called, so a provider's own TypeError stays visible."""
+    signature = _signature(function)
+    try:
+        return signature is None or signature.bind(*args, **kwargs) is not None
+    except TypeError:
+        return False
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    """None where it cannot be read, as of some compiled functions, which are then asked in the first form."""
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
+
+
+SAMPLES = (ReplayBuffer.sample, WindowSampler.sample)
+"""What prefetching stands for."""
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """A provider whose random stream can be started and continued, such as `ReplayBuffer`."""
+
+    def seed(self, seed: int) -> None:
+        """Starts the stream."""
+
+    def rng_state(self) -> dict[str, Any]:
+        """Where it stands, ready for JSON."""
+
+    def set_rng_state(self, state: dict[str, Any]) -> None:
+        """Continues it from there."""
+
+
+class Batches:
+    """Batches of one form from a provider, one after another.
+
+    Args:
+        provider: In either form.
+        batch_size: Windows, `B`.
+        seq_len: Rows of each, `T`.
+        device: Where they are wanted.
+    """
+
+    def __init__(
+        self, provider: BatchProvider | BatchRequestProvider, batch_size: int, seq_len: int, device: torch.device
+    ) -> None:
+        self.provider = provider
+        self.batch_size = batch_size
+        self.seq_len = seq_len
+        self.device = device
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def next(self) -> Batch:
+        """The next batch, on the device. `[B, T, ...]`"""
+        return sample_from(self.provider, self.batch_size, self.seq_len, self.device)
+
+    def settle(self) -> None:
+        """Waits until nobody reads the provider, so that others may change it."""
+
+    def forget(self) -> None:
+        """Has the next batch sampled anew, after the provider's random stream was moved."""
+
+    def rng_state(self) -> dict[str, Any] | None:
+        """Where the provider's random stream stands before the next batch; None if it cannot be told."""
+        return self.provider.rng_state() if isinstance(self.provider, Resumable) else None
+
+    def close(self) -> None:
+        """Ends it; the provider's random stream is where `rng_state` says."""
+
+
+class PrefetchedBatches(Batches):
+    """The same batches, each sampled on another thread while the one before is used.
+
+    The order of things does not depend on how fast the thread is: a batch holds what the provider held when the one
+    before was taken, and the `extras` of the moment when it is taken itself.
+
+    Args:
+        provider: As for `Batches`.
+        batch_size: Likewise.
+        seq_len: Likewise.
+        device: Likewise. To CUDA, batches are copied from pinned memory on a stream of their own.
+    """
+
+    provider: WindowSampler
+
+    def __init__(self, provider: WindowSampler, batch_size: int, seq_len: int, device: torch.device) -> None:
+        super().__init__(provider, batch_size, seq_len, device)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._coming: Future[Any] | None = None
+        self._state_before: dict[str, Any] = {}
+
+    def next(self) -> Batch:
+        """The next batch, on the device; the one after it is begun. `[B, T, ...]`"""
+        if self._coming is None:
+            self._begin()
+        assert self._coming is not None
+        coming, self._coming = self._coming, None
+        batch, copied = coming.result()
+        if copied is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(copied)
+            for tensor in batch.tensors():
+                tensor.record_stream(current)
+        self._begin()
+        assert batch.rows is not None
+        extras = self.provider.extras_of(batch.rows)
+        return replace(batch, extras={name: to_device(value, self.device) for name, value in extras.items()})
+
+    def settle(self) -> None:
+        """Waits for the batch that is being sampled."""
+        if self._coming is not None:
+            self._coming.exception()
+
+    def rng_state(self) -> dict[str, Any]:
+        """Where the provider's random stream stood before the batch that is being sampled."""
+        return self._state_before if self._coming is not None else self.provider.rng_state()
+
+    def forget(self) -> None:
+        """Gives up the batch that is being sampled, as if it had not been begun."""
+        self.settle()
+        if self._coming is not None:
+            self.provider.set_rng_state(self._state_before)
+            self._coming = None
+
+    def close(self) -> None:
+        """Gives up the batch that is being sampled, as if it had not been begun."""
+        self.forget()
+        self._thread.shutdown()
+
+    def _begin(self) -> None:
+        self._state_before = self.provider.rng_state()
+        self._coming = self._thread.submit(self._fetch)
+
+    def _fetch(self) -> tuple[Batch, torch.cuda.Event | None]:
+        batch = self.provider.sample_ahead(self.batch_size, self.seq_len)
+        if self._stream is None:
+            return batch, None
+        with torch.cuda.stream(self._stream):
+            batch = batch.pin_memory().to(self.device, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record(self._stream)
+        return batch, copied
+
+
+def batches_from(
+    provider: BatchProvider | BatchRequestProvider, batch_size: int, seq_len: int, device: torch.device
+) -> Batches:
+    """Batches from a provider, prefetched from a replay buffer that lies in memory or on disk.
+
+    A user's own provider is always asked on the calling thread, and so is a buffer with a `sample` of its own. What
+    lies on a device is gathered there at once.
+    """
+    if isinstance(provider, WindowSampler) and provider.device.type == "cpu":
+        if not steps_back("Sampling on another thread", provider, overridden(provider, *SAMPLES)):
+            return PrefetchedBatches(provider, batch_size, seq_len, device)
+    return Batches(provider, batch_size, seq_len, device)

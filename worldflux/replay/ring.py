@@ -1,0 +1,428 @@
+"""Where a replay buffer's rows lie: a ring of flat arrays for each stream, and how old rows make room for new ones."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from worldflux.replay.backends import MemoryStorage, RowArray, Storage
+
+# Bits of a row's flags.
+TERMINATED = np.uint8(1)
+TRUNCATED = np.uint8(2)
+FIRST = np.uint8(4)
+FINAL = np.uint8(8)
+"""The row holds the observation after an episode's last step, and no step of its own."""
+UNSEEN = np.uint8(16)
+"""A final row whose observation was never recorded."""
+STEP = np.uint8(32)
+"""A step on its way into the store, where it is left out."""
+
+_CHUNK_BYTES = 16 * 2**20
+"""Of rows that are copied at once."""
+
+
+_DIGESTED_AT_ONCE = 2**16
+_DIGESTED_OBS = 256
+"""Rows of a stream."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the rows of new episodes go in one stream."""
+
+    skipped: int
+    """Transitions at the front that do not fit."""
+    begin: int
+    """The stream's oldest row from then on."""
+    end: int
+    steps: np.ndarray
+    """Index in the storage of each transition that is kept."""
+    finals: np.ndarray
+    """Of each final row that is kept."""
+    firsts: np.ndarray
+    """Of each first row of an episode that is kept."""
+    in_flight: bool
+    """Whether the last episode goes on."""
+
+
+def spare_rows(transitions: int, n_envs: int) -> int:
+    """Room for final rows, which are no transitions: a 16th of a large stream, and in a small one enough for any."""
+    return min(transitions, max(transitions // 16, 4096 // n_envs))
+
+
+class RowStore:
+    """Rows of several streams, each a ring that overwrites its oldest rows.
+
+    A stream's rows are counted from its beginning, without end; row r of stream s lies at index `base[s] + r % ring`
+    of each array, and rows `begin[s]` to `end[s] - 1` are stored. The oldest of them always holds a step.
+
+    Args:
+        capacity: Transitions of all streams together.
+        n_envs: Streams.
+        obs: Shape and dtype of each observation.
+        action_dim: Width of an action vector.
+        extras: Shape and dtype of what else lies beside each row.
+        storage: Where the arrays lie; the flags lie in memory always. None is memory for all.
+
+    Raises:
+        BufferError: If there is no room for it.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        n_envs: int,
+        obs: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+        action_dim: int,
+        extras: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+        storage: Storage | None = None,
+    ) -> None:
+        # Transitions that each stream may hold; together exactly the capacity.
+        self.limits = np.full(n_envs, capacity // n_envs)
+        self.limits[: capacity % n_envs] += 1
+        most = int(self.limits[0])
+        self.ring = most + spare_rows(most, n_envs)
+        self.base = np.arange(n_envs) * self.ring
+        self._numbers = np.arange(n_envs)
+        self.storage = MemoryStorage() if storage is None else storage
+        count, number = n_envs * self.ring, np.dtype(np.float32)
+        columns = [*obs.values(), ((action_dim,), number), ((), number), *extras.values()]
+        self._row_bytes = 1 + sum(math.prod(shape) * dtype.itemsize for shape, dtype in columns)
+        self.nbytes = count * self._row_bytes
+        """Of all arrays once every row has been written to."""
+        if self.storage.takes_all_at_once:
+            what = f"A replay buffer of {capacity:,} transitions"
+            budget = self.storage.budget()
+            budget.require(self.nbytes, what=what, fits=capacity * (budget.free or 0) // self.nbytes)
+
+        zeros = self.storage.zeros
+        self.obs = {key: zeros((count, *shape), dtype) for key, (shape, dtype) in obs.items()}
+        self.actions = zeros((count, action_dim), number)
+        self.rewards = zeros((count,), number)
+        self.flags = np.zeros(count, np.uint8)
+        self.extras = {name: zeros((count, *shape), dtype) for name, (shape, dtype) in extras.items()}
+
+        self.begin = np.zeros(n_envs, np.int64)
+        self.end = np.zeros(n_envs, np.int64)
+        self.transitions = np.zeros(n_envs, np.int64)
+        self.episodes = np.zeros(n_envs, np.int64)  # ended ones: as many as there are final rows
+        self.in_flight = np.zeros(n_envs, np.bool_)
+        self._first_here = np.zeros(n_envs, np.int64)  # those before it were written to another store
+
+    @property
+    def _arrays(self) -> list[RowArray]:
+        return [*self.obs.values(), self.actions, self.rewards, self.flags, *self.extras.values()]
+
+    @property
+    def most_steps(self) -> int:
+        """Steps that `add_steps` takes at once, however their episodes end."""
+        return max(1, min(int(self.limits.min()), self.ring // 2))
+
+    @property
+    def room(self) -> int:
+        """Steps of every stream that fit, however their episodes end, before the oldest rows are dropped."""
+        rows = self.ring - int((self.end - self.begin).max())
+        return min(int((self.limits - self.transitions).min()), rows // 2)
+
+    @property
+    def bounds(self) -> bytes:
+        """Something that changes whenever rows are added or dropped, quick to compare."""
+        return self.begin.tobytes() + self.end.tobytes()
+
+    def stored_at(self) -> np.ndarray:
+        """Index in the arrays of all rows, stream by stream and oldest first. `[N]`"""
+        streams = range(len(self.end))
+        return np.concatenate([self.at(stream, np.arange(self.begin[stream], self.end[stream])) for stream in streams])
+
+    def digest(self) -> str:
+        """A short text that other rows would not have. Of observations, which may be large, some rows are looked at."""
+        found = hashlib.blake2b(self.bounds, digest_size=16)
+        for stream in range(len(self.end)):
+            rows = np.arange(self.begin[stream], self.end[stream])
+            for part in np.array_split(rows, 1 + len(rows) // _DIGESTED_AT_ONCE):
+                for array in (self.actions, self.rewards, self.flags):
+                    found.update(np.ascontiguousarray(array[self.at(stream, part)]).data)
+            some = rows[:: 1 + len(rows) // _DIGESTED_OBS]
+            for array in self.obs.values():
+                found.update(np.ascontiguousarray(array[self.at(stream, some)]).data)
+        return found.hexdigest()
+
+    def move_to(self, other: RowStore) -> None:
+        """Copies all rows into an empty store of the same form, which has room for them and at least these streams."""
+        step = max(1, _CHUNK_BYTES // self._row_bytes)
+        for stream, (begin, end) in enumerate(zip(self.begin.tolist(), self.end.tolist(), strict=True)):
+            for start in range(begin, end, step):
+                rows = np.arange(start, min(start + step, end))
+                old, new = self.at(stream, rows), other.at(stream, rows)
+                for mine, its in zip(self._arrays, other._arrays, strict=True):
+                    its[new] = mine[old]
+        streams = len(self.base)
+        for name in ("begin", "end", "transitions", "episodes", "in_flight"):
+            getattr(other, name)[:streams] = getattr(self, name)
+        other._first_here[:streams] = self.begin
+
+    def drop_excess(self, other: RowStore) -> None:
+        """Drops the oldest rows of each stream until the same stream of another store can hold the rest."""
+        streams = np.arange(len(self.base))
+        excess = np.maximum(self.transitions - other.limits[streams], 0)
+        rows_excess = np.maximum(self.end - self.begin - other.ring, 0)
+        streams = np.flatnonzero(excess + rows_excess)
+        if streams.size:
+            self._drop(streams, excess[streams], rows_excess[streams])
+
+    @property
+    def bytes_taken(self) -> int:
+        """Bytes that the arrays have taken from the machine: of memory, those that were written to."""
+        if self.storage.takes_all_at_once:
+            return self.nbytes
+        return self._row_bytes * int(np.minimum(self.end - self._first_here, self.ring).sum())
+
+    def bytes_to_come(self, transitions: int | None) -> int:
+        """Bytes that the arrays will take from the machine with so many more transitions; None: until it is full."""
+        rest = self.nbytes - self.bytes_taken
+        if transitions is None:
+            return rest
+        with_finals = transitions + -(-transitions // 16)
+        return min(rest, self._row_bytes * with_finals)
+
+    def at(self, stream: Any, row: Any) -> np.ndarray:
+        """Index in the arrays of rows of streams; the two broadcast."""
+        return self.base[stream] + row % self.ring
+
+    def add_steps(
+        self,
+        obs: Mapping[str, np.ndarray],
+        actions: np.ndarray,
+        rewards: np.ndarray,
+        flags: np.ndarray,
+        finals: Mapping[str, np.ndarray],
+        extras: Mapping[str, np.ndarray],
+        streams: np.ndarray | None = None,
+    ) -> None:
+        """Appends K steps to each of S streams, with a final row after each that ends an episode; K up to `most_steps`.
+
+        For many steps it takes little longer than for one.
+
+        Args:
+            obs: `[K, S, ...]` each
+            actions: `[K, S, A]`
+            rewards: `[K, S]`
+            flags: STEP where a stream makes a step, with TERMINATED or TRUNCATED where that ends an episode, and 0
+                where it makes none. `[K, S]` uint8
+            finals: The observations after the ends of episodes, in the order of `flags`. `[E, ...]`
+            extras: `[K, S, ...]` each; what is left out becomes zero.
+            streams: Their numbers, each of them once; None means all, in order. `[S]`
+        """
+        count, ended = len(flags), flags > STEP
+        is_whole = np.count_nonzero(flags) == flags.size
+        if is_whole and not np.count_nonzero(ended):
+            self._add_plain_steps(count, obs, actions, rewards, extras, streams)
+            return
+        chosen: Any = slice(None) if streams is None else streams
+        numbers = self._numbers[chosen]  # [S]
+        active = flags != 0  # [K, S]
+        rows = active.astype(np.int64) + ended
+        after = self.end[chosen] + np.cumsum(rows, axis=0)  # the row that follows each step and its final row
+        end, steps = after[-1], np.count_nonzero(active, axis=0)
+        self._make_room(self._at_streams(chosen, steps), self._at_streams(chosen, end - self.end[chosen]))
+
+        kept: Any = ... if is_whole else np.nonzero(active)
+        at = (self.base[chosen] + (after - rows) % self.ring)[kept]
+        self._write_rows(at, {key: array[kept] for key, array in obs.items()}, actions[kept], rewards[kept])
+        self.flags[at] = flags[kept] & (TERMINATED | TRUNCATED)
+        for name, stored in self.extras.items():
+            stored[at] = extras[name][kept] if name in extras else 0
+
+        starts = numbers[(steps > 0) & ~self.in_flight[chosen]]
+        self.flags[self.at(starts, self.end[starts])] |= FIRST
+        step, column = np.nonzero(ended)
+        if step.size:
+            stream, following = numbers[column], after[step, column]
+            self.write_finals(self.at(stream, following - 1), finals)
+            goes_on = following < end[column]
+            self.flags[self.at(stream[goes_on], following[goes_on])] |= FIRST
+
+        self.end[chosen] = end
+        self.transitions[chosen] += steps
+        self.episodes[chosen] += np.count_nonzero(ended, axis=0)
+        moved = numbers[steps > 0]
+        self.in_flight[moved] = (self.flags[self.at(moved, self.end[moved] - 1)] & FINAL) == 0
+
+    def _add_plain_steps(
+        self,
+        count: int,
+        obs: Mapping[str, np.ndarray],
+        actions: np.ndarray,
+        rewards: np.ndarray,
+        extras: Mapping[str, np.ndarray],
+        streams: np.ndarray | None,
+    ) -> None:
+        """The same where every one of these streams makes every step and no episode ends."""
+        chosen: Any = slice(None) if streams is None else streams
+        more = self._at_streams(chosen, count)
+        self._make_room(more, more)
+        at = self.base[chosen] + (self.end[chosen] + np.arange(count)[:, None]) % self.ring  # [K, S]
+        self._write_rows(at, obs, actions, rewards)
+        self.flags[at] = 0
+        for name, stored in self.extras.items():
+            stored[at] = extras.get(name, 0)
+        in_flight = self.in_flight[chosen]
+        if np.count_nonzero(in_flight) < len(in_flight):
+            self.flags[at[0, ~in_flight]] = FIRST
+            self.in_flight[chosen] = True
+        self.end[chosen] += count
+        self.transitions[chosen] += count
+
+    def _at_streams(self, chosen: slice | np.ndarray, values: Any) -> Any:
+        """The values at the chosen streams, and zero for the others; as they are if all streams are chosen."""
+        if isinstance(chosen, slice):
+            return values
+        spread = np.zeros_like(self.end)
+        spread[chosen] = values
+        return spread
+
+    def _write_rows(
+        self, at: np.ndarray, obs: Mapping[str, np.ndarray], actions: np.ndarray, rewards: np.ndarray
+    ) -> None:
+        for key, stored in self.obs.items():
+            stored[at] = obs[key]
+        self.actions[at] = actions
+        self.rewards[at] = rewards
+
+    def close(self, streams: np.ndarray, final_obs: Mapping[str, np.ndarray] | None) -> None:
+        """Ends the episodes in flight of these streams as truncated; None: the last observations are not known."""
+        rows = np.zeros_like(self.end)
+        rows[streams] = 1
+        self._make_room(np.zeros_like(rows), rows)
+        self.flags[self.at(streams, self.end[streams] - 1)] |= TRUNCATED
+        self.write_finals(self.at(streams, self.end[streams]), final_obs)
+        self.end += rows
+        self.episodes += rows
+        self.in_flight[streams] = False
+
+    def reserve(self, stream: int, lengths: np.ndarray, *, starts: np.ndarray, ends: np.ndarray) -> Place:
+        """Makes room for episodes of so many transitions in one stream; `commit` is due when they are written.
+
+        Args:
+            stream: Its last episode must have ended.
+            lengths: Transitions of each episode. `[S]`
+            starts: Whether its first row is an episode's first. `[S]`
+            ends: Whether a final row follows. `[S]`
+
+        Returns:
+            Where each row goes. Of more than the stream can hold, the newest.
+        """
+        rows = lengths + ends
+        begin = np.cumsum(rows) - rows
+        is_final = np.zeros(int(rows.sum()), np.bool_)
+        is_final[(begin + lengths)[ends]] = True
+        steps, finals = np.flatnonzero(~is_final), np.flatnonzero(is_final)
+        skipped = max(0, len(steps) - int(self.limits[stream]))
+        # What is kept begins at a step, so that no final row stands alone.
+        skipped = max(skipped, int(np.searchsorted(steps, len(is_final) - self.ring)))
+        if skipped:
+            self.begin[stream] = self.end[stream]
+            self.transitions[stream] = self.episodes[stream] = 0
+        else:
+            to_fit = np.zeros((2, len(self.end)), np.int64)
+            to_fit[:, stream] = len(steps), len(is_final)
+            self._make_room(*to_fit)
+        oldest, end = int(steps[skipped]), int(self.end[stream])
+        return Place(
+            skipped=skipped,
+            begin=end + oldest if skipped else int(self.begin[stream]),
+            end=end + len(is_final),
+            steps=self.at(stream, end + steps[skipped:]),
+            finals=self.at(stream, end + finals[finals >= oldest]),
+            firsts=self.at(stream, end + begin[starts & (begin >= oldest)]),
+            in_flight=not bool(ends[-1]),
+        )
+
+    def write_steps(
+        self,
+        place: Place,
+        kept: slice | np.ndarray,
+        actions: np.ndarray,
+        rewards: np.ndarray,
+        terminated: np.ndarray,
+        truncated: np.ndarray,
+    ) -> None:
+        """Writes all of a place's steps but their observations; `kept` picks them from the arrays. `[N, ...]`."""
+        self.actions[place.steps] = actions[kept]
+        self.rewards[place.steps] = rewards[kept]
+        self.flags[place.steps] = terminated[kept] * TERMINATED | truncated[kept] * TRUNCATED
+        self.flags[place.firsts] |= FIRST
+        for stored in self.extras.values():
+            stored[place.steps] = 0
+
+    def write_finals(self, at: np.ndarray, obs: Mapping[str, np.ndarray] | None) -> None:
+        """Writes final rows: the observation, or zeros and a mark where it is not known, and no step."""
+        self.flags[at] = FINAL if obs is not None else FINAL | UNSEEN
+        self.actions[at] = 0
+        self.rewards[at] = 0
+        for key, stored in self.obs.items():
+            stored[at] = 0 if obs is None else obs[key]
+        for stored in self.extras.values():
+            stored[at] = 0
+
+    def commit(self, stream: int, place: Place) -> None:
+        """Makes a place's rows part of the stream."""
+        self.begin[stream] = place.begin
+        self.end[stream] = place.end
+        self.transitions[stream] += len(place.steps)
+        self.episodes[stream] += len(place.finals)
+        self.in_flight[stream] = place.in_flight
+
+    def _make_room(self, transitions: Any, rows: Any) -> None:
+        """Drops the oldest rows of each stream until so many more fit; `[n_envs]`, or a number for all."""
+        excess = self.transitions + transitions - self.limits
+        rows_excess = self.end - self.begin + rows - self.ring
+        worst = np.maximum(excess, rows_excess)
+        most = worst.max()
+        if most > 0:
+            streams = (worst > 0).nonzero()[0]
+            if most == 1:
+                self._drop_one(streams)
+            else:
+                self._drop(streams, np.maximum(excess[streams], 0), np.maximum(rows_excess[streams], 0))
+
+    def _drop_one(self, streams: np.ndarray) -> None:
+        """Drops the oldest row of streams, which is a step, and a final row behind it, which is not left without it."""
+        second = self.begin[streams] + 1
+        self.begin[streams] = second
+        self.transitions[streams] -= 1
+        followed = ((self.flags[self.at(streams, second)] & FINAL) != 0) & (second < self.end[streams])
+        if np.count_nonzero(followed):
+            self.begin[streams[followed]] += 1
+            self.episodes[streams[followed]] -= 1
+
+    def _drop(self, streams: np.ndarray, excess: np.ndarray, rows_excess: np.ndarray) -> None:
+        """Drops the oldest rows of streams, looking at no more rows than that takes.
+
+        Args:
+            streams: Each of them once. `[S]`
+            excess: Transitions that must go, at least. `[S]`
+            rows_excess: Rows that must go, at least. `[S]`
+        """
+        begin = self.begin[streams]
+        used = self.end[streams] - begin
+        # Every final row follows a step, so 2k rows hold at least k steps.
+        nth = np.arange(np.minimum(used, np.maximum(2 * excess, rows_excess) + 1).max())
+        oldest = self.at(streams[:, None], begin[:, None] + nth)  # [S, N]
+        is_step = ((self.flags[oldest] & FINAL) == 0) & (nth < used[:, None])
+        steps = np.cumsum(is_step, axis=1)
+        count = np.where(excess, np.count_nonzero(steps < excess[:, None], axis=1) + 1, 0)
+        count = np.maximum(count, rows_excess)
+        each = np.arange(len(streams))
+        # A final row is not left without its step.
+        count += (count < used) & ~is_step[each, np.minimum(count, len(nth) - 1)]
+        dropped = steps[each, count - 1]
+        self.begin[streams] += count
+        self.transitions[streams] -= dropped
+        self.episodes[streams] -= count - dropped

@@ -1,0 +1,419 @@
+"""Windows of stored rows, drawn uniformly and gathered into batches: what a replay buffer and its parts share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worldflux.accel.device import resolve_device
+from worldflux.accel.transfers import to_device
+from worldflux.errors import BufferError
+from worldflux.replay.actions import Classes, check_fits
+from worldflux.replay.backends import DeviceArray, RowArray
+from worldflux.replay.batch import Batch, BatchRequest
+from worldflux.replay.ring import FINAL, FIRST, TERMINATED, TRUNCATED, UNSEEN, RowStore
+from worldflux.replay.spec import SINGLE, RowForm, as_numpy
+from worldflux.validation import whole_number
+
+DEFAULT_SEQ_LEN = 50
+
+_FLAGS = np.array([TERMINATED, TRUNCATED, FIRST, UNSEEN])[:, None, None]
+
+
+class Drawn(NamedTuple):
+    """Windows of consecutive rows, or what is left of them where rows between them are left out."""
+
+    stream: np.ndarray
+    """`[B]`"""
+    first: np.ndarray
+    """The first row of each. `[B]`"""
+    rows: np.ndarray | None = None
+    """All rows; None where they follow the first one without a gap. `[B, T]`"""
+
+
+class Span(Protocol):
+    """Rows to draw windows from."""
+
+    @property
+    def longest(self) -> int:
+        """Rows of the longest stream."""
+        ...
+
+    def num_windows(self, seq_len: int) -> int:
+        """How many different windows of `seq_len` rows there are."""
+        ...
+
+    def draw(self, rng: np.random.Generator, count: int, seq_len: int) -> Drawn:
+        """`count` windows, uniformly and with replacement."""
+        ...
+
+
+class WholeStreams:
+    """All rows of some streams.
+
+    Args:
+        begin: The first row of each. `[S]`
+        end: The row after its last. `[S]`
+    """
+
+    def __init__(self, begin: np.ndarray, end: np.ndarray) -> None:
+        self._begin, self._rows = begin.copy(), end - begin
+        self._counted: dict[int, tuple[int, np.ndarray, np.ndarray]] = {}
+
+    @property
+    def longest(self) -> int:
+        """Rows of the longest stream."""
+        return int(self._rows.max())
+
+    def num_windows(self, seq_len: int) -> int:
+        """How many different windows of `seq_len` rows there are."""
+        return self._windows(seq_len)[0]
+
+    def draw(self, rng: np.random.Generator, count: int, seq_len: int) -> Drawn:
+        """`count` windows, uniformly and with replacement."""
+        total, until, shift = self._windows(seq_len)
+        drawn = rng.integers(total, size=count)
+        stream = until.searchsorted(drawn, side="right")
+        return Drawn(stream, drawn + shift[stream])
+
+    def _windows(self, seq_len: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """All windows; those of each stream and the ones before it; what makes a window's number its first row."""
+        if seq_len not in self._counted:
+            windows = np.maximum(self._rows - (seq_len - 1), 0)
+            until = windows.cumsum()
+            self._counted[seq_len] = int(until[-1]), until, self._begin - (until - windows)
+        return self._counted[seq_len]
+
+
+class Runs:
+    """Some rows of streams, whose windows run over what lies between them as if it were not there.
+
+    Args:
+        stream: Of each run of rows, ascending. `[K]`
+        begin: Its first row; those of one stream in their order. `[K]`
+        end: The row after its last. `[K]`
+    """
+
+    def __init__(self, stream: np.ndarray, begin: np.ndarray, end: np.ndarray) -> None:
+        # All rows are counted on from run to run; that number is a row's position.
+        self._until = np.cumsum(end - begin)
+        self._stream, self._shift = stream, end - self._until
+        last_of_stream = np.append(stream[1:] != stream[:-1], True)
+        until = self._until[last_of_stream]
+        self._positions = WholeStreams(np.append(0, until[:-1]), until)
+
+    @property
+    def longest(self) -> int:
+        """Rows of the longest stream."""
+        return self._positions.longest
+
+    def num_windows(self, seq_len: int) -> int:
+        """How many different windows of `seq_len` rows there are."""
+        return self._positions.num_windows(seq_len)
+
+    def draw(self, rng: np.random.Generator, count: int, seq_len: int) -> Drawn:
+        """`count` windows, uniformly and with replacement."""
+        position = self._positions.draw(rng, count, seq_len).first
+        run = self._until.searchsorted(position, side="right")
+        first = position + self._shift[run]
+        if not np.count_nonzero(position + seq_len > self._until[run]):
+            return Drawn(self._stream[run], first)
+        positions = position[:, None] + np.arange(seq_len)  # [B, T]
+        rows = positions + self._shift[self._until.searchsorted(positions, side="right")]
+        return Drawn(self._stream[run], first, rows)
+
+
+class WindowSampler:
+    """Gives batches of windows, a provider for `Trainer`.
+
+    Args:
+        form: Of a row.
+        seed: Of the sampler; None draws one.
+
+    Raises:
+        ConfigurationError: If the seed is not a whole number from 0.
+    """
+
+    _hint = "Add more steps, or sample shorter windows."
+
+    def __init__(self, form: RowForm, seed: int | None) -> None:
+        self._form = form
+        self.seed(seed)
+
+    @property
+    def _rows(self) -> RowStore:
+        """Where the rows lie now."""
+        raise NotImplementedError
+
+    def _span(self, rows: RowStore) -> Span:
+        """What is sampled from."""
+        raise NotImplementedError
+
+    def num_windows(self, seq_len: int) -> int:
+        """How many different windows of `seq_len` rows there are to sample from."""
+        seq_len = whole_number("seq_len", seq_len, 1, error=BufferError)
+        return self._span(self._rows).num_windows(seq_len)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are gathered: of the storage, which is the CPU for memory and disk."""
+        rewards = self._rows.rewards
+        return rewards.tensor.device if isinstance(rewards, DeviceArray) else torch.device("cpu")
+
+    def check_actions(self, classes: Classes) -> None:
+        """Raises a `BufferError` unless the actions are of a model's kind.
+
+        All that are stored are looked at.
+
+        Args:
+            classes: Sizes of the model's one-hots; none for continuous actions.
+        """
+        rows = self._rows
+        at = rows.stored_at()
+        steps = at[(rows.flags[at] & FINAL) == 0]
+        check_fits("The replay buffer", np.asarray(rows.actions[steps]), self._form.action_classes, classes)
+
+    def digest(self) -> str:
+        """A short text that tells what is stored from other data; the extras have no part in it."""
+        return self._rows.digest()
+
+    def sample(
+        self, batch_size: int | BatchRequest, seq_len: int | None = None, device: str | torch.device = "cpu"
+    ) -> Batch:
+        """A batch of windows, each row of which is aligned as drawn in `ReplayBuffer`.
+
+        They are drawn uniformly, with replacement, from all windows: what is stored, `seed` and the calls since then
+        decide on them, and nothing else.
+
+        Args:
+            batch_size: Windows, `B`; or a request that holds all three.
+            seq_len: Rows of each, `T`. None means 50.
+            device: Where the batch is wanted.
+
+        Raises:
+            BufferError: If a size is not a whole number from 1, or there is no window of `seq_len` rows.
+            ConfigurationError: If there is no such device.
+        """
+        return self._sample(batch_size, seq_len, device)
+
+    def sample_ahead(
+        self, batch_size: int | BatchRequest, seq_len: int | None = None, device: str | torch.device = "cpu"
+    ) -> Batch:
+        """The same without the extras, for whoever samples before they are up to date; `extras_of` gives them later.
+
+        It can run in a thread of its own while another one calls `update_extras` or `extras_of`.
+        """
+        return self._sample(batch_size, seq_len, device, with_extras=False)
+
+    def extras_of(self, rows: Any) -> dict[str, Tensor]:
+        """What is stored beside rows now, zero for those that have been overwritten.
+
+        Args:
+            rows: `Batch.rows`. `[B, T]`
+
+        Returns:
+            On the device of the storage, which is the CPU for memory and disk. `{name: [B, T, ...]}`
+        """
+        store = self._rows
+        at, stored = self._found(store, as_numpy("rows", rows))
+        windows = _Windows.at(np.where(stored, at, 0))
+        extras = {name: windows.copy(array) for name, array in store.extras.items()}
+        if not stored.all():
+            for values in extras.values():
+                mask = to_device(torch.from_numpy(~stored), values.device)
+                values.masked_fill_(mask.reshape(*mask.shape, *[1] * (values.dim() - mask.dim())), 0)
+        return extras
+
+    def update_extras(self, rows: Any, values: Mapping[str, Any]) -> None:
+        """Writes what a model computed back beside the rows of a batch; rows overwritten since then are left out.
+
+        Where windows overlap, the last one's values stay. Tensors on the storage's own device do not leave it.
+
+        Args:
+            rows: `Batch.rows` or a part of it. `[B, T]`
+            values: Cast to the stored dtype. `{name: [B, T, ...]}`
+
+        Raises:
+            ShapeMismatchError: If a shape is not as above.
+            BufferError: If the buffer has no such extras.
+        """
+        store, ids = self._rows, as_numpy("rows", rows)
+        at, stored = self._found(store, ids)
+        kept = np.flatnonzero(stored)
+        for name, value in values.items():
+            array = store.extras.get(name)
+            if isinstance(array, DeviceArray) and isinstance(value, Tensor):
+                self._form.check_extra(name, tuple(value.shape), ids.shape)
+                flat = value.flatten(0, ids.ndim - 1)
+                array[at[stored]] = (
+                    flat if len(kept) == len(flat) else flat[to_device(torch.from_numpy(kept), flat.device)]
+                )
+            else:
+                checked = self._form.checked_extra(name, value, ids.shape)
+                store.extras[name][at[stored]] = checked[stored]
+
+    def extras_state(self) -> dict[str, Tensor]:
+        """What is stored beside all rows, for a checkpoint. `{name: [N, ...]}`"""
+        store = self._rows
+        return {name: torch.from_numpy(array[store.stored_at()]) for name, array in store.extras.items()}
+
+    def load_extras_state(self, state: Mapping[str, Tensor]) -> None:
+        """Puts back what `extras_state` gave, beside the same rows.
+
+        Raises:
+            BufferError: If it was given by another buffer.
+        """
+        store = self._rows
+        at = store.stored_at()
+        expected = {name: (len(at), *array.shape[1:]) for name, array in store.extras.items()}
+        found = {name: tuple(values.shape) for name, values in state.items()}
+        if found != expected:
+            raise BufferError(f"These extras have shapes {found}, expected {expected} for what is stored here.")
+        for name, values in state.items():
+            store.extras[name][at] = as_numpy(name, values)
+
+    def seed(self, seed: int | None) -> None:
+        """Starts the sampler's random numbers anew; None draws a seed.
+
+        Raises:
+            ConfigurationError: If it is not a whole number from 0.
+        """
+        self._rng = np.random.default_rng(None if seed is None else whole_number("seed", seed, 0))
+
+    def rng_state(self) -> dict[str, Any]:
+        """State of the sampler's random numbers, ready for JSON."""
+        return dict(self._rng.bit_generator.state)
+
+    def set_rng_state(self, state: Mapping[str, Any]) -> None:
+        """Continues the random numbers from what `rng_state` returned.
+
+        Raises:
+            BufferError: If it is something else; the sampler is as before then.
+        """
+        rng = np.random.default_rng()
+        try:
+            rng.bit_generator.state = dict(state)
+        except (LookupError, OverflowError, TypeError, ValueError) as error:
+            raise BufferError(f"This is no state that ReplayBuffer.rng_state returned: {error}") from error
+        self._rng = rng
+
+    def _sample(
+        self,
+        batch_size: int | BatchRequest,
+        seq_len: int | None,
+        device: str | torch.device,
+        *,
+        first: Callable[[int, int], Drawn] | None = None,
+        with_extras: bool = True,
+    ) -> Batch:
+        """`sample`, beginning with up to `B` windows of `T` consecutive rows that `first(B, T)` gives."""
+        if isinstance(batch_size, BatchRequest):
+            request = batch_size
+            batch_size, seq_len, device = request.batch_size, request.seq_len, request.device
+        batch_size = whole_number("batch_size", batch_size, 1, error=BufferError)
+        seq_len = whole_number("seq_len", DEFAULT_SEQ_LEN if seq_len is None else seq_len, 1, error=BufferError)
+        device = resolve_device(device)
+        store = self._rows
+        span = self._span(store)
+        if not span.num_windows(seq_len):
+            raise BufferError(
+                f"The longest stream has {span.longest} rows, but seq_len is {seq_len}: no window fits. {self._hint}"
+            )
+        if first is None:
+            drawn = span.draw(self._rng, batch_size, seq_len)
+        else:
+            given = first(batch_size, seq_len)
+            rest = span.draw(self._rng, batch_size - len(given.stream), seq_len)
+            drawn = Drawn(np.append(given.stream, rest.stream), np.append(given.first, rest.first))
+        batch = self._gather(store, drawn, seq_len, with_extras)
+        return batch if device.type == "cpu" and batch.rewards.device.type == "cpu" else batch.to(device)
+
+    def _gather(self, store: RowStore, drawn: Drawn, seq_len: int, with_extras: bool) -> Batch:
+        """The batch of these windows, on the device of the storage."""
+        windows = _Windows.of_rows(store, drawn, seq_len)
+        obs = {key: windows.copy(array) for key, array in store.obs.items()}
+        for key, shape in self._form.shapes.items():
+            if len(shape) != 3 and obs[key].dtype == torch.uint8:  # only images stay bytes
+                obs[key] = obs[key].float()
+        rewards = windows.copy(store.rewards)
+        flags = ((windows.copy_numpy(store.flags) ^ UNSEEN) & _FLAGS) != 0
+        # Without a mask where everything was seen: a model need not work out what it would have expected there.
+        kept = flags[:-1] if flags[-1].all() else flags
+        terminations, truncations, is_first, *masks = to_device(torch.from_numpy(kept), rewards.device).unbind()
+        n = len(store.base)
+        if drawn.rows is None:
+            ids = (drawn.first * n + drawn.stream)[:, None] + np.arange(0, seq_len * n, n)
+        else:
+            ids = drawn.rows * n + drawn.stream[:, None]
+        return Batch(
+            obs=obs if self._form.is_dict else obs[SINGLE],
+            actions=windows.copy(store.actions),
+            rewards=rewards,
+            terminations=terminations,
+            truncations=truncations,
+            is_first=is_first,
+            obs_mask=masks[0] if masks else None,
+            extras={name: windows.copy(array) for name, array in store.extras.items()} if with_extras else {},
+            rows=torch.from_numpy(ids),
+        )
+
+    def _found(self, store: RowStore, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Index in the arrays of the rows of `Batch.rows`, and whether they are still stored. `[B, T]` each."""
+        row, stream = np.divmod(ids, len(store.base))
+        return store.at(stream, row), (row >= store.begin[stream]) & (row < store.end[stream])
+
+
+class _Windows:
+    """Copies windows of rows out of arrays.
+
+    Args:
+        begin: Index of the first row of each. `[B]`
+        length: Rows of each, `T`.
+        at: Index of each row, if some windows do not lie in one piece: those that run over the end of a ring, or over
+            rows that are left out. `[B, T]`
+    """
+
+    def __init__(self, begin: np.ndarray, length: int, at: np.ndarray | None = None) -> None:
+        self._begin, self._length, self._at = begin, length, at
+        if at is not None:
+            self._broken = np.flatnonzero(at[:, -1] - begin != length - 1)
+            self._begin = begin.copy()
+            self._begin[self._broken] = 0
+
+    @classmethod
+    def at(cls, at: np.ndarray) -> _Windows:
+        """Of the rows at these indices. `[B, T]`."""
+        return cls(at[:, 0], at.shape[1], at)
+
+    @classmethod
+    def of_rows(cls, store: RowStore, drawn: Drawn, length: int) -> _Windows:
+        """Of the rows that were drawn."""
+        in_ring = drawn.first % store.ring
+        if drawn.rows is None and not np.count_nonzero(in_ring > store.ring - length):
+            return cls(store.base[drawn.stream] + in_ring, length)
+        rows = drawn.first[:, None] + np.arange(length) if drawn.rows is None else drawn.rows
+        return cls.at(store.at(drawn.stream[:, None], rows))
+
+    def copy(self, array: RowArray) -> Tensor:
+        """`[N, ...]` to `[B, T, ...]`, on the same device."""
+        if not isinstance(array, DeviceArray):
+            return torch.from_numpy(self.copy_numpy(array))
+        at = self._begin[:, None] + np.arange(self._length) if self._at is None else self._at
+        index = to_device(torch.from_numpy(at), array.tensor.device)
+        return array.tensor.index_select(0, index.flatten()).unflatten(0, at.shape)
+
+    def copy_numpy(self, array: Any) -> np.ndarray:
+        """`[N, ...]` to `[B, T, ...]`."""
+        # A window is copied as one piece of memory: item i of this view is all T rows from row i on.
+        row_bytes = array.strides[0]
+        pieces = np.ndarray(
+            (len(array) - self._length + 1,), f"V{self._length * row_bytes}", array, strides=(row_bytes,)
+        )
+        windows = pieces[self._begin].view(array.dtype).reshape(-1, self._length, *array.shape[1:])
+        if self._at is not None:
+            windows[self._broken] = array[self._at[self._broken]]
+        return windows

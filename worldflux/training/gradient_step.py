@@ -1,0 +1,209 @@
+"""The gradient step itself: each phase's loss, its gradient and its optimiser, then what follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from worldflux.errors import ConfigurationError, TrainingError
+from worldflux.models.base import LossOutput, Phase
+from worldflux.replay.batch import Batch
+from worldflux.training.optim import clip_by_global_norm
+
+
+@dataclass(frozen=True)
+class Updated:
+    """What a gradient step leaves behind besides a changed model; all without gradient."""
+
+    losses: dict[str, Tensor]
+    """Scalars: the loss terms, `"loss"` (the sum over the phases) and `"grad_norm"` before clipping."""
+    extras: list[dict[str, Tensor]]
+    """`LossOutput.extras` of each phase."""
+
+
+class GradientStep:
+    """One update of a model, in training mode and on the device of the batch.
+
+    Nothing in it depends on the values of tensors, and the host waits for nothing.
+
+    Args:
+        model: Whose parameters they are.
+        phases: In order.
+        optimizers: Of each phase.
+        grad_clip: Largest norm of the gradients of a phase; 0 turns clipping off.
+    """
+
+    def __init__(
+        self, model: nn.Module, phases: Sequence[Phase], optimizers: Sequence[torch.optim.Optimizer], grad_clip: float
+    ) -> None:
+        self.model = model
+        self.phases = phases
+        self.optimizers = optimizers
+        self.grad_clip = grad_clip
+
+    def __call__(self, batch: Batch, update: Callable[[int], None] | None = None) -> Updated:
+        """Takes the step.
+
+        Args:
+            batch: On the model's device.
+            update: Updates the parameters of the phase of that number from their gradients; None: its optimiser's
+                `step`.
+        """
+        if not self.model.training:
+            self.model.train()
+        # Of the whole model, because a phase's loss may reach parameters that it does not train.
+        parameters = list(self.model.parameters())
+        terms: dict[str, Tensor] = {}
+        norms: list[Tensor] = []
+        outputs: list[LossOutput] = []
+        for index, phase in enumerate(self.phases):
+            for parameter in parameters:
+                parameter.grad = None
+            output = as_loss_output(phase.loss(batch, outputs))
+            output.loss.backward()
+            norms.append(clip_by_global_norm(phase.trained, self.grad_clip))
+            if update is None:
+                self.optimizers[index].step()
+            else:
+                update(index)
+            outputs.append(output)
+            named = output.terms
+            if len(self.phases) > 1:
+                named = {**named, f"{phase.name}_loss": output.loss, f"{phase.name}_grad_norm": norms[-1]}
+            terms.update({name: value.detach() for name, value in named.items()})
+        after_step = getattr(self.model, "after_step", None)
+        if after_step is not None:
+            after_step(outputs)
+
+        losses = {name: value for name, value in terms.items() if name != "loss"}
+        losses["loss"] = torch.stack([output.loss.detach() for output in outputs]).sum()
+        losses["grad_norm"] = torch.stack(norms).square().sum().sqrt() if len(norms) > 1 else norms[0]
+        extras = [{name: value.detach() for name, value in output.extras.items()} for output in outputs]
+        return Updated(losses, extras)
+
+
+def phases_of(model: nn.Module) -> list[Phase]:
+    """The model's own phases, or one of its `loss` over all that is trainable."""
+    if hasattr(model, "phases"):
+        phases: list[Phase] = model.phases()  # type: ignore[operator]
+        return phases
+    loss = getattr(model, "loss", None)
+    if not callable(loss):
+        raise ConfigurationError(
+            f"{type(model).__name__} has no method loss(batch). A model to train returns its loss from there: "
+            "a scalar tensor, a dict with 'loss', or a LossOutput."
+        )
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return [Phase("model", trainable, lambda batch, previous: loss(batch))]
+
+
+def as_loss_output(result: Any) -> LossOutput:
+    """Whatever a `loss` may return, in one form. Entries of a dict that are no scalars are left out."""
+    if isinstance(result, Tensor):
+        result = LossOutput(result, {})
+    elif isinstance(result, Mapping) and "loss" in result:
+        loss = result["loss"]
+        scalars = {
+            name: _scalar(value, loss.device)
+            for name, value in result.items()
+            if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+        }
+        result = LossOutput(loss, scalars)
+    if not isinstance(result, LossOutput):
+        raise TrainingError(
+            f"loss(batch) gave {type(result).__name__}, expected a scalar tensor, a dict with 'loss', or a LossOutput."
+        )
+    if result.loss.dim() != 0:
+        raise TrainingError(f"The loss has shape {tuple(result.loss.shape)}, expected a scalar. Reduce it to its mean.")
+    if torch.is_grad_enabled() and not result.loss.requires_grad:
+        raise TrainingError("The loss depends on no parameter that requires a gradient, so there is nothing to learn.")
+    return result
+
+
+def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    """A number or a tensor of one as a scalar on the device; Python's are written there, not copied."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device).reshape(())
+    return torch.full((), value, device=device)
+
+
+OF_BATCH = "The batch's "
+"""How names of a batch's tensors begin in `FiniteWatch`."""
+
+
+class FiniteWatch:
+    """Remembers on the device at which step each loss was not finite for the first time."""
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._first: Tensor | None = None
+
+    def see(self, step: int, losses: Mapping[str, Tensor]) -> None:
+        """Looks at the losses of a step without reading them."""
+        values = torch.stack([value.float() for value in losses.values()])
+        if self._first is None or self._names != tuple(losses):
+            self.check()
+            self._names = tuple(losses)
+            self._first = torch.zeros(len(losses), dtype=torch.int64, device=values.device)  # 0: always finite
+        bad_now = ~torch.isfinite(values) & (self._first == 0)
+        self._first.masked_fill_(bad_now, step)
+
+    def check(self) -> None:
+        """Reads what was seen."""
+        if self._first is None:
+            return
+        first_bad = {name: step for name, step in zip(self._names, self._first.tolist(), strict=True) if step}
+        if not first_bad:
+            return
+        step = min(first_bad.values())
+        names = [name for name, bad_step in first_bad.items() if bad_step == step]
+        of_batch = [name for name in names if name.startswith(OF_BATCH)]
+        if of_batch:
+            raise TrainingError(
+                f"{' and '.join(of_batch)} {'was' if len(of_batch) == 1 else 'were'} not finite at step {step}. Look "
+                "for where these data come from; the weights are lost."
+            )
+        # The total and the gradient follow the term that went wrong.
+        for consequence in ("grad_norm", "loss"):
+            if len(names) > 1 and consequence in names:
+                names.remove(consequence)
+        raise TrainingError(
+            f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} not finite at step {step}. "
+            "Check the data for extreme values, lower learning_rate, or raise warmup_steps."
+        )
+
+
+class WriteBack:
+    """Carries values from the device to the buffer they belong to."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[Any, Tensor, dict[str, Tensor], Any]] = []
+
+    def push(self, buffer: Any, rows: Tensor, values: dict[str, Tensor]) -> None:
+        """Stores values `[B, T', ...]` at rows `[B, T']`; those from CUDA at the next `push` or `flush`.
+
+        A buffer on the values' own device gets them at once.
+        """
+        self.flush()
+        there = getattr(buffer, "device", None)
+        if all(not value.is_cuda or value.device == there for value in values.values()):
+            buffer.update_extras(rows, values)
+            return
+        copies = {}
+        for name, value in values.items():
+            copies[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            copies[name].copy_(value, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._pending.append((buffer, rows, copies, arrived))
+
+    def flush(self) -> None:
+        """Stores what is still on its way."""
+        for buffer, rows, copies, arrived in self._pending:
+            arrived.synchronize()
+            buffer.update_extras(rows, copies)
+        self._pending.clear()

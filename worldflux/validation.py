@@ -1,0 +1,175 @@
+"""Values of configuration fields in the form in which they are kept, or an error that says what was expected."""
+
+from __future__ import annotations
+
+import logging
+import math
+import operator
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any, TypeVar
+
+from worldflux.errors import ConfigurationError, WorldFluxError, nearest
+
+ObsShape = tuple[int, ...] | dict[str, tuple[int, ...]]
+"""Shape of one observation without batch or time, or one such shape per key."""
+
+RESIZE_OR_FLATTEN = (
+    "Resize it, to 64x64 for example: worldflux.envs.ResizeImages(env, 64). If it is no picture but the cells of a "
+    "grid, gymnasium.wrappers.FlattenObservation(env) makes a vector of it."
+)
+"""What to do about an image that is too small, or has sides that an encoder cannot halve."""
+
+logger = logging.getLogger("worldflux")
+
+_LEAST_PICTURE_SIDE = 16
+"""From here on, two dimensions are more likely to be a picture's than a table's; no encoder takes smaller ones."""
+
+EnumT = TypeVar("EnumT", bound=Enum)
+
+
+def clean_obs_shape(shape: Any, *, any_shape: bool = False) -> ObsShape:
+    """`shape` as a tuple, or a dict of tuples in the order of its keys.
+
+    Args:
+        shape: As somebody wrote it.
+        any_shape: Take shapes that no family's networks have an encoder for, too.
+    """
+    if isinstance(shape, Mapping):
+        if not shape or not all(isinstance(key, str) and key for key in shape):
+            raise ConfigurationError(f"obs_shape is {shape!r}, expected at least one key, each a name, with its shape.")
+        return {key: _clean_shape(f"obs_shape['{key}']", shape[key], any_shape) for key in sorted(shape)}
+    return _clean_shape("obs_shape", shape, any_shape)
+
+
+def _clean_shape(name: str, shape: Any, any_shape: bool) -> tuple[int, ...]:
+    cleaned = clean_sizes(name, shape)
+    if any_shape:
+        return cleaned
+    warn_of_missing_channels(name, cleaned)
+    if len(cleaned) > 3:
+        raise ConfigurationError(
+            f"{name} is {cleaned}, expected at most 3 dimensions: a vector (n,) or an image (C, H, W). "
+            "Fold further dimensions, such as stacked frames, into the channels."
+        )
+    if has_channels_last(cleaned):
+        height, width, channels = cleaned
+        raise ConfigurationError(
+            f"{name} is {cleaned}, which looks like an image with its channels last; expected channels first (CHW). "
+            f"Transpose the images and use ({channels}, {height}, {width})."
+        )
+    return cleaned
+
+
+def warn_of_missing_channels(name: str, shape: tuple[int, ...]) -> None:
+    """Says how a picture without channels is taken."""
+    if len(shape) == 2 and min(shape) >= _LEAST_PICTURE_SIDE:
+        logger.warning(
+            "%s is %s, which is taken as a vector of %s numbers. An image has its channels first: (1, %d, %d).",
+            name,
+            shape,
+            f"{math.prod(shape):,}",
+            *shape,
+        )
+
+
+def has_channels_last(shape: tuple[int, ...]) -> bool:
+    """Whether a shape looks like that of an image `(H, W, C)`, stacked frames among them."""
+    if len(shape) != 3:
+        return False
+    usual = (1, 3, 4)
+    return (shape[2] in usual and shape[0] not in usual) or shape[2] < _LEAST_PICTURE_SIDE <= min(shape[:2])
+
+
+def clean_sizes(name: str, sizes: Any) -> tuple[int, ...]:
+    """`sizes` as a tuple of integers, if all of them are above 0."""
+    try:
+        cleaned = tuple(as_integer(name, size) for size in sizes) if not isinstance(sizes, str) else None
+    except TypeError:
+        cleaned = None
+    if cleaned is None or any(size < 1 for size in cleaned):
+        example = f" Write ({sizes},) for one dimension." if isinstance(sizes, int) else ""
+        raise ConfigurationError(f"{name} is {sizes!r}, expected a tuple of integers above 0.{example}")
+    return cleaned
+
+
+def clean_enum(name: str, value: Any, kind: type[EnumT]) -> EnumT:
+    """`value` as a member of the enumeration, whatever the case of its letters."""
+    try:
+        return kind(value.lower() if isinstance(value, str) and not isinstance(value, Enum) else value)
+    except ValueError:
+        options = [str(member.value) for member in kind]
+        raise ConfigurationError(
+            f"{name} is '{value}'{nearest(value, options)} It is one of: {', '.join(options)}."
+        ) from None
+
+
+def check_choice(name: str, value: Any, options: tuple[str, ...]) -> None:
+    """Raises a `ConfigurationError` unless the value is one of the options."""
+    if value not in options:
+        raise ConfigurationError(f"{name} is '{value}'{nearest(value, options)} It is one of: {', '.join(options)}.")
+
+
+def as_integer(name: str, value: Any) -> int:
+    """`value` as an `int`; NumPy's integers count, booleans and floats do not."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ConfigurationError(f"{name} is {value!r}, expected an integer.") from None
+
+
+def as_number(name: str, value: Any) -> float:
+    """`value` as a finite `float`; booleans and text are none."""
+    try:
+        if isinstance(value, bool | str):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ConfigurationError(f"{name} is {value!r}, expected a number.") from None
+    if not math.isfinite(number):
+        raise ConfigurationError(f"{name} is {number}, expected a finite number.")
+    return number
+
+
+def whole_number(name: str, value: Any, least: int, *, error: type[WorldFluxError] = ConfigurationError) -> int:
+    """`value` as an int, if it is a whole number of Python, NumPy or torch, and no bool.
+
+    Args:
+        name: What it is called in the message.
+        value: What was given.
+        least: The smallest that is allowed.
+        error: Raised if it is something else or smaller.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or number < least:
+        raise error(f"{name} is {value!r}, expected a whole number from {least}.")
+    return number
+
+
+def count(name: str, value: Any, least: int, *, below: int = 2**63) -> int:
+    """`value` as an int, if it is a whole number from `least` and below a power of two, at most what fits 64 bits."""
+    number = whole_number(name, value, least)
+    if number >= below:
+        limit = f"{below:.0e}".replace("e+", "e")
+        raise ConfigurationError(f"{name} is above {limit}, expected a whole number below 2**{below.bit_length() - 1}.")
+    return number
+
+
+def finite_number(name: str, value: Any) -> float:
+    """`value` as a finite float, if it is a number of Python, NumPy or torch, and no bool."""
+    try:
+        number = float(value) if hasattr(value, "__float__") else math.nan
+    except (OverflowError, TypeError, ValueError):
+        number = math.nan
+    if (
+        getattr(getattr(value, "dtype", None), "kind", None) == "b"
+        or isinstance(value, bool)
+        or not math.isfinite(number)
+    ):
+        raise ConfigurationError(f"{name} is {value!r}, expected a finite number.")
+    return number
