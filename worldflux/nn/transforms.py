@@ -61,3 +61,8 @@ def simnorm(x: Tensor, dim: int) -> Tensor:
         # torch's CPU kernel is many times faster where the axis is not the last one.
         return torch.softmax(groups.transpose(-1, -2), -2).transpose(-1, -2).flatten(-2)
     return torch.softmax(groups, -1).flatten(-2)
+
+
+def bounded(actions: Tensor) -> Tensor:
+    """Actions with magnitudes above 1 brought back to 1, without a gradient through the magnitude."""
+    return actions / actions.abs().clamp(min=1.0).detach()

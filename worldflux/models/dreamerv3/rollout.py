@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from worldflux.models.dreamerv3.behavior import Imagined
-from worldflux.models.dreamerv3.fast.native_imagine import imagine
+from worldflux.models.dreamerv3.fast import recurrence as fast
 from worldflux.models.dreamerv3.heads import Actor
 from worldflux.models.dreamerv3.parts import Draws
-from worldflux.models.dreamerv3.rssm import RSSM, bounded
-from worldflux.nn.precision import autocast
+from worldflux.models.dreamerv3.rssm import RSSM
 
 
 @torch.no_grad()
@@ -25,34 +24,8 @@ def roll_out(rssm: RSSM, actor: Actor, deter: Tensor, stoch: Tensor, horizon: in
         horizon: H, steps.
         draws: Replaces the random draws.
     """
-    if not rssm.takes_fast_form(actor, forwards=[Actor.forward]):
-        return _roll_out_plainly(rssm, actor, deter, stoch, horizon, draws)
-    weights, width = rssm.imagination_weights(actor.mlp), deter.shape[1]
-    if draws is None and weights.actor and rssm.takes_kernels(deter, stoch):
-        feats, taken = imagine(weights, actor, deter, stoch, horizon, rssm.unimix)
-        return Imagined(feats.transpose(0, 1), taken.transpose(0, 1))
-    # Each state is written where the heads will read it.
-    feats = deter.new_empty(horizon + 1, len(deter), width + stoch[0].numel())
-    actions: list[Tensor] = []
-    for h, feat in enumerate(feats):
-        if h > 0:
-            noise = torch.rand(stoch.shape[:2], device=stoch.device) if draws is None else None
-            classes = None if draws is None else draws.imagined_stoch[:, h]
-            action = bounded(actions[-1])
-            with autocast(deter.device, None):
-                deter, stoch = rssm.cells.imagine(weights, deter, stoch, action, noise, classes, rssm.unimix)
-        feat[:, :width], feat[:, width:] = deter, stoch.flatten(1)
-        if draws is None:
-            actions.append(actor.output(rssm.cells.policy(weights.actor, feat)).sample())
-        else:
-            actions.append(draws.imagined_actions[:, h])
-    return Imagined(feats.transpose(0, 1), torch.stack(actions, 1))
-
-
-def _roll_out_plainly(
-    rssm: RSSM, actor: Actor, deter: Tensor, stoch: Tensor, horizon: int, draws: Draws | None
-) -> Imagined:
-    """What `roll_out` computes, written down with the model's own functions."""
+    if rssm.takes_fast_form(actor, forwards=[Actor.forward]):
+        return Imagined(*fast.roll_out(rssm, actor, deter, stoch, horizon, draws))
     feats: list[Tensor] = []
     actions: list[Tensor] = []
     for h in range(horizon + 1):

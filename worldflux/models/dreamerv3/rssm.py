@@ -9,19 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldflux.accel.overriding import overridden, steps_back
-from worldflux.models.dreamerv3.fast.cell import CoreWeights, PosteriorWeights, PriorWeights
-from worldflux.models.dreamerv3.fast.imagine import ImaginationWeights, hidden_layers, imagine_step, layers_of
-from worldflux.models.dreamerv3.fast.native_scan import NativeScan
-from worldflux.models.dreamerv3.fast.scan import Scan, observe_step, observe_step_backward
-from worldflux.nn.definitions import fast_forms
+from worldflux.models.dreamerv3.fast import recurrence as fast
 from worldflux.nn.distributions import OneHot
-from worldflux.nn.fast.kernels import kernels
-from worldflux.nn.layers import MLP, BlockLinear, Linear, NormSiLU, are_plain
-from worldflux.nn.precision import products
+from worldflux.nn.layers import MLP, BlockLinear, Linear, NormSiLU
+from worldflux.nn.transforms import bounded
 
 
 class Observed(NamedTuple):
@@ -33,19 +26,6 @@ class Observed(NamedTuple):
     """Samples with straight-through gradients. `[B, T, S, C]`"""
     logits: Tensor
     """Posterior logits. `[B, T, S, C]`"""
-
-
-class Cells(NamedTuple):
-    """The functions that training's loops call at each step."""
-
-    observe: Callable[..., Any] = observe_step
-    observe_backward: Callable[..., Any] = observe_step_backward
-    imagine: Callable[..., Any] = imagine_step
-    policy: Callable[..., Any] = hidden_layers
-
-    def compiled(self) -> Cells:
-        """The same, compiled: a step becomes its products and a few kernels between them."""
-        return Cells(*(torch.compile(function, dynamic=False) for function in Cells()))
 
 
 class RSSM(nn.Module):
@@ -87,30 +67,21 @@ class RSSM(nn.Module):
         self.posterior_out = Linear(hidden_dim, stoch_dim)
         self.prior_in = MLP(deter_dim, hidden_dim, 2)
         self.prior_out = Linear(hidden_dim, stoch_dim)
-        self.cells = Cells()
+        self.cells = fast.Cells()
         self.fast = True
         """False: the plain computations that the fast ones are tested against."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "cells": Cells()}  # compiled functions stay in their process
+        return {**self.__dict__, "cells": fast.Cells()}  # compiled functions stay in their process
 
     def takes_fast_form(self, *heads: nn.Module, forwards: Sequence[Callable[..., Any]] = ()) -> bool:
-        """Whether the fast forms may stand for the functions below: they are wanted, and nothing was replaced.
+        """Whether the forms in `fast/` may stand for the functions below: they are wanted, and nothing was replaced.
 
         Args:
             *heads: Further modules whose weights the fast form reads.
-            forwards: Of these.
+            forwards: The `forward` that each of them must have for that.
         """
-        if not self.fast or not fast_forms():
-            return False
-        changed = overridden(self, *_STEPS)
-        if not are_plain([*self.children(), *heads], *forwards):
-            changed.append("layers or hooks")
-        return not steps_back("The fast recurrence of DreamerV3", self, changed)
-
-    def takes_kernels(self, *states: Tensor) -> bool:
-        """Whether the fast form for these states is the one in C, and not the one that the cells compute."""
-        return self.cells == Cells() and kernels(*states, self.gates.weight, elements=states[0].numel()) is not None
+        return fast.applies(self, _STEPS, heads, forwards)
 
     def initial(self, batch_size: int) -> tuple[Tensor, Tensor]:
         """The zero state. `[B, D]`, `[B, S, C]`"""
@@ -187,37 +158,8 @@ class RSSM(nn.Module):
         noise = None
         if draws is None:
             noise = torch.rand(keep.shape[1], *stoch.shape[:2], device=stoch.device)
-        if not self.takes_fast_form():
-            return self._observe_plainly(deter, stoch, prev_actions, embed, keep, obs_mask, noise, draws)
-        layer: Any = self.posterior_in.linears[0]
-        embed_part = F.linear(embed, layer.weight[:, self.deter_dim :], layer.bias)  # [B, T, hidden]
-        start = (self.unimix, deter, stoch, keep.transpose(0, 1))
-        parts = (self.action_part(prev_actions).transpose(0, 1), embed_part.float().transpose(0, 1))
-        drawn = (noise, None if draws is None else draws.transpose(0, 1))
-        weights: tuple[Tensor, ...] = (*self.core_weights(), *self.posterior_weights())
-        if obs_mask is None and self.takes_kernels(deter, stoch):
-            results = NativeScan.apply(*start, *parts, *drawn, *weights)
-        else:
-            seen = None
-            if obs_mask is not None:
-                seen = obs_mask.to(deter.dtype).unsqueeze(-1).transpose(0, 1)
-                weights = (*weights, *self.prior_weights())
-            cells = (self.cells.observe, self.cells.observe_backward)
-            results = Scan.apply(*cells, *start, *parts, seen, *drawn, *weights)
-        return Observed(*(result.transpose(0, 1) for result in results))
-
-    def _observe_plainly(
-        self,
-        deter: Tensor,
-        stoch: Tensor,
-        prev_actions: Tensor,
-        embed: Tensor,
-        keep: Tensor,
-        obs_mask: Tensor | None,
-        noise: Tensor | None,
-        draws: Tensor | None,
-    ) -> Observed:
-        """What `observe` computes, step by step with the functions above."""
+        if self.takes_fast_form():
+            return Observed(*fast.observe(self, deter, stoch, prev_actions, embed, keep, obs_mask, noise, draws))
         deters, stochs, logits = [], [], []
         for t in range(keep.shape[1]):
             deter = self.core(deter * keep[:, t], stoch * keep[:, t].unsqueeze(-1), prev_actions[:, t])
@@ -235,90 +177,9 @@ class RSSM(nn.Module):
             logits.append(logit)
         return Observed(torch.stack(deters, 1), torch.stack(stochs, 1), torch.stack(logits, 1))
 
-    # The weights as the cell's functions take them
-
-    def core_weights(self) -> CoreWeights:
-        """Weights of the recurrence, matrices in autocast's precision; gradients flow through.
-
-        The hidden layer of block k sees `[deter_k, x0, x1, x2]`: only `deter_k` differs between blocks, so the kernel
-        is a block-diagonal one for `deter` and a dense one for the rest; of that, `x2` depends on the action alone.
-        """
-        kind = self._precision()
-        (deter_in,), (stoch_in,) = layers_of(self.deter_in, kind), layers_of(self.stoch_in, kind)
-        return CoreWeights(
-            deter_kernel=deter_in.kernel,
-            deter_bias=deter_in.bias,
-            deter_scale=deter_in.scale,
-            stoch_kernel=stoch_in.kernel,
-            stoch_bias=stoch_in.bias,
-            stoch_scale=stoch_in.scale,
-            recurrent=self.hidden.weight[:, : self.deter_dim // self.blocks].to(kind),
-            dense=self._dense_kernel()[: 2 * len(deter_in.kernel)].to(kind),
-            hidden_scale=self.hidden_norm.scale,
-            gates=self.gates.weight.to(kind),
-            gates_bias=self.gates.bias,
-        )
-
-    def posterior_weights(self) -> PosteriorWeights:
-        """Weights of the posterior, as `core_weights` gives those of the recurrence."""
-        kind = self._precision()
-        (layer,) = layers_of(self.posterior_in, kind)
-        return PosteriorWeights(
-            kernel=layer.kernel[:, : self.deter_dim],
-            scale=layer.scale,
-            out_kernel=self.posterior_out.weight.to(kind),
-            out_bias=self.posterior_out.bias.to(kind),
-        )
-
-    def prior_weights(self) -> PriorWeights:
-        """Weights of the prior, as `core_weights` gives those of the recurrence."""
-        kind = self._precision()
-        layers = layers_of(self.prior_in, kind)
-        hidden = [weight for layer in layers for weight in layer]
-        return PriorWeights._make([*hidden, self.prior_out.weight.to(kind), self.prior_out.bias.to(kind)])
-
-    def imagination_weights(self, actor: MLP) -> ImaginationWeights:
-        """Weights of the prior's side, and of the policy's hidden layers, as `core_weights` gives those of the core."""
-        kind = self._precision()
-        return ImaginationWeights(
-            core=self.core_weights(),
-            action_in=layers_of(self.action_in, kind)[0],
-            dense=self._dense_kernel().to(kind),
-            hidden_bias=self.hidden.bias.to(kind),
-            prior_in=layers_of(self.prior_in, kind),
-            prior_kernel=self.prior_out.weight.to(kind),
-            prior_bias=self.prior_out.bias.to(kind),
-            actor=layers_of(actor, kind),
-        )
-
-    def action_part(self, actions: Tensor) -> Tensor:
-        """What actions add to the hidden layer, its bias included; all that does not wait for the recurrence.
-
-        Args:
-            actions: `[..., A]`; magnitudes above 1 are brought back to 1.
-
-        Returns:
-            `[..., D]`, float32.
-        """
-        hidden = self.action_in(bounded(actions))
-        return (hidden @ self._dense_kernel()[2 * hidden.shape[-1] :]).float() + self.hidden.bias
-
-    def _dense_kernel(self) -> Tensor:
-        """The hidden layer's kernel for what all blocks see. `[3 * hidden, D]`"""
-        return self.hidden.weight[:, self.deter_dim // self.blocks :].transpose(0, 1).flatten(1)
-
-    def _precision(self) -> torch.dtype:
-        """What matrices are multiplied in here."""
-        return products(self.gates.weight.device)
-
 
 _STEPS = (RSSM.core, RSSM.prior, RSSM.posterior, RSSM.dist)
 """What the fast forms compute without calling it."""
-
-
-def bounded(actions: Tensor) -> Tensor:
-    """Actions with magnitudes above 1 brought back to 1, without a gradient through the magnitude."""
-    return actions / actions.abs().clamp(min=1.0).detach()
 
 
 def kl_losses(posterior: OneHot, prior: OneHot, free_nats: float) -> tuple[Tensor, Tensor, Tensor]:
