@@ -362,7 +362,11 @@ def test_an_official_checkpoint_goes_on_learning_where_episodes_terminate() -> N
         (OFFICIAL, {"obs_shape": 9}, r"obs_shape is 9, expected a tuple of integers above 0\. Write \(9,\)"),
         (OFFICIAL, {"obs_shape": {"obs": (9,)}}, "obs_shape is {'obs': .*expected the shape of one tensor"),
         (None, {}, "The checkpoint is a NoneType, expected a path or what torch.load returns"),
-        ({"_dynamics.0.weight": torch.zeros(()), "_Qs.params.0.weight": torch.zeros(2)}, {}, r"_dynamics.0.weight has shape \(\), expected 2 dimensions"),
+        (
+            {"_dynamics.0.weight": torch.zeros(()), "_Qs.params.0.weight": torch.zeros(2)},
+            {},
+            r"_dynamics.0.weight has shape \(\), expected 2 dimensions",
+        ),
         ({3: torch.zeros(2)}, {}, "has no parameter '_dynamics.0.weight'"),
     ],
 )

@@ -266,7 +266,7 @@ NUMBERS: dict[str, tuple[Any, str]] = {
     "settings.planner_kwargs.num_samples": (10**9, "expected at most 4,194,304 steps of candidates in a plan"),
     "settings.planner_kwargs.horizon": (10**9, "expected at most 4,194,304 steps"),
     "settings.planner_kwargs.iterations": (10**9, "expected at most 4,194,304 steps"),
-    "settings.buffer_size": (10**17, r"The replay buffer cannot have an array|takes .* free memory"),
+    "settings.buffer_size": (10**17, r"does not fit into memory|takes .* free memory"),
     "settings.learning_rate": ({"schedule": "linear", "start": 1, "end": 0, "end_fraction": 0}, "end_fraction is 0.0"),
     "settings": ([], "is damaged"),
 }

@@ -139,12 +139,7 @@ class MemoryStorage:
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> RowArray:
         """A new array."""
-        try:
-            return np.zeros(shape, dtype)
-        except (MemoryError, OverflowError, ValueError) as error:  # the latter: more than can be addressed
-            raise BufferError(
-                f"The replay buffer cannot have an array {shape} of {dtype} in memory. Use a smaller capacity."
-            ) from error
+        return np.zeros(shape, dtype)
 
 
 class DiskStorage:
