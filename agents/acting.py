@@ -11,7 +11,7 @@ import torch
 from gymnasium.spaces import Discrete
 from torch import Tensor
 
-from worldflux.accel.cuda_graphs import Captures, CudaRecorder, form_of, places
+from worldflux.accel.cuda_graphs import Captures, CudaGraphCapturer, places, signature_of
 from worldflux.accel.guard import Tensors, Work
 from worldflux.accel.transfers import to_device, to_host
 from worldflux.envs.spaces import ActionCodec, Array, Arrays, ObservationCodec
@@ -85,7 +85,7 @@ class Actor:
         self._tensors: list[Tensor] = [*self.model.parameters(), *self.model.buffers()]
         if self._captured:
             device = self.model.device
-            self._captures = Captures("Acting", self.model, device, CudaRecorder(device), MAX_FORMS)
+            self._captures = Captures("Acting", self.model, device, CudaGraphCapturer(device), MAX_FORMS)
 
     @torch.inference_mode()
     def start(self, rows: int) -> Acting:
@@ -171,7 +171,7 @@ class Actor:
         if self._captures is None or self._captures.given_up:
             return plain()
         self._captures.keep_while(places(self._tensors))
-        form = (key, form_of(inputs))
+        form = (key, signature_of(inputs))
         if not self._captures.takes(form):
             return plain()
         outputs = self._captures(form, Work(evaluated, lambda: inputs, plain))

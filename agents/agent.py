@@ -21,7 +21,7 @@ from worldflux.accel.device import resolve_device
 from worldflux.accel.overriding import overridden, steps_back
 from worldflux.agents.acting import Actor, Memory
 from worldflux.agents.building import build_model, build_planner, checked_model_kwargs
-from worldflux.agents.collecting import Collector, frames_per_vec_step, stands_for, steps_elsewhere
+from worldflux.agents.collecting import Collector, frames_per_vec_step, stands_for, steps_in_subprocesses
 from worldflux.agents.learning import Learner, UpdateSchedule, dump_log
 from worldflux.agents.saving import SavedAgent
 from worldflux.agents.settings import AgentSettings, Rate, RateSchedule
@@ -390,7 +390,7 @@ class WorldFluxAgent(SavedAgent):
                 predict=self.predict if own_predict else None,
             )
             # A GPU computes while this process steps the environments, too.
-            self._steps_elsewhere = steps_elsewhere(self.env) or self.device.type == "cuda"
+            self._steps_elsewhere = steps_in_subprocesses(self.env) or self.device.type == "cuda"
             self._frames_per_step = frames_per_vec_step(self.env)
         return self._collector
 
@@ -585,8 +585,8 @@ class WorldFluxAgent(SavedAgent):
         record("train/learning_rate", self.lr_schedule(self._current_progress_remaining))
         for name, mean in self._learner.mean_losses.take().items():
             record(f"train/{name}", mean)
-        vitals, problems = self._learner.health()
-        for name, value in vitals.items():
+        health_metrics, problems = self._learner.health()
+        for name, value in health_metrics.items():
             record(f"health/{name}", value)
         for problem in problems:
             self.logger.warn(problem)

@@ -161,7 +161,7 @@ class Collector:
         return to_device(torch.from_numpy(actions), self.actor.model.device)
 
 
-def steps_elsewhere(venv: VecEnv) -> bool:
+def steps_in_subprocesses(venv: VecEnv) -> bool:
     """Whether a step is made by other processes, so that this one can work between `step_async` and `step_wait`."""
     base = innermost(venv)
     if isinstance(base, GymnasiumVecEnv):

@@ -108,7 +108,7 @@ class Learner:
         return replace(batch, obs=normalized(batch.obs, normalize))
 
     def health(self) -> tuple[dict[str, float], list[str]]:
-        """The model's vitals by name, and what has gone wrong since the last call; nothing where little has changed."""
+        """Health metrics by name, and what has gone wrong since the last call; nothing where little has changed."""
         if self.n_updates - self._examined_at < CHECK_INTERVAL:
             return {}, []
         self._examined_at = self.n_updates

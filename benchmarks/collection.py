@@ -24,7 +24,7 @@ from gymnasium import spaces
 
 import worldflux.agents.agent as agent_module
 from worldflux import WorldFluxAgent
-from worldflux.agents.collecting import steps_elsewhere
+from worldflux.agents.collecting import steps_in_subprocesses
 from worldflux.envs import make_vec_env
 
 
@@ -79,7 +79,7 @@ def main() -> None:
     rates: dict[bool, list[float]] = {True: [], False: []}
     for turn in range(options.turns + 1):  # the first turn fills the buffer and is not counted
         for together, agent in agents.items():
-            agent_module.steps_elsewhere = steps_elsewhere if together else lambda venv: False
+            agent_module.steps_in_subprocesses = steps_in_subprocesses if together else lambda venv: False
             updates, started = agent.trainer.step_count, time.perf_counter()
             agent.learn(options.steps + 2 * options.envs * options.length * (turn == 0), reset_num_timesteps=turn == 0)
             if turn:

@@ -17,7 +17,7 @@ from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 
 from worldflux.envs.given import check_what_is_given
-from worldflux.envs.recording.step_cache import HeldSteps
+from worldflux.envs.recording.step_cache import StepCache
 from worldflux.envs.spaces import ActionCodec, Array, Arrays, ObservationCodec
 from worldflux.envs.taps import Tap, tapped
 from worldflux.envs.vector import ENDED, RESET_STEP, GymnasiumVecEnv, innermost, settle
@@ -54,7 +54,7 @@ class EpisodeRecorder:
         BufferError: If it was made for another kind of actions.
     """
 
-    _held_type = HeldSteps
+    _held_type = StepCache
 
     def __init__(
         self, buffer: ReplayBuffer, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], n_envs: int

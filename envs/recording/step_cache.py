@@ -21,7 +21,7 @@ _STEP = int(STEP)
 _ADD = ReplayBuffer.add
 
 
-class HeldSteps:
+class StepCache:
     """Keeps steps until there are many, or until somebody looks into the buffer, which does not see the difference.
 
     To find a step's rows in a buffer takes about as long as some environments need to make it, but little longer for
@@ -249,11 +249,11 @@ class HeldSteps:
         return {key: np.concatenate([final[key] for final in finals]) for key in self._obs} if finals else {}
 
 
-class NextStepHeldSteps(HeldSteps):
+class NextStepHeldSteps(StepCache):
     """Of environments that reset on the next step: which steps are resets, and the last observations, follow from that.
 
     Args:
-        buffer: As for `HeldSteps`.
+        buffer: As for `StepCache`.
         obs_codec: Likewise.
         action_codec: Likewise.
         envs: Likewise.

@@ -71,7 +71,7 @@ def test_the_trainer_compiles_world_models_when_asked_to(monkeypatch: pytest.Mon
     monkeypatch.setattr(compiling, "_missing", lambda device: None)
     compiled: list[nn.Module] = []
     model = create_world_model("tdmpc2:tiny", obs_shape=(3,), action_dim=1)
-    monkeypatch.setattr(type(model), "compile_cells", lambda self: compiled.append(self))
+    monkeypatch.setattr(type(model), "compile_functions", lambda self: compiled.append(self))
     Trainer(model, TrainingConfig(device="cpu"))
     Trainer(model, TrainingConfig(device="cpu", compile=False))
     assert compiled == []
@@ -82,5 +82,5 @@ def test_the_trainer_compiles_world_models_when_asked_to(monkeypatch: pytest.Mon
 def test_a_model_has_nothing_to_compile_unless_it_says_so() -> None:
     model = create_world_model("tdmpc2:tiny", obs_shape=(3,), action_dim=1)
     before = set(vars(model))
-    WorldModel.compile_cells(model)
+    WorldModel.compile_functions(model)
     assert set(vars(model)) == before

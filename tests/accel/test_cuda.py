@@ -20,7 +20,7 @@ from helpers.training import NoisyRegression
 from torch import Tensor, nn
 
 from worldflux import WorldModel, create_world_model
-from worldflux.accel.cuda_graphs import WARM_UP_CALLS, CudaRecorder
+from worldflux.accel.cuda_graphs import WARM_UP_CALLS, CudaGraphCapturer
 from worldflux.accel.transfers import to_device, to_host
 from worldflux.agents import WorldFluxAgent
 from worldflux.agents import acting as acting_module
@@ -335,11 +335,11 @@ def test_a_model_that_waits_is_trained_plainly(caplog: pytest.LogCaptureFixture)
 def test_a_capture_that_fails_leaves_everything_usable(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    warm_up = CudaRecorder.warm_up
+    warm_up = CudaGraphCapturer.warm_up
     plain, played = pair(Waiting())
     given = regression_batches(10)
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "worldflux.training"):
-        patch.setattr(CudaRecorder, "warm_up", lambda self, function: (warm_up(self, function)[0], None))
+        patch.setattr(CudaGraphCapturer, "warm_up", lambda self, function: (warm_up(self, function)[0], None))
         expected, found = run(plain, given), run(played, given)
     assert len(caplog.messages) == 1 and "cannot be recorded as a CUDA graph" in caplog.messages[0]
     for one, other in zip(expected, found, strict=True):
@@ -365,7 +365,7 @@ def test_a_capture_that_fails_leaves_everything_usable(
 # Recordings that are wrong
 
 
-class StaleRecorder(CudaRecorder):
+class StaleRecorder(CudaGraphCapturer):
     """Its graphs read the inputs where nobody writes them any more."""
 
     def record(self, function: Callable[[], Any]) -> Any:
@@ -379,7 +379,7 @@ class StaleRecorder(CudaRecorder):
 def test_a_step_recorded_wrongly_is_stepped_back_from(
     family: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(trainer_module, "CudaRecorder", StaleRecorder)
+    monkeypatch.setattr(trainer_module, "CudaGraphCapturer", StaleRecorder)
     plain, played = pair(new(family))
     given = batches(plain.model, 10)
     with caplog.at_level(logging.WARNING, "worldflux.training"):
@@ -399,7 +399,7 @@ def test_a_step_recorded_wrongly_is_stepped_back_from(
 def test_actions_recorded_wrongly_are_stepped_back_from(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(acting_module, "CudaRecorder", StaleRecorder)
+    monkeypatch.setattr(acting_module, "CudaGraphCapturer", StaleRecorder)
     plain, played = actors("dreamerv3:tiny", spaces.Box(-1, 1, (4,), np.float32), False)
     for one, other in zip(acted(plain, 3, False), acted(played, 3, False), strict=True):
         torch.testing.assert_close(one.actions, other.actions, rtol=1e-3, atol=1e-4)
@@ -446,7 +446,7 @@ def test_copies_make_the_host_wait_for_nothing() -> None:
         there.extras_of(own.rows)
         assert to_device(torch.ones(3), torch.device(DEVICE)).is_cuda
     assert all(x.is_cuda for x in [*batch.tensors(), *own.tensors()])
-    assert batch.rows is not None and not batch.rows.is_cuda
+    assert batch.row_ids is not None and not batch.row_ids.is_cuda
     expected = {name: value.cpu() + 1 for name, value in own.extras.items()}
     rows, index = np.unique(own.rows.numpy(), return_index=True)
     for name, value in there.extras_of(own.rows).items():

@@ -11,7 +11,7 @@ import torch
 from helpers.captured import CONFIG, PLAIN_STEPS, acted, actors, batches, new, recorded, run, set_rate
 from helpers.envs import Aim
 from helpers.small_models import PRESETS
-from helpers.tape import RANDOM, Spoil, SpoiledRecorder, TapeRecorder, stale, the_same_draws_again, without
+from helpers.tape import RANDOM, Spoil, SpoiledCapturer, TapeCapturer, stale, the_same_draws_again, without
 from torch import Tensor
 
 from worldflux.agents import WorldFluxAgent
@@ -55,7 +55,7 @@ def test_a_step_recorded_wrongly_leaves_the_bits_of_the_plain_run(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(trainer_module, "captures", lambda setting, device, model: True)
-        patch.setattr(trainer_module, "CudaRecorder", lambda device: SpoiledRecorder(device, STEPS[fault]))
+        patch.setattr(trainer_module, "CudaGraphCapturer", lambda device: SpoiledCapturer(device, STEPS[fault]))
         played = Trainer(new(family), CONFIG)
     plain = Trainer(new(family), CONFIG)
     given = batches(PLAIN_STEPS + 4)
@@ -86,7 +86,7 @@ def test_the_comparison_is_no_step_of_the_training(
 ) -> None:
     """The compared step leaves what the recording gave once, and the random numbers of one step."""
     monkeypatch.setattr(trainer_module, "captures", lambda setting, device, model: True)
-    monkeypatch.setattr(trainer_module, "CudaRecorder", TapeRecorder)
+    monkeypatch.setattr(trainer_module, "CudaGraphCapturer", TapeCapturer)
     played = Trainer(new(family), CONFIG)
     given = batches(PLAIN_STEPS + 2)
     run(played, given[:PLAIN_STEPS])
@@ -131,7 +131,7 @@ def test_actions_recorded_wrongly_are_those_of_the_plain_actor(
 ) -> None:
     spoil = {**ACTIONS, **PLANS}[fault]
     plain, played = actors(preset, "vector", plans, monkeypatch)
-    monkeypatch.setattr(acting_module, "CudaRecorder", lambda device: SpoiledRecorder(device, spoil))
+    monkeypatch.setattr(acting_module, "CudaGraphCapturer", lambda device: SpoiledCapturer(device, spoil))
     played = copy.deepcopy(played)
     with by_definition():  # tapes see the operations of torch alone, and others round differently
         both = zip(acted(played, 3, False), acted(plain, 3, False), strict=True)
@@ -149,13 +149,13 @@ def test_actions_recorded_wrongly_are_those_of_the_plain_actor(
 def test_an_agent_learns_with_right_and_with_wrong_recordings(
     preset: str, spoil: Spoil | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def recorder(device: torch.device) -> TapeRecorder:
-        return TapeRecorder(device) if spoil is None else SpoiledRecorder(device, spoil)
+    def recorder(device: torch.device) -> TapeCapturer:
+        return TapeCapturer(device) if spoil is None else SpoiledCapturer(device, spoil)
 
     for module in (trainer_module, agent_module):
         monkeypatch.setattr(module, "captures", lambda setting, device, model: True)
     for module in (trainer_module, acting_module):
-        monkeypatch.setattr(module, "CudaRecorder", recorder)
+        monkeypatch.setattr(module, "CudaGraphCapturer", recorder)
     planner = (
         {}
         if "dreamer" in preset

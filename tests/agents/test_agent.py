@@ -94,7 +94,7 @@ def test_the_latents_beside_a_row_are_the_state_that_its_action_was_chosen_in() 
     agent.learn(40)
 
     batch = agent.replay_buffer.sample(128, 1)
-    row, env = np.divmod(batch.rows[:, 0].numpy(), 2)
+    row, env = np.divmod(batch.row_ids[:, 0].numpy(), 2)
     step = row - row // 10  # every tenth row holds a last observation, where nobody acted
     acted = row % 10 != 9
     stored = batch.extras["deter"][:, 0].float().numpy()[acted]
@@ -144,7 +144,7 @@ def test_a_window_is_trained_on_once_when_it_is_complete() -> None:
 
     # The first gradient step, after 7 rows, had the first window; two of six rows come with each batch from then on.
     assert agent._n_updates == 1
-    first_rows = torch.stack([batch.rows[:, 0] for batch in batches])
+    first_rows = torch.stack([batch.row_ids[:, 0] for batch in batches])
     assert first_rows.tolist() == [[6, 12], [18, 24], [30, 36]]
 
 
@@ -292,7 +292,7 @@ def test_spaces_of_all_kinds_are_learned_in(obs: str, action_space: Any) -> None
 # --- callbacks and logs
 
 
-class Recorder(BaseCallback):
+class GraphCapturer(BaseCallback):
     """Notes what SB3's callbacks find in their locals."""
 
     def __init__(self, stop_at: int | None = None) -> None:
@@ -318,7 +318,7 @@ class Recorder(BaseCallback):
 
 
 def test_callbacks_hear_of_every_step_and_can_stop_the_run() -> None:
-    callback = Recorder(stop_at=7)
+    callback = GraphCapturer(stop_at=7)
     agent = make_agent().learn(50, callback=callback)
 
     assert agent.num_timesteps == 7

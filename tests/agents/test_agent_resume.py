@@ -64,8 +64,8 @@ def stored(agent: WorldFluxAgent) -> list[torch.Tensor]:
     assert agent.replay_buffer is not None
     agent.replay_buffer.seed(0)
     batch = agent.replay_buffer.sample(64, 5)
-    assert isinstance(batch.obs, torch.Tensor) and batch.rows is not None
-    return [batch.obs, batch.actions, batch.rewards, batch.terminations, batch.rows]
+    assert isinstance(batch.obs, torch.Tensor) and batch.row_ids is not None
+    return [batch.obs, batch.actions, batch.rewards, batch.terminations, batch.row_ids]
 
 
 def resumed(path: Path, env: Any, steps: int, **settings: Any) -> WorldFluxAgent:

@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 
 import worldflux.agents.agent as agent_module
 from worldflux.agents import WorldFluxAgent
-from worldflux.agents.collecting import frames_per_vec_step, steps_elsewhere
+from worldflux.agents.collecting import frames_per_vec_step, steps_in_subprocesses
 from worldflux.envs import make_env, make_vec_env
 
 
@@ -51,7 +51,7 @@ class LoggedVecEnv(DummyVecEnv):
 def logged_run(monkeypatch: pytest.MonkeyPatch, elsewhere: bool, steps: int) -> tuple[Any, list[str]]:
     """An agent that owes a gradient step after every step of its two environments from the tenth step on."""
     log: list[str] = []
-    monkeypatch.setattr(agent_module, "steps_elsewhere", lambda venv: elsewhere)
+    monkeypatch.setattr(agent_module, "steps_in_subprocesses", lambda venv: elsewhere)
     agent = make_agent(LoggedVecEnv([counting(0), counting(1)], log))
     step = agent.trainer.step
     monkeypatch.setattr(agent.trainer, "step", lambda *args: (log.append("train"), step(*args))[1])
@@ -80,7 +80,7 @@ def test_both_ways_owe_the_same_number_of_gradient_steps(monkeypatch: pytest.Mon
 
 def test_a_step_that_was_asked_for_is_fetched_when_training_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
-    monkeypatch.setattr(agent_module, "steps_elsewhere", lambda venv: True)
+    monkeypatch.setattr(agent_module, "steps_in_subprocesses", lambda venv: True)
     agent = make_agent(LoggedVecEnv([counting(0), counting(1)], log))
 
     def fails(*args: Any) -> None:
@@ -133,6 +133,6 @@ def test_frames_are_logged_where_actions_are_repeated(capsys: pytest.CaptureFixt
 
 def test_what_the_loop_asks_of_a_vec_env_is_seen_through_wrappers() -> None:
     plain: VecEnv = DummyVecEnv([CountingEnv])
-    assert not steps_elsewhere(VecMonitor(plain)) and frames_per_vec_step(plain) == 1
+    assert not steps_in_subprocesses(VecMonitor(plain)) and frames_per_vec_step(plain) == 1
     repeated = DummyVecEnv([lambda: make_env("CartPole-v1", action_repeat=4)])
     assert frames_per_vec_step(VecMonitor(repeated)) == 4

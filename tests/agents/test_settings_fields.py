@@ -59,7 +59,7 @@ class Line(nn.Module):
         return loss * torch.nan if self.poison_at is not None and len(self.batches) >= self.poison_at else loss
 
 
-class Recorder(Callback):
+class GraphCapturer(Callback):
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.evaluations: dict[int, float] = {}
@@ -82,7 +82,7 @@ def run(config: TrainingConfig, *callbacks: Callback) -> Line:
 
 
 def steps(config: TrainingConfig) -> Any:
-    recorder = Recorder()
+    recorder = GraphCapturer()
     run(config, recorder)
     return recorder.steps
 
@@ -96,7 +96,7 @@ def weights(config: TrainingConfig) -> Any:
 
 
 def evaluations(config: TrainingConfig) -> Any:
-    recorder = Recorder()
+    recorder = GraphCapturer()
     run(config, recorder)
     return recorder.evaluations
 
@@ -125,7 +125,7 @@ def what_is_compiled(config: TrainingConfig) -> Any:
     """The models whose hot functions are compiled on a machine that has a compiler."""
     with (
         mock.patch("worldflux.accel.compilation._missing", lambda device: None),
-        mock.patch.object(TDMPC2, "compile_cells", autospec=True) as compiled,
+        mock.patch.object(TDMPC2, "compile_functions", autospec=True) as compiled,
     ):
         Trainer(create_world_model("tdmpc2:tiny", obs_shape=(3,), action_dim=1), config)
     return compiled.call_count
@@ -242,7 +242,7 @@ def event_files(settings: AgentSettings) -> Any:
 def whose_training_is_compiled(settings: AgentSettings) -> Any:
     with (
         mock.patch("worldflux.accel.compilation._missing", lambda device: None),
-        mock.patch.object(DreamerV3, "compile_cells", autospec=True) as compiled,
+        mock.patch.object(DreamerV3, "compile_functions", autospec=True) as compiled,
     ):
         new_agent(settings)
     return compiled.call_count

@@ -9,7 +9,7 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import torch
-from helpers.tape import SpoiledRecorder, TapeRecorder, stale
+from helpers.tape import SpoiledCapturer, TapeCapturer, stale
 
 from worldflux.agents import acting
 from worldflux.cli import device_check, diagnosis
@@ -226,13 +226,13 @@ def test_recordings_are_compared_where_a_device_has_them(
 ) -> None:
     """With tapes in place of CUDA graphs."""
 
-    def recorder(device: torch.device) -> TapeRecorder:
-        return SpoiledRecorder(device, stale("obs")) if spoiled else TapeRecorder(device)
+    def recorder(device: torch.device) -> TapeCapturer:
+        return SpoiledCapturer(device, stale("obs")) if spoiled else TapeCapturer(device)
 
     monkeypatch.setattr(device_check, "records", lambda device: True)
     monkeypatch.setattr(device_check, "compiles", lambda setting, device: False)
-    monkeypatch.setattr(device_check, "CudaRecorder", recorder)
-    monkeypatch.setattr(acting, "CudaRecorder", TapeRecorder)
+    monkeypatch.setattr(device_check, "CudaGraphCapturer", recorder)
+    monkeypatch.setattr(acting, "CudaGraphCapturer", TapeCapturer)
     with by_definition():  # tapes see the operations of torch alone, and others round differently
         found = report(capsys, "--check-device", "cpu", status=int(spoiled))["check"]
     for row in found["rows"]:

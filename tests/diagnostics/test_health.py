@@ -1,4 +1,4 @@
-"""Vitals: each on numbers worked out by hand, each illness on a small model, and that looking changes nothing."""
+"""Health metrics: each on numbers worked out by hand, each fault on a small model, and that looking changes nothing."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from worldflux.diagnostics.health import Health, check_health
 from worldflux.errors import ShapeMismatchError
 from worldflux.models.base import WorldModel
 from worldflux.models.dreamerv3 import health as dreamerv3_health
-from worldflux.models.dreamerv3.health import DREAMERV3_LIMITS, share_at_free_nats, unused_codes
+from worldflux.models.dreamerv3.health import DREAMERV3_THRESHOLDS, share_at_free_nats, unused_codes
 from worldflux.models.dreamerv3.world_model import DreamerV3
 from worldflux.models.health import (
-    Limit,
-    Vital,
+    HealthMetric,
+    Threshold,
     counted_mean,
     largest_reward,
     read,
@@ -28,7 +28,7 @@ from worldflux.models.health import (
     value_over_rewards,
 )
 from worldflux.models.tdmpc2 import health as tdmpc2_health
-from worldflux.models.tdmpc2.health import TDMPC2_LIMITS, saturated_groups, steps_that_count
+from worldflux.models.tdmpc2.health import TDMPC2_THRESHOLDS, saturated_groups, steps_that_count
 from worldflux.models.tdmpc2.world_model import TDMPC2
 from worldflux.nn.distributions import CategoricalPolicy, NormalPolicy
 from worldflux.replay.batch import Batch
@@ -82,7 +82,7 @@ def batch_for(model: WorldModel, B: int = 8, T: int = 6, **fields: Any) -> Batch
 
 
 def problems(model: WorldModel, batch: Batch | None = None) -> list[str]:
-    return [vital.name for vital in check_health(model, batch or batch_for(model), seed=0).problems]
+    return [metric.name for metric in check_health(model, batch or batch_for(model), seed=0).problems]
 
 
 @torch.no_grad()
@@ -192,25 +192,39 @@ def test_a_mean_of_nothing_is_zero():
     assert counted_mean(torch.tensor([[1.0, 2.0], [5.0, 6.0]]), torch.tensor([[0.0], [1.0]])) == 5.5
 
 
-# Vitals and their report
+# Health metrics and their report
 
 
 def test_a_vital_is_bad_beyond_its_threshold_and_wherever_it_is_not_finite():
-    above, below = Limit(0.5, "above", "Rest."), Limit(0.5, "below", "Move.")
-    assert [Vital("x", v, above).is_bad for v in (0.4, 0.5, 0.6, math.nan, math.inf, -math.inf)] == [0, 0, 1, 1, 1, 1]
-    assert [Vital("x", v, below).is_bad for v in (0.4, 0.5, 0.6, math.nan, math.inf, -math.inf)] == [1, 0, 0, 1, 1, 1]
+    above, below = Threshold(0.5, "above", "Rest."), Threshold(0.5, "below", "Move.")
+    assert [HealthMetric("x", v, above).is_bad for v in (0.4, 0.5, 0.6, math.nan, math.inf, -math.inf)] == [
+        0,
+        0,
+        1,
+        1,
+        1,
+        1,
+    ]
+    assert [HealthMetric("x", v, below).is_bad for v in (0.4, 0.5, 0.6, math.nan, math.inf, -math.inf)] == [
+        1,
+        0,
+        0,
+        1,
+        1,
+        1,
+    ]
 
 
 def test_a_report_names_every_vital_and_says_what_to_do_about_the_bad_ones():
-    limits = {"pulse": Limit(100.0, "above", "Sit down."), "breath": Limit(0.25, "below", "Open a window.")}
+    limits = {"pulse": Threshold(100.0, "above", "Sit down."), "breath": Threshold(0.25, "below", "Open a window.")}
     health = Health(read({"breath": torch.tensor(0.125), "pulse": torch.tensor(80)}, limits))
     assert health.metrics() == {"pulse": 80.0, "breath": 0.125}
     assert not health.is_good
-    assert [vital.name for vital in health.problems] == ["breath"]
+    assert [metric.name for metric in health.problems] == ["breath"]
     assert str(health) == "ok  pulse 80 (bad above 100)\nBAD breath 0.125 (bad below 0.25): Open a window."
 
 
-@pytest.mark.parametrize(("family", "limits"), [(DreamerV3, DREAMERV3_LIMITS), (TDMPC2, TDMPC2_LIMITS)])
+@pytest.mark.parametrize(("family", "limits"), [(DreamerV3, DREAMERV3_THRESHOLDS), (TDMPC2, TDMPC2_THRESHOLDS)])
 def test_the_docstring_of_health_gives_every_vital_with_its_threshold(family, limits):
     for name, limit in limits.items():
         assert f"- `{name}`, bad {limit.bad} {limit.threshold:g}:" in family.health.__doc__
@@ -221,7 +235,7 @@ def test_a_module_that_is_no_world_model_has_no_vitals():
     assert health == Health()
     assert health.is_good
     assert health.metrics() == {}
-    assert str(health) == "This model measures no vitals."
+    assert str(health) == "This model measures no health metrics."
 
 
 # Models that are well
@@ -231,14 +245,14 @@ def test_a_module_that_is_no_world_model_has_no_vitals():
 @pytest.mark.parametrize("obs", OBSERVATIONS)
 def test_a_fresh_dreamerv3_is_well(obs, action):
     health = check_health(model := dreamerv3(obs, action), batch_for(model), seed=0)
-    assert list(health.metrics()) == list(DREAMERV3_LIMITS)
+    assert list(health.metrics()) == list(DREAMERV3_THRESHOLDS)
     assert health.is_good, str(health)
 
 
 @pytest.mark.parametrize("obs", OBSERVATIONS)
 def test_a_fresh_tdmpc2_is_well(obs):
     health = check_health(model := tdmpc2(obs), batch_for(model), seed=0)
-    assert list(health.metrics()) == list(TDMPC2_LIMITS)
+    assert list(health.metrics()) == list(TDMPC2_THRESHOLDS)
     assert health.is_good, str(health)
 
 
@@ -308,7 +322,7 @@ def test_latents_that_always_take_the_same_few_classes_are_reported_as_unused_co
     model.rssm.posterior_out.weight.mul_(20.0)
     model.rssm.posterior_out.bias.view(16, 8)[:, 2:] = -999.0
     health = check_health(model, batch_for(model), seed=0)
-    assert [vital.name for vital in health.problems] == ["unused_codes"]
+    assert [metric.name for metric in health.problems] == ["unused_codes"]
     assert health.metrics()["unused_codes"] == pytest.approx(6 / 7)
 
 
@@ -462,8 +476,8 @@ def test_vitals_are_measured_in_evaluation_mode():
             super().__init__(TDMPC2Config(**TD, obs_shape=(5,), action_dim=2))
             self.layer = nn.Linear(1, 1)
 
-        def health(self, batch: Batch) -> tuple[Vital, ...]:
-            return read({"training": torch.tensor(self.layer.training)}, {"training": Limit(0.0, "above", "Stop.")})
+        def health(self, batch: Batch) -> tuple[HealthMetric, ...]:
+            return read({"training": torch.tensor(self.layer.training)}, {"training": Threshold(0.0, "above", "Stop.")})
 
     assert check_health(Modes().train(), batch_for(tdmpc2()), seed=0).metrics() == {"training": 0.0}
 

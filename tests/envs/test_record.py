@@ -33,7 +33,7 @@ def everything(buffer: ReplayBuffer, rows: int) -> Batch:
     """The first `rows` rows of the only stream, in order."""
     while True:
         batch = buffer.sample(1, rows)
-        if batch.rows[0, 0] == 0:
+        if batch.row_ids[0, 0] == 0:
             return batch
 
 
@@ -167,7 +167,7 @@ def test_where_one_of_several_raises_nothing_of_that_step_is_stored(name: str) -
     env.reset()
     env.step(actions)
     batch = buffer.sample(50, 4)
-    assert batch.is_first[batch.rows[:, 0] < 2].tolist()[:9] == [[True, False, False, True]] * 9
+    assert batch.is_first[batch.row_ids[:, 0] < 2].tolist()[:9] == [[True, False, False, True]] * 9
     assert_rows_belong_together(batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy())
 
 
@@ -189,7 +189,8 @@ def test_a_reset_that_raises_ends_the_episodes_and_another_begins_new_ones(name:
     env.step(np.ones((2, 1), np.float32))
     batch = buffer.sample(50, 3)
     assert (
-        buffer.num_transitions == 4 and batch.is_first[batch.rows[:, 0] < 2].tolist()[:9] == [[True, False, True]] * 9
+        buffer.num_transitions == 4
+        and batch.is_first[batch.row_ids[:, 0] < 2].tolist()[:9] == [[True, False, True]] * 9
     )
 
 
@@ -467,7 +468,7 @@ def test_the_atari_vector_environment_is_recorded() -> None:
         assert ends.sum() >= 2 and recorded == np.sum(ended)
         assert buffer.num_transitions == 80 - (np.sum(np.array(ended)[:-1]) if mode == "NextStep" else 0)
         window = everything(buffer, rows=first + 2)
-        if window.rows[0, 0] == 0:
+        if window.row_ids[0, 0] == 0:
             np.testing.assert_array_equal(window.obs[0, : first + 1], [obs[0] for obs in seen[: first + 1]])
             assert window.truncations[0].nonzero().flatten().tolist() == [first]
 
@@ -510,7 +511,7 @@ def test_several_environments_are_recorded_as_each_would_be_alone() -> None:
         rows = int(alone.num_transitions + alone.num_episodes)
         expected = everything(alone, rows)
         windows = together.sample(400, rows)
-        found = (windows.rows[:, 0] == i).nonzero().flatten()  # the window that begins at row 0 of stream i
+        found = (windows.row_ids[:, 0] == i).nonzero().flatten()  # the window that begins at row 0 of stream i
         for name in ("obs", "actions", "rewards", "terminations", "truncations", "is_first"):
             np.testing.assert_array_equal(getattr(windows, name)[found[0]], getattr(expected, name)[0], err_msg=name)
 

@@ -184,15 +184,15 @@ def test_a_buffer_that_wraps_around_holds_the_newest_of_the_same_rows(mode: str)
     for buffer in (small, large):
         drive_vector_env(VectorRecordEpisodes(SyncVectorEnv(makers("vector"), autoreset_mode=mode), buffer), mode)
     windows = small.sample(500, 8)
-    assert small.num_transitions == 30 and len(np.unique(windows.rows[:, 0])) > 10
+    assert small.num_transitions == 30 and len(np.unique(windows.row_ids[:, 0])) > 10
     known = {}
     for _ in range(40):
         batch = large.sample(500, 8)
         known |= {
-            int(batch.rows[i, 0]): i_batch for i, i_batch in enumerate(zip(batch.obs, batch.rewards, strict=True))
+            int(batch.row_ids[i, 0]): i_batch for i, i_batch in enumerate(zip(batch.obs, batch.rewards, strict=True))
         }
-    for i, row in enumerate(windows.rows[:, 0].tolist()):
+    for i, row in enumerate(windows.row_ids[:, 0].tolist()):
         if row in known:
             np.testing.assert_array_equal(windows.obs[i], known[row][0])
             np.testing.assert_array_equal(windows.rewards[i], known[row][1])
-    assert sum(row in known for row in windows.rows[:, 0].tolist()) > 400
+    assert sum(row in known for row in windows.row_ids[:, 0].tolist()) > 400

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from helpers import small_models
 from helpers.small_models import PRESETS
-from helpers.tape import TapeRecorder
+from helpers.tape import TapeCapturer
 from worldflux import WorldModel, create_world_model
 from worldflux.accel.cuda_graphs import WARM_UP_CALLS
 from worldflux.agents import acting as acting_module
@@ -89,7 +89,7 @@ def actors(preset: str, obs: str, plans: bool, monkeypatch: pytest.MonkeyPatch) 
     model = create_world_model(preset, obs_shape=codec.obs_shape, action_dim=2, **sizes)
     for p in model.parameters():  # heads that begin at zero would make every plan alike
         torch.nn.init.normal_(p, std=0.3)
-    monkeypatch.setattr(acting_module, "CudaRecorder", TapeRecorder)
+    monkeypatch.setattr(acting_module, "CudaGraphCapturer", TapeCapturer)
     made = []
     for captured in (False, True):
         own: WorldModel = copy.deepcopy(model)

@@ -103,7 +103,7 @@ def _on_tape() -> Iterator[_Tape]:
         yield tape
 
 
-class TapeRecorder:
+class TapeCapturer:
     """Records tapes; `tapes` holds all of them, `waits` what waited for the device in the last call."""
 
     def __init__(self, device: torch.device) -> None:
@@ -170,7 +170,7 @@ def the_same_draws_again(tape: Any, inputs: dict[str, Tensor]) -> None:
     tape.play = and_back
 
 
-class SpoiledRecorder(TapeRecorder):
+class SpoiledCapturer(TapeCapturer):
     """Makes recordings that are wrong in one way, where they have what is to be spoiled."""
 
     def __init__(self, device: torch.device, spoil: Spoil) -> None:

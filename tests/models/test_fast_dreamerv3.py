@@ -160,7 +160,7 @@ def test_compiled_cells_compute_the_same_and_stay_out_of_copies(backend, monkeyp
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend, fullgraph=True))
     plain, compiled = build(VECTOR), build(VECTOR)
-    compiled.compile_cells()
+    compiled.compile_functions()
     names = set(plain.state_dict())
     plain_losses, plain = updates(plain, fast=True, steps=3)
     compiled_losses, compiled = updates(compiled, fast=True, steps=3)
@@ -168,4 +168,4 @@ def test_compiled_cells_compute_the_same_and_stay_out_of_copies(backend, monkeyp
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5)
     torch.testing.assert_close(dict(compiled.named_parameters()), dict(plain.named_parameters()), rtol=1e-3, atol=2e-4)
     assert set(compiled.state_dict()) == names
-    assert pickle.loads(pickle.dumps(compiled)).rssm.cells == plain.rssm.cells  # not the compiled ones
+    assert pickle.loads(pickle.dumps(compiled)).rssm.functions == plain.rssm.functions  # not the compiled ones

@@ -16,7 +16,7 @@ from worldflux import create_world_model
 from worldflux.models.base import LossOutput
 from worldflux.models.mppi import search_step
 from worldflux.models.planning import Planner, PlannerConfig
-from worldflux.models.tdmpc2.world_model import TDMPC2, Cells
+from worldflux.models.tdmpc2.world_model import TDMPC2, CompiledFunctions
 from worldflux.nn.fast import mish as nodes
 from worldflux.nn.fast import mlp as fast
 from worldflux.nn.fast.dropout import dropout_factors
@@ -278,9 +278,9 @@ def test_the_watch_over_waiting_works():
 # Compiled
 
 
-def compiled_without_a_compiler() -> Cells:
+def compiled_without_a_compiler() -> CompiledFunctions:
     """Traced for the compiler, as a whole, and computed by torch: seconds instead of minutes, and no C++ needed."""
-    return Cells(*(torch.compile(cell, fullgraph=True, backend="eager") for cell in Cells()))
+    return CompiledFunctions(*(torch.compile(cell, fullgraph=True, backend="eager") for cell in CompiledFunctions()))
 
 
 @pytest.fixture
@@ -298,7 +298,7 @@ def updates_with_given_draws(model: TDMPC2, count: int) -> list[LossOutput]:
         torch.manual_seed(seed)
         batch, draws, policy_draws = small_batch(model, seed), model.model_draws(8, 3), model.policy_draws(8, 4)
         optimizer.zero_grad()
-        outputs.append(model._cells.model_loss(model, batch, draws))
+        outputs.append(model._functions.model_loss(model, batch, draws))
         outputs[-1].loss.backward()
         outputs.append(model.policy_loss(outputs[-1], policy_draws))
         outputs[-1].loss.backward()
@@ -319,7 +319,7 @@ def test_updates_are_traced_as_a_whole_and_equal_the_plain_ones(dtype, fresh_com
     tolerance = dict(rtol=1e-4, atol=1e-5) if dtype == "float32" else dict(rtol=0.02, atol=0.02)
     fields = dict(KINDS["tasks"] | KINDS["episodic"], dtype=dtype)
     plain, traced = small_model(**fields), small_model(**fields)
-    traced._cells = compiled_without_a_compiler()
+    traced._functions = compiled_without_a_compiler()
 
     assert_alike(updates_with_given_draws(traced, 3), updates_with_given_draws(plain, 3), **tolerance)
     if dtype == "float32":
@@ -330,7 +330,7 @@ def test_updates_are_traced_as_a_whole_and_equal_the_plain_ones(dtype, fresh_com
 def test_plans_are_traced_as_a_whole_and_equal_the_plain_ones(fresh_compiler):
     fields = KINDS["tasks"] | KINDS["episodic"]
     plain, traced = small_model(**fields).eval(), small_model(**fields).eval()
-    traced._cells = compiled_without_a_compiler()
+    traced._functions = compiled_without_a_compiler()
     found = []
     for model in (plain, traced):
         planner = Planner(model, PlannerConfig.from_model(model.config, **SEARCH))
@@ -344,23 +344,23 @@ def test_plans_are_traced_as_a_whole_and_equal_the_plain_ones(fresh_compiler):
 def test_a_compiled_model_is_stored_and_copied_as_a_plain_one(tmp_path):
     model = small_model()
     names = list(model.state_dict())
-    model.compile_cells()  # compiles nothing before the first call
-    model.compile_cells()
+    model.compile_functions()  # compiles nothing before the first call
+    model.compile_functions()
 
-    assert model._cells != Cells() and model.search_step is model._cells.search_step
+    assert model._functions != CompiledFunctions() and model.search_step is model._functions.search_step
     assert list(model.state_dict()) == names
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other._cells == Cells() and other.search_step is search_step
+        assert other._functions == CompiledFunctions() and other.search_step is search_step
         assert torch.equal(other.reward_head.layers[-1].weight, model.reward_head.layers[-1].weight)
     model.save_pretrained(tmp_path)
-    assert TDMPC2.from_pretrained(tmp_path)._cells == Cells()
+    assert TDMPC2.from_pretrained(tmp_path)._functions == CompiledFunctions()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
 def test_compiled_updates_and_plans_are_the_plain_ones(fresh_compiler):
     plain, compiled = small_model(), small_model()
-    compiled.compile_cells()
+    compiled.compile_functions()
 
     assert_alike(updates_with_given_draws(compiled, 3), updates_with_given_draws(plain, 3), rtol=1e-4, atol=1e-5)
     for (name, p), q in zip(compiled.named_parameters(), plain.named_parameters(), strict=True):

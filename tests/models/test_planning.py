@@ -10,7 +10,7 @@ from worldflux.config import DreamerV3Config, TDMPC2Config, WorldModelConfig
 from worldflux.errors import ConfigurationError, ShapeMismatchError
 from worldflux.models.base import State, Trajectory, WorldModel
 from worldflux.models.dreamerv3.world_model import DreamerV3
-from worldflux.models.mppi import Outlook, discounted_rewards
+from worldflux.models.mppi import PartialReturn, discounted_rewards
 from worldflux.models.planning import PlanDraws, Planner, PlannerConfig, PlanTrace
 
 GOAL = torch.tensor([0.3, -0.6])
@@ -53,10 +53,10 @@ class MaskedPointModel(PointModel):
     def propose(self, state: State, noise: Tensor, *, deterministic: bool) -> Tensor:
         return torch.tanh(noise)
 
-    def outlook(self, state, actions, *, discount, deterministic) -> Outlook:
+    def outlook(self, state, actions, *, discount, deterministic) -> PartialReturn:
         places = state["place"].unsqueeze(1) + actions.cumsum(0)
         earned = -(places - self.goal).square().sum((0, -1))
-        return Outlook(earned, torch.zeros_like(earned), State({"place": places[-1]}))
+        return PartialReturn(earned, torch.zeros_like(earned), State({"place": places[-1]}))
 
     def outlook_value(self, outlook, *, deterministic, noise=None, members=None) -> Tensor:
         return outlook.earned

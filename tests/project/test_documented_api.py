@@ -226,7 +226,7 @@ class ByRequest(ByNumbers):
 @family
 @pytest.mark.parametrize("kind", [ByNumbers, ByRequest])
 def test_a_provider_of_four_fields_trains_both_families(preset: str, kind: type[ByNumbers]) -> None:
-    provider, losses = kind(), Recorder()
+    provider, losses = kind(), GraphCapturer()
     trainer = Trainer(small(preset), TrainingConfig(total_steps=3, batch_size=4, sequence_length=8, device="cpu"))
     trainer.add_callback(losses)
     trainer.train(provider)
@@ -318,7 +318,7 @@ class Linear(nn.Module):
         return {"loss": loss, "error": loss.detach()} if self.form == "dict" else LossOutput(loss, {"error": loss})
 
 
-class Recorder(Callback):
+class GraphCapturer(Callback):
     """As the documentation shows: nothing but `on_step_end(step, losses)`."""
 
     def __init__(self) -> None:
@@ -330,7 +330,7 @@ class Recorder(Callback):
 
 @pytest.mark.parametrize("form", ["tensor", "dict", "LossOutput"])
 def test_any_module_with_a_loss_trains_and_its_terms_reach_the_callbacks(form: str) -> None:
-    recorder, buffer = Recorder(), create_random_buffer(200, (4,), 2, 4, 50, seed=0)
+    recorder, buffer = GraphCapturer(), create_random_buffer(200, (4,), 2, 4, 50, seed=0)
     trainer = Trainer(
         Linear(form), TrainingConfig(total_steps=30, sequence_length=10, learning_rate=0.05, device="cpu")
     )

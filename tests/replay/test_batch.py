@@ -29,13 +29,13 @@ def test_moving_a_batch_keeps_every_field_and_leaves_the_row_ids_on_the_cpu():
         obs={"a": torch.zeros(2, 3, 4), "b": torch.zeros(2, 3, 1, 8, 8, dtype=torch.uint8)},
         is_first=torch.ones(2, 3),
         extras={"deter": torch.zeros(2, 3, 5)},
-        rows=rows,
+        row_ids=rows,
     )
     moved = batch.to("meta")
     assert {key: value.device.type for key, value in moved.obs.items()} == {"a": "meta", "b": "meta"}
     assert moved.obs["b"].dtype == torch.uint8
     assert moved.extras["deter"].device.type == moved.is_first.device.type == moved.rewards.device.type == "meta"
-    assert moved.rows is rows
+    assert moved.row_ids is rows
     assert moved.truncations is None
 
 
@@ -44,7 +44,7 @@ def test_a_batch_is_made_anew_from_its_tensors_by_name():
         obs={"a": torch.zeros(2, 3, 4), "b": torch.ones(2, 3, 1)},
         truncations=torch.ones(2, 3),
         extras={"deter": torch.zeros(2, 3, 5)},
-        rows=torch.arange(6).reshape(2, 3),
+        row_ids=torch.arange(6).reshape(2, 3),
     )
     named = batch.named_tensors()
     assert list(named) == ["obs/a", "obs/b", "actions", "rewards", "terminations", "truncations", "extras/deter"]
@@ -55,7 +55,7 @@ def test_a_batch_is_made_anew_from_its_tensors_by_name():
     assert other.obs["a"].unique().tolist() == [1.0] and other.obs["b"].unique().tolist() == [2.0]
     assert torch.equal(other.rewards, batch.rewards + 1) and torch.equal(other.truncations, ~batch.truncations)
     assert other.extras["deter"].unique().tolist() == [1.0]
-    assert other.is_first is None and other.rows is None
+    assert other.is_first is None and other.row_ids is None
     plain = batch_of()
     assert torch.equal(plain.with_tensors(plain.named_tensors()).obs, plain.obs)
 
@@ -69,7 +69,7 @@ def test_a_batch_is_made_anew_from_its_tensors_by_name():
         ({"obs": {"x": torch.zeros(3, 3, 4)}}, r"obs\['x'\] has shape \(3, 3, 4\)"),
         ({"terminations": torch.zeros(2, 3, 1)}, r"terminations has shape \(2, 3, 1\)"),
         ({"extras": {"deter": torch.zeros(2, 2, 5)}}, r"extras\['deter'\]"),
-        ({"rows": torch.zeros(3, 2)}, "rows has shape"),
+        ({"row_ids": torch.zeros(3, 2)}, "row_ids has shape"),
     ],
 )
 def test_fields_that_disagree_are_named(changes, message):

@@ -43,16 +43,16 @@ def test_one_long_episode_never_takes_all_the_others_with_it():
 def test_windows_of_short_episodes_run_on_into_the_next_one_of_their_part():
     train, held_out = of_episodes([7] * 40).split(0.25, seed=0)
     batch = held_out.sample(300, 20)
-    count, rows = batch.obs[..., 0], batch.rows
+    count, rows = batch.obs[..., 0], batch.row_ids
     assert torch.all((count[:, 1:] == count[:, :-1] + 1) | batch.is_first[:, 1:])
     assert torch.all(rows[:, 1:] > rows[:, :-1]) and torch.any(rows[:, 1:] > rows[:, :-1] + 1)
-    assert not set(rows.flatten().tolist()) & set(train.sample(3000, 1).rows.flatten().tolist())
+    assert not set(rows.flatten().tolist()) & set(train.sample(3000, 1).row_ids.flatten().tolist())
 
 
 def test_every_window_of_a_part_is_as_likely_as_any_other():
     _, held_out = of_episodes([9, 4, 30, 6, 11, 8]).split(0.4, seed=0)
     windows = held_out.num_windows(5)
-    starts = torch.unique(held_out.sample(400 * windows, 5).rows[:, 0], return_counts=True)[1]
+    starts = torch.unique(held_out.sample(400 * windows, 5).row_ids[:, 0], return_counts=True)[1]
     assert len(starts) == windows and starts.min() > 310 and starts.max() < 490  # sigma 20
 
 
@@ -66,11 +66,11 @@ def test_a_part_is_a_provider_of_its_own():
     train.set_rng_state(state)
     assert torch.equal(train.sample(BatchRequest(4, 6)).obs, first.obs)
     train.set_rng_state(state)
-    assert torch.equal(train.sample_ahead(4, 6, device="cpu").rows, first.rows)
+    assert torch.equal(train.sample_ahead(4, 6, device="cpu").row_ids, first.row_ids)
     assert buffer.rng_state() == before
-    train.update_extras(first.rows, {"mark": first.obs[..., 0] + 1})
-    assert torch.equal(train.extras_of(first.rows)["mark"], first.obs[..., 0] + 1)
-    assert torch.equal(buffer.extras_of(first.rows)["mark"], first.obs[..., 0] + 1)  # one memory
+    train.update_extras(first.row_ids, {"mark": first.obs[..., 0] + 1})
+    assert torch.equal(train.extras_of(first.row_ids)["mark"], first.obs[..., 0] + 1)
+    assert torch.equal(buffer.extras_of(first.row_ids)["mark"], first.obs[..., 0] + 1)  # one memory
     with pytest.raises(ConfigurationError, match="seed is -1"):
         train.seed(-1)
     with pytest.raises(BufferError, match="rng_state"):
@@ -82,15 +82,15 @@ def test_parts_of_a_buffer_that_changed_are_refused_instead_of_mixed():
     train, held_out = buffer.split(0.2)
     batch = train.sample(3, 5)
     buffer.grow(20_000)  # every row keeps its number
-    train.update_extras(batch.rows, {"mark": torch.ones(3, 5)})
+    train.update_extras(batch.row_ids, {"mark": torch.ones(3, 5)})
     assert train.sample(2000, 5).extras["mark"].any()
     buffer.add_episode(*counts(11, 3), ended(3))
     for call in (
         lambda: train.sample(3, 5),
         lambda: held_out.sample_ahead(3, 5),
         lambda: held_out.num_windows(5),
-        lambda: train.extras_of(batch.rows),
-        lambda: train.update_extras(batch.rows, {"mark": torch.ones(3, 5)}),
+        lambda: train.extras_of(batch.row_ids),
+        lambda: train.update_extras(batch.row_ids, {"mark": torch.ones(3, 5)}),
     ):
         with pytest.raises(BufferError, match="added to the replay buffer or dropped from it after it was split"):
             call()

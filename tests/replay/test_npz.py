@@ -270,7 +270,7 @@ def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_npz(path, {"y": npz.Stream((9,), np.dtype(float), chunks())})
+        write_npz(path, {"y": npz.ArrayChunks((9,), np.dtype(float), chunks())})
     assert os.listdir(tmp_path / "runs") == ["a.npz"]
     with np.load(path) as file:
         assert file["x"].tolist() == [0, 1, 2]

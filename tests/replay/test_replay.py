@@ -100,8 +100,8 @@ def test_without_a_request_recorded_windows_are_drawn_like_all_others_and_stay_f
     for seq_len in (5, 3, 3):  # a window of another length between them has no influence
         buffer.seed(1)
         batches.append(buffer.sample(400, seq_len))
-    assert torch.equal(batches[1].rows, batches[2].rows)
-    starts = torch.bincount(batches[1].rows[:, 0] - 4)
+    assert torch.equal(batches[1].row_ids, batches[2].row_ids)
+    starts = torch.bincount(batches[1].row_ids[:, 0] - 4)
     assert len(starts) == 8 and starts.min() > 25 and starts.max() < 80  # 50 expected, sigma 7
     assert buffer.sample(2, 3, fresh=True).obs[..., 0].tolist() == [[6, 7, 8], [9, 10, 11]]
 
@@ -116,11 +116,11 @@ def test_whole_episodes_and_loaded_ones_are_drawn_uniformly_from_the_start(tmp_p
     state = buffer.rng_state()
     waiting = buffer.sample(5, 10, fresh=True)
     buffer.set_rng_state(state)
-    assert torch.equal(waiting.rows, buffer.sample(5, 10).rows)
+    assert torch.equal(waiting.row_ids, buffer.sample(5, 10).row_ids)
     steps_of(buffer, 60)
     buffer.save(tmp_path / "buffer.npz")
     loaded, again = (ReplayBuffer.load(tmp_path / "buffer.npz", seed=0) for _ in range(2))
-    assert torch.equal(loaded.sample(5, 10, fresh=True).rows, again.sample(5, 10).rows)
+    assert torch.equal(loaded.sample(5, 10, fresh=True).row_ids, again.sample(5, 10).row_ids)
 
 
 def test_rows_of_an_episode_in_flight_are_sampled_at_once():
@@ -212,14 +212,14 @@ def test_half_precision_extras_are_cast_on_the_way_in():
     batch = buffer.sample(1, 4)
     assert batch.extras["deter"].dtype == torch.float16 and not batch.extras["deter"].any()
     deter = torch.rand(1, 3, 2, requires_grad=True).bfloat16()
-    buffer.update_extras(batch.rows[:, 1:], {"deter": deter, "stoch": torch.full((1, 3, 3), 7)})
+    buffer.update_extras(batch.row_ids[:, 1:], {"deter": deter, "stoch": torch.full((1, 3, 3), 7)})
     after = buffer.sample(1, 4).extras
     assert torch.equal(after["deter"][0, 1:], deter[0].half()) and not after["deter"][0, 0].any()
     assert after["stoch"][0, :, 0].tolist() == [0, 7, 7, 7]
     with pytest.raises(BufferError, match="without extras 'latent'; it has \\['deter', 'stoch'\\]"):
-        buffer.update_extras(batch.rows, {"latent": deter})
+        buffer.update_extras(batch.row_ids, {"latent": deter})
     with pytest.raises(ShapeMismatchError, match=r"extras\['stoch'\] has shape \(1, 4, 2\), expected \(1, 4, 3\)"):
-        buffer.update_extras(batch.rows, {"stoch": torch.zeros(1, 4, 2)})
+        buffer.update_extras(batch.row_ids, {"stoch": torch.zeros(1, 4, 2)})
 
 
 def episode(length=4, **changes):

@@ -98,7 +98,7 @@ def assert_gives_all_of(source, windows, seq_len, known):
     """Far more draws than windows: each of them has come up, and no other, with the rows that the model knows."""
     assert source.num_windows(seq_len) == len(windows)
     batch = source.sample(25 * len(windows), seq_len)
-    drawn, at = np.unique(batch.rows.numpy(), axis=0, return_index=True)
+    drawn, at = np.unique(batch.row_ids.numpy(), axis=0, return_index=True)
     assert {tuple(window) for window in drawn.tolist()} == windows
     expected = [[known[i] for i in window] for window in drawn.tolist()]
 
@@ -214,16 +214,16 @@ class Replay(RuleBasedStateMachine):
             self.old_batches.append(self.buffer.sample(4, seq_len))
         # Batches from before may hold rows that are gone by now; those are left out.
         for number, batch in enumerate(self.old_batches):
-            values = 1e6 + 100 * number + torch.arange(batch.rows.numel()).reshape(batch.rows.shape)
-            self.buffer.update_extras(batch.rows, {"mark": values if as_tensor else values.numpy()})
+            values = 1e6 + 100 * number + torch.arange(batch.row_ids.numel()).reshape(batch.row_ids.shape)
+            self.buffer.update_extras(batch.row_ids, {"mark": values if as_tensor else values.numpy()})
             known = self.plain.by_id()
-            for i, value in zip(batch.rows.flatten().tolist(), values.flatten().tolist(), strict=True):
+            for i, value in zip(batch.row_ids.flatten().tolist(), values.flatten().tolist(), strict=True):
                 if i in known:
                     known[i]["mark"] = value
         for batch in self.old_batches:
             known = self.plain.by_id()
-            marks = [[known[i]["mark"] if i in known else 0.0 for i in window] for window in batch.rows.tolist()]
-            assert self.buffer.extras_of(batch.rows)["mark"].tolist() == marks
+            marks = [[known[i]["mark"] if i in known else 0.0 for i in window] for window in batch.row_ids.tolist()]
+            assert self.buffer.extras_of(batch.row_ids)["mark"].tolist() == marks
 
     @rule(more=st.integers(0, 5))
     def grow(self, more):
@@ -249,7 +249,7 @@ class Replay(RuleBasedStateMachine):
     def split(self, fraction, seq_len, seed):
         known, parts = self.plain.by_id(), self.buffer.split(fraction, seed=seed)
         episodes = self.plain.episodes()
-        drawn = [set(part.sample(25 * part.num_windows(1), 1).rows.flatten().tolist()) for part in parts]
+        drawn = [set(part.sample(25 * part.num_windows(1), 1).row_ids.flatten().tolist()) for part in parts]
         assert not drawn[0] & drawn[1] and drawn[0] | drawn[1] == known.keys()
         for part, ids in zip(parts, drawn, strict=True):
             mine = [episode for episode in episodes if ids & set(episode)]

@@ -190,7 +190,7 @@ def test_extras_are_those_of_the_time_when_their_segment_was_written(tmp_path):
     save(log, tmp_path / "a")
     batch = buffer.sample(50, 2)
     computed = torch.tensor([9.0, float("nan")])  # what a model computed is stored as it is
-    buffer.update_extras(batch.rows, {"mark": computed.expand(*batch.rows.shape, 2)})
+    buffer.update_extras(batch.row_ids, {"mark": computed.expand(*batch.row_ids.shape, 2)})
     for t in range(3, 5):
         step(buffer, t)
     save(log, tmp_path / "b")

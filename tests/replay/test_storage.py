@@ -40,7 +40,7 @@ def filled(place, **changes):
 def assert_same_batches(buffers, seq_len=5):
     batches = [buffer.sample(40, seq_len) for buffer in buffers]
     for batch in batches[1:]:
-        for name in ("obs", "actions", "rewards", "terminations", "truncations", "is_first", "rows"):
+        for name in ("obs", "actions", "rewards", "terminations", "truncations", "is_first", "row_ids"):
             assert torch.equal(getattr(batch, name), getattr(batches[0], name)), name
         assert torch.equal(seen(batch), seen(batches[0]))
         assert torch.equal(batch.extras["mark"], batches[0].extras["mark"])
@@ -88,7 +88,7 @@ def test_a_storage_that_cannot_be_is_refused(tmp_path):
 def test_all_storages_give_the_same_batches_and_the_same_file(tmp_path):
     buffers = [filled(place) for place in places(tmp_path)]
     batches = assert_same_batches(buffers)
-    rows = batches[0].rows
+    rows = batches[0].row_ids
     for number, buffer in enumerate(buffers):
         values = torch.arange(rows.numel() * 2).reshape(*rows.shape, 2) % 2000
         buffer.update_extras(rows, {"mark": values if number else values.numpy()})
@@ -233,18 +233,20 @@ def test_batches_are_sampled_ahead_while_another_thread_writes_extras_back(tmp_p
     thread.join()
     for batch in ahead:
         expected = plain.sample(4, 5)
-        assert batch.extras == {} and torch.equal(batch.rows, expected.rows) and torch.equal(batch.obs, expected.obs)
+        assert (
+            batch.extras == {} and torch.equal(batch.row_ids, expected.row_ids) and torch.equal(batch.obs, expected.obs)
+        )
 
 
 def test_extras_of_rows_that_were_overwritten_are_zero(tmp_path):
     for place in places(tmp_path):
         buffer = filled(place, capacity=24)
         batch = buffer.sample(30, 4)
-        buffer.update_extras(batch.rows, {"mark": torch.ones(30, 4, 2)})
-        assert torch.equal(buffer.extras_of(batch.rows)["mark"], torch.ones(30, 4, 2, dtype=torch.float16))
+        buffer.update_extras(batch.row_ids, {"mark": torch.ones(30, 4, 2)})
+        assert torch.equal(buffer.extras_of(batch.row_ids)["mark"], torch.ones(30, 4, 2, dtype=torch.float16))
         buffer.add_episode(np.zeros((13, 3)), np.zeros((12, 2)), np.zeros(12))
         oldest = buffer.num_windows(1)
-        gone = batch.rows < int(buffer.sample(40 * oldest, 1).rows.min())
-        marks = buffer.extras_of(batch.rows)["mark"]
+        gone = batch.row_ids < int(buffer.sample(40 * oldest, 1).row_ids.min())
+        marks = buffer.extras_of(batch.row_ids)["mark"]
         assert gone.any() and not gone.all()
         assert not marks[gone].any() and marks[~gone].all()

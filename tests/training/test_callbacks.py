@@ -18,7 +18,7 @@ from helpers.training import MemoryProvider, NoisyRegression
 from worldflux import create_world_model
 from worldflux.diagnostics.health import Health
 from worldflux.errors import ConfigurationError, MissingDependencyError, TrainingError
-from worldflux.models.health import Limit, Vital
+from worldflux.models.health import HealthMetric, Limit
 from worldflux.training import (
     Callback,
     CheckpointCallback,
@@ -226,7 +226,7 @@ def test_the_log_has_the_models_health_and_warns_once(caplog: pytest.LogCaptureF
         values = iter([0.1, 0.7, 0.8, 0.2, 0.9])
 
     trainer = Trainer(Patient(), FAST, [LoggingCallback(log_interval=2)])
-    trainer.health = lambda: Health((Vital("fever", next(Patient.values), limit),))  # type: ignore[method-assign]
+    trainer.health = lambda: Health((HealthMetric("fever", next(Patient.values), limit),))  # type: ignore[method-assign]
     with caplog.at_level(logging.INFO, "worldflux.training"):
         trainer.train(MemoryProvider())
     logged = re.findall(r"health/fever (\S+)", caplog.text)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.captured import CONFIG, FAMILIES, IMAGE, PLAIN_STEPS, batches, new, recorded, run, set_rate
-from helpers.tape import TapeRecorder
+from helpers.tape import TapeCapturer
 from helpers.training import MemoryProvider, NoisyRegression
 from torch import Tensor, nn
 
@@ -36,7 +36,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trainer]:
     def made(model: nn.Module, config: TrainingConfig = CONFIG) -> Trainer:
         with monkeypatch.context() as patch:
             patch.setattr(trainer_module, "captures", lambda setting, device, model: True)
-            patch.setattr(trainer_module, "CudaRecorder", TapeRecorder)
+            patch.setattr(trainer_module, "CudaGraphCapturer", TapeCapturer)
             return Trainer(model, config)
 
     return made
@@ -269,10 +269,10 @@ def test_a_recording_that_fails_costs_no_step(
 ) -> None:
     from worldflux.accel.cuda_graphs import NotCapturable
 
-    def refuse(self: TapeRecorder, function: Any) -> Any:
+    def refuse(self: TapeCapturer, function: Any) -> Any:
         raise NotCapturable("no")
 
-    monkeypatch.setattr(TapeRecorder, "record", refuse)
+    monkeypatch.setattr(TapeCapturer, "record", refuse)
     plain, played = both(captured, lambda: new("tdmpc2"))
     for trainer in (plain, played):
         run(trainer, batches(8))

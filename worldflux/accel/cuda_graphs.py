@@ -34,7 +34,7 @@ class NotCapturable(Exception):
     """Raised when a function cannot be recorded; nothing that it computes has been computed by then."""
 
 
-class Recorder(Protocol):
+class GraphCapturer(Protocol):
     """Records functions of no arguments."""
 
     def warm_up(self, function: Callable[[], T]) -> tuple[T, str | None]:
@@ -68,7 +68,7 @@ class _Recording:
         self._graph.replay()
 
 
-class CudaRecorder:
+class CudaGraphCapturer:
     """Records CUDA graphs.
 
     All graphs of one recorder share memory, so they are played back one after another, and what one returned is read
@@ -159,7 +159,7 @@ class CapturedFunction:
     """
 
     def __init__(
-        self, function: Callable[[Tensors], dict[str, Tensor]], device: torch.device, recorder: Recorder
+        self, function: Callable[[Tensors], dict[str, Tensor]], device: torch.device, recorder: GraphCapturer
     ) -> None:
         self.problem: str | None = None
         self._function = function
@@ -220,7 +220,7 @@ class Captures:
         limit: Most recordings to keep; further forms of inputs are computed plainly.
     """
 
-    def __init__(self, what: str, model: nn.Module, device: torch.device, recorder: Recorder, limit: int) -> None:
+    def __init__(self, what: str, model: nn.Module, device: torch.device, recorder: GraphCapturer, limit: int) -> None:
         self.given_up = False
         self._what = f"{what} of {type(model).__name__}"
         self._model = model
@@ -306,7 +306,7 @@ class Captures:
         self.given_up = True
 
 
-def form_of(tensors: Tensors) -> Hashable:
+def signature_of(tensors: Tensors) -> Hashable:
     """What recordings need of their inputs to be the same."""
     return tuple((name, x.shape, x.dtype) for name, x in tensors.items())
 

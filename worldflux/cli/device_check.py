@@ -16,7 +16,7 @@ import torch
 from gymnasium import spaces
 
 from worldflux.accel.compilation import compiles
-from worldflux.accel.cuda_graphs import CudaRecorder
+from worldflux.accel.cuda_graphs import CudaGraphCapturer
 from worldflux.accel.guard import Changes, Work, circumstances, compared, precision_of
 from worldflux.agents.acting import Actor
 from worldflux.agents.building import build_planner
@@ -132,10 +132,10 @@ def _checked(name: str, observations: str, device: torch.device, may_compile: Ca
         other = copy.deepcopy(trainer)
         assert isinstance(other.model, WorldModel)
         if form == "compiled":
-            other.model.compile_cells()
+            other.model.compile_functions()
         inner = GradientStep(other.model, phases_of(other.model), other.optimizers, config.grad_clip)
         recorded_step, recorded_act = (
-            CapturedStep(inner, device, CudaRecorder(device)),
+            CapturedStep(inner, device, CudaGraphCapturer(device)),
             _acting(other.model, captured=True),
         )
         with _warnings() as of_step:

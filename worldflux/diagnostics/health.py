@@ -8,25 +8,25 @@ from torch import nn
 
 from worldflux.models.base import WorldModel
 from worldflux.models.evaluation import evaluating
-from worldflux.models.health import Vital
+from worldflux.models.health import HealthMetric
 from worldflux.replay.batch import Batch
 
 
 @dataclass(frozen=True)
 class Health:
-    """What a model's vitals were on one batch.
+    """What a model's health metrics were on one batch.
 
     Each family says at its `health` method what it measures and from where on a value is bad. One bad value early in
     training may pass; one that stays is a reason to stop.
     """
 
-    vitals: tuple[Vital, ...] = ()
+    health_metrics: tuple[HealthMetric, ...] = ()
     """All that were measured; none for a model that is no `WorldModel`."""
 
     @property
-    def problems(self) -> tuple[Vital, ...]:
+    def problems(self) -> tuple[HealthMetric, ...]:
         """Those that are beyond their limits."""
-        return tuple(vital for vital in self.vitals if vital.is_bad)
+        return tuple(metric for metric in self.health_metrics if metric.is_bad)
 
     @property
     def is_good(self) -> bool:
@@ -35,23 +35,23 @@ class Health:
 
     def metrics(self) -> dict[str, float]:
         """The values by name, for a log."""
-        return {vital.name: vital.value for vital in self.vitals}
+        return {metric.name: metric.value for metric in self.health_metrics}
 
     def __str__(self) -> str:
-        """A line for each vital; bad ones say what to do."""
-        if not self.vitals:
-            return "This model measures no vitals."
-        return "\n".join(f"{'BAD' if vital.is_bad else 'ok ':<4}{vital}" for vital in self.vitals)
+        """A line for each metric; bad ones say what to do."""
+        if not self.health_metrics:
+            return "This model measures no health metrics."
+        return "\n".join(f"{'BAD' if metric.is_bad else 'ok ':<4}{metric}" for metric in self.health_metrics)
 
 
 def check_health(model: nn.Module, batch: Batch, *, seed: int) -> Health:
-    """Measures a model's vitals on a batch, in evaluation mode.
+    """Measures a model's health metrics on a batch, in evaluation mode.
 
     Training is not affected: mode, parameters and torch's random streams are as before. The same model, batch and seed
     give the same numbers.
 
     Args:
-        model: Any module; one that is no `WorldModel` has no vitals.
+        model: Any module; one that is no `WorldModel` has no health metrics.
         batch: Windows as for `loss`; moved to the model's device. The more there are, the less chance has a part in it.
         seed: Of the random numbers that the losses draw.
 

@@ -17,7 +17,7 @@ from worldflux.accel.device import resolve_device
 from worldflux.config import WorldModelConfig
 from worldflux.errors import CheckpointError, ShapeMismatchError
 from worldflux.files import checked_path, reading_together, replacing_together, writing
-from worldflux.models.health import Vital
+from worldflux.models.health import HealthMetric
 from worldflux.models.weights import check_weights, parse_weights, read_weights
 from worldflux.nn.precision import autocast
 from worldflux.reading import InvalidJSONError, only_our_errors
@@ -234,7 +234,7 @@ class WorldModel(nn.Module):
         """stable-baselines3's name of `train(mode)`, for callbacks and scripts that expect it of a policy."""
         self.train(mode)
 
-    def compile_cells(self) -> None:
+    def compile_functions(self) -> None:
         """Replaces hot functions by what `torch.compile` makes of them; by default there are none.
 
         `Trainer` calls it where its setting `compile` asks for it; calling it again changes nothing. What is compiled
@@ -319,7 +319,7 @@ class WorldModel(nn.Module):
             for name, value in output.updates.items():
                 self.get_buffer(name).copy_(value)
 
-    def health(self, batch: Batch) -> tuple[Vital, ...]:
+    def health(self, batch: Batch) -> tuple[HealthMetric, ...]:
         """Numbers that tell whether the model is dying, measured on a batch without a gradient; none by default.
 
         It draws random numbers as `loss` does; `training.check_health` keeps them apart from those of training.

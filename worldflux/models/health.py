@@ -1,7 +1,7 @@
-"""Vitals: numbers that tell whether a world model is dying, and what all families measure alike.
+"""Health metrics: numbers that tell whether a world model is dying, and what all families measure alike.
 
-What is measured, and from where on it is bad, stands at `DREAMERV3_LIMITS` and `TDMPC2_LIMITS` in each family's own
-`health.py`. Nothing here is part of a gradient step.
+What is measured, and from where on it is bad, stands at `DREAMERV3_THRESHOLDS` and `TDMPC2_THRESHOLDS` in the
+`health.py` of each family. Nothing here is part of a gradient step.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _SAME = 1e-6
 
 
 @dataclass(frozen=True)
-class Limit:
-    """From where on a vital is bad, and what to do then."""
+class Threshold:
+    """From where on a metric is bad, and what to do then."""
 
-    threshold: float
+    value: float
     bad: Literal["above", "below"]
     """The side of the threshold that is bad; the threshold itself is good."""
     advice: str
@@ -35,36 +35,39 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Vital:
+class HealthMetric:
     """One number that tells whether a model is dying."""
 
     name: str
     """As in the log, such as `kl_at_free_nats`."""
     value: float
-    limit: Limit
+    threshold: Threshold
 
     @property
     def is_bad(self) -> bool:
         """Whether the value is beyond its limit; a value that is not finite always is."""
         if not math.isfinite(self.value):
             return True
-        return self.value > self.limit.threshold if self.limit.bad == "above" else self.value < self.limit.threshold
+        return self.value > self.threshold.value if self.threshold.bad == "above" else self.value < self.threshold.value
 
     def __str__(self) -> str:
         """The value with its limit; if it is bad, also what to do."""
-        line = f"{self.name} {self.value:.4g} (bad {self.limit.bad} {self.limit.threshold:g})"
-        return f"{line}: {self.limit.advice}" if self.is_bad else line
+        line = f"{self.name} {self.value:.4g} (bad {self.threshold.bad} {self.threshold.value:g})"
+        return f"{line}: {self.threshold.advice}" if self.is_bad else line
 
 
-def read(values: Mapping[str, Tensor], limits: Mapping[str, Limit]) -> tuple[Vital, ...]:
+def read(values: Mapping[str, Tensor], thresholds: Mapping[str, Threshold]) -> tuple[HealthMetric, ...]:
     """Brings measured scalars to the host, all at once, and puts their limits beside them.
 
     Args:
         values: Scalars on one device, by name.
-        limits: Of each of these names, in the order of the result.
+        thresholds: Of each of these names, in the order of the result.
     """
-    numbers = torch.stack([values[name].float() for name in limits]).tolist()
-    return tuple(Vital(name, number, limit) for (name, limit), number in zip(limits.items(), numbers, strict=True))
+    numbers = torch.stack([values[name].float() for name in thresholds]).tolist()
+    return tuple(
+        HealthMetric(name, number, threshold)
+        for (name, threshold), number in zip(thresholds.items(), numbers, strict=True)
+    )
 
 
 def counted_mean(values: Tensor, counted: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class PartialReturn:
     """What sequences of actions lead to."""
 
     earned: Tensor
@@ -27,9 +27,9 @@ class Outlook:
     """After the last action. `[N, S, ...]`"""
 
     @staticmethod
-    def join(parts: Sequence[Outlook]) -> Outlook:
+    def join(parts: Sequence[PartialReturn]) -> PartialReturn:
         """The sequences of all of them, row by row."""
-        return Outlook(
+        return PartialReturn(
             torch.cat([part.earned for part in parts], 1),
             torch.cat([part.weight for part in parts], 1),
             State.cat([part.state for part in parts], dim=1),
@@ -49,7 +49,7 @@ class PlanningModel(Protocol):
         Noise 0 is the policy's likeliest action. What `noise` cannot express may be drawn, unless `deterministic`.
         """
 
-    def outlook(self, state: State, actions: Tensor, *, discount: float | None, deterministic: bool) -> Outlook:
+    def outlook(self, state: State, actions: Tensor, *, discount: float | None, deterministic: bool) -> PartialReturn:
         """What sequences of actions lead to.
 
         Args:
@@ -60,7 +60,7 @@ class PlanningModel(Protocol):
         """
 
     def outlook_value(
-        self, outlook: Outlook, *, deterministic: bool, noise: Tensor | None = None, members: Tensor | None = None
+        self, outlook: PartialReturn, *, deterministic: bool, noise: Tensor | None = None, members: Tensor | None = None
     ) -> Tensor:
         """What the sequences are worth: what they earn, and the weighted value of their last states.
 
@@ -120,7 +120,7 @@ class RolloutPlanning:
             return self.model.policy(state, deterministic=True) + self.spread * noise
         return self.model.policy(state)
 
-    def outlook(self, state: State, actions: Tensor, *, discount: float | None, deterministic: bool) -> Outlook:
+    def outlook(self, state: State, actions: Tensor, *, discount: float | None, deterministic: bool) -> PartialReturn:
         """The rewards of one rollout of each sequence, and its last state."""
         _, N, S, _ = actions.shape
         trajectory = self.model.rollout(repeated(state, N, S), actions.flatten(1, 2), deterministic=deterministic)
@@ -128,10 +128,10 @@ class RolloutPlanning:
         weight: float = self.model.discount if discount is None else discount  # type: ignore[assignment]
         earned, after = discounted_rewards(trajectory.rewards, trajectory.continues, weight)
         last = State({name: x.unflatten(0, (N, S)) for name, x in trajectory.states[-1].items()})
-        return Outlook(earned.unflatten(0, (N, S)), after.unflatten(0, (N, S)), last)
+        return PartialReturn(earned.unflatten(0, (N, S)), after.unflatten(0, (N, S)), last)
 
     def outlook_value(
-        self, outlook: Outlook, *, deterministic: bool, noise: Tensor | None = None, members: Tensor | None = None
+        self, outlook: PartialReturn, *, deterministic: bool, noise: Tensor | None = None, members: Tensor | None = None
     ) -> Tensor:
         """With the model's value of the last states; `noise` and `members` are not used. `[N, S]`"""
         last = State({name: x.flatten(0, 1) for name, x in outlook.state.items()})
@@ -143,10 +143,10 @@ class Proposals(NamedTuple):
 
     actions: Tensor
     """`[H, N, K, A]`"""
-    outlook: Outlook
+    outlook: PartialReturn
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """What one iteration found."""
 
     mean: Tensor
@@ -175,7 +175,7 @@ def search_step(
     value_noise: Tensor | None,
     members: Tensor | None,
     deterministic: bool,
-) -> Found:
+) -> SearchResult:
     """Draws candidates, values them, and fits the distribution to the best ones.
 
     Args:
@@ -197,7 +197,7 @@ def search_step(
     outlook = model.outlook(state, candidates, discount=config.discount, deterministic=deterministic)
     if proposals is not None:
         candidates = torch.cat([proposals.actions, candidates], 2)
-        outlook = Outlook.join([proposals.outlook, outlook])
+        outlook = PartialReturn.join([proposals.outlook, outlook])
     values = model.outlook_value(outlook, deterministic=deterministic, noise=value_noise, members=members)
     # A candidate that takes the model to infinity must not be chosen, nor spoil the weights of the others:
     # NaN counts as 0, as in the reference.
@@ -216,7 +216,7 @@ def search_step(
     if mask is not None:
         std = std * mask
     mean = config.momentum * mean + (1.0 - config.momentum) * fitted
-    return Found(mean, std, values, elites, elite_actions, log_weights)
+    return SearchResult(mean, std, values, elites, elite_actions, log_weights)
 
 
 def repeated(state: State, rows: int, times: int) -> State:

@@ -49,7 +49,7 @@ class Batch:
     """False where no observation was recorded (`obs` is zero there); None if all were. `[B, T]` bool"""
     extras: dict[str, Tensor] = field(default_factory=dict)
     """What the model stored beside each row, by name. `[B, T, ...]`"""
-    rows: Tensor | None = None
+    row_ids: Tensor | None = None
     """The rows' ids for `ReplayBuffer.update_extras`; stays on the CPU. `[B, T]` int64"""
 
     def __post_init__(self) -> None:
@@ -93,7 +93,7 @@ class Batch:
         return self.rewards.shape[1]
 
     def to(self, device: str | torch.device, *, non_blocking: bool = False) -> Batch:
-        """The same batch on `device`; `rows` stay on the CPU, where the buffer reads them.
+        """The same batch on `device`; `row_ids` stay on the CPU, where the buffer reads them.
 
         Copies to CUDA are only begun: the host does not wait for what is queued there.
 
@@ -108,23 +108,23 @@ class Batch:
         return self._with_each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """The same batch in memory from which a CUDA device copies by itself; `rows` are left alone."""
+        """The same batch in memory from which a CUDA device copies by itself; `row_ids` are left alone."""
         return self._with_each(Tensor.pin_memory)
 
     def tensors(self) -> list[Tensor]:
-        """All its tensors but `rows`."""
+        """All its tensors but `row_ids`."""
         return list(self.named_tensors().values())
 
     def named_tensors(self) -> dict[str, Tensor]:
         """The same by name: of its field, or `"<field>/<key>"` where that is a dictionary."""
-        parts = ((name if key is None else f"{name}/{key}", x) for name, key, x in self._parts() if name != "rows")
+        parts = ((name if key is None else f"{name}/{key}", x) for name, key, x in self._parts() if name != "row_ids")
         return dict(parts)
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Batch:
-        """A batch of the same fields that holds other tensors, by the names of `named_tensors`; without `rows`."""
+        """A batch of the same fields that holds other tensors, by the names of `named_tensors`; without `row_ids`."""
         changed: dict[str, Any] = {"extras": {}}
         for name, key, _ in self._parts():
-            if name != "rows":
+            if name != "row_ids":
                 if key is None:
                     changed[name] = tensors[name]
                 else:
@@ -143,7 +143,7 @@ class Batch:
         changed: dict[str, Any] = {}
         for part in fields(self):
             value = getattr(self, part.name)
-            if value is None or part.name == "rows":
+            if value is None or part.name == "row_ids":
                 changed[part.name] = value
             elif isinstance(value, dict):
                 changed[part.name] = {name: change(tensor) for name, tensor in value.items()}

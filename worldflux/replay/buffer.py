@@ -19,9 +19,9 @@ from worldflux.replay.export import FileActions, collect_data, dtype_in_memory, 
 from worldflux.replay.held_out import ReplayPart, split
 from worldflux.replay.npz import NpzFile
 from worldflux.replay.receiving import RowReceiver
-from worldflux.replay.ring import RowStore
+from worldflux.replay.ring import RingStorage
 from worldflux.replay.sampler import Drawn, Span, WholeStreams, WindowSampler
-from worldflux.replay.spec import SINGLE, ObsShape, RowForm
+from worldflux.replay.spec import SINGLE, ObsShape, TransitionSpec
 from worldflux.validation import whole_number
 
 
@@ -94,12 +94,12 @@ class ReplayBuffer(RowReceiver, WindowSampler):
             raise ConfigurationError(f"capacity is {capacity}, expected at least n_envs ({n_envs}).")
         action_dim = whole_number("action_dim", action_dim, 1)
         classes = declared_classes(action_type, action_classes, action_dim)
-        form = RowForm(obs_shape, action_dim, obs_dtype, extras, classes)
+        form = TransitionSpec(obs_shape, action_dim, obs_dtype, extras, classes)
         WindowSampler.__init__(self, form, seed)
         RowReceiver.__init__(self, form, _new_store(capacity, n_envs, form, storage_at(storage)))
         self._known_span: tuple[bytes, WholeStreams] | None = None  # of the rows with these bounds
 
-    def _span(self, rows: RowStore) -> Span:
+    def _span(self, rows: RingStorage) -> Span:
         bounds = rows.bounds
         if self._known_span is None or self._known_span[0] != bounds:
             self._known_span = bounds, WholeStreams(rows.begin, rows.end)
@@ -205,7 +205,7 @@ class ReplayBuffer(RowReceiver, WindowSampler):
         return self._rows.room
 
     def grow(self, capacity: int) -> None:
-        """Makes room for more transitions; what is stored stays, with the same numbers in `Batch.rows`.
+        """Makes room for more transitions; what is stored stays, with the same numbers in `Batch.row_ids`.
 
         Args:
             capacity: At least the present one.
@@ -247,7 +247,7 @@ class ReplayBuffer(RowReceiver, WindowSampler):
         self._store = _new_store(self._capacity, streams, self._form, self._store.storage)
         self._fresh = np.zeros(streams, np.int64)
 
-    def _move_rows(self, rows: RowStore, store: RowStore) -> None:
+    def _move_rows(self, rows: RingStorage, store: RingStorage) -> None:
         """Goes on with another store, to which all rows are copied."""
         if not store.storage.takes_all_at_once:
             what = f"A copy of the replay buffer's {len(self):,} transitions, which changing its size needs,"
@@ -356,7 +356,7 @@ class ReplayBuffer(RowReceiver, WindowSampler):
 
     # --- files
 
-    def stored(self) -> tuple[RowStore, np.ndarray]:
+    def stored(self) -> tuple[RingStorage, np.ndarray]:
         """What it holds, for who keeps it on disk: the rows, and where the fresh windows of each stream begin.
 
         Both are the buffer's own; the second is int64, `[num_streams]`.
@@ -480,10 +480,10 @@ class ReplayBuffer(RowReceiver, WindowSampler):
 _SAMPLE = ReplayBuffer.sample
 
 
-def _new_store(capacity: int, n_envs: int, form: RowForm, storage: Storage) -> RowStore:
+def _new_store(capacity: int, n_envs: int, form: TransitionSpec, storage: Storage) -> RingStorage:
     obs = {key: (shape, form.dtypes[key]) for key, shape in form.shapes.items()}
     try:
-        return RowStore(capacity, n_envs, obs, form.action_dim, form.extras, storage)
+        return RingStorage(capacity, n_envs, obs, form.action_dim, form.extras, storage)
     except WorldFluxError:
         raise
     except (MemoryError, OverflowError, ValueError) as error:  # depending on how much too much it is

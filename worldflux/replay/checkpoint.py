@@ -11,7 +11,7 @@ import numpy as np
 
 from worldflux.errors import BufferError, CheckpointError, ConfigurationError
 from worldflux.replay.buffer import ReplayBuffer
-from worldflux.replay.ring import RowStore
+from worldflux.replay.ring import RingStorage
 from worldflux.replay.segments import (
     COUNTERS,
     IN_FLIGHT_FILE,
@@ -120,7 +120,7 @@ class ReplaySegments:
         self._folder = Path(directory).absolute() / REPLAY_FOLDER
         (self._segments, self._settled), self._written = self._written, None
 
-    def _link(self, segment: Segment, folder: Path, store: RowStore) -> Segment:
+    def _link(self, segment: Segment, folder: Path, store: RingStorage) -> Segment:
         """Puts a segment of the last checkpoint into `folder`; what cannot be linked is written again."""
         assert self._folder is not None
         path = folder / segment.name
@@ -134,7 +134,7 @@ class ReplaySegments:
         first = np.minimum(np.maximum(segment.first, store.begin), segment.end)
         return self._new_segment(folder, store, first, segment.end, segment.level)
 
-    def _new_segment(self, folder: Path, store: RowStore, first: np.ndarray, end: np.ndarray, level: int) -> Segment:
+    def _new_segment(self, folder: Path, store: RingStorage, first: np.ndarray, end: np.ndarray, level: int) -> Segment:
         path = folder / f"rows-{self._number:06}.npz"
         self._number += 1
         return write_segment(path, store, first, end, level=level)

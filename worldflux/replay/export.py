@@ -16,8 +16,8 @@ from worldflux.errors import BufferError
 from worldflux.files import writing
 from worldflux.replay.actions import Classes, as_executed, declared_classes, described, judged_classes, rescaled
 from worldflux.replay.backends import RowArray
-from worldflux.replay.npz import OTHER_NAMES, NpzFile, Stream, rows_per_chunk, write_npz
-from worldflux.replay.ring import FINAL, FIRST, TERMINATED, TRUNCATED, UNSEEN, RowStore
+from worldflux.replay.npz import OTHER_NAMES, ArrayChunks, NpzFile, rows_per_chunk, write_npz
+from worldflux.replay.ring import FINAL, FIRST, TERMINATED, TRUNCATED, UNSEEN, RingStorage
 from worldflux.replay.spec import SINGLE, all_finite, checked, image_line, obs_shapes
 
 logger = logging.getLogger("worldflux.training")
@@ -89,9 +89,9 @@ class ReplayData:
     n_envs: int
     is_dict: bool
     """Whether observations are dictionaries; if not, `obs` has the one key `SINGLE`."""
-    obs: dict[str, Stream]
+    obs: dict[str, ArrayChunks]
     """`[N, ...]` each"""
-    final_obs: dict[str, Stream]
+    final_obs: dict[str, ArrayChunks]
     """`[S, ...]` each; empty if the file has none"""
     actions: np.ndarray
     """`[N, A]` float32"""
@@ -113,7 +113,7 @@ class ReplayData:
 
 def write_replay(path: str | Path, data: ReplayData) -> None:
     """Writes exactly `path`, moved into place when it is complete. The schema stands in `ReplayBuffer.save`."""
-    arrays: dict[str, np.ndarray | Stream] = {}
+    arrays: dict[str, np.ndarray | ArrayChunks] = {}
     for key, obs in data.obs.items():
         arrays[_member("obs", key, data.is_dict)] = obs
         arrays[_member("final_obs", key, data.is_dict)] = data.final_obs[key]
@@ -222,7 +222,7 @@ def read_replay(file: NpzFile, reader: FileActions) -> ReplayData:
     )
 
 
-def _as_bytes(file: NpzFile, name: str) -> Stream:
+def _as_bytes(file: NpzFile, name: str) -> ArrayChunks:
     """Images `[N, C, H, W]` that a file has as floats: 0 to 1, or the whole numbers from 0 to 255.
 
     Raises:
@@ -241,7 +241,7 @@ def _as_bytes(file: NpzFile, name: str) -> Stream:
     factor = 255.0 if high <= 1 else 1.0
     stream = file.stream(name)
     chunks = (np.rint(chunk * factor).astype(np.uint8) if all_finite(chunk) else chunk for chunk in stream.chunks)
-    return Stream(stream.shape, np.dtype(np.uint8), chunks)
+    return ArrayChunks(stream.shape, np.dtype(np.uint8), chunks)
 
 
 def _warn_of_unread(file: NpzFile, keys: list[str], is_dict: bool) -> None:
@@ -258,7 +258,7 @@ def _warn_of_unread(file: NpzFile, keys: list[str], is_dict: bool) -> None:
         )
 
 
-def collect_data(rows: RowStore, capacity: int, is_dict: bool, action_classes: Classes | None) -> ReplayData:
+def collect_data(rows: RingStorage, capacity: int, is_dict: bool, action_classes: Classes | None) -> ReplayData:
     """Everything that `rows` holds but the extras; the observations are read when the file is written."""
     steps, firsts, lasts, lengths, streams = [], [], [], [], []
     for stream in range(len(rows.base)):
@@ -297,7 +297,7 @@ def collect_data(rows: RowStore, capacity: int, is_dict: bool, action_classes: C
     )
 
 
-def fill(rows: RowStore, data: ReplayData, file_name: str) -> None:
+def fill(rows: RingStorage, data: ReplayData, file_name: str) -> None:
     """Stores a file's episodes in `rows`, which are empty.
 
     Where the file has another number of streams, episodes are shared out, and those in flight are closed as truncated.
@@ -335,14 +335,14 @@ def fill(rows: RowStore, data: ReplayData, file_name: str) -> None:
     rows.flags[final_at[final_at >= 0]] &= ~UNSEEN
 
 
-def dtype_in_memory(obs: Stream) -> np.dtype | None:
+def dtype_in_memory(obs: ArrayChunks) -> np.dtype | None:
     """A file's own choice between bytes and floats; None leaves it to the shape."""
     if obs.dtype == np.uint8:
         return np.dtype(np.uint8)
     return np.dtype(np.float32) if obs.dtype.kind == "f" else None
 
 
-def _copy(name: str, source: Stream, stored: RowArray, at: np.ndarray) -> None:
+def _copy(name: str, source: ArrayChunks, stored: RowArray, at: np.ndarray) -> None:
     """Checks all of `source` and copies its rows to `stored[at]`, but those where `at` is -1."""
     start = 0
     for chunk in source.chunks:
@@ -353,7 +353,7 @@ def _copy(name: str, source: Stream, stored: RowArray, at: np.ndarray) -> None:
         start += len(chunk)
 
 
-def _gathered(stored: RowArray, at: np.ndarray, mask: np.ndarray | None = None) -> Stream:
+def _gathered(stored: RowArray, at: np.ndarray, mask: np.ndarray | None = None) -> ArrayChunks:
     """Rows `at` of an array in chunks, zero where `mask` is False."""
 
     def chunks() -> Iterator[np.ndarray]:
@@ -364,7 +364,7 @@ def _gathered(stored: RowArray, at: np.ndarray, mask: np.ndarray | None = None) 
                 chunk[~mask[start : start + step]] = 0
             yield chunk
 
-    return Stream((len(at), *stored.shape[1:]), stored.dtype, chunks())
+    return ArrayChunks((len(at), *stored.shape[1:]), stored.dtype, chunks())
 
 
 def _shared_out(lengths: np.ndarray, n_envs: int) -> np.ndarray:

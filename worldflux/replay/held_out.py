@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from worldflux.errors import BufferError
-from worldflux.replay.ring import FINAL, FIRST, RowStore
+from worldflux.replay.ring import FINAL, FIRST, RingStorage
 from worldflux.replay.sampler import Runs, Span, WindowSampler
-from worldflux.replay.spec import RowForm
+from worldflux.replay.spec import TransitionSpec
 from worldflux.validation import whole_number
 
 
@@ -26,7 +26,7 @@ class ReplayPart(WindowSampler):
 
     _hint = "Split off another share, or sample shorter windows."
 
-    def __init__(self, source: WindowSampler, form: RowForm, episodes: _Episodes, seed: int) -> None:
+    def __init__(self, source: WindowSampler, form: TransitionSpec, episodes: _Episodes, seed: int) -> None:
         super().__init__(form, seed)
         self._source = source
         self._bounds = source._rows.bounds
@@ -39,7 +39,7 @@ class ReplayPart(WindowSampler):
         self._runs = Runs(stream[starts], begin[starts], end[np.append(starts[1:], True)])
 
     @property
-    def _rows(self) -> RowStore:
+    def _rows(self) -> RingStorage:
         rows = self._source._rows
         if rows.bounds != self._bounds:
             raise BufferError(
@@ -47,7 +47,7 @@ class ReplayPart(WindowSampler):
             )
         return rows
 
-    def _span(self, rows: RowStore) -> Span:
+    def _span(self, rows: RingStorage) -> Span:
         return self._runs
 
     def digest(self) -> str:
@@ -97,7 +97,7 @@ class _Episodes:
 
 
 def split(
-    source: WindowSampler, form: RowForm, fraction: float, seed: int, seq_len: int
+    source: WindowSampler, form: TransitionSpec, fraction: float, seed: int, seq_len: int
 ) -> tuple[ReplayPart, ReplayPart]:
     """`ReplayBuffer.split`."""
     if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction < 1:
@@ -126,7 +126,7 @@ def split(
     return parts[0], parts[1]
 
 
-def _episodes_of(rows: RowStore) -> _Episodes:
+def _episodes_of(rows: RingStorage) -> _Episodes:
     streams, begins, ends = [], [], []
     for number in range(len(rows.base)):
         row = np.arange(rows.begin[number], rows.end[number])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from worldflux.replay.buffer import ReplayBuffer
-from worldflux.replay.ring import RowStore
+from worldflux.replay.ring import RingStorage
 from worldflux.replay.sampler import Span, WholeStreams, WindowSampler
-from worldflux.replay.spec import RowForm
+from worldflux.replay.spec import TransitionSpec
 
 
 class NewestRows(WindowSampler):
@@ -24,15 +24,15 @@ class NewestRows(WindowSampler):
     _hint = "Record more, or sample shorter windows."
 
     def __init__(self, buffer: ReplayBuffer, rows: int, seed: int) -> None:
-        form = RowForm(buffer.obs_shape, buffer.action_dim, buffer.obs_dtype, buffer.extras)
+        form = TransitionSpec(buffer.obs_shape, buffer.action_dim, buffer.obs_dtype, buffer.extras)
         super().__init__(form, seed)
         self._buffer = buffer
         store = self._rows
         self._newest = WholeStreams(np.maximum(store.begin, store.end - rows), store.end)
 
     @property
-    def _rows(self) -> RowStore:
+    def _rows(self) -> RingStorage:
         return self._buffer.stored()[0]
 
-    def _span(self, rows: RowStore) -> Span:
+    def _span(self, rows: RingStorage) -> Span:
         return self._newest

@@ -50,7 +50,7 @@ def rows_per_chunk(shape: tuple[int, ...], dtype: np.dtype) -> int:
 
 
 @dataclass(frozen=True)
-class Stream:
+class ArrayChunks:
     """An array that is handed over in chunks along its first axis."""
 
     shape: tuple[int, ...]
@@ -60,7 +60,7 @@ class Stream:
     """In order; together they have `shape`."""
 
 
-def write_npz(path: str | Path, arrays: Mapping[str, np.ndarray | Stream]) -> None:
+def write_npz(path: str | Path, arrays: Mapping[str, np.ndarray | ArrayChunks]) -> None:
     """Writes exactly `path`, uncompressed; directories above it are created.
 
     The file is written beside its target and moved into place, so that a kill or a full disk at any moment leaves the
@@ -80,7 +80,7 @@ def write_npz(path: str | Path, arrays: Mapping[str, np.ndarray | Stream]) -> No
             _write_array(archive, name, array)
 
 
-def _write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray | Stream) -> None:
+def _write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray | ArrayChunks) -> None:
     # A ZipInfo made by hand carries no time of writing: equal buffers give equal files.
     info = zipfile.ZipInfo(f"{name}.npy")
     if info.filename != f"{name}.npy" or not name.isprintable():  # zipfile cuts names at a NUL
@@ -169,10 +169,10 @@ class NpzFile:
         with self._member(name) as (file, shape, dtype, fortran):
             return self._read_rest(name, file, shape, dtype, fortran)
 
-    def stream(self, name: str) -> Stream:
+    def stream(self, name: str) -> ArrayChunks:
         """The array's shape and dtype at once, its rows in chunks when asked for."""
         with self._member(name) as (_, shape, dtype, _fortran):
-            return Stream(shape, dtype, self._chunks(name))
+            return ArrayChunks(shape, dtype, self._chunks(name))
 
     def _chunks(self, name: str) -> Iterator[np.ndarray]:
         with self._member(name) as (file, shape, dtype, fortran):

@@ -212,8 +212,8 @@ class PrefetchedBatches(Batches):
             for tensor in batch.tensors():
                 tensor.record_stream(current)
         self._begin()
-        assert batch.rows is not None
-        extras = self.provider.extras_of(batch.rows)
+        assert batch.row_ids is not None
+        extras = self.provider.extras_of(batch.row_ids)
         return replace(batch, extras={name: to_device(value, self.device) for name, value in extras.items()})
 
     def settle(self) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 
 from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError
 from worldflux.replay.actions import as_executed, rescaled
-from worldflux.replay.ring import STEP, TERMINATED, TRUNCATED, RowStore
-from worldflux.replay.spec import RowForm, as_numpy, checked
+from worldflux.replay.ring import STEP, TERMINATED, TRUNCATED, RingStorage
+from worldflux.replay.spec import TransitionSpec, as_numpy, checked
 
 _BOOL = np.dtype(np.bool_)
 _FLOAT = np.dtype(np.float32)
@@ -46,7 +46,7 @@ class RowReceiver:
         store: Where rows go; empty.
     """
 
-    def __init__(self, form: RowForm, store: RowStore) -> None:
+    def __init__(self, form: TransitionSpec, store: RingStorage) -> None:
         self._form, self._store = form, store
         self._n_envs = len(store.base)
         self._writers: list[StepWriter] = []
@@ -56,7 +56,7 @@ class RowReceiver:
         self._fresh = np.zeros(self._n_envs, np.int64)
 
     @property
-    def _rows(self) -> RowStore:
+    def _rows(self) -> RingStorage:
         """The store with every step that was made; nothing but this is to look into `_store`."""
         for writer in self._writers:
             writer.hand_over()
@@ -212,7 +212,7 @@ class RowReceiver:
             obs: By key; the key of an observation that is one array is `SINGLE`. `[K, S, ...]`
             actions: `[K, S, A]`
             rewards: `[K, S]`
-            flags: As for `RowStore.add_steps`. `[K, S]`
+            flags: As for `RingStorage.add_steps`. `[K, S]`
             finals: The observations after the ends of episodes, in the order of `flags`. `[E, ...]`
             streams: The writer's, in ascending order. `[S]`
         """

@@ -56,7 +56,7 @@ def spare_rows(transitions: int, n_envs: int) -> int:
     return min(transitions, max(transitions // 16, 4096 // n_envs))
 
 
-class RowStore:
+class RingStorage:
     """Rows of several streams, each a ring that overwrites its oldest rows.
 
     A stream's rows are counted from its beginning, without end; row r of stream s lies at index `base[s] + r % ring`
@@ -153,7 +153,7 @@ class RowStore:
                 found.update(np.ascontiguousarray(array[self.at(stream, some)]).data)
         return found.hexdigest()
 
-    def move_to(self, other: RowStore) -> None:
+    def move_to(self, other: RingStorage) -> None:
         """Copies all rows into an empty store of the same form, which has room for them and at least these streams."""
         step = max(1, _CHUNK_BYTES // self._row_bytes)
         for stream, (begin, end) in enumerate(zip(self.begin.tolist(), self.end.tolist(), strict=True)):
@@ -167,7 +167,7 @@ class RowStore:
             getattr(other, name)[:streams] = getattr(self, name)
         other._first_here[:streams] = self.begin
 
-    def drop_excess(self, other: RowStore) -> None:
+    def drop_excess(self, other: RingStorage) -> None:
         """Drops the oldest rows of each stream until the same stream of another store can hold the rest."""
         streams = np.arange(len(self.base))
         excess = np.maximum(self.transitions - other.limits[streams], 0)

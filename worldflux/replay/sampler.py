@@ -15,8 +15,8 @@ from worldflux.errors import BufferError
 from worldflux.replay.actions import Classes, check_fits
 from worldflux.replay.backends import DeviceArray, RowArray
 from worldflux.replay.batch import Batch, BatchRequest
-from worldflux.replay.ring import FINAL, FIRST, TERMINATED, TRUNCATED, UNSEEN, RowStore
-from worldflux.replay.spec import SINGLE, RowForm, as_numpy
+from worldflux.replay.ring import FINAL, FIRST, TERMINATED, TRUNCATED, UNSEEN, RingStorage
+from worldflux.replay.spec import SINGLE, TransitionSpec, as_numpy
 from worldflux.validation import whole_number
 
 DEFAULT_SEQ_LEN = 50
@@ -140,16 +140,16 @@ class WindowSampler:
 
     _hint = "Add more steps, or sample shorter windows."
 
-    def __init__(self, form: RowForm, seed: int | None) -> None:
+    def __init__(self, form: TransitionSpec, seed: int | None) -> None:
         self._form = form
         self.seed(seed)
 
     @property
-    def _rows(self) -> RowStore:
+    def _rows(self) -> RingStorage:
         """Where the rows lie now."""
         raise NotImplementedError
 
-    def _span(self, rows: RowStore) -> Span:
+    def _span(self, rows: RingStorage) -> Span:
         """What is sampled from."""
         raise NotImplementedError
 
@@ -213,7 +213,7 @@ class WindowSampler:
         """What is stored beside rows now, zero for those that have been overwritten.
 
         Args:
-            rows: `Batch.rows`. `[B, T]`
+            rows: `Batch.row_ids`. `[B, T]`
 
         Returns:
             On the device of the storage, which is the CPU for memory and disk. `{name: [B, T, ...]}`
@@ -234,7 +234,7 @@ class WindowSampler:
         Where windows overlap, the last one's values stay. Tensors on the storage's own device do not leave it.
 
         Args:
-            rows: `Batch.rows` or a part of it. `[B, T]`
+            rows: `Batch.row_ids` or a part of it. `[B, T]`
             values: Cast to the stored dtype. `{name: [B, T, ...]}`
 
         Raises:
@@ -332,7 +332,7 @@ class WindowSampler:
         batch = self._gather(store, drawn, seq_len, with_extras)
         return batch if device.type == "cpu" and batch.rewards.device.type == "cpu" else batch.to(device)
 
-    def _gather(self, store: RowStore, drawn: Drawn, seq_len: int, with_extras: bool) -> Batch:
+    def _gather(self, store: RingStorage, drawn: Drawn, seq_len: int, with_extras: bool) -> Batch:
         """The batch of these windows, on the device of the storage."""
         windows = _Windows.of_rows(store, drawn, seq_len)
         obs = {key: windows.copy(array) for key, array in store.obs.items()}
@@ -358,11 +358,11 @@ class WindowSampler:
             is_first=is_first,
             obs_mask=masks[0] if masks else None,
             extras={name: windows.copy(array) for name, array in store.extras.items()} if with_extras else {},
-            rows=torch.from_numpy(ids),
+            row_ids=torch.from_numpy(ids),
         )
 
-    def _found(self, store: RowStore, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Index in the arrays of the rows of `Batch.rows`, and whether they are still stored. `[B, T]` each."""
+    def _found(self, store: RingStorage, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Index in the arrays of the rows of `Batch.row_ids`, and whether they are still stored. `[B, T]` each."""
         row, stream = np.divmod(ids, len(store.base))
         return store.at(stream, row), (row >= store.begin[stream]) & (row < store.end[stream])
 
@@ -390,7 +390,7 @@ class _Windows:
         return cls(at[:, 0], at.shape[1], at)
 
     @classmethod
-    def of_rows(cls, store: RowStore, drawn: Drawn, length: int) -> _Windows:
+    def of_rows(cls, store: RingStorage, drawn: Drawn, length: int) -> _Windows:
         """Of the rows that were drawn."""
         in_ring = drawn.first % store.ring
         if drawn.rows is None and not np.count_nonzero(in_ring > store.ring - length):

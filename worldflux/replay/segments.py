@@ -17,8 +17,8 @@ from worldflux.files import write_atomically
 from worldflux.reading import read_json
 from worldflux.replay.backends import RowArray
 from worldflux.replay.buffer import ReplayBuffer
-from worldflux.replay.npz import NpzFile, Stream, rows_per_chunk, write_npz
-from worldflux.replay.ring import FINAL, FIRST, TERMINATED, TRUNCATED, UNSEEN, RowStore
+from worldflux.replay.npz import ArrayChunks, NpzFile, rows_per_chunk, write_npz
+from worldflux.replay.ring import FINAL, FIRST, TERMINATED, TRUNCATED, UNSEEN, RingStorage
 from worldflux.replay.spec import all_finite
 from worldflux.validation import whole_number
 
@@ -77,7 +77,7 @@ def joined_from(segments: Sequence[Segment]) -> tuple[int, int]:
         index, level = start, level + 1
 
 
-def split(store: RowStore, first: np.ndarray, end: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+def split(store: RingStorage, first: np.ndarray, end: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """Rows `first` to `end - 1` of each stream in pieces that are no larger than a segment, the oldest first."""
     row_bytes = sum(_row_bytes(column) for column in _columns(store).values())
     most = min(SEGMENT_ROWS, max(1, SEGMENT_BYTES // row_bytes))
@@ -88,7 +88,7 @@ def split(store: RowStore, first: np.ndarray, end: np.ndarray) -> list[tuple[np.
 
 def write_segment(
     path: Path,
-    store: RowStore,
+    store: RingStorage,
     first: np.ndarray,
     end: np.ndarray,
     *,
@@ -110,7 +110,7 @@ def write_segment(
     """
     streams, rows = _places(first, end)
     at = store.at(streams, rows)
-    arrays: dict[str, np.ndarray | Stream] = {"first": first, "end": end}
+    arrays: dict[str, np.ndarray | ArrayChunks] = {"first": first, "end": end}
     arrays |= {name: _gathered(column, at) for name, column in _columns(store).items()}
     write_npz(path, arrays | dict(beside or {}))
     with NpzFile(path) as file:
@@ -118,7 +118,7 @@ def write_segment(
 
 
 def read_segment(
-    path: Path, store: RowStore, segment: Segment, *, beside: Mapping[str, np.ndarray] | None = None
+    path: Path, store: RingStorage, segment: Segment, *, beside: Mapping[str, np.ndarray] | None = None
 ) -> None:
     """Copies the rows of a segment to their places in `store`; the segments of a buffer are read in their order.
 
@@ -184,7 +184,7 @@ def _row_bytes(column: RowArray) -> int:
     return int(np.prod(column.shape[1:], dtype=np.int64)) * column.dtype.itemsize
 
 
-def _columns(store: RowStore) -> dict[str, RowArray]:
+def _columns(store: RingStorage) -> dict[str, RowArray]:
     """The arrays of `store` by the names that they have in a segment."""
     return {
         **{f"obs/{key}": column for key, column in store.obs.items()},
@@ -202,10 +202,10 @@ def _places(first: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return streams, np.arange(counts.sum()) + np.repeat(first - (np.cumsum(counts) - counts), counts)
 
 
-def _gathered(column: RowArray, at: np.ndarray) -> Stream:
+def _gathered(column: RowArray, at: np.ndarray) -> ArrayChunks:
     step = rows_per_chunk(column.shape[1:], column.dtype)
     chunks = (column[at[start : start + step]] for start in range(0, len(at), step))
-    return Stream((len(at), *column.shape[1:]), column.dtype, chunks)
+    return ArrayChunks((len(at), *column.shape[1:]), column.dtype, chunks)
 
 
 def _copy(file: NpzFile, name: str, column: RowArray, at: np.ndarray) -> None:
@@ -234,7 +234,7 @@ FORMAT = 1
 
 SEGMENT_NAME = re.compile(r"rows-(\d{6,12})\.npz")
 COUNTERS = ("begin", "end", "transitions", "episodes")
-"""Of a `RowStore`."""
+"""Of a `RingStorage`."""
 _LARGEST = 2**48
 """No number is that large; sums and products of them stay within an int64."""
 
@@ -300,7 +300,7 @@ def read_state(folder: Path, buffer: ReplayBuffer) -> ReplayState:
     return _Reader(file, read_json(file), buffer).state()
 
 
-def check_rows(folder: Path, state: ReplayState, store: RowStore) -> None:
+def check_rows(folder: Path, state: ReplayState, store: RingStorage) -> None:
     """Raises a `CheckpointError` unless the counters fit the rows that were read."""
     file = folder / STATE_FILE
     for stream, in_flight in enumerate(state.in_flight.tolist()):

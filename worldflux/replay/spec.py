@@ -22,7 +22,7 @@ SINGLE = "obs"
 """Key of an observation that is one array."""
 
 
-class RowForm:
+class TransitionSpec:
     """What a row of a replay buffer looks like, and whether what users hand in fits.
 
     Attributes:

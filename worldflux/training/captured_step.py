@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worldflux.accel.cuda_graphs import Captures, Recorder, form_of, places
+from worldflux.accel.cuda_graphs import Captures, GraphCapturer, places, signature_of
 from worldflux.accel.guard import Changes, Tensors, Work
 from worldflux.accel.overriding import steps_back
 from worldflux.replay.batch import Batch
@@ -117,7 +117,7 @@ class CapturedStep:
         recorder: Records it.
     """
 
-    def __init__(self, step: GradientStep, device: torch.device, recorder: Recorder) -> None:
+    def __init__(self, step: GradientStep, device: torch.device, recorder: GraphCapturer) -> None:
         self._step = step
         self._device = device
         self._captures = Captures("The gradient step", step.model, device, recorder, MAX_FORMS)
@@ -145,7 +145,7 @@ class CapturedStep:
             return self._plain_step(batch)
         self._check()
         tensors = batch.named_tensors()
-        key = form_of(tensors)
+        key = signature_of(tensors)
         form = self._forms.get(key)
         own = any(_has_own_step(optimizer) for optimizer in self._optimizers)
         alike = form and all(o.are_alike(part) for o, part in zip(self._optimizers, form.updated, strict=True))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from worldflux.accel.allocator import keep_freed_memory
 from worldflux.accel.compilation import captures, compiles
-from worldflux.accel.cuda_graphs import CudaRecorder
+from worldflux.accel.cuda_graphs import CudaGraphCapturer
 from worldflux.accel.device import resolve_device
 from worldflux.accel.overriding import overridden
 from worldflux.config import WorldModelConfig
@@ -184,10 +184,10 @@ class Trainer:
     def _step_of(self, phases: list[Phase]) -> Callable[[Batch], Updated]:
         """What takes a gradient step on a batch from anywhere, as `config.compile` asks for."""
         if compiles(self.config.compile, self.device) and isinstance(self.model, WorldModel):
-            self.model.compile_cells()
+            self.model.compile_functions()
         step = GradientStep(self.model, phases, self._optimizers, self.config.grad_clip)
         if captures(self.config.compile, self.device, self.model):
-            return CapturedStep(step, self.device, CudaRecorder(self.device))
+            return CapturedStep(step, self.device, CudaGraphCapturer(self.device))
         return lambda batch: step(batch.to(self.device))
 
     @property
@@ -621,13 +621,13 @@ class Trainer:
 
     def _store_extras(self, batch: Batch, extras: Sequence[dict[str, Tensor]], buffer: Any) -> None:
         """Sends the latents that the step computed anew to the rows they belong to."""
-        if buffer is None or batch.rows is None:
+        if buffer is None or batch.row_ids is None:
             return
         for named in extras:
             values = {name: value for name, value in named.items() if name in batch.extras}
             if values:
                 steps = next(iter(values.values())).shape[1]
-                self._write_back.push(buffer, batch.rows[:, -steps:], values)
+                self._write_back.push(buffer, batch.row_ids[:, -steps:], values)
 
 
 def train(

@@ -17,7 +17,7 @@ from worldflux.diagnostics.plots.calibration import draw_continues, draw_rewards
 from worldflux.diagnostics.plots.frames import image_keys, longest_windows
 from worldflux.diagnostics.plots.horizon import draw_errors
 from worldflux.diagnostics.plots.strip import draw_strip
-from worldflux.diagnostics.plots.time_series import draw_courses, vector_entries
+from worldflux.diagnostics.plots.time_series import draw_time_series, vector_entries
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +44,7 @@ def figures(
     windows = longest_windows(found, shown)
     images = image_keys(found)
     made: dict[str, Figure] = {}
-    made["imagination"] = draw_courses(found, vector_entries(found), windows, title)
+    made["imagination"] = draw_time_series(found, vector_entries(found), windows, title)
     for key in images:
         made[picture_name("imagination-strip", key, images)] = draw_strip(found, key, windows[:3], title)
     made["errors"] = draw_errors(found, errors, title)

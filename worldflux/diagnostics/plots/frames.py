@@ -50,7 +50,7 @@ def visible(found: OpenLoop) -> np.ndarray:
 def longest_windows(found: OpenLoop, count: int) -> list[int]:
     """The windows in which most can be seen, none of them twice; of equal ones those that come first."""
     chosen: dict[int, int] = {}
-    rows = None if found.real.rows is None else found.real.rows[:, 0].tolist()
+    rows = None if found.real.row_ids is None else found.real.row_ids[:, 0].tolist()
     for window in np.argsort(-visible(found).sum(1), kind="stable").tolist():
         chosen.setdefault(window if rows is None else rows[window], window)
     return list(chosen.values())[:count]

@@ -61,7 +61,7 @@ def vector_entries(found: OpenLoop) -> list[Entry]:
     return made
 
 
-def draw_courses(found: OpenLoop, entries: Sequence[Entry], windows: Sequence[int], title: str = "") -> Figure:
+def draw_time_series(found: OpenLoop, entries: Sequence[Entry], windows: Sequence[int], title: str = "") -> Figure:
     """What was recorded of each entry and of the reward, and what the model expected, in a column for each window."""
     steps = [_reward_entry(found), *_continue_entry(found)]
     rows, columns = len(entries) + len(steps), len(windows)

@@ -12,8 +12,8 @@ from torch import Tensor
 from worldflux.config import DreamerV3Config
 from worldflux.models.dreamerv3.parts import LossParts
 from worldflux.models.health import (
-    Limit,
-    Vital,
+    HealthMetric,
+    Threshold,
     counted_mean,
     largest_reward,
     read,
@@ -23,10 +23,10 @@ from worldflux.models.health import (
 )
 from worldflux.nn.transforms import symlog
 
-DREAMERV3_LIMITS: dict[str, Limit] = {
+DREAMERV3_THRESHOLDS: dict[str, Threshold] = {
     # Healthy: at most 0.65, around the hundredth gradient step, and falling. Broken: 0.86 to 1 with an encoder that
     # sees nothing, 1 with a KL loss weighted 1000 times.
-    "kl_at_free_nats": Limit(
+    "kl_at_free_nats": Threshold(
         0.8,
         "above",
         "The latents say nothing about what was seen: lower kl_free or loss_scales['kl'], raise "
@@ -34,36 +34,36 @@ DREAMERV3_LIMITS: dict[str, Limit] = {
     ),
     # Healthy: 0, also with 32 classes. Broken: 0.6 to 1 with learning rates of 0.1 to 10, 0.95 with posterior logits
     # 100 times as large.
-    "unused_codes": Limit(
+    "unused_codes": Threshold(
         0.5,
         "above",
         "The categorical latents always take the same few classes: start anew with a lower learning_rate, and keep "
         "unimix above 0.",
     ),
     # Healthy: 0. Broken: 1 with learning rates of 1 and 10.
-    "constant_latents": Limit(
+    "constant_latents": Threshold(
         0.5,
         "above",
         "The latents are the same whatever is seen: see whether the observations of the batch vary at all; if they do, "
         "start anew with a lower learning_rate.",
     ),
     # No policy can earn more. Healthy: at most 0.28, by an agent that had solved CartPole.
-    "value_over_rewards": Limit(
+    "value_over_rewards": Threshold(
         1.0,
         "above",
         "The critic promises more than the rewards can add up to: lower learning_rate or discount_horizon; if rewards "
         "are rare, look at a larger batch first.",
     ),
     # Healthy: 0. Broken: 1 with CartPole's rewards multiplied by 10^8.
-    "values_at_edge": Limit(0.05, "above", "Returns are too large for the critic's bins: scale the rewards down."),
+    "values_at_edge": Threshold(0.05, "above", "Returns are too large for the critic's bins: scale the rewards down."),
     # Healthy: from 1 down to 0.03, where a good policy for CartPole ends. Broken: 10^-16 with a learning rate of 0.1.
-    "policy_randomness": Limit(
+    "policy_randomness": Threshold(
         0.001,
         "below",
         "The policy always takes the same action and explores no more: raise entropy_scale or lower learning_rate.",
     ),
 }
-"""From where on each vital of DreamerV3 is bad; what each measures stands at `DreamerV3.health`."""
+"""From where on each metric of DreamerV3 is bad; what each measures stands at `DreamerV3.health`."""
 
 _LEAST_NATS = 0.1
 """Latents that say less than this are dead, however few nats are free."""
@@ -71,8 +71,8 @@ _USED = 0.01
 """Share of an even probability, 1 / C, that a code has to get on average in order to count as used."""
 
 
-def vitals(parts: LossParts, config: DreamerV3Config, bins: Tensor) -> tuple[Vital, ...]:
-    """The vitals of one loss computation.
+def health_metrics(parts: LossParts, config: DreamerV3Config, bins: Tensor) -> tuple[HealthMetric, ...]:
+    """The health metrics of one loss computation.
 
     Args:
         parts: What the losses were made of.
@@ -99,7 +99,7 @@ def vitals(parts: LossParts, config: DreamerV3Config, bins: Tensor) -> tuple[Vit
         ),
         "policy_randomness": randomness(behavior.entropy, *parts.policy.entropy_range),
     }
-    return read(values, DREAMERV3_LIMITS)
+    return read(values, DREAMERV3_THRESHOLDS)
 
 
 def share_at_free_nats(kl: Tensor, probs: Tensor, counted: Tensor, free_nats: float) -> Tensor:

@@ -67,12 +67,12 @@ class RSSM(nn.Module):
         self.posterior_out = Linear(hidden_dim, stoch_dim)
         self.prior_in = MLP(deter_dim, hidden_dim, 2)
         self.prior_out = Linear(hidden_dim, stoch_dim)
-        self.cells = fast.Cells()
+        self.functions = fast.CompiledFunctions()
         self.fast = True
         """False: the plain computations that the fast ones are tested against."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "cells": fast.Cells()}  # compiled functions stay in their process
+        return {**self.__dict__, "functions": fast.CompiledFunctions()}  # compiled functions stay in their process
 
     def takes_fast_form(self, *heads: nn.Module, forwards: Sequence[Callable[..., Any]] = ()) -> bool:
         """Whether the forms in `fast/` may stand for the functions below: they are wanted, and nothing was replaced.

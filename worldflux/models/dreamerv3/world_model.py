@@ -26,11 +26,11 @@ from worldflux.models.dreamerv3.behavior import (
 )
 from worldflux.models.dreamerv3.encoder import Decoder, Encoder
 from worldflux.models.dreamerv3.heads import Actor, ContinueHead, TwoHotHead, give_by_stacks
-from worldflux.models.dreamerv3.health import vitals
+from worldflux.models.dreamerv3.health import health_metrics
 from worldflux.models.dreamerv3.parts import Draws, LossParts
 from worldflux.models.dreamerv3.rollout import roll_out
 from worldflux.models.dreamerv3.rssm import RSSM, kl_losses
-from worldflux.models.health import Vital
+from worldflux.models.health import HealthMetric
 from worldflux.nn.layers import PORTION, in_portions, stacked_mlps
 from worldflux.replay.batch import Batch, Observation
 
@@ -319,7 +319,7 @@ class DreamerV3(WorldModel):
         return LossOutput(total, terms, extras, updates)
 
     @torch.no_grad()
-    def health(self, batch: Batch) -> tuple[Vital, ...]:
+    def health(self, batch: Batch) -> tuple[HealthMetric, ...]:
         """What DreamerV3 dies of, measured on a batch; `models/dreamerv3/health.py` says where thresholds come from.
 
         - `kl_at_free_nats`, bad above 0.8: share of steps whose latents carry no more than the free nats.
@@ -331,7 +331,7 @@ class DreamerV3(WorldModel):
           and replayed ones, whichever is larger.
         - `policy_randomness`, bad below 0.001: entropy of the policy, from the least possible (0) to the most (1).
         """
-        return vitals(self.loss_parts(batch), self.config, self.critic.bins)
+        return health_metrics(self.loss_parts(batch), self.config, self.critic.bins)
 
     def imagine(self, state: State, horizon: int) -> tuple[Trajectory, Tensor]:
         """Open-loop prediction with the policy's own actions.
@@ -350,9 +350,9 @@ class DreamerV3(WorldModel):
             states.append(state)
         return self._trajectory(states), torch.stack(actions)
 
-    def compile_cells(self) -> None:
+    def compile_functions(self) -> None:
         """Compiles the steps of the recurrence, along windows and in imagination."""
-        self.rssm.cells = self.rssm.cells.compiled()
+        self.rssm.functions = self.rssm.functions.compiled()
 
     @property
     def optimizer_spec(self) -> OptimizerSpec:

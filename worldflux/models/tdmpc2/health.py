@@ -11,8 +11,8 @@ from torch import Tensor
 
 from worldflux.config import TDMPC2Config
 from worldflux.models.health import (
-    Limit,
-    Vital,
+    HealthMetric,
+    Threshold,
     counted_mean,
     largest_reward,
     read,
@@ -23,15 +23,15 @@ from worldflux.models.health import (
 from worldflux.models.tdmpc2.alignment import Windows
 from worldflux.models.tdmpc2.parts import ModelParts
 
-TDMPC2_LIMITS: dict[str, Limit] = {
+TDMPC2_THRESHOLDS: dict[str, Threshold] = {
     # Healthy: 0. Broken: 0.33 to 0.9 with learning rates of 0.3 and 3, 0.8 with encoder weights 30 times as large.
-    "saturated_groups": Limit(
+    "saturated_groups": Threshold(
         0.25,
         "above",
         "SimNorm groups have become one-hot and pass no gradient on: lower learning_rate or encoder_lr_scale.",
     ),
     # Healthy: 0. Broken: 1 with an encoder that sees nothing.
-    "constant_latents": Limit(
+    "constant_latents": Threshold(
         0.5,
         "above",
         "The latent is the same whatever is seen: see whether the observations of the batch vary at all; if they do, "
@@ -39,33 +39,33 @@ TDMPC2_LIMITS: dict[str, Limit] = {
     ),
     # No policy can earn more. Healthy: at most 0.09. Broken: 1.2 and then 2.4 without a discount, learning from its own
     # values at once (tau 1).
-    "value_over_rewards": Limit(
+    "value_over_rewards": Threshold(
         1.0,
         "above",
         "The values promise more than the rewards can add up to: lower learning_rate, tau or discount_max; if rewards "
         "are rare, look at a larger batch first.",
     ),
     # Healthy: 0. Broken: 1 with Pendulum's rewards multiplied by 10^6; by 1000, 0.03 at first and soon 0.36.
-    "values_at_edge": Limit(
+    "values_at_edge": Threshold(
         0.05,
         "above",
         "Values are too large for the two-hot bins, which cut them off: scale the rewards down, or raise vmax and "
         "lower vmin.",
     ),
     # Healthy: 0.39 to 0.99. Broken: 0 with a learning rate of 0.03.
-    "policy_randomness": Limit(
+    "policy_randomness": Threshold(
         0.01,
         "below",
         "The policy prior stands at its smallest standard deviation and learns no more: raise entropy_coef or "
         "lower learning_rate.",
     ),
 }
-"""From where on each vital of TD-MPC2 is bad; what each measures stands at `TDMPC2.health`."""
+"""From where on each metric of TD-MPC2 is bad; what each measures stands at `TDMPC2.health`."""
 
 _ONE_HOT = 0.99
 
 
-def vitals(
+def health_metrics(
     w: Windows,
     parts: ModelParts,
     config: TDMPC2Config,
@@ -74,8 +74,8 @@ def vitals(
     value_scale: Tensor,
     log_std: Tensor,
     action_mask: Tensor | None,
-) -> tuple[Vital, ...]:
-    """The vitals of one computation of the model's loss.
+) -> tuple[HealthMetric, ...]:
+    """The health metrics of one computation of the model's loss.
 
     Args:
         w: The windows.
@@ -99,7 +99,7 @@ def vitals(
         "values_at_edge": share_at_edge(parts.targets, w.targets, config.vmax),
         "policy_randomness": randomness(log_std, chosen, config.log_std_min, config.log_std_max),
     }
-    return read(values, TDMPC2_LIMITS)
+    return read(values, TDMPC2_THRESHOLDS)
 
 
 def steps_that_count(discount: Tensor | float, episode: int, *, like: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from worldflux.accel.overriding import overridden
 from worldflux.config import TDMPC2Config
 from worldflux.errors import ConfigurationError, ShapeMismatchError
 from worldflux.models.base import State, Trajectory, WorldModel
-from worldflux.models.mppi import Outlook, discounted_rewards
+from worldflux.models.mppi import PartialReturn, discounted_rewards
 from worldflux.models.tdmpc2.encoder import MAX_SHIFT, Decoder, Encoder
 from worldflux.models.tdmpc2.policy import PolicySample, squashed_normal
 from worldflux.models.tdmpc2.tasks import Tasks
@@ -213,7 +213,7 @@ class LatentModel(WorldModel):
         outlook = self.outlook(state, actions, discount=discount, deterministic=deterministic)
         return self.outlook_value(outlook, deterministic=deterministic, noise=noise, members=members)
 
-    def outlook(self, state: State, actions: Tensor, *, discount: float | None, deterministic: bool) -> Outlook:
+    def outlook(self, state: State, actions: Tensor, *, discount: float | None, deterministic: bool) -> PartialReturn:
         """What sequences of actions earn and where they lead; see `trajectory_value`."""
         # The state and its task stand once in each row and broadcast with the sequences from there.
         task = state["task"].unsqueeze(1) if "task" in state else None  # [N, 1]
@@ -240,10 +240,10 @@ class LatentModel(WorldModel):
             continues = 1.0 - torch.round(1.0 - self._continues(after, task))
         weight = self._discount(task) if discount is None else discount
         earned, left = discounted_rewards(rewards, continues, weight)
-        return Outlook(earned, left, _state(after[-1], None if task is None else task.expand(earned.shape)))
+        return PartialReturn(earned, left, _state(after[-1], None if task is None else task.expand(earned.shape)))
 
     def outlook_value(
-        self, outlook: Outlook, *, deterministic: bool, noise: Tensor | None = None, members: Tensor | None = None
+        self, outlook: PartialReturn, *, deterministic: bool, noise: Tensor | None = None, members: Tensor | None = None
     ) -> Tensor:
         """What the sequences are worth together with the value of their last states; see `trajectory_value`."""
         latent, task = outlook.state["latent"], outlook.state.get("task")

@@ -27,10 +27,10 @@ from worldflux.models.base import (
     State,
     parameter_groups,
 )
-from worldflux.models.health import Vital
-from worldflux.models.mppi import Found, search_step
+from worldflux.models.health import HealthMetric
+from worldflux.models.mppi import SearchResult, search_step
 from worldflux.models.tdmpc2.alignment import Windows, windows
-from worldflux.models.tdmpc2.health import vitals
+from worldflux.models.tdmpc2.health import health_metrics
 from worldflux.models.tdmpc2.latent_model import LatentModel
 from worldflux.models.tdmpc2.losses import moved_scale, step_weights, termination_statistics, value_range
 from worldflux.models.tdmpc2.parts import ModelDraws, ModelParts, PolicyDraws
@@ -46,24 +46,24 @@ class TDMPC2(LatentModel):
     The policy learns after everything else, on the latents of the same step and on the values that it left behind.
     """
 
-    _cells: Cells  # plain ones are the class's, compiled ones an instance's
+    _functions: CompiledFunctions  # plain ones are the class's, compiled ones an instance's
 
-    def compile_cells(self) -> None:
+    def compile_functions(self) -> None:
         """Compiles the model's loss, the policy's values and a step of planning with `torch.compile`, each as a whole.
 
         What they draw at random comes from the compiler's own stream. Where a compiled function meets more shapes than
         the compiler keeps (eight), further ones are computed plainly.
         """
-        self._cells = compiled_cells()
+        self._functions = compiled_functions()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was compiled: copies and pickles compute plainly until they are asked to compile."""
-        return {name: value for name, value in vars(self).items() if name != "_cells"}
+        return {name: value for name, value in vars(self).items() if name != "_functions"}
 
     @property
-    def search_step(self) -> Callable[..., Found]:
+    def search_step(self) -> Callable[..., SearchResult]:
         """An iteration of planning, compiled or not; `Planner` calls it."""
-        return self._cells.search_step
+        return self._functions.search_step
 
     def loss(self, batch: Batch) -> LossOutput:
         """The losses of model, policy and decoder together; a step of the Trainer takes them one after the other.
@@ -125,9 +125,9 @@ class TDMPC2(LatentModel):
 
     def _called(self, name: str, *arguments: Any) -> Any:
         """One of the hot functions, as it was compiled, or the method that somebody put in its place."""
-        if overridden(self, getattr(Cells(), name)):
+        if overridden(self, getattr(CompiledFunctions(), name)):
             return getattr(self, name)(*arguments)
-        return getattr(self._cells, name)(self, *arguments)
+        return getattr(self._functions, name)(self, *arguments)
 
     def model_loss(self, batch: Batch, draws: ModelDraws | None = None) -> LossOutput:
         """Loss of everything but the policy, on windows of `horizon + 1` rows; `draws` replaces the random draws."""
@@ -255,7 +255,7 @@ class TDMPC2(LatentModel):
         return LossOutput(loss, {"reconstruction": loss.detach()})
 
     @torch.no_grad()
-    def health(self, batch: Batch) -> tuple[Vital, ...]:
+    def health(self, batch: Batch) -> tuple[HealthMetric, ...]:
         """What TD-MPC2 dies of, measured on a batch; `models/tdmpc2/health.py` says where the thresholds come from.
 
         - `saturated_groups`, bad above 0.25: share of the encodings' SimNorm groups that are one-hot.
@@ -271,7 +271,7 @@ class TDMPC2(LatentModel):
         N, T = w.states.shape
         tasks = None if w.task is None else w.task.unsqueeze(1).expand(N, T)
         policy = self._policy(parts.latents, tasks, torch.randn(N, T, self.config.action_dim, device=self.device))
-        return vitals(
+        return health_metrics(
             w,
             parts,
             self.config,
@@ -355,25 +355,25 @@ class TDMPC2(LatentModel):
         return dropout_factors((members, rows, self.config.mlp_dim), rate, self.device)
 
 
-class Cells(NamedTuple):
+class CompiledFunctions(NamedTuple):
     """TD-MPC2's hot functions."""
 
     model_loss: Callable[..., LossOutput] = TDMPC2.model_loss
     # Without the division by the running scale: compiled for a CPU (torch 2.13), a division by a tensor of one number
     # behind these values gave wrong gradients.
     policy_values: Callable[..., tuple[Tensor, Tensor, Tensor]] = TDMPC2.policy_values
-    search_step: Callable[..., Found] = search_step
+    search_step: Callable[..., SearchResult] = search_step
 
 
-TDMPC2._cells = Cells()
+TDMPC2._functions = CompiledFunctions()
 _LOSS = TDMPC2.loss
 
 
 @cache
-def compiled_cells() -> Cells:
+def compiled_functions() -> CompiledFunctions:
     """All of them compiled, for every model of this process."""
-    plain = Cells()
-    return Cells(*(torch.compile(getattr(plain, name)) for name in plain._fields))
+    plain = CompiledFunctions()
+    return CompiledFunctions(*(torch.compile(getattr(plain, name)) for name in plain._fields))
 
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:

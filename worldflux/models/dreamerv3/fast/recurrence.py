@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from worldflux.models.dreamerv3.rssm import RSSM
 
 
-class Cells(NamedTuple):
+class CompiledFunctions(NamedTuple):
     """The functions that training's loops call at each step."""
 
     observe: Callable[..., Any] = observe_step
@@ -39,9 +39,9 @@ class Cells(NamedTuple):
     imagine: Callable[..., Any] = imagine_step
     policy: Callable[..., Any] = hidden_layers
 
-    def compiled(self) -> Cells:
+    def compiled(self) -> CompiledFunctions:
         """The same, compiled: a step becomes its products and a few kernels between them."""
-        return Cells(*(torch.compile(function, dynamic=False) for function in Cells()))
+        return CompiledFunctions(*(torch.compile(function, dynamic=False) for function in CompiledFunctions()))
 
 
 def applies(
@@ -100,8 +100,8 @@ def observe(
         if obs_mask is not None:
             seen = obs_mask.to(deter.dtype).unsqueeze(-1).transpose(0, 1)
             given = (*given, *weights.of_prior(rssm))
-        cells = (rssm.cells.observe, rssm.cells.observe_backward)
-        results = Scan.apply(*cells, *start, *parts, seen, *drawn, *given)
+        functions = (rssm.functions.observe, rssm.functions.observe_backward)
+        results = Scan.apply(*functions, *start, *parts, seen, *drawn, *given)
     return tuple(result.transpose(0, 1) for result in results)
 
 
@@ -122,10 +122,10 @@ def roll_out(
             classes = None if draws is None else draws.imagined_stoch[:, h]
             action = bounded(actions[-1])
             with autocast(deter.device, None):
-                deter, stoch = rssm.cells.imagine(given, deter, stoch, action, noise, classes, rssm.unimix)
+                deter, stoch = rssm.functions.imagine(given, deter, stoch, action, noise, classes, rssm.unimix)
         feat[:, :width], feat[:, width:] = deter, stoch.flatten(1)
         if draws is None:
-            actions.append(actor.output(rssm.cells.policy(given.actor, feat)).sample())
+            actions.append(actor.output(rssm.functions.policy(given.actor, feat)).sample())
         else:
             actions.append(draws.imagined_actions[:, h])
     return feats.transpose(0, 1), torch.stack(actions, 1)
@@ -133,4 +133,7 @@ def roll_out(
 
 def _takes_kernels(rssm: RSSM, *states: Tensor) -> bool:
     """Whether these states are computed in C; not where compiled functions are wanted."""
-    return rssm.cells == Cells() and kernels(*states, rssm.gates.weight, elements=states[0].numel()) is not None
+    return (
+        rssm.functions == CompiledFunctions()
+        and kernels(*states, rssm.gates.weight, elements=states[0].numel()) is not None
+    )
