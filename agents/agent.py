@@ -183,7 +183,7 @@ class WorldFluxAgent(SavedAgent):
         self._learning: int | None = None  # this agent's id while it learns, which a copy of it does not
         self._endings: list[Callable[[], None]] = []  # what else belongs to the end of `learn`
         self._random_started = False
-        self._steps_elsewhere = False
+        self._steps_in_subprocesses = False
         self._frames_per_step = 1
         if _init_setup_model:
             self._setup_model()
@@ -390,7 +390,7 @@ class WorldFluxAgent(SavedAgent):
                 predict=self.predict if own_predict else None,
             )
             # A GPU computes while this process steps the environments, too.
-            self._steps_elsewhere = steps_in_subprocesses(self.env) or self.device.type == "cuda"
+            self._steps_in_subprocesses = steps_in_subprocesses(self.env) or self.device.type == "cuda"
             self._frames_per_step = frames_per_vec_step(self.env)
         return self._collector
 
@@ -479,12 +479,12 @@ class WorldFluxAgent(SavedAgent):
         try:
             callback.on_training_start(started, globals())
             keep_going = True
-            if not self._steps_elsewhere:
+            if not self._steps_in_subprocesses:
                 self._train()  # what was owed when the agent was saved
             while keep_going and self.num_timesteps < total_timesteps:
                 logged_episodes = self._episode_num
                 keep_going = self._collect_step(callback)
-                if not self._steps_elsewhere:
+                if not self._steps_in_subprocesses:
                     self._train()
                 if log_interval is not None and self._episode_num // log_interval > logged_episodes // log_interval:
                     self.dump_logs()

@@ -12,7 +12,7 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from worldflux.agents.agent import WorldFluxAgent
 from worldflux.agents.settings import AgentSettings, Rate
-from worldflux.agents.zoo.theirs import SimpleLinearSchedule
+from worldflux.agents.zoo.upstream import SimpleLinearSchedule
 from worldflux.config import DreamerV3Config, TDMPC2Config, WorldModelConfig
 from worldflux.errors import ConfigurationError, TrainingError, nearest
 from worldflux.factory import find_preset

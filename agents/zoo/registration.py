@@ -8,7 +8,7 @@ from typing import Any
 
 from worldflux.agents.zoo.algorithms import TDMPC2, DreamerV3
 from worldflux.agents.zoo.search import convert, sample_dreamerv3, sample_tdmpc2
-from worldflux.agents.zoo.theirs import ALGOS, HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER, exp_manager
+from worldflux.agents.zoo.upstream import ALGOS, HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER, exp_manager
 
 HYPERPARAMS = Path(__file__).parent / "hyperparams"
 """Holds `dreamerv3.yml` and `tdmpc2.yml`, in rl_zoo3's format."""

@@ -249,7 +249,7 @@ class StepCache:
         return {key: np.concatenate([final[key] for final in finals]) for key in self._obs} if finals else {}
 
 
-class NextStepHeldSteps(StepCache):
+class NextStepStepCache(StepCache):
     """Of environments that reset on the next step: which steps are resets, and the last observations, follow from that.
 
     Args:

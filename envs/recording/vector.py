@@ -10,7 +10,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from worldflux.envs.given import check_what_is_given
 from worldflux.envs.recording.recorder import EpisodeRecorder
-from worldflux.envs.recording.step_cache import NextStepHeldSteps
+from worldflux.envs.recording.step_cache import NextStepStepCache
 from worldflux.envs.spaces import Array
 from worldflux.envs.vector import autoreset_mode, final_obs_in
 from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError
@@ -125,7 +125,7 @@ class NextStepVectorEpisodeRecorder(VectorEpisodeRecorder):
         envs: Likewise.
     """
 
-    _held_type = NextStepHeldSteps
+    _held_type = NextStepStepCache
 
     def __init__(self, buffer: ReplayBuffer, envs: VectorEnv[Any, Any, Any]) -> None:
         super().__init__(buffer, envs)

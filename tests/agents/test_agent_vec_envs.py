@@ -104,7 +104,7 @@ def test_rows_from_processes_belong_together_and_two_runs_give_the_same_bits() -
             agent = make_agent(envs).learn(60)
         finally:
             envs.close()
-        assert agent._steps_elsewhere
+        assert agent._steps_in_subprocesses
         assert rows_compared(agent) > 50
         runs.append(weights(agent))
     np.testing.assert_array_equal(runs[0].numpy(), runs[1].numpy())
