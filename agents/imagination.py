@@ -15,7 +15,7 @@ from worldflux.diagnostics.plots import figures, picture_name
 from worldflux.diagnostics.plots.frames import FPS, as_animated_png, film, image_keys, longest_windows
 from worldflux.errors import ConfigurationError, TrainingError
 from worldflux.replay.batch import Batch
-from worldflux.replay.newest import NewestRows
+from worldflux.replay.views import NewestRows
 from worldflux.validation import whole_number
 
 WINDOWS, IMAGE_WINDOWS = 64, 16

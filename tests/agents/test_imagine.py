@@ -22,7 +22,7 @@ from worldflux.cli.commands.imagine import _find_agent
 from worldflux.cli.main import main
 from worldflux.cli.runs import RunConfig
 from worldflux.errors import ConfigurationError
-from worldflux.replay.newest import NewestRows
+from worldflux.replay.views import NewestRows
 from worldflux.training import Batch, ReplayBuffer, open_loop
 
 TINY = dict(deter_dim=32, hidden_dim=8, stoch_discrete=4, stoch_classes=4, units=8, imagination_horizon=3)

@@ -16,12 +16,12 @@ from worldflux.replay.actions import declared_classes, described, type_of
 from worldflux.replay.backends import Storage, StoragePlace, storage_at
 from worldflux.replay.batch import Batch, BatchRequest
 from worldflux.replay.export import FileActions, collect_data, dtype_in_memory, fill, read_replay, write_replay
-from worldflux.replay.held_out import ReplayPart, split
 from worldflux.replay.npz import NpzFile
 from worldflux.replay.receiving import RowReceiver
 from worldflux.replay.ring import RingStorage
 from worldflux.replay.sampler import Drawn, Span, WholeStreams, WindowSampler
 from worldflux.replay.spec import SINGLE, ObsShape, TransitionSpec
+from worldflux.replay.views import ReplayPart, split
 from worldflux.validation import whole_number
 
 

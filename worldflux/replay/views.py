@@ -1,17 +1,21 @@
-"""Parts of a replay buffer that share its memory and none of its rows: one to train on, one to evaluate on."""
+"""Views of a replay buffer: episodes held out for evaluation, and the rows recorded last."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from worldflux.errors import BufferError
 from worldflux.replay.ring import FINAL, FIRST, RingStorage
-from worldflux.replay.sampler import Runs, Span, WindowSampler
+from worldflux.replay.sampler import Runs, Span, WholeStreams, WindowSampler
 from worldflux.replay.spec import TransitionSpec
 from worldflux.validation import whole_number
+
+if TYPE_CHECKING:
+    from worldflux.replay.buffer import ReplayBuffer
 
 
 class ReplayPart(WindowSampler):
@@ -138,3 +142,31 @@ def _episodes_of(rows: RingStorage) -> _Episodes:
         ends.append(np.append(first[1:], rows.end[number])[: len(first)])
     stream, begin, end = np.concatenate(streams), np.concatenate(begins), np.concatenate(ends)
     return _Episodes(stream, begin, end, (rows.flags[rows.at(stream, end - 1)] & FINAL) != 0)
+
+
+class NewestRows(WindowSampler):
+    """The newest rows of a replay buffer as they are now, in its memory; a provider like the buffer.
+
+    Its random numbers are its own: those of the buffer's sampler stay where they are.
+
+    Args:
+        buffer: Whose rows.
+        rows: Of each stream.
+        seed: Of the sampler.
+    """
+
+    _hint = "Record more, or sample shorter windows."
+
+    def __init__(self, buffer: ReplayBuffer, rows: int, seed: int) -> None:
+        form = TransitionSpec(buffer.obs_shape, buffer.action_dim, buffer.obs_dtype, buffer.extras)
+        super().__init__(form, seed)
+        self._buffer = buffer
+        store = self._rows
+        self._newest = WholeStreams(np.maximum(store.begin, store.end - rows), store.end)
+
+    @property
+    def _rows(self) -> RingStorage:
+        return self._buffer.stored()[0]
+
+    def _span(self, rows: RingStorage) -> Span:
+        return self._newest
