@@ -4,7 +4,7 @@
 | --- | --- |
 | `agent.json` | settings, spaces and counters; the versions that it was saved with |
 | `config.json`, `model.safetensors` | the model, as `WorldModel.save_pretrained` writes it |
-| `optimizer.pt`, `trainer.json` | the trainer's checkpoint; tensors only, read with `weights_only=True` |
+| `optimizer.pt`, `trainer.json` | the trainer's checkpoint; read without unpickling |
 """
 
 from __future__ import annotations
@@ -64,6 +64,12 @@ def is_file(given: object, to: Literal["read", "write"]) -> TypeGuard[IO[bytes]]
     able = getattr(given, {"read": "readable", "write": "writable"}[to], None)
     if hasattr(given, "encoding") or isinstance(given, io.TextIOBase) or (able is not None and not able()):
         raise ConfigurationError(f"The file object {given!r} cannot {to} bytes. Open it in mode '{to[0]}b'.")
+    seekable = getattr(given, "seekable", None)
+    if to == "read" and seekable is not None and not seekable():
+        raise ConfigurationError(
+            f"The file object {given!r} is a pipe or the like, expected one that can be read from its start. Pass "
+            "io.BytesIO(file.read())."
+        )
     return True
 
 
@@ -157,7 +163,7 @@ def open_saved(path: ArchivePath) -> Iterator[tuple[dict[str, Any], Path]]:
             yield opened
         return
     directory = holder if (holder / AGENT_FILE).is_file() else newest_checkpoint(holder)
-    if directory is None:
+    if directory is None or not (directory / AGENT_FILE).exists():
         raise FileNotFoundError(
             f"The directory {path} holds no checkpoint of an agent. Pass one that save_checkpoint wrote, or that "
             "holds several of them."
@@ -229,7 +235,7 @@ def _checked(description: Any, path: object) -> dict[str, Any]:
 
 
 def _with_suffix(path: Path) -> Path:
-    return path if path.suffix else path.with_name(f"{path.name}.zip")
+    return path if path.suffix or not path.name else path.with_name(f"{path.name}.zip")
 
 
 def _existing(path: Path) -> Path:

@@ -32,6 +32,9 @@ _LONGEST_NAME, _LONGEST_PATH = 255, 4095
 _NO_SUCH_CALL = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 """What file systems answer that cannot do something."""
 
+_SOMEBODY_ELSE = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT}
+"""What renaming a directory answers if somebody was quicker."""
+
 _in_use: set[str] = set()
 """What this process is writing in."""
 _numbers = itertools.count()
@@ -94,9 +97,17 @@ def _shortened(text: str) -> str:
     return shown if len(shown) <= 80 else f"{shown[:60]}...{shown[-16:]}"
 
 
+def _number(error: BaseException) -> int | None:
+    """What the system answered, also where torch made an error of its own of that."""
+    cause: BaseException | None = error
+    while cause is not None and not (isinstance(cause, OSError) and cause.errno is not None):
+        cause = cause.__cause__ or cause.__context__
+    return cause.errno if isinstance(cause, OSError) else None
+
+
 def reason(error: BaseException) -> str:
     """Why something could not be written, with the words for it if that is a full disk."""
-    number = error.errno if isinstance(error, OSError) else None
+    number = _number(error)
     if number is None:
         told = re.search(r"os error (\d+)", str(error))  # as safetensors says it
         number = int(told[1]) if told else None
@@ -177,6 +188,8 @@ def write_text(path: str | os.PathLike[str], text: str, error: type[WorldFluxErr
         error: Raised if it cannot be written.
     """
     target = checked_path("path", path)
+    if target.is_dir():
+        raise error(f"{target} is a directory, expected the path of a file. Add a name.")
     with writing(target, error):
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target, text.encode())
@@ -226,23 +239,30 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 def _replace(path: Path, beside: Path) -> None:
     """Moves a directory to a path where another one may be, which is moved aside."""
-    while True:
-        if path.exists():
-            # A directory cannot be renamed over a full one. A kill between the two renames is what
-            # `recover_directory` mends.
-            os.rename(path, path.with_name(f".{path.name}{_ASIDE}"))
+    for attempt in itertools.count(1):
         try:
+            if path.exists():
+                # A directory cannot be renamed over a full one. A kill between the two renames is what
+                # `recover_directory` mends.
+                os.rename(path, path.with_name(f".{path.name}{_ASIDE}"))
             os.rename(beside, path)
             return
-        except OSError:
-            if not path.exists():
+        except OSError as error:
+            if attempt == _ATTEMPTS or error.errno not in _SOMEBODY_ELSE:
                 raise
-            # A reader came between the two and took the old one for what a kill had left.
+            # Another writer, or a reader who took the old one for what a kill had left, came between the two.
+            recover_directory(path)
 
 
 def recover_directory(path: str | Path) -> None:
-    """Brings back the directory that a killed `atomic_directory` had moved aside, if it left none at `path`."""
+    """Brings back the directory that a killed `atomic_directory` had moved aside, if it left none at `path`.
+
+    Raises:
+        CheckpointError: If nothing can be moved there.
+    """
     path = Path(path)
+    if not path.name:  # the root of the file system
+        return
     aside = path.with_name(f".{path.name}{_ASIDE}")
     if not aside.exists():
         return
@@ -250,9 +270,12 @@ def recover_directory(path: str | Path) -> None:
         try:
             os.rename(aside, path)
             return
-        except OSError:
+        except OSError as error:
             if not path.exists():
-                raise
+                raise CheckpointError(
+                    f"{path} was being replaced by a process that was killed, and what was there cannot be moved back "
+                    f"from {aside.name}: {reason(error)}. Make the directory around it writable once."
+                ) from error
             # Its writer was not killed, and quicker.
     _remove(aside)
 

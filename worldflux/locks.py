@@ -11,6 +11,7 @@ from pathlib import Path
 
 from worldflux.errors import ConfigurationError
 from worldflux.files import reason
+from worldflux.reading import open_regular
 
 if sys.platform == "win32":
     import msvcrt
@@ -45,7 +46,8 @@ class DirectoryLock:
             OSError: If nothing can be written in the directory.
         """
         while True:
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            # What a link in there names is not ours to write to.
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
             if not _lock(handle):
                 os.close(handle)
                 return False
@@ -75,7 +77,8 @@ class DirectoryLock:
     def holder(self) -> str:
         """Who has it, in words."""
         try:
-            return self.path.read_text(encoding="utf-8", errors="replace")[:200] or "another process"
+            with open_regular(self.path) as file:
+                return file.read(200).decode(errors="replace") or "another process"
         except OSError:
             return "another process"
 

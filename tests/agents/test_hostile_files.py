@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import os
 import shutil
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ import safetensors.torch
 import torch
 from gymnasium import spaces
 from helpers.envs import CountingEnv
+from helpers.training import MemoryProvider, NoisyRegression
 
 from worldflux import WorldFluxAgent, create_world_model
 from worldflux.cli.runs import RunConfig, read_evaluations
@@ -26,7 +29,7 @@ from worldflux.errors import BufferError, CheckpointError, ConfigurationError, W
 from worldflux.models.base import WorldModel
 from worldflux.reading import MOST_JSON_BYTES, open_regular, read_json
 from worldflux.replay import backends as storage_places
-from worldflux.training import Trainer, TrainingConfig
+from worldflux.training import Callback, CheckpointCallback, EarlyStoppingCallback, Trainer, TrainingConfig
 
 MODEL = dict(latent_dim=16, hidden_dim=16, mlp_dim=16, enc_dim=16, num_q_networks=2)
 SETTINGS: dict[str, Any] = dict(
@@ -183,7 +186,10 @@ def test_every_reader_of_json_refuses_it(name: str, kind: str, place: Path) -> N
         READERS[name](place)
 
 
-@pytest.mark.parametrize("content", [b"step,score\n\0\n", b"step,score\n" + b"9" * 200_000, b"\xff\xfe"])
+TOO_LONG = b"step,score,std,length,episodes,seconds,seed\n" + b"9" * 400 + b",1,1,1,1,1,1\n"
+
+
+@pytest.mark.parametrize("content", [b"step,score\n\0\n", b"step,score\n" + b"9" * 200_000, b"\xff\xfe", TOO_LONG])
 def test_a_learning_curve_that_csv_cannot_read_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "evaluations.csv").write_bytes(content)
     with pytest.raises(CheckpointError, match="is not a file of evaluations"):
@@ -424,6 +430,22 @@ def test_the_state_of_an_optimiser_is_checked_when_it_is_read(kind: str, place: 
         resume(place)
 
 
+def test_moments_that_lie_in_one_large_storage_take_its_memory_once(place: Path) -> None:
+    path = place / "checkpoint" / "optimizer.pt"
+    saved, large = torch.load(path, weights_only=True), torch.zeros(2_000_000)
+    for entry in saved["states"][0]["state"].values():
+        entry.update({name: large[: entry[name].numel()].view_as(entry[name]) for name in ("exp_avg", "exp_avg_sq")})
+    path.unlink()
+    torch.save(saved, path)
+    trainer = load(place).trainer
+    tracemalloc.start()
+    try:
+        trainer.load_checkpoint(place / "checkpoint")
+        assert tracemalloc.get_traced_memory()[1] < 10 * path.stat().st_size
+    finally:
+        tracemalloc.stop()
+
+
 def test_of_an_optimiser_only_counts_and_moments_are_taken(place: Path) -> None:
     path = place / "checkpoint" / "optimizer.pt"
     state = torch.load(path, weights_only=True)
@@ -443,6 +465,44 @@ def test_a_step_that_no_run_has_is_refused(place: Path) -> None:
     replaced(place / "checkpoint" / "trainer.json", json.dumps({**progress, "step": 10**30}).encode())
     with pytest.raises(CheckpointError, match=r"trainer\.json: step is 1e\+30, more than any run has"):
         resume(place)
+
+
+class Counting(Callback):
+    """Somebody's own, which trusts in what it has saved."""
+
+    calls = 0
+
+    def on_step_end(self, step: int, losses: Any) -> None:
+        self.calls += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.calls = int(state["calls"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("best", "sum", "best_step", "count") for value in ("x", [], True, math.nan)),
+        *(("best_step", None), ("count", -1), ("best_step", 0.5), ("calls", "x"), ("calls", None), ("calls", math.inf)),
+    ],
+)
+def test_what_callbacks_remember_is_checked_before_the_first_step(name: str, value: Any, tmp_path: Path) -> None:
+    def train(steps: int) -> None:
+        callbacks = [EarlyStoppingCallback(patience=50), Counting(), CheckpointCallback(tmp_path)]
+        config = TrainingConfig(total_steps=steps, batch_size=2, sequence_length=4, device="cpu")
+        Trainer(NoisyRegression(), config, callbacks).train(MemoryProvider(), resume=True)
+
+    train(2)
+    path = tmp_path / "step-00000002" / "trainer.json"
+    progress = json.loads(path.read_text())
+    next(entry["state"] for entry in progress["callbacks"] if name in entry["state"])[name] = value
+    replaced(path, json.dumps(progress).encode())
+    with pytest.raises(CheckpointError, match=r"EarlyStoppingCallback|What Counting remembered in the checkpoint"):
+        train(3)
+    assert not (tmp_path / "step-00000003").exists()
 
 
 @pytest.mark.parametrize("value", [[float("nan")] * 3, [-1.0] * 3, [float("inf")] * 3, "x", None])

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from worldflux.cli.commands.plot import _grouped
 from worldflux.cli.curves import Run, mean_and_interval, published, read_run
 from worldflux.cli.main import main
+from worldflux.cli.run_callbacks import run_logger
 from worldflux.cli.runs import Evaluation, RunConfig, write_evaluations
 from worldflux.envs.suites import ATARI_100K, DMC_DREAMERV3_PROPRIO, DMC_DREAMERV3_VISION, DMC_TASKS, DMC_TDMPC2
 
@@ -229,6 +230,28 @@ def test_what_cannot_be_drawn_is_said(args: list[str], message: str, capsys: pyt
     out, err = capsys.readouterr()
     assert out == ""
     assert message in err.splitlines()[-1]
+
+
+def test_links_that_lead_back_are_followed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    run("some", {10: 1.0})
+    for name in ("a", "b"):
+        Path("runs", name).symlink_to(".")
+    assert main(["plot", "runs"]) == 0
+    assert capsys.readouterr().out.startswith("CartPole-v1  dreamerv3:tiny: 1 runs, last evaluation scores 1\n")
+
+
+def test_a_log_is_written_over_nothing(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "progress.json").symlink_to(tmp_path / "mine")
+    (tmp_path / "logs" / "progress-2.csv").write_text("of before")
+    logger = run_logger(tmp_path / "logs")
+    logger.record("a", 1)
+    logger.dump()
+    logger.close()
+    assert (tmp_path / "mine").read_text() == "precious"
+    assert (tmp_path / "logs" / "progress-2.csv").read_text() == "of before"
+    assert (tmp_path / "logs" / "progress-3.csv").read_text() == "a\n1\n"
 
 
 def test_runs_without_scores_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shutil
 import stat
@@ -24,7 +25,7 @@ from worldflux.agents import AgentCheckpointCallback, WorldFluxAgent
 from worldflux.cli.main import main
 from worldflux.config import WorldModelConfig
 from worldflux.errors import BufferError, CheckpointError, ConfigurationError, WorldFluxError
-from worldflux.files import reading_together, replacing, replacing_together
+from worldflux.files import atomic_directory, reading_together, reason, replacing, replacing_together
 from worldflux.interop import load_official_dreamerv3, load_official_tdmpc2
 from worldflux.models.base import WorldModel
 from worldflux.training import CheckpointCallback, LoggingCallback, ReplayBuffer, Trainer, TrainingConfig
@@ -129,6 +130,14 @@ def test_a_file_where_a_directory_should_be_is_a_configuration_error(
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_the_root_of_the_file_system_is_no_file(agent: WorldFluxAgent, trainer: Trainer) -> None:
+    for place in ("save", "save_checkpoint", "save_replay_buffer", "config.save", "TrainingConfig.save"):
+        with pytest.raises(WorldFluxError, match=r"^/ (is a directory|exists and is no checkpoint)"):
+            places(agent, trainer)[place]("/")
+    with pytest.raises(FileNotFoundError, match="The directory / holds no checkpoint of an agent"):
+        WorldFluxAgent.load("/")
+
+
 @pytest.mark.parametrize("command", ["train --run", "collect -o"])
 def test_the_command_line_says_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
@@ -179,6 +188,42 @@ def test_what_cannot_be_written_is_an_error_of_ours_and_leaves_the_old(
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path != tmp_path / "saved.zip"} | {
         tmp_path / "saved.zip": before[tmp_path / "saved.zip"]
     } == before
+
+
+class FullFile(io.BytesIO):
+    """On a disk with room for a few bytes."""
+
+    def write(self, data: Any) -> int:
+        if self.tell() > 1000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data)
+
+
+def test_a_full_disk_is_seen_behind_the_errors_of_torch() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.save([torch.zeros(1000) for _ in range(9)], FullFile())
+    assert reason(raised.value).startswith("the disk is full (")
+
+
+def test_a_directory_is_replaced_though_another_writer_is_in_between(tmp_path: Path) -> None:
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "old").touch()
+    with atomic_directory(tmp_path / "saved") as directory:
+        (directory / "new").touch()
+        shutil.copytree(tmp_path / "saved", tmp_path / ".saved.replaced")  # as the other one does
+    assert [entry.name for entry in (tmp_path / "saved").iterdir()] == ["new"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["saved"]
+
+
+def test_what_a_kill_has_left_where_nothing_can_be_written_is_an_error_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: Trainer
+) -> None:
+    trainer.save_checkpoint(tmp_path / "saved")
+    (tmp_path / "saved").rename(tmp_path / ".saved.replaced")
+    monkeypatch.setattr(os, "rename", refusing(errno.EROFS))
+    for read in (trainer.load_checkpoint, WorldFluxAgent.load):
+        with pytest.raises(CheckpointError, match=r"was being replaced .* cannot be moved back from \.saved\.replaced"):
+            read(tmp_path / "saved")
 
 
 @pytest.mark.parametrize("writer", WRITERS)

@@ -158,6 +158,16 @@ def test_a_link_among_the_checkpoints_is_not_written_through(tmp_path: Path) -> 
     assert not (tmp_path / "run" / "step-00000002").is_symlink()
 
 
+@pytest.mark.parametrize("begin", [train_anew, learn_anew])
+def test_a_lock_that_is_a_link_is_not_written_through(tmp_path: Path, begin: Function[[Path], None]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "run" / LOCK_FILE).symlink_to(tmp_path / "mine")
+    with pytest.raises(ConfigurationError, match=r"Nothing can be written in .*\.lock"):
+        begin(tmp_path / "run")
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
 def test_the_directory_itself_may_be_a_link(tmp_path: Path) -> None:
     (tmp_path / "scratch").mkdir()
     (tmp_path / "run").symlink_to(tmp_path / "scratch")

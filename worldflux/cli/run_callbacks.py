@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -37,10 +38,16 @@ resumed run evaluates as one that was never stopped."""
 def run_logger(directory: Path) -> Logger:
     """SB3's logger into files of their own for each part of a run: `progress.csv`, `progress-2.csv`, ..."""
     directory.mkdir(parents=True, exist_ok=True)
-    part = 1 + len(list(directory.glob("progress*.csv")))
     formats = ["csv", "json", *(["tensorboard"] if installed_version("tensorboard") else [])]
-    suffix = "" if part == 1 else f"-{part}"
-    return Logger(str(directory), [make_output_format(name, str(directory), suffix) for name in formats])
+    part = 1 + len(list(directory.glob("progress*.csv")))
+    # SB3 would write over what is there, and through a link.
+    while any(os.path.lexists(directory / f"progress{_suffix(part)}.{kind}") for kind in ("csv", "json")):
+        part += 1
+    return Logger(str(directory), [make_output_format(name, str(directory), _suffix(part)) for name in formats])
+
+
+def _suffix(part: int) -> str:
+    return "" if part == 1 else f"-{part}"
 
 
 class Progress(BaseCallback):

@@ -105,13 +105,31 @@ def is_run(directory: Path) -> bool:
 
 
 def find_runs(directory: Path) -> Iterator[Path]:
-    """The directory itself, if it is one of a run, else all of runs in it, in the order of their names."""
-    if is_run(directory):
-        yield directory
-    elif directory.is_dir():
-        for entry in sorted(directory.iterdir(), key=_place):
-            if entry.is_dir() and not entry.name.startswith("."):
-                yield from find_runs(entry)
+    """The directory itself, if it is one of a run, else all of runs in it, in the order of their names.
+
+    Links are followed, and each directory is looked at once: a link may lead back.
+
+    Raises:
+        ConfigurationError: If a directory cannot be read.
+    """
+    seen: set[str] = set()
+    waiting = [directory]
+    while waiting:
+        place = waiting.pop()
+        real = os.path.realpath(place)
+        if real in seen:
+            continue
+        seen.add(real)
+        if is_run(place):
+            yield place
+            continue
+        try:
+            inside = [entry for entry in place.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise ConfigurationError(f"{shown(place)} cannot be read: {error.strerror}.") from error
+        waiting += sorted(inside, key=_place, reverse=True)
 
 
 def run_of(path: Path) -> Path | None:
@@ -320,10 +338,18 @@ def read_evaluations(path: Path) -> list[Evaluation]:
     try:
         with io.TextIOWrapper(open_regular(path), encoding="utf-8", newline="") as file:
             return [
-                Evaluation(**{name: kind(row[name]) for name, kind in kinds.items()}) for row in csv.DictReader(file)
+                Evaluation(**{name: _number(kind, row[name]) for name, kind in kinds.items()})
+                for row in csv.DictReader(file)
             ]
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise CheckpointError(f"{path} is not a file of evaluations: {error!r}. Remove it, or restore it.") from error
+
+
+def _number(kind: type[int] | type[float], text: str) -> Any:
+    number = kind(text)
+    if kind is int and not 0 <= number < 2**63:
+        raise ValueError(f"{text[:20]} is no count")
+    return number
 
 
 def write_evaluations(path: Path, rows: list[Evaluation]) -> None:

@@ -90,6 +90,7 @@ class TorchFile:
             raise ValueError("it is no archive, which is what torch.save writes since torch 1.6")
         self._archive = zipfile.ZipFile(path)
         self._members = {info.filename: info for info in self._archive.infolist()}
+        self._loaded: dict[str, Tensor] = {}  # the bytes of members; any number of tensors may lie in each
         for info in self._members.values():
             if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 0x1 or info.file_size != info.compress_size:
                 raise ValueError(f"its member {info.filename[:99]!r} is compressed, and torch writes none that are")
@@ -123,13 +124,12 @@ class TorchFile:
         claimed = sum(math.prod(value.shape) * storages[name].dtype.itemsize for name, value in described.items())
         if claimed > _MOST_COPIES * self._size:
             raise ValueError(f"its tensors claim {claimed:,} bytes, and the file has {self._size:,}")
-        loaded: dict[str, Tensor] = {}
         for storage in storages.values():
-            if storage.member not in loaded:
+            if storage.member not in self._loaded:
                 data = bytearray(self._archive.read(storage.member))
-                loaded[storage.member] = torch.frombuffer(data, dtype=torch.uint8)
+                self._loaded[storage.member] = torch.frombuffer(data, dtype=torch.uint8)
         return {
-            name: loaded[storages[name].member]
+            name: self._loaded[storages[name].member]
             .view(storages[name].dtype)
             .as_strided(value.shape, value.strides, value.offset)
             for name, value in described.items()

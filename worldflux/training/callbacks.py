@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from worldflux.errors import ConfigurationError, MissingDependencyError, TrainingError, nearest
+from worldflux.errors import CheckpointError, ConfigurationError, MissingDependencyError, TrainingError, nearest
 from worldflux.files import checked_path
 from worldflux.training.saving import CheckpointDirectory
 from worldflux.validation import whole_number
@@ -388,9 +388,20 @@ class EarlyStoppingCallback(Callback):
         return {"best": best, "best_step": self.best_step, "sum": float(self._sum), "count": self._count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on waiting where the saved run did."""
-        self.best = math.inf if state["best"] is None else state["best"]
-        self.best_step, self._sum, self._count = state["best_step"], state["sum"], state["count"]
+        """Goes on waiting where the saved run did.
+
+        Raises:
+            CheckpointError: If it is none of `state_dict`.
+        """
+        best, total = (0.0 if state[name] is None else state[name] for name in ("best", "sum"))
+        for name, value in (("best", best), ("sum", total)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise CheckpointError(f"The state of EarlyStoppingCallback has {name} {value!r}, expected a number.")
+        self.best_step, self._count = (
+            whole_number(f"{name} of EarlyStoppingCallback", state[name], 0, error=CheckpointError)
+            for name in ("best_step", "count")
+        )
+        self.best, self._sum = math.inf if state["best"] is None else float(best), float(total)
 
     def _pick(self, values: Mapping[str, Any], name: str) -> Any:
         if name not in values:

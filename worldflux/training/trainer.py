@@ -597,7 +597,8 @@ class Trainer:
             mine = next((entry for entry in saved if entry["type"] == type(callback).__name__), None)
             if mine is not None:
                 saved.remove(mine)
-                callback.load_state_dict(mine["state"])
+                with only_our_errors(f"What {mine['type']} remembered in the checkpoint"):
+                    callback.load_state_dict(mine["state"])
 
     def _sampler_state(self) -> dict[str, Any] | None:
         if self._batches is not None:
