@@ -45,7 +45,7 @@ class MemoryProvider:
             rewards=torch.from_numpy(self.rewards[rows]),
             terminations=torch.zeros(rows.shape, dtype=torch.bool),
             extras={"count": torch.from_numpy(self.count[rows])},
-            rows=torch.from_numpy(rows),
+            row_ids=torch.from_numpy(rows),
         ).to(device)
 
     def update_extras(self, rows: Tensor, values: dict[str, Tensor]) -> None:
