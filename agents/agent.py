@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import safe_mean, set_random_seed, update_learning_rate
 from torch import Tensor
@@ -33,6 +33,7 @@ from worldflux.files import writing
 from worldflux.models.base import WorldModel
 from worldflux.replay.buffer import ReplayBuffer
 from worldflux.replay.checkpoint import ReplaySegments
+from worldflux.training.callbacks import Callback, CheckpointCallback
 from worldflux.training.config import TrainingConfig
 from worldflux.training.saving import call_all
 from worldflux.training.signals import StopRequest, stopping_on_signals
@@ -438,7 +439,8 @@ class WorldFluxAgent(SavedAgent):
             This agent.
 
         Raises:
-            ConfigurationError: If there is no environment, a number is out of its range, or a callback calls it.
+            ConfigurationError: If there is no environment, a number is out of its range, a callback is one of a
+                `Trainer`, or a callback calls it.
             BufferError: If the replay data of so many steps would not fit into the machine's memory.
             TrainingError: If a loss is not finite, with its name and the step; or an action, before it is taken.
         """
@@ -455,6 +457,7 @@ class WorldFluxAgent(SavedAgent):
         total_timesteps = whole_number("total_timesteps", total_timesteps, 0)
         if log_interval is not None:
             log_interval = whole_number("log_interval", log_interval, 1)
+        _check_callbacks(callback)
         self.replay_buffer.check_budget(total_timesteps)
         self.lr_schedule(self._current_progress_remaining)  # fails now rather than after the first steps
         tb_log_name = tb_log_name or self.model.config.model_type
@@ -623,6 +626,17 @@ class WorldFluxAgent(SavedAgent):
 
 
 _SETTINGS = frozenset(item.name for item in fields(AgentSettings))
+
+
+def _check_callbacks(given: object) -> None:
+    """Raises a `ConfigurationError` if a callback of a `Trainer` is among what was given to `learn`."""
+    for callback in given.callbacks if isinstance(given, CallbackList) else given if isinstance(given, list) else ():
+        _check_callbacks(callback)
+    if isinstance(given, Callback):
+        takes = "AgentCheckpointCallback" if isinstance(given, CheckpointCallback) else "callbacks of stable-baselines3"
+        raise ConfigurationError(f"{type(given).__name__} is for train(); an agent takes {takes}.")
+
+
 _CHANGEABLE = ("learning_rate", "train_ratio", "tensorboard_log", "verbose")
 """Settings of which an agent that is built takes another value."""
 _PREDICT = WorldFluxAgent.predict

@@ -46,7 +46,7 @@ from worldflux.models.base import WEIGHTS_FILE
 from worldflux.models.weights import read_weights
 from worldflux.reading import only_our_errors
 from worldflux.replay.buffer import ReplayBuffer
-from worldflux.replay.checkpoint import ReplaySegments
+from worldflux.replay.checkpoint import REPLAY_FOLDER, ReplaySegments
 from worldflux.training.checkpoint import check_target, new_run, writing_checkpoint
 from worldflux.training.randomness import keeping_random_streams
 from worldflux.training.trainer import Trainer
@@ -181,9 +181,12 @@ class SavedAgent(BaseAlgorithm):
             episode_successes=[float(success) for success in self.ep_success_buffer or ()],
             normalization=normalization_state(self._vec_normalize_env),
         )
+        description = self._description().to_json()
+        if self.tensorboard_log is not None:
+            description["settings"]["tensorboard_log"] = "elsewhere"  # where, is for who loads it to say
         with writing_checkpoint(path), atomic_directory(path) as directory:
             self.trainer.write_checkpoint(directory)
-            write_description(directory, self._description().to_json())
+            write_description(directory, description)
             run.write(directory)
             self._segments.write(directory, final_obs=None if self._collector is None else self._collector.obs)
         self._segments.moved_to(path)
@@ -269,10 +272,16 @@ class SavedAgent(BaseAlgorithm):
             if made is not None:
                 made = cls._wrap_env(made, settings.verbose)
                 check_for_correct_spaces(made, saved.observation_space, saved.action_space)
-            if made is not None and saved.stored_elsewhere and "buffer_storage" not in kwargs:
+            holds_replay = (checkpoint / REPLAY_FOLDER).is_dir()
+            if made is not None and saved.stored_elsewhere and holds_replay and "buffer_storage" not in kwargs:
                 logger.warning(
-                    "The replay data of the saved agent did not lie in memory, and now they do: where to write is not "
-                    "taken from a file. Pass buffer_storage=... to load for another place."
+                    "This agent kept its replay data in a directory or on a device; loaded, it keeps them in memory. "
+                    "To keep them on disk, pass buffer_storage=DIRECTORY to load."
+                )
+            if resume and data["settings"].get("tensorboard_log") is not None and "tensorboard_log" not in kwargs:
+                logger.warning(
+                    "This agent wrote a TensorBoard log; loaded, it writes none. To go on with it, pass "
+                    "tensorboard_log=DIRECTORY to load."
                 )
             # Building draws and seeds, and a trainer's checkpoint holds the streams of its process.
             place = resolve_device(device, must_compute=True)

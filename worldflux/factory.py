@@ -221,10 +221,11 @@ def _from_config(config: WorldModelConfig, device: str | torch.device, given: di
 
 def _load(name: str, device: torch.device, given: dict[str, Any], allow_nonfinite: bool) -> WorldModel:
     """The saved model in the directory `name`, with some fields of its configuration replaced."""
-    if not name or not os.path.exists(name):  # an empty path would be the working directory
+    directory = checked_path("spec_or_path", name) if name else None  # an empty path would be the working directory
+    if directory is None or not directory.exists():
         options = [key for family in _families.values() for key in family.names()]
-        raise ConfigurationError(f"Unknown model {name!r}{nearest(name, options)} list_models() shows all.")
-    directory = checked_path("spec_or_path", name)
+        missing = f", and there is no directory {directory}" if directory else ""
+        raise ConfigurationError(f"Unknown model {name!r}{nearest(name, options)} list_models() shows all{missing}.")
     return reading_together(
         directory, (CONFIG_FILE, WEIGHTS_FILE), lambda: _read(name, directory, device, given, allow_nonfinite)
     )

@@ -51,14 +51,17 @@ def checked_path(name: str, given: object, *, within: Path | None = None, direct
 
     Raises:
         ConfigurationError: If there can be nothing under this path: it is empty, holds what no path can hold, is too
-            long, or a file stands where a directory should be.
+            long, begins with a `~` that only a shell would expand, or a file stands where a directory should be.
     """
     text = os.fspath(given) if isinstance(given, str | os.PathLike) else None
+    expected = "expected the path of a directory" if directory else "expected a path"
     if not isinstance(text, str):
-        raise ConfigurationError(f"{name} is {given!r}, expected a path.")
-    wrong = _fault_in(text)
+        raise ConfigurationError(f"{name} is {given!r}, {expected}.")
+    wrong = _fault_in(text) if text else expected
     if wrong is not None:
         raise ConfigurationError(f"{name} is {_shortened(text)}, {wrong}. Choose another path.")
+    if (expanded := os.path.expanduser(text)) != text:
+        raise ConfigurationError(f"{name} is '{text}', whose ~ only a shell expands. Pass '{expanded}'.")
     try:
         path = Path(within or "", text).absolute()
     except OSError as error:
@@ -79,8 +82,6 @@ def checked_path(name: str, given: object, *, within: Path | None = None, direct
 
 def _fault_in(text: str) -> str | None:
     """Why a text is no path; None if it can be one."""
-    if not text:
-        return "expected a path"
     if "\0" in text:
         return "which holds a NUL character, as no path can"
     try:
@@ -97,17 +98,13 @@ def _shortened(text: str) -> str:
     return shown if len(shown) <= 80 else f"{shown[:60]}...{shown[-16:]}"
 
 
-def _number(error: BaseException) -> int | None:
-    """What the system answered, also where torch made an error of its own of that."""
-    cause: BaseException | None = error
-    while cause is not None and not (isinstance(cause, OSError) and cause.errno is not None):
-        cause = cause.__cause__ or cause.__context__
-    return cause.errno if isinstance(cause, OSError) else None
-
-
 def reason(error: BaseException) -> str:
     """Why something could not be written, with the words for it if that is a full disk."""
-    number = _number(error)
+    cause: BaseException | None = error  # where torch made an error of its own of what the system answered
+    while cause is not None and not (isinstance(cause, OSError) and cause.errno is not None):
+        cause = cause.__cause__ or cause.__context__
+    error = cause or error
+    number = cause.errno if isinstance(cause, OSError) else None
     if number is None:
         told = re.search(r"os error (\d+)", str(error))  # as safetensors says it
         number = int(told[1]) if told else None
@@ -115,6 +112,8 @@ def reason(error: BaseException) -> str:
         return f"the disk is full ({error})"
     if number == getattr(errno, "EDQUOT", errno.ENOSPC):
         return f"the disk quota is used up ({error})"
+    if number == errno.EROFS:
+        return f"the file system is read-only, choose another place ({error})"
     return str(error)
 
 

@@ -57,7 +57,7 @@ class DirectoryLock:
         self._handle, self._owner = handle, os.getpid()
         with suppress(OSError):  # a full disk
             os.ftruncate(handle, 0)
-            os.write(handle, f"process {os.getpid()} on {platform.node()}".encode())
+            os.write(handle, _this_process().encode())
         return True
 
     def release(self) -> None:
@@ -104,6 +104,10 @@ def using(directory: Path) -> Iterator[None]:
         raise ConfigurationError(
             f"Nothing can be written in {directory}: {reason(error)}. Choose another directory."
         ) from error
+    if not taken and lock.holder() == _this_process():
+        raise ConfigurationError(
+            f"{directory} is in use: another callback of this program writes there. Give each a directory of its own."
+        )
     if not taken:
         raise ConfigurationError(
             f"{directory} is in use by {lock.holder()}, which writes there. Wait until it has ended, or choose another "
@@ -116,6 +120,11 @@ def using(directory: Path) -> Iterator[None]:
         if is_new:
             with suppress(OSError):  # it is not empty
                 directory.rmdir()
+
+
+def _this_process() -> str:
+    """What lock files of this process hold."""
+    return f"process {os.getpid()} on {platform.node()}"
 
 
 def _lock(handle: int) -> bool:

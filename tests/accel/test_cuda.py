@@ -223,7 +223,7 @@ def test_a_loss_that_is_not_finite_is_found_at_its_step() -> None:
         next(trainer.model.parameters()).fill_(torch.nan)
     trainer.step(given[-1])
     trainer.step(given[-1])
-    with pytest.raises(TrainingError, match=f"not finite at step {PLAIN_STEPS + 3}"):
+    with pytest.raises(TrainingError, match=f"not finite at gradient step {PLAIN_STEPS + 3}"):
         trainer.check_finite()
 
 

@@ -17,12 +17,13 @@ import torch
 from gymnasium import spaces
 from helpers.agents import SETTINGS, TINY, make_agent, weights
 from helpers.envs import CountingEnv, assert_rows_belong_together
-from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, CheckpointCallback, EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
+from worldflux import training
 from worldflux.agents import WorldFluxAgent, learning
 from worldflux.agents.archive import open_saved, write_archive
 from worldflux.errors import CheckpointError, ConfigurationError, ShapeMismatchError, TrainingError, WorldFluxError
@@ -249,8 +250,27 @@ def test_weights_that_are_not_finite_stop_the_run_with_the_name_of_a_loss() -> N
     with torch.no_grad():
         next(agent.model.reward_head.parameters()).fill_(float("nan"))
 
-    with pytest.raises(TrainingError, match=r"reward.* not finite at step"):
+    with pytest.raises(TrainingError, match=r"reward.* not finite at gradient step"):
         agent.learn(200)
+
+
+@pytest.mark.parametrize(
+    ("name", "takes"),
+    [
+        ("CheckpointCallback", "AgentCheckpointCallback"),
+        ("LoggingCallback", "callbacks of stable-baselines3"),
+        ("ProgressCallback", "callbacks of stable-baselines3"),
+    ],
+)
+@pytest.mark.parametrize("held", [lambda given: given, lambda given: [given], lambda given: CallbackList([given])])
+def test_callbacks_of_a_trainer_are_refused_before_the_first_step(
+    tmp_path: Path, name: str, takes: str, held: Callable[[Any], Any]
+) -> None:
+    agent = make_agent()
+    given = getattr(training, name)(*[tmp_path / "run"] * (name == "CheckpointCallback"))
+    with pytest.raises(ConfigurationError, match=rf"^{name} is for train\(\); an agent takes {takes}\.$"):
+        agent.learn(5, held(given))
+    assert agent.num_timesteps == 0 and list(tmp_path.iterdir()) == []
 
 
 def test_normalised_observations_reach_the_model_and_raw_ones_the_buffer() -> None:

@@ -255,10 +255,43 @@ def test_a_run_that_was_stored_on_a_disk_goes_on_where_its_reader_says(
     assert again.replay_buffer is not None and again.replay_buffer.storage == "memory"
     assert len(again.replay_buffer) == 15
     (message,) = caplog.messages
-    assert "did not lie in memory, and now they do" in message and "buffer_storage" in message
+    assert message == (
+        "This agent kept its replay data in a directory or on a device; loaded, it keeps them in memory. To keep them "
+        "on disk, pass buffer_storage=DIRECTORY to load."
+    )
     monkeypatch.setattr(storage_places, "free_memory", lambda: 100)
     with pytest.raises(BufferError, match=r"Storing 15 more transitions .* this machine has 100 bytes of free memory"):
         resume(tmp_path)
+
+
+def test_a_file_without_replay_data_is_loaded_without_a_word_about_their_place(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = SETTINGS | {"train_ratio": 0, "buffer_storage": tmp_path / "rows", "tensorboard_log": tmp_path / "logs"}
+    WorldFluxAgent("tdmpc2:tiny", make_env(), **settings).save(tmp_path / "agent.zip")
+    with caplog.at_level(logging.WARNING, "worldflux"):
+        load(tmp_path)
+    assert not caplog.messages
+
+
+def test_a_resumed_run_says_that_it_no_longer_writes_a_tensorboard_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = SETTINGS | {"train_ratio": 0, "tensorboard_log": tmp_path / "logs"}
+    WorldFluxAgent("tdmpc2:tiny", make_env(), **settings).save_checkpoint(tmp_path / "checkpoint")
+    assert b"logs" not in (tmp_path / "checkpoint" / "agent.json").read_bytes()
+    with caplog.at_level(logging.WARNING, "worldflux"):
+        WorldFluxAgent.load(tmp_path / "checkpoint", make_env(), device="cpu")
+        WorldFluxAgent.load(
+            tmp_path / "checkpoint", make_env(), device="cpu", resume=True, tensorboard_log=tmp_path / "logs"
+        )
+        assert not caplog.messages
+        again = resume(tmp_path)
+    assert again.tensorboard_log is None
+    assert caplog.messages == [
+        "This agent wrote a TensorBoard log; loaded, it writes none. To go on with it, pass tensorboard_log=DIRECTORY "
+        "to load."
+    ]
 
 
 BOX = {"type": "Box", "low": -1.0, "high": 1.0, "dtype": "float32"}

@@ -202,7 +202,7 @@ class Breaks(BaseCallback):
 @both
 def test_a_loss_is_blamed_before_the_action_that_follows_from_it(family: str) -> None:
     agent = make(family, train_ratio=8)
-    with pytest.raises(TrainingError, match=r"(is|are) not finite at step \d+\. Check the data"):
+    with pytest.raises(TrainingError, match=r"(is|are) not finite at gradient step \d+\. Check the data"):
         agent.learn(40, Breaks(an_actors_tensor(agent)))
 
 
@@ -253,6 +253,6 @@ def test_a_trainer_names_the_first_step_although_losses_are_read_later() -> None
     trainer.train(agent.replay_buffer, num_steps=3)
     with torch.no_grad():
         agent.model.get_parameter(an_actors_tensor(agent)).fill_(NAN)
-    with pytest.raises(TrainingError, match="not finite at step 4"):
+    with pytest.raises(TrainingError, match="not finite at gradient step 4"):
         trainer.train(agent.replay_buffer)
     assert trainer.step_count == 10

@@ -125,6 +125,15 @@ def test_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:
     torch.testing.assert_close(weights(again), uninterrupted(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("given", ["runs/walker", Path("runs/walker"), 1, None])
+def test_resume_is_true_or_false_and_no_directory(tmp_path: Path, given: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"resume is .*, expected True or False.*CheckpointCallback\(DIREC"):
+        new_trainer(tmp_path / "run").train(small_buffer(), resume=given)
+    with pytest.raises(ConfigurationError, match="expected True or False"):
+        train(NoisyRegression(), small_buffer(), total_steps=2, device="cpu", resume=given)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_resuming_needs_a_checkpoint_callback() -> None:
     with pytest.raises(ConfigurationError, match="CheckpointCallback"):
         new_trainer().train(small_buffer(), resume=True)
@@ -304,11 +313,14 @@ class Signal(Callback):
             os.kill(os.getpid(), self.number)
 
 
-def test_ctrl_c_ends_in_a_keyboard_interrupt_behind_a_whole_step(tmp_path: Path) -> None:
+def test_ctrl_c_ends_in_a_keyboard_interrupt_behind_a_whole_step(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     trainer, buffer = new_trainer(tmp_path, Signal(signal.SIGINT, (6,)), every=100), small_buffer()
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         trainer.train(buffer)
+    assert "\nStopping after this step, then saving. Press Ctrl-C again to stop at once.\n" in capfd.readouterr().err
     assert (trainer.step_count, trainer.interrupted, trainer.finished) == (6, True, False)
     assert [path.name for path in checkpoints_in(tmp_path)] == ["step-00000006"]
     assert signal.getsignal(signal.SIGINT) is before
@@ -450,7 +462,7 @@ def test_a_full_disk_is_an_error_that_leaves_the_old_checkpoint(tmp_path: Path) 
 def test_a_diverged_run_resumes_from_the_last_good_checkpoint(tmp_path: Path) -> None:
     trainer = new_trainer(tmp_path, every=2)
     trainer.model.poison_at = 6  # type: ignore[assignment]
-    with pytest.raises(TrainingError, match="noise is not finite at step 6"):
+    with pytest.raises(TrainingError, match="noise is not finite at gradient step 6"):
         trainer.train(small_buffer())
     assert newest_checkpoint(tmp_path) == tmp_path / "step-00000004"
     resumed = new_trainer(tmp_path)

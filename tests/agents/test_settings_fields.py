@@ -326,7 +326,7 @@ def test_the_fields_of_training_do_what_they_say() -> None:
 def test_a_loss_that_is_not_finite_is_found_at_the_next_log_interval() -> None:
     for interval, found_at in ((1, 3), (2, 4), (5, 5)):
         trainer = Trainer(Line(poison_at=3), TrainingConfig(**COMMON[TrainingConfig], log_interval=interval))
-        with pytest.raises(TrainingError, match="not finite at step 3"):
+        with pytest.raises(TrainingError, match="not finite at gradient step 3"):
             trainer.train(data())
         assert trainer.step_count == found_at
 

@@ -99,13 +99,22 @@ def test_aliases_and_other_cases_name_the_same_preset(alias: str) -> None:
 
 
 def test_unknown_names_are_answered_with_the_nearest() -> None:
-    expected = r"^Unknown model 'dreamerv3:size13m'; did you mean 'dreamerv3:size12m'\? list_models\(\) shows all\.$"
+    expected = r"^Unknown model 'dreamerv3:size13m'; did you mean 'dreamerv3:size12m'\? list_models\(\) shows all, "
     with pytest.raises(ConfigurationError, match=expected):
         create_world_model("dreamerv3:size13m")
     with pytest.raises(ConfigurationError, match="'obs_shap'; did you mean 'obs_shape'"):
         create_world_model("dreamerv3:tiny", obs_shap=(4,))
     with pytest.raises(ConfigurationError, match="device is 'gpu', expected"):
         create_world_model("dreamerv3:tiny", device="gpu")
+
+
+def test_the_directory_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigurationError) as raised:
+        create_world_model("my-run")
+    assert str(raised.value) == (
+        f"Unknown model 'my-run'. list_models() shows all, and there is no directory {tmp_path}/my-run."
+    )
 
 
 @pytest.mark.parametrize("spec", ["", None, 3, b"dreamerv3:tiny"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import importlib
 import inspect
 import re
@@ -96,6 +97,15 @@ def calls(page: Path) -> Iterator[ast.Call]:
 @page_by_page
 def test_python_blocks_are_python_and_what_they_import_from_worldflux_exists(page: Path) -> None:
     known_names(page)
+
+
+@pytest.mark.parametrize("code", blocks(ROOT / "README.md", "python"))
+def test_python_blocks_of_the_readme_import_what_they_use(code: str) -> None:
+    nodes = list(ast.walk(ast.parse(code)))
+    imported = {alias.asname or alias.name for node in nodes for alias in getattr(node, "names", [])}
+    assigned = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    used = {node.id for node in nodes if isinstance(node, ast.Name)}
+    assert used - imported - assigned <= vars(builtins).keys()
 
 
 @page_by_page

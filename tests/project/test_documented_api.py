@@ -268,7 +268,7 @@ def test_a_number_that_is_not_finite_is_never_learned_from_unseen(preset: str, f
             batch.terminations[:] = False
             return batch
 
-    with pytest.raises(TrainingError, match="not finite at step 1"):
+    with pytest.raises(TrainingError, match="not finite at gradient step 1"):
         train(small(preset), Spoiled(), total_steps=2, batch_size=4, sequence_length=8, device="cpu")
 
 

@@ -25,11 +25,11 @@ from worldflux.agents import AgentCheckpointCallback, WorldFluxAgent
 from worldflux.cli.main import main
 from worldflux.config import WorldModelConfig
 from worldflux.errors import BufferError, CheckpointError, ConfigurationError, WorldFluxError
-from worldflux.files import atomic_directory, reading_together, reason, replacing, replacing_together
+from worldflux.files import atomic_directory, reading_together, replacing, replacing_together
 from worldflux.interop import load_official_dreamerv3, load_official_tdmpc2
 from worldflux.models.base import WorldModel
 from worldflux.training import CheckpointCallback, LoggingCallback, ReplayBuffer, Trainer, TrainingConfig
-from worldflux.training.checkpoint import checkpoints_in
+from worldflux.training.checkpoint import OPTIMIZER_FILE, checkpoints_in
 from worldflux.training.data import create_random_buffer
 
 SMALL: dict[str, Any] = dict(train_ratio=0, buffer_size=200, seed=0, device="cpu")
@@ -57,7 +57,15 @@ def model(value: float, latent_dim: int = 8) -> WorldModel:
 
 # --- strange paths
 
-STRANGE = {"empty": "", "NUL": "a\0b", "surrogate": "\ud800", "long name": "x" * 256, "no path": 5}
+STRANGE = {
+    "empty": "",
+    "NUL": "a\0b",
+    "surrogate": "\ud800",
+    "long name": "x" * 256,
+    "no path": 5,
+    "home": "~/x.zip",
+    "home itself": "~",
+}
 
 
 def places(agent: WorldFluxAgent, trainer: Trainer) -> dict[str, Function[[Any], Any]]:
@@ -112,6 +120,28 @@ def test_a_path_that_can_be_none_is_a_configuration_error(
             use(STRANGE[strange])
         assert isinstance(raised.value, ConfigurationError), (place, raised.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("", r"^output_dir is '', expected the path of a directory\. Choose another path\.$"),
+        (5, r"^output_dir is 5, expected the path of a directory\.$"),
+        ("~/runs", rf"^output_dir is '~/runs', whose ~ only a shell expands\. Pass '{Path.home()}/runs'\.$"),
+    ],
+)
+def test_the_message_says_what_path_was_expected(given: Any, message: str) -> None:
+    for callback in (CheckpointCallback, AgentCheckpointCallback):
+        with pytest.raises(ConfigurationError, match=message):
+            callback(given)
+
+
+def test_a_directory_may_be_called_after_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("./~", "~nobody-is-called-so"):
+        model(1.0).save_pretrained(name)
+        create_world_model(name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["~", "~nobody-is-called-so"]
 
 
 def test_a_file_where_a_directory_should_be_is_a_configuration_error(
@@ -174,7 +204,12 @@ WRITERS: dict[str, tuple[type[WorldFluxError], Function[[Any, Path], None]]] = {
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize(
     ("number", "words"),
-    [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "the disk quota is used up"), (errno.EIO, "Input/output")],
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EDQUOT, "the disk quota is used up"),
+        (errno.EROFS, "the file system is read-only, choose another place"),
+        (errno.EIO, "Input/output"),
+    ],
 )
 def test_what_cannot_be_written_is_an_error_of_ours_and_leaves_the_old(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agent: WorldFluxAgent, writer: str, number: int, words: str
@@ -188,21 +223,6 @@ def test_what_cannot_be_written_is_an_error_of_ours_and_leaves_the_old(
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path != tmp_path / "saved.zip"} | {
         tmp_path / "saved.zip": before[tmp_path / "saved.zip"]
     } == before
-
-
-class FullFile(io.BytesIO):
-    """On a disk with room for a few bytes."""
-
-    def write(self, data: Any) -> int:
-        if self.tell() > 1000:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return super().write(data)
-
-
-def test_a_full_disk_is_seen_behind_the_errors_of_torch() -> None:
-    with pytest.raises(RuntimeError) as raised:
-        torch.save([torch.zeros(1000) for _ in range(9)], FullFile())
-    assert reason(raised.value).startswith("the disk is full (")
 
 
 def test_a_directory_is_replaced_though_another_writer_is_in_between(tmp_path: Path) -> None:
@@ -224,6 +244,30 @@ def test_what_a_kill_has_left_where_nothing_can_be_written_is_an_error_of_ours(
     for read in (trainer.load_checkpoint, WorldFluxAgent.load):
         with pytest.raises(CheckpointError, match=r"was being replaced .* cannot be moved back from \.saved\.replaced"):
             read(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("room", [0, 100, 1_000])
+@pytest.mark.parametrize("writer", ["save", "save_checkpoint", "Trainer.save_checkpoint"])
+def test_a_disk_that_is_full_in_the_middle_of_the_optimiser_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agent: WorldFluxAgent, writer: str, room: int
+) -> None:
+    opened = Path.open
+
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            if self.tell() + len(data) > room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    def opens(path: Path, *args: Any, **keywords: Any) -> Any:
+        return Full(path, "w") if path.name == OPTIMIZER_FILE else opened(path, *args, **keywords)
+
+    monkeypatch.setattr(Path, "open", opens)
+    with pytest.raises(
+        CheckpointError, match=r"saved\.zip could not be written: the disk is full \(.*28.*unchanged\.$"
+    ):
+        WRITERS[writer][1](agent, tmp_path / "saved.zip")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("writer", WRITERS)
@@ -478,11 +522,11 @@ def test_two_commands_do_not_work_on_one_run(here: Path, capsys: pytest.CaptureF
     train += ["--buffer-size", "500", "--learning-starts", "8"]
     with using(here / "mine"):
         assert main([*train, "--run", str(here / "mine")]) == 2
-    assert "in use by process" in capsys.readouterr().err
+    assert "in use: another callback of this program" in capsys.readouterr().err
     assert main([*train, "--run", str(here / "mine")]) == 0
     with using(here / "mine"):
         assert main(["train", "--resume", str(here / "mine"), "--steps", "20"]) == 2
-    assert "in use by process" in capsys.readouterr().err
+    assert "in use: another callback of this program" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", [".", "..", "below/"])

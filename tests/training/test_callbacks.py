@@ -164,7 +164,7 @@ def test_a_diverged_model_does_not_replace_a_good_checkpoint(tmp_path):
     model = NoisyRegression()
     model.poison_at = 5
     config = replace(FAST, log_interval=100)
-    with pytest.raises(TrainingError, match="noise is not finite at step 5"):
+    with pytest.raises(TrainingError, match="noise is not finite at gradient step 5"):
         Trainer(model, config, [CheckpointCallback(tmp_path, save_interval=3)]).train(MemoryProvider())
     assert checkpoints(tmp_path) == ["step-00000003"]
 

@@ -88,14 +88,14 @@ def test_a_number_of_a_batch_that_is_not_finite_is_blamed_on_its_field(family: s
         return create_world_model(f"{family}:tiny", obs_shape=(3,), action_dim=1)
 
     with pytest.raises(
-        TrainingError, match=rf"The batch's {name} is not finite at step 1: it has (nan|inf) at index \(1, 2"
+        TrainingError, match=rf"The batch's {name} is not finite at gradient step 1: it has (nan|inf) at index \(1, 2"
     ):
         train(model(), Spoilt(name, 0), **STEPS)
-    with pytest.raises(TrainingError, match=rf"^The batch's {name} was not finite at step 4\. Look for where"):
+    with pytest.raises(TrainingError, match=rf"^The batch's {name} was not finite at gradient step 4\. Look for where"):
         train(model(), Spoilt(name, 3), **{**STEPS, "total_steps": 5})
     trainer = Trainer(model(), TrainingConfig(device="cpu"))
     provider = Spoilt(name, 1)
     for _ in range(2):
         trainer.step(provider.sample(2, 6))
-    with pytest.raises(TrainingError, match=rf"^The batch's {name} was not finite at step 2"):
+    with pytest.raises(TrainingError, match=rf"^The batch's {name} was not finite at gradient step 2"):
         trainer.check_finite()

@@ -228,6 +228,21 @@ def test_a_directory_is_free_again_however_training_ended(tmp_path: Path) -> Non
     assert steps(tmp_path / "run") == [2, 4] and strays(tmp_path / "run") == []
 
 
+@pytest.mark.parametrize("begin", [train_anew, learn_anew])
+def test_two_callbacks_of_one_program_do_not_save_in_one_directory(
+    tmp_path: Path, begin: Function[[Path], None]
+) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"run is in use: another callback of this program writes there\. Give"
+    ):
+        with using(tmp_path / "run"):
+            begin(tmp_path / "run")
+    both = [CheckpointCallback(tmp_path / "run"), CheckpointCallback(tmp_path / "run")]
+    with pytest.raises(ConfigurationError, match="another callback of this program writes there"):
+        Trainer(NoisyRegression(), CONFIG, both).train(MemoryProvider())
+    assert strays(tmp_path) == []
+
+
 def test_threads_and_a_stale_lock_file(tmp_path: Path) -> None:
     (tmp_path / LOCK_FILE).write_text("process 1 on a machine that is gone")
     held, go = threading.Event(), threading.Event()
@@ -240,7 +255,7 @@ def test_threads_and_a_stale_lock_file(tmp_path: Path) -> None:
     thread = threading.Thread(target=hold)
     thread.start()
     held.wait(30)
-    with pytest.raises(ConfigurationError, match=f"in use by process {os.getpid()}"), using(tmp_path):
+    with pytest.raises(ConfigurationError, match="in use: another callback of this program"), using(tmp_path):
         pass
     go.set()
     thread.join()

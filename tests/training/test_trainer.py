@@ -336,7 +336,7 @@ def test_only_callbacks_are_accepted():
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_name_and_first_step():
     recorder, model = GraphCapturer(), fresh_model()
     model.poison_at = 3
-    with pytest.raises(TrainingError, match=r"^noise is not finite at step 3"):
+    with pytest.raises(TrainingError, match=r"^noise is not finite at gradient step 3"):
         Trainer(model, replace(FAST, total_steps=50, log_interval=5), [recorder]).train(MemoryProvider())
     assert recorder.calls[-2:] == ["step 4", "broken off"]
 
@@ -350,7 +350,7 @@ def test_a_gradient_that_is_not_finite_is_found_although_the_loss_is():
         def loss(self, batch) -> Tensor:
             return self.x.sqrt()  # 0, with an infinite slope
 
-    with pytest.raises(TrainingError, match=r"^grad_norm is not finite at step 1"):
+    with pytest.raises(TrainingError, match=r"^grad_norm is not finite at gradient step 1"):
         Trainer(Cusp(), FAST).train(MemoryProvider())
 
 

@@ -99,6 +99,6 @@ def check_batch(batch: Batch, step: int) -> None:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             where = tuple(torch.nonzero(~torch.isfinite(tensor))[0].tolist())
             raise TrainingError(
-                f"The batch's {name} is not finite at step {step}: it has {float(tensor[where])} at index {where}. "
-                "Look for where these data come from."
+                f"The batch's {name} is not finite at gradient step {step}: it has {float(tensor[where])} at index "
+                f"{where}. Look for where these data come from."
             )

@@ -164,15 +164,15 @@ class FiniteWatch:
         of_batch = [name for name in names if name.startswith(OF_BATCH)]
         if of_batch:
             raise TrainingError(
-                f"{' and '.join(of_batch)} {'was' if len(of_batch) == 1 else 'were'} not finite at step {step}. Look "
-                "for where these data come from; the weights are lost."
+                f"{' and '.join(of_batch)} {'was' if len(of_batch) == 1 else 'were'} not finite at gradient step "
+                f"{step}. Look for where these data come from; the weights are lost."
             )
         # The total and the gradient follow the term that went wrong.
         for consequence in ("grad_norm", "loss"):
             if len(names) > 1 and consequence in names:
                 names.remove(consequence)
         raise TrainingError(
-            f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} not finite at step {step}. "
+            f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} not finite at gradient step {step}. "
             "Check the data for extreme values, lower learning_rate, or raise warmup_steps."
         )
 

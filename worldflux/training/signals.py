@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-_NOTICE = b"\nStopping when this step is done. Once more stops at once.\n"
+_NOTICE = b"\nStopping after this step, then saving. Press Ctrl-C again to stop at once.\n"
 
 
 class StopRequest:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -266,8 +267,8 @@ class Trainer:
             The trained model, in evaluation mode.
 
         Raises:
-            ConfigurationError: If `num_steps` is not a whole number from 0, nothing can be held out of the buffer,
-                there is no `CheckpointCallback` to resume from, or a callback calls it.
+            ConfigurationError: If `num_steps` is not a whole number from 0, `resume` is neither True nor False, nothing
+                can be held out of the buffer, there is no `CheckpointCallback` to resume from, or a callback calls it.
             CheckpointError: If the checkpoint is damaged, of another model, or was trained on other data.
             TrainingError: If a loss is not finite, with the term and the step at which it was not for the first time.
         """
@@ -275,6 +276,12 @@ class Trainer:
             raise ConfigurationError(
                 "A callback has called train() of the trainer that is training. Let the callback return False to end "
                 "this call, and call train() again after it; step(batch) takes a single step more."
+            )
+        if not isinstance(resume, bool | np.bool_):
+            raise ConfigurationError(
+                f"resume is {resume!r}, expected True or False. With True, training goes on from the newest checkpoint "
+                "in the directory of the CheckpointCallback: "
+                "train(..., callbacks=[CheckpointCallback(DIRECTORY)], resume=True)."
             )
         with ExitStack() as held:
             held.callback(self._release_directories)  # also of callbacks that are added meanwhile
