@@ -441,15 +441,15 @@ def test_copies_make_the_host_wait_for_nothing() -> None:
     with waiting_is_an_error():
         batch = buffer.sample(4, 7, DEVICE)
         own = there.sample(4, 7, DEVICE)
-        assert own.rows is not None
-        there.update_extras(own.rows, {name: value + 1 for name, value in own.extras.items()})
-        there.extras_of(own.rows)
+        assert own.row_ids is not None
+        there.update_extras(own.row_ids, {name: value + 1 for name, value in own.extras.items()})
+        there.extras_of(own.row_ids)
         assert to_device(torch.ones(3), torch.device(DEVICE)).is_cuda
     assert all(x.is_cuda for x in [*batch.tensors(), *own.tensors()])
     assert batch.row_ids is not None and not batch.row_ids.is_cuda
     expected = {name: value.cpu() + 1 for name, value in own.extras.items()}
-    rows, index = np.unique(own.rows.numpy(), return_index=True)
-    for name, value in there.extras_of(own.rows).items():
+    rows, index = np.unique(own.row_ids.numpy(), return_index=True)
+    for name, value in there.extras_of(own.row_ids).items():
         assert torch.equal(value.cpu().flatten(0, 1)[index], expected[name].flatten(0, 1)[index]), (name, rows)
 
 

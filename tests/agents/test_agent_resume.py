@@ -103,8 +103,8 @@ def test_everything_is_as_it_was_when_the_checkpoint_was_written(tmp_path: Path)
     assert loaded.replay_buffer.num_episodes == agent.replay_buffer.num_episodes
     agent.replay_buffer.set_rng_state(loaded.replay_buffer.rng_state())
     mine, its = agent.replay_buffer.sample(64, 5), loaded.replay_buffer.sample(64, 5)
-    assert mine.rows is not None and its.rows is not None
-    assert torch.equal(mine.rows, its.rows) and torch.equal(mine.actions, its.actions)
+    assert mine.row_ids is not None and its.row_ids is not None
+    assert torch.equal(mine.row_ids, its.row_ids) and torch.equal(mine.actions, its.actions)
     assert torch.equal(mine.extras["deter"], its.extras["deter"])
 
 

@@ -498,8 +498,8 @@ def test_prefetched_batches_are_those_of_the_buffer_itself() -> None:
         for _ in range(3):
             mine, its = batches.next(), plain.sample(4, 6)
             torch.testing.assert_close(mine.obs, its.obs)
-            assert mine.rows is not None and its.rows is not None
-            assert torch.equal(mine.rows, its.rows)
+            assert mine.row_ids is not None and its.row_ids is not None
+            assert torch.equal(mine.row_ids, its.row_ids)
         assert batches.rng_state() == plain.rng_state()
     assert ahead.rng_state() == plain.rng_state()
 
@@ -508,11 +508,11 @@ def test_a_batch_has_the_extras_that_the_step_before_wrote() -> None:
     buffer = filled(extras=True)
     with PrefetchedBatches(buffer, 8, 10, torch.device("cpu")) as batches:
         first = batches.next()
-        assert first.rows is not None
-        buffer.update_extras(first.rows, {"count": np.ones((8, 10, 1), np.float32)})
+        assert first.row_ids is not None
+        buffer.update_extras(first.row_ids, {"count": np.ones((8, 10, 1), np.float32)})
         second = batches.next()
-    assert second.rows is not None
-    expected = torch.isin(second.rows, first.rows).float()[..., None]
+    assert second.row_ids is not None
+    expected = torch.isin(second.row_ids, first.row_ids).float()[..., None]
     assert 0 < expected.mean() < 1
     torch.testing.assert_close(second.extras["count"], expected, rtol=0, atol=0)
 
