@@ -23,7 +23,7 @@ from worldflux.errors import CheckpointError
 from worldflux.files import atomic_directory, recover_directory, remove_directory
 from worldflux.replay.buffer import ReplayBuffer
 from worldflux.training import Trainer, TrainingConfig
-from worldflux.training.checkpoint import newest_checkpoint
+from worldflux.training.checkpoint import TRAINER_FILE, newest_checkpoint
 from worldflux.training.randomness import random_state, set_random_state
 
 CONFIG = TrainingConfig(
@@ -418,6 +418,7 @@ def test_what_somebody_else_has_removed_needs_no_removing(tmp_path):
 def test_looking_for_checkpoints_moves_nothing_that_is_none(tmp_path):
     for name in ("notes", ".notes.replaced", ".step-00000004.replaced"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / TRAINER_FILE).write_text("{}")
     assert newest_checkpoint(tmp_path) == tmp_path / "step-00000004"
     assert {entry.name for entry in tmp_path.iterdir()} == {"notes", ".notes.replaced", "step-00000004"}
 

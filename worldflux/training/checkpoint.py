@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import random
@@ -42,6 +43,8 @@ _MOMENTS = {"laprop": ("mu", "nu"), "adam": ("exp_avg", "exp_avg_sq")}
 
 _NAME = re.compile(r"^step-\d{8,}$")
 
+logger = logging.getLogger("worldflux.training")
+
 
 def checkpoint_name(step: int) -> str:
     """Of the checkpoint of a step, in a directory of several."""
@@ -49,22 +52,59 @@ def checkpoint_name(step: int) -> str:
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
-    """The checkpoints in a directory, the one written last at the end.
+    """The complete checkpoints in a directory, the one written last at the end.
 
     They are ordered by when they were written and not by their steps: a new run into the directory of an older, longer
     one goes on from its own.
     """
+    return _sorted_out(directory)[0]
+
+
+def incomplete_in(directory: Path) -> dict[Path, str]:
+    """What is called like a checkpoint and does not say of which run it is, with what is the matter with it.
+
+    That is what an interrupted copy leaves: whoever writes a checkpoint here writes the whole of it or nothing.
+    """
+    return _sorted_out(directory)[1]
+
+
+def newest_checkpoint(directory: Path, *, warn: bool = False) -> Path | None:
+    """The complete checkpoint in a directory that was written last; None if there is none.
+
+    Args:
+        directory: That holds them.
+        warn: Log what was passed over because it is incomplete.
+    """
+    found, incomplete = _sorted_out(directory)
+    newest = found[-1] if found else None
+    for path, fault in incomplete.items() if warn else ():
+        instead = "" if newest is None else f" It was skipped, and {newest.name} is loaded."
+        logger.warning("%s is not a complete checkpoint (%s).%s", path, fault, instead)
+    return newest
+
+
+def damaged(path: object, fault: object) -> CheckpointError:
+    """The error about a checkpoint of which something is missing or cannot be read."""
+    return CheckpointError(f"{path} is incomplete or damaged ({fault}). Load an earlier checkpoint of the run.")
+
+
+def _sorted_out(directory: Path) -> tuple[list[Path], dict[Path, str]]:
+    """The checkpoints in a directory in the order in which they were written, and what is none, with the reason."""
     if not directory.is_dir():
-        return []
+        return [], {}
     recover_directories(directory, "step-*")
-    mine = [entry for entry in directory.iterdir() if entry.is_dir() and _NAME.match(entry.name)]
-    return sorted(mine, key=lambda entry: (_saved_at(entry), entry.name))
-
-
-def newest_checkpoint(directory: Path) -> Path | None:
-    """The checkpoint in a directory that was written last; None if there is none."""
-    found = checkpoints_in(directory)
-    return found[-1] if found else None
+    times: dict[Path, float] = {}
+    incomplete: dict[Path, str] = {}
+    for entry in sorted(directory.iterdir()):
+        if not entry.is_dir() or not _NAME.match(entry.name):
+            continue
+        progress = _progress(entry)
+        if progress is not None:
+            times[entry] = _saved_at(progress)
+        else:
+            there = (entry / TRAINER_FILE).is_file()
+            incomplete[entry] = f"{TRAINER_FILE} cannot be read" if there else f"no {TRAINER_FILE}"
+    return sorted(times, key=lambda entry: (times[entry], entry.name)), incomplete
 
 
 def time_of_saving(directory: Path) -> float:
@@ -72,7 +112,7 @@ def time_of_saving(directory: Path) -> float:
 
     A clock that was set back would otherwise make the newest checkpoint an old one, which is removed.
     """
-    last = max((_saved_at(checkpoint) for checkpoint in checkpoints_in(directory)), default=0.0)
+    last = max((_saved_at(_progress(checkpoint) or {}) for checkpoint in checkpoints_in(directory)), default=0.0)
     return max(time.time(), math.nextafter(last, math.inf))
 
 
@@ -90,7 +130,7 @@ def run_of(checkpoint: Path, progress: Any = None) -> str:
         checkpoint: The directory.
         progress: What its `trainer.json` holds, if it was read already.
     """
-    run = (_progress(checkpoint) if progress is None else progress).get("run")
+    run = ((_progress(checkpoint) or {}) if progress is None else progress).get("run")
     return run if isinstance(run, str) and run else os.path.realpath(checkpoint.parent)
 
 
@@ -120,9 +160,12 @@ def read_checkpoint(path: Path, *, allow_nonfinite: bool = False) -> tuple[Any, 
         CheckpointError: If a file is missing or cannot be read, or a weight is not finite and that is not allowed.
     """
     recover_directory(path)
-    for name in (TRAINER_FILE, WEIGHTS_FILE, OPTIMIZER_FILE):
-        if not (path / name).is_file():
-            raise CheckpointError(f"{path} has no {name}. Pass a directory written by Trainer.save_checkpoint.")
+    names = (TRAINER_FILE, WEIGHTS_FILE, OPTIMIZER_FILE)
+    missing = [name for name in names if not (path / name).is_file()]
+    if len(missing) == len(names):
+        raise CheckpointError(f"{path} has no {missing[0]}. Pass a directory written by Trainer.save_checkpoint.")
+    if missing:
+        raise damaged(path, f"no {', '.join(missing)}")
     return (
         read_json(path / TRAINER_FILE, finite=False),  # what callbacks remember may be infinite
         read_weights(path / WEIGHTS_FILE, allow_nonfinite=allow_nonfinite),
@@ -249,18 +292,18 @@ def _counted(name: str, value: Any) -> Any:
     return value
 
 
-def _saved_at(checkpoint: Path) -> float:
+def _saved_at(progress: dict[str, Any]) -> float:
     try:
-        saved_at = float(_progress(checkpoint)["saved_at"])
+        saved_at = float(progress["saved_at"])
     except (ValueError, LookupError, TypeError):
         return 0.0
     return saved_at if math.isfinite(saved_at) else 0.0
 
 
-def _progress(checkpoint: Path) -> dict[str, Any]:
-    """What `trainer.json` holds; nothing where it cannot be read."""
+def _progress(checkpoint: Path) -> dict[str, Any] | None:
+    """What `trainer.json` holds; None where it cannot be read."""
     try:
         progress = read_json(checkpoint / TRAINER_FILE, finite=False)
     except (FileNotFoundError, CheckpointError):
-        return {}
-    return progress if isinstance(progress, dict) else {}
+        return None
+    return progress if isinstance(progress, dict) else None

@@ -11,7 +11,7 @@ from pathlib import Path
 from worldflux.errors import ConfigurationError
 from worldflux.files import checked_path, remove_directory
 from worldflux.locks import using
-from worldflux.training.checkpoint import checkpoint_name, checkpoints_in, run_of
+from worldflux.training.checkpoint import checkpoint_name, checkpoints_in, incomplete_in, run_of
 from worldflux.validation import whole_number
 
 logger = logging.getLogger("worldflux.training")
@@ -64,15 +64,25 @@ class CheckpointDirectory:
             go_on: What to do to go on with the run that is there.
 
         Raises:
-            ConfigurationError: If others are there, and are not to be overwritten.
+            ConfigurationError: If others are there, and are not to be overwritten; or what is called like a checkpoint
+                and is incomplete, over which the run could not save its own.
         """
-        others = [checkpoint for checkpoint in checkpoints_in(self.path) if run_of(checkpoint) != run]
-        if others and not self.overwrite:
+        if self.overwrite:
+            return
+        found = checkpoints_in(self.path)
+        others = [checkpoint for checkpoint in found if run_of(checkpoint) != run]
+        if others:
             raise ConfigurationError(
                 f"{self.path} holds checkpoints of another run, the newest {others[-1].name}. To go on with that run, "
                 f"{go_on}. For a new run choose another output_dir, or pass overwrite=True to the callback, which "
                 "removes them once the new run has saved a checkpoint."
             )
+        goes_on = f"this run goes on from {found[-1].name}" if found else "no checkpoint of this run is there yet"
+        for path, fault in incomplete_in(self.path).items():
+            if any(path.iterdir()):
+                raise ConfigurationError(
+                    f"{path} is not a complete checkpoint ({fault}). Remove or move it; {goes_on}."
+                )
 
     def save(self, step: int, run: str, write: Callable[[Path], None]) -> Path:
         """Saves a checkpoint, and removes those that are one too many.
@@ -95,6 +105,8 @@ class CheckpointDirectory:
                 mine.append(checkpoint)
             elif self.overwrite:
                 remove_directory(checkpoint)
+        for incomplete in incomplete_in(self.path) if self.overwrite else ():
+            remove_directory(incomplete)
         for outdated in mine[: -self.max_checkpoints]:
             remove_directory(outdated)
         return path

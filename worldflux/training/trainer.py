@@ -566,7 +566,7 @@ class Trainer:
             )
         directory = directories[0].path
         remove_leftovers(directory)
-        newest = newest_checkpoint(directory)
+        newest = newest_checkpoint(directory, warn=True)
         if newest is None:
             logger.info("no checkpoint in %s yet: training begins", directory)
             return
