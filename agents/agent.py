@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -39,6 +40,8 @@ from worldflux.training.saving import call_all
 from worldflux.training.signals import StopRequest, stopping_on_signals
 from worldflux.training.trainer import Trainer
 from worldflux.validation import whole_number
+
+logger = logging.getLogger("worldflux")
 
 SelfAgent = TypeVar("SelfAgent", bound="WorldFluxAgent")
 
@@ -185,6 +188,7 @@ class WorldFluxAgent(SavedAgent):
         self._endings: list[Callable[[], None]] = []  # what else belongs to the end of `learn`
         self._random_started = False
         self._steps_in_subprocesses = False
+        self._continues_from: int | None = None  # the step of the checkpoint, until `learn` is called after it
         self._frames_per_step = 1
         if _init_setup_model:
             self._setup_model()
@@ -517,6 +521,12 @@ class WorldFluxAgent(SavedAgent):
             self._random_started = True
         if self._collector is not None and self._collector.moved:
             self._leave_episodes()
+        if reset_num_timesteps and self._continues_from:
+            logger.warning(
+                "The step counter begins at 0 again; reset_num_timesteps=False continues it at %d.",
+                self._continues_from,
+            )
+        self._continues_from = None
         starts_episodes = reset_num_timesteps or self._last_obs is None
         collector = self._get_collector() if starts_episodes else None
         if self.tensorboard_log is not None and not self._custom_logger:

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -31,13 +31,21 @@ from worldflux.agents.settings import AgentSettings, rate_from_json, rate_to_jso
 from worldflux.envs.spaces_json import space_from_json, space_to_json
 from worldflux.errors import CheckpointError, ConfigurationError, ShapeMismatchError
 from worldflux.files import checked_path, directory_beside, recover_directory
+from worldflux.models.base import CONFIG_FILE, WEIGHTS_FILE
 from worldflux.reading import check_stored, open_regular, read_json
-from worldflux.training.checkpoint import newest_checkpoint, writing_checkpoint
+from worldflux.training.checkpoint import (
+    OPTIMIZER_FILE,
+    TRAINER_FILE,
+    damaged,
+    incomplete_in,
+    newest_checkpoint,
+    writing_checkpoint,
+)
 from worldflux.validation import count, finite_number
 
 AGENT_FILE = "agent.json"
 FORMAT = 1
-_ENTRIES = (AGENT_FILE, "config.json", "model.safetensors", "optimizer.pt", "trainer.json")
+_ENTRIES = (AGENT_FILE, CONFIG_FILE, WEIGHTS_FILE, OPTIMIZER_FILE, TRAINER_FILE)
 
 _NAMELESS = "the file object"
 """What errors call a file that has no path."""
@@ -142,16 +150,17 @@ def write_description(directory: Path, description: dict[str, Any]) -> None:
 
 
 @contextmanager
-def open_saved(path: ArchivePath) -> Iterator[tuple[dict[str, Any], Path]]:
+def open_saved(path: ArchivePath, *, resume: bool = False) -> Iterator[tuple[dict[str, Any], Path]]:
     """The description of a saved agent, and a directory with its checkpoint that may be gone afterwards.
 
     Args:
         path: As given to `write_archive`, where `.zip` may be left out; or the directory of a checkpoint, or one that
             holds several, of which the newest is taken.
+        resume: Whether a run is to go on from it.
 
     Raises:
         FileNotFoundError: If there is nothing.
-        CheckpointError: If it is no agent, or damaged.
+        CheckpointError: If it is no agent, or damaged; or there is no run to resume.
         ConfigurationError: If it is neither a path nor a binary file that can be read.
     """
     from_file = is_file(path, "read")
@@ -160,15 +169,36 @@ def open_saved(path: ArchivePath) -> Iterator[tuple[dict[str, Any], Path]]:
         recover_directory(holder)
     if holder is None or not holder.is_dir():
         with _open_archive(path) as opened:
+            if resume:
+                raise CheckpointError(
+                    f"{path} holds no replay data, so it cannot be resumed. Leave resume=True out, or pass a directory "
+                    "that AgentCheckpointCallback wrote."
+                )
             yield opened
         return
-    directory = holder if (holder / AGENT_FILE).is_file() else newest_checkpoint(holder)
-    if directory is None or not (directory / AGENT_FILE).exists():
+    directory = holder if (holder / AGENT_FILE).is_file() else newest_checkpoint(holder, warn=True)
+    if directory is None and any((holder / name).is_file() for name in (WEIGHTS_FILE, TRAINER_FILE)):
+        directory = holder  # what is missing is said below
+    if directory is None:
+        incomplete = "; ".join(f"{place.name} is incomplete: {fault}" for place, fault in incomplete_in(holder).items())
         raise FileNotFoundError(
-            f"The directory {path} holds no checkpoint of an agent. Pass one that save_checkpoint wrote, or that "
-            "holds several of them."
+            f"The directory {path} holds no checkpoint of an agent{incomplete and f' ({incomplete})'}. Pass one that "
+            "save_checkpoint wrote, or that holds several of them."
         )
+    _check_complete(directory, (*_ENTRIES, RUN_FILE) if resume else _ENTRIES)
     yield _checked(read_json(directory / AGENT_FILE), directory), directory
+
+
+def _check_complete(directory: Path, names: Sequence[str]) -> None:
+    """Raises a `CheckpointError` unless a checkpoint has these files."""
+    missing = [name for name in names if not (directory / name).is_file()]
+    if AGENT_FILE in missing and not (directory / RUN_FILE).is_file():
+        raise CheckpointError(
+            f"{directory} holds a model without an agent (no {AGENT_FILE}): train() or save_pretrained wrote it. "
+            f"Use WorldFluxAgent({str(directory)!r}, env)."
+        )
+    if missing:
+        raise damaged(directory, f"no {', '.join(missing)}")
 
 
 def print_saved_system(description: dict[str, Any]) -> None:
@@ -193,9 +223,14 @@ def _open_archive(path: ArchivePath) -> Iterator[tuple[dict[str, Any], Path]]:
                 names = set(archive.namelist())
                 missing = [entry for entry in _ENTRIES if entry not in names]
                 if missing:
-                    hint = " It was saved by stable-baselines3 itself." if "data" in names else ""
+                    theirs = "data" in names
+                    hint = (
+                        "was saved by stable-baselines3 itself"
+                        if theirs
+                        else "is incomplete or damaged, or something else"
+                    )
                     raise CheckpointError(
-                        f"{path} has no {', '.join(missing)}.{hint} Pass a file that WorldFluxAgent.save wrote."
+                        f"{path} has no {', '.join(missing)}. It {hint}. Pass a file that WorldFluxAgent.save wrote."
                     )
                 check_stored(archive, source.seek(0, os.SEEK_END))
                 for entry in _ENTRIES:  # these names only: a zip may hold any path
@@ -203,7 +238,10 @@ def _open_archive(path: ArchivePath) -> Iterator[tuple[dict[str, Any], Path]]:
         except CheckpointError:
             raise
         except Exception as error:  # what a damaged zip makes zipfile raise is not a closed list
-            raise CheckpointError(f"{path} is not a readable file of an agent: {error}.") from error
+            raise CheckpointError(
+                f"{path} is not a readable file of an agent, but incomplete or damaged ({str(error).rstrip('.')}). "
+                "Pass another file that WorldFluxAgent.save wrote, or load an earlier checkpoint of the run."
+            ) from error
         description = read_json(Path(scratch) / AGENT_FILE, name=f"{path}: {AGENT_FILE}")
         yield _checked(description, path), Path(scratch)
 
@@ -240,11 +278,15 @@ def _with_suffix(path: Path) -> Path:
 
 def _existing(path: Path) -> Path:
     """SB3's rule: the path as it is, else with `.zip` behind it."""
-    candidates = (path, path.with_name(f"{path.name}.zip"))
+    absolute = checked_path("path", path)
+    candidates = [absolute] if absolute.suffix == ".zip" else [absolute, absolute.with_name(f"{absolute.name}.zip")]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise FileNotFoundError(f"There is no file {candidates[0]} or {candidates[1]}.")
+    raise FileNotFoundError(
+        f"There is no file or directory '{path}' (looked for {' and '.join(map(str, candidates))}). Pass a file that "
+        "WorldFluxAgent.save wrote, or a directory of checkpoints that AgentCheckpointCallback wrote."
+    )
 
 
 RUN_FILE = "run.json"
@@ -278,7 +320,7 @@ class RunState:
         """
         path = directory / RUN_FILE
         try:
-            data = read_json(path, finite=False)  # statistics of a VecNormalize may be anything
+            data = read_json(path, name=RUN_FILE, finite=False)  # statistics of a VecNormalize may be anything
             infos = data["episode_infos"]
             infos = [
                 {name: finite_number(name, info[name]) for name in _EPISODE_INFO if name in info} for info in infos
@@ -290,12 +332,11 @@ class RunState:
                 normalization=None if data["normalization"] is None else dict(data["normalization"]),
             )
         except FileNotFoundError as error:
-            raise CheckpointError(
-                f"{directory} has no {RUN_FILE}, so there is no run to resume. Pass a directory that "
-                "WorldFluxAgent.save_checkpoint wrote; a zip of save() holds no replay data."
-            ) from error
+            raise damaged(directory, f"no {RUN_FILE}") from error
+        except CheckpointError as error:
+            raise damaged(directory, str(error).removesuffix(". The file is damaged.")) from error
         except (ValueError, LookupError, TypeError, ArithmeticError) as error:
-            raise CheckpointError(f"{path} is damaged: {error!r}.") from error
+            raise damaged(directory, f"in {RUN_FILE}: {error!r}") from error
 
 
 def episode_info(info: Mapping[str, Any]) -> dict[str, float]:

@@ -72,6 +72,7 @@ class SavedAgent(BaseAlgorithm):
     _collector: Collector | None
     _segments: ReplaySegments | None
     _random_started: bool
+    _continues_from: int | None
     _replay_buffer: ReplayBuffer | None
     _model_source: Any
 
@@ -263,7 +264,7 @@ class SavedAgent(BaseAlgorithm):
             if name not in names:
                 raise ConfigurationError(f"Unknown setting '{name}'{nearest(name, names)}")
         kwargs = {name: value for name, value in (custom_objects or {}).items() if name in names} | kwargs
-        with open_saved(path) as (data, checkpoint):
+        with open_saved(path, resume=resume) as (data, checkpoint):
             if print_system_info:
                 print_saved_system(data)
             saved = AgentDescription.from_json(data, path)
@@ -310,6 +311,7 @@ class SavedAgent(BaseAlgorithm):
         if resumed is not None:
             with only_our_errors(path):
                 agent._resume(resumed)
+            agent._continues_from = agent.num_timesteps
         else:
             agent.trainer.run = new_run()
         return agent

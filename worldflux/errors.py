@@ -49,4 +49,6 @@ def nearest(name: str, options: Iterable[str]) -> str:
     """
     lowered = {option.lower(): option for option in options}
     matches = difflib.get_close_matches(str(name).lower(), list(lowered), n=1, cutoff=0.5)
+    if not matches:  # abbreviations: lr of learning_rate
+        matches = [option for option in lowered if "".join(word[:1] for word in option.split("_")) == str(name).lower()]
     return f"; did you mean '{lowered[matches[0]]}'?" if matches else "."

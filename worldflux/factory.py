@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -226,6 +227,10 @@ def _load(name: str, device: torch.device, given: dict[str, Any], allow_nonfinit
         options = [key for family in _families.values() for key in family.names()]
         missing = f", and there is no directory {directory}" if directory else ""
         raise ConfigurationError(f"Unknown model {name!r}{nearest(name, options)} list_models() shows all{missing}.")
+    if directory.is_file():
+        if zipfile.is_zipfile(directory):
+            raise ConfigurationError(f"{name!r} is a saved agent: WorldFluxAgent.load({name!r}, env).")
+        raise ConfigurationError(f"{name!r} is a file, expected a preset or a directory written by save_pretrained.")
     return reading_together(
         directory, (CONFIG_FILE, WEIGHTS_FILE), lambda: _read(name, directory, device, given, allow_nonfinite)
     )
@@ -233,6 +238,14 @@ def _load(name: str, device: torch.device, given: dict[str, Any], allow_nonfinit
 
 def _read(name: str, directory: Path, device: torch.device, given: dict[str, Any], allow_nonfinite: bool) -> WorldModel:
     """The same, once it is known to exist."""
+    inside = sorted(place.parent for place in directory.glob(f"*/{CONFIG_FILE}"))
+    if inside and not (directory / CONFIG_FILE).exists():
+        agent = any((place / "agent.json").exists() for place in inside)
+        load = f", or the newest agent with WorldFluxAgent.load({name!r}, env)" if agent else ""
+        raise CheckpointError(
+            f"{name!r} is a directory of {'checkpoints' if agent else 'models'}. Pass the model of one of them "
+            f"({', '.join(repr(os.path.join(name, place.name)) for place in inside[-3:])}){load}."
+        )
     try:
         saved = WorldModelConfig.load(directory / CONFIG_FILE)
     except (OSError, InvalidJSONError) as error:

@@ -640,7 +640,7 @@ def test_settings_can_be_changed_on_loading(trained: WorldFluxAgent) -> None:
 
 
 def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no file .*nothing or .*nothing\.zip"):
+    with pytest.raises(FileNotFoundError, match=r"no file or directory .*nothing and .*nothing\.zip"):
         WorldFluxAgent.load(tmp_path / "nothing")
     (tmp_path / "text.zip").write_text("hello")
     with pytest.raises(CheckpointError, match="not a readable file of an agent"):

@@ -380,9 +380,10 @@ class WorldModel(nn.Module):
 
     @classmethod
     def _read(cls, directory: Path, allow_nonfinite: bool) -> WorldModel:
-        if not (directory / CONFIG_FILE).is_file() or not (directory / WEIGHTS_FILE).is_file():
+        missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (directory / name).is_file()]
+        if missing:
             raise CheckpointError(
-                f"{directory} has no {CONFIG_FILE} and {WEIGHTS_FILE}. Pass a directory written by save_pretrained."
+                f"{directory} has no {' and no '.join(missing)}. Pass a directory written by save_pretrained."
             )
         try:
             config = cls.config_class.load(directory / CONFIG_FILE)

@@ -95,6 +95,9 @@ def _write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray | ArrayC
             member.write(np.ascontiguousarray(chunk, array.dtype).data.cast("B"))
 
 
+_AGENT_FILE = "agent.json"
+"""Tells the zip of an agent from other archives without arrays."""
+
 _LONGEST_END = 22 + 0xFFFF
 """Bytes of a zip archive's last record, with the longest comment."""
 
@@ -117,8 +120,11 @@ class NpzFile:
             self._archive = zipfile.ZipFile(self.path)
             self._bytes = self.path.stat().st_size
             _check_count(self.path, len(self._archive.infolist()))
-        except FileNotFoundError:
-            raise
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"There is no file '{self.path.name}' (looked for {self.path.absolute()}). Pass what "
+                "save_replay_buffer or ReplayBuffer.save wrote."
+            ) from error
         except Exception as error:  # what a damaged table of contents makes zipfile raise is not a closed list
             kind = _other_format(self.path)
             if kind is not None:
@@ -127,6 +133,12 @@ class NpzFile:
                 f"{self.path} is not a readable .npz file (damaged or cut short): {_reason(error)}"
             ) from error
         members = [name for name in self._archive.namelist() if name.endswith(".npy")]
+        if not members and _AGENT_FILE in self._archive.namelist():
+            self._archive.close()
+            raise BufferError(
+                f"{self.path} is a saved agent, which has no replay data in it. Pass what save_replay_buffer wrote; "
+                "those of a checkpoint's directory are read by WorldFluxAgent.load(directory, env, resume=True)."
+            )
         self.names = [name.removesuffix(".npy") for name in members]
         """Of the arrays; other files in the archive are ignored."""
         repeated = [name for name, count in Counter(self.names).items() if count > 1]
@@ -273,6 +285,9 @@ _FORMATS = {
 
 def _other_format(path: Path) -> str | None:
     """What a file is that is no zip archive, with what to do; None if nothing is known of it."""
+    for checkpoint in (path, path.parent):
+        if path.is_dir() and (checkpoint / "replay" / "replay.json").is_file():
+            return f"a checkpoint. WorldFluxAgent.load({str(checkpoint)!r}, env, resume=True) reads its replay data."
     if path.is_dir():
         return "a directory. Pass the path of a file in it."
     try:
