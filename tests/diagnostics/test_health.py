@@ -227,7 +227,7 @@ def test_a_report_names_every_vital_and_says_what_to_do_about_the_bad_ones():
 @pytest.mark.parametrize(("family", "limits"), [(DreamerV3, DREAMERV3_THRESHOLDS), (TDMPC2, TDMPC2_THRESHOLDS)])
 def test_the_docstring_of_health_gives_every_vital_with_its_threshold(family, limits):
     for name, limit in limits.items():
-        assert f"- `{name}`, bad {limit.bad} {limit.threshold:g}:" in family.health.__doc__
+        assert f"- `{name}`, bad {limit.bad} {limit.value:g}:" in family.health.__doc__
 
 
 def test_a_module_that_is_no_world_model_has_no_vitals():

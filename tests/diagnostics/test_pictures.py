@@ -56,7 +56,7 @@ def predictions(
         truncations=none,
         is_first=starts,
         obs_mask=~none,
-        rows=rows,
+        row_ids=rows,
     )
     return OpenLoop(
         context=CONTEXT,

@@ -380,7 +380,7 @@ def test_whoever_looks_in_the_middle_changes_nothing(name: str) -> None:
         batches.append(buffer.sample(200, 6))
         assert len(buffer) == 700
     for batch in batches[1:]:
-        for part in ("rows", "obs", "actions", "rewards", "terminations", "truncations", "is_first"):
+        for part in ("row_ids", "obs", "actions", "rewards", "terminations", "truncations", "is_first"):
             np.testing.assert_array_equal(getattr(batch, part), getattr(batches[0], part))
     first = batches[0]
     compared = assert_rows_belong_together(

@@ -82,7 +82,7 @@ def content(buffer):
 def assert_same_batches(buffer, other):
     for fresh in (False, True):
         one, two = (each.sample(20, 3, fresh=fresh) for each in (buffer, other))
-        for name in ("actions", "rewards", "terminations", "truncations", "is_first", "rows"):
+        for name in ("actions", "rewards", "terminations", "truncations", "is_first", "row_ids"):
             assert torch.equal(getattr(one, name), getattr(two, name)), name
         assert torch.equal(seen(one), seen(two))
         assert all(torch.equal(one.obs[key], two.obs[key]) for key in one.obs)

@@ -38,7 +38,7 @@ def test_ours_and_sb3_learn_for_the_same_steps_and_are_evaluated_alike(
     result, again = learning.run("cartpole", 0, algorithm)
     assert [(step, score, 0) for step, score in again] == curve
     assert result["env_steps"] == 140 and result["algorithm"] == (algorithm or "dreamerv3:tiny")
-    assert result["gradient_steps"] > 5 and 0 < result["cpu_seconds"] and result["score"] >= result["worst_episode"]
+    assert result["gradient_steps"] > 5 and 0 <= result["cpu_seconds"] and result["score"] >= result["worst_episode"]
 
 
 def test_pictures_are_given_to_a_policy_that_sees_them() -> None:

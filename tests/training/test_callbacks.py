@@ -18,7 +18,7 @@ from helpers.training import MemoryProvider, NoisyRegression
 from worldflux import create_world_model
 from worldflux.diagnostics.health import Health
 from worldflux.errors import ConfigurationError, MissingDependencyError, TrainingError
-from worldflux.models.health import HealthMetric, Limit
+from worldflux.models.health import HealthMetric, Threshold
 from worldflux.training import (
     Callback,
     CheckpointCallback,
@@ -220,7 +220,7 @@ def test_early_stopping_names_the_losses_there_are():
 
 
 def test_the_log_has_the_models_health_and_warns_once(caplog: pytest.LogCaptureFixture) -> None:
-    limit = Limit(0.5, "above", "Do something.")
+    limit = Threshold(0.5, "above", "Do something.")
 
     class Patient(NoisyRegression):
         values = iter([0.1, 0.7, 0.8, 0.2, 0.9])
