@@ -24,7 +24,7 @@ _SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,12}")
 _HOST = re.sub("[^A-Za-z0-9]+", "-", platform.node())
 _ASIDE = ".replaced"
 _TOGETHER = ".replacing"
-_ATTEMPTS = 12
+_ATTEMPTS = 60
 _LONGEST_WRITE = 24 * 3600.0
 """Seconds. What another machine has not touched for so long is nobody's any more."""
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095
@@ -327,10 +327,11 @@ def reading_together(directory: Path, names: Sequence[str], read: Callable[[], T
         read: Called again if somebody was quicker.
 
     Raises:
-        CheckpointError: If files that a killed writer left half replaced cannot be moved to their places.
+        CheckpointError: If files that a killed writer left half replaced cannot be moved to their places, or others
+            replace the files all the time.
     """
     for attempt in range(_ATTEMPTS):
-        time.sleep(0.01 * attempt)
+        time.sleep(min(0.01 * attempt, 0.2))
         unfinished = None
         try:
             finish_replacing(directory)
@@ -350,7 +351,7 @@ def reading_together(directory: Path, names: Sequence[str], read: Callable[[], T
             f"{directory} was being replaced by a process that was killed, and its files cannot be moved to their "
             f"places: {reason(unfinished)}. Make the directory writable once."
         ) from unfinished
-    return read()
+    raise CheckpointError(f"{directory} is replaced by another process again and again. Read it when that has ended.")
 
 
 def _identity(path: Path) -> tuple[int, int, int] | None:
