@@ -24,7 +24,9 @@ _SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,12}")
 _HOST = re.sub("[^A-Za-z0-9]+", "-", platform.node())
 _ASIDE = ".replaced"
 _TOGETHER = ".replacing"
-_ATTEMPTS = 60
+_ATTEMPTS = 12
+_READINGS = 60
+"""How often files are read again that somebody replaces; ten seconds in all."""
 _LONGEST_WRITE = 24 * 3600.0
 """Seconds. What another machine has not touched for so long is nobody's any more."""
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095
@@ -330,27 +332,30 @@ def reading_together(directory: Path, names: Sequence[str], read: Callable[[], T
         CheckpointError: If files that a killed writer left half replaced cannot be moved to their places, or others
             replace the files all the time.
     """
-    for attempt in range(_ATTEMPTS):
+
+    def identities() -> list[tuple[int, int, int] | None]:
+        return [_identity(directory / name) for name in (*names, _TOGETHER)]
+
+    for attempt in range(_READINGS):
         time.sleep(min(0.01 * attempt, 0.2))
-        unfinished = None
         try:
             finish_replacing(directory)
         except OSError as error:  # perhaps nothing can be written here, but by the one who writes
-            unfinished = error
-        before = [_identity(directory / name) for name in (*names, _TOGETHER)]
+            if attempt < _ATTEMPTS:
+                continue
+            raise CheckpointError(
+                f"{directory} was being replaced by a process that was killed, and its files cannot be moved to their "
+                f"places: {reason(error)}. Make the directory writable once."
+            ) from error
+        before = identities()
         try:
             found = read()
         except Exception:
-            if unfinished is None and before == [_identity(directory / name) for name in (*names, _TOGETHER)]:
+            if before == identities():
                 raise
             continue
-        if unfinished is None and before == [_identity(directory / name) for name in (*names, _TOGETHER)]:
+        if before == identities():
             return found
-    if unfinished is not None:
-        raise CheckpointError(
-            f"{directory} was being replaced by a process that was killed, and its files cannot be moved to their "
-            f"places: {reason(unfinished)}. Make the directory writable once."
-        ) from unfinished
     raise CheckpointError(f"{directory} is replaced by another process again and again. Read it when that has ended.")
 
 

@@ -26,7 +26,7 @@ from worldflux.agents import AgentCheckpointCallback, WorldFluxAgent
 from worldflux.cli.main import main
 from worldflux.config import WorldModelConfig
 from worldflux.errors import BufferError, CheckpointError, ConfigurationError, WorldFluxError
-from worldflux.files import atomic_directory, reading_together, replacing, replacing_together
+from worldflux.files import atomic_directory, reading_together, replacing, replacing_together, write_atomically
 from worldflux.interop import load_official_dreamerv3, load_official_tdmpc2
 from worldflux.models.base import WorldModel
 from worldflux.training import CheckpointCallback, LoggingCallback, ReplayBuffer, Trainer, TrainingConfig
@@ -540,3 +540,17 @@ def test_a_path_that_names_a_directory_is_no_file_beside_it(
     with pytest.raises(CheckpointError, match="is a directory, expected the path of a file"):
         agent.save(path)
     assert [entry.name for entry in tmp_path.rglob("*")] == ["here"]
+
+
+def test_files_that_are_replaced_whenever_they_are_read_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    letters = iter(range(1000))
+
+    def read() -> str:
+        write_atomically(tmp_path / "letter.txt", str(next(letters)).encode())
+        return "half of two letters"
+
+    with pytest.raises(CheckpointError, match=r"is replaced by another process again and again\. Read it when"):
+        reading_together(tmp_path, ["letter.txt"], read)
