@@ -41,7 +41,7 @@ from worldflux.training.checkpoint import (
     newest_checkpoint,
     writing_checkpoint,
 )
-from worldflux.validation import count, finite_number
+from worldflux.validation import finite_number, whole_number
 
 AGENT_FILE = "agent.json"
 FORMAT = 1
@@ -326,7 +326,7 @@ class RunState:
                 {name: finite_number(name, info[name]) for name in _EPISODE_INFO if name in info} for info in infos
             ]
             return cls(
-                collected=count("collected", data["collected"], 0),
+                collected=whole_number("collected", data["collected"], 0),
                 episode_infos=[{**info, "l": int(info["l"])} for info in infos],
                 episode_successes=[finite_number("episode_successes", value) for value in data["episode_successes"]],
                 normalization=None if data["normalization"] is None else dict(data["normalization"]),
@@ -462,13 +462,15 @@ class AgentDescription:
             return cls(
                 observation_space=space_from_json(data["observation_space"]),
                 action_space=space_from_json(data["action_space"]),
-                n_envs=count("n_envs", data["n_envs"], 1, below=MOST_ENVS),
+                n_envs=whole_number("n_envs", data["n_envs"], 1, below=MOST_ENVS),
                 settings=_settings(data["settings"]),
-                counters={name: count(name, data["counters"][name], 0, below=LARGEST_COUNTER) for name in COUNTERS},
+                counters={
+                    name: whole_number(name, data["counters"][name], 0, below=LARGEST_COUNTER) for name in COUNTERS
+                },
                 progress_remaining=finite_number("progress_remaining", data["progress_remaining"]),
                 schedule={
                     "env_steps": _whole_or_none("schedule: env_steps", data["schedule"]["env_steps"]),
-                    "handed_out": count(
+                    "handed_out": whole_number(
                         "schedule: handed_out", data["schedule"]["handed_out"], 0, below=LARGEST_COUNTER
                     ),
                 },
@@ -490,4 +492,4 @@ def _settings(data: Mapping[str, Any]) -> AgentSettings:
 
 
 def _whole_or_none(name: str, value: Any) -> int | None:
-    return None if value is None else count(name, value, 0, below=LARGEST_COUNTER)
+    return None if value is None else whole_number(name, value, 0, below=LARGEST_COUNTER)

@@ -17,7 +17,7 @@ from worldflux.files import checked_path
 from worldflux.models.base import WorldModel
 from worldflux.models.planning import PlannerConfig
 from worldflux.replay.backends import lasting_place
-from worldflux.validation import count, finite_number
+from worldflux.validation import finite_number, whole_number
 
 _COUNTS = {"batch_size": 1, "seq_len": 1, "buffer_size": 1, "learning_starts": 0, "seed": 0}
 
@@ -52,7 +52,7 @@ class AgentSettings:
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
-            name: count(name, getattr(self, name), least)
+            name: whole_number(name, getattr(self, name), least)
             for name, least in _COUNTS.items()
             if getattr(self, name) is not None
         }
@@ -80,10 +80,10 @@ class AgentSettings:
             )
         if self.planner_kwargs is not None:
             checked["planner_kwargs"] = _planner_fields(self.planner_kwargs)
-        checked["stats_window_size"] = count("stats_window_size", self.stats_window_size, 1)
+        checked["stats_window_size"] = whole_number("stats_window_size", self.stats_window_size, 1)
         # SB3 counts, and others say True.
         verbose = int(self.verbose) if isinstance(self.verbose, bool | np.bool_) else self.verbose
-        checked["verbose"] = count("verbose", verbose, 0)
+        checked["verbose"] = whole_number("verbose", verbose, 0)
         if self.tensorboard_log is not None:
             if not isinstance(self.tensorboard_log, str | Path):
                 raise ConfigurationError(f"tensorboard_log is {self.tensorboard_log!r}, expected a directory or None.")

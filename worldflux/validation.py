@@ -84,7 +84,7 @@ def has_channels_last(shape: tuple[int, ...]) -> bool:
 def clean_sizes(name: str, sizes: Any) -> tuple[int, ...]:
     """`sizes` as a tuple of integers, if all of them are above 0."""
     try:
-        cleaned = tuple(as_integer(name, size) for size in sizes) if not isinstance(sizes, str) else None
+        cleaned = tuple(whole_number(name, size) for size in sizes) if not isinstance(sizes, str) else None
     except TypeError:
         cleaned = None
     if cleaned is None or any(size < 1 for size in cleaned):
@@ -110,66 +110,53 @@ def check_choice(name: str, value: Any, options: tuple[str, ...]) -> None:
         raise ConfigurationError(f"{name} is '{value}'{nearest(value, options)} It is one of: {', '.join(options)}.")
 
 
-def as_integer(name: str, value: Any) -> int:
-    """`value` as an `int`; NumPy's integers count, booleans and floats do not."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise ConfigurationError(f"{name} is {value!r}, expected an integer.") from None
+def whole_number(
+    name: str,
+    value: Any,
+    least: int | None = None,
+    *,
+    below: int = 2**63,
+    error: type[WorldFluxError] = ConfigurationError,
+) -> int:
+    """Returns `value` as an `int` if it is an integer of Python, NumPy or torch within the bounds.
 
-
-def as_number(name: str, value: Any) -> float:
-    """`value` as a finite `float`; booleans and text are none."""
-    try:
-        if isinstance(value, bool | str):
-            raise TypeError
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ConfigurationError(f"{name} is {value!r}, expected a number.") from None
-    if not math.isfinite(number):
-        raise ConfigurationError(f"{name} is {number}, expected a finite number.")
-    return number
-
-
-def whole_number(name: str, value: Any, least: int, *, error: type[WorldFluxError] = ConfigurationError) -> int:
-    """`value` as an int, if it is a whole number of Python, NumPy or torch, and no bool.
+    Booleans are refused, and so are floats such as 3.0.
 
     Args:
-        name: What it is called in the message.
-        value: What was given.
-        least: The smallest that is allowed.
-        error: Raised if it is something else or smaller.
+        name: Name of the value in the error message.
+        value: Value to check.
+        least: Smallest allowed value; any integer if omitted.
+        below: Upper bound, exclusive, a power of two.
+        error: Class of the error that is raised.
     """
     try:
-        number = operator.index(value)
+        number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = None
-    if number is None or isinstance(value, bool) or number < least:
-        raise error(f"{name} is {value!r}, expected a whole number from {least}.")
-    return number
-
-
-def count(name: str, value: Any, least: int, *, below: int = 2**63) -> int:
-    """`value` as an int, if it is a whole number from `least` and below a power of two, at most what fits 64 bits."""
-    number = whole_number(name, value, least)
+    if number is None or (least is not None and number < least):
+        expected = "an integer" if least is None else f"a whole number from {least}"
+        raise error(f"{name} is {value!r}, expected {expected}.")
     if number >= below:
         limit = f"{below:.0e}".replace("e+", "e")
-        raise ConfigurationError(f"{name} is above {limit}, expected a whole number below 2**{below.bit_length() - 1}.")
+        raise error(f"{name} is above {limit}, expected a whole number below 2**{below.bit_length() - 1}.")
     return number
 
 
-def finite_number(name: str, value: Any) -> float:
-    """`value` as a finite float, if it is a number of Python, NumPy or torch, and no bool."""
+def finite_number(name: str, value: Any, *, or_infinite: bool = False) -> float:
+    """Returns `value` as a `float` if it is a finite number of Python, NumPy or torch.
+
+    Booleans and strings are refused, and so are arrays of several numbers.
+
+    Args:
+        name: Name of the value in the error message.
+        value: Value to check.
+        or_infinite: Whether infinity is allowed, too.
+    """
+    is_bool = isinstance(value, bool) or getattr(getattr(value, "dtype", None), "kind", None) == "b"
     try:
-        number = float(value) if hasattr(value, "__float__") else math.nan
+        number = float(value) if hasattr(value, "__float__") and not is_bool else math.nan
     except (OverflowError, TypeError, ValueError):
         number = math.nan
-    if (
-        getattr(getattr(value, "dtype", None), "kind", None) == "b"
-        or isinstance(value, bool)
-        or not math.isfinite(number)
-    ):
-        raise ConfigurationError(f"{name} is {value!r}, expected a finite number.")
+    if math.isnan(number) or (math.isinf(number) and not or_infinite):
+        raise ConfigurationError(f"{name} is {value!r}, expected a {'' if or_infinite else 'finite '}number.")
     return number

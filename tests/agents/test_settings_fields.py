@@ -347,5 +347,5 @@ def test_a_torch_device_becomes_its_name_so_that_a_configuration_can_be_saved(tm
 
 @pytest.mark.parametrize("rate", [np.ones(2), torch.ones(2), "3e-4", None, True, 1j])
 def test_a_rate_that_is_not_one_number_is_refused(rate: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"learning_rate is .*, expected a number"):
+    with pytest.raises(ConfigurationError, match=r"learning_rate is .*, expected a finite number"):
         TrainingConfig(learning_rate=rate)

@@ -142,7 +142,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"action_dim": True}, "action_dim is True, expected an integer"),
     ({"hidden_dim": -1}, "hidden_dim is -1"),
     ({"learning_rate": float("nan")}, "learning_rate is nan, expected a finite number"),
-    ({"learning_rate": "fast"}, "learning_rate is 'fast', expected a number"),
+    ({"learning_rate": "fast"}, "learning_rate is 'fast', expected a finite number"),
     ({"model_name": 3}, "model_name is 3, expected a string"),
     ({"latent_type": "categorial"}, "did you mean 'categorical'"),
     ({"action_type": "discret"}, "action_type is 'discret'; did you mean 'discrete'"),

@@ -94,7 +94,7 @@ def test_a_configuration_comes_back_from_its_file(tmp_path):
         ({"log_interval": True}, "log_interval is True"),
         ({"warmup_steps": -1}, "warmup_steps is -1, expected a whole number from 0"),
         ({"learning_rate": 0}, "learning_rate is 0.0, expected a finite number above 0"),
-        ({"learning_rate": "fast"}, "learning_rate is 'fast', expected a number"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast', expected a finite number"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
         ({"grad_clip": math.nan}, "grad_clip is nan"),
         ({"seed": 2**32}, "seed is 4294967296"),

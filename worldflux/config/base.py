@@ -14,12 +14,12 @@ from worldflux.files import checked_path, write_text
 from worldflux.reading import only_our_errors, read_json
 from worldflux.validation import (
     ObsShape,
-    as_integer,
-    as_number,
     check_choice,
     clean_enum,
     clean_obs_shape,
     clean_sizes,
+    finite_number,
+    whole_number,
 )
 
 ConfigT = TypeVar("ConfigT", bound="WorldModelConfig")
@@ -224,7 +224,7 @@ class WorldModelConfig:
         self._set("obs_shape", clean_obs_shape(self.obs_shape, any_shape=type(self) is WorldModelConfig))
         self._set("latent_type", clean_enum("latent_type", self.latent_type, LatentType))
         self._set("dynamics_type", clean_enum("dynamics_type", self.dynamics_type, DynamicsType))
-        self._set("action_dim", as_integer("action_dim", self.action_dim))
+        self._set("action_dim", whole_number("action_dim", self.action_dim))
         self._set("action_classes", clean_sizes("action_classes", self.action_classes))
         if self.action_type == "discrete" and not self.action_classes:
             self._set("action_classes", (self.action_dim,))
@@ -248,9 +248,9 @@ class WorldModelConfig:
             kind = item.type if isinstance(item.type, str) else getattr(item.type, "__name__", str(item.type))
             value = getattr(self, item.name)
             if kind == "int":
-                self._set(item.name, as_integer(item.name, value))
+                self._set(item.name, whole_number(item.name, value))
             elif kind == "float":
-                self._set(item.name, as_number(item.name, value))
+                self._set(item.name, finite_number(item.name, value))
             elif kind == "bool" and not isinstance(value, bool):
                 raise ConfigurationError(f"{item.name} is {value!r}, expected True or False.")
             elif kind == "str" and not isinstance(value, str):

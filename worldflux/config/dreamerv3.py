@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from worldflux.config.base import DynamicsType, LatentType, WorldModelConfig, sized_fields
 from worldflux.errors import ConfigurationError, nearest
-from worldflux.validation import RESIZE_OR_FLATTEN, as_integer, as_number, check_choice, clean_sizes
+from worldflux.validation import RESIZE_OR_FLATTEN, check_choice, clean_sizes, finite_number, whole_number
 
 _ENCODER_TYPES = ("cnn", "mlp", "multi")
 _DREAMERV3_LOSS_SCALES = {
@@ -162,7 +162,7 @@ class DreamerV3Config(WorldModelConfig):
     def _derive(self) -> None:
         super()._derive()
         for name in ("deter_dim", "stoch_discrete", "stoch_classes"):
-            self._set(name, as_integer(name, getattr(self, name)))
+            self._set(name, whole_number(name, getattr(self, name)))
         self._derive_width("stoch_dim", self.stoch_discrete * self.stoch_classes, "stoch_discrete * stoch_classes")
         self._derive_width("latent_dim", self.deter_dim + self.stoch_dim, "deter_dim + stoch_dim")
         expected = "multi" if self.image_keys and self.vector_keys else "cnn" if self.image_keys else "mlp"
@@ -281,7 +281,7 @@ def _merge_loss_scales(given: Any) -> dict[str, float]:
             raise ConfigurationError(
                 f"loss_scales names the loss '{name}'{nearest(name, merged)} The losses are: {', '.join(merged)}."
             )
-        merged[name] = as_number(f"loss_scales['{name}']", scale)
+        merged[name] = finite_number(f"loss_scales['{name}']", scale)
         if merged[name] < 0:
             raise ConfigurationError(f"loss_scales['{name}'] is {scale}, expected 0 or more.")
     return merged

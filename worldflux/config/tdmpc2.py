@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from worldflux.config.base import DynamicsType, LatentType, WorldModelConfig, sized_fields
 from worldflux.errors import ConfigurationError
-from worldflux.validation import RESIZE_OR_FLATTEN, as_integer, clean_sizes
+from worldflux.validation import RESIZE_OR_FLATTEN, clean_sizes, whole_number
 
 _SAMPLES_PER_PROPOSAL, _MOST_PROPOSALS = 16, 24
 _LEAST_IMAGE_SIDE = 39
@@ -192,9 +192,9 @@ class TDMPC2Config(WorldModelConfig):
 
     def _derive(self) -> None:
         super()._derive()
-        self._derive_width("deter_dim", as_integer("latent_dim", self.latent_dim), "latent_dim")
+        self._derive_width("deter_dim", whole_number("latent_dim", self.latent_dim), "latent_dim")
         if self.num_pi_trajs is None:
-            proposed = as_integer("num_samples", self.num_samples) // _SAMPLES_PER_PROPOSAL
+            proposed = whole_number("num_samples", self.num_samples) // _SAMPLES_PER_PROPOSAL
             self._set("num_pi_trajs", min(proposed, _MOST_PROPOSALS))
         for name in ("task_action_dims", "task_episode_lengths"):
             self._set(name, clean_sizes(name, getattr(self, name)))

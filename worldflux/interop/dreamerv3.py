@@ -20,7 +20,7 @@ from worldflux.models.dreamerv3.world_model import DreamerV3
 from worldflux.models.weights import check_finite
 from worldflux.pickles.reader import NUMPY, PickleReader, StoredArray
 from worldflux.reading import only_our_errors
-from worldflux.validation import as_integer
+from worldflux.validation import whole_number
 
 _SCALARS = {"retnorm/lo/value": "return_low", "retnorm/hi/value": "return_high"}
 
@@ -109,7 +109,7 @@ def load_official_dreamerv3(
     shapes = dict(obs_shape) if isinstance(obs_shape, Mapping) else obs_shape
     given = DreamerV3Config(model_name="official", obs_shape=shapes, action_dim=action_dim, action_type=action_type)
     if stoch_discrete is not None:
-        stoch_discrete = as_integer("stoch_discrete", stoch_discrete)
+        stoch_discrete = whole_number("stoch_discrete", stoch_discrete)
         if stoch_discrete < 1:
             raise ConfigurationError(f"stoch_discrete is {stoch_discrete}, expected at least 1.")
     if isinstance(params_or_path, Mapping):

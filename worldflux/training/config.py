@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,7 +13,7 @@ from worldflux.accel.device import resolve_device
 from worldflux.errors import ConfigurationError, nearest
 from worldflux.files import checked_path, write_text
 from worldflux.reading import only_our_errors, read_json
-from worldflux.validation import whole_number
+from worldflux.validation import finite_number, whole_number
 
 _COUNTS = {
     "total_steps": 1,
@@ -71,12 +70,13 @@ class TrainingConfig:
         for name, least in _COUNTS.items():
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
         for name in ("learning_rate", "weight_decay", "grad_clip"):
-            object.__setattr__(self, name, _number(name, getattr(self, name)))
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            number = finite_number(name, getattr(self, name), or_infinite=name == "grad_clip")
+            object.__setattr__(self, name, number)
+        if self.learning_rate <= 0:
             raise ConfigurationError(f"learning_rate is {self.learning_rate}, expected a finite number above 0.")
-        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+        if self.weight_decay < 0:
             raise ConfigurationError(f"weight_decay is {self.weight_decay}, expected a finite number from 0.")
-        if not self.grad_clip >= 0:
+        if self.grad_clip < 0:
             raise ConfigurationError(f"grad_clip is {self.grad_clip}, expected a norm above 0, or 0 to turn it off.")
         if self.seed >= 2**32:
             raise ConfigurationError(f"seed is {self.seed}, expected a whole number below 2**32, which NumPy can take.")
@@ -127,14 +127,3 @@ class TrainingConfig:
                 return cls.from_dict(data)
             except ConfigurationError as error:
                 raise ConfigurationError(f"{path}: {error}") from error
-
-
-def _number(name: str, value: Any) -> float:
-    """`value` as a float, if it is one number of Python, NumPy or torch, and no bool."""
-    try:
-        number = float(value) if hasattr(value, "__float__") and not isinstance(value, bool) else None
-    except (OverflowError, TypeError, ValueError):  # several numbers
-        number = None
-    if number is None:
-        raise ConfigurationError(f"{name} is {value!r}, expected a number.")
-    return number
