@@ -53,8 +53,8 @@ def test_a_model_is_trained_and_saved(capsys: pytest.CaptureFixture[str]) -> Non
     losses = {int(row["time/total_timesteps"]): float(row["train/loss"]) for row in rows if row["train/loss"]}
     kept = {int(row["time/total_timesteps"]): float(row["eval/loss"]) for row in rows if row["eval/loss"]}
     assert (list(losses), list(kept)) == ([4, 8, 12], [6, 12])
-    assert out == f"{run}: 12 gradient steps, loss {kept[12]:.4g} on the steps that were kept.\n"
-    assert f"step 12/12  loss {losses[12]:.4g}, {kept[12]:.4g} on the steps that are kept" in err
+    assert out == f"{run}: 12 gradient steps, loss {kept[12]:.4g} on the held-out steps.\n"
+    assert f"step 12/12  loss {losses[12]:.4g}, {kept[12]:.4g} on the held-out steps" in err
     assert err.count("\n") == 1 + 12  # no redrawn bar
     config = create_world_model(str(run / "model")).config
     assert (config.obs_shape, config.action_dim, config.action_type) == ((3,), 2, "discrete")
@@ -91,10 +91,10 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(
         assert main([*args, "run"]) == status
     assert not Path("run/model").exists()
     before = Path("run/logs/progress.csv").read_bytes()
-    again = "saved at step 5, and it goes on with: worldflux train-offline --resume run\n"
+    again = "saved at step 5. Resume with: worldflux train-offline --resume run\n"
     assert capsys.readouterr().err.endswith(again)
     assert main(["train-offline", "--resume", "run"]) == 0
-    assert "going on at step 5 of 12" in capsys.readouterr().err
+    assert "resuming at step 5 of 12" in capsys.readouterr().err
     assert Path("run/logs/progress.csv").read_bytes() == before
     assert [row["time/total_timesteps"] for row in log(Path("run/logs/progress-2.csv"))] == ["6", "8", "12", "12"]
     whole, resumed = weights("whole/model"), weights("run/model")
@@ -105,7 +105,7 @@ def test_a_finished_run_says_so_and_takes_more_steps(capsys: pytest.CaptureFixtu
     assert main(["train-offline", "dreamerv3:tiny", "data.npz", *TINY, "--run", "run"]) == 0
     capsys.readouterr()
     assert main(["train-offline", "--resume", "run"]) == 0
-    again = "A larger --steps goes on: worldflux train-offline --resume run --steps 24\n"
+    again = "To continue it with more steps: worldflux train-offline --resume run --steps 24\n"
     assert capsys.readouterr().out == f"run has finished its 12 steps. {again}"
     assert main(["train-offline", "--resume", "run", "--steps", "14"]) == 0
     assert capsys.readouterr().out.startswith("run: 14 gradient steps")
@@ -116,12 +116,15 @@ def test_a_finished_run_says_so_and_takes_more_steps(capsys: pytest.CaptureFixtu
     ("args", "message"),
     [
         ([], "MODEL and DATA are missing"),
-        (["dreamerv3:tiny", "nothing.npz"], "There is no file 'nothing.npz'. worldflux collect ENV --output"),
+        (
+            ["dreamerv3:tiny", "nothing.npz"],
+            "There is no file 'nothing.npz'. To record one: worldflux collect ENV",
+        ),
         (["dreamerv3:tini", "data.npz"], "did you mean 'dreamerv3:tiny'?"),
         (["dreamerv3:tiny", "data.npz", "--steps", "0"], "total_steps is 0"),
         (["dreamerv3:tiny", "data.npz", "--eval-share", "2"], "eval_data is 2.0"),
         (["dreamerv3:tiny", "data.npz", "--set", "unit=8"], "did you mean 'units'?"),
-        (["dreamerv3:tiny", "data.npz", "--resume", "run"], "--resume goes on with the MODEL, DATA and directory"),
+        (["dreamerv3:tiny", "data.npz", "--resume", "run"], "--resume takes the MODEL, DATA and directory"),
         (["--resume", "run"], "There is no 'run'"),
     ],
 )
@@ -139,9 +142,9 @@ def test_a_run_goes_on_with_its_own_settings(capsys: pytest.CaptureFixture[str])
     Path("run").mkdir()
     RunConfig("train-offline", "dreamerv3:tiny", "gone.npz", {"steps": 3}).write(Path("run"))
     assert main(["train-offline", "--resume", "run", "--eval-share", "0.2"]) == 2
-    assert "--eval-share: a run goes on with the settings of run/config.json" in capsys.readouterr().err
+    assert "--eval-share: a resumed run keeps the settings of run/config.json" in capsys.readouterr().err
     assert main(["train-offline", "--resume", "run"]) == 2
     assert "There is no file 'gone.npz'" in capsys.readouterr().err
     RunConfig("train", "dreamerv3:tiny", "CartPole-v1", {}).write(Path("run"))
     assert main(["train-offline", "--resume", "run"]) == 2
-    assert "run is a run of worldflux train, which has a --resume of its own" in capsys.readouterr().err
+    assert "run is a run of worldflux train, which has its own --resume" in capsys.readouterr().err

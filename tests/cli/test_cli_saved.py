@@ -89,11 +89,11 @@ MODELS = ["offline", "offline/model", "offline/checkpoints", "offline/checkpoint
 NOTHING = {
     "missing": "There is no",
     "missing.zip": "There is no",
-    "text.txt": "text.txt is no file of WorldFluxAgent.save",
-    "dreamerv3/model.safetensors": "model.safetensors is no file of WorldFluxAgent.save",
+    "text.txt": "text.txt was not written by WorldFluxAgent.save",
+    "dreamerv3/model.safetensors": "model.safetensors was not written by WorldFluxAgent.save",
     "data.npz": "Pass a file that WorldFluxAgent.save wrote",
     "damaged.zip": "damaged.zip",
-    "empty": "empty holds no checkpoint of an agent, and no model",
+    "empty": "empty contains neither a checkpoint of an agent nor a model",
 }
 
 

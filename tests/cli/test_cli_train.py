@@ -116,7 +116,7 @@ def test_a_stopped_run_is_saved_and_goes_on(
     assert train(*SHORT, "--run", "my run") == status
     out, err = capfd.readouterr()
     assert out == ""
-    assert err.endswith("stopped; saved at step 34, and it goes on with: worldflux train --resume 'my run'\n")
+    assert err.endswith("stopped; saved at step 34. Resume with: worldflux train --resume 'my run'\n")
     run = Path("my run")
     before = (run / "logs" / "progress.csv").read_bytes()
     config = RunConfig.read(run)
@@ -126,7 +126,7 @@ def test_a_stopped_run_is_saved_and_goes_on(
     out, err = capfd.readouterr()
     assert out.startswith("my run: 60 steps, best evaluation ")
     assert f"worldflux: importing {CORRIDOR}, which config.json names\n" in err
-    assert "going on at step 34 of 60" in err
+    assert "resuming at step 34 of 60" in err
     assert [row.step for row in read_evaluations(run / "evaluations.csv")] == [20, 40, 60]
     assert (run / "logs" / "progress.csv").read_bytes() == before
     assert "time/total_timesteps" in (run / "logs" / "progress-2.csv").read_text()
@@ -141,7 +141,7 @@ def test_a_finished_run_says_so_and_takes_more_steps(capsys: pytest.CaptureFixtu
     capsys.readouterr()
     assert main(["train", "--resume", "run"]) == 0
     assert capsys.readouterr() == (
-        "run has finished its 60 steps. A larger --steps goes on: worldflux train --resume run --steps 120\n",
+        "run has finished its 60 steps. To continue it with more steps: worldflux train --resume run --steps 120\n",
         "",
     )
     assert Path("run/agent.zip").read_bytes() == before
@@ -171,7 +171,7 @@ def test_a_run_without_a_checkpoint_begins_anew(capsys: pytest.CaptureFixture[st
     Path("run/agent.zip").unlink()
     scores = [row.score for row in read_evaluations(Path("run/evaluations.csv"))]
     assert main(["train", "--resume", "run"]) == 0
-    assert "run has no checkpoint yet, so the run begins anew" in capsys.readouterr().err
+    assert "run has no checkpoint yet, so it starts from the beginning" in capsys.readouterr().err
     assert [row.score for row in read_evaluations(Path("run/evaluations.csv"))] == scores
 
 
@@ -221,7 +221,7 @@ def test_an_error_in_the_environment_says_where_the_run_goes_on(
     monkeypatch.setattr(Corridor, "step", step)
     with pytest.raises(ZeroDivisionError, match="in the environment"):
         train("--steps", "60", "--eval-interval", "0", "--run", "run")
-    assert "saved at step 30, and it goes on with: worldflux train --resume run\n" in capsys.readouterr().err
+    assert "saved at step 30. Resume with: worldflux train --resume run\n" in capsys.readouterr().err
 
 
 def test_a_file_of_ones_own_is_found_again_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,10 +240,10 @@ def test_a_directory_with_something_in_it_is_left_alone(capsys: pytest.CaptureFi
     Path("full").mkdir()
     Path("full/precious").write_text("mine")
     assert train(*SHORT, "--run", "full") == 2
-    assert "full exists and is no empty directory" in capsys.readouterr().err
+    assert "full exists and is not an empty directory" in capsys.readouterr().err
     RunConfig("train", "m", "e", {}).write(Path("full"))
     assert train(*SHORT, "--run", "full") == 2
-    assert "full has a run already. Go on with it (--resume full)" in capsys.readouterr().err
+    assert "full already contains a run. Resume it (--resume full)" in capsys.readouterr().err
     assert sorted(path.name for path in Path("full").iterdir()) == ["config.json", "precious"]
 
 
@@ -275,9 +275,9 @@ def test_a_checkpoint_belongs_to_its_run() -> None:
         (["dreamerv3:tiny", CORRIDOR, "--batch-size", "0"], "batch_size is 0"),
         (["dreamerv3:tiny", CORRIDOR, "--device", "tpu"], "device is 'tpu'"),
         (["tdmpc2:tiny", CORRIDOR], "TD-MPC2 plans over continuous actions"),
-        (["--resume", "nowhere"], "There is no 'nowhere'. Pass one that worldflux train has made."),
-        (["--resume", "."], ". is no directory of a run"),
-        (["dreamerv3:tiny", CORRIDOR, "--resume", "."], "--resume goes on with the MODEL, ENV and directory"),
+        (["--resume", "nowhere"], "There is no 'nowhere'. Pass a directory that worldflux train has written."),
+        (["--resume", "."], ". is not the directory of a run"),
+        (["dreamerv3:tiny", CORRIDOR, "--resume", "."], "--resume takes the MODEL, ENV and directory"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_leaves_no_directory(
@@ -294,10 +294,10 @@ def test_what_cannot_be_done_is_one_line_and_leaves_no_directory(
 def test_a_run_goes_on_with_its_own_settings(capsys: pytest.CaptureFixture[str]) -> None:
     RunConfig("train", "dreamerv3:tiny", CORRIDOR, {"seed": 1, "steps": 10}).write(Path())
     assert main(["train", "--resume", ".", "--n-envs", "2", "--train-ratio", "3"]) == 2
-    assert "--n-envs, --train-ratio: a run goes on with the settings of config.json" in capsys.readouterr().err
+    assert "--n-envs, --train-ratio: a resumed run keeps the settings of config.json" in capsys.readouterr().err
     RunConfig("train-offline", "dreamerv3:tiny", "a.npz", {}).write(Path())
     assert main(["train", "--resume", "."]) == 2
-    assert ". is a run of worldflux train-offline, which has a --resume of its own" in capsys.readouterr().err
+    assert ". is a run of worldflux train-offline, which has its own --resume" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_a_run_goes_on_with_its_own_settings(capsys: pytest.CaptureFixture[str])
         ({"settings": {"set": [3]}}, "set is (3,)"),
         ({"settings": []}, "settings is []"),
         ({"model": None}, "model is None"),
-        ({"run": 2}, "of another version"),
+        ({"run": 2}, "written by another version"),
     ],
 )
 def test_a_damaged_config_is_refused(change: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]) -> None:

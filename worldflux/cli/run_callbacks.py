@@ -1,4 +1,4 @@
-"""What happens beside the training of an agent: evaluations, what is shown of the progress, the files of the log."""
+"""Callbacks of runs: evaluations, progress, and the files of the log."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from worldflux.training.callbacks import Callback
 from worldflux.training.trainer import Trainer
 
 LINES = 20
-"""Lines of progress in a whole run, where there is no terminal."""
+"""Number of progress lines in a whole run if stderr is not a terminal."""
 
 EVALUATION_SEED = 10_000
-"""Added to a run's seed. Every evaluation begins with the same episodes, so that they can be compared, and so that a
-resumed run evaluates as one that was never stopped."""
+"""Offset from the seed of the run to that of its evaluations. Every evaluation starts with the same episodes, so that
+scores can be compared and a resumed run evaluates like one that was never stopped."""
 
 
 def run_logger(directory: Path) -> Logger:
-    """SB3's logger into files of their own for each part of a run: `progress.csv`, `progress-2.csv`, ..."""
+    """A logger of SB3 that writes new files for each part of a run: `progress.csv`, `progress-2.csv`, ..."""
     directory.mkdir(parents=True, exist_ok=True)
     formats = ["csv", "json", *(["tensorboard"] if installed_version("tensorboard") else [])]
     part = 1 + len(list(directory.glob("progress*.csv")))
-    # SB3 would write over what is there, and through a link.
+    # SB3 would overwrite existing files, and follow links.
     while any(os.path.lexists(directory / f"progress{_suffix(part)}.{kind}") for kind in ("csv", "json")):
         part += 1
     return Logger(str(directory), [make_output_format(name, str(directory), _suffix(part)) for name in formats])
@@ -50,18 +50,42 @@ def _suffix(part: int) -> str:
     return "" if part == 1 else f"-{part}"
 
 
-class Progress(BaseCallback):
-    """Shows how far a run is on stderr: a bar on a terminal that has tqdm, else some lines.
+class ProgressLines:
+    """Prints `LINES` lines about the progress of a whole run on stderr.
 
     Args:
-        total: Steps of the whole run.
+        total: Number of steps of the whole run.
+        done: Number of steps when this part of the run begins.
+    """
+
+    def __init__(self, total: int, done: int) -> None:
+        self._total, self._last = total, done
+        self._began = (time.monotonic(), done)
+
+    def is_due(self, step: int) -> bool:
+        """Whether a line is due at this step. Every step is asked for once."""
+        before, self._last = self._last, step
+        return step * LINES // self._total > before * LINES // self._total
+
+    def line(self, step: int, text: str) -> str:
+        """The line for a step."""
+        since, before = self._began
+        rate = (step - before) / max(time.monotonic() - since, 1e-9)
+        return f"step {step}/{self._total}  {text}{rate:.3g} steps/s"
+
+
+class Progress(BaseCallback):
+    """Shows the progress of an agent's run on stderr: a bar on a terminal if tqdm is installed, otherwise lines.
+
+    Args:
+        total: Number of steps of the whole run.
     """
 
     def __init__(self, total: int) -> None:
         super().__init__()
         self.total = total
         self._bar: Any = None
-        self._began = (0.0, 0)
+        self._lines = ProgressLines(total, 0)
         self._shown = 0.0
 
     def say(self, text: str) -> None:
@@ -72,7 +96,7 @@ class Progress(BaseCallback):
             self._bar.write(text, file=sys.stderr)
 
     def _on_training_start(self) -> None:
-        self._began = (time.monotonic(), self.num_timesteps)
+        self._lines = ProgressLines(self.total, self.num_timesteps)
         if sys.stderr.isatty():
             self._bar = _bar(self.total, self.num_timesteps)
 
@@ -83,20 +107,14 @@ class Progress(BaseCallback):
                 self._bar.set_postfix_str(self._score().partition(" (")[0], refresh=False)
                 self._shown = now
             self._bar.update(self.num_timesteps - self._bar.n)
-        elif self._passed(self.num_timesteps) > self._passed(self.num_timesteps - self.training_env.num_envs):
-            since, steps = self._began
-            rate = (self.num_timesteps - steps) / max(time.monotonic() - since, 1e-9)
-            self.say(f"step {self.num_timesteps}/{self.total}  {self._score()}{rate:.3g} steps/s")
+        elif self._lines.is_due(self.num_timesteps):
+            self.say(self._lines.line(self.num_timesteps, self._score()))
         return True
 
     def _on_training_end(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-    def _passed(self, steps: int) -> int:
-        """Lines that are due by then."""
-        return steps * LINES // self.total
 
     def _score(self) -> str:
         infos = self.model.ep_info_buffer
@@ -106,15 +124,15 @@ class Progress(BaseCallback):
 
 
 class Evaluations(BaseCallback):
-    """Evaluates at an interval; writes the learning curve, and the agent that was best.
+    """Evaluates the agent at an interval, and writes the learning curve and the best agent.
 
     Args:
-        envs: To evaluate in.
-        directory: Of the run.
+        envs: Environments of the evaluations.
+        directory: Directory of the run.
         interval: Environment steps between two evaluations.
-        episodes: Of each.
-        seed: Of the run.
-        say: Shows a line.
+        episodes: Number of episodes in each evaluation.
+        seed: Seed of the run.
+        say: Prints a line.
     """
 
     model: WorldFluxAgent
@@ -130,11 +148,11 @@ class Evaluations(BaseCallback):
 
     @property
     def best(self) -> Evaluation | None:
-        """The first one with the highest score."""
+        """The first evaluation with the highest score; None before the first evaluation."""
         return max(self.rows, key=lambda row: row.score, default=None)
 
     def _on_training_start(self) -> None:
-        # A kill may have left evaluations that came after the checkpoint; they are done again.
+        # A killed run may have written evaluations after its last checkpoint; they are repeated.
         self.rows = [row for row in read_evaluations(self.path) if row.step <= self.num_timesteps]
         self._began = time.monotonic() - (self.rows[-1].seconds if self.rows else 0.0)
 
@@ -178,16 +196,16 @@ class Evaluations(BaseCallback):
         self.say(f"step {row.step}  evaluation: {row.score:.4g} ± {row.std:.3g} over {row.episodes} episodes, {best}")
 
     def _go_on(self, *args: Any) -> None:
-        if self.model.stopping:  # whoever waits for the end of the step shall not wait for many episodes
+        if self.model.stopping:  # a user who waits for the end of the step should not wait for many episodes
             raise _StoppedError
 
 
 class _StoppedError(Exception):
-    """Ends an evaluation."""
+    """Raised to end an evaluation early."""
 
 
 def _bar(total: int, done: int) -> Any:
-    """A bar of tqdm; None where it is not installed."""
+    """A progress bar of tqdm; None if it is not installed."""
     try:
         from tqdm import tqdm
     except ImportError:
@@ -196,15 +214,15 @@ def _bar(total: int, done: int) -> Any:
 
 
 class OfflineLog(Callback):
-    """Writes losses (`train/`) at each `log_interval` of the trainer, and evaluations (`eval/`).
+    """Logs the losses (`train/`) at each `log_interval` of the trainer, and the evaluations (`eval/`).
 
-    Where there is no terminal for a bar, some lines on stderr say how far the training is.
+    If stderr is not a terminal, it also prints lines about the progress.
 
     Attributes:
-        last_eval: The means of the last evaluation; empty before the first.
+        last_eval: Mean losses of the last evaluation; empty before the first one.
 
     Args:
-        directory: For the files.
+        directory: Directory for the files.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -212,29 +230,25 @@ class OfflineLog(Callback):
         self.last_eval: Mapping[str, float] = {}
         self._logger: Logger | None = None
         self._interval = 1
-        self._began = (0.0, 0)
-        self._target = 1
+        self._began = 0.0
+        self._lines = ProgressLines(1, 0)
 
     def on_train_begin(self, trainer: Trainer) -> None:
-        """Opens the files, of the next part if the run goes on."""
+        """Opens the files for this part of the run."""
         self._logger = run_logger(self.directory)
-        self._interval, self._target = trainer.config.log_interval, trainer.target_step
-        self._began = (time.monotonic(), trainer.step_count)
-        if trainer.step_count:
-            print(f"worldflux: going on at step {trainer.step_count} of {self._target}", file=sys.stderr)
+        self._interval, self._began = trainer.config.log_interval, time.monotonic()
+        self._lines = ProgressLines(trainer.target_step, trainer.step_count)
 
     def on_step_end(self, step: int, losses: Mapping[str, float]) -> None:
-        """Writes a row where one is due."""
+        """Writes a row and prints a line where they are due."""
         if step % self._interval == 0:
             self._write(step, {f"train/{name}": value for name, value in losses.items()})
-        if not sys.stderr.isatty() and step * LINES // self._target > (step - 1) * LINES // self._target:
-            since, before = self._began
-            rate = (step - before) / max(time.monotonic() - since, 1e-9)
-            kept = f", {self.last_eval['loss']:.4g} on the steps that are kept" if self.last_eval else ""
-            print(f"step {step}/{self._target}  loss {losses['loss']:.4g}{kept}  {rate:.3g} steps/s", file=sys.stderr)
+        if self._lines.is_due(step) and not sys.stderr.isatty():
+            held_out = f", {self.last_eval['loss']:.4g} on the held-out steps" if self.last_eval else ""
+            print(self._lines.line(step, f"loss {losses['loss']:.4g}{held_out}  "), file=sys.stderr)
 
     def on_eval_end(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes a row of its own."""
+        """Writes the evaluation as a row of its own."""
         self.last_eval = dict(metrics)
         self._write(step, {f"eval/{name}": value for name, value in metrics.items()})
 
@@ -244,9 +258,9 @@ class OfflineLog(Callback):
             self._logger.close()
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
-        assert self._logger is not None, "on_train_begin comes first"
+        assert self._logger is not None, "on_train_begin has opened it"
         for name, value in values.items():
             self._logger.record(name, value)
         self._logger.record("time/total_timesteps", step, exclude="tensorboard")
-        self._logger.record("time/time_elapsed", int(time.monotonic() - self._began[0]), exclude="tensorboard")
+        self._logger.record("time/time_elapsed", int(time.monotonic() - self._began), exclude="tensorboard")
         self._logger.dump(step)

@@ -1,11 +1,11 @@
-"""The directory of a run: what is in it, and how it is found again.
+"""The directory of a run: its entries, and how they are written and found.
 
-config.json        what was started: enough to start it again
-logs/              progress.csv, progress.json, TensorBoard; further parts (progress-2.csv) for each resumption
+config.json        settings of the run, enough to start it again
+logs/              progress.csv, progress.json, TensorBoard; each time the run is resumed, a new part (progress-2.csv)
 evaluations.csv    the learning curve
-checkpoints/       step-00010000, ...: what the run is resumed from
-best_agent.zip     of the best evaluation
-agent.zip          at the end (model/ for a training without an environment)
+checkpoints/       step-00010000, ...: the run is resumed from the newest one
+best_agent.zip     the agent with the best evaluation
+agent.zip          the agent at the end of the run (model/ for a run of worldflux train-offline)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from worldflux.errors import CheckpointError, ConfigurationError
-from worldflux.files import checked_path, write_atomically
+from worldflux.files import write_atomically
 from worldflux.locks import LOCK_FILE
 from worldflux.reading import open_regular, read_json
 
@@ -38,10 +38,10 @@ AGENT_FILE = "agent.zip"
 BEST_AGENT_FILE = "best_agent.zip"
 MODEL_DIRECTORY = "model"
 ROOT = Path("runs")
-"""Of runs whose directory nobody has named."""
+"""Parent of all runs that were started without --run."""
 
 FORMAT = 1
-"""Of `config.json`; a change that older versions cannot read raises it."""
+"""Version of `config.json`. A change that older versions cannot read increases it."""
 
 
 @dataclass(frozen=True)
@@ -49,44 +49,44 @@ class RunConfig:
     """What a run was started with."""
 
     kind: str
-    """The command: "train" or "train-offline"."""
+    """Name of the command, "train" or "train-offline"."""
     model: str
     """MODEL of the command line."""
     task: str
-    """ENV of the command line; the data file of a training without one."""
+    """ENV of the command line, or the data file of `train-offline`."""
     settings: dict[str, Any]
-    """The options, as JSON has them."""
+    """Options of the command, as JSON values."""
     frames_per_step: int = 1
-    """Frames of the environment in each of its steps."""
+    """Number of frames of the environment in each step."""
     command: str = ""
-    """What does the same again; for people."""
+    """Command that starts the same run again, for people to read."""
     versions: dict[str, str] = field(default_factory=dict)
-    """Of what the run was started with."""
+    """Versions of Python and the packages with which the run was started."""
     started: str = ""
-    """When."""
+    """Time at which the run was started."""
 
     def write(self, directory: Path) -> None:
-        """Writes `config.json`, whole or not at all."""
+        """Writes `config.json`. The file is replaced as a whole."""
         write_atomically(
             directory / CONFIG_FILE, (json.dumps({"run": FORMAT, **asdict(self)}, indent=2) + "\n").encode()
         )
 
     @classmethod
     def read(cls, directory: Path) -> RunConfig:
-        """What `write` wrote.
+        """Reads what `write` wrote.
 
         Raises:
-            ConfigurationError: If the directory is none of a run.
-            CheckpointError: If its `config.json` is damaged, or of a newer version.
+            ConfigurationError: If this is not the directory of a run.
+            CheckpointError: If its `config.json` is damaged, or has another version.
         """
         path = directory / CONFIG_FILE
         if not is_run(directory):
             given = shown(directory)
-            what = f"There is no '{given}'" if not directory.exists() else f"{given} is no directory of a run"
-            raise ConfigurationError(f"{what}. Pass one that worldflux train has made.")
+            what = f"There is no '{given}'" if not directory.exists() else f"{given} is not the directory of a run"
+            raise ConfigurationError(f"{what}. Pass a directory that worldflux train has written.")
         data = read_json(path, finite=False)
         if data.pop("run") != FORMAT:
-            raise CheckpointError(f"{path} is of another version of worldflux than this one. Use a newer one.")
+            raise CheckpointError(f"{path} was written by another version of worldflux. Use a newer version.")
         types = {"kind": str, "model": str, "task": str, "settings": dict, "frames_per_step": int}
         types |= {"command": str, "versions": dict, "started": str}
         for name, expected in types.items():
@@ -96,7 +96,7 @@ class RunConfig:
 
 
 def is_run(directory: Path) -> bool:
-    """Whether a directory is one of a run; the checkpoint of an agent has a `config.json`, too, of its model."""
+    """Whether this is the directory of a run. Checkpoints of an agent also have a `config.json`, that of the model."""
     try:
         data = read_json(directory / CONFIG_FILE, finite=False)
     except (FileNotFoundError, CheckpointError):
@@ -105,9 +105,9 @@ def is_run(directory: Path) -> bool:
 
 
 def find_runs(directory: Path) -> Iterator[Path]:
-    """The directory itself, if it is one of a run, else all of runs in it, in the order of their names.
+    """The directory itself if it is that of a run, otherwise all runs in it, sorted by name.
 
-    Links are followed, and each directory is looked at once: a link may lead back.
+    Links are followed, and each directory is visited once, because a link may lead back to a parent.
 
     Raises:
         ConfigurationError: If a directory cannot be read.
@@ -133,51 +133,40 @@ def find_runs(directory: Path) -> Iterator[Path]:
 
 
 def run_of(path: Path) -> Path | None:
-    """The run that a file or a checkpoint belongs to; None for others."""
+    """The run that a file or a checkpoint belongs to; None if it belongs to no run."""
     absolute = path.absolute()
     return next((place for place in (absolute, *absolute.parents[:2]) if is_run(place)), None)
 
 
 def check_free(run: Path | None) -> None:
-    """Raises a `ConfigurationError` unless a run can begin in this directory; None is one that is chosen later."""
+    """Raises a `ConfigurationError` if a run cannot start in this directory; None stands for one chosen later."""
     if run is None:
         return
     if is_run(run):
         raise ConfigurationError(
-            f"{shown(run)} has a run already. Go on with it (--resume {shown(run)}), or choose another directory."
+            f"{shown(run)} already contains a run. Resume it (--resume {shown(run)}), or choose another directory."
         )
     if run.exists() and not (run.is_dir() and all(entry.name == LOCK_FILE for entry in run.iterdir())):
-        raise ConfigurationError(f"{shown(run)} exists and is no empty directory. Choose another one for the run.")
-
-
-def lasting(option: str, path: Path | None) -> Path | None:
-    """A path of the command line that stays when an environment changes the working directory.
-
-    One that is below the working directory is shown as the user has given it, by `shown`.
-
-    Raises:
-        ConfigurationError: If it can be none.
-    """
-    return None if path is None else checked_path(option, path)
+        raise ConfigurationError(f"{shown(run)} exists and is not an empty directory. Choose another directory.")
 
 
 def shown(path: Path) -> Path:
-    """A path as it is shown: from the working directory, if it is below it."""
+    """A path as it is printed: relative to the working directory if it lies below it."""
     here = Path(os.path.abspath("."))
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def make_directory(run: Path | None, task: str, model: str, root: Path) -> Path:
-    """Makes the directory of a new run.
+    """Creates the directory of a new run.
 
     Args:
-        run: Where the user wants it; None is the first free number in `<root>/<task>/<model>`.
+        run: Directory that the user has chosen; None for the first free number in `<root>/<task>/<model>`.
         task: Environment or data of the run.
-        model: Its model.
-        root: Of all runs.
+        model: Model of the run.
+        root: Parent directory of all runs.
 
     Raises:
-        ConfigurationError: If it cannot be made.
+        ConfigurationError: If it cannot be created.
     """
     try:
         if run is not None:
@@ -188,19 +177,19 @@ def make_directory(run: Path | None, task: str, model: str, root: Path) -> Path:
         number = 1 + max((int(entry.name) for entry in parent.iterdir() if entry.name.isdecimal()), default=0)
         while True:
             try:
-                # Runs that are started together must not share one.
+                # Runs that are started at the same time must not share a directory.
                 (parent / str(number)).mkdir()
                 return parent / str(number)
             except FileExistsError:
                 number += 1
     except OSError as error:
         raise ConfigurationError(
-            f"The directory of the run cannot be made: {error}. Choose another one with --run."
+            f"The directory of the run cannot be created: {error}. Choose another one with --run."
         ) from error
 
 
 def newest_step(directory: Path) -> int | None:
-    """The step of a run's newest checkpoint; None if it has none."""
+    """The step of a run's newest checkpoint; None if it has no checkpoint."""
     from worldflux.training.checkpoint import newest_checkpoint
 
     newest = newest_checkpoint(directory / CHECKPOINTS)
@@ -209,23 +198,24 @@ def newest_step(directory: Path) -> int | None:
 
 @dataclass(frozen=True)
 class Saved:
-    """Something saved that acts."""
+    """A saved agent, or a saved model that can act."""
 
     path: Path
-    """What is to be read."""
+    """File or directory to read."""
     is_agent: bool
-    """Whether it is a whole agent, and no model alone, which needs an environment to act in."""
+    """Whether it is a complete agent. A model alone needs an environment to act in."""
 
 
 def saved_agent(path: Path, *, newest: bool = False) -> Saved:
-    """What to read where the user names an agent or a model.
+    """Finds the agent or model that a user names.
 
     Args:
-        path: A zip, a checkpoint, the directory of a run or one that `WorldModel.save_pretrained` wrote.
-        newest: Of a run, take the newest checkpoint, and not the agent of its best evaluation or the model at its end.
+        path: A zip, a checkpoint, the directory of a run or of `WorldModel.save_pretrained`.
+        newest: For a run, choose the newest checkpoint instead of the agent with the best evaluation or the final
+            model.
 
     Raises:
-        ConfigurationError: If there is neither.
+        ConfigurationError: If there is no agent and no model.
     """
     from worldflux.training.checkpoint import newest_checkpoint
 
@@ -235,7 +225,7 @@ def saved_agent(path: Path, *, newest: bool = False) -> Saved:
         return Saved(path, True)
     if path.is_file():
         if not zipfile.is_zipfile(path):
-            raise ConfigurationError(f"{path} is no file of WorldFluxAgent.save. {_AGENT}")
+            raise ConfigurationError(f"{path} was not written by WorldFluxAgent.save. {_AGENT}")
         return Saved(path, True)
     if not path.exists():
         raise ConfigurationError(f"There is no '{path}'. {_AGENT}")
@@ -244,17 +234,17 @@ def saved_agent(path: Path, *, newest: bool = False) -> Saved:
             return Saved(path, True)
         if place is not None and _is_model(place):
             return Saved(place, False)
-    raise ConfigurationError(f"{path} holds no checkpoint of an agent, and no model. {_AGENT}")
+    raise ConfigurationError(f"{path} contains neither a checkpoint of an agent nor a model. {_AGENT}")
 
 
 _AGENT = (
-    "AGENT is a zip of WorldFluxAgent.save, a checkpoint, the directory of a run, or of a model that save_pretrained "
-    "wrote."
+    "AGENT is a zip of WorldFluxAgent.save, a checkpoint, the directory of a run, or the directory of a model written "
+    "by save_pretrained."
 )
 
 
 def _of_run(run: Path, newest: bool) -> Saved:
-    """What a run has saved."""
+    """The agent or model that a run has saved."""
     from worldflux.training.checkpoint import newest_checkpoint
 
     checkpoint = newest_checkpoint(run / CHECKPOINTS)
@@ -275,13 +265,13 @@ def _is_model(directory: Path) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """Of what a run depends on."""
+    """Versions of Python and of the packages that a run depends on."""
     names = ("worldflux", "torch", "numpy", "gymnasium", "stable-baselines3")
     return {"python": platform.python_version(), **{name: installed_version(name) or "?" for name in names}}
 
 
 def installed_version(package: str) -> str | None:
-    """The version of an installed package; None for one that is not."""
+    """The version of a package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -289,18 +279,18 @@ def installed_version(package: str) -> str | None:
 
 
 def now() -> str:
-    """The time, as `config.json` has it."""
+    """The current time in the format of `config.json`."""
     return time.strftime("%Y-%m-%d %H:%M:%S %z")
 
 
 def _place(entry: Path) -> tuple[int, str]:
-    """Numbers in their order, then words in theirs."""
+    """Sorts numbers by value, before names."""
     name = entry.name
     return (int(name), "") if name.isdecimal() else (sys.maxsize, name)
 
 
 def _plain(name: str) -> str:
-    """A name as a directory can have it on every system: `dmc/walker-walk` is `dmc-walker-walk`."""
+    """A directory name that is valid on every system: `dmc/walker-walk` becomes `dmc-walker-walk`."""
     if ".py:" in name:  # path/to/file.py:MyEnv
         name = re.split(r"[\\/]", name)[-1].replace(".py:", "-")
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "run"
@@ -308,26 +298,26 @@ def _plain(name: str) -> str:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What some episodes earned that were played for this purpose, with the likeliest actions."""
+    """Result of evaluating an agent with its most likely actions."""
 
     step: int
-    """Environment steps of the training before."""
+    """Environment steps of training before the evaluation."""
     score: float
     """Mean return."""
     std: float
     """Standard deviation of the returns."""
     length: float
-    """Mean number of steps."""
+    """Mean number of steps in an episode."""
     episodes: int
-    """How many."""
+    """Number of episodes."""
     seconds: float
-    """Since the training began, without the time between an interruption and its resumption."""
+    """Seconds since the training began, not counting the time in which the run was stopped."""
     seed: int
-    """Of the run."""
+    """Seed of the run."""
 
 
 def read_evaluations(path: Path) -> list[Evaluation]:
-    """The rows of a file; none where there is no file.
+    """The rows of a file; empty if there is no file.
 
     Raises:
         CheckpointError: If the file is damaged.
@@ -348,12 +338,12 @@ def read_evaluations(path: Path) -> list[Evaluation]:
 def _number(kind: type[int] | type[float], text: str) -> Any:
     number = kind(text)
     if kind is int and not 0 <= number < 2**63:
-        raise ValueError(f"{text[:20]} is no count")
+        raise ValueError(f"{text[:20]} is not a count")
     return number
 
 
 def write_evaluations(path: Path, rows: list[Evaluation]) -> None:
-    """Writes all rows, whole or not at all."""
+    """Writes all rows. The file is replaced as a whole."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [item.name for item in fields(Evaluation)], lineterminator="\n")
     writer.writeheader()
