@@ -1,15 +1,15 @@
 """Environments: making them, translating their spaces, recording their episodes.
 
-Importing this package registers the suites' ids with Gymnasium and nothing else: what is exported is imported when it
-is first used, so that a worker process which only steps an environment never loads torch.
+Importing this package only registers the suites' ids with Gymnasium. Exported names are imported when they are first
+used, so that a worker process which only steps an environment never loads torch.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from worldflux.envs.suites.registration import register_suites
+from worldflux.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from worldflux.envs.checking import check_env
@@ -20,23 +20,6 @@ if TYPE_CHECKING:
     from worldflux.envs.spaces import ActionCodec, ObservationCodec
     from worldflux.envs.vector import GymnasiumVecEnv
     from worldflux.envs.wrappers import ActionRepeat, ResizeImages
-
-_HOMES = {
-    "ActionCodec": "worldflux.envs.spaces",
-    "ActionRepeat": "worldflux.envs.wrappers",
-    "CheckReport": "worldflux.envs.checking.report",
-    "EnvironmentCheckError": "worldflux.envs.checking.report",
-    "GymnasiumVecEnv": "worldflux.envs.vector",
-    "ObservationCodec": "worldflux.envs.spaces",
-    "RecordEpisodes": "worldflux.envs.recording.wrappers",
-    "ResizeImages": "worldflux.envs.wrappers",
-    "VecRecordEpisodes": "worldflux.envs.recording.wrappers",
-    "VectorRecordEpisodes": "worldflux.envs.recording.wrappers",
-    "check_env": "worldflux.envs.checking",
-    "collect": "worldflux.envs.collection",
-    "make_env": "worldflux.envs.make",
-    "make_vec_env": "worldflux.envs.make",
-}
 
 __all__ = [
     "ActionCodec",
@@ -57,14 +40,16 @@ __all__ = [
 
 register_suites()
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'worldflux.envs' has no attribute '{name}'")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "worldflux.envs.checking": ["check_env"],
+        "worldflux.envs.checking.report": ["CheckReport", "EnvironmentCheckError"],
+        "worldflux.envs.collection": ["collect"],
+        "worldflux.envs.make": ["make_env", "make_vec_env"],
+        "worldflux.envs.recording.wrappers": ["RecordEpisodes", "VecRecordEpisodes", "VectorRecordEpisodes"],
+        "worldflux.envs.spaces": ["ActionCodec", "ObservationCodec"],
+        "worldflux.envs.vector": ["GymnasiumVecEnv"],
+        "worldflux.envs.wrappers": ["ActionRepeat", "ResizeImages"],
+    },
+)

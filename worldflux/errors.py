@@ -5,7 +5,6 @@ Every class derives from `WorldFluxError` and from the built-in that fits, so th
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -47,6 +46,8 @@ def nearest(name: str, options: Iterable[str]) -> str:
     Returns:
         Text to append directly to the quoted name; it brings its own punctuation.
     """
+    import difflib  # here, because every process imports this module
+
     lowered = {option.lower(): option for option in options}
     matches = difflib.get_close_matches(str(name).lower(), list(lowered), n=1, cutoff=0.5)
     if not matches:  # abbreviations: lr of learning_rate

@@ -17,6 +17,7 @@ FOLDERS = {"worldflux": ROOT / "worldflux", "worldflux.envs": ROOT / "envs", "wo
 
 # Each layer may import itself and the layers before it. A module belongs to the longest prefix that fits.
 LAYERS = (
+    ("worldflux.lazy",),
     ("worldflux.errors",),
     ("worldflux.files",),
     ("worldflux.reading",),

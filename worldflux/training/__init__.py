@@ -5,8 +5,9 @@ Names are imported when they are first used, so that `import worldflux.training`
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from worldflux.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from worldflux.diagnostics.health import Health, check_health
@@ -23,25 +24,6 @@ if TYPE_CHECKING:
     from worldflux.training.config import TrainingConfig
     from worldflux.training.data import create_random_buffer
     from worldflux.training.trainer import Trainer, train
-
-_MODULE_OF = {
-    "Batch": "worldflux.replay.batch",
-    "BatchRequest": "worldflux.replay.batch",
-    "Callback": "worldflux.training.callbacks",
-    "CheckpointCallback": "worldflux.training.callbacks",
-    "EarlyStoppingCallback": "worldflux.training.callbacks",
-    "Health": "worldflux.diagnostics.health",
-    "LoggingCallback": "worldflux.training.callbacks",
-    "OpenLoop": "worldflux.diagnostics.open_loop",
-    "ProgressCallback": "worldflux.training.callbacks",
-    "ReplayBuffer": "worldflux.replay.buffer",
-    "Trainer": "worldflux.training.trainer",
-    "TrainingConfig": "worldflux.training.config",
-    "check_health": "worldflux.diagnostics.health",
-    "create_random_buffer": "worldflux.training.data",
-    "open_loop": "worldflux.diagnostics.open_loop",
-    "train": "worldflux.training.trainer",
-}
 
 __all__ = [
     "Batch",
@@ -62,12 +44,22 @@ __all__ = [
     "train",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULE_OF[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "worldflux.diagnostics.health": ["Health", "check_health"],
+        "worldflux.diagnostics.open_loop": ["OpenLoop", "open_loop"],
+        "worldflux.replay.batch": ["Batch", "BatchRequest"],
+        "worldflux.replay.buffer": ["ReplayBuffer"],
+        "worldflux.training.callbacks": [
+            "Callback",
+            "CheckpointCallback",
+            "EarlyStoppingCallback",
+            "LoggingCallback",
+            "ProgressCallback",
+        ],
+        "worldflux.training.config": ["TrainingConfig"],
+        "worldflux.training.data": ["create_random_buffer"],
+        "worldflux.training.trainer": ["Trainer", "train"],
+    },
+)
