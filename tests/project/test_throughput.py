@@ -175,7 +175,7 @@ def test_rows_are_found_between_other_output(capsys: pytest.CaptureFixture[str])
 def test_the_table_compares_with_the_limit_and_with_the_peers() -> None:
     theirs = row_of("somebody/tdmpc2", 300.0, peak_mib=512.4)
     text = table.document([run_of(PEAK, row_of("worldflux", 200.0, peak_mib=256.0), theirs)])
-    ours, beside = text.split("Beside the peers:")
+    ours, beside = text.split("Compared with the peers:")
     assert "A processor, 2 threads" in ours and "commit `0123456789ab`, python 3.11, torch 2.13, numpy 2" in ours
     assert "| ours | peer's / ours | ours in bfloat16 | peer's memory | compiling |" in beside
     # 10 GFLOP in 200 ms are 0.05 TFLOP/s; at 0.2 TFLOP/s they would take 50 ms.
