@@ -1,4 +1,4 @@
-"""World models by name: presets, aliases, saved directories, and families that somebody else registered."""
+"""World models by name: presets, aliases, saved directories, and families that users registered."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ from worldflux.models.tdmpc2.world_model import TDMPC2
 from worldflux.reading import InvalidJSONError
 
 _DERIVED = ("deter_dim", "stoch_dim", "latent_dim", "encoder_type", "decoder_type")
-"""Fields of configurations that follow from others where a family gives them no default."""
+"""Fields of configurations that are derived from others unless a family has a default for them."""
 
 
 @dataclass(frozen=True)
 class _Family:
-    """What `register_model` was told."""
+    """A family of models, as given to `register_model`."""
 
     config_class: type[WorldModelConfig]
     model_class: type[WorldModel]
     presets: Mapping[str, Mapping[str, Any]]
-    """Fields of the configuration by the name that `create_world_model` takes."""
+    """Fields of the configuration for each preset name."""
     aliases: Mapping[str, str]
-    """Further names, each with the preset that it stands for."""
+    """Preset that each alias stands for."""
     description: str
 
     def names(self) -> list[str]:
-        """Presets and aliases."""
+        """Returns the names of all presets and aliases."""
         return [*self.presets, *self.aliases]
 
 
@@ -62,32 +62,31 @@ def create_world_model(
     allow_nonfinite: bool = False,
     **overrides: Any,
 ) -> WorldModel:
-    """A world model from a preset, an alias, a saved directory or a configuration.
+    """Creates a world model from a preset, an alias, a saved directory or a configuration.
 
         >>> model = create_world_model("dreamerv3:size12m", obs_shape=(4,), action_dim=2, action_type="discrete")
         >>> model = create_world_model(TDMPC2Config(obs_shape=(39,), action_dim=6, latent_dim=256))
 
     Args:
-        spec_or_path: A name that `list_models` shows, one of its aliases, a directory written by `save_pretrained`, or
-            a configuration. A name wins over a directory that is called the same; write `./name` for the directory.
-        obs_shape: Shape of one observation, or shapes by key; images are `(C, H, W)`. Default: the configuration's, for
-            a preset `(3, 64, 64)`. A saved model has one already, which this must equal.
-        action_dim: Width of the action vector. Default: the configuration's, for a preset 6.
-        device: Where the model shall be; "auto" takes the GPU if there is one. Of a configuration, its own device
-            rules unless this is another one than the default.
-        allow_nonfinite: Take saved weights that are NaN or infinite, to look at them.
-        **overrides: Any other field of the model's configuration, such as `action_type` or `learning_rate`. Of a saved
-            model, those can change that leave its weights their shapes.
+        spec_or_path: A name from `list_models` or an alias, a directory written by `save_pretrained`, or a
+            configuration. A name takes precedence over a directory of the same name; write `./name` for the directory.
+        obs_shape: Shape of one observation, or shapes by key; images are `(C, H, W)`. Default: the configuration's, or
+            `(3, 64, 64)` for a preset. For a saved model, it must equal the shape that the model was made for.
+        action_dim: Dimension of the action vector. Default: the configuration's, or 6 for a preset.
+        device: Device of the model; "auto" selects the GPU if there is one. With a configuration, its own `device`
+            is used unless this differs from the default.
+        allow_nonfinite: Whether to load saved weights that are NaN or infinite, in order to inspect them.
+        **overrides: Any other fields of the model's configuration, such as `action_type` or `learning_rate`. For a
+            saved model, only fields that do not change the shapes of its weights.
 
     Raises:
-        ConfigurationError: If the name, a field or a value is not known or does not fit. The message says what would.
+        ConfigurationError: If the name, a field or a value is unknown or invalid. The message says what is valid.
         CheckpointError: If the directory is not a complete saved model, or its weights are not finite.
     """
+    shapes = {"obs_shape": obs_shape, "action_dim": action_dim}
+    given = {name: value for name, value in shapes.items() if value is not None} | overrides
     if isinstance(spec_or_path, WorldModelConfig):
-        given = {"obs_shape": obs_shape, "action_dim": action_dim}
-        return _from_config(
-            spec_or_path, device, {name: value for name, value in given.items() if value is not None} | overrides
-        )
+        return _from_config(spec_or_path, device, given)
     if not isinstance(spec_or_path, (str, os.PathLike)):
         raise ConfigurationError(
             f"Unknown model {spec_or_path!r}. Pass a name that list_models() shows, or a directory written by "
@@ -95,11 +94,6 @@ def create_world_model(
         )
     name = os.fspath(spec_or_path)
     place = resolve_device(device)
-    given = dict(overrides)
-    if obs_shape is not None:
-        given["obs_shape"] = obs_shape
-    if action_dim is not None:
-        given["action_dim"] = action_dim
     found = find_preset(name) if isinstance(spec_or_path, str) else None
     if found is None:
         return _load(name, place, given, allow_nonfinite)
@@ -114,14 +108,14 @@ def list_models(verbose: Literal[False] = False) -> list[str]: ...
 @overload
 def list_models(verbose: Literal[True]) -> dict[str, dict[str, Any]]: ...
 def list_models(verbose: bool = False) -> list[str] | dict[str, dict[str, Any]]:
-    """The names that `create_world_model` takes.
+    """Lists the presets that `create_world_model` accepts.
 
     Args:
-        verbose: Also tell what each is.
+        verbose: Whether to return details of each preset.
 
     Returns:
-        The names; with `verbose`, for each a dict of `description`, `type` (the family), `params` (trainable parameters
-        for a 64x64 image with three channels and 6 continuous actions, counted on the model itself) and `aliases`.
+        The names of the presets. With `verbose`, a dict from each name to its `description`, `type` (the family),
+        `params` (trainable parameters for a 64x64 RGB image and 6 continuous actions) and `aliases`.
     """
     if not verbose:
         return [preset for family in _families.values() for preset in family.presets]
@@ -146,25 +140,25 @@ def register_model(
     aliases: Mapping[str, str] | None = None,
     description: str = "",
 ) -> None:
-    """Make a family of your own available by name, here and in `WorldFluxAgent`.
+    """Makes a custom family of models available by name, in `create_world_model` and in `WorldFluxAgent`.
 
         >>> register_model("mine", MyConfig, MyModel, sizes={"small": {"hidden_dim": 64}})
         >>> create_world_model("mine:small", obs_shape=(4,), action_dim=2)
 
     Args:
-        name: Name of the family; without `sizes` it is the preset itself.
-        config_class: Its configuration, a `WorldModelConfig` with a `model_type` of its own.
-        model_class: Its model, a `WorldModel` that is built from one configuration.
-        sizes: Fields of the configuration by the name of the size. The presets are then called `name:size`, and `name`
-            alone stands for the first.
-        aliases: Further names, each with the preset that it stands for.
+        name: Name of the family. Without `sizes`, it is also the name of the only preset.
+        config_class: Class of its configuration, a `WorldModelConfig` with its own `model_type`.
+        model_class: Class of its model, a `WorldModel` that is constructed from a configuration.
+        sizes: Fields of the configuration for each size. The presets are called `name:size`, and `name` alone is an
+            alias of the first.
+        aliases: Preset that each further name stands for.
         description: One sentence for `list_models`.
 
     Raises:
-        ConfigurationError: If the name is taken, or a class or a size does not fit.
+        ConfigurationError: If the name is taken, or a class or a size is invalid.
     """
     if not name or ":" in name or os.sep in name or "/" in name:
-        raise ConfigurationError(f"A family cannot be named '{name}'. Use a plain word; sizes are given apart.")
+        raise ConfigurationError(f"A family cannot be named '{name}'. Use a plain word, and pass sizes separately.")
     if not (isinstance(config_class, type) and issubclass(config_class, WorldModelConfig)):
         raise ConfigurationError(f"config_class is {config_class!r}, expected a subclass of WorldModelConfig.")
     if not (isinstance(model_class, type) and issubclass(model_class, WorldModel)):
@@ -185,7 +179,7 @@ def register_model(
             raise ConfigurationError(f"The name '{key}' belongs to '{owners[key.lower()]}'. Choose another one.")
     for preset in presets.values():
         config_class.from_dict(preset)
-    # A class that is defined again, as in a notebook, takes its own place.
+    # A class that is defined again, as in a notebook, replaces its former self.
     _families[name] = _Family(config_class, model_class, presets, added, description)
     _count_parameters.cache_clear()
 
@@ -195,7 +189,7 @@ def _identity(cls: type) -> tuple[str, str]:
 
 
 def find_preset(name: str) -> tuple[str, _Family] | None:
-    """The preset that a name or an alias stands for, in any case, with its family."""
+    """Returns the preset that a name or an alias stands for, ignoring case, and its family; None if unknown."""
     for family in _families.values():
         lowered = {key.lower(): key for key in family.names()}
         if name.lower() in lowered:
@@ -205,7 +199,7 @@ def find_preset(name: str) -> tuple[str, _Family] | None:
 
 
 def _from_config(config: WorldModelConfig, device: str | torch.device, given: dict[str, Any]) -> WorldModel:
-    """A new model of a configuration, with some of its fields replaced."""
+    """Creates a model from a configuration with some of its fields replaced."""
     family = next((entry for entry in _families.values() if isinstance(config, entry.config_class)), None)
     if family is None:
         known = ", ".join(entry.config_class.__name__ for entry in _families.values())
@@ -215,13 +209,13 @@ def _from_config(config: WorldModelConfig, device: str | torch.device, given: di
         )
     place = resolve_device(config.device if device == "cpu" else device)
     check_field_names(type(config), given)
-    # What follows from other fields is derived anew from those that are replaced.
+    # Derived fields are derived again, from the replaced ones.
     derived = {item.name: None for item in fields(config) if item.name in _DERIVED and item.default is None}
     return family.model_class(replace(config, **{**derived, **given, "device": str(place)})).to(place)
 
 
 def _load(name: str, device: torch.device, given: dict[str, Any], allow_nonfinite: bool) -> WorldModel:
-    """The saved model in the directory `name`, with some fields of its configuration replaced."""
+    """Loads the saved model in the directory `name`, with some fields of its configuration replaced."""
     directory = checked_path("spec_or_path", name) if name else None  # an empty path would be the working directory
     if directory is None or not directory.exists():
         options = [key for family in _families.values() for key in family.names()]
@@ -237,7 +231,7 @@ def _load(name: str, device: torch.device, given: dict[str, Any], allow_nonfinit
 
 
 def _read(name: str, directory: Path, device: torch.device, given: dict[str, Any], allow_nonfinite: bool) -> WorldModel:
-    """The same, once it is known to exist."""
+    """Reads a saved model from a directory that exists."""
     inside = sorted(place.parent for place in directory.glob(f"*/{CONFIG_FILE}"))
     if inside and not (directory / CONFIG_FILE).exists():
         agent = any((place / "agent.json").exists() for place in inside)
@@ -265,8 +259,8 @@ def _read(name: str, directory: Path, device: torch.device, given: dict[str, Any
                 f"{field} is {given[field]}, but the model in {name} was made for {getattr(saved, field)}. "
                 "Leave it out, or create a new model."
             )
-    wish = {"allow_nonfinite": True} if allow_nonfinite else {}  # models of somebody's own may not know it
-    model = family.model_class.from_pretrained(directory, device=device, **wish)
+    options = {"allow_nonfinite": True} if allow_nonfinite else {}  # custom models may not have this parameter
+    model = family.model_class.from_pretrained(directory, device=device, **options)
     try:
         config = family.config_class.from_dict({**saved.to_dict(), **given, "device": str(device)})
         if given:
@@ -286,7 +280,7 @@ def _describe(family: _Family, fields: Mapping[str, Any]) -> str:
 
 @cache
 def _count_parameters(preset: str) -> int:
-    """Trainable parameters of a preset for a 64x64x3 image and 6 continuous actions. No memory is taken for them."""
+    """Counts trainable parameters for a 64x64 RGB image and 6 continuous actions, without allocating any."""
     found = find_preset(preset)
     assert found is not None, preset
     family = found[1]

@@ -1,4 +1,4 @@
-"""Writing files and directories so that a kill at any moment leaves the old or the new, never half of one."""
+"""Writing files and directories atomically: a kill at any moment leaves either the old or the new content."""
 
 from __future__ import annotations
 
@@ -26,33 +26,32 @@ _ASIDE = ".replaced"
 _TOGETHER = ".replacing"
 _ATTEMPTS = 12
 _READINGS = 60
-"""How often files are read again that somebody replaces; ten seconds in all."""
+"""Number of attempts to read files while another process replaces them; about ten seconds in total."""
 _LONGEST_WRITE = 24 * 3600.0
-"""Seconds. What another machine has not touched for so long is nobody's any more."""
+"""Seconds without a change after which the unfinished files of another machine count as abandoned."""
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095
-"""Bytes that common file systems take."""
-_NO_SUCH_CALL = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""What file systems answer that cannot do something."""
-
-_SOMEBODY_ELSE = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT}
-"""What renaming a directory answers if somebody was quicker."""
+"""Limits of common file systems, in bytes."""
+_UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+"""Error numbers of operations that a file system does not support."""
+_CONCURRENT = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT}
+"""Error numbers of renaming a directory when another process was faster."""
 
 _in_use: set[str] = set()
-"""What this process is writing in."""
+"""Paths that this process is writing to at present."""
 _numbers = itertools.count()
 
 
 def checked_path(name: str, given: object, *, within: Path | None = None, directory: bool = False) -> Path:
-    """The path that a user has given, as an absolute one: it stays the same when the working directory changes.
+    """Returns a path from a user as an absolute one, so that it stays valid when the working directory changes.
 
     Args:
-        name: What it is called in the message.
-        given: By the user.
-        within: What a relative path is relative to; None: the working directory.
-        directory: Whether it is the path of a directory. It need not exist.
+        name: Name of the path in the error message.
+        given: Path that the user passed.
+        within: Directory that a relative path refers to; the working directory if omitted.
+        directory: Whether the path is that of a directory, which need not exist.
 
     Raises:
-        ConfigurationError: If there can be nothing under this path: it is empty, holds what no path can hold, is too
+        ConfigurationError: If nothing can exist under this path: it is empty, contains invalid characters, is too
             long, begins with a `~` that only a shell would expand, or a file stands where a directory should be.
     """
     text = os.fspath(given) if isinstance(given, str | os.PathLike) else None
@@ -68,7 +67,7 @@ def checked_path(name: str, given: object, *, within: Path | None = None, direct
         path = Path(within or "", text).absolute()
     except OSError as error:
         raise ConfigurationError(
-            f"{name} is '{text}', and there is no working directory any more: {error}. Pass an absolute path."
+            f"{name} is '{text}', and the working directory no longer exists: {error}. Pass an absolute path."
         ) from error
     if len(os.fsencode(path)) > _LONGEST_PATH:
         raise ConfigurationError(f"{name} is {_shortened(text)}, which is too long for a path. Choose another path.")
@@ -83,13 +82,13 @@ def checked_path(name: str, given: object, *, within: Path | None = None, direct
 
 
 def _fault_in(text: str) -> str | None:
-    """Why a text is no path; None if it can be one."""
+    """Explains why a text cannot be a path; None if it can."""
     if "\0" in text:
-        return "which holds a NUL character, as no path can"
+        return "which contains a NUL character, which no path can"
     try:
         longest = max(len(os.fsencode(part)) for part in re.split(r"[\\/]" if os.name == "nt" else "/", text))
     except UnicodeEncodeError:
-        return "which holds a character that no path can hold"
+        return "which contains a character that no path can"
     if longest > _LONGEST_NAME:
         return f"which has a name of {longest} bytes, expected at most {_LONGEST_NAME}"
     return None
@@ -101,15 +100,15 @@ def _shortened(text: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Why something could not be written, with the words for it if that is a full disk."""
-    cause: BaseException | None = error  # where torch made an error of its own of what the system answered
+    """Explains why something could not be written, in plain words if the disk is full."""
+    cause: BaseException | None = error  # torch raises its own errors from those of the operating system
     while cause is not None and not (isinstance(cause, OSError) and cause.errno is not None):
         cause = cause.__cause__ or cause.__context__
     error = cause or error
     number = cause.errno if isinstance(cause, OSError) else None
     if number is None:
-        told = re.search(r"os error (\d+)", str(error))  # as safetensors says it
-        number = int(told[1]) if told else None
+        match = re.search(r"os error (\d+)", str(error))  # the form that safetensors uses
+        number = int(match[1]) if match else None
     if number == errno.ENOSPC:
         return f"the disk is full ({error})"
     if number == getattr(errno, "EDQUOT", errno.ENOSPC):
@@ -121,11 +120,11 @@ def reason(error: BaseException) -> str:
 
 @contextmanager
 def writing(path: str | Path, error: type[WorldFluxError]) -> Iterator[None]:
-    """Turns what the system says when it cannot write into an error of ours.
+    """Converts an `OSError` while writing into a worldflux error.
 
     Args:
-        path: Of what is written.
-        error: The kind of error.
+        path: Path that is written, for the message.
+        error: Class of the error to raise.
     """
     try:
         yield
@@ -137,12 +136,13 @@ def writing(path: str | Path, error: type[WorldFluxError]) -> Iterator[None]:
 
 @contextmanager
 def path_beside(path: Path) -> Iterator[Path]:
-    """Gives a free name beside `path` and with its suffix, to write a file or a directory there that becomes `path`.
+    """Yields an unused path beside `path`, with its suffix, for a file or directory that is then renamed to `path`.
 
-    What writers that were killed left in the directory is removed first, and what is left under the name afterwards.
+    Leftovers of killed writers are removed from the directory first, and whatever remains under the yielded path is
+    removed afterwards.
 
     Args:
-        path: Target; its directory must exist.
+        path: Target, whose directory must exist.
     """
     remove_leftovers(path.parent)
     beside = _beside(path)
@@ -157,13 +157,13 @@ def path_beside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[IO[bytes]]:
-    """Gives a binary file beside `path` to write to, which becomes `path` when the block ends without an error.
+    """Yields a binary file beside `path` to write to, which replaces `path` when the block ends without an error.
 
-    Its content is on the disk before the old file is replaced. After an error nothing is left of it. A symbolic link
-    at `path` is replaced, not followed.
+    Its content is flushed to disk before the old file is replaced. After an error it is removed. A symbolic link at
+    `path` is replaced, not followed.
 
     Args:
-        path: Target; its directory must exist.
+        path: Target, whose directory must exist.
     """
     path = Path(path)
     with path_beside(path) as beside:
@@ -175,18 +175,18 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Writes a whole file through `replacing`."""
+    """Writes a file through `replacing`."""
     with replacing(path) as file:
         file.write(data)
 
 
 def write_text(path: str | os.PathLike[str], text: str, error: type[WorldFluxError]) -> None:
-    """Writes a text file where a user wants it, whole or not at all; directories above it are made.
+    """Writes a text file atomically, and creates missing parent directories.
 
     Args:
-        path: As the user has given it.
-        text: Its content.
-        error: Raised if it cannot be written.
+        path: Path that the user passed.
+        text: Content of the file.
+        error: Class of the error that is raised if the file cannot be written.
     """
     target = checked_path("path", path)
     if target.is_dir():
@@ -198,12 +198,12 @@ def write_text(path: str | os.PathLike[str], text: str, error: type[WorldFluxErr
 
 @contextmanager
 def directory_beside(path: Path) -> Iterator[Path]:
-    """Gives an empty directory beside `path` to write in, of which nothing is left afterwards.
+    """Yields an empty directory beside `path`, which is removed afterwards.
 
-    What writers that were killed left there is removed first.
+    Leftovers of killed writers are removed first.
 
     Args:
-        path: Of what is to be written; missing parents are made.
+        path: Target of the writing; missing parents are created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path_beside(path) as beside:
@@ -213,14 +213,14 @@ def directory_beside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """Gives an empty directory to fill, which becomes `path` when the block ends without an error.
+    """Yields an empty directory to fill, which replaces `path` when the block ends without an error.
 
-    A directory that is already there stays until then. The files reach the disk before it is replaced. What writers
-    that were killed left beside `path` is removed.
+    An existing directory stays in place until then. The new files are flushed to disk before it is replaced. Leftovers
+    of killed writers beside `path` are removed.
 
     Args:
-        path: Target. Missing parents are made; an existing directory is replaced as a whole, the one that it links to
-            if it is a symbolic link.
+        path: Target. Missing parents are created. An existing directory is replaced as a whole; if `path` is a symbolic
+            link, the directory that it points to is replaced.
     """
     path = Path(path)
     if path.is_symlink():
@@ -239,27 +239,27 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 
 def _replace(path: Path, beside: Path) -> None:
-    """Moves a directory to a path where another one may be, which is moved aside."""
+    """Renames a directory to `path`, moving aside a directory that is there already."""
     for attempt in itertools.count(1):
         try:
             if path.exists():
-                # A directory cannot be renamed over a full one. A kill between the two renames is what
-                # `recover_directory` mends.
+                # A directory cannot be renamed over a non-empty one. `recover_directory` repairs the state after a kill
+                # between the two renames.
                 os.rename(path, path.with_name(f".{path.name}{_ASIDE}"))
             os.rename(beside, path)
             return
         except OSError as error:
-            if attempt == _ATTEMPTS or error.errno not in _SOMEBODY_ELSE:
+            if attempt == _ATTEMPTS or error.errno not in _CONCURRENT:
                 raise
-            # Another writer, or a reader who took the old one for what a kill had left, came between the two.
+            # In between came another writer, or a reader that mistook the old directory for the leftover of a kill.
             recover_directory(path)
 
 
 def recover_directory(path: str | Path) -> None:
-    """Brings back the directory that a killed `atomic_directory` had moved aside, if it left none at `path`.
+    """Restores the directory that a killed `atomic_directory` moved aside, if there is none at `path`.
 
     Raises:
-        CheckpointError: If nothing can be moved there.
+        CheckpointError: If the directory cannot be moved back.
     """
     path = Path(path)
     if not path.name:  # the root of the file system
@@ -277,18 +277,18 @@ def recover_directory(path: str | Path) -> None:
                     f"{path} was being replaced by a process that was killed, and what was there cannot be moved back "
                     f"from {aside.name}: {reason(error)}. Make the directory around it writable once."
                 ) from error
-            # Its writer was not killed, and quicker.
+            # The writer was not killed and has finished in the meantime.
     _remove(aside)
 
 
 @contextmanager
 def replacing_together(directory: Path) -> Iterator[Path]:
-    """Gives an empty directory to write files in, which replace those of the same names in `directory`, all or none.
+    """Yields an empty directory whose files then replace those of the same names in `directory`, all or none.
 
-    What else is in `directory` stays. Whoever reads several of the files calls `reading_together`.
+    Other files in `directory` stay. Use `reading_together` to read several of the files consistently.
 
     Args:
-        directory: Made if it does not exist.
+        directory: Target, which is created if it does not exist.
     """
     with directory_beside(directory / _TOGETHER) as beside:
         yield beside
@@ -297,40 +297,40 @@ def replacing_together(directory: Path) -> Iterator[Path]:
         while True:
             finish_replacing(directory)
             try:
-                # From here on the new files are what counts: a kill before they are at their places is mended.
+                # From here on the new files count: after a kill, `finish_replacing` moves them into place.
                 os.rename(beside, directory / _TOGETHER)
                 break
             except OSError:
                 if not (directory / _TOGETHER).exists():
                     raise
-                # Another writer's.
+                # The pending files of another writer are in the way.
     finish_replacing(directory)
     _sync(directory)
 
 
 def finish_replacing(directory: Path) -> None:
-    """Moves the files to their places that a killed `replacing_together` had not moved yet."""
+    """Moves files into place that a killed `replacing_together` had not moved yet."""
     pending = directory / _TOGETHER
     if pending.is_symlink() or not pending.is_dir():
         return
     for entry in list(pending.iterdir()):
-        with suppress(FileNotFoundError):  # somebody else was quicker
+        with suppress(FileNotFoundError):  # another process was faster
             os.replace(entry, directory / entry.name)
-    with suppress(OSError):  # somebody else was quicker, or the next writer is there
+    with suppress(OSError):  # another process was faster, or the next writer has begun
         pending.rmdir()
 
 
 def reading_together(directory: Path, names: Sequence[str], read: Callable[[], T]) -> T:
-    """What `read` makes of files in a directory, none of which was replaced in between.
+    """Returns the result of `read`, repeating it until none of the files was replaced in the meantime.
 
     Args:
-        directory: Of the files.
-        names: Of the files.
-        read: Called again if somebody was quicker.
+        directory: Directory of the files.
+        names: Names of the files.
+        read: Reads the files. It is called again if one of them was replaced.
 
     Raises:
-        CheckpointError: If files that a killed writer left half replaced cannot be moved to their places, or others
-            replace the files all the time.
+        CheckpointError: If files that a killed writer left half replaced cannot be moved into place, or another process
+            keeps replacing the files.
     """
 
     def identities() -> list[tuple[int, int, int] | None]:
@@ -340,12 +340,12 @@ def reading_together(directory: Path, names: Sequence[str], read: Callable[[], T
         time.sleep(min(0.01 * attempt, 0.2))
         try:
             finish_replacing(directory)
-        except OSError as error:  # perhaps nothing can be written here, but by the one who writes
+        except OSError as error:  # perhaps only the writer has the rights to write here, and is about to finish
             if attempt < _ATTEMPTS:
                 continue
             raise CheckpointError(
-                f"{directory} was being replaced by a process that was killed, and its files cannot be moved to their "
-                f"places: {reason(error)}. Make the directory writable once."
+                f"{directory} was being replaced by a process that was killed, and its files cannot be moved into "
+                f"place: {reason(error)}. Make the directory writable once."
             ) from error
         before = identities()
         try:
@@ -356,11 +356,11 @@ def reading_together(directory: Path, names: Sequence[str], read: Callable[[], T
             continue
         if before == identities():
             return found
-    raise CheckpointError(f"{directory} is replaced by another process again and again. Read it when that has ended.")
+    raise CheckpointError(f"Another process keeps replacing {directory}. Read it again when that process has ended.")
 
 
 def _identity(path: Path) -> tuple[int, int, int] | None:
-    """What tells a file from every other that was ever at its place; None if there is none."""
+    """Returns what distinguishes a file from all others that were ever at its path; None if there is none."""
     try:
         found = path.stat()
     except OSError:
@@ -369,29 +369,29 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
 
 
 def recover_directories(parent: Path, names: str) -> None:
-    """Does the same for all directories in `parent` whose names match a pattern of `Path.glob`."""
+    """Calls `recover_directory` for all directories in `parent` whose names match a pattern of `Path.glob`."""
     for aside in parent.glob(f".{names}{_ASIDE}"):
         recover_directory(parent / aside.name[1:].removesuffix(_ASIDE))
 
 
 def remove_directory(path: Path) -> None:
-    """Removes a directory so that a kill on the way does not leave half of it under its name."""
+    """Removes a directory so that a kill does not leave a part of it under its name."""
     going = _beside(path)
     try:
         os.rename(path, going)
-    except FileNotFoundError:  # somebody else has removed it
+    except FileNotFoundError:  # another process has removed it
         return
     _remove(going)
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Removes what writers that no longer run left unfinished in `directory`.
+    """Removes unfinished files from `directory` whose writers no longer run.
 
-    Of another machine that shares the directory, only what is a day old: nobody here knows what runs there.
+    Those of another machine that shares the directory are removed after a day only, since its processes are unknown.
     """
     try:
         entries = list(directory.iterdir())
-    except PermissionError:  # one may be allowed to write there all the same
+    except PermissionError:  # writing may be allowed all the same
         return
     for entry in entries:
         match = _BESIDE.match(entry.name)
@@ -400,19 +400,19 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def _beside(path: Path) -> Path:
-    """A name beside `path` that says who is writing there."""
+    """Returns a path beside `path` whose name identifies the writing process."""
     suffix = path.suffix if _SUFFIX.fullmatch(path.suffix) else ""
     return path.with_name(f".{path.name[:40]}.{next(_numbers)}.{_HOST}-{os.getpid()}.writing{suffix}")
 
 
 def give_rights_of(path: Path, other: Path) -> None:
-    """Makes a file as readable as another one, if the file system knows rights."""
+    """Copies the permissions of another file, if the file system supports them."""
     with suppress(OSError):
         os.chmod(path, stat.S_IMODE(other.stat().st_mode))
 
 
 def _remove(path: Path) -> None:
-    """Removes whatever is there as far as that is possible; of a symbolic link only the link."""
+    """Removes a file or directory as far as possible. Symbolic links are removed, not followed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
         return
@@ -426,7 +426,7 @@ def _is_abandoned(entry: Path, host: str, pid: int) -> bool:
             return time.time() - entry.stat().st_mtime > _LONGEST_WRITE
         except FileNotFoundError:
             return False
-    if pid == os.getpid():  # perhaps another one's, before this process got its number, as in a restarted container
+    if pid == os.getpid():  # an earlier process may have had the same id, as in a restarted container
         return os.path.realpath(entry) not in _in_use
     return not _is_running(pid)
 
@@ -444,7 +444,7 @@ def _is_running(pid: int) -> bool:
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file or a directory's entries are on the disk."""
+    """Flushes a file, or the entries of a directory, to disk."""
     is_directory = path.is_dir()
     if os.name == "nt" and is_directory:  # directories cannot be opened there
         return
@@ -452,7 +452,7 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if not is_directory or error.errno not in _NO_SUCH_CALL:  # of directories, some network file systems cannot
+        if not is_directory or error.errno not in _UNSUPPORTED:  # some network file systems cannot flush directories
             raise
     finally:
         os.close(handle)

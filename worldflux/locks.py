@@ -1,4 +1,4 @@
-"""Locks on directories, so that no two runs write in one."""
+"""Locks on directories, so that no two runs write into the same one."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ else:
     import fcntl
 
 LOCK_FILE = ".lock"
-"""In a directory that is in use; what a killed process leaves of it keeps nobody away."""
+"""Name of the lock file in a directory that is in use. A file left behind by a killed process does not lock it."""
 _FAR = 2**30
-"""Windows lets nobody read a byte that is locked, so it is one behind the text."""
+"""Position of the locked byte on Windows, behind the text of the file, because locked bytes cannot be read there."""
 
 
 class DirectoryLock:
-    """A lock on a directory, which the system takes away from a process that ends, however that happens.
+    """A lock on a directory, which the operating system releases when its process ends, even if it is killed.
 
-    It is a file in the directory that is locked, and removed in the end. It holds across the machines of a network file
-    system that knows locks; where a file system knows none, nobody is kept away.
+    The lock is held on a file in the directory, which is removed on release. It works across machines on network file
+    systems that support locks. On a file system without locks it is always granted.
 
     Args:
-        directory: Must exist.
+        directory: Directory to lock, which must exist.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -40,20 +40,20 @@ class DirectoryLock:
         self._owner = 0
 
     def take(self) -> bool:
-        """Takes the lock; False if somebody else has it.
+        """Acquires the lock and returns True, or returns False if another process or object holds it.
 
         Raises:
-            OSError: If nothing can be written in the directory.
+            OSError: If the directory is not writable.
         """
         while True:
-            # What a link in there names is not ours to write to.
+            # A symbolic link is not followed: its target is not ours to write to.
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
             if not _lock(handle):
                 os.close(handle)
                 return False
             if self._is_of(handle):
                 break
-            os.close(handle)  # whoever had it has removed the file in between
+            os.close(handle)  # the previous holder removed the file in the meantime
         self._handle, self._owner = handle, os.getpid()
         with suppress(OSError):  # a full disk
             os.ftruncate(handle, 0)
@@ -61,11 +61,11 @@ class DirectoryLock:
         return True
 
     def release(self) -> None:
-        """Gives it back, if it was taken."""
+        """Releases the lock if it is held."""
         handle, self._handle = self._handle, None
-        if handle is None or os.getpid() != self._owner:  # a copy in a forked process
+        if handle is None or os.getpid() != self._owner:  # this is a copy in a forked process
             return
-        if sys.platform == "win32":  # which removes no file that is open
+        if sys.platform == "win32":  # open files cannot be removed there
             os.close(handle)
             handle = None
         with suppress(OSError):
@@ -75,7 +75,7 @@ class DirectoryLock:
             os.close(handle)
 
     def holder(self) -> str:
-        """Who has it, in words."""
+        """Describes the process that holds the lock."""
         try:
             with open_regular(self.path) as file:
                 return file.read(200).decode(errors="replace") or "another process"
@@ -91,10 +91,10 @@ class DirectoryLock:
 
 @contextmanager
 def using(directory: Path) -> Iterator[None]:
-    """Keeps a directory for this run alone. One that does not exist is made, and removed if it is empty in the end.
+    """Locks a directory for the duration of the block. A missing one is created, and removed again if it stays empty.
 
     Raises:
-        ConfigurationError: If another run uses it, or nothing can be written there.
+        ConfigurationError: If another run uses the directory, or it is not writable.
     """
     lock, is_new = DirectoryLock(directory), not directory.exists()
     try:
@@ -123,7 +123,7 @@ def using(directory: Path) -> Iterator[None]:
 
 
 def _this_process() -> str:
-    """What lock files of this process hold."""
+    """Returns the text that this process writes into its lock files."""
     return f"process {os.getpid()} on {platform.node()}"
 
 
@@ -135,7 +135,7 @@ def _lock(handle: int) -> bool:
             os.lseek(handle, 0, os.SEEK_SET)
         else:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # the second is how Windows says it
+    except (BlockingIOError, PermissionError):  # Windows raises the latter
         return False
     except OSError:  # a file system without locks
         return True
@@ -143,7 +143,7 @@ def _lock(handle: int) -> bool:
 
 
 def _unlock(handle: int) -> None:
-    """A forked process may have the file open, too, and would keep the lock."""
+    """Unlocks explicitly: a forked process that inherited the open file would otherwise keep the lock."""
     if sys.platform != "win32":
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_UN)

@@ -1,4 +1,4 @@
-"""Reading files that anybody may have written: regular files alone, JSON within bounds, and only our own errors."""
+"""Reading files from untrusted sources: regular files only, JSON within bounds, and no errors but worldflux's own."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from typing import Any, BinaryIO
 from worldflux.errors import CheckpointError, ConfigurationError, WorldFluxError
 
 MOST_JSON_BYTES = 32 * 2**20
-"""Of a file. Python needs up to 25 times as much memory for what it holds."""
+"""Largest size of a JSON file. The parsed objects can take up to 25 times as much memory."""
 MOST_JSON_DEPTH = 64
-"""Of objects and lists in each other."""
+"""Largest nesting depth of objects and lists."""
 _MOST_BITS = 1023
-"""Of a whole number; larger ones have no float."""
+"""Largest number of bits of an integer; larger ones cannot be converted to a float."""
 
 
 class InvalidJSONError(ConfigurationError, json.JSONDecodeError):
-    """Raised for a configuration that is no JSON; the second base is what `json` itself raises."""
+    """Raised for a configuration file that is not valid JSON; also a `json.JSONDecodeError`, as `json` raises."""
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Opens a regular file to read bytes from; never one that a reader would wait for, or never see the end of.
+    """Opens a regular file for reading bytes, never a pipe or device, on which a reader could block or read forever.
 
     Raises:
-        OSError: If there is none, it cannot be read, or it is a directory, a pipe or a device.
+        OSError: If the file does not exist, cannot be read, or is a directory, a pipe or a device.
     """
-    # Opening a pipe without this flag waits for somebody who writes.
+    # Without O_NONBLOCK, opening a pipe blocks until another process opens it for writing.
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -50,14 +50,14 @@ def read_json(
     error: type[WorldFluxError] = CheckpointError,
     finite: bool = True,
 ) -> Any:
-    """What a JSON file holds.
+    """Returns the parsed content of a JSON file.
 
     Args:
-        path: The file.
-        name: What errors call it. None: its path.
-        error: Raised for what is no JSON, and for JSON beyond these bounds: `MOST_JSON_BYTES`, `MOST_JSON_DEPTH`, whole
-            numbers of 1023 bits. Where that is `ConfigurationError`, what is no JSON is a `json.JSONDecodeError`, too.
-        finite: Refuse NaN and infinity.
+        path: Path of the file.
+        name: Name of the file in error messages; its path if omitted.
+        error: Class of the error for invalid JSON and for JSON beyond `MOST_JSON_BYTES`, `MOST_JSON_DEPTH` or integers
+            of 1023 bits. With `ConfigurationError`, the error for invalid JSON is also a `json.JSONDecodeError`.
+        finite: Whether to refuse NaN and infinity.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -86,56 +86,57 @@ def read_json(
     return found
 
 
-_TOO_DEEP = f"objects and lists lie in each other more than {MOST_JSON_DEPTH} times"
+_TOO_DEEP = f"objects and lists are nested more than {MOST_JSON_DEPTH} levels deep"
 
 
 @contextmanager
 def only_our_errors(name: object, error: type[WorldFluxError] = CheckpointError) -> Iterator[None]:
-    """Turns whatever a damaged file makes a reader raise into one of our errors; these pass, as a missing file does.
+    """Converts any exception that a damaged file causes in a reader into a worldflux error.
 
-    It stands around a reader as a whole, behind the checks that say precisely what is wrong.
+    `WorldFluxError` and `FileNotFoundError` pass unchanged. This wraps a whole reader and is the last resort behind the
+    checks that state precisely what is wrong.
 
     Args:
-        name: What is read.
-        error: Raised.
+        name: Name of the file in the error message.
+        error: Class of the error to raise.
     """
     try:
         yield
     except (WorldFluxError, FileNotFoundError):
         raise
-    except Exception as cause:  # what numbers that nobody thought of make NumPy and torch raise is no closed list
+    except Exception as cause:  # NumPy and torch raise many kinds of exceptions for unexpected values
         reason = f"{type(cause).__name__}: {cause}".rstrip(": .")
         raise error(f"{name} cannot be loaded ({reason}). It is damaged, or too large for this machine.") from cause
 
 
 def check_stored(archive: zipfile.ZipFile, size: int) -> None:
-    """Raises a `ValueError` for an archive that unpacks to more bytes than it has itself.
+    """Raises a `ValueError` unless all entries of an archive are stored uncompressed and within the size of the file.
 
     Args:
-        archive: None of ours is compressed.
-        size: Bytes of the file.
+        archive: Archive to check. The archives that worldflux writes are never compressed.
+        size: Size of the file in bytes.
     """
     members = archive.infolist()
     packed = next((one for one in members if one.compress_type != zipfile.ZIP_STORED or one.flag_bits & 0x1), None)
     if packed is not None:
-        raise ValueError(f"its entry {packed.filename[:99]!r} is compressed or encrypted, expected it as it is")
+        raise ValueError(f"its entry {packed.filename[:99]!r} is compressed or encrypted, expected an uncompressed one")
     claimed = sum(one.file_size for one in members)
     if claimed > size:
         raise ValueError(f"its entries claim {claimed:,} bytes, and the file has {size:,}")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a key that is there twice, readers would take either value."""
+    """Builds a JSON object. Duplicate keys are refused, because parsers disagree on which value counts."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {key[:40]!r} is there twice")
+            raise ValueError(f"the key {key[:40]!r} occurs twice")
         found[key] = value
     return found
 
 
 def _check_values(found: Any, finite: bool) -> None:
-    """Raises a `ValueError` for what lies too deep, and for numbers that are too large."""
+    """Raises a `ValueError` for values that are nested too deeply and for numbers that are too large."""
     level: list[Any] = [found]
     for _ in range(MOST_JSON_DEPTH + 1):
         inner: list[Any] = []

@@ -1,4 +1,4 @@
-"""Values of configuration fields in the form in which they are kept, or an error that says what was expected."""
+"""Checks of values that users pass: each returns the value in its canonical form or raises an error."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ RESIZE_OR_FLATTEN = (
     "Resize it, to 64x64 for example: worldflux.envs.ResizeImages(env, 64). If it is no picture but the cells of a "
     "grid, gymnasium.wrappers.FlattenObservation(env) makes a vector of it."
 )
-"""What to do about an image that is too small, or has sides that an encoder cannot halve."""
+"""Advice for an image that is too small, or whose sides an encoder cannot halve."""
 
 logger = logging.getLogger("worldflux")
 
 _LEAST_PICTURE_SIDE = 16
-"""From here on, two dimensions are more likely to be a picture's than a table's; no encoder takes smaller ones."""
+"""Side from which two dimensions are more likely to be an image than a table; encoders accept no smaller images."""
 
 EnumT = TypeVar("EnumT", bound=Enum)
 
 
 def clean_obs_shape(shape: Any, *, any_shape: bool = False) -> ObsShape:
-    """`shape` as a tuple, or a dict of tuples in the order of its keys.
+    """Returns a shape of observations as a tuple, or as a dict of tuples sorted by key.
 
     Args:
-        shape: As somebody wrote it.
-        any_shape: Take shapes that no family's networks have an encoder for, too.
+        shape: Shape that the user passed.
+        any_shape: Whether to accept shapes for which no family has an encoder.
     """
     if isinstance(shape, Mapping):
         if not shape or not all(isinstance(key, str) and key for key in shape):
@@ -62,7 +62,7 @@ def _clean_shape(name: str, shape: Any, any_shape: bool) -> tuple[int, ...]:
 
 
 def warn_of_missing_channels(name: str, shape: tuple[int, ...]) -> None:
-    """Says how a picture without channels is taken."""
+    """Warns that an image without a channel dimension is treated as a vector."""
     if len(shape) == 2 and min(shape) >= _LEAST_PICTURE_SIDE:
         logger.warning(
             "%s is %s, which is taken as a vector of %s numbers. An image has its channels first: (1, %d, %d).",
@@ -74,7 +74,7 @@ def warn_of_missing_channels(name: str, shape: tuple[int, ...]) -> None:
 
 
 def has_channels_last(shape: tuple[int, ...]) -> bool:
-    """Whether a shape looks like that of an image `(H, W, C)`, stacked frames among them."""
+    """Returns whether a shape looks like that of an image `(H, W, C)`, possibly of stacked frames."""
     if len(shape) != 3:
         return False
     usual = (1, 3, 4)
@@ -82,7 +82,7 @@ def has_channels_last(shape: tuple[int, ...]) -> bool:
 
 
 def clean_sizes(name: str, sizes: Any) -> tuple[int, ...]:
-    """`sizes` as a tuple of integers, if all of them are above 0."""
+    """Returns `sizes` as a tuple of positive integers."""
     try:
         cleaned = tuple(whole_number(name, size) for size in sizes) if not isinstance(sizes, str) else None
     except TypeError:
@@ -94,7 +94,7 @@ def clean_sizes(name: str, sizes: Any) -> tuple[int, ...]:
 
 
 def clean_enum(name: str, value: Any, kind: type[EnumT]) -> EnumT:
-    """`value` as a member of the enumeration, whatever the case of its letters."""
+    """Returns `value` as a member of an enumeration, ignoring case."""
     try:
         return kind(value.lower() if isinstance(value, str) and not isinstance(value, Enum) else value)
     except ValueError:

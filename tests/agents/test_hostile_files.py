@@ -128,13 +128,13 @@ def replaced(path: Path, content: bytes | None) -> None:
 # JSON
 
 TEXTS: dict[str, tuple[bytes | None, str]] = {
-    "brackets": (b"[" * 100_000, "lie in each other more than 64 times"),
-    "objects in objects": (b'{"a":' * 65 + b"1" + b"}" * 65, "lie in each other more than 64 times"),
+    "brackets": (b"[" * 100_000, "nested more than 64 levels deep"),
+    "objects in objects": (b'{"a":' * 65 + b"1" + b"}" * 65, "nested more than 64 levels deep"),
     "many digits": (b'{"a": ' + b"9" * 5_000 + b"}", "digits"),
     "some digits": (b'{"a": ' + b"9" * 400 + b"}", "a number has 400 digits, expected at most 308"),
     "an infinite number": (b'{"a": 1e999}', "a number is inf"),
     "NaN": (b'{"a": [NaN]}', "a number is nan"),
-    "twice": (b'{"a": 1, "a": 2}', "the key 'a' is there twice"),
+    "twice": (b'{"a": 1, "a": 2}', "the key 'a' occurs twice"),
     "no text": (b"\xff\xfe\x00\xd8", "it is not a text file, expected JSON"),
     "cut short": (b'{"a": ', "Expecting value"),
     "a pipe": (None, "a directory, a pipe or a device, expected a file"),
@@ -496,7 +496,7 @@ def test_of_an_optimiser_only_counts_and_moments_are_taken(place: Path) -> None:
 def test_a_step_that_no_run_has_is_refused(place: Path) -> None:
     progress = json.loads((place / "checkpoint" / "trainer.json").read_text())
     replaced(place / "checkpoint" / "trainer.json", json.dumps({**progress, "step": 10**30}).encode())
-    with pytest.raises(CheckpointError, match=r"trainer\.json: step is 1e\+30, more than any run has"):
+    with pytest.raises(CheckpointError, match=r"trainer\.json: step is above .*, expected a whole number below"):
         resume(place)
 
 

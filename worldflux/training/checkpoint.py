@@ -183,8 +183,7 @@ def check_progress(path: Path, progress: Any, device: torch.device) -> None:
         raise CheckpointError(
             f"{path} has format {progress['format']}, this version reads {FORMAT}. Load it with a newer worldflux."
         )
-    if whole_number(f"{file}: step", progress["step"], 0, error=CheckpointError) >= LARGEST_STEP:
-        raise CheckpointError(f"{file}: step is {progress['step']:.0e}, more than any run has. The file is damaged.")
+    whole_number(f"{file}: step", progress["step"], 0, below=LARGEST_STEP, error=CheckpointError)
     if not isinstance(progress["sampler"], dict | None):
         raise CheckpointError(f"{file}: sampler is {progress['sampler']!r}, expected a state. The file is damaged.")
     callbacks = progress.get("callbacks", [])
