@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -65,8 +66,28 @@ def test_every_package_can_be_imported_from_the_wheel(wheel: Path, tmp_path: Pat
     assert result.returncode == 0, result.stderr
 
 
-def test_the_version_is_said_once() -> None:
+def test_the_source_distribution_holds_what_the_tests_need(tmp_path: Path) -> None:
+    folders = ("worldflux", "envs", "agents", "tests", "docs", "examples", "benchmarks", ".ci")
+    files = ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "constraints.txt")
+    files = (*files, "mkdocs.yml", "pyproject.toml")
+    source = tmp_path / "source"
+    for folder in folders:
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in (*files, "MANIFEST.in"):
+        shutil.copy(ROOT / file, source / file)
+    expected = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
+    code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    built = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=source, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert expected <= names
+
+
+def test_the_version_is_stated_once() -> None:
     assert PROJECT["project"]["version"] == worldflux.__version__
+    assert f"\nversion: {worldflux.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def test_the_core_needs_seven_packages() -> None:
