@@ -15,7 +15,7 @@ from worldflux.files import checked_path
 from worldflux.replay.actions import declared_classes, described, type_of
 from worldflux.replay.backends import Storage, StoragePlace, storage_at
 from worldflux.replay.batch import Batch, BatchRequest
-from worldflux.replay.export import FileActions, collect_data, dtype_in_memory, fill, read_replay, write_replay
+from worldflux.replay.export import ReplayFile, write_replay
 from worldflux.replay.npz import NpzFile
 from worldflux.replay.receiving import RowReceiver
 from worldflux.replay.ring import RingStorage
@@ -407,8 +407,7 @@ class ReplayBuffer(RowReceiver, WindowSampler):
         target = checked_path("path", path)
         if target.is_dir():
             raise BufferError(f"{path} is a directory, expected the path of a file. Add a name, such as buffer.npz.")
-        data = collect_data(self._rows, self._capacity, self._form.is_dict, self._form.action_classes)
-        write_replay(target, data)
+        write_replay(target, self._rows, self._capacity, self._form.is_dict, self._form.action_classes)
 
     @classmethod
     def load(
@@ -451,11 +450,10 @@ class ReplayBuffer(RowReceiver, WindowSampler):
                 machine has no room for what is in it.
         """
         with NpzFile(checked_path("path", path)) as file:
-            data = read_replay(file, FileActions(action_type, action_classes, action_low, action_high))
-            count = len(data.rewards)
-            if capacity is None and count > data.capacity:
+            data = ReplayFile(file, action_type, action_classes, action_low, action_high)
+            if capacity is None and len(data) > data.capacity:
                 raise BufferError(
-                    f"{file.path.name} says that its capacity is {data.capacity}, but has {count} transitions. "
+                    f"{file.path.name} says that its capacity is {data.capacity}, but has {len(data)} transitions. "
                     "Pass capacity= to load."
                 )
             shapes = {key: obs.shape[1:] for key, obs in data.obs.items()}
@@ -463,7 +461,7 @@ class ReplayBuffer(RowReceiver, WindowSampler):
                 data.capacity if capacity is None else capacity,
                 shapes if data.is_dict else shapes[SINGLE],
                 data.action_dim,
-                obs_dtype={key: dtype_in_memory(obs) for key, obs in data.obs.items()},
+                obs_dtype={key: data.dtype_of(key) for key in data.obs},
                 n_envs=data.n_envs if n_envs is None else n_envs,
                 extras=extras,
                 seed=seed,
@@ -471,8 +469,8 @@ class ReplayBuffer(RowReceiver, WindowSampler):
                 action_type=None if data.action_classes is None else type_of(data.action_classes),
                 action_classes=data.action_classes,
             )
-            buffer.check_budget(min(count, buffer.capacity))
-            fill(buffer._rows, data, file.path.name)
+            buffer.check_budget(min(len(data), buffer.capacity))
+            data.fill(buffer._rows)
         buffer._fresh[:] = buffer._rows.end
         return buffer
 

@@ -10,11 +10,10 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Literal
+from typing import IO
 
 import numpy as np
 from numpy.lib import format as npy
@@ -22,6 +21,7 @@ from numpy.lib import format as npy
 from worldflux.errors import BufferError
 from worldflux.files import replacing
 from worldflux.reading import open_regular
+from worldflux.replay.backends import RowArray
 
 OTHER_NAMES = {
     "terminals": "dones",
@@ -45,19 +45,33 @@ some of those expand without a bound."""
 
 
 def rows_per_chunk(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """How many rows of this shape (without the leading axis) make up `CHUNK_BYTES`; at least one."""
+    """Number of rows of this shape (without the leading axis) that make up `CHUNK_BYTES`; at least one."""
     return max(1, CHUNK_BYTES // max(1, math.prod(shape) * dtype.itemsize))
 
 
 @dataclass(frozen=True)
 class ArrayChunks:
-    """An array that is handed over in chunks along its first axis."""
+    """An array that is written in chunks along its first axis."""
 
     shape: tuple[int, ...]
-    """Of the whole array."""
+    """Shape of the whole array."""
     dtype: np.dtype
     chunks: Iterable[np.ndarray]
-    """In order; together they have `shape`."""
+    """The chunks in order; together they have `shape`."""
+
+
+def gathered(stored: RowArray, at: np.ndarray, mask: np.ndarray | None = None) -> ArrayChunks:
+    """Rows `at` of an array in chunks, zero where `mask` is False."""
+
+    def chunks() -> Iterator[np.ndarray]:
+        step = rows_per_chunk(stored.shape[1:], stored.dtype)
+        for start in range(0, len(at), step):
+            chunk = stored[at[start : start + step]]
+            if mask is not None:
+                chunk[~mask[start : start + step]] = 0
+            yield chunk
+
+    return ArrayChunks((len(at), *stored.shape[1:]), stored.dtype, chunks())
 
 
 def write_npz(path: str | Path, arrays: Mapping[str, np.ndarray | ArrayChunks]) -> None:
@@ -178,82 +192,95 @@ class NpzFile:
 
     def read(self, name: str) -> np.ndarray:
         """The whole array."""
-        with self._member(name) as (file, shape, dtype, fortran):
-            return self._read_rest(name, file, shape, dtype, fortran)
+        return self.open(name).take()
 
-    def stream(self, name: str) -> ArrayChunks:
-        """The array's shape and dtype at once, its rows in chunks when asked for."""
-        with self._member(name) as (_, shape, dtype, _fortran):
-            return ArrayChunks(shape, dtype, self._chunks(name))
-
-    def _chunks(self, name: str) -> Iterator[np.ndarray]:
-        with self._member(name) as (file, shape, dtype, fortran):
-            if fortran or not shape:  # its first axis is not the outer one: no reading row by row
-                yield self._read_rest(name, file, shape, dtype, fortran)
-                return
-            step = rows_per_chunk(shape[1:], dtype)
-            for start in range(0, max(1, shape[0]), step):
-                count = min(step, shape[0] - start)
-                yield self._read_rest(name, file, (count, *shape[1:]), dtype, False)
-
-    @contextmanager
-    def _member(self, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype, bool]]:
+    def open(self, name: str) -> StoredArray:
+        """An array of which the shape and dtype are known at once, and whose rows are read when they are asked for."""
         # What a damaged or hostile header makes zipfile and numpy raise is not a closed list.
         try:
             info = self._archive.getinfo(f"{name}.npy")
             file = self._archive.open(info)
         except Exception as error:
-            raise self._unreadable(name, error) from error
-        with file:
-            if info.compress_type not in _MOST_EXPANSION:
-                raise BufferError(
-                    f"{self.path.name}: array {name!r} is compressed in a way that NumPy does not use. "
-                    "Write the file with numpy.savez or numpy.savez_compressed."
-                )
-            try:
-                version = npy.read_magic(file)
-                read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-                shape, fortran, dtype = read_header(file)
-            except Exception as error:
-                raise self._unreadable(name, error) from error
-            if dtype.kind not in "biuf":
-                raise BufferError(
-                    f"{self.path.name}: array {name!r} has dtype {dtype}, expected numbers. "
-                    "Objects are never unpickled."
-                )
-            if any(size < 0 for size in shape):
-                raise BufferError(f"{self.path.name}: array {name!r} says that its shape is {shape}.")
-            # Before anything is read: a size that is made up asks for no memory.
-            size, there = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
-            if size != there or info.file_size > self._bytes * _MOST_EXPANSION[info.compress_type]:
-                raise BufferError(
-                    f"{self.path.name}: array {name!r} of shape {shape} needs {size} bytes, the file has "
-                    f"{min(there, self._bytes * _MOST_EXPANSION[info.compress_type])}."
-                )
-            yield file, shape, dtype, fortran
-
-    def _read_rest(
-        self, name: str, file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype, fortran: bool
-    ) -> np.ndarray:
-        size = math.prod(shape) * dtype.itemsize
+            raise self.unreadable(name, error) from error
+        if info.compress_type not in _MOST_EXPANSION:
+            raise BufferError(
+                f"{self.path.name}: array {name!r} is compressed in a way that NumPy does not use. "
+                "Write the file with numpy.savez or numpy.savez_compressed."
+            )
         try:
-            data = file.read(size) or file.read(1)  # the checksum is compared at the end, which nothing never reaches
+            version = npy.read_magic(file)
+            read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+            shape, is_fortran, dtype = read_header(file)
+        except Exception as error:
+            raise self.unreadable(name, error) from error
+        if dtype.kind not in "biuf":
+            raise BufferError(
+                f"{self.path.name}: array {name!r} has dtype {dtype}, expected numbers. Objects are never unpickled."
+            )
+        if any(size < 0 for size in shape):
+            raise BufferError(f"{self.path.name}: array {name!r} says that its shape is {shape}.")
+        # Before anything is read: a size that is made up asks for no memory.
+        size, there = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
+        most = self._bytes * _MOST_EXPANSION[info.compress_type]
+        if size != there or info.file_size > most:
+            raise BufferError(
+                f"{self.path.name}: array {name!r} of shape {shape} needs {size} bytes, the file has "
+                f"{min(there, most)}."
+            )
+        return StoredArray(self, name, file, shape, dtype, is_fortran)
+
+    def unreadable(self, name: str, error: Exception) -> BufferError:
+        """The error for an array that cannot be read."""
+        return BufferError(f"{self.path.name}: array {name!r} cannot be read: {_reason(error)}")
+
+
+class StoredArray:
+    """An array of an `NpzFile`, read once from its beginning to its end; `NpzFile.open` makes it.
+
+    Attributes:
+        shape: Shape of the whole array.
+        dtype: Its dtype.
+    """
+
+    def __init__(
+        self, source: NpzFile, name: str, file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype, is_fortran: bool
+    ) -> None:
+        self.shape, self.dtype = shape, dtype
+        self._source, self._name, self._file, self._is_fortran = source, name, file, is_fortran
+        self._taken = 0
+        self._left = math.prod(shape) * dtype.itemsize  # bytes
+        self._whole: np.ndarray | None = None  # of an array whose first axis is not the outer one
+
+    def take(self, count: int | None = None) -> np.ndarray:
+        """The next `count` rows, or the whole array. `[count, ...]`"""
+        if count is None:
+            return self._next(self.shape)
+        start, self._taken = self._taken, min(self._taken + count, self.shape[0])
+        if self._is_fortran:
+            self._whole = self._next(self.shape) if self._whole is None else self._whole
+            return self._whole[start : self._taken]
+        return self._next((self._taken - start, *self.shape[1:]))
+
+    def _next(self, shape: tuple[int, ...]) -> np.ndarray:
+        size = math.prod(shape) * self.dtype.itemsize
+        try:
+            data = self._file.read(size)
+            self._left -= size
+            if not self._left:
+                data += self._file.read(1)  # the checksum is compared at the end, which reading nothing never reaches
         except Exception as error:  # a wrong checksum, a broken compressed stream, no memory
-            raise self._unreadable(name, error) from error
+            raise self._source.unreadable(self._name, error) from error
         if len(data) != size:
             raise BufferError(
-                f"{self.path.name}: array {name!r} of shape {shape} needs {size} bytes, the file has {len(data)}."
+                f"{self._source.path.name}: array {self._name!r} of shape {shape} needs {size} bytes, the file has "
+                f"{len(data)}."
             )
-        order: Literal["F", "C"] = "F" if fortran else "C"
         # A byte that is neither 0 nor 1 would be a bool of its own kind.
-        array = np.frombuffer(data, np.uint8) != 0 if dtype == np.bool_ else np.frombuffer(data, dtype)
+        array = np.frombuffer(data, np.uint8) != 0 if self.dtype == np.bool_ else np.frombuffer(data, self.dtype)
         try:
-            return array.reshape(shape, order=order)
+            return array.reshape(shape, order="F" if self._is_fortran else "C")
         except (OverflowError, ValueError) as error:  # no rows, each of a size beyond all measure
-            raise self._unreadable(name, error) from error
-
-    def _unreadable(self, name: str, error: Exception) -> BufferError:
-        return BufferError(f"{self.path.name}: array {name!r} cannot be read: {_reason(error)}")
+            raise self._source.unreadable(self._name, error) from error
 
 
 def _check_count(path: Path, found: int) -> None:

@@ -280,17 +280,15 @@ class RowReceiver:
             )
         stream = int(np.argmin(np.where(rows.in_flight, np.iinfo(np.int64).max, rows.transitions)))
 
-        lengths = np.diff(np.flatnonzero(terminated | truncated), prepend=-1)
-        always = np.ones(len(lengths), np.bool_)
-        place = rows.reserve(stream, lengths, starts=always, ends=always)
-        rows.write_steps(place, slice(place.skipped, None), actions, rewards, terminated, truncated)
+        flags = STEP | terminated * TERMINATED | truncated * TRUNCATED
+        seen = np.zeros(np.count_nonzero(flags > STEP), np.bool_)
+        seen[-1] = obs_count > count  # of several episodes, only the last one can have it
+        finals = {key: np.zeros((len(seen), *array.shape[1:]), array.dtype) for key, array in obs_arrays.items()}
         for key, array in obs_arrays.items():
-            rows.obs[key][place.steps] = array[place.skipped : count]
-        rows.write_finals(place.finals, None)
-        if obs_count > count:
-            rows.write_finals(place.finals[-1:], {key: array[-1:] for key, array in obs_arrays.items()})
-        rows.commit(stream, place)
-        self._fresh[stream] = place.end
+            finals[key][-1] = array[-1]
+        steps = {key: array[:count] for key, array in obs_arrays.items()}
+        rows.add_episodes(stream, steps, actions, rewards, flags, finals, seen)
+        self._fresh[stream] = rows.end[stream]
 
     def end_episodes(self, env: int | None = None, *, final_obs: Any = None) -> None:
         """Closes episodes in flight as truncated; for a reset from outside.

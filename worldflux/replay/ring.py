@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,25 +29,6 @@ _CHUNK_BYTES = 16 * 2**20
 _DIGESTED_AT_ONCE = 2**16
 _DIGESTED_OBS = 256
 """Rows of a stream."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the rows of new episodes go in one stream."""
-
-    skipped: int
-    """Transitions at the front that do not fit."""
-    begin: int
-    """The stream's oldest row from then on."""
-    end: int
-    steps: np.ndarray
-    """Index in the storage of each transition that is kept."""
-    finals: np.ndarray
-    """Of each final row that is kept."""
-    firsts: np.ndarray
-    """Of each first row of an episode that is kept."""
-    in_flight: bool
-    """Whether the last episode goes on."""
 
 
 def spare_rows(transitions: int, n_envs: int) -> int:
@@ -135,10 +115,24 @@ class RingStorage:
         """Something that changes whenever rows are added or dropped, quick to compare."""
         return self.begin.tobytes() + self.end.tobytes()
 
+    def places(self, first: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Stream and number of rows `first` to `end - 1` of each stream, stream by stream. `[N]`, `[N]`"""
+        counts = end - first
+        rows = np.arange(counts.sum()) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+        return np.repeat(self._numbers, counts), rows
+
     def stored_at(self) -> np.ndarray:
         """Index in the arrays of all rows, stream by stream and oldest first. `[N]`"""
-        streams = range(len(self.end))
-        return np.concatenate([self.at(stream, np.arange(self.begin[stream], self.end[stream])) for stream in streams])
+        return self.at(*self.places(self.begin, self.end))
+
+    def episodes_at(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Stream, first row, and row after the last of each episode, stream by stream and oldest first. `[S]` each"""
+        stream, row = self.places(self.begin, self.end)
+        is_first = (self.flags[self.at(stream, row)] & FIRST) != 0
+        is_first |= row == self.begin[stream]  # also where the oldest episode has lost its first rows
+        first = np.flatnonzero(is_first)
+        last = np.append(first[1:], len(row))[: len(first)] - 1
+        return stream[first], row[first], row[last] + 1
 
     def digest(self) -> str:
         """A short text that other rows would not have. Of observations, which may be large, some rows are looked at."""
@@ -204,6 +198,7 @@ class RingStorage:
         finals: Mapping[str, np.ndarray],
         extras: Mapping[str, np.ndarray],
         streams: np.ndarray | None = None,
+        seen: np.ndarray | None = None,
     ) -> None:
         """Appends K steps to each of S streams, with a final row after each that ends an episode; K up to `most_steps`.
 
@@ -218,6 +213,7 @@ class RingStorage:
             finals: The observations after the ends of episodes, in the order of `flags`. `[E, ...]`
             extras: `[K, S, ...]` each; what is left out becomes zero.
             streams: Their numbers, each of them once; None means all, in order. `[S]`
+            seen: False for those of `finals` that were not recorded; None means that all were. `[E]`
         """
         count, ended = len(flags), flags > STEP
         is_whole = np.count_nonzero(flags) == flags.size
@@ -244,7 +240,7 @@ class RingStorage:
         step, column = np.nonzero(ended)
         if step.size:
             stream, following = numbers[column], after[step, column]
-            self.write_finals(self.at(stream, following - 1), finals)
+            self._write_finals(self.at(stream, following - 1), finals, seen)
             goes_on = following < end[column]
             self.flags[self.at(stream[goes_on], following[goes_on])] |= FIRST
 
@@ -295,89 +291,59 @@ class RingStorage:
         self.actions[at] = actions
         self.rewards[at] = rewards
 
+    def add_episodes(
+        self,
+        stream: int,
+        obs: Mapping[str, np.ndarray],
+        actions: np.ndarray,
+        rewards: np.ndarray,
+        flags: np.ndarray,
+        finals: Mapping[str, np.ndarray],
+        seen: np.ndarray,
+    ) -> None:
+        """Appends any number of steps to one stream; of more than it can hold, the newest stay.
+
+        The other arguments are those of `add_steps`, without the axis of the streams.
+        """
+        ended = np.append(0, np.cumsum(flags > STEP))
+        most = self.most_steps
+        for start in range(0, len(flags), most):
+            part = slice(start, start + most), None
+            ends = slice(ended[start], ended[min(start + most, len(flags))])
+            self.add_steps(
+                {key: array[part] for key, array in obs.items()},
+                actions[part],
+                rewards[part],
+                flags[part],
+                {key: array[ends] for key, array in finals.items()},
+                {},
+                np.array([stream]),
+                seen[ends],
+            )
+
     def close(self, streams: np.ndarray, final_obs: Mapping[str, np.ndarray] | None) -> None:
         """Ends the episodes in flight of these streams as truncated; None: the last observations are not known."""
         rows = np.zeros_like(self.end)
         rows[streams] = 1
         self._make_room(np.zeros_like(rows), rows)
         self.flags[self.at(streams, self.end[streams] - 1)] |= TRUNCATED
-        self.write_finals(self.at(streams, self.end[streams]), final_obs)
+        seen = None if final_obs is not None else np.zeros(len(streams), np.bool_)
+        self._write_finals(self.at(streams, self.end[streams]), final_obs or {}, seen)
         self.end += rows
         self.episodes += rows
         self.in_flight[streams] = False
 
-    def reserve(self, stream: int, lengths: np.ndarray, *, starts: np.ndarray, ends: np.ndarray) -> Place:
-        """Makes room for episodes of so many transitions in one stream; `commit` is due when they are written.
-
-        Args:
-            stream: Its last episode must have ended.
-            lengths: Transitions of each episode. `[S]`
-            starts: Whether its first row is an episode's first. `[S]`
-            ends: Whether a final row follows. `[S]`
-
-        Returns:
-            Where each row goes. Of more than the stream can hold, the newest.
-        """
-        rows = lengths + ends
-        begin = np.cumsum(rows) - rows
-        is_final = np.zeros(int(rows.sum()), np.bool_)
-        is_final[(begin + lengths)[ends]] = True
-        steps, finals = np.flatnonzero(~is_final), np.flatnonzero(is_final)
-        skipped = max(0, len(steps) - int(self.limits[stream]))
-        # What is kept begins at a step, so that no final row stands alone.
-        skipped = max(skipped, int(np.searchsorted(steps, len(is_final) - self.ring)))
-        if skipped:
-            self.begin[stream] = self.end[stream]
-            self.transitions[stream] = self.episodes[stream] = 0
-        else:
-            to_fit = np.zeros((2, len(self.end)), np.int64)
-            to_fit[:, stream] = len(steps), len(is_final)
-            self._make_room(*to_fit)
-        oldest, end = int(steps[skipped]), int(self.end[stream])
-        return Place(
-            skipped=skipped,
-            begin=end + oldest if skipped else int(self.begin[stream]),
-            end=end + len(is_final),
-            steps=self.at(stream, end + steps[skipped:]),
-            finals=self.at(stream, end + finals[finals >= oldest]),
-            firsts=self.at(stream, end + begin[starts & (begin >= oldest)]),
-            in_flight=not bool(ends[-1]),
-        )
-
-    def write_steps(
-        self,
-        place: Place,
-        kept: slice | np.ndarray,
-        actions: np.ndarray,
-        rewards: np.ndarray,
-        terminated: np.ndarray,
-        truncated: np.ndarray,
-    ) -> None:
-        """Writes all of a place's steps but their observations; `kept` picks them from the arrays. `[N, ...]`."""
-        self.actions[place.steps] = actions[kept]
-        self.rewards[place.steps] = rewards[kept]
-        self.flags[place.steps] = terminated[kept] * TERMINATED | truncated[kept] * TRUNCATED
-        self.flags[place.firsts] |= FIRST
-        for stored in self.extras.values():
-            stored[place.steps] = 0
-
-    def write_finals(self, at: np.ndarray, obs: Mapping[str, np.ndarray] | None) -> None:
-        """Writes final rows: the observation, or zeros and a mark where it is not known, and no step."""
-        self.flags[at] = FINAL if obs is not None else FINAL | UNSEEN
+    def _write_finals(self, at: np.ndarray, obs: Mapping[str, np.ndarray], seen: np.ndarray | None) -> None:
+        """Writes final rows, which hold no step: observations, or zeros and a mark where they were not recorded."""
+        self.flags[at] = FINAL if seen is None else np.where(seen, FINAL, FINAL | UNSEEN)
         self.actions[at] = 0
         self.rewards[at] = 0
         for key, stored in self.obs.items():
-            stored[at] = 0 if obs is None else obs[key]
+            stored[at] = obs.get(key, 0)
+            if seen is not None and not seen.all():
+                stored[at[~seen]] = 0
         for stored in self.extras.values():
             stored[at] = 0
-
-    def commit(self, stream: int, place: Place) -> None:
-        """Makes a place's rows part of the stream."""
-        self.begin[stream] = place.begin
-        self.end[stream] = place.end
-        self.transitions[stream] += len(place.steps)
-        self.episodes[stream] += len(place.finals)
-        self.in_flight[stream] = place.in_flight
 
     def _make_room(self, transitions: Any, rows: Any) -> None:
         """Drops the oldest rows of each stream until so many more fit; `[n_envs]`, or a number for all."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from worldflux.errors import BufferError
-from worldflux.replay.ring import FINAL, FIRST, RingStorage
+from worldflux.replay.ring import FINAL, RingStorage
 from worldflux.replay.sampler import Runs, Span, WholeStreams, WindowSampler
 from worldflux.replay.spec import TransitionSpec
 from worldflux.validation import whole_number
@@ -131,16 +131,7 @@ def split(
 
 
 def _episodes_of(rows: RingStorage) -> _Episodes:
-    streams, begins, ends = [], [], []
-    for number in range(len(rows.base)):
-        row = np.arange(rows.begin[number], rows.end[number])
-        is_first = (rows.flags[rows.at(number, row)] & FIRST) != 0
-        is_first[:1] = True  # also where the oldest episode has lost its first rows
-        first = row[is_first]
-        streams.append(np.full(len(first), number))
-        begins.append(first)
-        ends.append(np.append(first[1:], rows.end[number])[: len(first)])
-    stream, begin, end = np.concatenate(streams), np.concatenate(begins), np.concatenate(ends)
+    stream, begin, end = rows.episodes_at()
     return _Episodes(stream, begin, end, (rows.flags[rows.at(stream, end - 1)] & FINAL) != 0)
 
 
