@@ -1,6 +1,7 @@
-"""An environment of your own: keep a room warm. Checks it, learns it, and compares the agent with random actions.
+"""A custom environment in which a heater keeps a room warm.
 
-Everything that worldflux asks of an environment stands in `Room`. Copy it, and change what you need.
+The script checks the environment, trains an agent in it, and compares the agent with random actions. `Room` meets all
+requirements of worldflux; copy it and change what you need.
 """
 
 from __future__ import annotations
@@ -20,26 +21,26 @@ from worldflux.envs import check_env
 
 ENV = "Room-v0"
 STEPS = 96
-"""In an episode: a day in quarters of an hour."""
+"""Steps of an episode: a day in quarters of an hour."""
 
 
 class Room(gym.Env[np.ndarray, np.ndarray]):
-    """A heater is turned up and down, so that a room has the wanted temperature.
+    """A room in which a heater is controlled to reach the wanted temperature.
 
-    - Observation: temperatures of the room, outside, and the wanted one, in degrees. `[3]`
-    - Action: power of the heater, 0 to 2 kW. `[1]`
-    - Reward: minus the difference from the wanted temperature; -50 once the pipes have frozen.
-    - The episode terminates when they freeze. Its time limit is not the environment's business: `gym.register` below.
+    - Observation `[3]`: the temperatures inside and outside and the wanted temperature, in degrees.
+    - Action `[1]`: power of the heater, 0 to 2 kW.
+    - Reward: minus the difference from the wanted temperature; -50 when the pipes freeze.
+    - Termination: when the pipes freeze. The time limit is not part of the environment; see `gym.register` below.
 
     Args:
-        render_mode: "rgb_array" lets `render` give pictures, for videos.
+        render_mode: With "rgb_array", `render` returns images, for example for videos.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 12}  # noqa: RUF012  # as Gymnasium has it
 
     def __init__(self, render_mode: str | None = None) -> None:
         self.render_mode = render_mode
-        # Units as they come: models bring them to a useful scale themselves. Bounds of actions have to be finite.
+        # Observations need no scaling, because models scale them. The bounds of actions must be finite.
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
         self.action_space = gym.spaces.Box(0.0, 2.0, (1,), np.float32)
         self._room = self._outside = self._wanted = 0.0
@@ -47,8 +48,8 @@ class Room(gym.Env[np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Begins a day."""
-        super().reset(seed=seed)  # seeds self.np_random, where all chance comes from
+        """Starts a new day."""
+        super().reset(seed=seed)  # seeds self.np_random, the source of all randomness
         self._outside = self.np_random.uniform(-10.0, 10.0)
         self._wanted = self.np_random.uniform(18.0, 22.0)
         self._room = self.np_random.uniform(10.0, 25.0)
@@ -60,11 +61,11 @@ class Room(gym.Env[np.ndarray, np.ndarray]):
         self._room += 0.05 * (self._outside - self._room) + float(action[0]) + draught
         frozen = self._room < 0.0
         reward = -50.0 if frozen else -abs(self._room - self._wanted)
-        # Only what ends the world is a termination. The second flag, a truncation, is the time limit's.
+        # Only a terminal state is a termination. The second flag is for truncations, which the time limit sets.
         return self._obs(), reward, frozen, False, {}
 
     def render(self) -> np.ndarray:
-        """The room as a column that grows with its temperature, and a line at the wanted one. `[96, 64, 3]`"""
+        """An image `[96, 64, 3]` of a column as high as the room is warm, and a line at the wanted temperature."""
         picture = np.full((96, 64, 3), 255, np.uint8)
         picture[96 - self._height(self._room) :, 16:48] = (220, 90, 60)
         line = 96 - self._height(self._wanted)
@@ -83,7 +84,7 @@ gym.register(ENV, Room, max_episode_steps=STEPS)
 
 
 def random_return(episodes: int, seed: int) -> float:
-    """Mean return of uniformly random actions: what every agent has to beat."""
+    """Mean return of uniformly random actions, which any agent should outperform."""
     env = gym.make(ENV)
     env.action_space.seed(seed)
     total = 0.0
@@ -104,21 +105,21 @@ def main(
     seed: int = 0,
     out: Path = Path("room.zip"),
 ) -> tuple[float, float]:
-    """Checks the environment, learns it, and compares the agent with random actions.
+    """Checks the environment, trains an agent, and compares it with random actions.
 
     Args:
         steps: Environment steps.
-        train_ratio: Replayed steps for each of them.
+        train_ratio: Replayed steps per environment step.
         learning_starts: Environment steps before the first gradient step.
-        episodes: Of the evaluation.
-        seed: Of the training; the evaluation has one of its own.
-        out: Where the agent goes.
+        episodes: Number of evaluation episodes.
+        seed: Seed of the training; the evaluation uses a different one.
+        out: File in which the agent is saved.
 
     Returns:
-        Mean returns of the agent, and of random actions.
+        Mean returns of the agent and of random actions.
     """
-    torch.set_num_threads(1)  # layers this small gain little from a second core
-    check_env(ENV)  # raises with all that is wrong
+    torch.set_num_threads(1)  # layers this small benefit little from a second core
+    check_env(ENV)  # raises an error that lists all problems
 
     agent = WorldFluxAgent(
         "dreamerv3:tiny",

@@ -1,6 +1,6 @@
-"""DreamerV3 learns CartPole on a laptop: trains, evaluates, and draws what it learned and what it imagines.
+"""Trains and evaluates DreamerV3 on CartPole on a laptop, and plots its learning curve and what it imagines.
 
-Writes `learning_curve.png`, `imagination.png` and `agent.zip` into `demo/`, and prints one line of JSON at the end.
+Writes `learning_curve.png`, `imagination.png` and `agent.zip` to `demo/`, and prints one line of JSON at the end.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CONTEXT, HORIZON = 20, 60
 
 
 class Progress(BaseCallback):
-    """A progress bar with the return, the losses and the speed; remembers the returns for the curve."""
+    """Shows a progress bar with the return, the losses and the speed, and collects the returns for the plot."""
 
     def __init__(self, total: int) -> None:
         super().__init__()
@@ -80,13 +80,13 @@ def random_return(episodes: int, seed: int) -> float:
 def draw_curve(
     returns: list[tuple[int, float]], evaluations: tuple[np.ndarray, np.ndarray], random: float, path: Path
 ) -> None:
-    """Return of every training episode, and of the evaluations in between.
+    """Plots the return of every training episode and of the evaluations.
 
     Args:
         returns: Environment steps and return of each training episode.
         evaluations: Environment steps `[N]` and returns `[N, episodes]`.
         random: Mean return of random actions.
-        path: Where the picture goes.
+        path: File for the plot.
     """
     steps, values = np.array(returns).T
     figure, axes = plt.subplots(figsize=(7, 4))
@@ -102,9 +102,9 @@ def draw_curve(
 
 
 def draw_imagination(agent: WorldFluxAgent, seed: int, path: Path) -> None:
-    """A real trajectory, and what the model expects of the same actions after seeing only its beginning.
+    """Plots a real trajectory and what the model predicts for the same actions from the first steps alone.
 
-    The actions are random after the context, so that there is something to predict: a balanced pole hardly moves.
+    Some actions after the context are random, because a balanced pole hardly moves and is too easy to predict.
     """
     env = gym.make(ENV)
     rng = np.random.default_rng(seed)
@@ -128,7 +128,7 @@ def draw_imagination(agent: WorldFluxAgent, seed: int, path: Path) -> None:
         terminations=torch.zeros(1, rows),
         is_first=(torch.arange(rows) == 0).unsqueeze(0),
     )
-    # Several samples of the future show how sure the model is.
+    # Several samples of the future show how certain the model is.
     found = open_loop(agent.model, batch, CONTEXT + 1, samples=16, seed=seed)
     imagined = found.obs["obs"][:, 0, CONTEXT + 1 :].transpose(0, 1).cpu().numpy()  # [H, samples, 4]
 
@@ -148,15 +148,15 @@ def draw_imagination(agent: WorldFluxAgent, seed: int, path: Path) -> None:
 
 
 def main() -> dict[str, Any]:
-    """Trains, evaluates, draws, saves."""
+    """Trains and evaluates the agent, plots the results, and saves the agent."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=12_000, help="most environment steps to learn from")
+    parser.add_argument("--steps", type=int, default=12_000, help="maximum number of environment steps")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="directory for the pictures and the agent")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="directory for the plots and the agent")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    # Layers this small gain little from a second core, and lose much to waiting for it on a busy machine.
+    # Layers this small benefit little from a second core, and waiting for it is slow on a busy machine.
     torch.set_num_threads(1)
 
     env = make_vec_env(ENV, n_envs=4)
@@ -177,7 +177,7 @@ def main() -> dict[str, Any]:
     seconds = time.perf_counter() - started
     env_steps = agent.num_timesteps
 
-    # The best agent of those evaluations is kept, and judged by episodes that had no part in choosing it.
+    # The best agent of these evaluations is kept. It is evaluated on new episodes, which did not select it.
     (options.out / "best_model.zip").replace(options.out / "agent.zip")
     agent = WorldFluxAgent.load(options.out / "agent.zip")
     test_env = Monitor(gym.make(ENV))
@@ -196,7 +196,7 @@ def main() -> dict[str, Any]:
         "env_steps": env_steps,
         "seconds": round(seconds, 1),
     }
-    print(f"The agent and the pictures are in {options.out}/: agent.zip, learning_curve.png, imagination.png")
+    print(f"The agent and the plots are in {options.out}/: agent.zip, learning_curve.png, imagination.png")
     print(json.dumps(result))
     return result
 

@@ -1,8 +1,8 @@
-"""Loads a saved agent and acts: ten episodes as stable-baselines3 counts them, then one by hand.
+"""Loads a saved agent, evaluates it on ten episodes with stable-baselines3, and plays one episode in a loop.
 
     python examples/load_and_evaluate.py cartpole.zip CartPole-v1
 
-No environment is needed to load, and none to act: `agent.predict` takes an observation from wherever it comes.
+The agent itself needs no environment, neither to be loaded nor to act: `agent.predict` takes any observation.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def main(
     """Evaluates a saved agent.
 
     Args:
-        agent: What `agent.save` wrote, or a directory of checkpoints.
-        env: Its environment, by a name as in `make_env`.
-        episodes: How many.
-        seed: Of the environment.
+        agent: File written by `agent.save`, or a directory of checkpoints.
+        env: Name of its environment, as in `make_env`.
+        episodes: Number of episodes.
+        seed: Seed of the environment.
 
     Returns:
         The return of each episode.
@@ -44,21 +44,21 @@ def main(
     print(f"mean return of {episodes} episodes: {sum(returns) / episodes:.1f} (worst {min(returns):.1f})")
 
     total, steps = play(loaded, test_env)
-    print(f"and of one by hand: {total:.1f} in {steps} steps")
+    print(f"return of one more episode: {total:.1f} in {steps} steps")
     return returns
 
 
 def play(agent: WorldFluxAgent, env: Any) -> tuple[float, int]:
-    """Return and length of one episode.
+    """Plays one episode and returns its return and length.
 
     Args:
-        agent: Acts.
-        env: Of Gymnasium.
+        agent: The agent that acts.
+        env: A Gymnasium environment.
     """
     obs, _ = env.reset()
     memory, over, total, steps = None, False, 0.0, 0
     while not over:
-        # What the model remembers of the episode goes in and comes out; None where an episode begins.
+        # Pass the recurrent state to the next call; it is None at the start of an episode.
         action, memory = agent.predict(obs, memory, deterministic=True)
         obs, reward, terminated, truncated, _ = env.step(action)
         total, steps, over = total + float(reward), steps + 1, terminated or truncated

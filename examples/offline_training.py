@@ -1,13 +1,13 @@
-"""Both families learn a pendulum from a file: records it, trains on it in a fresh process, and draws what they foresee.
+"""Trains DreamerV3 and TD-MPC2 on recorded episodes of a pendulum, and plots their prediction errors.
 
-A third of the episodes swings the pendulum up, a third does so with a third of its actions at random, and a third acts
-at random. Each family then learns from the file alone, in a process of its own. What it has learned is measured on
-episodes that were kept back: it sees the first rows of a window, predicts the others from the recorded actions alone,
-and is compared with whoever expects that nothing changes.
+In a third of the episodes a controller swings the pendulum up, in another third a third of its actions are random, and
+in the last third all are. Each model is then trained on the file alone, in its own process, and evaluated on held-out
+episodes: it observes the first rows of a window, predicts the others from the recorded actions alone, and is compared
+with a baseline that predicts that nothing changes.
 
 Writes the episodes (`train.npz`, `test.npz`), the models (`dreamerv3/`, `tdmpc2/`), the errors (`dreamerv3.csv`,
-`tdmpc2.csv`) and the picture (`prediction.png`), and prints one line of JSON at the end: the models' errors as shares
-of those of that comparison.
+`tdmpc2.csv`) and the plot (`prediction.png`), and prints one line of JSON at the end with each model's errors as shares
+of the errors of the baseline.
 """
 
 from __future__ import annotations
@@ -40,60 +40,60 @@ from worldflux.training import Batch, Callback, ReplayBuffer, Trainer, train
 ENV = "Pendulum-v1"
 OBS_NAMES = ("cosine of the angle", "sine of the angle", "angular velocity")
 CHANCES = (0.0, 1 / 3, 1.0)
-"""Share of random actions, by turns: of a controller, a controller with noise, and chance alone."""
+"""Shares of random actions in successive episodes: the controller, the controller with noise, random actions only."""
 FAMILIES: dict[str, dict[str, Any]] = {
-    # The world model is what is looked at here, and imagining from all rows would take two thirds of the time.
+    # Only the world model is evaluated here, and imagining from all rows would take two thirds of the time.
     "dreamerv3": {"imag_last": 8},
-    # The paper's losses look 3 steps ahead, mostly at the first; what a model expects after 15 is then left to chance.
-    # The decoder learns beside the model and does not influence it: it shows what the model knows.
+    # The paper's losses cover 3 steps and weight the first most, which leaves predictions 15 steps ahead untrained.
+    # The decoder is trained with the model but does not influence it: it shows what the model knows.
     "tdmpc2": {"horizon": 8, "rho": 0.9, "use_decoder": True},
 }
 TITLES = {"dreamerv3": "DreamerV3", "tdmpc2": "TD-MPC2"}
 COLORS = {"dreamerv3": "tab:blue", "tdmpc2": "tab:orange"}
 REPORTED = (1, 5, 15)
-"""Steps ahead whose errors are drawn over training, and printed."""
+"""Steps ahead whose errors are plotted over training and printed."""
 COLUMNS = ("error", "standard_error", "unchanged", "ratio")
-"""Of the files of errors: the model's mean error, that of "nothing changes", and the one as a share of the other."""
+"""Columns of the error files: the model's mean error and its standard error, the baseline's error, and their ratio."""
 QUANTITIES = {"obs": "observation", "reward": "reward", "state/latent": "latent state"}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is recorded, how long each family learns from it, and how it is measured."""
+    """Settings of recording, training and evaluation."""
 
     out: Path = Path("offline")
     """Directory for all files."""
     episodes: int = 80
-    """Episodes to learn from."""
+    """Number of training episodes."""
     test_episodes: int = 20
-    """Episodes that are kept back."""
+    """Number of held-out episodes."""
     looks: tuple[int, ...] = (0, 100, 300, 1000, 3000)
-    """Gradient steps after which the errors are measured; the last one is the end."""
+    """Gradient steps after which the errors are measured; training ends at the last."""
     batch_size: int = 16
-    """Windows in each gradient step."""
+    """Windows per gradient step."""
     sequence_length: int = 33
-    """Rows of each; one more than the steps in them."""
+    """Rows per window, one more than its number of steps."""
     learning_rate: float = 3e-4
-    """Of both families. It is the default of `train`, and TD-MPC2's own."""
+    """Learning rate of both models. It is the default of `train` and of TD-MPC2."""
     windows: int = 512
-    """Windows of the kept episodes that the errors are measured on."""
+    """Windows of the held-out episodes on which the errors are measured."""
     context: int = 5
-    """Rows of a window that a model sees."""
+    """Rows of a window that a model observes."""
     horizon: int = 15
-    """Rows after them that it predicts."""
+    """Rows after the context that it predicts."""
     seed: int = 0
     stage: Literal["all", "record", "train", "draw"] = "all"
-    """What to do; "all" does one after the other, and trains in fresh processes."""
-    family: Annotated[Literal["dreamerv3", "tdmpc2"], tyro.conf.arg(help="The one that --stage train trains.")] = (
+    """Stage to run; "all" runs one after the other and trains in separate processes."""
+    family: Annotated[Literal["dreamerv3", "tdmpc2"], tyro.conf.arg(help="The model that --stage train trains.")] = (
         "dreamerv3"
     )
 
 
 class MixedPolicy:
-    """Swings the pendulum up by its energy and holds it there; the share of random actions changes with each episode.
+    """An energy-based swing-up controller whose share of random actions changes with each episode.
 
     Args:
-        seed: Of the random actions.
+        seed: Seed of the random actions.
     """
 
     def __init__(self, seed: int) -> None:
@@ -104,7 +104,7 @@ class MixedPolicy:
     def predict(
         self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
     ) -> tuple[np.ndarray, None]:
-        """Torques `[1, 1]` for the observation of one environment `[1, 3]`, as SB3's algorithms give them."""
+        """Returns the torque `[1, 1]` for the observation of one environment `[1, 3]`, like SB3's algorithms."""
         if episode_start[0]:
             self._chance = next(self._chances)
         cosine, sine, velocity = observation[0]
@@ -122,13 +122,13 @@ class Measure(Callback):
     """Measures the open-loop errors at the given steps.
 
     Attributes:
-        errors: By step and quantity.
+        errors: Errors, keyed by gradient step and quantity.
 
     Args:
-        name: What the model is called where its errors are printed.
-        batch: Windows of episodes that are not trained on.
-        context: Rows of them that the model sees.
-        steps: Gradient steps after which it looks.
+        name: Name of the model in the printed lines.
+        batch: Windows of held-out episodes.
+        context: Rows of each window that the model observes.
+        steps: Gradient steps after which the errors are measured.
     """
 
     def __init__(self, name: str, batch: Batch, context: int, steps: Sequence[int]) -> None:
@@ -137,13 +137,13 @@ class Measure(Callback):
         self._model: WorldModel | None = None
 
     def on_train_begin(self, trainer: Trainer) -> None:
-        """Looks at the untrained model."""
+        """Measures the untrained model."""
         assert isinstance(trainer.model, WorldModel)
         self._model = trainer.model
         self._look(0)
 
     def on_step_end(self, step: int, losses: Mapping[str, float]) -> None:
-        """Looks where it is due."""
+        """Measures the model after the given steps."""
         self._look(step)
 
     def _look(self, step: int) -> None:
@@ -155,13 +155,13 @@ class Measure(Callback):
         ahead = min(REPORTED[-1], self._batch.seq_len - self._context)
         shares = ", ".join(f"{QUANTITIES[key]} {e.ratio[ahead - 1]:.2f}" for key, e in self.errors[step].items())
         print(
-            f"{self._name}, step {step}: error {ahead} steps ahead, as a share of that of 'nothing changes': {shares}",
+            f"{self._name}, step {step}: error {ahead} steps ahead, relative to 'nothing changes': {shares}",
             flush=True,
         )
 
 
 def record(settings: Settings) -> None:
-    """Writes `train.npz` and `test.npz`."""
+    """Records episodes to `train.npz` and `test.npz`."""
     for name, episodes, seed in (
         ("train", settings.episodes, 2 * settings.seed),
         ("test", settings.test_episodes, 2 * settings.seed + 1),
@@ -172,11 +172,11 @@ def record(settings: Settings) -> None:
 
 
 def learn(settings: Settings) -> None:
-    """Trains one family from `train.npz` and measures it on `test.npz`; writes its model and its errors."""
+    """Trains one model on `train.npz` and evaluates it on `test.npz`; writes the model and its errors."""
     family = settings.family
     buffer = ReplayBuffer.load(settings.out / "train.npz")
     measure = Measure(TITLES[family], held_out_windows(settings), settings.context, settings.looks)
-    # The weights are drawn when the model is built, before training starts the random numbers from its seed.
+    # The weights are initialised when the model is built, before `train` sets the seed.
     torch.manual_seed(settings.seed)
     model = create_world_model(
         f"{family}:tiny", obs_shape=buffer.obs_shape, action_dim=buffer.action_dim, **FAMILIES[family]
@@ -203,17 +203,17 @@ def learn(settings: Settings) -> None:
 
 
 def held_out_windows(settings: Settings) -> Batch:
-    """The same windows of `test.npz` whenever it is called."""
+    """Windows of `test.npz`, the same in every call."""
     buffer = ReplayBuffer.load(settings.out / "test.npz", seed=settings.seed)
     return buffer.sample(settings.windows, settings.context + settings.horizon)
 
 
 Errors = dict[tuple[str, int, str], np.ndarray]
-"""By family, step and quantity, the `COLUMNS` for each step ahead. `[4, H]`"""
+"""The `COLUMNS` for each step ahead `[4, H]`, keyed by model family, gradient step and quantity."""
 
 
 def read_errors(settings: Settings) -> Errors:
-    """What the training processes measured."""
+    """Reads the errors that the training processes measured."""
     found: dict[tuple[str, int, str], list[list[float]]] = {}
     for family in FAMILIES:
         with (settings.out / f"{family}.csv").open(newline="") as file:
@@ -224,11 +224,11 @@ def read_errors(settings: Settings) -> Errors:
 
 
 def draw(settings: Settings, errors: Errors) -> None:
-    """Writes `prediction.png`: errors over the horizon and over training, and what the models expect of one window."""
+    """Plots errors over the horizon and over training, and predictions for one window, to `prediction.png`."""
     last = settings.looks[-1]
     figure, grid = plt.subplots(2, 4, figsize=(18, 7.5))
     for column, (quantity, name) in enumerate(QUANTITIES.items()):
-        # What the parts of DreamerV3's state are called differs, and its observations tell as much.
+        # The parts of DreamerV3's state have other names; its observations are just as informative.
         families = [family for family in FAMILIES if (family, last, quantity) in errors]
         draw_horizon(grid[0, column], {family: errors[family, last, quantity] for family in families})
         grid[0, column].set(title=f"{name} after {last} gradient steps", ylabel="error (standard deviations)")
@@ -238,7 +238,7 @@ def draw(settings: Settings, errors: Errors) -> None:
         grid[1, column].set(title=f"{name} over training", ylabel="error / error of 'nothing changes'")
     draw_window(grid[0, 3], grid[1, 3], settings)
     figure.suptitle(
-        f"{ENV}, episodes kept back: {settings.context} rows seen, then {settings.horizon} predicted from the actions"
+        f"{ENV}, held-out episodes: {settings.context} rows observed, then {settings.horizon} predicted from actions"
     )
     figure.tight_layout()
     figure.savefig(settings.out / "prediction.png", dpi=100)
@@ -246,11 +246,11 @@ def draw(settings: Settings, errors: Errors) -> None:
 
 
 def draw_horizon(axes: Any, errors: Mapping[str, np.ndarray]) -> None:
-    """Errors over the steps ahead, with two standard errors to both sides.
+    """Plots errors over the steps ahead, with bands of two standard errors on both sides.
 
     Args:
-        axes: Where to draw.
-        errors: By family, as in `Errors`.
+        axes: Axes to plot on.
+        errors: Errors as in `Errors`, keyed by model family.
     """
     for family, (error, standard_error, _, _) in errors.items():
         ahead = np.arange(1, len(error) + 1)
@@ -265,13 +265,13 @@ def draw_horizon(axes: Any, errors: Mapping[str, np.ndarray]) -> None:
 
 
 def draw_training(axes: Any, family: str, steps: Sequence[int], ratios: np.ndarray) -> None:
-    """A family's errors over the gradient steps, some distances ahead.
+    """Plots the errors of one model over training, for several numbers of steps ahead.
 
     Args:
-        axes: Where to draw.
-        family: Whose they are.
+        axes: Axes to plot on.
+        family: Model family.
         steps: Gradient steps.
-        ratios: Error as a share of that of "nothing changes". `[len(steps), H]`
+        ratios: Errors relative to "nothing changes", `[len(steps), H]`.
     """
     for ahead, style in zip(REPORTED, (":", "--", "-"), strict=True):
         if ahead <= ratios.shape[1]:
@@ -284,7 +284,7 @@ def draw_training(axes: Any, family: str, steps: Sequence[int], ratios: np.ndarr
 
 
 def draw_window(angle_axes: Any, velocity_axes: Any, settings: Settings) -> None:
-    """What was recorded and what the saved models expect of it, in the window where most happens."""
+    """Plots the recorded values and the predictions of the saved models, in the window with the most variation."""
     batch = held_out_windows(settings)
     assert isinstance(batch.obs, torch.Tensor) and batch.is_first is not None
     moved = batch.obs.std(1).sum(1) - 1e9 * batch.is_first[:, 1:].any(1)
@@ -305,7 +305,7 @@ def draw_window(angle_axes: Any, velocity_axes: Any, settings: Settings) -> None
 
 
 def report(settings: Settings, errors: Errors, seconds: float) -> None:
-    """Prints one line of JSON: errors as shares of those of "nothing changes", by family, quantity and steps ahead."""
+    """Prints errors relative to "nothing changes", by model, quantity and steps ahead, as one line of JSON."""
     result: dict[str, Any] = {"env": ENV, "gradient_steps": settings.looks[-1], "seconds": round(seconds, 1)}
     for (family, step, quantity), (_, _, _, ratio) in errors.items():
         if step == settings.looks[-1]:
@@ -315,15 +315,15 @@ def report(settings: Settings, errors: Errors, seconds: float) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Does what the settings say.
+    """Runs the stages that the settings select.
 
     Args:
-        args: Of the command line; None takes those of the process.
+        args: Command-line arguments; None uses those of the process.
     """
     given = list(sys.argv[1:] if args is None else args)
     settings = tyro.cli(Settings, args=given, description=__doc__)
     settings.out.mkdir(parents=True, exist_ok=True)
-    # Layers this small gain little from a second core.
+    # Layers this small benefit little from a second core.
     torch.set_num_threads(1)
     started = time.perf_counter()
     if settings.stage in ("all", "record"):
@@ -331,16 +331,16 @@ def main(args: Sequence[str] | None = None) -> None:
     if settings.stage == "train":
         learn(settings)
     if settings.stage == "all":
-        # In processes of their own, which have nothing but the file; at the same time, on a core each.
+        # In separate processes, which have only the file, in parallel on one core each.
         command = [sys.executable, __file__, *given, "--stage", "train", "--family"]
         running = {family: subprocess.Popen([*command, family]) for family in FAMILIES}
         failed = [family for family, process in running.items() if process.wait() != 0]
         if failed:
-            sys.exit(f"Training {' and '.join(failed)} failed; the reason stands above.")
+            sys.exit(f"Training {' and '.join(failed)} failed; see the error above.")
     if settings.stage in ("all", "draw"):
         errors = read_errors(settings)
         draw(settings, errors)
-        print(f"The picture is {settings.out / 'prediction.png'}.")
+        print(f"The plot is {settings.out / 'prediction.png'}.")
         report(settings, errors, time.perf_counter() - started)
 
 

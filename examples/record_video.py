@@ -1,9 +1,9 @@
-"""Writes a video of a saved agent.
+"""Records a video of a saved agent.
 
     python examples/record_video.py cartpole.zip CartPole-v1 --out cartpole.mp4
 
-The environment has to draw without a window (`render_mode="rgb_array"`). Gymnasium's classic tasks need pygame for
-that: `pip install "gymnasium[classic-control]"`.
+The environment must support rendering to an array (`render_mode="rgb_array"`). Gymnasium's classic control tasks
+require pygame for this: `pip install "gymnasium[classic-control]"`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def main(
     out: Path = Path("agent.mp4"),
     seed: int = 0,
 ) -> int:
-    """Films one episode.
+    """Records a video of one episode.
 
     Args:
-        agent: What `agent.save` wrote, or a directory of checkpoints.
-        env: Its environment, by a name as in `make_env`.
-        out: The video.
-        seed: Of the episode.
+        agent: File written by `agent.save`, or a directory of checkpoints.
+        env: Name of its environment, as in `make_env`.
+        out: File for the video.
+        seed: Seed of the episode.
 
     Returns:
         Number of frames.
@@ -53,11 +53,11 @@ def main(
 
 
 def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
-    """Writes an mp4.
+    """Writes frames to an MP4 file.
 
     Args:
-        path: Of the file.
-        frames: Red, green, blue; sides are cut to even numbers, which the codec needs. `[T, H, W, 3]` uint8
+        path: File for the video.
+        frames: RGB images `[T, H, W, 3]`, uint8. Their sides are cropped to even lengths, as the codec requires.
         fps: Frames per second.
     """
     height, width = (side // 2 * 2 for side in frames.shape[1:3])
@@ -65,7 +65,7 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
     if not writer.isOpened():
         raise SystemExit(f"{path} cannot be written as a video.")
     for frame in frames[:, :height, :width]:
-        writer.write(np.ascontiguousarray(frame[..., ::-1]))  # OpenCV has blue first
+        writer.write(np.ascontiguousarray(frame[..., ::-1]))  # OpenCV expects BGR
     writer.release()
 
 

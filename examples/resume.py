@@ -1,4 +1,4 @@
-"""A run that can be stopped at any time and goes on when the same command is started again.
+"""Trains an agent in a run that can be stopped at any time and resumed with the same command.
 
 python examples/resume.py --run runs/cartpole
 ^C
@@ -22,22 +22,22 @@ def main(
     save_interval: int = 1_000,
     train_ratio: float = 64,
 ) -> WorldFluxAgent:
-    """Begins a run, or goes on with it.
+    """Starts a run, or resumes it if it has a checkpoint.
 
     Args:
-        run: Directory of its checkpoints.
-        env: A name as in `make_env`.
+        run: Directory for the checkpoints.
+        env: Name of the environment, as in `make_env`.
         total: Environment steps of the whole run.
         save_interval: Environment steps between two checkpoints.
-        train_ratio: Replayed steps for each environment step.
+        train_ratio: Replayed steps per environment step.
 
     Returns:
         The agent at the end of the run.
     """
-    torch.set_num_threads(1)  # layers this small gain little from a second core
+    torch.set_num_threads(1)  # layers this small benefit little from a second core
     try:
         agent = WorldFluxAgent.load(run, env, resume=True)
-        print(f"going on after {agent.num_timesteps} steps")
+        print(f"resuming after {agent.num_timesteps} steps")
     except FileNotFoundError:  # no checkpoint yet
         agent = WorldFluxAgent(
             "dreamerv3:tiny", env, train_ratio=train_ratio, seq_len=16, learning_rate=1e-3, seed=0, verbose=1

@@ -102,7 +102,7 @@ def test_load_and_evaluate_gives_the_return_of_each_episode_and_of_one_by_hand(
         assert module.play(agent, env) == (pytest.approx(expected, abs=1e-3), 96)
     env.reset()
     total, steps = module.play(agent, env)
-    assert f"one by hand: {total:.1f} in {steps} steps" in printed
+    assert f"return of one more episode: {total:.1f} in {steps} steps" in printed
 
 
 def test_record_video_writes_a_frame_for_each_observation(room: Path, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_resume_goes_on_where_it_was_stopped(tmp_path: Path, capsys: pytest.Capt
     first = module.main(run, total=60, save_interval=50, train_ratio=0)
     assert first.num_timesteps == 60
     again = module.main(run, total=100, save_interval=50, train_ratio=0)
-    assert "going on after 60 steps" in capsys.readouterr().out
+    assert "resuming after 60 steps" in capsys.readouterr().out
     assert again.num_timesteps == 100
     assert again.replay_buffer is not None and again.replay_buffer.num_transitions == 100
     assert sorted(path.name for path in run.iterdir()) == ["step-00000060", "step-00000100"]

@@ -79,7 +79,7 @@ def test_a_family_that_fails_ends_the_run_with_its_name(
         return SimpleNamespace(wait=lambda: command[-1] == "tdmpc2")
 
     monkeypatch.setattr(subprocess, "Popen", started)
-    with pytest.raises(SystemExit, match="Training tdmpc2 failed; the reason stands above"):
+    with pytest.raises(SystemExit, match="Training tdmpc2 failed; see the error above"):
         example.main(["--out", str(tmp_path), *TINY.split()])
 
 
