@@ -17,8 +17,8 @@ from worldflux.accel.transfers import to_device, to_host
 from worldflux.agents.acting import Acting, Actor, Memory, recalled, remembered
 from worldflux.envs.recording.wrappers import VecEpisodeRecorder
 from worldflux.envs.spaces import Array, Arrays
+from worldflux.envs.step_counter import EnvWatch
 from worldflux.envs.vector import GymnasiumVecEnv, innermost
-from worldflux.envs.watch import EnvWatch
 from worldflux.envs.wrappers import LIMIT_NAMES, max_episode_steps, smallest_limit, stated_frames
 from worldflux.errors import TrainingError
 from worldflux.replay.buffer import ReplayBuffer
@@ -156,8 +156,7 @@ class Collector:
 
     def _as_tensor(self, env_actions: Array) -> Tensor:
         """Actions of the environments in the library's form. `[n_envs, A]`"""
-        codec = self.actor.action_codec
-        actions = codec.executed(codec.compact(env_actions))
+        actions = self.actor.action_codec.from_env(env_actions)
         return to_device(torch.from_numpy(actions), self.actor.model.device)
 
 

@@ -136,7 +136,7 @@ def _collect(
         actions = act(obs, starts)
         checked = recorder.checked_actions(actions)
         obs, rewards, starts, infos = venv.step(actions)
-        ended = recorder.add_vec_step(checked, obs, rewards, starts, infos, skipped=resting, is_compact=True)
+        ended = recorder.add_vec_step(checked, obs, rewards, starts, infos, skipped=resting)
         if left is not None and ended:
             for env in ended:
                 left[env] -= 1

@@ -1,8 +1,8 @@
-"""What environments give, looked at before anybody casts it.
+"""Checks of what environments return, made before anything casts it.
 
-SB3's `DummyVecEnv` and Gymnasium's vector environments write observations into arrays that their space describes: there
-floats in a `uint8` space become black pictures, 300 becomes 44, and one number fills three. What follows later sees
-only what is left. And whatever is stored as float32 loses the changes of numbers that are too large for it.
+SB3's `DummyVecEnv` and Gymnasium's vector environments write observations into arrays that the space describes: floats
+in a `uint8` space become black pictures there, 300 becomes 44, and one number fills three. Nothing that comes later can
+see that. Numbers that are stored as float32 lose their changes where they are too large for it.
 """
 
 from __future__ import annotations
@@ -18,64 +18,63 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from worldflux.envs.spaces import Array, is_image
 from worldflux.envs.taps import Tap, tapped
-from worldflux.envs.vector import GymnasiumVecEnv, innermost
+from worldflux.envs.vector import base_of
 from worldflux.errors import ShapeMismatchError
 
 _LARGE = 8192.0
-"""From here on float32 tells apart steps of a thousandth and more."""
+"""The number from which on float32 only tells apart steps of a thousandth and more."""
 _NOISE = 1e-13
-"""Changes that are smaller than this share of a number are the rounding of float64."""
+"""The share of a number below which a change is rounding of float64."""
 _LOST_CHANGES = 5
-"""Before anything is said of them."""
+"""The number of lost changes after which a warning is given."""
 _MOST_LOOKS = 1000
-"""At numbers that float32 has told apart so far."""
-_ALL_BUT_BEYOND = 1e38
-"""After that, only what float32 may not hold at all needs a look."""
+"""The number of looks at large numbers after which their changes are trusted."""
+_BEYOND = 1e38
+"""The number from which on float32 may not hold a number at all."""
+
+_CHANGE_SPACE = "Change what the environment returns, or its observation_space."
+
+
+def _warn(problem: str) -> None:
+    warnings.warn(problem, UserWarning, stacklevel=2)
 
 
 class GivenValues:
     """Checks the observations and rewards of one environment, in the order in which it gives them.
 
+    Attributes:
+        check_obs: Checks an observation; raises a `ShapeMismatchError` if some of it would be lost in an array that the
+            space describes, or in float32.
+
     Args:
-        space: Of its observations; one that `ObservationCodec` takes.
-        say: Hears once of each number whose changes float32 loses; by default this is a warning.
+        space: The space of the observations, one that `ObservationCodec` takes.
+        say: A function that is called once for each number whose changes float32 loses; by default it warns.
     """
 
-    def __init__(self, space: spaces.Space[Any], say: Callable[[str], None] | None = None) -> None:
-        self._say = say
+    def __init__(self, space: spaces.Space[Any], say: Callable[[str], None] = _warn) -> None:
         self._parts: dict[str, _GivenArray] = {}
         if isinstance(space, spaces.Dict):
-            self._parts = {key: _GivenArray(part, f"observation '{key}'") for key, part in space.spaces.items()}
-        self._whole = None if self._parts else _GivenArray(space, "observation")
-        self._rewards = _Rounding("reward", "Divide rewards, for example with gymnasium.wrappers.TransformReward.")
+            self._parts = {key: _GivenArray(part, f"observation '{key}'", say) for key, part in space.spaces.items()}
+        self.check_obs = self._check_parts if self._parts else _GivenArray(space, "observation", say).check
+        remedy = "Divide rewards, for example with gymnasium.wrappers.TransformReward."
+        self._rewards = _Rounding("reward", remedy, say)
 
-    def check_obs(self, obs: Any) -> None:
-        """Looks at an observation.
-
-        Raises:
-            ShapeMismatchError: If something of it would be lost in an array that the space describes, or in float32.
-        """
-        if self._whole is not None:
-            problem = self._whole.check(obs)
-            if problem is not None:
-                self._tell(problem)
-            return
+    def _check_parts(self, obs: Any) -> None:
         if not isinstance(obs, Mapping) or obs.keys() != self._parts.keys():
-            given = f"keys {sorted(map(str, obs))}" if isinstance(obs, Mapping) else _kind(obs)
+            kind = "None" if obs is None else f"a {type(obs).__name__}"
+            given = f"keys {sorted(map(str, obs))}" if isinstance(obs, Mapping) else kind
             raise ShapeMismatchError(
                 f"The observation is {given}, expected a dictionary with keys {sorted(self._parts)}, as the space "
                 "says. Return exactly these, or change observation_space."
             )
         for key, part in self._parts.items():
-            problem = part.check(obs[key])
-            if problem is not None:
-                self._tell(problem)
+            part.check(obs[key])
 
     def check_reward(self, reward: Any) -> None:
-        """Looks at a reward: a number, or an array of one.
+        """Checks a reward: a number, or an array of one.
 
         Raises:
-            ShapeMismatchError: If it is none, or beyond float32.
+            ShapeMismatchError: If it is neither, or beyond float32.
         """
         small = self._rewards.small
         try:
@@ -88,68 +87,58 @@ class GivenValues:
             ) from error
         except OverflowError:
             number = np.array([np.finfo(np.float64).max if reward > 0 else np.finfo(np.float64).min])
-        problem = self._rewards.see(number)
-        if problem is not None:
-            self._tell(problem)
-
-    def _tell(self, problem: str) -> None:
-        if self._say is None:
-            warnings.warn(problem, UserWarning, stacklevel=2)
-        else:
-            self._say(problem)
+        self._rewards.look_at_large(number)
 
 
 class _GivenArray:
     """Checks one array of the observations."""
 
-    def __init__(self, space: spaces.Space[Any], name: str) -> None:
+    def __init__(self, space: spaces.Space[Any], name: str, say: Callable[[str], None]) -> None:
         self._name = name
         self._shape: tuple[int, ...] = tuple(space.shape or ())
         self._dtype = np.dtype(space.dtype)
         self._is_image = isinstance(space, spaces.Box) and is_image(space)
-        self._kinds = "" if self._is_image else "biuf" if isinstance(space, spaces.Box) else "biu"
-        self._is_stored_as_numbers = isinstance(space, spaces.Box) and not self._is_image
-        self._is_wide = self._is_stored_as_numbers and _is_wide(self._dtype)
-        self._first = self._end = 0  # of the options of a single choice
+        self._is_numbers = isinstance(space, spaces.Box) and not self._is_image
+        self._is_wide = self._is_numbers and _is_wide(self._dtype)
+        self._kinds = "" if self._is_image else "biuf" if self._is_numbers else "biu"
+        self._options = range(0)
         if isinstance(space, spaces.Discrete):
-            self._first, self._end = int(space.start), int(space.start + space.n)
-        self._rounding = _Rounding(
-            name,
+            self._options = range(int(space.start), int(space.start + space.n))
+        remedy = (
             "Subtract what stays the same, such as the time at which it began, or scale it, before it is observed: "
-            "gymnasium.wrappers.TransformObservation does that.",
+            "gymnasium.wrappers.TransformObservation does that."
         )
+        self._rounding = _Rounding(name, remedy, say)
 
-    def check(self, value: Any) -> str | None:
-        """What is to be said of its changes, which is nothing mostly."""
+    def check(self, value: Any) -> None:
+        """Raises a `ShapeMismatchError` unless the array that the space describes can hold the value."""
         if type(value) is np.ndarray:
             array = value
-        elif isinstance(value, int | np.integer) and self._first <= value < self._end:
-            return None
+        elif isinstance(value, int | np.integer) and value in self._options:
+            return
         else:
-            array = self._as_array(value)
+            try:
+                array = np.asarray(value)
+            except ValueError as error:  # rows of different lengths
+                raise ShapeMismatchError(f"The {self._name} is no array: {error}") from error
         if array.shape != self._shape:
             raise ShapeMismatchError(
-                f"The {self._name} has shape {array.shape}, expected {self._shape}, as the space says. Change what "
-                "the environment returns, or its observation_space."
+                f"The {self._name} has shape {array.shape}, expected {self._shape}, as the space says. {_CHANGE_SPACE}"
             )
-        if array.dtype == self._dtype:
-            return self._rounding.look(array) if self._is_wide else None
-        self._check_cast(array)
-        return self._rounding.look(array) if self._is_stored_as_numbers and _is_wide(array.dtype) else None
-
-    def _as_array(self, value: Any) -> Array:
-        try:
-            return np.asarray(value)
-        except ValueError as error:  # rows of different lengths
-            raise ShapeMismatchError(f"The {self._name} is no array: {error}") from error
+        if array.dtype != self._dtype:
+            self._check_cast(array)
+            if self._is_numbers and _is_wide(array.dtype):
+                self._rounding.look(array)
+        elif self._is_wide:
+            self._rounding.look(array)
 
     def _check_cast(self, array: Array) -> None:
-        """Whether every number stays what it is in the dtype of the space."""
+        """Checks that every number stays the same in the dtype of the space."""
         if array.dtype.kind not in self._kinds:
-            hint = "Pictures stay whole numbers from 0 to 255; the model scales them." if self._is_image else ""
+            remedy = "Pictures stay whole numbers from 0 to 255; the model scales them."
             raise ShapeMismatchError(
                 f"The {self._name} has dtype {array.dtype}, expected {self._dtype}, as the space says. "
-                f"{hint or 'Change what the environment returns, or its observation_space.'}"
+                f"{remedy if self._is_image else _CHANGE_SPACE}"
             )
         if self._dtype.kind == "f":
             return
@@ -168,35 +157,34 @@ class _Rounding:
     """Looks for numbers whose changes are lost in float32.
 
     Attributes:
-        small: Numbers below this need no look.
+        small: The size below which numbers need no look.
 
     Args:
-        name: Of what is looked at.
-        remedy: What to do about it.
+        name: What the numbers are called in messages.
+        remedy: What to do about lost changes.
+        say: A function that is called with a message, once.
     """
 
-    def __init__(self, name: str, remedy: str) -> None:
-        self._name, self._remedy = name, remedy
+    def __init__(self, name: str, remedy: str, say: Callable[[str], None]) -> None:
+        self._name, self._remedy, self._say = name, remedy, say
         self._before: tuple[Array, Array] | None = None  # the last numbers, and what float32 makes of them
         self._changed = self._lost = np.zeros(0, np.int64)
         self._looks = 0
         self.small = _LARGE
 
-    def look(self, array: Array) -> str | None:
-        """Looks at an array of numbers; most have only small ones."""
+    def look(self, array: Array) -> None:
+        """Looks at an array of numbers; most arrays have only small ones."""
         flat = array.reshape(-1)
         if flat.dtype != np.float64:
             flat = flat.astype(np.float64)
-        return None if flat.dot(flat) < self.small**2 else self.see(flat)
+        if not flat.dot(flat) < self.small**2:
+            self.look_at_large(flat)
 
-    def see(self, numbers: Array) -> str | None:
+    def look_at_large(self, numbers: Array) -> None:
         """Looks at numbers of which some are large.
 
         Args:
-            numbers: `float64 [K]`
-
-        Returns:
-            What is to be said of them, once.
+            numbers: The numbers. `float64 [K]`
 
         Raises:
             ShapeMismatchError: If one is beyond float32.
@@ -211,7 +199,7 @@ class _Rounding:
                 )
             before, self._before = self._before, (numbers.copy(), rounded)
             if before is None or self.small > _LARGE:
-                return None
+                return
             size = np.abs(numbers)
             changed = np.abs(numbers - before[0]) > _NOISE * size
             lost = changed & (rounded == before[1]) & (size >= _LARGE)
@@ -222,24 +210,19 @@ class _Rounding:
         self._lost += lost
         constant = (self._lost >= _LOST_CHANGES) & (2 * self._lost > self._changed)
         if self._looks == _MOST_LOOKS or constant.any():
-            self.small = _ALL_BUT_BEYOND
-        if not constant.any():
-            return None
-        at = int(np.argmax(constant))
-        place = f" at index {at}" if len(numbers) > 1 else ""
-        return (
-            f"The {self._name} is {numbers[at]:.10g}{place} and changes in steps that are lost: it is stored as "
-            f"float32, which tells apart steps of {np.spacing(rounded[at]):g} there. {self._remedy}"
-        )
+            self.small = _BEYOND
+        if constant.any():
+            at = int(np.argmax(constant))
+            place = f" at index {at}" if len(numbers) > 1 else ""
+            self._say(
+                f"The {self._name} is {numbers[at]:.10g}{place} and changes in steps that are lost: it is stored as "
+                f"float32, which tells apart steps of {np.spacing(rounded[at]):g} there. {self._remedy}"
+            )
 
 
 def _is_wide(dtype: np.dtype[Any]) -> bool:
     """Whether float32 does not hold all numbers of a dtype."""
     return dtype.itemsize > (4 if dtype.kind == "f" else 2)
-
-
-def _kind(value: Any) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
 
 
 # --- listening to environments that others put together
@@ -252,32 +235,27 @@ class _CheckedReset(Tap):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = self.method(*args, **kwargs)
-        if isinstance(result, tuple):  # else its caller complains
+        if isinstance(result, tuple):  # otherwise its caller raises an error
             self.given.check_obs(result[0])
         return result
 
 
 class _CheckedStep(_CheckedReset):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().__call__(*args, **kwargs)
+        result = self.method(*args, **kwargs)
         if isinstance(result, tuple):
+            self.given.check_obs(result[0])
             self.given.check_reward(result[1])
         return result
 
 
 class _HeardRemote:
-    """The pipe to a process of `SubprocVecEnv`; it keeps what came back from a step or a reset.
-
-    Attributes:
-        heard: The last such answer, until somebody takes it.
-        given: Checks what the environment gives.
-    """
+    """The pipe to a process of `SubprocVecEnv`, which keeps the answer to a step or a reset until it is checked."""
 
     def __init__(self, remote: Any, given: GivenValues) -> None:
-        self._remote = remote
+        self._remote, self._given = remote, given
         self._asked = ""
-        self.heard: Any = None
-        self.given = given
+        self._heard: Any = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._remote, name)
@@ -289,24 +267,24 @@ class _HeardRemote:
     def recv(self) -> Any:
         answer = self._remote.recv()
         if self._asked in ("step", "reset"):
-            self.heard = answer
+            self._heard = answer
         return answer
 
     def check(self) -> None:
-        """Looks at the last answer."""
-        answer, self.heard = self.heard, None
+        """Checks the last answer."""
+        answer, self._heard = self._heard, None
         if answer is None:
             return
         if self._asked == "step":
             _, reward, done, info, _ = answer
             if done:
-                self.given.check_obs(info["terminal_observation"])
-            self.given.check_reward(reward)
-        self.given.check_obs(answer[0])
+                self._given.check_obs(info["terminal_observation"])
+            self._given.check_reward(reward)
+        self._given.check_obs(answer[0])
 
 
 class _CheckedAnswers(Tap):
-    """A method of `SubprocVecEnv` that fetches answers. All are fetched before one is complained of."""
+    """A method of `SubprocVecEnv` that fetches answers. All of them are fetched before any is checked."""
 
     def __init__(self, method: Callable[..., Any], remotes: tuple[_HeardRemote, ...]) -> None:
         super().__init__(method)
@@ -327,19 +305,15 @@ class _CheckedAnswers(Tap):
 
 
 def check_what_is_given(envs: VecEnv | VectorEnv[Any, Any, Any]) -> None:
-    """From now on, resets and steps raise where an environment gives what its space does not describe.
+    """Makes resets and steps raise, from now on, where an environment gives what its space does not describe.
 
-    That is so for environments in this process and in those of `SubprocVecEnv`. The processes of Gymnasium's
+    That holds for environments in this process and in those of `SubprocVecEnv`. The processes of Gymnasium's
     `AsyncVectorEnv` cast what they give before anybody sees it.
 
     Args:
-        envs: With spaces that `ObservationCodec` takes; outermost wrapper of what is stepped.
+        envs: The outermost wrapper of what is stepped, with spaces that `ObservationCodec` takes.
     """
-    base: Any = envs if isinstance(envs, VectorEnv) else innermost(envs)
-    if isinstance(base, GymnasiumVecEnv):
-        base = base.vector_env
-    if isinstance(base, VectorEnv):
-        base = base.unwrapped
+    base = base_of(envs)
     if isinstance(base, SubprocVecEnv):
         if not isinstance(base.remotes[0], _HeardRemote):
             base.remotes = tuple(_HeardRemote(remote, GivenValues(base.observation_space)) for remote in base.remotes)

@@ -69,14 +69,14 @@ class OneHots:
             `float32 [N, sum(classes)]`
         """
         given = values if len(self.classes) == 1 else values[:, self._choice]
-        encoded = (given == self._option).astype(np.float32)
-        if np.count_nonzero(encoded) != values.size:
+        chosen = given == self._option
+        if np.count_nonzero(chosen) != values.size:
             last = (self._starts + self._sizes - 1).tolist()
             raise ShapeMismatchError(
                 f"{name} has values between {values.min()} and {values.max()}, "
                 f"expected {self._starts.tolist()} to {last}."
             )
-        return encoded
+        return chosen.astype(np.float32)
 
     def decode(self, encoded: Array) -> Array:
         """The most likely option of each choice, `int64 [N, K]`, from vectors `[N, sum(classes)]`."""
@@ -395,10 +395,12 @@ class ActionCodec:
                     "gymnasium.wrappers.TransformAction(env, lambda action: action, Box(low, high, shape)) sets them; "
                     "ClipAction takes them away, and is not needed: actions stay within bounds."
                 )
-            self._center, self._half = (low / 2 + high / 2), (high / 2 - low / 2)
             self._low, self._high = low, high
+            self._center, self._half = low / 2 + high / 2, high / 2 - low / 2
             # An axis whose bounds coincide carries no choice: it is 0 in the library.
-            self._fixed = None if np.all(self._half > 0) else self._half <= 0
+            self._is_fixed = self._half <= 0
+            self._half[self._is_fixed] = 1.0
+            self._has_fixed = bool(self._is_fixed.any())
         elif not isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
             raise ConfigurationError(
                 f"The action space is a {type(space).__name__} space, which is not supported. "
@@ -406,19 +408,10 @@ class ActionCodec:
             )
         self.space = space
         self._shape: tuple[int, ...] = tuple(space.shape or ())
-        self._ndim = len(self._shape) + 1
         self._dtype = np.dtype(space.dtype)
         self._choices = _choices(space, "The action space")
         self.action_classes: tuple[int, ...] = () if self._choices is None else self._choices.classes
         self.action_dim: int = self._half.size if self._choices is None else self._choices.width
-        # Of a single choice, the numbers of its options.
-        self._numbers = (
-            range(int(space.start), int(space.start + space.n)) if isinstance(space, spaces.Discrete) else None
-        )
-        self.compact_dtype: np.dtype[Any] = np.dtype(np.float32 if self._choices is not None else np.float64)
-        self.compact_shape: tuple[int, ...] = self._shape if self._choices is None else (self.action_dim,)
-        if self._numbers is not None:
-            self.compact_dtype, self.compact_shape = np.dtype(np.int64), ()
         if self._choices is None:
             self.action_type = "continuous"
         else:
@@ -427,7 +420,7 @@ class ActionCodec:
     @property
     def rounds(self) -> bool:
         """Whether `to_env` may give other actions than it was asked for, besides clipping: whole or fixed numbers."""
-        return self._choices is None and (self._dtype.kind in "iu" or self._fixed is not None)
+        return self._choices is None and (self._dtype.kind in "iu" or self._has_fixed)
 
     def to_env(self, actions: Array) -> Array:
         """Actions for the environments.
@@ -449,60 +442,29 @@ class ActionCodec:
         return values.astype(self._dtype).reshape(len(actions), *self._shape)
 
     def from_env(self, actions: Any) -> Array:
-        """Library form `float32 [N, A]` of actions `[N, *space.shape]` that somebody else chose.
+        """Library form of actions that somebody else chose, as they are carried out and stored.
 
-        Continuous actions outside the space's bounds stay outside [-1, 1]; `executed` brings them back.
-
-        Raises:
-            ShapeMismatchError: If these are no actions of the space.
-        """
-        return self.expand(self.compact(actions))
-
-    def compact(self, actions: Any) -> Array:
-        """A checked copy of actions that somebody else chose, for `expand` to translate, many at a time.
+        Continuous actions outside the space's bounds become the nearest ones inside, which is what environments execute
+        that keep to their space.
 
         Args:
             actions: `[N, *space.shape]`
 
         Returns:
-            `[N, ...]`
+            A fresh array. `float32 [N, A]`
 
         Raises:
             ShapeMismatchError: If these are no actions of the space.
         """
         array = np.asarray(actions)
-        if self._numbers is not None and array.ndim == 1 and array.dtype.kind in "iu":
-            # For few numbers Python is faster than NumPy, and for many neither matters beside the environments.
-            numbers = array.tolist()
-            if numbers and min(numbers) >= self._numbers.start and max(numbers) < self._numbers.stop:
-                return array.copy()
-        if array.ndim != self._ndim or array.shape[1:] != self._shape:
+        if array.ndim != len(self._shape) + 1 or array.shape[1:] != self._shape:
             raise ShapeMismatchError(
                 f"actions have shape {array.shape}, expected (n_envs, {', '.join(map(str, self._shape))})."
             )
-        if self._choices is None:
-            return array.astype(np.float64)
-        encoded = self._choices.encode(array.reshape(len(array), -1), "action")
-        return encoded if self._numbers is None else encoded.argmax(axis=1) + self._numbers.start
-
-    def executed(self, compact: Array) -> Array:
-        """Library form of what `compact` returned, as it is stored: within [-1, 1].
-
-        Continuous actions outside the space's bounds become the nearest ones inside, which is what environments carry
-        out that keep to their space.
-        """
-        actions = self.expand(compact)
-        return actions.clip(-1.0, 1.0) if self._choices is None else actions
-
-    def expand(self, compact: Array) -> Array:
-        """Library form `float32 [N, A]` of what `compact` returned."""
-        if self._numbers is not None:
-            assert self._choices is not None
-            return self._choices.encode(compact[:, None], "action")
+        flat = array.reshape(len(array), -1)
         if self._choices is not None:
-            return compact
-        flat = compact.reshape(len(compact), -1)
-        if self._fixed is None:
-            return ((flat - self._center) / self._half).astype(np.float32)
-        half = np.where(self._fixed, 1.0, self._half)
-        return np.where(self._fixed, 0.0, (flat - self._center) / half).astype(np.float32)
+            return self._choices.encode(flat, "action")
+        scaled = (flat - self._center) / self._half
+        if self._has_fixed:
+            scaled[:, self._is_fixed] = 0.0
+        return scaled.clip(-1.0, 1.0).astype(np.float32)

@@ -79,6 +79,14 @@ def innermost(venv: VecEnv) -> Any:
     return venv
 
 
+def base_of(envs: VecEnv | VectorEnv[Any, Any, Any]) -> Any:
+    """The innermost object that steps environments: an SB3 `VecEnv`, a Gymnasium vector environment, or a pool."""
+    base = envs if isinstance(envs, VectorEnv) else innermost(envs)
+    if isinstance(base, GymnasiumVecEnv):
+        base = base.vector_env
+    return base.unwrapped if isinstance(base, VectorEnv) else base
+
+
 def seed_envs(venv: VecEnv, seed: int) -> None:
     """Seeds environments, for their next reset; warns where that cannot be done."""
     try:

@@ -38,23 +38,21 @@ class EpisodeRecorder:
     """Writes the steps of environments that move together into a buffer.
 
     Attributes:
-        buffer: Where the steps go.
-        obs_codec: Translates observations.
-        action_codec: Translates actions.
+        buffer: The buffer that receives the steps.
+        obs_codec: The codec of the observations.
+        action_codec: The codec of the actions.
 
     Args:
-        buffer: In which each environment gets a stream of its own.
-        observation_space: Of a single environment.
-        action_space: Of a single environment.
-        n_envs: How many there are.
+        buffer: The buffer in which each environment gets a stream of its own.
+        observation_space: The observation space of a single environment.
+        action_space: The action space of a single environment.
+        n_envs: The number of environments.
 
     Raises:
         ConfigurationError: If a space is not supported.
         ShapeMismatchError: If the buffer was made for other shapes.
         BufferError: If it was made for another kind of actions.
     """
-
-    _held_type = StepCache
 
     def __init__(
         self, buffer: ReplayBuffer, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], n_envs: int
@@ -71,58 +69,56 @@ class EpisodeRecorder:
             )
         buffer.declare_actions(self.action_codec.action_type, self.action_codec.action_classes)
         self._began = False
-        self._held: Any = None  # of `_held_type`
-        self._shape = (n_envs,)
+        self._cache = StepCache(buffer, self.obs_codec, n_envs)
+        # An environment that nobody closes must not keep its streams for ever.
+        weakref.finalize(self, self._cache.abandon).atexit = False
 
     @property
     def is_in_order(self) -> bool:
-        """Whether the environments have the streams of the same numbers, as `add` does."""
-        return self._began and self._held.is_in_order
+        """Whether the environments have the streams of the same numbers, as with `ReplayBuffer.add`."""
+        return self._began and self._cache.is_in_order
 
     @property
     def obs(self) -> Arrays | None:
-        """What the next actions will be taken at, in the library's form `[n_envs, ...]`; None before a reset."""
-        return self._held.obs if self._began else None
+        """The observations that the next actions are taken at, in the library's form `[n_envs, ...]`.
+
+        None before a reset.
+        """
+        return self._cache.obs if self._began else None
 
     def begin(self, obs: Any) -> None:
-        """All environments were reset to `obs` `[n_envs, ...]`; episodes in flight end there, truncated."""
+        """Notes that all environments were reset to `obs` `[n_envs, ...]`; episodes in flight end as truncated."""
         if self._began:
             self.interrupt()
         first, _ = self.obs_codec.encode_any(obs)
         count = len(next(iter(first.values())) if isinstance(first, dict) else first)
         if count != self.n_envs:
             raise ShapeMismatchError(f"reset() gave {count} observations, expected {self.n_envs}.")
-        if self._held is None:
-            self._held = self._held_type(self.buffer, self.obs_codec, self.action_codec, self.n_envs)
-            # Who forgets to close an environment does not keep its stream for ever.
-            weakref.finalize(self, self._held.abandon).atexit = False
-        self._held.attach()
-        self._held.set_obs(first)
+        self._cache.attach()
+        self._cache.set_obs(first)
         self._began = True
 
     def interrupt(self) -> None:
         """Ends the episodes in flight as truncated, with the observations after their last steps.
 
-        That is due when a reset, a step or storing it has failed, too: nobody knows where the environments are then.
+        This is also due when a reset, a step or storing it has failed: nobody knows where the environments are then.
         """
         if self._began:
-            self._held.end_episodes()
+            self._cache.end_episodes()
         self.finish()
 
     def finish(self) -> None:
-        """Every episode has ended; a reset is due."""
+        """Notes that every episode has ended and that a reset is due."""
         self._began = False
-        if self._held is not None:
-            self._held.rest()
+        self._cache.rest()
 
     def close(self) -> None:
         """Ends the episodes in flight, and leaves the streams to others."""
         self.interrupt()
-        if self._held is not None:
-            self._held.detach()
+        self._cache.detach()
 
     def checked_actions(self, actions: Any) -> Array:
-        """A copy of what is about to be executed, for `add` (`is_compact`).
+        """A copy of the actions that are about to be executed, in the library's form, for `add`.
 
         Raises:
             BufferError: If no episode has begun.
@@ -130,7 +126,7 @@ class EpisodeRecorder:
         """
         if not self._began:
             raise BufferError("step() was called where no episode has begun. Call env.reset() first.")
-        return self.action_codec.compact(actions)
+        return self.action_codec.from_env(actions)
 
     def add(
         self,
@@ -141,27 +137,26 @@ class EpisodeRecorder:
         finals: Sequence[Any] | None = None,
         skipped: Sequence[int] = (),
         extras: Mapping[str, Any] | None = None,
-        is_compact: bool = False,
     ) -> None:
         """Stores a step of every environment.
 
         Args:
-            actions: As executed, in the library's form `[n_envs, A]`, or as `checked_actions` returned them.
-            rewards: As the environments gave them. `[n_envs]`
-            next_obs: What the next actions will be taken at, as the environments gave it `[n_envs, ...]`.
-            ends: The episodes that it ended.
+            actions: The executed actions in the library's form. `[n_envs, A]`
+            rewards: The rewards as the environments gave them. `[n_envs]`
+            next_obs: The observations that the next actions are taken at, as the environments gave them.
+                `[n_envs, ...]`
+            ends: The episodes that the step ended.
             finals: For each of `ends` the observation after this step, before the reset, as the environment gave it.
                 None if `next_obs` holds them.
             skipped: The environments that made no step.
             extras: What the model wants stored beside the rows. `{name: [n_envs, ...]}`
-            is_compact: Which of the two forms the actions have.
         """
-        encoded = None if finals is None else [self._held.encoded_final(final) for final in finals]
-        if not extras and self._held.put(actions, rewards, next_obs, is_compact):
+        encoded = None if finals is None else [self._cache.encoded_final(final) for final in finals]
+        if not extras and self._cache.put(actions, rewards, next_obs):
             if ends or skipped:
-                self._held.mark(ends, encoded, skipped)
+                self._cache.mark(ends, encoded, skipped)
         else:
-            self._add_at_once(actions, rewards, next_obs, ends, encoded, skipped, extras, is_compact)
+            self._add_at_once(actions, rewards, next_obs, ends, encoded, skipped, extras)
 
     def _add_at_once(
         self,
@@ -172,27 +167,34 @@ class EpisodeRecorder:
         finals: Sequence[Arrays] | None,
         skipped: Sequence[int],
         extras: Mapping[str, Any] | None,
-        is_compact: bool,
     ) -> None:
-        """Through the buffer's own door, which takes extras and says what cannot be stored."""
+        """Stores a step through `ReplayBuffer.add`, which takes extras and says what cannot be stored."""
         following, _ = self.obs_codec.encode_any(next_obs)
         envs = [env for env, _ in ends]
-        flags = np.zeros(self._shape, np.uint8)
+        flags = np.zeros(self.n_envs, np.uint8)
         flags[envs] = [flag for _, flag in ends]
-        active = np.ones(self._shape, np.bool_)
+        active = np.ones(self.n_envs, np.bool_)
         active[list(skipped)] = False
-        add = self.buffer.add if self.is_in_order else partial(self.buffer.add, streams=self._held.streams)
+        add = self.buffer.add if self.is_in_order else partial(self.buffer.add, streams=self._cache.streams)
         add(
             self.obs,
-            self.action_codec.executed(actions) if is_compact else actions,
+            actions,
             rewards,
-            flags == _TERMINATED,
-            flags == _TRUNCATED,
+            flags == TERMINATED,
+            flags == TRUNCATED,
             final_obs=following if finals is None else _at_rows(finals, envs, following),
             extras=extras,
             active=active if skipped else None,
         )
-        self._held.set_obs(following)
+        self._cache.set_obs(following)
+
+
+def end_of(terminated: Any) -> int:
+    """TERMINATED or TRUNCATED, for a step that ended an episode.
+
+    Where a time limit meets the true end, the end counts, as in SB3.
+    """
+    return _TERMINATED if terminated else _TRUNCATED
 
 
 class VecEpisodeRecorder(EpisodeRecorder):
@@ -221,7 +223,7 @@ class VecEpisodeRecorder(EpisodeRecorder):
         check_what_is_given(venv)
         self.steps = 0
         self._base = base = innermost(venv)
-        self._hears_late = isinstance(base, GymnasiumVecEnv) and base.autoreset_mode is AutoresetMode.NEXT_STEP
+        self._reports_late = isinstance(base, GymnasiumVecEnv) and base.autoreset_mode is AutoresetMode.NEXT_STEP
         self._normalize = _normalization(venv)
         if self._normalize is not None:
             tapped(self._normalize.venv, "step_wait", _GivenFinals)
@@ -252,20 +254,19 @@ class VecEpisodeRecorder(EpisodeRecorder):
         *,
         extras: Mapping[str, Any] | None = None,
         skipped: Sequence[int] = (),
-        is_compact: bool = False,
     ) -> list[int]:
         """Stores what `VecEnv.step` returned.
 
         Args:
-            actions: As executed, in the library's form `[n_envs, A]`, or as `checked_actions` returned them.
-            new_obs: `[n_envs, ...]`; where an episode ended, the first observation of the next one.
-            rewards: `[n_envs]`
-            dones: `[n_envs]`
+            actions: The executed actions in the library's form. `[n_envs, A]`
+            new_obs: The observations after the step; where an episode ended, the first one of the next.
+                `[n_envs, ...]`
+            rewards: The rewards. `[n_envs]`
+            dones: Whether the step ended an episode. `[n_envs]`
             infos: Where an episode ended: `terminal_observation`, and `TimeLimit.truncated` for a cut from outside.
                 Those of `GymnasiumVecEnv` say more.
             extras: What the model wants stored beside the rows. `{name: [n_envs, ...]}`
             skipped: The environments whose steps are not wanted.
-            is_compact: Which of the two forms the actions have.
 
         Returns:
             The environments whose episodes ended with a step that was stored.
@@ -274,23 +275,18 @@ class VecEpisodeRecorder(EpisodeRecorder):
             rewards, new_obs = self._normalize.get_original_reward(), self._unnormalized(new_obs)
         ends: list[tuple[int, int]] = []
         finals: list[Any] | None = None
-        if not (self._hears_late or extras or skipped or np.count_nonzero(dones)):
-            if self._held.put(actions, rewards, new_obs, is_compact):  # the commonest step, at a fraction of the time
-                self.steps += self.n_envs
-                return []
-        elif self._hears_late:
+        if self._reports_late:
             skipped = sorted({*skipped, *(env for env, info in enumerate(infos) if RESET_STEP in info)})
             for env, info in enumerate(infos):
                 if ENDED in info and env not in skipped:
-                    ends.append((env, _TRUNCATED if info[ENDED] == "truncated" else _TERMINATED))
-        else:
+                    ends.append((env, end_of(info[ENDED] == "terminated")))
+        elif np.count_nonzero(dones):
             finals = []
-            for env in np.asarray(dones).nonzero()[0].tolist():
+            for env in np.flatnonzero(dones).tolist():
                 if env not in skipped:
-                    info = infos[env]
-                    ends.append((env, _TRUNCATED if info.get("TimeLimit.truncated", False) else _TERMINATED))
-                    finals.append(self._final(env, info))
-        self.add(actions, rewards, new_obs, ends, finals, skipped, extras, is_compact)
+                    ends.append((env, end_of(not infos[env].get("TimeLimit.truncated", False))))
+                    finals.append(self._final(env, infos[env]))
+        self.add(actions, rewards, new_obs, ends, finals, skipped, extras)
         self.steps += self.n_envs - len(skipped)
         return [env for env, _ in ends]
 

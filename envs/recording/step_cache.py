@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 
 from worldflux.accel.overriding import overridden, steps_back
-from worldflux.envs.spaces import SINGLE_KEY, ActionCodec, Array, Arrays, ObservationCodec
+from worldflux.envs.spaces import SINGLE_KEY, Array, Arrays, ObservationCodec
 from worldflux.errors import BufferError, ShapeMismatchError
 from worldflux.replay.buffer import ReplayBuffer
-from worldflux.replay.ring import STEP, TERMINATED, TRUNCATED
+from worldflux.replay.ring import STEP
 
 MOST_STEPS = 256
 MOST_BYTES = 4 * 2**20
@@ -37,12 +37,11 @@ class StepCache:
         buffer: Where they go. If it stores observations in other dtypes than the codec's, or has an `add` of its own,
             no step is taken.
         obs_codec: Of the observations.
-        action_codec: Of the actions.
         envs: Environments.
     """
 
-    def __init__(self, buffer: ReplayBuffer, obs_codec: ObservationCodec, action_codec: ActionCodec, envs: int) -> None:
-        self._buffer, self._obs_codec, self._action_codec = buffer, obs_codec, action_codec
+    def __init__(self, buffer: ReplayBuffer, obs_codec: ObservationCodec, envs: int) -> None:
+        self._buffer, self._obs_codec = buffer, obs_codec
         self.streams, self.is_resting, self.is_abandoned = np.arange(0), True, False
         action_dim = buffer.action_dim
         shapes = obs_codec.obs_shape if isinstance(obs_codec.obs_shape, dict) else {SINGLE_KEY: obs_codec.obs_shape}
@@ -59,7 +58,6 @@ class StepCache:
         self._block = np.zeros((rows, envs, width), np.float32)
         self._zeros = np.zeros(envs * width, np.float32)
         self._obs: dict[str, Array] = {key: np.zeros((rows, envs, *shapes[key]), dtypes[key]) for key in shapes}
-        self._compact: list[Array] = []  # actions before their translation, of all steps or of none
         self._flags = np.full((rows, envs), STEP)
         self._finals: list[Arrays] = []
         self._count = 0
@@ -149,14 +147,13 @@ class StepCache:
         for key, array in _by_key(obs).items():
             self._obs[key][self._count][envs] = array[envs]
 
-    def put(self, actions: Array, rewards: Array, next_obs: Any, is_compact: bool) -> bool:
+    def put(self, actions: Array, rewards: Array, next_obs: Any) -> bool:
         """Takes a step, unless a number in it is not finite or it is not the usual array.
 
         Args:
-            actions: In the library's form `[n_envs, A]`, or as `ActionCodec.compact` gave them, to be kept.
+            actions: In the library's form. `[n_envs, A]`
             rewards: `[n_envs]`
             next_obs: What followed, as the environments gave it. `[n_envs, ...]`
-            is_compact: Which of the two the actions are.
 
         Returns:
             Whether it was taken.
@@ -166,7 +163,7 @@ class StepCache:
         """
         if type(rewards) is not np.ndarray or rewards.shape != self._rewards_shape:
             return False
-        if self._count == self._most or (self._count and is_compact is not bool(self._compact)):
+        if self._count == self._most:
             self.hand_over()
         row = self._count + 1
         if self._vectors is not None and type(next_obs) is np.ndarray and next_obs.shape == self._vectors_shape:
@@ -178,14 +175,11 @@ class StepCache:
                         f"There are {len(array)} observations, expected one of each environment ({len(self.streams)})."
                     )
                 self._obs[key][row] = array
-        if not is_compact:
-            self._actions[row] = actions
+        self._actions[row] = actions
         self._rewards[row] = rewards
         # Zero times a NaN or an infinite number is NaN, and nothing can overflow.
         if self._lines[row].dot(self._zeros) != 0.0:
             return False
-        if is_compact:
-            self._compact.append(actions)
         self._count = row
         return True
 
@@ -226,74 +220,20 @@ class StepCache:
         count = self._count
         if not count:
             return
-        if self._compact:
-            actions = self._action_codec.executed(np.concatenate(self._compact))
-            self._actions[1 : count + 1] = actions.reshape(count, -1, actions.shape[-1])
+        finals = [_by_key(final) for final in self._finals]
         self._buffer.add_checked(
             {key: array[:count] for key, array in self._obs.items()},
             self._actions[1 : count + 1],
             self._rewards[1 : count + 1],
             self._flags[1 : count + 1],
-            self._handed_finals(count),
+            {key: np.concatenate([final[key] for final in finals]) for key in self._obs if finals},
             self.streams,
         )
         for array in self._obs.values():
             array[0] = array[count]
         self._flags[:] = STEP
-        self._compact.clear()
         self._finals.clear()
         self._count = 0
-
-    def _handed_finals(self, count: int) -> Mapping[str, Array]:
-        finals = [_by_key(final) for final in self._finals]
-        return {key: np.concatenate([final[key] for final in finals]) for key in self._obs} if finals else {}
-
-
-class NextStepStepCache(StepCache):
-    """Of environments that reset on the next step: which steps are resets, and the last observations, follow from that.
-
-    Args:
-        buffer: As for `StepCache`.
-        obs_codec: Likewise.
-        action_codec: Likewise.
-        envs: Likewise.
-    """
-
-    def __init__(self, buffer: ReplayBuffer, obs_codec: ObservationCodec, action_codec: ActionCodec, envs: int) -> None:
-        super().__init__(buffer, obs_codec, action_codec, envs)
-        self._terminated = np.zeros(self._flags.shape, np.bool_)
-        self._truncated = np.zeros(self._flags.shape, np.bool_)
-
-    @property
-    def over(self) -> Array:
-        """The environments whose next step is a reset. `[n_envs]` bool"""
-        return self._terminated[self._count] | self._truncated[self._count]
-
-    def set_over(self, over: Array) -> None:
-        """The environments whose next step is a reset, other than the flags say. `[n_envs]` bool"""
-        self.hand_over()
-        self._terminated[0], self._truncated[0] = over, False
-
-    def flag(self, terminations: Array, truncations: Array) -> None:
-        """Says how the latest step ended episodes. `[n_envs]` each"""
-        self._terminated[self._count] = terminations
-        self._truncated[self._count] = truncations
-
-    def hand_over(self) -> None:
-        """Passes the steps on to the buffer."""
-        count = self._count
-        if count:
-            terminated, truncated = self._terminated[: count + 1], self._truncated[: count + 1]
-            # Where a time limit meets the true end, the end counts, as SB3 has it.
-            flags = STEP | np.where(terminated[1:], TERMINATED, truncated[1:] * TRUNCATED)
-            flags[terminated[:-1] | truncated[:-1]] = 0
-            self._flags[1 : count + 1] = flags
-            super().hand_over()
-            terminated[0], truncated[0] = terminated[count], truncated[count]
-
-    def _handed_finals(self, count: int) -> Mapping[str, Array]:
-        step, env = np.nonzero(self._flags[1 : count + 1] > STEP)
-        return {key: array[step + 1, env] for key, array in self._obs.items()} if step.size else {}
 
 
 def _by_key(obs: Arrays) -> dict[str, Array]:

@@ -15,12 +15,11 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from worldflux.envs.given import GivenValues
-from worldflux.envs.recording.recorder import EpisodeRecorder, VecEpisodeRecorder
-from worldflux.envs.recording.vector import vector_recorder
+from worldflux.envs.recording.recorder import EpisodeRecorder, VecEpisodeRecorder, end_of
+from worldflux.envs.recording.vector import VectorEpisodeRecorder
 from worldflux.envs.spaces import Array
 from worldflux.errors import ConfigurationError
 from worldflux.replay.buffer import ReplayBuffer
-from worldflux.replay.ring import TERMINATED, TRUNCATED
 
 __all__ = ["RecordEpisodes", "VecEpisodeRecorder", "VecRecordEpisodes", "VectorRecordEpisodes"]
 
@@ -77,9 +76,8 @@ class RecordEpisodes(gym.Wrapper[Any, Any, Any, Any]):
             self._given.check_obs(obs)
             self._given.check_reward(reward)
             over = terminated or truncated
-            # Where a time limit meets the true end, the end counts, as SB3 has it.
-            ends = [(0, int(TERMINATED if terminated else TRUNCATED))] if over else []
-            self._recorder.add(checked, np.array(reward, np.float64).reshape(1), obs, ends, is_compact=True)
+            ends = [(0, end_of(terminated))] if over else []
+            self._recorder.add(checked, np.array(reward, np.float64).reshape(1), obs, ends)
         except BaseException:
             self._recorder.interrupt()
             raise
@@ -142,7 +140,7 @@ class VecRecordEpisodes(VecEnvWrapper):
         assert self._actions is not None
         try:
             new_obs, rewards, dones, infos = self.venv.step_wait()
-            self._recorder.add_vec_step(self._actions, new_obs, rewards, dones, infos, is_compact=True)
+            self._recorder.add_vec_step(self._actions, new_obs, rewards, dones, infos)
         except BaseException:
             self._recorder.interrupt()
             raise
@@ -174,7 +172,7 @@ class VectorRecordEpisodes(VectorWrapper[Any, Any, Any, Any, Any]):
         _check_kind(env, VectorEnv)
         buffer.check_process()
         super().__init__(env)
-        self._recorder = vector_recorder(buffer, env)
+        self._recorder = VectorEpisodeRecorder(buffer, env)
 
     @property
     def buffer(self) -> ReplayBuffer:

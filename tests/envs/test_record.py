@@ -16,8 +16,8 @@ from helpers.envs import CountingEnv, assert_rows_belong_together
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 
 from worldflux.envs import RecordEpisodes, VecRecordEpisodes, VectorRecordEpisodes, collect, make_env, make_vec_env
+from worldflux.envs.step_counter import EnvWatch
 from worldflux.envs.vector import GymnasiumVecEnv
-from worldflux.envs.watch import EnvWatch
 from worldflux.errors import BufferError, ConfigurationError, MissingDependencyError, ShapeMismatchError
 from worldflux.replay.batch import Batch
 from worldflux.replay.buffer import ReplayBuffer

@@ -18,8 +18,8 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
 
 from worldflux.envs.recording.wrappers import VecRecordEpisodes, VectorRecordEpisodes
+from worldflux.envs.step_counter import EnvWatch
 from worldflux.envs.vector import ENDED, RESET_STEP, GymnasiumVecEnv, autoreset_mode
-from worldflux.envs.watch import EnvWatch
 from worldflux.errors import BufferError, ConfigurationError
 from worldflux.replay.buffer import ReplayBuffer
 

@@ -1,16 +1,15 @@
-"""Noticing that somebody else has moved environments that one believes to know the state of."""
+"""Counting the resets and steps of environments, to notice that somebody else has moved them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import gymnasium as gym
 from gymnasium.vector import SyncVectorEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from worldflux.envs.taps import Tap, tapped
-from worldflux.envs.vector import GymnasiumVecEnv, innermost
+from worldflux.envs.vector import base_of
 
 _MOVES = ("reset", "step", "step_wait", "reset_wait", "recv")
 
@@ -18,29 +17,27 @@ _MOVES = ("reset", "step", "step_wait", "reset_wait", "recv")
 class EnvWatch:
     """Tells whether environments were reset or stepped since `mark`, through whatever handle.
 
-    A `VecEnv` is shared easily: `get_env()` hands it out, and who made it still holds it, its wrappers and the
-    environments in it. All of them end in the same innermost objects, and there the calls are counted. In another
-    process nobody but the `VecEnv` or the vector environment reaches an environment, so that it is the innermost
-    object itself; there `env_method` counts if it calls `reset` or `step`. Other methods and `set_attr` do not: they
-    are for asking and for what the next episodes are like.
+    A `VecEnv` is shared easily: `get_env()` hands it out, and whoever made it still holds it, its wrappers and the
+    environments in it. All of these handles end in the same innermost objects, whose calls are counted. An environment
+    in another process is reached through the `VecEnv` or the vector environment alone, which is the innermost object
+    then; there `env_method` counts if it calls `reset` or `step`. Other methods and `set_attr` do not count: they ask
+    questions, or change what the next episodes are like.
 
     Args:
-        venv: To watch.
+        venv: The environments to watch.
     """
 
     def __init__(self, venv: VecEnv) -> None:
-        base: Any = innermost(venv)
-        if isinstance(base, GymnasiumVecEnv):
-            base = base.vector_env.unwrapped
-        reachable = isinstance(base, DummyVecEnv | SyncVectorEnv)
-        owners = [_innermost(env) for env in base.envs] if reachable else [base]
+        base = base_of(venv)
+        is_reachable = isinstance(base, DummyVecEnv | SyncVectorEnv)
+        owners = [env.unwrapped for env in base.envs] if is_reachable else [base]
         self._calls = [tapped(owner, name, _CountedCall) for owner in owners for name in _MOVES if hasattr(owner, name)]
-        if isinstance(base, VecEnv) and not reachable:
+        if isinstance(base, VecEnv) and not is_reachable:
             self._calls.append(tapped(base, "env_method", _CountedCall, "reset", "step"))
         self.mark()
 
     def mark(self) -> None:
-        """What happened until now is known."""
+        """Takes note of the calls so far."""
         self._seen = self._count()
 
     @property
@@ -56,8 +53,8 @@ class _CountedCall(Tap):
     """Counts the calls of a method.
 
     Args:
-        method: That is called.
-        *only: Count calls with one of these as first argument; without any, all are counted.
+        method: The method that is called.
+        *only: First arguments of the calls to count; without any, all calls are counted.
     """
 
     def __init__(self, method: Callable[..., Any], *only: str) -> None:
@@ -69,9 +66,3 @@ class _CountedCall(Tap):
         if not self.only or (args[0] if args else kwargs.get("method_name")) in self.only:
             self.count += 1
         return self.method(*args, **kwargs)
-
-
-def _innermost(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
-    while isinstance(env, gym.Wrapper):
-        env = env.env
-    return env
