@@ -1,1 +1,1 @@
-"""Neural-network parts without any reinforcement learning: layers, distributions, transforms."""
+"""Building blocks of neural networks, independent of reinforcement learning: layers, distributions, transforms."""

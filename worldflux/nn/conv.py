@@ -1,7 +1,7 @@
-"""Image encoder and decoder of DreamerV3: four halvings with max-pooling, four doublings with up-sampling.
+"""Image encoder and decoder of DreamerV3: four stages of max-pooling, and four stages of upsampling.
 
-Public images are `[N, C, H, W]`; inside, convolutions run channels-last, where the norms over channels are free of
-copies.
+Inputs and outputs are `[N, C, H, W]`. Internally the memory format is channels-last, in which the norms over channels
+need no copies.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ from worldflux.nn.layers import BlockLinear, Linear, NormSiLU, in_portions
 from worldflux.nn.precision import autocast
 
 _MULTIPLIERS = (2, 3, 4, 4)
-"""Channels of the four stages in units of `depth`."""
+"""Channels of the four stages, as multiples of `depth`."""
 
 _PORTION = 32
-"""Images that a CPU works on at a time."""
+"""Number of images that are processed at a time on a CPU."""
 
 
 class Conv(nn.Conv2d):
-    """A stride-one convolution that keeps the image's size, with the truncated-normal kernel and a zero bias."""
+    """Convolution of stride one that preserves the image size, with a truncated-normal kernel and a zero bias."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int) -> None:
         super().__init__(in_channels, out_channels, kernel, padding="same" if kernel % 2 == 0 else kernel // 2)
 
     def reset_parameters(self) -> None:
-        """Draws the kernel anew and zeroes the bias."""
+        """Draws a new kernel and sets the bias to zero."""
         truncated_normal_(self.weight, self.in_channels * self.kernel_size[0] * self.kernel_size[1])
         assert self.bias is not None
         nn.init.zeros_(self.bias)
 
 
 class UpConv(Conv):
-    """Doubles the size of an image (nearest neighbour) and convolves it, without ever making the large image.
+    """Nearest-neighbour upsampling by a factor of 2 followed by a convolution, without materialising the large image.
 
-    Four neighbouring pixels of the doubled image are copies of one, so a kernel of 5 x 5 sees only 3 x 3 different
-    pixels, and which ones depends on where it stands: at an even or an odd row, an even or an odd column. The four
-    cases are four convolutions of the small image with sums of the kernel's entries, evaluated as one: 9
-    multiplications in place of 25, and the same numbers up to rounding.
+    Each pixel of the small image appears four times in the large one, so a 5 x 5 kernel sees only 3 x 3 distinct
+    pixels. Which ones depends on whether its row and its column are even or odd. These four cases are four convolutions
+    of the small image with sums of kernel entries, evaluated as one convolution: 9 multiplications instead of 25, with
+    the same result up to rounding.
     """
 
     phases: Tensor
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int) -> None:
         super().__init__(in_channels, out_channels, kernel)
-        before = (kernel - 1) // 2  # pixels that "same" padding puts before the image, as torch does
-        # Pixel 2i + a of the result sees, at the kernel's entry u, pixel i + (a + u - before) // 2 of the small image.
+        before = (kernel - 1) // 2  # pixels that torch's "same" padding adds before the image
+        # For pixel 2i + a of the result, kernel entry u reads pixel i + (a + u - before) // 2 of the small image.
         self.pad_before, self.pad_after = -(-before // 2), (kernel - before) // 2
         source = torch.div(torch.arange(2)[:, None] + torch.arange(kernel) - before, 2, rounding_mode="floor")
         taps = torch.arange(-self.pad_before, self.pad_after + 1)
@@ -58,31 +58,31 @@ class UpConv(Conv):
         self.register_buffer("phases", phases, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps `[N, in, H, W]` to `[N, out, 2 * H, 2 * W]`, channels-last in memory."""
+        """Maps `[N, in, H, W]` to `[N, out, 2 * H, 2 * W]` in the channels-last memory format."""
         N, _, H, W = x.shape
-        with autocast(x.device, None):  # the sums are exact in float32; the convolution rounds
+        with autocast(x.device, None):  # the sums stay in float32; only the convolution is in reduced precision
             kernels = torch.einsum("atu,oiuv,bsv->aboits", self.phases, self.weight, self.phases).flatten(0, 2)
         assert self.bias is not None
         if self.pad_before == self.pad_after:
             small = F.conv2d(x, kernels, self.bias.repeat(4), padding=self.pad_after)
         else:
             small = F.conv2d(F.pad(x, (self.pad_before, self.pad_after) * 2), kernels, self.bias.repeat(4))
-        parts = small.permute(0, 2, 3, 1).reshape(N, H, W, 2, 2, -1)  # the last axes: odd row, odd column, channel
+        parts = small.permute(0, 2, 3, 1).reshape(N, H, W, 2, 2, -1)  # last axes: row parity, column parity, channel
         return parts.transpose(2, 3).reshape(N, 2 * H, 2 * W, -1).permute(0, 3, 1, 2)
 
 
 def channel_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """Norm over the channels of each pixel, then SiLU. `[N, C, H, W]`"""
+    """Applies `norm` (a norm followed by SiLU) over the channels of each pixel. `[N, C, H, W]`"""
     return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class ConvEncoder(nn.Module):
-    """Images to flat features: per stage convolution, 2x2 max-pool, norm, SiLU.
+    """Encoder of images into flat features. Each stage is a convolution, 2 x 2 max-pooling, a norm and SiLU.
 
     Args:
-        in_channels: Channels of all images together.
+        in_channels: Total number of channels of all images.
         size: Height and width, each divisible by 16.
-        depth: Channels grow as `depth * (2, 3, 4, 4)`.
+        depth: Base number of channels; the stages have `depth * (2, 3, 4, 4)`.
         kernels: Kernel size of each stage.
     """
 
@@ -94,7 +94,7 @@ class ConvEncoder(nn.Module):
         self.out_features = channels[-1] * (size[0] // 16) * (size[1] // 16)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Maps bytes `[N, C, H, W]` to `[N, H/16 * W/16 * 4 * depth]` in (h, w, c) order."""
+        """Maps uint8 images `[N, C, H, W]` to `[N, H/16 * W/16 * 4 * depth]`, flattened in (h, w, c) order."""
         return in_portions(self._forward, image, size=_PORTION)
 
     def _forward(self, image: Tensor) -> Tensor:
@@ -105,20 +105,20 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """Latent states to images in [0, 1].
+    """Decoder of latent states into images with values in [0, 1].
 
-    The deterministic part enters through a block-linear layer whose blocks each fill some channels of the smallest map,
-    the stochastic part through a small MLP; their sum is up-sampled four times.
+    The deterministic part enters through a block-linear layer, each block of which fills some channels of the smallest
+    feature map. The stochastic part enters through a small MLP. Their sum is upsampled four times.
 
     Args:
         deter_dim: Width of the deterministic part; divisible by `bspace`.
         stoch_dim: Width of the flattened stochastic part.
-        out_channels: Channels of all images together.
+        out_channels: Total number of channels of all images.
         size: Height and width, each divisible by 16.
-        depth: As in the encoder; `4 * depth` is divisible by `bspace`.
-        units: The stochastic part's hidden layer has twice as many.
-        bspace: Blocks of the deterministic part's layer.
-        kernels: Kernel sizes of the encoder; used in reverse.
+        depth: Base number of channels, as in the encoder; `4 * depth` must be divisible by `bspace`.
+        units: Half the width of the hidden layer for the stochastic part.
+        bspace: Number of blocks in the layer for the deterministic part.
+        kernels: Kernel sizes of the encoder, used in reverse order.
     """
 
     def __init__(
@@ -160,9 +160,9 @@ class ConvDecoder(nn.Module):
         return torch.sigmoid(self.out(x).float())
 
     def smallest_map(self, deter: Tensor, stoch: Tensor) -> Tensor:
-        """The map before any up-sampling. `[N, 4 * depth, H/16, W/16]`"""
+        """Returns the feature map before upsampling. `[N, 4 * depth, H/16, W/16]`"""
         rows, columns = self.grid
-        # Each block's outputs are a (rows, columns, channels / bspace) map: blocks become neighbouring channels.
+        # The outputs of each block form a (rows, columns, channels / bspace) map; the blocks are joined as channels.
         blocks = self.sp0(deter).unflatten(-1, (self.bspace, rows, columns, -1))  # [N, g, h, w, c/g]
         spatial = blocks.permute(0, 2, 3, 1, 4).flatten(3)  # [N, h, w, c]
         vector = self.sp2(self.sp1norm(self.sp1(stoch))).unflatten(-1, (rows, columns, -1))

@@ -1,4 +1,4 @@
-"""The switch between the fast forms of computations and the plain ones that define them."""
+"""Switch between the fast implementations and the plain definitions."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _plain = ContextVar("plain", default=False)
 
 
 def fast_forms() -> bool:
-    """Whether fast forms may be used."""
+    """Returns whether fast implementations may be used."""
     return not _plain.get()
 
 
 @contextmanager
 def by_definition() -> Iterator[None]:
-    """Inside the block everything is computed as its definition says, to compare with the fast forms."""
+    """Disables the fast implementations inside the block, to compare them with the plain definitions."""
     token = _plain.set(True)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Distributions over network outputs: two-hot values, one-hot latents, and the two kinds of policy."""
+"""Distributions parametrised by network outputs: two-hot values, one-hot latents, and two kinds of policy."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch.autograd.function import once_differentiable
 from worldflux.nn.fast.two_hot import two_hot_mean
 
 _UNITS = 8
-"""Logits with magnitudes below 16 are known to this many times their type's precision."""
+"""Rounding error of logits with magnitudes below 16, as a multiple of the machine epsilon of their dtype."""
 
 
 class TwoHot:
-    """A categorical distribution over fixed bins that stands for one real number.
+    """Categorical distribution over fixed bins that represents one real number.
 
     Source: DreamerV3, arXiv:2301.04104, symexp twohot loss.
 
     Args:
-        logits: As they come out of the head's product, in its precision; taken to float32. `[..., n]`
-        bins: Increasing, antisymmetric, odd in number. `[n]`
+        logits: Output of the head in the precision of its matrix product; converted to float32. `[..., n]`
+        bins: Bin positions: increasing, antisymmetric, and odd in number. `[n]`
     """
 
     def __init__(self, logits: Tensor, bins: Tensor) -> None:
@@ -32,20 +32,20 @@ class TwoHot:
         self.bins = bins
         self._probs: Tensor | None = None
         self._mean: Tensor | None = None  # without gradient
-        # How far the probabilities of two bins may differ, relative to each other, by rounding alone: that of the
-        # logits in their own type, and that of the float32 sums which they were.
+        # Largest relative difference between the probabilities of two bins that rounding alone can cause: rounding of
+        # the logits to their own dtype, and rounding of the float32 sums that produced them.
         self._rounding = _UNITS * (torch.finfo(logits.dtype).eps + torch.finfo(torch.float32).eps)
 
     @property
     def probs(self) -> Tensor:
-        """The bins' probabilities, without gradient: what the loss and the mean share. `[..., n]`"""
+        """Probabilities of the bins without gradient, shared by the loss and the mean. `[..., n]`"""
         if self._probs is None:
             found = two_hot_mean(self.logits.detach(), self.bins, self._rounding)
             self._probs, self._mean = (torch.softmax(self.logits.detach(), -1), None) if found is None else found
         return self._probs
 
     def t(self) -> TwoHot:
-        """The same distributions over `[a, b]` as over `[b, a]`."""
+        """Returns the same distributions with their first two batch axes swapped."""
         transposed = TwoHot(self.logits.transpose(0, 1), self.bins)
         transposed._probs, transposed._rounding = self.probs.transpose(0, 1), self._rounding
         transposed._mean = None if self._mean is None else self._mean.transpose(0, 1)
@@ -55,10 +55,10 @@ class TwoHot:
     def mean(self) -> Tensor:
         """Expected value. `[...]`
 
-        Each bin is paired with its mirror before summing, so that uniform probabilities give exactly 0. A pair that
-        differs by no more than rounding counts as equal: DreamerV3's outermost bins stand for 4.8e8, so that the last
-        bit of a probability which no target has ever moved would be worth half a unit and more. The reference counts
-        it. The gradient is that of the sum without this exception.
+        Each bin is paired with its mirror image before summing, so that uniform probabilities give exactly 0. A pair
+        whose probabilities differ by no more than rounding counts as equal: DreamerV3's outermost bins represent 4.8e8,
+        so the last bit of a probability that no target has ever changed would contribute half a unit or more. The
+        reference implementation has no such exception. The gradient is that of the sum without the exception.
         """
         middle = self.bins.shape[0] // 2
         needs_gradient = torch.is_grad_enabled() and self.logits.requires_grad
@@ -74,19 +74,19 @@ class TwoHot:
             excess = excess + (counts - 1.0) * excess.detach()
         else:
             excess.mul_(counts)
-        # Not a matrix product: autocast would round it to bfloat16, returns of some hundred to whole numbers.
+        # Not a matrix product: autocast would compute it in bfloat16 and round returns of a few hundred to integers.
         return (excess * self.bins[middle + 1 :]).sum(-1)
 
     def loss(self, *targets: Tensor) -> Tensor:
-        """Cross-entropy with the two-hot encoding of each target, summed over the targets.
+        """Computes the cross-entropy with the two-hot encoding of each target, summed over the targets.
 
         Args:
-            targets: Real numbers, each `[...]`; beyond the outermost bins all weight is on that bin.
+            targets: Real numbers, each `[...]`. A target beyond the outermost bins puts all weight on the nearest bin.
 
         Returns:
-            `[...]`
+            The loss. `[...]`
         """
-        # -sum_i w_i * log_softmax_i with weights of sum one: the normaliser is shared by all targets, and the dense
+        # -sum_i w_i * log_softmax_i with weights that sum to one: all targets share the normaliser, and the dense
         # [..., n] weights need not be built.
         index, weight = [], []
         for target in targets:
@@ -100,15 +100,16 @@ class TwoHot:
 
 
 class _SparseCrossEntropy(torch.autograd.Function):
-    """`-sum_j weight_j * log_softmax(logits)[index_j]`, with the gradient made of the probabilities at hand.
+    """`-sum_j weight_j * log_softmax(logits)[index_j]`, whose gradient reuses the given probabilities.
 
-    Inputs: logits `[..., n]`, their softmax, indices and weights `[..., k]`; the weights of each target sum to one.
+    The inputs are logits `[..., n]`, their softmax `[..., n]`, and indices and weights `[..., k]`; the weights of each
+    target sum to one.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, probs: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(probs, index, weight)
-        # The log of the softmax's denominator, read off the likeliest bin, where nothing can underflow.
+        # Logarithm of the softmax's denominator, computed from the most likely bin, where nothing can underflow.
         normaliser = logits.amax(-1) - probs.amax(-1).log()
         picked = (torch.gather(logits, -1, index) * weight).sum(-1)
         return weight.shape[-1] / 2 * normaliser - picked
@@ -123,29 +124,29 @@ class _SparseCrossEntropy(torch.autograd.Function):
 
 
 def two_hot(target: Tensor, bins: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Neighbouring bins of each target and the weight of the upper one.
+    """Finds the two bins around each target and the weight of the upper one.
 
     Returns:
-        Lower index, upper index (int64) and the upper one's weight in [0, 1], NaN if the target is NaN or infinite.
-        Each `[...]`.
+        Lower index (int64), upper index (int64), and weight of the upper bin in [0, 1], which is NaN if the target is
+        NaN or infinite. Each is `[...]`.
     """
     last = bins.shape[0] - 1
     above = torch.searchsorted(bins, target.detach().contiguous(), right=True)  # first bin beyond the target
     lower, upper = (above - 1).clamp(0, last), above.clamp(0, last)
     low, high = bins[lower], bins[upper]
-    # Beyond the bins the weight is 0, and NaN for a target that is not finite: nobody shall learn from it unseen.
+    # Beyond the bins the weight is 0. For a target that is not finite it is NaN, so that the error cannot go unnoticed.
     weight = torch.where(upper == lower, 0.0 * target, (target - low) / torch.where(upper == lower, 1.0, high - low))
     return lower, upper, weight
 
 
 class OneHot:
-    """Independent categorical rows with a little of the uniform mixed in, sampled as one-hot vectors.
+    """Independent categorical distributions mixed with a small uniform part, sampled as one-hot vectors.
 
     Source: DreamerV3, arXiv:2301.04104, 1% unimix.
 
     Args:
-        logits: `[..., S, C]`; taken to float32.
-        unimix: Share of the uniform distribution in the probabilities.
+        logits: Logits of S distributions over C classes, converted to float32. `[..., S, C]`
+        unimix: Weight of the uniform distribution in the mixture.
     """
 
     def __init__(self, logits: Tensor, unimix: float) -> None:
@@ -161,94 +162,94 @@ class OneHot:
         return self._logprobs
 
     def sample(self, noise: Tensor | None = None) -> Tensor:
-        """One-hot draws, with the gradient of the probabilities passed straight through. `[..., S, C]`
+        """Draws one-hot samples with the straight-through gradient of the probabilities. `[..., S, C]`
 
         Args:
-            noise: Uniform numbers in [0, 1); drawn here if not given. `[..., S]`
+            noise: Uniform random numbers in [0, 1); drawn here if not given. `[..., S]`
         """
         return self.straight_through(inverse_cdf(self.probs.detach(), noise))
 
     @property
     def mode(self) -> Tensor:
-        """The likeliest class of each row as a one-hot vector. `[..., S, C]`"""
+        """Most likely class of each distribution as a one-hot vector. `[..., S, C]`"""
         return self.straight_through(self.probs.detach().argmax(-1))
 
     def straight_through(self, index: Tensor) -> Tensor:
-        """The one-hot vectors of given classes `[..., S]`, carrying the gradient of the probabilities."""
+        """Returns one-hot vectors of the given classes `[..., S]` with the gradient of the probabilities."""
         onehot = torch.zeros_like(self.probs).scatter_(-1, index.unsqueeze(-1), 1.0)
         if not self.probs.requires_grad:
             return onehot
         return onehot + (self.probs - self.probs.detach())
 
     def entropy(self) -> Tensor:
-        """Summed over the rows. `[...]`"""
+        """Computes the entropy, summed over the distributions. `[...]`"""
         return -(self.probs * self.logprobs).sum((-2, -1))
 
     def kl(self, other: OneHot) -> Tensor:
-        """KL(self || other), summed over the rows. `[...]`"""
+        """Computes KL(self || other), summed over the distributions. `[...]`"""
         return (self.probs * (self.logprobs - other.logprobs)).sum((-2, -1))
 
     def detach(self) -> OneHot:
-        """The same distribution without gradient."""
+        """Returns the same distribution without gradient."""
         copy = object.__new__(OneHot)
         copy.probs, copy._logprobs = self.probs.detach(), self.logprobs.detach()
         return copy
 
 
 def softmax(logits: Tensor) -> Tensor:
-    """Softmax over the last axis, written out.
+    """Computes the softmax over the last axis from elementary operations.
 
-    torch's own CPU kernel is five times slower than this where the last axis is short, as for latents and actions.
+    On a CPU, torch's own kernel is five times slower than this if the last axis is short, as for latents and actions.
     """
     exp = torch.exp(logits - logits.detach().amax(-1, keepdim=True))
     return exp / exp.sum(-1, keepdim=True)
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """Log-softmax over the last axis, written out for the reason given in `softmax`."""
+    """Computes the log-softmax over the last axis from elementary operations, for the reason given in `softmax`."""
     shifted = logits - logits.detach().amax(-1, keepdim=True)
     return shifted - torch.log(torch.exp(shifted).sum(-1, keepdim=True))
 
 
 def inverse_cdf(probs: Tensor, uniform: Tensor | None = None) -> Tensor:
-    """Draws a class from each row of `probs` `[..., C]` with one uniform number per row. `[...]` int64"""
+    """Draws a class (int64 `[...]`) from each row of `probs` `[..., C]` with one uniform random number per row."""
     uniform = torch.rand(probs.shape[:-1], device=probs.device) if uniform is None else uniform
-    # Rounding may leave the last cumulative sum a little under one; the factor keeps every number below it.
+    # Rounding may leave the last cumulative sum slightly below one; the factor keeps every number below that sum.
     return (probs.cumsum(-1) <= uniform.unsqueeze(-1) * (1.0 - 1e-6)).sum(-1)
 
 
 class PolicyDistribution(Protocol):
-    """What the actor's losses and the acting code need of a policy; actions are in library form `[..., A]`."""
+    """Interface of a policy that the actor losses and the acting code use; actions are `[..., A]`."""
 
     def sample(self) -> Tensor:
         """Draws actions. `[..., A]`"""
 
     @property
     def mode(self) -> Tensor:
-        """The likeliest actions. `[..., A]`"""
+        """Most likely actions. `[..., A]`"""
 
     def log_prob(self, actions: Tensor) -> Tensor:
-        """Log-likelihood, summed over the action's dimensions. `[...]`"""
+        """Computes the log-likelihood, summed over the dimensions of the action. `[...]`"""
 
     def entropy(self) -> Tensor:
-        """Entropy in nats, summed over the action's dimensions. `[...]`"""
+        """Computes the entropy in nats, summed over the dimensions of the action. `[...]`"""
 
     @property
     def entropy_range(self) -> tuple[float, float]:
-        """The smallest and the largest entropy that such a policy can have."""
+        """Smallest and largest entropy that such a policy can have."""
 
 
 _STD_RANGE = (0.1, 1.0)
 _UNIT_ENTROPY = 0.5 * math.log(2 * math.pi) + 0.5
-"""Entropy of a standard normal."""
+"""Entropy of a standard normal distribution."""
 
 
 class NormalPolicy:
-    """Independent normals with a tanh mean and a standard deviation in (0.1, 1); draws are not squashed.
+    """Independent normal distributions with a tanh mean and a standard deviation in (0.1, 1); samples are not squashed.
 
     Args:
-        raw_mean: Network output. `[..., A]`
-        raw_std: Network output. `[..., A]`
+        raw_mean: Network output for the mean. `[..., A]`
+        raw_std: Network output for the standard deviation. `[..., A]`
     """
 
     def __init__(self, raw_mean: Tensor, raw_std: Tensor) -> None:
@@ -258,39 +259,40 @@ class NormalPolicy:
 
     @property
     def mode(self) -> Tensor:
-        """The mean. `[..., A]`"""
+        """Mean of the distribution. `[..., A]`"""
         return self.mean
 
     def sample(self) -> Tensor:
-        """Draws actions; they may leave [-1, 1]. `[..., A]`"""
+        """Draws actions, which may lie outside [-1, 1]. `[..., A]`"""
         return torch.addcmul(self.mean, self.std, torch.randn_like(self.mean))
 
     def log_prob(self, actions: Tensor) -> Tensor:
-        """Log-likelihood, summed over the action's dimensions. `[...]`"""
+        """Computes the log-likelihood, summed over the dimensions of the action. `[...]`"""
         normalised = (actions - self.mean) / self.std
         return -(0.5 * normalised.square() + self.std.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
 
     def entropy(self) -> Tensor:
-        """`0.5 * log(2 pi e std^2)`, summed over the action's dimensions. `[...]`"""
+        """Computes `0.5 * log(2 pi e std^2)`, summed over the dimensions of the action. `[...]`"""
         return (self.std.log() + _UNIT_ENTROPY).sum(-1)
 
     @property
     def entropy_range(self) -> tuple[float, float]:
-        """From the smallest standard deviation in every dimension to the largest."""
+        """Entropies for the smallest and for the largest standard deviation in every dimension."""
         low, high = (self.std.shape[-1] * (math.log(std) + _UNIT_ENTROPY) for std in _STD_RANGE)
         return low, high
 
 
 class CategoricalPolicy:
-    """One or several independent softmaxes, side by side in one vector; actions are concatenated one-hots.
+    """One or several independent categorical distributions in one vector; actions are concatenated one-hot vectors.
 
-    Where logits are NaN, so are the actions.
+    NaN logits give NaN actions.
 
-    Without the latents' unimix: the reference lists it for the policy, but its categorical head does not read it.
+    The unimix of the latents is not applied: the reference implementation lists it for the policy, but its categorical
+    head does not read it.
 
     Args:
-        logits: `[..., A]`
-        classes: Width of each softmax; they sum to A.
+        logits: Concatenated logits of the distributions. `[..., A]`
+        classes: Number of classes of each distribution; the sum is A.
     """
 
     def __init__(self, logits: Tensor, classes: tuple[int, ...]) -> None:
@@ -299,24 +301,24 @@ class CategoricalPolicy:
 
     @property
     def mode(self) -> Tensor:
-        """The likeliest class of each softmax, one-hot. `[..., A]`"""
+        """Most likely class of each distribution as one-hot vectors. `[..., A]`"""
         return self._onehots([part.argmax(-1) for part in self._parts()])
 
     def sample(self) -> Tensor:
-        """Draws one class of each softmax, one-hot. `[..., A]`"""
+        """Draws one class from each distribution as one-hot vectors. `[..., A]`"""
         return self._onehots([inverse_cdf(part.exp()) for part in self._parts()])
 
     def log_prob(self, actions: Tensor) -> Tensor:
-        """Log-likelihood of one-hot actions. `[...]`"""
+        """Computes the log-likelihood of one-hot actions. `[...]`"""
         return (actions * self.logprobs).sum(-1)
 
     def entropy(self) -> Tensor:
-        """Summed over the softmaxes. `[...]`"""
+        """Computes the entropy, summed over the distributions. `[...]`"""
         return -(self.logprobs.exp() * self.logprobs).sum(-1)
 
     @property
     def entropy_range(self) -> tuple[float, float]:
-        """From one certain class in every softmax to even ones."""
+        """Entropies of deterministic and of uniform distributions."""
         return 0.0, sum(math.log(width) for width in self.classes)
 
     def _parts(self) -> tuple[Tensor, ...]:
@@ -325,4 +327,4 @@ class CategoricalPolicy:
     def _onehots(self, indices: Sequence[Tensor]) -> Tensor:
         pairs = zip(indices, self.classes, strict=True)
         onehots = torch.cat([F.one_hot(index, width) for index, width in pairs], -1).to(self.logprobs.dtype)
-        return torch.add(onehots, self.logprobs.detach(), alpha=0.0)  # NaN stays NaN, though a class was found
+        return torch.add(onehots, self.logprobs.detach(), alpha=0.0)  # argmax of NaN gives a class; this keeps the NaN

@@ -1,4 +1,4 @@
-"""Linear layers, RMS norm with SiLU, and the MLP built of them: always layer, then norm, then SiLU."""
+"""Linear layers, RMS norm with SiLU, and MLPs built from them. The order is always linear layer, norm, SiLU."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from worldflux.nn.fast.norm_silu import mlps
 from worldflux.nn.init import truncated_normal_
 
 PORTION = 2048
-"""Rows of features that a CPU works on at a time."""
+"""Number of feature rows that are processed at a time on a CPU."""
 
 RMS_EPS = 1e-4
-"""Added to the mean of squares in every RMS norm."""
+"""Epsilon that every RMS norm adds to the mean of squares."""
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` with the truncated-normal kernel and a zero bias."""
+    """`torch.nn.Linear` with a truncated-normal kernel and a zero bias."""
 
     def __init__(self, in_features: int, out_features: int, *, scale: float = 1.0) -> None:
         self.scale = scale
         super().__init__(in_features, out_features)
 
     def reset_parameters(self) -> None:
-        """Draws the kernel anew and zeroes the bias."""
+        """Draws a new kernel and sets the bias to zero."""
         truncated_normal_(self.weight, self.in_features, self.scale)
         nn.init.zeros_(self.bias)
 
 
 class BlockLinear(nn.Module):
-    """A linear layer with a block-diagonal kernel.
+    """Linear layer with a block-diagonal kernel.
 
-    The input is cut into `blocks` contiguous pieces, piece k is multiplied by `weight[k]`, and the results are
-    concatenated: `blocks` times fewer parameters and multiplications than a dense layer of the same width.
+    The input is split into `blocks` contiguous pieces, piece k is multiplied by `weight[k]`, and the results are
+    concatenated. There are `blocks` times fewer parameters and multiplications than in a dense layer of the same width.
     """
 
     def __init__(self, in_features: int, out_features: int, blocks: int) -> None:
@@ -48,7 +48,7 @@ class BlockLinear(nn.Module):
         self.in_features = in_features
         self.weight = nn.Parameter(torch.empty(blocks, in_features // blocks, out_features // blocks))
         self.bias = nn.Parameter(torch.zeros(out_features))
-        # The reference scales by the full input width, not by the width of one block.
+        # The reference implementation scales by the full input width, not by the width of one block.
         truncated_normal_(self.weight, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,33 +57,33 @@ class BlockLinear(nn.Module):
 
 
 def block_matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiplies the contiguous pieces of `x` by one matrix each.
+    """Multiplies each of the g contiguous pieces of `x` by its own matrix.
 
     Args:
-        x: `[N, g * i]`
-        weight: `[g, i, o]`
+        x: Rows of g pieces. `[N, g * i]`
+        weight: One matrix for each piece. `[g, i, o]`
 
     Returns:
-        `[N, g * o]`
+        The concatenated products. `[N, g * o]`
     """
     return joined(torch.bmm(blocked(x, len(weight)), weight))
 
 
 def blocked(x: Tensor, blocks: int) -> Tensor:
-    """The contiguous pieces of each row. `[N, g * i]` → `[g, N, i]`, a view"""
+    """Splits each row into contiguous pieces: a view of `[N, g * i]` as `[g, N, i]`."""
     return x.unflatten(-1, (blocks, -1)).transpose(0, 1)
 
 
 def joined(x: Tensor) -> Tensor:
-    """Inverse of `blocked`. `[g, N, o]` → `[N, g * o]`"""
+    """Joins the pieces of each row, `[g, N, o]` to `[N, g * o]`: the inverse of `blocked`."""
     return x.transpose(0, 1).flatten(1)
 
 
 class NormSiLU(nn.Module):
-    """RMS norm over the last axis, `x * scale / sqrt(mean(x^2) + eps)`, then SiLU; computed in float32.
+    """RMS norm over the last axis, `x * scale / sqrt(mean(x^2) + eps)`, followed by SiLU, computed in float32.
 
-    One autograd node with the gradient written out: the plain chain of operations reads and writes large activations
-    three times as often, and half of a CPU step's time went into it.
+    This is one autograd node with a hand-written gradient. The plain chain of operations reads and writes large
+    activations three times as often and took half the time of a gradient step on a CPU.
     """
 
     def __init__(self, width: int, eps: float = RMS_EPS) -> None:
@@ -92,7 +92,7 @@ class NormSiLU(nn.Module):
         self.scale = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps `[..., width]` to the same shape."""
+        """Maps `[..., width]` to a tensor of the same shape."""
         if torch.is_grad_enabled():
             result: Tensor = _NormSiLU.apply(x, self.scale, self.eps)
             return result
@@ -100,7 +100,7 @@ class NormSiLU(nn.Module):
 
 
 def _norm_silu(x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The result, and what the norm multiplied with."""
+    """Returns the result and the factor `1 / sqrt(mean(x^2) + eps)` of each row."""
     inverse = inverse_rms(x, eps)
     return F.silu((x * inverse).mul_(scale), inplace=True), inverse
 
@@ -121,32 +121,33 @@ class _NormSiLU(torch.autograd.Function):
 
 
 def norm_silu_backward(grad: Tensor, normalised: Tensor, inverse: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of RMS norm and SiLU, in float32.
+    """Computes the gradient of RMS norm followed by SiLU, in float32.
 
     Args:
-        grad: Of the result. `[..., width]`
+        grad: Gradient with respect to the result. `[..., width]`
         normalised: The input times `inverse`. `[..., width]`
-        inverse: What the norm multiplied with. `[..., 1]`
-        scale: `[width]`
+        inverse: The factor `1 / sqrt(mean(x^2) + eps)` of each row. `[..., 1]`
+        scale: Scale of the norm. `[width]`
 
     Returns:
-        Gradient of the norm's input, and what each row adds to that of `scale`. `[..., width]` each
+        Gradient with respect to the input, and the contribution of each row to the gradient with respect to `scale`.
+        Each is `[..., width]`.
     """
     grad_scaled = torch.ops.aten.silu_backward(grad, normalised * scale)
     grad_scales = grad_scaled * normalised
-    # The norm removes the part of the gradient that points along its own output.
+    # The norm removes the component of the gradient that is parallel to its own output.
     along = (grad_scales @ scale).div_(scale.shape[-1]).unsqueeze(-1)
     return grad_scaled.mul_(scale).addcmul_(normalised, along, value=-1.0).mul_(inverse), grad_scales
 
 
 def inverse_rms(x: Tensor, eps: float = RMS_EPS) -> Tensor:
-    """`1 / sqrt(mean(x^2) + eps)` over the last axis, kept as an axis of one."""
+    """Computes `1 / sqrt(mean(x^2) + eps)` over the last axis, which is kept with size 1."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return norm.square_().mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
 
 
 class MLP(nn.Module):
-    """Hidden layers of one width, each linear, norm, SiLU. `layers` may be 0: the identity."""
+    """Hidden layers of equal width, each a linear layer, a norm and SiLU. With zero `layers` it is the identity."""
 
     def __init__(self, in_features: int, units: int, layers: int) -> None:
         super().__init__()
@@ -163,7 +164,7 @@ class MLP(nn.Module):
         return self._layers_from(0, x) if found is None else found[0]
 
     def weights(self) -> list[Tensor]:
-        """Kernel, bias and scale of every layer."""
+        """Returns the kernel, the bias and the norm's scale of every layer, in this order."""
         layers: Iterable[tuple[Any, Any]] = zip(self.linears, self.norms, strict=True)
         return [weight for linear, norm in layers for weight in (linear.weight, linear.bias, norm.scale)]
 
@@ -174,21 +175,23 @@ class MLP(nn.Module):
 
 
 def are_plain(modules: Iterable[nn.Module], *forwards: Callable[..., Any]) -> bool:
-    """Whether these modules and all inside them compute what this file says, so that their weights tell everything.
+    """Returns whether modules and all their submodules compute exactly what their classes define.
+
+    A fast implementation that only reads their weights is correct if nothing is overridden or hooked.
 
     Args:
-        modules: Built of the layers above, with one of the further `forwards`.
-        *forwards: Of modules that are defined elsewhere.
+        modules: Modules built from the layers of this file and from those that `forwards` belong to.
+        *forwards: `forward` methods of modules that are defined in other files.
     """
     inside = (part for module in modules for part in module.modules() if not isinstance(part, nn.ModuleList))
     return is_untouched(inside, MLP.forward, Linear.forward, BlockLinear.forward, NormSiLU.forward, *forwards)
 
 
 def in_portions(function: Callable[..., Tensor], *inputs: Tensor, size: int) -> Tensor:
-    """`function(*inputs)` over rows `[N, ...]`; on a CPU `size` of them at a time.
+    """Computes `function(*inputs)` for rows `[N, ...]`, on a CPU in portions of `size` rows.
 
-    What a CPU makes of a whole batch is too large for its caches, and for the allocator to use again: the system hands
-    out, and clears, new memory each time, which takes longer than the arithmetic.
+    The activations of a whole batch do not fit into a CPU's caches and are too large for the allocator to reuse: the
+    operating system provides and clears new memory each time, which takes longer than the arithmetic.
     """
     if inputs[0].device.type != "cpu" or len(inputs[0]) <= size:
         return function(*inputs)
@@ -196,9 +199,9 @@ def in_portions(function: Callable[..., Tensor], *inputs: Tensor, size: int) -> 
 
 
 def stacked_mlps(stack: Sequence[MLP], x: Tensor) -> list[Tensor]:
-    """Several MLPs on one input `[..., in]`, their first layers as one product; each gives `[..., units]`.
+    """Applies several MLPs to one input `[..., in]`, with their first layers as one product; each gives `[..., units]`.
 
-    The input of DreamerV3's heads is ten times as wide as their hidden layers, and reading it is what they cost.
+    The input of DreamerV3's heads is ten times as wide as their hidden layers, so reading it dominates their cost.
     """
     if not all(len(mlp.linears) for mlp in stack):
         return [mlp(x) for mlp in stack]

@@ -1,4 +1,4 @@
-"""Layers of TD-MPC2: linear, LayerNorm, Mish; plain, and stacked for an ensemble."""
+"""Layers of TD-MPC2: linear layers with LayerNorm and Mish, for single networks and for ensembles."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from worldflux.nn.transforms import simnorm
 
 
 def mish(x: Tensor) -> Tensor:
-    """`x * tanh(log(1 + exp(x)))`, of any shape."""
+    """Computes `x * tanh(log(1 + exp(x)))` for a tensor of any shape."""
     if torch.compiler.is_compiling():
-        # One exponential in place of three; the compiler makes one pass of all of it.
+        # One exponential instead of three transcendental functions; the compiler fuses everything into one pass.
         s = torch.sigmoid(x.float())
         p = s * (2.0 - s)
         return (x * p / (2.0 - p)).to(x.dtype)
@@ -29,26 +29,26 @@ def mish(x: Tensor) -> Tensor:
 
 
 class NarrowLinear(nn.Linear):
-    """`torch.nn.Linear` with narrow normal weights and a zero bias."""
+    """`torch.nn.Linear` with weights from a narrow normal distribution and a zero bias."""
 
     def reset_parameters(self) -> None:
-        """Draws the weights anew and zeroes the bias."""
+        """Draws new weights and sets the bias to zero."""
         narrow_normal_(self.weight)
         nn.init.zeros_(self.bias)
 
 
 def linear(parts: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear layer of inputs that are joined on the last axis.
+    """Applies a linear layer to the concatenation of several inputs along the last axis.
 
-    Inputs that broadcast against the others are multiplied only once: a state with many actions costs one row.
+    Inputs that broadcast against the others are multiplied only once, so a state with many actions costs one row.
 
     Args:
-        parts: `[..., p]` each.
-        weight: `[out, in]`, with `in` the sum of all p.
-        bias: `[out]`
+        parts: Inputs, `[..., p]` each.
+        weight: Weight of the layer, where `in` is the sum of all p. `[out, in]`
+        bias: Bias of the layer. `[out]`
 
     Returns:
-        `[..., out]`
+        The output of the layer. `[..., out]`
     """
     if _alike(parts):
         return F.linear(torch.cat(list(parts), -1) if len(parts) > 1 else parts[0], weight, bias)
@@ -62,12 +62,12 @@ def _alike(parts: Sequence[Tensor]) -> bool:
 
 
 def _one_node(parts: Sequence[Tensor]) -> bool:
-    """Whether linear layer, norm and Mish are computed together."""
+    """Returns whether the linear layer, the norm and Mish can be computed as one autograd node."""
     return _alike(parts) and all(nodes.applies(part) for part in parts)
 
 
 class NormedLinear(NarrowLinear):
-    """A linear layer, LayerNorm and an activation."""
+    """Linear layer followed by LayerNorm and an activation."""
 
     def __init__(self, in_features: int, out_features: int, activation: Callable[[Tensor], Tensor] = mish) -> None:
         super().__init__(in_features, out_features)
@@ -75,7 +75,7 @@ class NormedLinear(NarrowLinear):
         self.activation = activation
 
     def forward(self, *parts: Tensor) -> Tensor:
-        """Maps inputs `[..., p]`, joined on the last axis, to `[..., out]`; see `linear` for what may differ."""
+        """Maps the concatenation of inputs `[..., p]` to `[..., out]`. The inputs may broadcast, see `linear`."""
         output = _natively([self], parts)
         if output is not None:
             return output
@@ -90,13 +90,13 @@ class NormedLinear(NarrowLinear):
 
 
 class MishMLP(nn.Module):
-    """Hidden layers of linear, LayerNorm, Mish; then a plain linear layer, or one with a norm and an activation.
+    """MLP whose hidden layers are linear, LayerNorm and Mish, with an output layer that is linear by default.
 
     Args:
         in_features: Width of the input.
         hidden: Widths of the hidden layers.
         out_features: Width of the output.
-        activation: If given, the last layer has a LayerNorm and ends with this.
+        activation: If given, the output layer has a LayerNorm followed by this activation.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class MishMLP(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     def forward(self, *parts: Tensor) -> Tensor:
-        """Maps inputs `[..., p]`, joined on the last axis, to `[..., out]`; see `linear` for what may differ."""
+        """Maps the concatenation of inputs `[..., p]` to `[..., out]`. The inputs may broadcast, see `linear`."""
         output = _natively(self.layers, parts)
         if output is not None:
             return output
@@ -128,7 +128,7 @@ class MishMLP(nn.Module):
 
 
 class StackedNorm(nn.Module):
-    """One LayerNorm for each member of an ensemble."""
+    """LayerNorm with separate parameters for each member of an ensemble."""
 
     def __init__(self, members: int, width: int) -> None:
         super().__init__()
@@ -136,25 +136,25 @@ class StackedNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(members, width))
 
     def forward(self, x: Tensor, *, members: Tensor | None = None, frozen: bool = False) -> Tensor:
-        """Normalises `[m, N, width]`; for `members` and `frozen` see `StackedLinear.forward`."""
+        """Normalises `[m, N, width]`. See `StackedLinear.forward` for `members` and `frozen`."""
         weight, bias = (_chosen(parameter, members, frozen).unsqueeze(1) for parameter in (self.weight, self.bias))
         return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:]), weight)
 
 
 def _chosen(parameter: Tensor, members: Tensor | None, frozen: bool) -> Tensor:
-    """The members' part of a parameter."""
+    """Returns the rows of a parameter that belong to the members, without gradient if it is frozen."""
     parameter = parameter.detach() if frozen else parameter
     return parameter if members is None else parameter.index_select(0, members)
 
 
 class StackedLinear(nn.Module):
-    """One linear layer for each member of an ensemble, with LayerNorm and Mish if asked for.
+    """Linear layer with separate parameters for each member of an ensemble, optionally with LayerNorm and Mish.
 
     Args:
-        members: M
+        members: Number of members M.
         in_features: Width of the input.
         out_features: Width of the output.
-        normed: Add LayerNorm and Mish.
+        normed: Whether LayerNorm and Mish follow the linear layer.
     """
 
     def __init__(self, members: int, in_features: int, out_features: int, *, normed: bool) -> None:
@@ -166,13 +166,13 @@ class StackedLinear(nn.Module):
     def forward(
         self, *parts: Tensor, members: Tensor | None = None, dropout: Tensor | None = None, frozen: bool = False
     ) -> Tensor:
-        """Maps inputs, joined on the last axis, to `[m, N, out]`.
+        """Maps the concatenation of the inputs to `[m, N, out]`.
 
         Args:
-            *parts: One input `[N, p]` for all members, or `[m, N, p]`.
-            members: Indices of those to evaluate; all if None. `[m]`
-            dropout: Factors for the linear layer's output, before the norm. `[m, N, out]`
-            frozen: Take the parameters as constants, so that gradients reach the input only.
+            *parts: Inputs, each `[N, p]` if all members share it, or `[m, N, p]`.
+            members: Indices of the members to evaluate; None evaluates all. `[m]`
+            dropout: Factors on the output of the linear layer, before the norm. `[m, N, out]`
+            frozen: Whether to treat the parameters as constants, so that gradients reach only the inputs.
         """
         weight, bias = _chosen(self.weight, members, frozen), _chosen(self.bias, members, frozen)
         if self.norm is not None and _one_node(parts) and is_untouched([self.norm], _STACKED_NORM):
@@ -188,14 +188,13 @@ class StackedLinear(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """Several MLPs of one shape, evaluated together; a subset costs what its members cost.
+    """Ensemble of MLPs of the same shape, evaluated together. Evaluating a subset only costs as much as its members.
 
-    Each is linear, LayerNorm, Mish for the hidden layers and a plain linear layer with zero weights at the end, so that
-    all members start with equal outputs. Dropout, where given, sits in the first layer between its linear part and its
-    norm.
+    The hidden layers are linear, LayerNorm and Mish. The output layer is linear with zero weights, so that all members
+    start with equal outputs. Dropout, if given, is applied in the first layer between its linear part and its norm.
 
     Args:
-        members: M
+        members: Number of members M.
         in_features: Width of the input.
         hidden: Widths of the hidden layers.
         out_features: Width of the output.
@@ -212,13 +211,13 @@ class Ensemble(nn.Module):
     def forward(
         self, *parts: Tensor, members: Tensor | None = None, dropout: Tensor | None = None, frozen: bool = False
     ) -> Tensor:
-        """Maps inputs, joined on the last axis, to the outputs of the members. `[m, N, out]`
+        """Maps the concatenation of the inputs to the outputs of the members. `[m, N, out]`
 
         Args:
-            *parts: What every member sees. `[N, p]` each
-            members: Indices of those to evaluate; all if None. `[m]`
-            dropout: Factors for the first layer, 0 or `1 / (1 - p)`; None switches dropout off. `[m, N, hidden]`
-            frozen: Take the parameters as constants, so that gradients reach the input only.
+            *parts: Inputs that all members share, `[N, p]` each.
+            members: Indices of the members to evaluate; None evaluates all. `[m]`
+            dropout: Factors in the first layer, 0 or `1 / (1 - p)`; None disables dropout. `[m, N, hidden]`
+            frozen: Whether to treat the parameters as constants, so that gradients reach only the inputs.
         """
         output = _natively(self.layers, parts, members=self.members, chosen=members, dropout=dropout, frozen=frozen)
         if output is not None:
@@ -230,11 +229,11 @@ class Ensemble(nn.Module):
         return y
 
 
-# The fast form of layers that stand behind each other
+# Fast implementation of sequences of layers
 
 
 def _natively(layers: Iterable[nn.Module], parts: Sequence[Tensor], **options: Any) -> Tensor | None:
-    """The output of the layers in one native call; None where they are to be called one after the other."""
+    """Computes the output of the layers in one native call, or returns None if they must be called one by one."""
     if not fast.applies(parts):
         return None
     described = _all_described(layers)
@@ -244,9 +243,10 @@ def _natively(layers: Iterable[nn.Module], parts: Sequence[Tensor], **options: A
 def rollout_natively(
     dynamics: nn.Module, head: nn.Module, state: Tensor, actions: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """Open loop with two MLPs on states and actions in one native call, see `nn.fast.mlp.rollout`.
+    """Predicts an open-loop rollout with two MLPs in one native call, see `nn.fast.mlp.rollout`.
 
-    None where they are to be called one after the other: with gradients, and if somebody has changed one of them.
+    Returns None if the MLPs must be called one by one, because gradients are needed or a module was overridden or
+    hooked.
     """
     if torch.is_grad_enabled() or not fast.applies((state, actions)):
         return None
@@ -270,7 +270,7 @@ def _all_described(layers: Iterable[nn.Module]) -> list[fast.Layer] | None:
 
 
 def _described(module: nn.Module) -> fast.Layer | None:
-    """The parameters of a layer that computes what this file says; None if somebody has changed it."""
+    """Returns the parameters of a layer, or None if it is not a layer of this file or was overridden or hooked."""
     own = module._parameters
     weight, bias = own.get("weight"), own.get("bias")
     if weight is None or bias is None:
@@ -305,6 +305,6 @@ def _described(module: nn.Module) -> fast.Layer | None:
     return None
 
 
-# As defined here, whoever replaces them later.
+# The original methods, captured at import time so that replacing one on its class later is detected.
 _NORMED, _STACKED, _MLP = NormedLinear.forward, StackedLinear.forward, MishMLP.forward
 _STACKED_NORM = StackedNorm.forward

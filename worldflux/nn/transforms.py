@@ -7,20 +7,19 @@ from torch import Tensor
 
 
 def symlog(x: Tensor) -> Tensor:
-    """`sign(x) * log(1 + |x|)`: linear around zero, logarithmic far from it. Inverse of `symexp`."""
+    """Computes `sign(x) * log(1 + |x|)`: linear around zero, logarithmic far from it. Inverse of `symexp`."""
     return torch.sign(x) * torch.log1p(torch.abs(x))
 
 
 def symexp(x: Tensor) -> Tensor:
-    """`sign(x) * (exp|x| - 1)`. Inverse of `symlog`."""
+    """Computes `sign(x) * (exp|x| - 1)`. Inverse of `symlog`."""
     return torch.sign(x) * torch.expm1(torch.abs(x))
 
 
 def symexp_bins(count: int, limit: float = 20.0) -> Tensor:
-    """Bin positions for two-hot targets, spaced evenly in symlog space from `-symexp(limit)` to `symexp(limit)`.
-
-    One half is mirrored onto the other, so that the bins are antisymmetric to the last bit: a uniform distribution
-    over them has a mean of exactly zero.
+    """Returns bins for two-hot targets from `-symexp(limit)` to `symexp(limit)`, evenly spaced in symlog space.
+    One half mirrors the other, so that the bins are antisymmetric to the last bit and a uniform distribution over them
+    has a mean of exactly zero.
 
     Args:
         count: Odd number of bins; the middle one is 0.
@@ -36,9 +35,9 @@ def symexp_bins(count: int, limit: float = 20.0) -> Tensor:
 
 
 def symlog_bins(count: int, limit: float) -> Tensor:
-    """Evenly spaced bin positions from `-limit` to `limit`, for two-hot distributions over symlog values.
+    """Returns evenly spaced bin positions from `-limit` to `limit`, for two-hot distributions over symlog values.
 
-    One half is mirrored onto the other, so that a uniform distribution over them has a mean of exactly zero.
+    One half mirrors the other, so that a uniform distribution over the bins has a mean of exactly zero.
 
     Args:
         count: Odd number of bins; the middle one is 0.
@@ -52,17 +51,17 @@ def symlog_bins(count: int, limit: float) -> Tensor:
 
 
 def simnorm(x: Tensor, dim: int) -> Tensor:
-    """Softmax within consecutive groups of `dim` numbers: each group lies on a simplex. `[..., L]` → `[..., L]`
+    """Applies a softmax within consecutive groups of `dim` elements, so that each group lies on a simplex. `[..., L]`
 
     Source: TD-MPC2, arXiv:2310.16828, simplicial normalisation.
     """
     groups = x.unflatten(-1, (-1, dim))
     if x.device.type == "cpu":
-        # torch's CPU kernel is many times faster where the axis is not the last one.
+        # torch's CPU kernel is many times faster if the axis is not the last one.
         return torch.softmax(groups.transpose(-1, -2), -2).transpose(-1, -2).flatten(-2)
     return torch.softmax(groups, -1).flatten(-2)
 
 
 def bounded(actions: Tensor) -> Tensor:
-    """Actions with magnitudes above 1 brought back to 1, without a gradient through the magnitude."""
+    """Rescales actions with magnitudes above 1 to magnitude 1, without a gradient through the magnitude."""
     return actions / actions.abs().clamp(min=1.0).detach()

@@ -1,1 +1,1 @@
-"""Fast forms of layers; the plain definitions beside this folder choose them."""
+"""Fast implementations of layers; `worldflux.nn` contains their plain definitions and chooses between the two."""

@@ -1,6 +1,6 @@
-/* What consists of many small operations in DreamerV3, for one CPU core: float32, row-major, one pass where torch takes
- * several. Matrix products are those of the BLAS that torch brings along. Each function says which torch code defines
- * it; `worldflux.nn.fast.kernels` compiles this file and calls it. */
+/* The small operations of DreamerV3 for one CPU core: float32, row-major, in one pass where torch takes several. Matrix
+ * products use the BLAS that comes with torch. The comment of each function names the torch code that defines it.
+ * `worldflux.nn.fast.kernels` compiles and loads this file. */
 
 #include <math.h>
 #include <string.h>
@@ -11,18 +11,18 @@ static sgemm_t sgemm;
 
 void set_sgemm(sgemm_t function) { sgemm = function; }
 
-#define SIMD _Pragma("omp simd") /* nothing in the loop depends on another turn, also where arrays are the same */
+#define SIMD _Pragma("omp simd") /* iterations are independent, even if arrays coincide */
 #define TOP _Pragma("omp simd reduction(max : top)")
 #define SUM _Pragma("omp simd reduction(+ : sum)")
 
-/* y[n, out] = beta * y + x[n, in] w^T, w[out, in]; ld*: distance of two rows. */
+/* y[n, out] = beta * y + x[n, in] w^T with w[out, in]; ld*: distance between rows. */
 static void times_transposed(int n, int out, int in, const float *x, int ldx, const float *w, int ldw, float beta,
                              float *y, int ldy) {
     const float one = 1;
     sgemm("T", "N", &out, &n, &in, &one, w, &ldw, x, &ldx, &beta, y, &ldy);
 }
 
-/* y[n, out] = beta * y + x[n, in] w, w[in, out] */
+/* y[n, out] = beta * y + x[n, in] w with w[in, out]. */
 static void times(int n, int out, int in, const float *x, int ldx, const float *w, int ldw, float beta, float *y,
                   int ldy) {
     const float one = 1;
@@ -36,7 +36,7 @@ static void outer(int n, int out, int in, const float *g, int ldg, const float *
     sgemm("N", "T", &in, &out, &n, &one, x, &ldx, g, &ldg, &beta, w, &ldw);
 }
 
-/* exp to the last bit or two; NaN stays NaN. */
+/* exp, accurate to the last one or two bits; NaN stays NaN. */
 static inline float exp_(float x) {
     x = x > 88.f ? 88.f : x < -87.f ? -87.f : x;
     float n = rintf(x * 1.44269504f);
@@ -60,8 +60,8 @@ static inline float sigmoid(float x) { return 1 / (1 + exp_(-x)); }
 
 static inline float tanh_(float x) { return 2 * sigmoid(2 * x) - 1; }
 
-/* RMS norm and SiLU of x + bias (`worldflux.nn.layers.NormSiLU`). x becomes the normalised rows, `inverse` what they
- * were multiplied with. */
+/* RMS norm and SiLU of x + bias (`worldflux.nn.layers.NormSiLU`). x is overwritten with the normalised rows, and
+ * `inverse` with the factors that normalised them. */
 static void norm_silu(int n, int h, const float *bias, const float *scale, float *x, float *inverse, float *y, int ldy) {
     for (int i = 0; i < n; i++, x += h, y += ldy) {
         float sum = 0;
@@ -82,8 +82,8 @@ static void norm_silu(int n, int h, const float *bias, const float *scale, float
     }
 }
 
-/* Its gradient (`worldflux.nn.layers.norm_silu_backward`): `grad` of y becomes that of x; those of scale and bias are
- * added to `d_scale` and, if there is one, `d_bias`. */
+/* Gradient of norm_silu (`worldflux.nn.layers.norm_silu_backward`): turns `grad`, the gradient of y, into that of x, and
+ * adds the gradients of scale and bias to `d_scale` and `d_bias`, which may be NULL. */
 static void norm_silu_backward(int n, int h, const float *x, const float *inverse, const float *scale, float *grad,
                                float *d_scale, float *d_bias) {
     for (int i = 0; i < n; i++, x += h, grad += h) {
@@ -103,7 +103,8 @@ static void norm_silu_backward(int n, int h, const float *x, const float *invers
     }
 }
 
-/* Linear layer, RMS norm, SiLU: y[n, out] of x[n, in]; `normed` [n, out] and `inverse` [n] are for the gradient. */
+/* Linear layer, RMS norm and SiLU from x[n, in] to y[n, out]; saves `normed` [n, out] and `inverse` [n] for the
+ * gradient. */
 static void layer(int n, int in, int out, const float *x, int ldx, const float *const *w, float *normed,
                   float *inverse, float *y) {
     times_transposed(n, out, in, x, ldx, w[0], in, 0, normed, out);
@@ -111,20 +112,20 @@ static void layer(int n, int in, int out, const float *x, int ldx, const float *
 }
 
 typedef struct {
-    int layers, units, kept;     /* kept: rows of what is kept for the gradient; fewer than n if nothing is */
+    int layers, units, kept;     /* kept: rows of the arrays saved for the gradient; fewer than n if nothing is saved */
     const float *const *weights; /* kernel, bias and scale of each layer */
     float *normed, *inverse;     /* [layers, kept, units], [layers, kept] */
     float *hidden, *out;         /* [layers - 1, kept, units], [n, units] */
-    const float *grad;           /* of `out` */
-    float *const *d_weights;     /* as `weights`; the first kernel's is not written */
+    const float *grad;           /* gradient of `out` */
+    float *const *d_weights;     /* as `weights`; the entry of the first kernel is not used */
 } Mlp;
 
-enum { PORTION = 256 }; /* rows whose activations stay in the cache from layer to layer */
+enum { PORTION = 256 }; /* number of rows whose activations stay in the cache between layers */
 
 static int least(int a, int b) { return a < b ? a : b; }
 
-/* Several MLPs (`worldflux.nn.layers.MLP`) on one input x[n, in]. Their first kernels stand one below the other in
- * `kernel` [total, in]: one product, because narrow ones take longer. `memory` is [PORTION, total]. */
+/* Several MLPs (`worldflux.nn.layers.MLP`) on one input x[n, in]. Their first kernels are concatenated in `kernel`
+ * [total, in] for one wide product, which is faster than several narrow ones. `memory` is [PORTION, total]. */
 void mlps(int n, int in, const float *x, int total, const float *kernel, int count, const Mlp *each, float *memory) {
     for (int first = 0; first < n; first += PORTION) {
         int rows = least(PORTION, n - first), offset = 0;
@@ -149,8 +150,8 @@ void mlps(int n, int in, const float *x, int total, const float *kernel, int cou
     }
 }
 
-/* Their gradients, those of the first kernels in d_kernel [total, in]; d_x [n, in] may be NULL. `memory` is [PORTION,
- * total] and [2, PORTION, units] of the widest. */
+/* Gradients of `mlps`. Those of the first kernels are written to d_kernel [total, in]; d_x [n, in] may be NULL. `memory`
+ * is [PORTION, total] followed by [2, PORTION, units of the widest MLP]. */
 void mlps_backward(int n, int in, const float *x, float *d_x, int total, const float *kernel, float *d_kernel,
                    int count, const Mlp *each, float *memory) {
     for (const Mlp *m = each; m < each + count; m++)
@@ -183,7 +184,8 @@ void mlps_backward(int n, int in, const float *x, float *d_x, int total, const f
     }
 }
 
-/* Softmax of n groups of c numbers each, in place. For known n and c, gcc makes copies without vectors: no such copies. */
+/* Softmax of n groups of c numbers each, in place. `noipa` keeps gcc from specialising the function for known n and c,
+ * because it does not vectorise the specialised copies. */
 __attribute__((noipa)) static void softmax(int n, int c, float *x) {
     for (int i = 0; i < n; i++) {
         float *row = x + (long)i * c, top = row[0];
@@ -198,8 +200,8 @@ __attribute__((noipa)) static void softmax(int n, int c, float *x) {
     }
 }
 
-/* Probabilities and means of n two-hot distributions (`worldflux.nn.distributions.TwoHot`). Two mirrored bins whose
- * probabilities differ by no more than `share` of their sum count as equal. */
+/* Probabilities and means of n two-hot distributions (`worldflux.nn.distributions.TwoHot`). Two mirrored bins count as
+ * equal if their probabilities differ by no more than `share` of their sum. */
 void two_hot(int n, int bins, const float *logits, const float *values, float share, float *probs, float *mean) {
     const int middle = bins / 2;
     for (int i = 0; i < n; i++) {
@@ -215,7 +217,7 @@ void two_hot(int n, int bins, const float *logits, const float *values, float sh
     }
 }
 
-/* Draws one of c classes with a uniform number (`worldflux.nn.distributions.inverse_cdf`). */
+/* Draws one of c classes with one uniform random number (`worldflux.nn.distributions.inverse_cdf`). */
 static int draw(int c, const float *probs, float unimix, float uniform) {
     float limit = uniform * (float)(1 - 1e-6);
     double total = 0;
@@ -227,8 +229,8 @@ static int draw(int c, const float *probs, float unimix, float uniform) {
     return drawn < c ? drawn : c - 1;
 }
 
-/* One step of the gated cell (`RSSM.core`). gates [n, g, 3, w] without their bias become reset, candidate's input and
- * update; `candidate` [n, g * w] is kept for the gradient. */
+/* One step of the gated cell (`RSSM.core`). `gates` [n, g, 3, w], given without bias, is overwritten with the reset gate,
+ * the input of the candidate and the update gate; `candidate` [n, g * w] is saved for the gradient. */
 static void cell(int n, int g, int w, const float *bias, float *gates, const float *before, int ldb, float *candidate,
                  float *after, int lda) {
     for (int i = 0; i < n; i++)
@@ -245,8 +247,8 @@ static void cell(int n, int g, int w, const float *bias, float *gates, const flo
         }
 }
 
-/* Its gradient: `grad` [n, g * w] of the new state becomes what goes straight to the old one, `gates` that of what the
- * gates' layer gave; d_bias [g * 3 * w] is added to. */
+/* Gradient of `cell`: turns `grad` [n, g * w], the gradient of the new state, into the part that reaches the old state
+ * directly, and `gates` into the gradient of the gates' linear layer; adds to d_bias [g * 3 * w]. */
 static void cell_backward(int n, int g, int w, float *gates, const float *before, const float *candidate, float *grad,
                           float *d_gates, float *d_bias) {
     for (int i = 0; i < n; i++)
@@ -266,7 +268,7 @@ static void cell_backward(int n, int g, int w, float *gates, const float *before
         }
 }
 
-/* The products of g blocks: y[n, g * o] = beta * y + x[n, g * i] @ w[g, i, o], or with w^T. */
+/* Block-diagonal product of g blocks: y[n, g * o] = beta * y + x[n, g * i] @ w[g, i, o], or with w^T. */
 static void blocks(int n, int g, int i, int o, const float *x, int ldx, const float *w, long stride, int transposed,
                    float beta, float *y) {
     for (int k = 0; k < g; k++)
@@ -277,20 +279,20 @@ static void blocks(int n, int g, int i, int o, const float *x, int ldx, const fl
 }
 
 typedef struct {
-    int D, g, h, S, C, A, F, units, actor_layers, parts; /* parts: softmaxes of the policy, 0 for normals */
+    int D, g, h, S, C, A, F, units, actor_layers, parts; /* parts: number of softmaxes of the policy, 0 if it is normal */
     float unimix;
-    const int *widths; /* of the softmaxes */
-    /* Kernel [out, in], bias and scale of each layer; those without a norm have no scale. */
+    const int *widths; /* widths of the softmaxes */
+    /* Kernel [out, in], bias and scale of each layer; layers without a norm have no scale. */
     const float *deter_in[3], *stoch_in[3], *action_in[3], *prior_in[6], *prior_out[2], *policy_out[2], *std_out[2];
     const float *const *actor;
-    const float *stoch_columns, *actor_columns; /* [S * C, h] and [S * C, units]: kernels for latents, transposed */
+    const float *stoch_columns, *actor_columns; /* [S * C, h] and [S * C, units]: transposed kernels for the latents */
     const float *recurrent; /* [g, D / g, D / g] */
     long recurrent_stride;
     const float *dense, *hidden_bias, *hidden_scale; /* [3 * h, D] */
     const float *gates, *gates_bias;                 /* [g, D / g, 3 * D / g] */
 } Model;
 
-/* y[n, out] += the kernel's columns for the latents' classes. */
+/* Adds the columns of the kernel for the classes of the latents to y[n, out]. */
 static void add_columns(int n, int S, int C, int out, const int *classes, const float *columns, float *y) {
     for (int i = 0; i < n; i++)
         for (int s = 0; s < S; s++) {
@@ -300,7 +302,7 @@ static void add_columns(int n, int S, int C, int out, const int *classes, const 
         }
 }
 
-/* Actions of the policy at features, whose latents have the given classes. */
+/* Draws actions of the policy for features whose latents have the given classes. */
 static void act(const Model *m, int n, const float *feat, const int *classes, const float *noise, float *action,
                 float *a, float *b, float *inverse) {
     times_transposed(n, m->units, m->D, feat, m->F, m->actor[0], m->F, 0, a, m->units);
@@ -337,16 +339,16 @@ static void act(const Model *m, int n, const float *feat, const int *classes, co
 
 static int most(int a, int b) { return a > b ? a : b; }
 
-/* Floats of working memory that `imagine` needs for each row. */
+/* Number of floats of working memory that `imagine` needs for each row. */
 int imagine_memory(const Model *m) {
     int wide = most(most(m->S * m->C, 2 * m->A), most(m->h, m->units));
     return 5 * m->D + 3 * m->h + 2 * wide + m->A + m->S + 1;
 }
 
-/* The policy rolled out in the model (`worldflux.models.dreamerv3.rollout`), for rows [first, first + n) of N.
+/* Rolls out the policy in the model (`worldflux.models.dreamerv3.rollout`) for rows [first, first + n) of N.
  *
- * feats [H + 1, N, D + S * C], of which the first step is given; actions [H + 1, N, A]; uniform numbers for the latents
- * [H, N, S]; noise for the actions [H + 1, N, parts or A]. */
+ * feats is [H + 1, N, D + S * C], with the first step given; actions is [H + 1, N, A]; uniform [H, N, S] holds the random
+ * numbers for the latents, and noise [H + 1, N, parts or A] those for the actions. */
 void imagine(const Model *m, int H, int N, int first, int n, float *feats, float *actions, const float *uniform,
              const float *noise, float *memory) {
     int D = m->D, g = m->g, w = D / g, h = m->h, S = m->S, C = m->C, A = m->A, F = m->F, per = m->parts ? m->parts : A;
@@ -403,20 +405,20 @@ void imagine(const Model *m, int H, int N, int first, int n, float *feats, float
 }
 
 typedef struct {
-    int T, N, ld_posterior;              /* distance of two rows of the posterior's kernel */
+    int T, N, ld_posterior;              /* distance between rows of the posterior's kernel */
     const float *stoch_kernel, *posterior_kernel, *posterior_scale, *latents[2];
     const float *keep, *action_part, *embed_part, *uniform; /* [T, N], [T, N, D], [T, N, h], [T, N, S] */
-    const long long *classes;                               /* [T, N, S] to take in place of drawing, or NULL */
-    float *deter, *stoch;                                   /* [T + 1, N, D], [T + 1, N, S * C], the first ones given */
-    float *logits, *probs;                                  /* [T, N, S * C], as the following */
+    const long long *classes;                               /* [T, N, S] classes to use instead of drawing them, or NULL */
+    float *deter, *stoch;                                   /* [T + 1, N, D], [T + 1, N, S * C], with the first step given */
+    float *logits, *probs;                                  /* [T, N, S * C]; the arrays that follow are [T, N, ...] too */
     float *deter_x, *stoch_x, *deter_normed, *stoch_normed, *inputs, *hidden_normed, *hidden, *gates, *candidate;
     float *posterior_normed, *posterior_hidden, *inverse; /* D, S * C, h, h, 2 * h, D, D, 3 * D, D, h, h wide; 4 */
-    /* For the gradient; `d_deter`, `d_stoch` and `d_logits` hold those of the results, and are used up. */
+    /* For the gradient; `d_deter`, `d_stoch` and `d_logits` hold the gradients of the results and are overwritten. */
     float *d_deter, *d_stoch, *d_logits, *d_action, *d_embed, *d_deter_in, *d_stoch_in, *d_gates, *before;
     float *d_weights[15]; /* as `CoreWeights` and `PosteriorWeights` of `worldflux.models.dreamerv3.fast.cell` */
 } Window;
 
-/* The states along replayed windows (`worldflux.models.dreamerv3.fast.scan.observe_step`). */
+/* Computes the states along replayed windows (`worldflux.models.dreamerv3.fast.scan.observe_step`). */
 void observe(const Model *m, const Window *v) {
     int N = v->N, D = m->D, g = m->g, w = D / g, h = m->h, S = m->S, C = m->C, L = S * C;
     for (long t = 0; t < v->T; t++) {
@@ -458,7 +460,7 @@ void observe(const Model *m, const Window *v) {
     }
 }
 
-/* Their gradients (`worldflux.models.dreamerv3.fast.scan.observe_step_backward`, then those of the weights). */
+/* Gradients of `observe` (`worldflux.models.dreamerv3.fast.scan.observe_step_backward`), then those of the weights. */
 void observe_backward(const Model *m, const Window *v) {
     int N = v->N, D = m->D, g = m->g, w = D / g, h = m->h, S = m->S, C = m->C, L = S * C, all = v->T * N;
     float *const *d = v->d_weights;
@@ -515,7 +517,7 @@ void observe_backward(const Model *m, const Window *v) {
         for (int j = 0; j < L; j++) d[14][j] += v->d_logits[i * L + j];
 }
 
-/* Whether the BLAS has the form that is expected here. */
+/* Returns whether the BLAS has the expected calling convention. */
 int works(void) {
     const float x[] = {1, 2, 3, 4, 5, 6}, w[] = {1, 0, 2, 0, 1, 1};
     float y[4] = {0};
@@ -523,7 +525,7 @@ int works(void) {
     return y[0] == 7 && y[1] == 5 && y[2] == 16 && y[3] == 11;
 }
 
-/* Square of the norm of n numbers; sums of floats, added up in double precision. */
+/* Squared norm of n numbers: partial sums in single precision, accumulated in double precision. */
 static double squares(long n, const float *x) {
     double total = 0;
     for (long i = 0; i < n; i += 4096) {
@@ -535,7 +537,7 @@ static double squares(long n, const float *x) {
     return total;
 }
 
-/* One update of `count` tensors (`worldflux.training.optim.LaProp`); agc 0: no clipping. */
+/* One update of `count` tensors (`worldflux.training.optim.LaProp`); agc 0 disables clipping. */
 void laprop(int count, const long *sizes, float *const *parameters, const float *const *grads, float *const *mus,
             float *const *nus, float agc, float least_norm, float beta1, float beta2, float eps, float share, float keep,
             float rate) {

@@ -1,4 +1,4 @@
-"""The functions of `kernels.c`, DreamerV3's small operations, where they may be used."""
+"""Access to the functions of `kernels.c`, which compute DreamerV3's small operations."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _KINDS = (Tensor, torch.nn.Parameter)
 
 
 def kernels(*tensors: Tensor, elements: int = 0) -> Any:
-    """The compiled functions, if they may compute with these tensors; otherwise None.
+    """Returns the compiled functions if they can be used for these tensors, otherwise None.
 
-    They may on a CPU in float32, where neither autocast nor a compiler or a recorder of torch's operations is at work.
+    They require float32 tensors on a CPU, and that neither autocast, a compiler, tracing nor a dispatch mode is active.
 
     Args:
-        *tensors: Some of those that go in.
-        elements: Size of what is computed. Large ones are left to torch where it has many threads: it shares
-            everything among them, the kernels only the matrix products.
+        *tensors: Input tensors to check.
+        elements: Number of elements of the result. Large results are left to torch if it has many threads, because
+            torch parallelises everything, the kernels only the matrix products.
     """
     if elements > _LARGE and torch.get_num_threads() > _FEW_THREADS:
         return None
-    # In this order: a compiler cannot follow what asks for the forms.
+    # The order matters: torch.compile cannot trace `fast_forms`.
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return None
     if not native.switched_on() or not fast_forms():
@@ -43,7 +43,7 @@ def kernels(*tensors: Tensor, elements: int = 0) -> Any:
 
 @cache
 def library() -> Any:
-    """All functions; None where they cannot be compiled or torch's BLAS is not to be found."""
+    """Returns the compiled library, or None if it cannot be compiled or torch's BLAS is not found."""
     sgemm, compiled = native.sgemm(), native.load(Path(__file__).with_name("kernels.c"))
     if sgemm is None or compiled is None:
         return None
@@ -52,5 +52,5 @@ def library() -> Any:
 
 
 def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    """Where contiguous tensors begin."""
+    """Returns the addresses of contiguous tensors."""
     return (ctypes.c_void_p * len(tensors))(*[x.data_ptr() for x in tensors])

@@ -24,20 +24,23 @@ def laprop(
     keep: float,
     rate: float,
 ) -> bool:
-    """Updates the tensors, all but the gradients in place; False, and nothing done, where the kernels do not apply.
+    """Updates parameters, momenta and mean squares in place, unless the kernels cannot be used.
 
     Args:
-        parameters: To update.
-        grads: Theirs, before clipping.
+        parameters: Parameters to update.
+        grads: Gradients of the parameters, before clipping.
         mu: Momenta.
-        nu: Mean squares.
-        agc: Largest norm of a gradient as a share of the norm of its tensor; None: no clipping.
-        least_norm: Norm that a smaller tensor is taken to have.
-        betas: Decay of `mu` and `nu`.
-        eps: Added to the root of `nu`.
-        share: Of a scaled gradient in `mu`.
+        nu: Running means of the squared gradients.
+        agc: Largest norm of a gradient as a fraction of the norm of its parameter; None disables clipping.
+        least_norm: Lower bound of the parameters' norms in clipping.
+        betas: Decay rates of `mu` and `nu`.
+        eps: Term added to the square root of `nu`.
+        share: Weight of a scaled gradient in `mu`.
         keep: Factor on the parameters.
-        rate: Factor on what is added to them.
+        rate: Factor on the update that is added to them.
+
+    Returns:
+        True, or False if the kernels cannot be used, in which case nothing is changed.
     """
     tensors = (*parameters, *grads, *mu, *nu)
     sizes = [p.numel() for p in parameters]

@@ -1,8 +1,8 @@
-"""Layers of TD-MPC2 as autograd nodes written by hand, for CPUs; `worldflux.nn.mish` is their definition.
+"""Layers of TD-MPC2 as hand-written autograd nodes for CPUs; `worldflux.nn.mish` is the definition.
 
-Linear, LayerNorm and Mish one after the other take about thirty passes over activations that do not fit into a core's
-cache, forward and backward together. As one node they take twelve, one ensemble member at a time while that member's
-activations are still near; the backward pass finds the slope of Mish ready.
+Computed separately, linear layer, LayerNorm and Mish take about thirty passes over activations that do not fit into a
+core's cache, forward and backward together. As one node they take twelve. Ensemble members are processed one at a time
+while their activations are still in the cache, and the forward pass stores the slope of Mish for the backward pass.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ LAYER_NORM_EPS = 1e-5
 
 
 def applies(x: Tensor) -> bool:
-    """Whether the hand-written nodes take this input: on a CPU, and not where a compiler fuses the formulas itself."""
+    """Returns whether the nodes support this input: on a CPU, and not under `torch.compile`, which fuses by itself."""
     suited = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-    # In this order: a compiler cannot follow what asks for the forms.
+    # The order matters: torch.compile cannot trace `fast_forms`.
     return suited and not torch.compiler.is_compiling() and fast_forms()
 
 
 def mish(x: Tensor) -> Tensor:
-    """Mish of float32 numbers of any shape.
+    """Computes Mish of a float32 tensor of any shape.
 
-    With `s = sigmoid(x)` and `p = 1 - (1 - s)^2` it is `x * p / (2 - p)`: one exponential, where torch's own kernel
-    takes three transcendental functions, and exact to the last bits for every x.
+    With `s = sigmoid(x)` and `p = 1 - (1 - s)^2` it is `x * p / (2 - p)`. This takes one exponential, while torch's own
+    kernel takes three transcendental functions, and is accurate to the last bits for every x.
     """
     if torch.is_grad_enabled() and x.requires_grad:
         return _Mish.apply(x)
@@ -40,7 +40,7 @@ def mish(x: Tensor) -> Tensor:
 
 
 def _mish(x: Tensor, s: Tensor, p: Tensor) -> Tensor:
-    """Mish in memory that is given; the result stands in `p`."""
+    """Computes Mish in the given memory and returns `p`, which holds the result."""
     torch.sigmoid(x, out=s)
     torch.lerp(s, s.new_ones(()), s, out=p)
     return p.div_(torch.sub(2.0, p, out=s)).mul_(x)
@@ -74,18 +74,19 @@ class _Mish(torch.autograd.Function):
 def mish_layer(
     parts: Sequence[Tensor], weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, dropout: Tensor | None = None
 ) -> Tensor:
-    """`mish(layer_norm(dropout * linear(parts)))` of M members. Under autocast the matrix products have its precision.
+    """Computes `mish(layer_norm(dropout * linear(parts)))` of M members, with autocast's precision in matrix products.
 
     Args:
-        parts: Joined on the last axis; each `[N, p]` for all members, or `[M, N, p]`. All float32 or bfloat16.
-        weight: `[M, out, in]`
-        bias: `[M, out]`
-        scale: Of the LayerNorm. `[M, out]`
-        shift: Of the LayerNorm. `[M, out]`
-        dropout: Factors for the linear layer's output. `[M, N, out]`
+        parts: Inputs to concatenate on the last axis, each `[N, p]` if all members share it, or `[M, N, p]`. All are
+            float32 or bfloat16.
+        weight: Weight of the linear layer. `[M, out, in]`
+        bias: Bias of the linear layer. `[M, out]`
+        scale: Scale of the LayerNorm. `[M, out]`
+        shift: Shift of the LayerNorm. `[M, out]`
+        dropout: Factors on the output of the linear layer. `[M, N, out]`
 
     Returns:
-        `[M, N, out]`, in autocast's precision.
+        The output in autocast's precision. `[M, N, out]`
     """
     precision = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
     layer = (weight, bias, scale, shift, dropout)
@@ -108,7 +109,7 @@ def _without_gradient(
     dropout: Tensor | None,
     x: Tensor,
 ) -> Tensor:
-    """The layer on its joined input. `[M, N, out]`"""
+    """Computes the layer for its concatenated input. `[M, N, out]`"""
     M, width, _ = weight.shape
     out, y = torch.empty(M, x.shape[-2], width), torch.empty(x.shape[-2], width)
     for m in range(M):
@@ -121,7 +122,7 @@ def _without_gradient(
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
-    """A linear layer, in float32 also where it is computed in another precision."""
+    """Writes a linear layer's output to the float32 tensor `out`, whatever precision the product is computed in."""
     if x.dtype == out.dtype:
         torch.addmm(bias, x, weight.t(), out=out)
     else:
@@ -214,7 +215,7 @@ class _MishLayer(torch.autograd.Function):
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """A matrix product, written where it is wanted also if that has another precision."""
+    """Writes a matrix product to `out`, which may have another dtype than the operands."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     else:

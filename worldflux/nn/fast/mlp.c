@@ -1,11 +1,11 @@
-/* Whole multilayer perceptrons of TD-MPC2, forward and backward; worldflux/nn/mish.py is their definition.
+/* Whole multilayer perceptrons of TD-MPC2, forward and backward; worldflux/nn/mish.py is the definition.
  *
- * A layer is linear, or linear, LayerNorm and Mish or SimNorm. Matrix products are those of torch's own BLAS, whose
- * sgemm is handed in; everything between two products is one pass over rows that are still in the cache.
+ * A layer is linear, or linear followed by LayerNorm and Mish or SimNorm. Matrix products use the sgemm of torch's own
+ * BLAS, which is passed in; everything between two products is one pass over rows that are still in the cache.
  *
- * Arrays are row-major float32. N: rows, M: members of an ensemble, each with parameters of its own behind those of the
- * member before it. What the backward pass needs lies in `saved`, for each member and each layer with a norm: the
- * norm's input [N, out], its means [N], its inverse deviations [N], and the layer's output [N, out].
+ * Arrays are row-major float32. N is the number of rows and M the number of ensemble members, whose parameters follow
+ * one another in memory. `saved` holds what the backward pass needs, for each member and each layer with a norm: the
+ * input of the norm [N, out], its means [N], its inverse standard deviations [N], and the output of the layer [N, out].
  */
 
 #include <math.h>
@@ -26,19 +26,19 @@ typedef void (*sgemm_t)(const char *, const char *, const int64_t *, const int64
 enum { PLAIN = 0, MISH = 1, SIMNORM = 2 };
 
 typedef struct {
-    const float *weight, *bias, *scale, *shift; /* [M, out, in], [M, out] each; the norm's may be NULL */
-    int64_t in, out, kind, group;               /* group: width of SimNorm's groups */
+    const float *weight, *bias, *scale, *shift; /* [M, out, in], others [M, out]; scale and shift may be NULL */
+    int64_t in, out, kind, group;               /* group: size of SimNorm's groups */
 } Layer;
 
 typedef struct {
     const float *data;
-    int64_t width, stride, repeat; /* row r of the input is row r / repeat of the part; stride: between rows */
+    int64_t width, stride, repeat; /* row r of the input is row r / repeat of the part; stride: distance between rows */
 } Part;
 
 static const float EPS = 1e-5f;
-static const int64_t PARALLEL = 65536; /* numbers from which on several threads are worth their start */
+static const int64_t PARALLEL = 65536; /* number of elements from which starting several threads pays off */
 
-/* exp, exact to two units in the last place; results below 1e-38 are 1e-38, beyond 1e38 they are 1e38. */
+/* exp, accurate to two units in the last place; results are clamped to [1e-38, 1e38]. */
 static inline float exponential(float x) {
     union {
         int32_t i;
@@ -60,7 +60,7 @@ static inline float exponential(float x) {
     return p * power.f;
 }
 
-/* With e = exp(x) and w = e (e + 2), tanh(log(1 + e)) = w / (w + 2). Beyond 20 that is 1. */
+/* With e = exp(x) and w = e (e + 2), tanh(log(1 + e)) = w / (w + 2), which is 1 for x above 20. */
 static inline float mish(float x) {
     float e = exponential(x > 20.0f ? 20.0f : x), w = e * (e + 2.0f);
     return x * (w / (w + 2.0f));
@@ -106,7 +106,7 @@ static void softmax_groups(float *x, int64_t width, int64_t group) {
     }
 }
 
-/* y += bias, times dropout; then LayerNorm and the activation of it into `out`, which may be y itself. */
+/* y = (y + bias) * dropout, then LayerNorm and the activation into `out`, which may be y itself. */
 static void finish(const Layer *l, const float *bias, const float *scale, const float *shift, const float *dropout,
                    int64_t rows, float *y, float *mean, float *rstd, float *out, int threads) {
     const int64_t width = l->out;
@@ -147,14 +147,15 @@ static void finish(const Layer *l, const float *bias, const float *scale, const 
     }
 }
 
-/* The gradient of what `finish` did: `grad` [N, out] becomes that of the product; adds to those of its parameters. */
+/* Gradient of `finish`: turns `grad` [N, out] into the gradient of the product, and adds to the gradients of the
+ * parameters. */
 static void unfinish(const Layer *l, const float *scale, const float *shift, const float *dropout, int64_t rows,
                      const float *y, const float *mean, const float *rstd, const float *out, float *grad, float *d_bias,
                      float *d_scale, float *d_shift, int threads) {
     const int64_t width = l->out;
     const float share = 1.0f / (float)width;
     const int parameters = d_bias != NULL;
-    /* Each thread adds up its own rows; the sums are added in the order of the threads, the same in every run. */
+    /* Each thread sums its own rows, and the sums are added in the order of the threads, so that runs are repeatable. */
     float *all = calloc((size_t)(4 * width * threads), sizeof(float));
     int teams = 1;
 #pragma omp parallel num_threads(threads) if (rows * width >= PARALLEL && threads > 1)
@@ -230,13 +231,13 @@ static int64_t saved_of(const Layer *layers, int64_t count, int64_t rows) {
     return numbers;
 }
 
-/* y [N, out] = input @ weight^T, the input in parts side by side. `once` has room for the rows of repeated parts. */
+/* y [N, out] = input @ weight^T for an input that is given in parts. `once` is memory for the rows of repeated parts. */
 static void product(sgemm_t sgemm, const Part *parts, int64_t count, const float *weight, int64_t in, int64_t out,
                     int64_t rows, const float *start, float *y, float *once) {
     const float one = 1.0f;
     float beta = 0.0f;
     int64_t column = 0;
-    if (start) { /* every row begins with the bias */
+    if (start) { /* initialise every row with the bias */
         for (int64_t r = 0; r < rows; r++) memcpy(y + r * out, start, sizeof(float) * (size_t)out);
         beta = 1.0f;
     }
@@ -262,8 +263,8 @@ static void product(sgemm_t sgemm, const Part *parts, int64_t count, const float
     }
 }
 
-/* out [M, N, out]. `chosen` [M] are the members' numbers, or NULL for 0 to M - 1; dropout [M, N, out of the first layer]
- * or NULL. Without `saved`, nothing is kept for the backward pass. */
+/* Computes out [M, N, out]. `chosen` [M] holds the indices of the members, or is NULL for 0 to M - 1; dropout is
+ * [M, N, out of the first layer] or NULL. If `saved` is NULL, nothing is saved for the backward pass. */
 void mlp_forward(sgemm_t sgemm, const Layer *layers, int64_t count, const Part *parts, int64_t part_count,
                  const int64_t *chosen, int64_t members, int64_t rows, const float *dropout, float *work, float *saved,
                  float *out, int threads) {
@@ -302,9 +303,9 @@ void mlp_forward(sgemm_t sgemm, const Layer *layers, int64_t count, const Part *
     }
 }
 
-/* Open loop from states [N, L] with S sequences of actions [H, N * S, A] each: the states after every action
- * [H, N * S, L], and what the head says of every state and the action taken there [H, N * S, K]. `work` has room for
- * three times the widest layer's output for (H - 1) * N * S rows, or N * S if that is more. */
+/* Open-loop rollout of S sequences of actions [H, N * S, A] from each of the states [N, L]: computes the states after
+ * every action [H, N * S, L], and the outputs of the head for every state and the action taken there [H, N * S, K].
+ * `work` holds three times the output of the widest layer for (H - 1) * N * S rows, or N * S if that is more. */
 void mlp_rollout(sgemm_t sgemm, const Layer *next, int64_t next_count, const Layer *head, int64_t head_count,
                  const float *state, const float *actions, int64_t steps, int64_t groups, int64_t sequences,
                  int64_t action_width, float *work, float *states, float *heads, int threads) {
@@ -324,10 +325,10 @@ void mlp_rollout(sgemm_t sgemm, const Layer *next, int64_t next_count, const Lay
                 threads);
 }
 
-/* Gradients from that of the output [M, N, out]. `d_layers` has, for each layer, where those of weight, bias, scale and
- * shift of all members are added to, or is NULL; `d_parts` where those of the parts, summed over the members, are
- * written, or NULL. No part is repeated. `work` has room for twice the rows of the widest layer, and for three times
- * forward. */
+/* Computes gradients from the gradient of the output [M, N, out]. For each layer, `d_layers` points to the arrays to
+ * which the gradients of weight, bias, scale and shift of all members are added; it may be NULL. `d_parts` points to the
+ * arrays to which the gradients of the parts, summed over the members, are written; each may be NULL. No part may be
+ * repeated. `work` holds twice the output of the widest layer for all rows, and three times that in the forward pass. */
 void mlp_backward(sgemm_t sgemm, const Layer *layers, int64_t count, const Part *parts, int64_t part_count,
                   const int64_t *chosen, int64_t members, int64_t rows, const float *dropout, const float *saved,
                   const float *grad, float *const *d_layers, float *const *d_parts, float *work, int threads) {
@@ -360,7 +361,7 @@ void mlp_backward(sgemm_t sgemm, const Layer *layers, int64_t count, const Part 
                          d_own ? d_own[2] + member * l->out : NULL, d_own ? d_own[3] + member * l->out : NULL, threads);
                 d = page;
             }
-            if (i > 0) { /* the layer below has a norm; its output lies right before what this layer kept */
+            if (i > 0) { /* the layer below has a norm; its output precedes what this layer saved */
                 const float *x = (l->kind == PLAIN ? saved + (m + 1) * saved_each : kept) - rows * l->in;
                 if (d_own)
                     sgemm("N", "T", &l->in, &l->out, &rows, &one, x, &l->in, d, &l->out, &one,

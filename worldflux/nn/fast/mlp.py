@@ -1,8 +1,8 @@
 """Whole MLPs of linear layers, LayerNorm, Mish and SimNorm as one native call, forward and backward (`mlp.c`).
 
-`worldflux.nn.mish` is their definition and chooses them. Layer by layer, the activations of a small model go through
-about ten calls of torch for each layer, and those of a large one ten times through memory; here a layer is one matrix
-product, by torch's own BLAS, and one pass over its result.
+`worldflux.nn.mish` contains the definition and chooses this implementation. Plain torch makes about ten calls per
+layer, which dominate in a small model; in a large model the activations pass through memory ten times. Here a layer is
+one matrix product with torch's own BLAS and one pass over its result.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ _GLOBAL_HOOKS: Callable[[], Any] = getattr(torch_module, "_has_any_global_hook",
 
 
 class Layer(NamedTuple):
-    """One layer; those of an ensemble have an axis for the members in front of all parameters."""
+    """Parameters of one layer. In an ensemble, every parameter has a leading axis for the members."""
 
     weight: Tensor
-    """`[out, in]`"""
+    """Weight of the linear layer. `[out, in]`"""
     bias: Tensor
-    """`[out]`"""
+    """Bias of the linear layer. `[out]`"""
     scale: Tensor | None
-    """Of the LayerNorm; None for a plain linear layer. `[out]`"""
+    """Scale of the LayerNorm; None for a plain linear layer. `[out]`"""
     shift: Tensor | None
-    """Of the LayerNorm. `[out]`"""
+    """Shift of the LayerNorm; None for a plain linear layer. `[out]`"""
     kind: int
-    """`PLAIN`, `MISH` or `SIMNORM`."""
+    """Kind of layer: `PLAIN`, `MISH` or `SIMNORM`."""
     group: int = 0
-    """Numbers in each of SimNorm's groups."""
+    """Size of SimNorm's groups."""
 
 
 class _Library(NamedTuple):
@@ -56,7 +56,7 @@ class _Library(NamedTuple):
 
 
 def applies(parts: Sequence[Tensor]) -> bool:
-    """Whether the native code takes these inputs: float32 on a CPU, nothing that watches or replaces operations."""
+    """Returns whether the native code supports these inputs: float32 on a CPU, and no active mode, hook or tracing."""
     for x in parts:
         if type(x) is not Tensor or x.dtype is not torch.float32 or not nodes.applies(x):
             return False
@@ -78,19 +78,20 @@ def mlp(
     dropout: Tensor | None = None,
     frozen: bool = False,
 ) -> Tensor | None:
-    """The output of layers, one behind the other; None where it cannot be computed natively.
+    """Computes the output of a sequence of layers.
 
     Args:
-        layers: From the first to the last.
-        parts: Joined on the last axis. Without members, `[..., p]` each, and such as stand once for many rows
-            (`[N, 1, p]` beside `[N, S, q]`) are multiplied once. With members, `[N, p]` each.
-        members: M; the parameters have an axis for them, and so has the output. 0: there is no such axis.
-        chosen: Indices of the members to evaluate, on the CPU; all if None. `[m]`
-        dropout: Factors behind the first linear layer, before its norm. `[m, N, out]`
-        frozen: Take the parameters as constants.
+        layers: Layers from the first to the last.
+        parts: Inputs to concatenate on the last axis. Without members each is `[..., p]`, and inputs that repeat for
+            many rows (`[N, 1, p]` beside `[N, S, q]`) are multiplied once. With members each is `[N, p]`.
+        members: Number of members M, for which the parameters and the output have a leading axis. With 0 there is no
+            such axis.
+        chosen: Indices of the members to evaluate, on the CPU; None evaluates all. `[m]`
+        dropout: Factors on the output of the first linear layer, before its norm. `[m, N, out]`
+        frozen: Whether to treat the parameters as constants.
 
     Returns:
-        `[..., out]`, with members `[m, N, out]`.
+        The output `[..., out]`, with members `[m, N, out]`, or None if it cannot be computed natively.
     """
     parameters = _parameters(layers)
     if parameters is None:
@@ -121,16 +122,17 @@ def mlp(
 def rollout(
     dynamics: Sequence[Layer], head: Sequence[Layer], state: Tensor, actions: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """Open loop from states with sequences of actions, without gradient; None where it cannot be computed natively.
+    """Predicts an open-loop rollout of S sequences of actions from each state, without gradient.
 
     Args:
-        dynamics: The next state of a state and an action.
-        head: What is asked of each state and the action taken there.
-        state: `[N, L]`
-        actions: `[H, N, S, A]`
+        dynamics: Layers that map a state and an action to the next state.
+        head: Layers that are evaluated on each state and the action taken there.
+        state: States to start from. `[N, L]`
+        actions: Sequences of H actions. `[H, N, S, A]`
 
     Returns:
-        The states after every action `[H, N, S, L]`, and the head's output `[H, N, S, K]`.
+        The states after every action `[H, N, S, L]` and the outputs of the head `[H, N, S, K]`, or None if they cannot
+        be computed natively.
     """
     if _parameters(dynamics) is None or _parameters(head) is None:
         return None
@@ -160,7 +162,7 @@ def rollout(
 
 
 def _parameters(layers: Sequence[Layer]) -> list[Tensor] | None:
-    """All parameters of the layers; None if the native code cannot read one."""
+    """Returns all parameters of the layers, or None if the native code cannot read one of them."""
     found = [p for layer in layers for p in layer[:4] if p is not None]
     for p in found:
         if p.dtype is not torch.float32 or not p.is_contiguous() or not p.is_cpu:
@@ -169,7 +171,7 @@ def _parameters(layers: Sequence[Layer]) -> list[Tensor] | None:
 
 
 def _packed(layers: Sequence[Layer]) -> Any:
-    """The layers as the native code reads them."""
+    """Returns an array of the structs `Layer` of `mlp.c`."""
     numbers: list[int] = []
     for weight, bias, scale, shift, kind, group in layers:
         width, inputs = weight.shape[-2:]
@@ -179,7 +181,7 @@ def _packed(layers: Sequence[Layer]) -> Any:
 
 
 def _repeat(shape: torch.Size, lead: torch.Size) -> int:
-    """How many rows in succession a part stands for; 0 if they do not follow each other."""
+    """Returns for how many consecutive rows each row of an input repeats, or 0 if they are not consecutive."""
     if len(shape) != len(lead):
         return 0
     kept = len(shape)
@@ -189,7 +191,7 @@ def _repeat(shape: torch.Size, lead: torch.Size) -> int:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """The part as rows whose numbers lie side by side."""
+    """Returns an input as a matrix whose rows are contiguous in memory."""
     flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     rows, width = flat.shape
     if (width == 1 or flat.stride(1) == 1) and (rows == 1 or flat.stride(0) >= width):
@@ -198,7 +200,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 class _Call:
-    """The arguments of the native functions for one evaluation."""
+    """Arguments of the native functions for one evaluation."""
 
     def __init__(
         self,
@@ -217,13 +219,13 @@ class _Call:
         self.parts = parts
         self.repeats = repeats
         self.rows = rows
-        self.members = members  # 0: one, without an axis
+        self.members = members  # 0 for a single network without an axis for members
         self.chosen = chosen
         self.dropout = None if dropout is None else dropout.contiguous()
         self.out = layers[-1].bias.shape[-1]
 
     def _arguments(self) -> tuple[Any, ...]:
-        """Those that both functions begin with. What they point to lives as long as this object."""
+        """Returns the leading arguments of both functions. This object keeps the memory they point to alive."""
         parts: list[int] = []
         for part, repeat in zip(self.parts, self.repeats, strict=True):
             width = part.shape[-1]
@@ -241,7 +243,7 @@ class _Call:
         )
 
     def sizes(self) -> tuple[int, int]:
-        """Numbers of working memory, and of what is kept for the backward pass."""
+        """Returns the number of floats of working memory and of memory saved for the backward pass."""
         widest = kept = 0
         for layer in self.layers:
             width = layer.bias.shape[-1]
@@ -251,7 +253,7 @@ class _Call:
         return 3 * self.rows * widest, max(self.members, 1) * self.rows * kept
 
     def forward(self, saved: Tensor | None) -> Tensor:
-        """The output `[N, out]`, with members `[m, N, out]`."""
+        """Computes the output `[N, out]`, with members `[m, N, out]`."""
         like = self.parts[0]
         out = like.new_empty((self.members, self.rows, self.out) if self.members else (self.rows, self.out))
         work = like.new_empty(self.sizes()[0])
@@ -262,7 +264,7 @@ class _Call:
     def backward(
         self, saved: Tensor, grad: Tensor, d_layers: Sequence[Tensor | None] | None, d_parts: Sequence[Tensor | None]
     ) -> None:
-        """Adds the parameters' gradients to `d_layers`, and writes those of the parts to `d_parts`."""
+        """Adds the gradients of the parameters to `d_layers`, and writes those of the inputs to `d_parts`."""
         work = saved.new_empty(self.sizes()[0])
         to_layers = None
         if d_layers is not None:
@@ -285,7 +287,7 @@ class _MLP(torch.autograd.Function):
         saved = call.parts[0].new_empty(call.sizes()[1])
         out = call.forward(saved)
         ctx.call, ctx.count = call, len(trained)
-        # Also those that are no inputs of this node: changed in between, they would give wrong gradients.
+        # Frozen parameters are saved too, so that torch detects if they are changed before the backward pass.
         parameters = [p for layer in call.layers for p in layer[:4] if p is not None]
         ctx.save_for_backward(saved, *parameters, *tensors[len(trained) :])
         return out
@@ -299,7 +301,7 @@ class _MLP(torch.autograd.Function):
         d_layers: list[Tensor | None] | None = None
         d_parameters: list[Tensor | None] = [None] * count
         if any(ctx.needs_input_grad[2 : 2 + count]):
-            # One piece of memory for all: clearing it is one pass.
+            # All gradients share one piece of memory, which is cleared in one pass.
             shapes = [None if p is None else p.shape for layer in call.layers for p in layer[:4]]
             sizes = [0 if shape is None else prod(shape) for shape in shapes]
             pieces = grad.new_zeros(sum(sizes)).split(sizes)
@@ -336,7 +338,7 @@ def _library() -> _Library | None:
 
 @torch.no_grad()
 def _is_right(library: _Library) -> bool:
-    """Whether a small network gives what torch gives: a BLAS that is called in another way is found out here."""
+    """Checks a small network against torch, which detects a BLAS with a different calling convention."""
     line = partial(torch.linspace, dtype=torch.float32, device="cpu")
     x, weight = line(-2, 2, 15).view(3, 5), line(-1, 2, 20).view(4, 5)
     bias, scale, shift = line(1, -1, 4), line(0.5, 1.5, 4), line(0, 1, 4)
@@ -360,5 +362,5 @@ def _is_right(library: _Library) -> bool:
     )
     if torch.allclose(out, expected, rtol=1e-4, atol=1e-5):
         return True
-    logger.warning("native code for MLPs computes wrongly on this machine and is not used; please report this")
+    logger.warning("the native code for MLPs gives wrong results on this machine and is not used; please report this")
     return False

@@ -1,7 +1,7 @@
-"""Several MLPs on one input as one autograd node; `worldflux.nn.layers.MLP` is their definition.
+"""Several MLPs on one input as one autograd node; `worldflux.nn.layers.MLP` is the definition.
 
-Rows pass through all layers in portions that stay in a core's cache, and norm and SiLU are one pass, forward and
-backward.
+Rows pass through all layers in portions that stay in a core's cache, and the norm and SiLU take one pass, both forward
+and backward.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch.autograd.function import once_differentiable
 from worldflux.nn.fast.kernels import addresses, kernels, library
 
 PORTION = 256
-"""Rows that pass through all layers together, as in `kernels.c`."""
+"""Number of rows that pass through all layers together, as in `kernels.c`."""
 
 
 class _Mlp(ctypes.Structure):
-    """`Mlp` of `kernels.c`."""
+    """Counterpart of the struct `Mlp` of `kernels.c`."""
 
     _fields_ = [
         *[(name, ctypes.c_int) for name in ("layers", "units", "kept")],
@@ -30,11 +30,14 @@ class _Mlp(ctypes.Structure):
 
 
 def mlps(x: Tensor, weights: Sequence[Sequence[Tensor]]) -> list[Tensor] | None:
-    """What MLPs give for `x` `[..., in]`, `[..., units]` each; None where the kernels do not apply.
+    """Applies several MLPs to one input.
 
     Args:
-        x: Their common input.
-        weights: Of each MLP, kernel, bias and scale of every layer; one layer at least.
+        x: Input that all MLPs share. `[..., in]`
+        weights: For each MLP, the kernel, bias and scale of every layer; there is at least one layer.
+
+    Returns:
+        The output `[..., units]` of each MLP, or None if the kernels cannot be used.
     """
     flat = [weight for each in weights for weight in each]
     if not all(weights) or not all(weight.is_contiguous() for weight in flat):
@@ -52,7 +55,7 @@ def mlps(x: Tensor, weights: Sequence[Sequence[Tensor]]) -> list[Tensor] | None:
 
 
 def _forward(rows: Tensor, weights: Sequence[Sequence[Tensor]], kept: int) -> list[tuple[Tensor, ...]]:
-    """Normalised rows, their factors, hidden layers and the output, of each MLP."""
+    """Returns the normalised rows, the norms' factors, the hidden layers and the output of each MLP."""
     structures = (_Mlp * len(weights))()
     memories: list[tuple[Tensor, ...]] = []
     alive: list[Any] = []
@@ -122,11 +125,11 @@ class _Mlps(torch.autograd.Function):
 
 
 def _stacked(kernels: Sequence[Tensor]) -> Tensor:
-    """Kernels of one input, one below the other. `[total, in]`"""
+    """Concatenates kernels that share an input. `[total, in]`"""
     return kernels[0] if len(kernels) == 1 else torch.cat(list(kernels))
 
 
 def _cut(flat: Sequence[Tensor], counts: Sequence[int]) -> list[Sequence[Tensor]]:
-    """The weights of each MLP."""
+    """Splits a flat list of weights into those of each MLP."""
     ends = [sum(counts[: i + 1]) for i in range(len(counts))]
     return [flat[end - count : end] for end, count in zip(ends, counts, strict=True)]

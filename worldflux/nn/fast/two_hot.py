@@ -11,12 +11,15 @@ from worldflux.nn.fast.kernels import kernels
 
 
 def two_hot_mean(logits: Tensor, bins: Tensor, rounding: float) -> tuple[Tensor, Tensor] | None:
-    """Probabilities `[..., n]` and means `[...]`, without gradient; None where the kernels do not apply.
+    """Computes the probabilities and means of two-hot distributions without gradient.
 
     Args:
-        logits: `[..., n]`
-        bins: Their values. `[n]`
+        logits: Logits of the distributions. `[..., n]`
+        bins: Values of the bins. `[n]`
         rounding: Relative difference up to which the probabilities of two mirrored bins count as equal.
+
+    Returns:
+        Probabilities `[..., n]` and means `[...]`, or None if the kernels cannot be used.
     """
     run = kernels(logits, bins, elements=logits.numel())
     if run is None or not (logits.is_contiguous() and bins.is_contiguous()):
