@@ -298,7 +298,7 @@ def test_damaged_and_missing_files_are_named(tmp_path):
         DreamerV3.from_pretrained(tmp_path)
     build(units=8).save_pretrained(tmp_path)
     model.config.save(tmp_path / "config.json")
-    with pytest.raises(CheckpointError, match=r"is of another model: actor\.mean\.weight has shape"):
+    with pytest.raises(CheckpointError, match=r"belongs to another model: actor\.mean\.weight has shape"):
         DreamerV3.from_pretrained(tmp_path)
 
 

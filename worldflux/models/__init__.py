@@ -1,1 +1,1 @@
-"""World models: the common interface in `base`, one package per family."""
+"""World models: the common interface in `base`, planning, and one package for each family."""

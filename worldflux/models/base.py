@@ -1,4 +1,4 @@
-"""The interface of every world model: its state, its losses, how it is optimised, how it is saved."""
+"""Common interface of all world models: states, losses, optimisation and files."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 class State(Mapping[str, Tensor]):
-    """An immutable mapping of names to tensors that share their leading axes.
+    """Immutable mapping from names to tensors that share their leading axes.
 
-    `state["deter"]` is one tensor; any other index goes to the leading axis of all of them: `state[3]`, `state[mask]`,
-    `state[:, 0]`.
+    A string index such as `state["deter"]` returns one tensor. Any other index, such as `state[3]`, `state[mask]` or
+    `state[:, 0]`, is applied to the leading axes of all tensors and returns a state.
     """
 
     __slots__ = ("_tensors",)
@@ -40,7 +40,7 @@ class State(Mapping[str, Tensor]):
         self._tensors = dict(tensors)
 
     def __getitem__(self, index: Any) -> Any:
-        """One tensor by its name, or the state at an index of the leading axes."""
+        """Returns the tensor of a name, or the state at an index of the leading axes."""
         if isinstance(index, str):
             return self._tensors[index]
         return self._map(lambda x: x[index])
@@ -50,29 +50,29 @@ class State(Mapping[str, Tensor]):
         return iter(self._tensors)
 
     def __len__(self) -> int:
-        """Number of tensors (a mapping's length), not of rows."""
+        """Returns the number of tensors (not of rows)."""
         return len(self._tensors)
 
     def __repr__(self) -> str:
-        """Names and shapes."""
+        """Returns the names and shapes."""
         return f"State({', '.join(f'{k}: {list(v.shape)}' for k, v in self._tensors.items())})"
 
     def to(self, *args: Any, **kwargs: Any) -> State:
-        """All tensors on another device or of another dtype; arguments as of `torch.Tensor.to`."""
+        """Returns the state on another device or with another dtype; takes the arguments of `torch.Tensor.to`."""
         return self._map(lambda x: x.to(*args, **kwargs))
 
     def detach(self) -> State:
-        """All tensors without gradient."""
+        """Returns the state without gradient."""
         return self._map(lambda x: x.detach())
 
     @staticmethod
     def stack(states: Sequence[State], dim: int = 0) -> State:
-        """Puts states side by side along a new axis."""
+        """Stacks states along a new axis."""
         return State({k: torch.stack([s[k] for s in states], dim) for k in states[0]})
 
     @staticmethod
     def cat(states: Sequence[State], dim: int = 0) -> State:
-        """Joins states along an existing axis."""
+        """Concatenates states along an existing axis."""
         return State({k: torch.cat([s[k] for s in states], dim) for k in states[0]})
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> State:
@@ -81,85 +81,86 @@ class State(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What a model expects of a sequence of actions."""
+    """Open-loop prediction of a model for a sequence of actions."""
 
     states: State
     """State after each action. `[H, B, ...]`"""
     rewards: Tensor
-    """What each action earned. `[H, B]`"""
+    """Reward of each action. `[H, B]`"""
     continues: Tensor
-    """Probability that the episode goes on after each action, in [0, 1]. `[H, B]`"""
+    """Probability that the episode continues after each action, in [0, 1]. `[H, B]`"""
 
 
 @dataclass(frozen=True)
 class LossOutput:
-    """Result of one loss computation; nothing in the model has changed by it."""
+    """Result of computing a loss, which changes nothing in the model."""
 
     loss: Tensor
     """Scalar to differentiate."""
     terms: dict[str, Tensor]
     """Named scalars for the log, without gradient."""
     extras: dict[str, Tensor] = field(default_factory=dict)
-    """What to store beside the last T' rows of the batch. `[B, T', ...]`"""
+    """Values to store in the replay buffer with the last T' rows of the batch. `[B, T', ...]`"""
     updates: dict[str, Tensor] = field(default_factory=dict)
-    """Buffers of the model that `after_step` moves to these values (running normalisers)."""
+    """New values of the model's buffers (running normalisers), which `after_step` writes."""
     carry: dict[str, Tensor] = field(default_factory=dict)
-    """What later phases of the same step go on with, without gradient."""
+    """Intermediate results for later phases of the same step, without gradient."""
 
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """How a family's papers optimise it."""
+    """Optimiser settings of a family, as in its papers."""
 
     kind: Literal["laprop", "adam"]
-    """LaProp (momentum after the RMS scaling) or Adam."""
+    """Optimiser: LaProp (momentum after the RMS scaling) or Adam."""
     learning_rate: float
-    """Constant after the warm-up."""
+    """Learning rate after the warm-up, constant from then on."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the momentum and of the squared gradients."""
+    """Decay rates of the momentum and of the squared gradients."""
     eps: float = 1e-8
-    """Added to the root of the squared gradients."""
+    """Term added to the root of the squared gradients."""
     agc: float | None = None
-    """Adaptive gradient clipping: largest gradient norm of a tensor as a share of its own norm. None: off."""
+    """Adaptive gradient clipping: largest norm of a parameter's gradient as a fraction of the parameter's norm. None
+    disables it."""
     grad_clip: float | None = None
-    """Largest norm of all gradients together. None: off."""
+    """Largest joint norm of all gradients. None disables clipping."""
     warmup_steps: int = 0
-    """Steps over which the rate rises linearly from zero."""
+    """Number of steps over which the learning rate rises linearly from zero."""
     weight_decay: float = 0.0
-    """Decoupled."""
+    """Decoupled weight decay."""
 
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters with a learning rate of their own."""
+    """Parameters with their own learning rate."""
 
     parameters: list[nn.Parameter]
     rate_scale: float = 1.0
     """Factor on the optimiser's learning rate."""
     eps: float | None = None
-    """In place of the specification's `eps`."""
+    """Value that replaces `OptimizerSpec.eps` for this group. None keeps it."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One loss of a gradient step with the parameters that it trains.
+    """One loss of a gradient step and the parameters that it trains.
 
-    Each phase has an optimiser of its own, and its gradient is clipped by itself.
+    Each phase has its own optimiser, and its gradients are clipped separately.
     """
 
     name: str
     parameters: list[nn.Parameter] | list[ParameterGroup]
     loss: Callable[[Batch, Sequence[LossOutput]], LossOutput]
-    """Called with the batch and the outputs of the phases before it."""
+    """Loss function, called with the batch and the outputs of the preceding phases."""
 
     @property
     def trained(self) -> list[nn.Parameter]:
-        """Every parameter that the phase trains."""
+        """All parameters that the phase trains."""
         return [p for group in parameter_groups(self.parameters) for p in group.parameters]
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter | ParameterGroup]) -> list[ParameterGroup]:
-    """Groups as they are given; loose parameters become one more group, with the optimiser's own rate."""
+    """Returns the given groups, and collects individual parameters in one more group with the optimiser's own rate."""
     items = list(parameters)
     groups = [item for item in items if isinstance(item, ParameterGroup)]
     loose = [item for item in items if not isinstance(item, ParameterGroup)]
@@ -168,41 +169,44 @@ def parameter_groups(parameters: Iterable[nn.Parameter | ParameterGroup]) -> lis
 
 @dataclass(frozen=True)
 class OnlineDefaults:
-    """A family's own numbers for learning in an environment."""
+    """Default settings of a family for learning in an environment."""
 
     train_ratio: float | None
-    """Replayed time steps per environment step. Higher learns more from each step and takes longer. None: one gradient
-    step for each environment step, whatever the size of its batch."""
+    """Number of replayed time steps per environment step. A higher ratio learns more from each step and takes longer.
+    None performs one gradient step per environment step, whatever the batch size."""
     batch_size: int
-    """Windows per gradient step."""
+    """Number of windows per gradient step."""
     seq_len: int
-    """Trained time steps per window."""
+    """Number of trained time steps per window."""
     buffer_size: int
-    """Transitions kept."""
+    """Number of transitions kept in the replay buffer."""
     learning_starts: int | None
-    """Environment steps before the first gradient step. None: until there are as many windows as a batch has time
-    steps."""
+    """Number of environment steps before the first gradient step. None waits until there are as many windows as a batch
+    has time steps."""
     random_start: bool = False
-    """Take uniformly random actions until then, and make up for the gradient steps of that time at its end."""
+    """Whether actions are uniformly random until `learning_starts`; the gradient steps of that time are then caught up
+    on at its end."""
     min_seq_len: int = 1
-    """Least trained time steps per window that the losses can be computed on."""
+    """Smallest number of trained time steps per window for which the losses can be computed."""
     fresh_windows: bool = False
-    """Train on each new window once before drawing at random."""
+    """Whether each new window is trained on once before windows are drawn at random."""
     planner: str | None = None
-    """How actions are chosen: "mppi" plans, None acts with the policy."""
+    """Method of choosing actions: "mppi" plans, None acts with the policy."""
 
 
 class WorldModel(nn.Module):
-    """What a world model can do, whatever its family; all of it batched.
+    """Base class of all world models. All methods are batched.
 
-    Observations are `[B, ...]`, or a dictionary of such; actions are `[B, A]`, continuous ones in [-1, 1], discrete
-    ones one-hot. Subclasses set `config_class` and implement the methods that raise here.
+    Observations are tensors `[B, ...]` or dictionaries of such tensors. Actions are `[B, A]`: continuous actions lie in
+    [-1, 1], discrete actions are one-hot. Subclasses set `config_class` and implement the methods that raise
+    `NotImplementedError` here.
     """
 
     config_class: ClassVar[type[WorldModelConfig]] = WorldModelConfig
     capturable: ClassVar[bool] = True
-    """Whether a gradient step may be recorded as a CUDA graph and played back: losses and `after_step` compute with
-    tensors alone, change the model's in place, and wait for nothing. A model that counts in Python says False."""
+    """Whether a gradient step may be captured as a CUDA graph and replayed. This requires that the losses and
+    `after_step` compute only with tensors, change those of the model in place, and never wait for the device. Set it to
+    False for a model that, for example, counts steps in Python."""
 
     def __init__(self, config: WorldModelConfig) -> None:
         super().__init__()
@@ -210,49 +214,49 @@ class WorldModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Device of the parameters."""
         return next(self.parameters()).device
 
     def train(self, mode: bool = True) -> WorldModel:
-        """Sets the module and all inside to training or evaluation mode, as torch does, without its bookkeeping.
+        """Sets training or evaluation mode recursively like `torch.nn.Module.train`, but without its overhead.
 
         An agent changes the mode twice for each environment step.
         """
         if not isinstance(mode, bool):
-            raise ValueError("training mode is expected to be boolean")  # as torch says it
+            raise ValueError("training mode is expected to be boolean")  # the same message as in torch
         modules: list[nn.Module] = [self]
         while modules:
             module = modules.pop()
             if module is not self and (type(module).train is not nn.Module.train or "train" in vars(module)):
-                module.train(mode)  # its own
+                module.train(mode)  # an overridden method
                 continue
             module.__dict__["training"] = mode
             modules.extend(child for child in module._modules.values() if child is not None)
         return self
 
     def set_training_mode(self, mode: bool) -> None:
-        """stable-baselines3's name of `train(mode)`, for callbacks and scripts that expect it of a policy."""
+        """Calls `train(mode)`. Callbacks and scripts for stable-baselines3 expect this method of a policy."""
         self.train(mode)
 
     def compile_functions(self) -> None:
-        """Replaces hot functions by what `torch.compile` makes of them; by default there are none.
+        """Compiles performance-critical functions with `torch.compile`. By default there are none.
 
-        `Trainer` calls it where its setting `compile` asks for it; calling it again changes nothing. What is compiled
-        is kept beside the modules, so that files and copies of the model are the same as without.
+        `Trainer` calls this method according to its setting `compile`; calling it again has no effect. Compiled
+        functions must be stored outside of the modules, so that files and copies of the model do not change.
         """
 
     # States
 
     def initial_state(self, batch_size: int) -> State:
-        """The state before any observation."""
+        """Returns the state before any observation."""
         raise NotImplementedError("initial_state(batch_size) -> State")
 
     def encode(self, obs: Observation, *, deterministic: bool = False) -> State:
-        """State after the first observation of an episode.
+        """Returns the state after the first observation of an episode.
 
         Args:
-            obs: `[B, ...]`
-            deterministic: Take the likeliest latents instead of sampling them.
+            obs: First observation. `[B, ...]`
+            deterministic: Whether to take the most likely latents instead of sampling them.
         """
         raise NotImplementedError("encode(obs) -> State")
 
@@ -265,92 +269,95 @@ class WorldModel(nn.Module):
         is_first: Tensor | None = None,
         deterministic: bool = False,
     ) -> State:
-        """State after an action and the observation that it led to (posterior).
+        """Returns the state after an action and the resulting observation (posterior).
 
         Args:
-            state: Before the action.
-            action: `[B, A]`
-            obs: What was seen after it. `[B, ...]`
-            is_first: True where `obs` starts an episode: that row's state and action are ignored. `[B]`
-            deterministic: Take the likeliest latents instead of sampling them.
+            state: State before the action.
+            action: Action that was taken. `[B, A]`
+            obs: Observation after the action. `[B, ...]`
+            is_first: True where `obs` starts an episode; the state and action of that row are ignored. `[B]`
+            deterministic: Whether to take the most likely latents instead of sampling them.
         """
         raise NotImplementedError("update(state, action, obs) -> State")
 
     def transition(self, state: State, action: Tensor, *, deterministic: bool = False) -> State:
-        """State that the model expects after an action, without seeing anything (prior). `[B, A]` → State"""
+        """Returns the state that the model predicts after an action `[B, A]`, without an observation (prior)."""
         raise NotImplementedError("transition(state, action) -> State")
 
     def decode(self, state: State) -> dict[str, Any]:
-        """Predictions of a state: `"obs"` as an observation, `"reward"` `[B]`, `"continue"` `[B]`, where offered."""
+        """Returns predictions for a state: `"obs"` as an observation, `"reward"` `[B]` and `"continue"` `[B]`.
+
+        A family only returns the keys that it can predict.
+        """
         raise NotImplementedError("decode(state) -> dict")
 
     def rollout(self, state: State, actions: Tensor, *, deterministic: bool = False) -> Trajectory:
-        """Open-loop prediction of a sequence of actions `[H, B, A]`."""
+        """Predicts the results of a sequence of actions `[H, B, A]` open loop."""
         raise NotImplementedError("rollout(state, actions) -> Trajectory")
 
     def policy(self, state: State, deterministic: bool = False) -> Tensor:
-        """Actions of the learned policy. `[B, A]`"""
+        """Returns actions of the learned policy. `[B, A]`"""
         raise NotImplementedError("policy(state) -> actions")
 
     def value(self, state: State) -> Tensor:
-        """Expected discounted reward from a state onwards, in reward units. `[B]`"""
+        """Returns the expected discounted sum of rewards from a state onwards, in reward units. `[B]`"""
         raise NotImplementedError("value(state) -> Tensor")
 
     # Learning
 
     def loss(self, batch: Batch) -> LossOutput:
-        """The training loss of a batch of replayed windows. Changes nothing."""
+        """Computes the training loss of a batch of replayed windows, without side effects."""
         raise NotImplementedError("loss(batch) -> LossOutput")
 
     @property
     def optimizer_spec(self) -> OptimizerSpec:
-        """How the family's papers optimise it."""
+        """Optimiser settings of the family's papers."""
         raise NotImplementedError("optimizer_spec")
 
     def phases(self) -> list[Phase]:
-        """The losses of one gradient step, in order. By default `loss` over all trainable parameters."""
+        """Returns the losses of one gradient step in order; by default, `loss` for all trainable parameters."""
         trainable = [p for p in self.parameters() if p.requires_grad]
         return [Phase("model", trainable, lambda batch, previous: self.loss(batch))]
 
     @torch.no_grad()
     def after_step(self, outputs: Sequence[LossOutput]) -> None:
-        """Commits what a gradient step leaves behind: running normalisers; subclasses add target networks."""
+        """Updates running normalisers after a gradient step; subclasses also update target networks."""
         for output in outputs:
             for name, value in output.updates.items():
                 self.get_buffer(name).copy_(value)
 
     def health(self, batch: Batch) -> tuple[HealthMetric, ...]:
-        """Numbers that tell whether the model is dying, measured on a batch without a gradient; none by default.
+        """Measures the model's health metrics on a batch, without gradient; by default there are none.
 
-        It draws random numbers as `loss` does; `training.check_health` keeps them apart from those of training.
+        It draws random numbers like `loss` does; `training.check_health` separates them from those of training.
         """
         return ()
 
     # Replay and acting
 
     def online_defaults(self) -> OnlineDefaults:
-        """The family's own numbers for learning in an environment."""
+        """Returns the default settings of the family for learning in an environment."""
         raise NotImplementedError("online_defaults() -> OnlineDefaults")
 
     def replay_extras(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-        """Names, shapes and dtypes of what the model wants stored beside each replayed row."""
+        """Returns names, shapes and dtypes of the values that the model stores with each replayed row."""
         return {}
 
     def extras_from_state(self, state: State) -> dict[str, Tensor]:
-        """The values of `replay_extras` for a state. `[B, ...]` each"""
+        """Returns the values of `replay_extras` for a state, `[B, ...]` each."""
         return {}
 
     # Files
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes `config.json` and `model.safetensors`, both or neither, also where another model was saved.
+        """Writes `config.json` and `model.safetensors`, either both or neither, and replaces an older model.
 
         Args:
-            directory: Created if it does not exist. Other files in it stay.
+            directory: Directory to write to, created if it does not exist. Other files in it are kept.
 
         Raises:
-            ConfigurationError: If `directory` can be none.
-            CheckpointError: If it cannot be written; an older model is unchanged then.
+            ConfigurationError: If `directory` is not a valid path of a directory.
+            CheckpointError: If the files cannot be written. An older model is unchanged in this case.
         """
         path = checked_path("directory", directory, directory=True)
         with writing(path, CheckpointError), replacing_together(path) as beside:
@@ -361,19 +368,19 @@ class WorldModel(nn.Module):
     def from_pretrained(
         cls, directory: str | Path, device: str | torch.device = "cpu", *, allow_nonfinite: bool = False
     ) -> WorldModel:
-        """Builds the model that `save_pretrained` wrote; also while another process replaces it.
+        """Loads a model that `save_pretrained` wrote, even while another process is replacing it.
 
-        The weights are read and compared with what the configuration describes before anything is built: what is built
-        takes as much memory as the file has bytes.
+        The weights are compared with the configuration before the model is built, so that building it takes no more
+        memory than the size of the file.
 
         Args:
-            directory: What it wrote.
-            device: Where the model shall be.
-            allow_nonfinite: Take weights that are NaN or infinite, to look at them.
+            directory: Directory written by `save_pretrained`.
+            device: Device of the loaded model.
+            allow_nonfinite: Whether to accept weights that are NaN or infinite, in order to examine them.
 
         Raises:
-            CheckpointError: If the directory lacks a file, the weights do not fit the configuration, or are not finite.
-            ConfigurationError: If there is no such device, the configuration is none, or `directory` can be none.
+            CheckpointError: If a file is missing, or the weights do not fit the configuration or are not finite.
+            ConfigurationError: If the device is not available, or the configuration or `directory` is not valid.
         """
         path, place = checked_path("directory", directory), resolve_device(device)
         return reading_together(path, (CONFIG_FILE, WEIGHTS_FILE), lambda: cls._read(path, allow_nonfinite)).to(place)
@@ -392,39 +399,39 @@ class WorldModel(nn.Module):
         with only_our_errors(directory):
             weights = read_weights(directory / WEIGHTS_FILE, allow_nonfinite=allow_nonfinite)
             cls._check_described(config, weights, directory / WEIGHTS_FILE)
-            with torch.random.fork_rng(devices=[]):  # the weights that it draws are replaced
+            with torch.random.fork_rng(devices=[]):  # the initial weights are replaced
                 model = cls(config)
             model._take_over(weights, directory / WEIGHTS_FILE)
         return model
 
     @classmethod
     def _check_described(cls, config: WorldModelConfig, weights: Mapping[str, Tensor], path: Path) -> None:
-        """Raises a `CheckpointError` unless the weights are those of the model that a configuration describes."""
-        if cls.load_state_dict is not nn.Module.load_state_dict:  # who may take weights under other names
+        """Raises a `CheckpointError` unless the weights fit the model that a configuration describes."""
+        if cls.load_state_dict is not nn.Module.load_state_dict:  # an override may accept weights of other names
             return
         try:
             with torch.device("meta"):
                 described = cls(config).state_dict()
         except (NotImplementedError, RuntimeError) as error:
-            if "meta" not in str(error):  # such as a size that no number of bytes is enough for
+            if "meta" not in str(error):  # such as a size that overflows
                 raise
-            return  # a model of somebody's own, which computes while it is built
+            return  # a user's model that computes values in its constructor
         check_weights(path, weights, described)
 
     def weights_bytes(self) -> bytes:
-        """All parameters and buffers in safetensors format."""
+        """Returns all parameters and buffers in the safetensors format."""
         return safetensors.torch.save({k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()})
 
     def load_weights(self, data: bytes, *, source: object, allow_nonfinite: bool = False) -> None:
-        """Takes over what `weights_bytes` gave.
+        """Loads weights that `weights_bytes` returned.
 
         Args:
-            data: safetensors.
-            source: Named in errors.
-            allow_nonfinite: Take weights that are NaN or infinite.
+            data: Weights in the safetensors format.
+            source: Origin of the data, named in error messages.
+            allow_nonfinite: Whether to accept weights that are NaN or infinite.
 
         Raises:
-            CheckpointError: If the data is damaged or not finite, or names or shapes differ from the model's.
+            CheckpointError: If the data is damaged or not finite, or if names or shapes differ from the model's.
         """
         with only_our_errors(source):
             self._take_over(parse_weights(data, source, allow_nonfinite=allow_nonfinite), source)
@@ -435,14 +442,20 @@ class WorldModel(nn.Module):
         except RuntimeError as error:
             raise CheckpointError(f"{source} does not fit the model's configuration. {error}") from error
 
-    # For the families: what they are given, and in which precision they compute
+    # Helpers for subclasses: precision and checks of the inputs
 
     def _autocast(self) -> AbstractContextManager[Any]:
         kind = self.config.dtype
         return autocast(self.device, None if kind == "float32" else getattr(torch, kind))
 
     def _observations(self, obs: Observation, *, leading: int, rows: int | None = None) -> dict[str, Tensor]:
-        """The observation as a dictionary, checked; the first of the `leading` batch axes has `rows` rows."""
+        """Returns the observation as a dictionary, after checking its keys, shapes and dtypes.
+
+        Args:
+            obs: Observation to check.
+            leading: Number of batch axes.
+            rows: Expected size of the first batch axis; None accepts any.
+        """
         tensors = obs if isinstance(obs, dict) else {"obs": obs}
         shapes = self.config.obs_shapes
         if set(tensors) != set(shapes):
@@ -472,7 +485,8 @@ class WorldModel(nn.Module):
                 )
             if rows is not None and len(tensors[key]) != rows:
                 raise ShapeMismatchError(
-                    f"Observation '{key}' has {len(tensors[key])} rows, but the state has {rows}. Pass one for each."
+                    f"Observation '{key}' has {len(tensors[key])} rows, but the state has {rows}. "
+                    "Pass one observation for each row."
                 )
         return tensors
 

@@ -1,4 +1,4 @@
-"""A model as it is evaluated: without dropout, and with random numbers of its own."""
+"""Evaluation of a model: without dropout and with separate random numbers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
-    """Inside the block nothing is trained: evaluation mode, no gradients, and random numbers that start from `seed`.
+    """Sets evaluation mode, disables gradients and seeds the random numbers with `seed` inside the block.
 
-    Behind it the modes of all modules and torch's random streams are as before.
+    Afterwards the modes of all modules and torch's random states are restored.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            # torch.manual_seed would reach CUDA devices whose streams are not brought back.
+            # torch.manual_seed would also seed CUDA devices whose random states are not restored.
             torch.default_generator.manual_seed(seed)
             if device.type == "cuda":
                 with torch.cuda.device(device):

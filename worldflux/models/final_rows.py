@@ -1,4 +1,4 @@
-"""Replayed rows as every family of models wants them."""
+"""Layout of replayed rows that all model families share."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from worldflux.replay.batch import Batch
 
 
 def with_final_rows(batch: Batch) -> Batch:
-    """Gives episodes that end inside a window the row that their last reward arrives at.
+    """Inserts a row after each episode that ends inside a window, at which its last reward arrives.
 
-        rows given     o0  o1  o2* | p0  p1          * ends its episode, p0 starts the next
-        rows made      o0  o1  o2* ·   p0            · never seen; the window keeps its length, so p1 is pushed out
+        given rows      o0  o1  o2* | p0  p1         * ends its episode, p0 starts the next
+        returned rows   o0  o1  o2* ·   p0           · has no observation; the window keeps its length and loses p1
 
     Args:
-        batch: Without `is_first`. `[B, T, ...]`
+        batch: Batch without `is_first`. `[B, T, ...]`
 
     Returns:
-        The same number of rows, with `is_first` and `obs_mask`.
+        A batch of the same size, with `is_first` and `obs_mask`.
     """
     ends = batch.terminations if batch.truncations is None else batch.terminations | batch.truncations
     B, T = ends.shape
     steps = torch.arange(T, device=ends.device)
-    before = torch.cumsum(ends, 1) - ends.long()  # ends before each row, each of which pushes it back by one
-    # Everything that is pushed out of the window lands in one column more, which is cut off.
+    before = torch.cumsum(ends, 1) - ends.long()  # number of ends before each row, each of which shifts it by one
+    # Rows that are shifted out of the window go into an extra column, which is cut off.
     place = (steps + before).clamp(max=T)
     source = torch.zeros(B, T + 1, dtype=torch.long, device=ends.device).scatter_(1, place, steps.expand(B, T))
     made = torch.zeros(B, T + 1, dtype=torch.bool, device=ends.device)

@@ -1,4 +1,4 @@
-"""Values that are not finite: where they are first."""
+"""Checks for values that are not finite."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from torch import Tensor, nn
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """Says which tensor is the first that holds NaN or infinity, and of how many values; None if none does.
+    """Describes the first tensor that contains NaN or infinity, or returns None if there is none.
 
     Args:
-        tensors: On one device, for which the host waits once.
+        tensors: Tensors on one device. The host waits for the device once.
+
+    Returns:
+        The name of the tensor and how many of its values are not finite, as text for an error message.
     """
     if not tensors:
         return None
@@ -25,10 +28,10 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters, then buffers, by name."""
+    """Returns the parameters, then the buffers of a model by name."""
     return {name: x.detach() for name, x in (*model.named_parameters(), *model.named_buffers())}
 
 
 def largest(tensors: Mapping[str, Tensor]) -> float:
-    """Largest magnitude of all values; 0 if there are none."""
+    """Returns the largest magnitude of all values, or 0 if there are none."""
     return max((float(tensor.abs().amax()) for tensor in tensors.values() if tensor.numel()), default=0.0)

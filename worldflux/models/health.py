@@ -1,7 +1,7 @@
-"""Health metrics: numbers that tell whether a world model is dying, and what all families measure alike.
+"""Health metrics, which show whether training of a world model is collapsing, and measurements shared by all families.
 
-What is measured, and from where on it is bad, stands at `DREAMERV3_THRESHOLDS` and `TDMPC2_THRESHOLDS` in the
-`health.py` of each family. Nothing here is part of a gradient step.
+The `health.py` of each family defines its metrics and their thresholds, in `DREAMERV3_THRESHOLDS` and
+`TDMPC2_THRESHOLDS`. Nothing here is part of a gradient step.
 """
 
 from __future__ import annotations
@@ -17,51 +17,51 @@ from torch import Tensor
 from worldflux.nn.transforms import symlog
 
 _EDGE = 0.95
-"""Share of a two-hot distribution's range in symlog space, from which on a number counts as at its edge."""
+"""Fraction of a two-hot distribution's range in symlog space from which a number counts as being at its edge."""
 
 _SAME = 1e-6
-"""Mean distance from the average up to which numbers are the same everywhere, but for rounding."""
+"""Mean distance from the average below which values count as constant up to rounding."""
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """From where on a metric is bad, and what to do then."""
+    """Limit of a health metric, and advice for values beyond it."""
 
     value: float
     bad: Literal["above", "below"]
-    """The side of the threshold that is bad; the threshold itself is good."""
+    """Side of the threshold that is bad; the threshold itself is good."""
     advice: str
-    """What a bad value means and what to try, in one sentence."""
+    """Meaning of a bad value and what to try, in one sentence."""
 
 
 @dataclass(frozen=True)
 class HealthMetric:
-    """One number that tells whether a model is dying."""
+    """Measured value of a health metric and its threshold."""
 
     name: str
-    """As in the log, such as `kl_at_free_nats`."""
+    """Name of the metric in the log, such as `kl_at_free_nats`."""
     value: float
     threshold: Threshold
 
     @property
     def is_bad(self) -> bool:
-        """Whether the value is beyond its limit; a value that is not finite always is."""
+        """Whether the value is beyond its threshold or not finite."""
         if not math.isfinite(self.value):
             return True
         return self.value > self.threshold.value if self.threshold.bad == "above" else self.value < self.threshold.value
 
     def __str__(self) -> str:
-        """The value with its limit; if it is bad, also what to do."""
+        """Returns the value with its threshold, and the advice if it is bad."""
         line = f"{self.name} {self.value:.4g} (bad {self.threshold.bad} {self.threshold.value:g})"
         return f"{line}: {self.threshold.advice}" if self.is_bad else line
 
 
 def read(values: Mapping[str, Tensor], thresholds: Mapping[str, Threshold]) -> tuple[HealthMetric, ...]:
-    """Brings measured scalars to the host, all at once, and puts their limits beside them.
+    """Transfers measured scalars to the host, all at once, and combines them with their thresholds.
 
     Args:
         values: Scalars on one device, by name.
-        thresholds: Of each of these names, in the order of the result.
+        thresholds: Threshold of each metric by name, in the order of the result.
     """
     numbers = torch.stack([values[name].float() for name in thresholds]).tolist()
     return tuple(
@@ -71,26 +71,26 @@ def read(values: Mapping[str, Tensor], thresholds: Mapping[str, Threshold]) -> t
 
 
 def counted_mean(values: Tensor, counted: Tensor) -> Tensor:
-    """Mean of what counts; 0 if nothing does.
+    """Computes the mean of the values that count, or 0 if there are none.
 
     Args:
-        values: `[...]`
-        counted: 1 or 0. Broadcasts to `[...]`
+        values: Values to average. `[...]`
+        counted: 1 for values that count, else 0; broadcasts to `[...]`.
     """
     counted = counted.expand_as(values).float()
     return (values * counted).sum() / counted.sum().clamp(min=1.0)
 
 
 def share_constant(groups: Tensor, counted: Tensor) -> Tensor:
-    """Share of a latent state's groups that do not vary over the batch; 0 if fewer than two steps count.
+    """Computes the fraction of a latent state's groups that are constant over the batch; 0 if at most one step counts.
 
-    A group is constant if its distance from the batch's average, half the sum of the absolute differences, is below
-    1e-6 in the mean over the steps: the same but for rounding. It is that small, because a fresh encoder of pictures
-    may give only 1e-5, and learns from there.
+    A group is constant if the total variation distance between its probabilities and their average over the batch,
+    averaged over the steps, is below 1e-6, that is, if they are equal up to rounding. The limit is this small because a
+    newly initialised image encoder may give distances of only 1e-5 and still learn.
 
     Args:
         groups: Probabilities that sum to 1 within each of G groups. `[B, T, G, C]`
-        counted: 1 or 0. `[B, T]`
+        counted: 1 for steps that count, else 0. `[B, T]`
     """
     groups = groups.float()
     weights = (counted / counted.sum().clamp(min=1.0))[..., None, None]
@@ -100,36 +100,36 @@ def share_constant(groups: Tensor, counted: Tensor) -> Tensor:
 
 
 def share_at_edge(targets: Tensor, counted: Tensor, limit: Tensor | float) -> Tensor:
-    """Share of the values' targets that lie at the edge of what a two-hot distribution can express, or beyond it.
+    """Computes the fraction of value targets at or beyond the edge of what a two-hot distribution can represent.
 
     Args:
-        targets: In reward units. `[...]`
-        counted: 1 or 0. `[...]`
-        limit: The outermost bin, in symlog space. Of a target `y`, `|symlog(y)| >= 0.95 * limit` is at the edge.
+        targets: Targets in reward units. `[...]`
+        counted: 1 for targets that count, else 0. `[...]`
+        limit: Outermost bin in symlog space. A target `y` is at the edge if `|symlog(y)| >= 0.95 * limit`.
     """
     return counted_mean((symlog(targets).abs() >= _EDGE * limit).float(), counted)
 
 
 def largest_reward(rewards: Tensor) -> Tensor:
-    """Largest magnitude of a batch's rewards, and at least 1. `[...]` → `[]`
+    """Computes the largest magnitude of a batch's rewards `[...]`, which is at least 1. `[]`
 
-    The papers' own normalisers divide by at least 1 too: where all rewards are smaller, or a batch happens to hold none
-    of the rare ones, values up to one unit of reward per step are nothing unusual.
+    The papers' own normalisers also divide by at least 1: if all rewards are smaller, or if rewards are rare and the
+    batch contains none, values of up to one unit of reward per step are normal.
     """
     return rewards.detach().abs().max().clamp(min=1.0)
 
 
 def value_over_rewards(targets: Tensor, counted: Tensor, bound: Tensor | float, scale: Tensor | float) -> Tensor:
-    """How much of what rewards can add up to the values claim: above 1 they claim more than anybody can earn.
+    """Computes the ratio of the values to the largest possible return; above 1 they promise more than can be earned.
 
     Args:
-        targets: What the values are trained towards; the 95th percentile of their magnitudes is taken. `[...]`
-        counted: 1 or 0. `[...]`
-        bound: The largest reward in every step for ever, discounted. Broadcasts to `[...]`
-        scale: The running scale of values, as a share of its own bound; the result is at least that. `[]`
+        targets: Targets of the values, of which the 95th percentile of the magnitudes is taken. `[...]`
+        counted: 1 for targets that count, else 0. `[...]`
+        bound: Discounted return of earning the largest reward in every step forever. Broadcasts to `[...]`
+        scale: Running scale of the values as a fraction of its own bound; a lower limit of the result. `[]`
 
     Returns:
-        A scalar, infinite if a target that counts is not finite.
+        A scalar, which is infinite if a target that counts is not finite.
     """
     shares = (targets.detach().float().abs() / bound).masked_fill(counted == 0, torch.nan)
     percentile = torch.nanquantile(shares, 0.95).nan_to_num(0.0)

@@ -1,4 +1,4 @@
-"""What weights from a file must be before a model takes them over."""
+"""Reading weights from files, and checking them before a model loads them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from worldflux.reading import open_regular
 
 
 def read_weights(path: Path, *, allow_nonfinite: bool = False) -> dict[str, Tensor]:
-    """The tensors in a safetensors file; they take as much memory as it has bytes.
+    """Reads the tensors of a safetensors file; they take as much memory as the size of the file.
 
     Raises:
-        CheckpointError: If it is missing or damaged, or a number in it is not finite and `allow_nonfinite` is not set.
+        CheckpointError: If the file is missing or damaged, or contains a value that is not finite and `allow_nonfinite`
+            is not set.
     """
     try:
         with open_regular(path) as file:
@@ -28,7 +29,7 @@ def read_weights(path: Path, *, allow_nonfinite: bool = False) -> dict[str, Tens
 
 
 def parse_weights(data: bytes, source: object, *, allow_nonfinite: bool = False) -> dict[str, Tensor]:
-    """The same of the file's bytes."""
+    """Parses the bytes of a safetensors file; see `read_weights`."""
     try:
         tensors = safetensors.torch.load(data)
     except Exception as error:  # safetensors raises its own Rust exception class
@@ -39,17 +40,17 @@ def parse_weights(data: bytes, source: object, *, allow_nonfinite: bool = False)
 
 
 def check_weights(path: object, saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Raises a `CheckpointError` unless saved weights have the names, shapes and kinds of a model's own."""
+    """Raises a `CheckpointError` unless saved weights have the names, shapes and kinds of dtype of a model's own."""
     missing, unknown = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
     if missing or unknown:
         raise CheckpointError(
-            f"{path} is of another model: it lacks {_some(missing)} and has {_some(unknown)} that this model lacks. "
-            "Build the model with the configuration that was saved."
+            f"{path} belongs to another model: it lacks {_some(missing)} and has {_some(unknown)} that this model "
+            "lacks. Build the model with the configuration that was saved."
         )
     for name, tensor in sorted(saved.items()):
         if tensor.shape != own[name].shape:
             raise CheckpointError(
-                f"{path} is of another model: {name} has shape {tuple(tensor.shape)}, expected "
+                f"{path} belongs to another model: {name} has shape {tuple(tensor.shape)}, expected "
                 f"{tuple(own[name].shape)}. Build the model with the configuration that was saved."
             )
         if tensor.dtype != own[name].dtype and not (tensor.is_floating_point() and own[name].is_floating_point()):
@@ -63,15 +64,15 @@ def _some(names: Sequence[str]) -> str:
 
 
 def check_finite(where: object, tensors: Mapping[str, Tensor]) -> None:
-    """Raises a `CheckpointError` that names the first tensor with a number that is not finite.
+    """Raises a `CheckpointError` that names the first tensor with a value that is not finite.
 
     Args:
-        where: What the tensors were read from.
-        tensors: On one device.
+        where: Source of the tensors, named in the error message.
+        tensors: Tensors on one device.
     """
     problem = first_not_finite(tensors)
     if problem is not None:
         raise CheckpointError(
-            f"{where}: {problem}. A model of them predicts NaN. Load an earlier checkpoint, or pass "
-            "allow_nonfinite=True to look into this one."
+            f"{where}: {problem}. A model with these weights predicts NaN. Load an earlier checkpoint, or pass "
+            "allow_nonfinite=True to examine this one."
         )
