@@ -1,8 +1,8 @@
-"""Acting with a world model: the recurrent state that goes from one observation to the next."""
+"""Acting with a world model: from observations and a memory to actions and the next memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from worldflux.accel.cuda_graphs import Captures, CudaGraphCapturer, places, signature_of
 from worldflux.accel.guard import Tensors, Work
 from worldflux.accel.transfers import to_device, to_host
-from worldflux.envs.spaces import ActionCodec, Array, Arrays, ObservationCodec
+from worldflux.envs.spaces import SINGLE_KEY, ActionCodec, Array, Arrays, ObservationCodec
 from worldflux.errors import ShapeMismatchError, TrainingError
 from worldflux.models.base import State, WorldModel
 from worldflux.models.finite import first_not_finite, largest, weights_of
@@ -24,34 +24,64 @@ from worldflux.replay.batch import Observation
 MAX_FORMS = 8
 """Forms of acting that are recorded: observing and acting, at random or not, for each number of environments."""
 
-Memory = tuple[np.ndarray, ...]
-"""What `predict` hands back and takes again: the state's arrays in the order of their names, the last actions, and,
-where the agent plans, the plan."""
+PredictState = tuple[np.ndarray, ...]
+"""The `state` that `predict` returns and takes: the arrays of a `Memory`, in the order of `Memory.tensors`."""
 
 
 @dataclass(frozen=True)
-class Acting:
-    """What goes from one observation to the next, for N environments."""
+class Memory:
+    """What is remembered from one observation to the next, for N environments."""
 
     state: State
-    """`[N, ...]`"""
+    """State of the model. `[N, ...]`"""
     actions: Tensor
-    """The last ones, in the library's form. `[N, A]`"""
+    """Last actions, in the library's form. `[N, A]`"""
     plan: Tensor | None
-    """The planner's means; None where there is no planner. `[N, H, A]`"""
+    """Means of the planner; None where there is no planner. `[N, H, A]`"""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name: the state's in the order of their names, the actions, the plan."""
+        named = {**{name: self.state[name] for name in sorted(self.state)}, "actions": self.actions}
+        return named if self.plan is None else {**named, "plan": self.plan}
+
+    def arrays(self) -> PredictState:
+        """All tensors as arrays."""
+        return tuple(to_host(self.tensors()).values())
+
+    def with_arrays(self, arrays: PredictState | None) -> Memory:
+        """A memory of the same shapes and devices that holds these arrays.
+
+        Raises:
+            ShapeMismatchError: If they have another number or other shapes.
+        """
+        expected = self.tensors()
+        if not isinstance(arrays, tuple | list) or len(arrays) != len(expected):
+            given = f"{len(arrays)} arrays" if isinstance(arrays, tuple | list) else f"a {type(arrays).__name__}"
+            raise ShapeMismatchError(
+                f"state is {given}, expected the {len(expected)} arrays that predict returned: {', '.join(expected)}."
+            )
+        tensors = {}
+        for (name, tensor), array in zip(expected.items(), arrays, strict=True):
+            if np.shape(array) != tuple(tensor.shape):
+                raise ShapeMismatchError(
+                    f"state '{name}' has shape {np.shape(array)}, expected {tuple(tensor.shape)} "
+                    f"for {len(tensor)} observations. Pass state=None when the number of environments changes."
+                )
+            tensors[name] = to_device(torch.as_tensor(array, dtype=tensor.dtype), tensor.device)
+        return Memory(State({name: tensors[name] for name in self.state}), tensors["actions"], tensors.get("plan"))
 
 
 class Actor:
-    """Turns observations into actions; it keeps nothing between two calls that they depend on.
+    """Turns observations into actions. It keeps nothing that a later call depends on: all that is in the `Memory`.
 
     On CUDA both halves are recorded and played back, for each number of environments. They run in the order in which
     they and gradient steps are asked for, on the same stream: an action is chosen with the weights of the last step
     before it, never with those of half a step.
 
     Args:
-        model: Which acts.
-        obs_codec: Of the environment's observations.
-        action_codec: Of the environment's actions.
+        model: The model that acts.
+        obs_codec: Codec of the environment's observations.
+        action_codec: Codec of the environment's actions.
         planner: Chooses the actions in place of the model's policy.
         captured: Whether to record.
     """
@@ -80,7 +110,7 @@ class Actor:
         self._set_up_captures()
 
     def _set_up_captures(self) -> None:
-        """Recordings are of one actor: a copy makes its own."""
+        """Begins without recordings, which belong to one actor: a copy makes its own."""
         self._captures: Captures | None = None
         self._tensors: list[Tensor] = [*self.model.parameters(), *self.model.buffers()]
         if self._captured:
@@ -88,51 +118,51 @@ class Actor:
             self._captures = Captures("Acting", self.model, device, CudaGraphCapturer(device), MAX_FORMS)
 
     @torch.inference_mode()
-    def start(self, rows: int) -> Acting:
-        """What there is before the first observation."""
+    def start(self, rows: int) -> Memory:
+        """The memory before the first observation."""
         no_actions = torch.zeros(rows, self.action_codec.action_dim, device=self.model.device)
         plan = None if self.planner is None else self.planner.start(rows)
-        return Acting(self.model.initial_state(rows), no_actions, plan)
+        return Memory(self.model.initial_state(rows), no_actions, plan)
 
     @torch.inference_mode()
-    def observe(self, acting: Acting, obs: Arrays, episode_starts: Array, *, deterministic: bool) -> Acting:
-        """With the state after the last actions and the observations that followed.
+    def observe(self, memory: Memory, obs: Arrays, episode_starts: Array, *, deterministic: bool) -> Memory:
+        """The memory with the state after the last actions and the observations that followed.
 
         Args:
-            acting: From the step before.
-            obs: In the library's form. `[N, ...]`
+            memory: What `start` or the last `act` returned.
+            obs: Observations in the library's form. `[N, ...]`
             episode_starts: True where `obs` begins an episode; state and action of that row are ignored. `[N]`
             deterministic: Take the likeliest state, without random numbers.
         """
-        seen = {f"obs/{key}": torch.from_numpy(value) for key, value in obs.items()} if isinstance(obs, dict) else None
+        single = not isinstance(obs, dict)
 
         def update(inputs: Tensors) -> dict[str, Tensor]:
-            observed: Observation = inputs["obs"] if seen is None else _below("obs", inputs)
+            observed: Observation = _below("obs", inputs)
             state = self.model.update(
                 State(_below("state", inputs)),
                 inputs["actions"],
-                observed,
+                observed[SINGLE_KEY] if single else observed,
                 is_first=inputs["is_first"],
                 deterministic=deterministic,
             )
             return dict(state)
 
         inputs = {
-            **{f"state/{name}": value for name, value in acting.state.items()},
-            **({"obs": torch.from_numpy(obs)} if seen is None else seen),
-            "actions": acting.actions,
+            **{f"state/{name}": value for name, value in memory.state.items()},
+            **{f"obs/{key}": torch.from_numpy(value) for key, value in _by_key(obs).items()},
+            "actions": memory.actions,
             "is_first": torch.as_tensor(episode_starts, dtype=torch.bool),
         }
-        return replace(acting, state=State(self._run(("observe", deterministic), update, inputs)))
+        return replace(memory, state=State(self._run(("observe", deterministic), update, inputs)))
 
     @torch.inference_mode()
-    def act(self, acting: Acting, episode_starts: Array, *, deterministic: bool) -> Acting:
-        """With the actions to take in the state, and the plan behind them.
+    def act(self, memory: Memory, episode_starts: Array, *, deterministic: bool) -> Memory:
+        """The memory with the actions to take in its state, and the plan behind them.
 
         Continuous actions are clipped to [-1, 1], so that what is executed, stored and remembered is the same.
 
         Args:
-            acting: From `observe`.
+            memory: What `observe` returned.
             episode_starts: True where an episode begins; the plan of that row is ignored. `[N]`
             deterministic: Take the likeliest actions, without random numbers.
         """
@@ -149,15 +179,15 @@ class Actor:
             )
             return {"actions": actions.float(), "plan": plan}
 
-        inputs = {f"state/{name}": value for name, value in acting.state.items()}
-        if acting.plan is not None:
-            inputs |= {"plan": acting.plan, "is_first": torch.as_tensor(episode_starts, dtype=torch.bool)}
-        return replace(acting, **self._run(("act", deterministic), choose, inputs))  # type: ignore[arg-type]
+        inputs = {f"state/{name}": value for name, value in memory.state.items()}
+        if memory.plan is not None:
+            inputs |= {"plan": memory.plan, "is_first": torch.as_tensor(episode_starts, dtype=torch.bool)}
+        return replace(memory, **self._run(("act", deterministic), choose, inputs))  # type: ignore[arg-type]
 
     def _run(
         self, key: Hashable, function: Callable[[Tensors], dict[str, Tensor]], inputs: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """What a function gives for inputs from anywhere, in evaluation mode."""
+        """The outputs of a function for inputs on any device, in evaluation mode; played back where it is recorded."""
 
         def evaluated(given: Tensors) -> dict[str, Tensor]:
             # Here, because a recording needs no mode, and changing it takes longer than to play back a small policy.
@@ -177,13 +207,13 @@ class Actor:
         outputs = self._captures(form, Work(evaluated, lambda: inputs, plain))
         return {name: value.clone() for name, value in outputs.items()}
 
-    def check_finite(self, actions: Array, before: Acting, obs: Arrays) -> None:
-        """Lets no action pass that is not finite; at the usual price of one look at a few numbers.
+    def check_finite(self, actions: Array, before: Memory, obs: Arrays) -> None:
+        """Raises unless the actions are finite. Usually this costs one look at a few numbers.
 
         Args:
-            actions: About to be executed, in the library's form. `[N, A]`
-            before: What they were chosen with.
-            obs: That they were chosen for, in the library's form. `[N, ...]`
+            actions: Actions that are about to be executed, in the library's form. `[N, A]`
+            before: The memory that they were chosen with.
+            obs: The observations that they were chosen for, in the library's form. `[N, ...]`
 
         Raises:
             TrainingError: Names the first tensor that is not finite.
@@ -191,8 +221,7 @@ class Actor:
         if np.count_nonzero(np.isfinite(actions)) == actions.size:
             return
         weights = weights_of(self.model)
-        seen = obs if isinstance(obs, dict) else {"obs": obs}
-        observed = {name: torch.from_numpy(array) for name, array in seen.items()}
+        observed = {name: torch.from_numpy(array) for name, array in _by_key(obs).items()}
         if found := first_not_finite(weights):
             reason = (
                 f"of the model's weights {found}. Its training has diverged: take an earlier checkpoint, or train "
@@ -200,7 +229,7 @@ class Actor:
             )
         elif found := first_not_finite(observed):
             reason = f"of the observation {found}. Look for where the environment makes them"
-        elif found := first_not_finite(_tensors(before)):
+        elif found := first_not_finite(before.tensors()):
             reason = f"of the state before {found}. Pass what predict returned, or None where an episode begins"
         else:
             reason = (
@@ -211,55 +240,25 @@ class Actor:
         raise TrainingError(f"The chosen action is not finite: {reason}.")
 
     def predict(
-        self, observation: Any, memory: Memory | None, episode_start: Any, deterministic: bool
-    ) -> tuple[Array, Memory]:
+        self, observation: Any, state: PredictState | None, episode_start: Any, deterministic: bool
+    ) -> tuple[Array, PredictState]:
         """SB3's protocol; see `WorldFluxAgent.predict`."""
         obs, batched = self.obs_codec.encode_any(observation)
-        rows = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
-        acting = self.start(rows)
+        rows = len(next(iter(_by_key(obs).values())))
+        before = self.start(rows)
         starts = np.ones(rows, dtype=bool)
-        if memory is not None:
-            acting = recalled(memory, acting)
+        if state is not None:
+            before = before.with_arrays(state)
             starts = _episode_starts(episode_start, rows)
-        after = self.observe(acting, obs, starts, deterministic=deterministic)
+        after = self.observe(before, obs, starts, deterministic=deterministic)
         after = self.act(after, starts, deterministic=deterministic)
-        arrays = to_host(_tensors(after))
-        self.check_finite(arrays["actions"], acting, obs)
-        memory, actions = tuple(arrays.values()), self.action_codec.to_env(arrays["actions"])
+        arrays = to_host(after.tensors())
+        self.check_finite(arrays["actions"], before, obs)
+        state, actions = tuple(arrays.values()), self.action_codec.to_env(arrays["actions"])
         if batched:
-            return actions, memory
-        # Of one choice the row is a number, which environments look up in dictionaries; an array cannot be hashed.
-        return (actions[0] if isinstance(self.action_codec.space, Discrete) else actions.squeeze(axis=0)), memory
-
-
-def _tensors(acting: Acting) -> dict[str, Tensor]:
-    """All tensors by their names, in the order of a memory."""
-    named = {**{name: acting.state[name] for name in sorted(acting.state)}, "actions": acting.actions}
-    return named if acting.plan is None else {**named, "plan": acting.plan}
-
-
-def remembered(acting: Acting) -> Memory:
-    """What `predict` hands back for it."""
-    return tuple(to_host(_tensors(acting)).values())
-
-
-def recalled(memory: Memory | None, like: Acting) -> Acting:
-    """What a memory holds; `like` shows what is expected."""
-    expected = _tensors(like)
-    if not isinstance(memory, tuple | list) or len(memory) != len(expected):
-        given = f"{len(memory)} arrays" if isinstance(memory, tuple | list) else f"a {type(memory).__name__}"
-        raise ShapeMismatchError(
-            f"state is {given}, expected the {len(expected)} arrays that predict returned: {', '.join(expected)}."
-        )
-    tensors = {}
-    for (name, tensor), array in zip(expected.items(), memory, strict=True):
-        if np.shape(array) != tuple(tensor.shape):
-            raise ShapeMismatchError(
-                f"state '{name}' has shape {np.shape(array)}, expected {tuple(tensor.shape)} "
-                f"for {len(tensor)} observations. Pass state=None when the number of environments changes."
-            )
-        tensors[name] = to_device(torch.as_tensor(array, dtype=tensor.dtype), tensor.device)
-    return Acting(State({name: tensors[name] for name in like.state}), tensors["actions"], tensors.get("plan"))
+            return actions, state
+        # Environments look single choices up in dictionaries: the row becomes a number, because no array is hashable.
+        return (actions[0] if isinstance(self.action_codec.space, Discrete) else actions.squeeze(axis=0)), state
 
 
 def _episode_starts(given: Any, rows: int) -> Array:
@@ -273,6 +272,11 @@ def _episode_starts(given: Any, rows: int) -> Array:
     return starts
 
 
+def _by_key(obs: Arrays) -> Mapping[str, Array]:
+    """Observations by key; those that are one array have the key `SINGLE_KEY`."""
+    return obs if isinstance(obs, dict) else {SINGLE_KEY: obs}
+
+
 def _below(name: str, tensors: Tensors) -> dict[str, Tensor]:
-    """Those whose names begin with `name/`, by what follows."""
+    """The tensors whose names begin with `name/`, by the rest of their names."""
     return {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}

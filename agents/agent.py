@@ -1,4 +1,4 @@
-"""WorldFluxAgent: a world model that acts, collects, learns, and keeps the interface of stable-baselines3 (SB3)."""
+"""WorldFluxAgent: a world model that acts, collects and learns behind the interface of stable-baselines3 (SB3)."""
 
 from __future__ import annotations
 
@@ -6,39 +6,25 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
-from stable_baselines3.common.utils import safe_mean, set_random_seed, update_learning_rate
+from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.utils import safe_mean, update_learning_rate
 from torch import Tensor
 
-from worldflux.accel.compilation import captures
-from worldflux.accel.device import resolve_device
 from worldflux.accel.overriding import overridden, steps_back
-from worldflux.agents.acting import Actor, Memory
-from worldflux.agents.building import build_model, build_planner, checked_model_kwargs
-from worldflux.agents.collecting import Collector, frames_per_vec_step, stands_for, steps_in_subprocesses
-from worldflux.agents.learning import Learner, UpdateSchedule, dump_log
+from worldflux.agents.acting import PredictState
+from worldflux.agents.collecting import Collector, frames_per_vec_step, steps_in_subprocesses
+from worldflux.agents.learning import dump_log
 from worldflux.agents.saving import SavedAgent
-from worldflux.agents.settings import AgentSettings, Rate, RateSchedule
-from worldflux.envs.make import as_env
-from worldflux.envs.spaces import ActionCodec, ObservationCodec
-from worldflux.envs.vector import seed_envs
 from worldflux.errors import ConfigurationError
 from worldflux.files import writing
-from worldflux.models.base import WorldModel
-from worldflux.replay.buffer import ReplayBuffer
-from worldflux.replay.checkpoint import ReplaySegments
 from worldflux.training.callbacks import Callback, CheckpointCallback
-from worldflux.training.config import TrainingConfig
 from worldflux.training.saving import call_all
 from worldflux.training.signals import StopRequest, stopping_on_signals
-from worldflux.training.trainer import Trainer
 from worldflux.validation import whole_number
 
 logger = logging.getLogger("worldflux")
@@ -62,8 +48,8 @@ class WorldFluxAgent(SavedAgent):
         replay_buffer: What was collected; None until there is an environment. It can be set to another one, also by a
             callback: the episodes in flight end as truncated, and training begins when that one holds enough.
         trainer: Owns the gradient steps.
-        schedule: Says how many of them are due.
-        last_losses: Of the last gradient step, as tensors on the device.
+        schedule: Says how many gradient steps are due.
+        last_losses: Losses of the last gradient step, as tensors on the device.
 
     Args:
         model: A preset (`list_models()` shows them), a directory written by `save_pretrained`, or a `WorldModel`. A
@@ -76,14 +62,14 @@ class WorldFluxAgent(SavedAgent):
         batch_size: Windows in a gradient step.
         seq_len: Trained time steps in each window.
         buffer_size: Transitions kept, over all environments.
-        buffer_storage: Where, as for `ReplayBuffer`: a directory for more than fits into memory, or a device. None:
-            in memory.
-        learning_starts: Environment steps before the first gradient step. None: for DreamerV3 until the buffer has as
-            many windows as a batch has time steps, which is after `(batch_size + n_envs) * seq_len` steps; for TD-MPC2
-            five episodes and at least 1,000 steps. TD-MPC2 acts at random during these, and makes up for their
-            gradient steps when they are over.
+        buffer_storage: Where transitions are kept, as for `ReplayBuffer`: a directory for more than fits into memory,
+            or a device. None keeps them in memory.
+        learning_starts: Environment steps before the first gradient step. None: DreamerV3 waits until the buffer has as
+            many windows as a batch has time steps, which is after `(batch_size + n_envs) * seq_len` steps; TD-MPC2
+            waits for five episodes and at least 1,000 steps. TD-MPC2 acts at random until then, and makes up for the
+            gradient steps of this time at its end.
         replay_context: Start each window from the recurrent state that was stored beside its first row. Costs
-            memory in the buffer (`replay_buffer.nbytes`); False starts every window from nothing.
+            memory in the buffer (`replay_buffer.nbytes`); False starts every window from the initial state.
         planner: "mppi" plans each action in the latent space of the model, None acts with its policy, and "auto" does
             what the family's paper does: TD-MPC2 plans, DreamerV3 does not. Planning needs continuous actions.
         planner_kwargs: Fields of `PlannerConfig` to override, such as `{"num_samples": 128}`.
@@ -92,318 +78,40 @@ class WorldFluxAgent(SavedAgent):
         tensorboard_log: Directory for TensorBoard; None writes none.
         verbose: 0 is silent, 1 prints what is logged.
         device: "auto" takes CUDA if there is a device.
-        seed: Of Python, NumPy, torch, the environments and the sampler.
+        seed: Seed of Python, NumPy, torch, the environments and the sampler.
         compile: On CUDA, play gradient steps and actions back from recordings of their kernels and compile the model's
-            hot functions; on a CPU, compile these alone, which needs a C++ compiler. "auto": on CUDA only.
+            hot functions; on a CPU, only compile these functions, which needs a C++ compiler. "auto" does so on CUDA
+            only.
 
     Raises:
         ConfigurationError: If a name, a setting or a space cannot be used.
         ShapeMismatchError: If a given model was built for other observations or actions.
     """
 
-    policy: WorldModel  # type: ignore[assignment]
-    learning_rate: Rate
-    train_ratio: float
-    batch_size: int
-    seq_len: int
-    buffer_size: int
-    buffer_storage: str | None
-    learning_starts: int
-    replay_context: bool
-    planner: str | None
-    planner_kwargs: Mapping[str, Any] | None
-    stats_window_size: int
-    compile: bool | Literal["auto"]
-
-    def __init__(
-        self,
-        model: str | Path | WorldModel,
-        env: GymEnv | str | None,
-        *,
-        learning_rate: Rate | None = None,
-        train_ratio: float | None = None,
-        batch_size: int | None = None,
-        seq_len: int | None = None,
-        buffer_size: int | None = None,
-        buffer_storage: str | Path | torch.device | None = None,
-        learning_starts: int | None = None,
-        replay_context: bool = True,
-        planner: str | None = "auto",
-        planner_kwargs: Mapping[str, Any] | None = None,
-        model_kwargs: Mapping[str, Any] | None = None,
-        stats_window_size: int = 100,
-        tensorboard_log: str | Path | None = None,
-        verbose: int = 0,
-        device: torch.device | str = "auto",
-        seed: int | None = None,
-        compile: bool | Literal["auto"] = "auto",
-        _init_setup_model: bool = True,
-    ) -> None:
-        if env is None and _init_setup_model:
-            raise ConfigurationError(
-                "env is None, expected a name, a Gymnasium environment or a VecEnv. "
-                "WorldFluxAgent.load gives an agent that acts without one."
-            )
-        settings = AgentSettings(
-            learning_rate=learning_rate,
-            train_ratio=train_ratio,
-            batch_size=batch_size,
-            seq_len=seq_len,
-            buffer_size=buffer_size,
-            buffer_storage=buffer_storage,  # type: ignore[arg-type]
-            learning_starts=learning_starts,
-            replay_context=replay_context,
-            planner=planner,
-            planner_kwargs=planner_kwargs,
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,  # type: ignore[arg-type]
-            verbose=verbose,
-            seed=seed,
-            compile=compile,
-        ).with_lasting_paths()
-        made: Any = None if env is None else as_env(env)
-        if made is not None:
-            # Before SB3's own assertions: these name what is supported.
-            ObservationCodec(made.observation_space)
-            ActionCodec(made.action_space)
-        super().__init__(
-            policy=WorldModel,  # type: ignore[arg-type]
-            env=made,
-            learning_rate=settings.learning_rate,  # type: ignore[arg-type]
-            stats_window_size=settings.stats_window_size,
-            tensorboard_log=settings.tensorboard_log,
-            verbose=settings.verbose,
-            device=resolve_device(device, must_compute=True),
-            support_multi_env=True,
-            seed=settings.seed,
-        )
-        self._take_over(settings)
-        self._replay_buffer: ReplayBuffer | None = None
-        self._model_source = model
-        self._model_kwargs = checked_model_kwargs(model_kwargs, learning_rate, settings.planner_kwargs)
-        self._collector: Collector | None = None  # while the episodes in flight are known
-        self._segments: ReplaySegments | None = None  # of the replay buffer, once a checkpoint holds some of it
-        self._stop = StopRequest()
-        self._learning: int | None = None  # this agent's id while it learns, which a copy of it does not
-        self._endings: list[Callable[[], None]] = []  # what else belongs to the end of `learn`
-        self._random_started = False
-        self._steps_in_subprocesses = False
-        self._continues_from: int | None = None  # the step of the checkpoint, until `learn` is called after it
-        self._frames_per_step = 1
-        if _init_setup_model:
-            self._setup_model()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Sets an attribute; a setting of an agent that is built takes effect, or cannot be changed any more.
-
-        Raises:
-            ConfigurationError: If a value cannot be used, or what depends on it was built already.
-        """
-        if name in _SETTINGS and "trainer" in vars(self):
-            self._change_setting(name, value)
-        elif name == "policy" and "trainer" in vars(self) and value is not self.policy:
-            raise ConfigurationError(
-                "The agent's model cannot be exchanged: its optimisers and its replay data are made for it. Take over "
-                "weights with set_parameters, or make an agent of the other model: WorldFluxAgent(model, env)."
-            )
-        else:
-            super().__setattr__(name, value)
-
-    @property
-    def model(self) -> WorldModel:
-        """The world model."""
-        return self.policy
+    _learning: int | None = None
+    """This agent's id while it learns, which is not the id of a copy."""
+    _stop: StopRequest | None = None
+    """Whether a signal has asked the present call of `learn` to stop."""
+    _endings: tuple[Callable[[], None], ...] = ()
+    """What is called when `learn` ends."""
+    _steps_in_subprocesses = False
+    """Whether gradient steps are taken while other processes step the environments, or a GPU computes."""
+    _frames_per_step = 1
+    """Frames that a step of each environment takes."""
 
     @property
     def last_losses(self) -> Mapping[str, Tensor]:
-        """Of the last gradient step, as tensors on the device; empty before the first."""
+        """Losses of the last gradient step, as tensors on the device; empty before the first."""
         return self._learner.last_losses
 
     @property
     def stopping(self) -> bool:
-        """Whether Ctrl-C or SIGTERM has come: this step of `learn` is its last."""
+        """Whether Ctrl-C or SIGTERM was received, so that this step of `learn` is its last."""
         return bool(self._stop)
 
     def at_end_of_learn(self, function: Callable[[], None]) -> None:
         """Has a function called when `learn` ends, whatever ends it and whatever other callbacks do then."""
-        self._endings.append(function)
-
-    @property
-    def _n_updates(self) -> int:
-        """SB3's name of the number of gradient steps."""
-        return self._learner.n_updates
-
-    @_n_updates.setter
-    def _n_updates(self, count: int) -> None:
-        assert count == 0, "the learner counts"  # SB3's constructor says 0, before there is one
-
-    # --- setting up
-
-    def _setup_model(self) -> None:
-        """Builds the model, the trainer and the buffer."""
-        self.set_random_seed(self.seed)
-        self.obs_codec = ObservationCodec(self.observation_space)
-        self.action_codec = ActionCodec(self.action_space)
-        self.policy = build_model(
-            self._model_source,
-            self._model_kwargs,
-            self.obs_codec,
-            self.action_codec,
-            env=self.env,
-            device=self.device,
-        )
-        family = self.model.online_defaults()
-        self._take_over(self._settings().with_defaults(self.model, self.n_envs))
-        if self.seq_len < family.min_seq_len:
-            raise ConfigurationError(
-                f"seq_len is {self.seq_len}, expected at least {family.min_seq_len} for this model's losses."
-            )
-        self._setup_lr_schedule()
-        # Before each step `_train` sets the schedule's rate, which may be 0 at first.
-        spec, rate = self.model.optimizer_spec, self.learning_rate
-        self.trainer = Trainer(
-            self.model,
-            TrainingConfig(
-                batch_size=self.batch_size,
-                sequence_length=self.seq_len,
-                learning_rate=rate if isinstance(rate, float) and rate > 0 else spec.learning_rate,
-                weight_decay=spec.weight_decay,
-                grad_clip=spec.grad_clip or 0.0,
-                warmup_steps=spec.warmup_steps,
-                device=str(self.device),
-                seed=self.seed or 0,
-                compile=self.compile,
-            ),
-        )
-        planner = build_planner(self.model, self.planner, self.planner_kwargs)
-        recorded = captures(self.compile, self.device, self.model)
-        self.actor = Actor(self.model, self.obs_codec, self.action_codec, planner, captured=recorded)
-        replayed = self.batch_size * self.seq_len
-        made_up = int(self.learning_starts * self.train_ratio / replayed) if family.random_start else 1
-        self.schedule = UpdateSchedule(self.train_ratio, replayed, max(made_up, 1))
-        self._learner = Learner(
-            self.trainer, self.schedule, family, learning_starts=self.learning_starts, window=self._window
-        )
-        if self.env is not None:
-            self.replay_buffer = self._make_buffer()
-
-    def _setup_lr_schedule(self) -> None:
-        self.lr_schedule = RateSchedule(self.learning_rate)
-
-    def _take_over(self, settings: AgentSettings) -> None:
-        for name, value in vars(settings).items():
-            setattr(self, name, value)
-
-    def _change_setting(self, name: str, value: Any) -> None:
-        settings = replace(self._settings(), **{name: value}).with_defaults(self.model, self.n_envs)
-        value = getattr(settings, name)
-        if name not in _CHANGEABLE and value != getattr(self, name):
-            how = "Call set_random_seed" if name == "seed" else "Save it, and load it with another one: WorldFluxAgent."
-            how += "" if name == "seed" else f"load(path, env, {name}=...)"
-            raise ConfigurationError(
-                f"{name} is {getattr(self, name)!r} and cannot become {value!r}: the agent was built with it. {how}."
-            )
-        if name == "train_ratio":
-            if value:
-                self._check_size_of_buffer(value)
-            self._learner.set_train_ratio(value)
-        super().__setattr__(name, value)
-        if name == "learning_rate":
-            self._setup_lr_schedule()
-
-    def _settings(self) -> AgentSettings:
-        return AgentSettings(**{item.name: getattr(self, item.name) for item in fields(AgentSettings)})
-
-    @property
-    def _window(self) -> int:
-        """Rows in a sampled window: the trained ones, and the one whose stored state they start from."""
-        return self.seq_len + bool(self._extras_spec())
-
-    def _extras_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-        return self.model.replay_extras() if self.replay_context else {}
-
-    def _check_size_of_buffer(self, train_ratio: float) -> None:
-        least = max(self.learning_starts, self.n_envs * self._window + self.batch_size)
-        if train_ratio and self.buffer_size < least:
-            raise ConfigurationError(
-                f"buffer_size is {self.buffer_size}, expected at least {least}: "
-                f"learning_starts ({self.learning_starts}) transitions, "
-                f"and {self.batch_size} windows of {self._window} rows from {self.n_envs} environments."
-            )
-
-    def _make_buffer(self) -> ReplayBuffer:
-        self._check_size_of_buffer(self.train_ratio)
-        return ReplayBuffer(
-            self.buffer_size,
-            self.obs_codec.obs_shape,
-            self.action_codec.action_dim,
-            obs_dtype=self.obs_codec.obs_dtype,
-            n_envs=self.n_envs,
-            extras=self._extras_spec(),
-            seed=self.seed,
-            storage=self.buffer_storage,
-            action_type=self.action_codec.action_type,
-            action_classes=self.action_codec.action_classes,
-        )
-
-    def set_random_seed(self, seed: int | None = None) -> None:
-        """Seeds Python, NumPy, torch, the environments, their action space and the sampler; None does nothing."""
-        if seed is None:
-            return
-        set_random_seed(seed, using_cuda=self.device.type == "cuda")
-        self.action_space.seed(seed)
-        if self.env is not None:
-            seed_envs(self.env, seed)
-        if self.replay_buffer is not None:
-            self.replay_buffer.seed(seed)
-
-    def set_env(self, env: GymEnv | str, force_reset: bool = True) -> None:
-        """Continues in another environment of the same spaces and the same number of copies, as SB3 checks.
-
-        A callback may call it, too, as a curriculum does: the episodes in flight end there as truncated, and the next
-        step of `learn` is the first one in the other environment, after a reset.
-
-        Args:
-            env: As for the constructor.
-            force_reset: False leaves the environment that is set already as it is, so that
-                `learn(..., reset_num_timesteps=False)` goes on with the episodes in flight. Another one is always
-                reset.
-        """
-        if not force_reset and self.env is not None and stands_for(self.env, env):
-            return
-        made: Any = as_env(env)
-        super().set_env(made, force_reset)
-        self._leave_episodes()
-        if self.replay_buffer is None:
-            self.replay_buffer = self._make_buffer()
-
-    def _begin_episodes(self, collector: Collector) -> None:
-        """The environments were just reset, to `_last_obs`."""
-        collector.begin(self._last_obs)
-        self._last_episode_starts = np.ones(self.n_envs, dtype=bool)
-
-    def _get_collector(self) -> Collector:
-        """Made before the environments are reset: it sees what they give from the first observation on."""
-        if self._collector is None:
-            assert self.replay_buffer is not None and self.env is not None
-            own_predict = steps_back("Acting without `predict`", self, overridden(self, _PREDICT))
-            self._collector = Collector(
-                self.env,
-                self.replay_buffer,
-                self.actor,
-                replay_context=self.replay_context,
-                predict=self.predict if own_predict else None,
-            )
-            # A GPU computes while this process steps the environments, too.
-            self._steps_in_subprocesses = steps_in_subprocesses(self.env) or self.device.type == "cuda"
-            self._frames_per_step = frames_per_vec_step(self.env)
-        return self._collector
-
-    def _leave_episodes(self) -> None:
-        """Closes the episodes in flight; the next `learn` starts new ones."""
-        if self._collector is not None:
-            self._collector.close()
-        self._collector, self._last_obs = None, None
+        self._endings = (*self._endings, function)
 
     # --- learning
 
@@ -416,28 +124,27 @@ class WorldFluxAgent(SavedAgent):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfAgent:
-        """Acts in the environments and trains on what was collected, by turns.
+        """Acts in the environments and trains on what was collected, in turn.
 
         Where environments step in processes of their own (`SubprocVecEnv`, Gymnasium's `AsyncVectorEnv`), or the agent
-        is on CUDA, it trains while they do: what a step owes is paid during the next one, whose actions were chosen
-        before.
+        is on CUDA, it trains while they step: the gradient steps that a step owes are taken during the next one, whose
+        actions were chosen before.
 
-        Ctrl-C and SIGTERM end it when the step is done and callbacks, such as `AgentCheckpointCallback`, have seen it;
-        then `KeyboardInterrupt` is raised, or `SystemExit(143)`. The agent stays usable after these and after an error
-        in the environment: what was learned and collected remains, and the next call starts new episodes.
+        Ctrl-C and SIGTERM end it when the step is done and callbacks, such as `AgentCheckpointCallback`, were called
+        for it; then `KeyboardInterrupt` is raised, or `SystemExit(143)`. The agent stays usable after these and after
+        an error in the environment: what was learned and collected remains, and the next call starts new episodes.
 
         Args:
-            total_timesteps: Environment steps, over all environments; with several of them it may overshoot by
-                fewer than there are.
+            total_timesteps: Environment steps, over all environments. It is rounded up to a multiple of their number.
             callback: As for every algorithm of SB3. It is called after each step was stored, before the training that
                 this step owes; returning False stops. It may change the run: set another environment, replay buffer or
                 parameters, `learning_rate` or `train_ratio`, save, or act with this agent. It cannot call `learn`.
             log_interval: Episodes between two dumps of the log; None leaves them to a callback.
             tb_log_name: Name of the run for TensorBoard; None takes the model's family.
-            reset_num_timesteps: False continues the count of steps, and the episodes in flight. If somebody else has
-                reset or stepped the environments since then, as an evaluation in them does, these are closed as
-                truncated and new ones begin; so they are when that happens in a callback.
-            progress_bar: Show one.
+            reset_num_timesteps: False continues the count of steps, and the episodes in flight. If the environments
+                were reset or stepped in between, as by an evaluation in them or in a callback, these are closed as
+                truncated and new ones begin.
+            progress_bar: Show a progress bar.
 
         Returns:
             This agent.
@@ -482,12 +189,12 @@ class WorldFluxAgent(SavedAgent):
     def _learn(
         self, total_timesteps: int, callback: BaseCallback, log_interval: int | None, started: dict[str, Any]
     ) -> None:
-        """The loop of `learn`, whose variables callbacks get."""
+        """The loop of `learn`; `started` holds the local variables that callbacks see when it starts."""
         try:
             callback.on_training_start(started, globals())
             keep_going = True
             if not self._steps_in_subprocesses:
-                self._train()  # what was owed when the agent was saved
+                self._train()  # gradient steps that were owed when the agent was saved
             while keep_going and self.num_timesteps < total_timesteps:
                 logged_episodes = self._episode_num
                 keep_going = self._collect_step(callback)
@@ -500,11 +207,11 @@ class WorldFluxAgent(SavedAgent):
         except BaseException as error:
             self._leave_episodes()
             if isinstance(error, Exception):
-                # Sampling from a broken policy fails first, with a message that explains nothing.
+                # Sampling from a broken policy fails before a loss does, with a message that explains nothing.
                 self.trainer.check_finite()
             raise
         finally:
-            endings, self._endings = self._endings, []
+            endings, self._endings = self._endings, ()
             call_all([callback.on_training_end, *endings])
 
     def _setup_learn(
@@ -516,7 +223,7 @@ class WorldFluxAgent(SavedAgent):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         if not self._random_started:
-            # Again, because other things may have drawn random numbers since the model was built.
+            # Again, because random numbers may have been drawn since the model was built.
             self.set_random_seed(self.seed)
             self._random_started = True
         if self._collector is not None and self._collector.moved:
@@ -537,8 +244,30 @@ class WorldFluxAgent(SavedAgent):
             self._begin_episodes(collector)
         return set_up
 
+    def _begin_episodes(self, collector: Collector) -> None:
+        """Begins episodes at `_last_obs`, which the environments showed when they were just reset."""
+        collector.begin(self._last_obs)
+        self._last_episode_starts = np.ones(self.n_envs, dtype=bool)
+
+    def _get_collector(self) -> Collector:
+        """The collector, which has to be there before the environments are reset, to see their first observations."""
+        if self._collector is None:
+            assert self.replay_buffer is not None and self.env is not None
+            own_predict = steps_back("Acting without `predict`", self, overridden(self, _PREDICT))
+            self._collector = Collector(
+                self.env,
+                self.replay_buffer,
+                self.actor,
+                replay_context=self.replay_context,
+                predict=self.predict if own_predict else None,
+            )
+            # A GPU computes while this process steps the environments, too.
+            self._steps_in_subprocesses = steps_in_subprocesses(self.env) or self.device.type == "cuda"
+            self._frames_per_step = frames_per_vec_step(self.env)
+        return self._collector
+
     def _collect_step(self, callback: BaseCallback) -> bool:
-        """Acts once in every environment and stores what came of it; False if the callback wants to stop.
+        """Acts once in every environment and stores the step; False if the callback wants to stop.
 
         Gradient steps that earlier environment steps owe are taken while other processes make this one.
         """
@@ -563,8 +292,8 @@ class WorldFluxAgent(SavedAgent):
         self._learner.owe(self.n_envs, self.replay_buffer)
 
         callback.update_locals(locals())
-        stopping = self.stopping  # one that comes later is for the next step, so that the callbacks see it
-        answer = callback.on_step()  # None, of a function that returns nothing, goes on
+        stopping = self.stopping  # a signal that comes later ends the next step, so that callbacks see it first
+        answer = callback.on_step()  # None, from a function that returns nothing, continues
         keep_going = (answer is None or bool(answer)) and not stopping
         callback.on_rollout_end()
         return keep_going
@@ -578,7 +307,7 @@ class WorldFluxAgent(SavedAgent):
         self._learner.train(self.replay_buffer, self._vec_normalize_env)
 
     def dump_logs(self) -> None:
-        """Writes what happened since the last dump to the logger, under SB3's names."""
+        """Writes the log since the last dump, under SB3's names."""
         assert self.ep_info_buffer is not None and self.ep_success_buffer is not None
         self.trainer.check_finite()
         elapsed = max((time.time_ns() - self.start_time) / 1e9, sys.float_info.epsilon)
@@ -610,11 +339,11 @@ class WorldFluxAgent(SavedAgent):
     def predict(
         self,
         observation: np.ndarray | dict[str, np.ndarray],
-        state: Memory | None = None,
+        state: PredictState | None = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
-    ) -> tuple[np.ndarray, Memory | None]:
-        """Actions for observations, with the memory that goes from one call to the next.
+    ) -> tuple[np.ndarray, PredictState | None]:
+        """Returns actions for observations, and the state that goes from one call to the next.
 
         Args:
             observation: One observation, or one for each of n environments `[n, ...]`, as the environment gives them
@@ -630,16 +359,13 @@ class WorldFluxAgent(SavedAgent):
 
         Raises:
             ShapeMismatchError: If an array has another shape or dtype than expected, or the observation holds NaN.
-            TrainingError: If an action is not finite, with the first tensor that is not: of the model or the state.
+            TrainingError: If an action is not finite; names the first tensor of the model or the state that is not.
         """
         return self.actor.predict(observation, state, episode_start, deterministic)
 
 
-_SETTINGS = frozenset(item.name for item in fields(AgentSettings))
-
-
 def _check_callbacks(given: object) -> None:
-    """Raises a `ConfigurationError` if a callback of a `Trainer` is among what was given to `learn`."""
+    """Raises a `ConfigurationError` if a callback that was given to `learn` is one of a `Trainer`."""
     for callback in given.callbacks if isinstance(given, CallbackList) else given if isinstance(given, list) else ():
         _check_callbacks(callback)
     if isinstance(given, Callback):
@@ -647,6 +373,4 @@ def _check_callbacks(given: object) -> None:
         raise ConfigurationError(f"{type(given).__name__} is for train(); an agent takes {takes}.")
 
 
-_CHANGEABLE = ("learning_rate", "train_ratio", "tensorboard_log", "verbose")
-"""Settings of which an agent that is built takes another value."""
 _PREDICT = WorldFluxAgent.predict

@@ -1,10 +1,11 @@
-"""The file of a saved agent, a zip in which nothing can run code; and the same entries in a checkpoint's directory.
+"""The files of a saved agent: a directory, or a zip of one. Nothing in them can run code.
 
 | entry | content |
 | --- | --- |
 | `agent.json` | settings, spaces and counters; the versions that it was saved with |
 | `config.json`, `model.safetensors` | the model, as `WorldModel.save_pretrained` writes it |
 | `optimizer.pt`, `trainer.json` | the trainer's checkpoint; read without unpickling |
+| `run.json`, `replay/` | in a directory only: what is needed to resume the run |
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, Literal, TypeGuard
 
@@ -44,21 +45,26 @@ from worldflux.training.checkpoint import (
 from worldflux.validation import finite_number, whole_number
 
 AGENT_FILE = "agent.json"
+RUN_FILE = "run.json"
 FORMAT = 1
+"""Version of `agent.json`; a change that other versions cannot read raises it."""
 _ENTRIES = (AGENT_FILE, CONFIG_FILE, WEIGHTS_FILE, OPTIMIZER_FILE, TRAINER_FILE)
 
 _NAMELESS = "the file object"
-"""What errors call a file that has no path."""
+"""Name of a file object in error messages."""
 
 ArchivePath = str | Path | io.BufferedIOBase | IO[bytes]
+
+
+# --- paths and file objects
 
 
 def is_file(given: object, to: Literal["read", "write"]) -> TypeGuard[IO[bytes]]:
     """Whether `given` is a file object and not a path.
 
     Args:
-        given: By the user.
-        to: What it has to be open for.
+        given: What the user passed.
+        to: What the file object has to be open for.
 
     Raises:
         ConfigurationError: If it is neither, or a file that is closed, opened for text or for the other direction.
@@ -75,7 +81,7 @@ def is_file(given: object, to: Literal["read", "write"]) -> TypeGuard[IO[bytes]]
     seekable = getattr(given, "seekable", None)
     if to == "read" and seekable is not None and not seekable():
         raise ConfigurationError(
-            f"The file object {given!r} is a pipe or the like, expected one that can be read from its start. Pass "
+            f"The file object {given!r} is a pipe or similar, expected one that can be read from its start. Pass "
             "io.BytesIO(file.read())."
         )
     return True
@@ -83,7 +89,7 @@ def is_file(given: object, to: Literal["read", "write"]) -> TypeGuard[IO[bytes]]
 
 @contextmanager
 def path_to_write(target: ArchivePath) -> Iterator[str | Path]:
-    """A path to write to for who knows nothing of file objects: the one that was given, or that of a scratch file."""
+    """The path that was given, or that of a scratch file whose content then goes into the file object."""
     if not is_file(target, "write"):
         yield target  # type: ignore[misc]
         return
@@ -96,7 +102,7 @@ def path_to_write(target: ArchivePath) -> Iterator[str | Path]:
 
 @contextmanager
 def path_to_read(source: ArchivePath) -> Iterator[str | Path]:
-    """The same for reading. Of a file object everything is read, wherever it stands."""
+    """The path that was given, or that of a scratch file with the whole content of the file object."""
     if not is_file(source, "read"):
         yield source  # type: ignore[misc]
         return
@@ -108,50 +114,50 @@ def path_to_read(source: ArchivePath) -> Iterator[str | Path]:
         yield path
 
 
-def write_archive(path: ArchivePath, description: dict[str, Any], write_checkpoint: Callable[[Path], None]) -> None:
-    """Writes an agent's file, whole or not at all.
+# --- zips and directories
+
+
+def write_archive(path: ArchivePath, write: Callable[[Path], None]) -> None:
+    """Writes an agent's directory into a zip, whole or not at all.
 
     Args:
-        path: A path, to which `.zip` is appended if it has no suffix and whose directories are made, or a binary file.
-        description: Content of `agent.json`.
-        write_checkpoint: Writes the trainer's checkpoint into an empty directory.
+        path: A path, to which `.zip` is appended if it has no suffix and whose parents are made, or a binary file.
+        write: Writes the entries into an empty directory.
 
     Raises:
         CheckpointError: If the path is a directory, or cannot be written.
         ConfigurationError: If it is neither a path nor a binary file that can be written.
     """
-    target = None if is_file(path, "write") else _with_suffix(checked_path("path", path))
-    if target is not None and (target.is_dir() or os.path.basename(os.fspath(path)) in ("", ".", "..")):  # type: ignore[arg-type]
-        name = target if target.is_dir() else path
-        raise CheckpointError(f"{name} is a directory, expected the path of a file. Add a name, such as agent.zip.")
-    with _scratch(target) as scratch:
-        checkpoint = scratch / "checkpoint"
-        checkpoint.mkdir()
-        write_checkpoint(checkpoint)
-        whole = scratch / "agent.zip"
-        with whole.open("wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                archive.writestr(AGENT_FILE, _as_text(description))
-                for entry in sorted(checkpoint.iterdir()):
-                    archive.write(entry, entry.name)
-            file.flush()
-            # On the disk before the old file is gone.
-            os.fsync(file.fileno())
-        if target is not None:
+    if not is_file(path, "write"):
+        path = _zip_path(path)  # type: ignore[arg-type]
+    with path_to_write(path) as given:
+        target = Path(given)
+        with writing_checkpoint(target), directory_beside(target) as scratch:
+            entries, whole = scratch / "entries", scratch / "agent.zip"
+            entries.mkdir()
+            write(entries)
+            with whole.open("wb") as file:
+                with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                    for entry in sorted(entries.iterdir()):
+                        archive.write(entry, entry.name)
+                file.flush()
+                os.fsync(file.fileno())  # on the disk before the old file is gone
             os.replace(whole, target)
-        else:
-            with whole.open("rb") as source:
-                shutil.copyfileobj(source, path)  # type: ignore[arg-type]
 
 
-def write_description(directory: Path, description: dict[str, Any]) -> None:
-    """Writes `agent.json` beside the trainer's files in a checkpoint's directory."""
-    (directory / AGENT_FILE).write_text(_as_text(description), encoding="utf-8")
+def _zip_path(given: str | Path) -> Path:
+    """Where `write_archive` writes; never a directory."""
+    path = checked_path("path", given)
+    target = path if path.suffix or not path.name else path.with_name(f"{path.name}.zip")
+    if target.is_dir() or os.path.basename(os.fspath(given)) in ("", ".", ".."):
+        name = target if target.is_dir() else given
+        raise CheckpointError(f"{name} is a directory, expected the path of a file. Add a name, such as agent.zip.")
+    return target
 
 
 @contextmanager
-def open_saved(path: ArchivePath, *, resume: bool = False) -> Iterator[tuple[dict[str, Any], Path]]:
-    """The description of a saved agent, and a directory with its checkpoint that may be gone afterwards.
+def open_saved(path: ArchivePath, *, resume: bool = False) -> Iterator[tuple[AgentDescription, Path]]:
+    """The description of a saved agent, and its directory, which may be gone afterwards.
 
     Args:
         path: As given to `write_archive`, where `.zip` may be left out; or the directory of a checkpoint, or one that
@@ -163,30 +169,36 @@ def open_saved(path: ArchivePath, *, resume: bool = False) -> Iterator[tuple[dic
         CheckpointError: If it is no agent, or damaged; or there is no run to resume.
         ConfigurationError: If it is neither a path nor a binary file that can be read.
     """
-    from_file = is_file(path, "read")
-    holder = None if from_file else checked_path("path", path)
-    if holder is not None:
+    name: Any = _NAMELESS if is_file(path, "read") else path
+    with path_to_read(path) as given, tempfile.TemporaryDirectory(prefix="agent-") as scratch:
+        holder = checked_path("path", given)
         recover_directory(holder)
-    if holder is None or not holder.is_dir():
-        with _open_archive(path) as opened:
+        if holder.is_dir():
+            name = directory = _newest(holder)
+            _check_complete(directory, (*_ENTRIES, RUN_FILE) if resume else _ENTRIES)
+        else:
+            directory = Path(scratch)
+            _unpack(_existing(given), directory, name)
             if resume:
                 raise CheckpointError(
-                    f"{path} holds no replay data, so it cannot be resumed. Leave resume=True out, or pass a directory "
+                    f"{name} holds no replay data, so it cannot be resumed. Leave resume=True out, or pass a directory "
                     "that AgentCheckpointCallback wrote."
                 )
-            yield opened
-        return
+        yield AgentDescription.read(directory, name), directory
+
+
+def _newest(holder: Path) -> Path:
+    """The directory of an agent: `holder` itself, or the newest checkpoint in it."""
     directory = holder if (holder / AGENT_FILE).is_file() else newest_checkpoint(holder, warn=True)
-    if directory is None and any((holder / name).is_file() for name in (WEIGHTS_FILE, TRAINER_FILE)):
-        directory = holder  # what is missing is said below
-    if directory is None:
-        incomplete = "; ".join(f"{place.name} is incomplete: {fault}" for place, fault in incomplete_in(holder).items())
-        raise FileNotFoundError(
-            f"The directory {path} holds no checkpoint of an agent{incomplete and f' ({incomplete})'}. Pass one that "
-            "save_checkpoint wrote, or that holds several of them."
-        )
-    _check_complete(directory, (*_ENTRIES, RUN_FILE) if resume else _ENTRIES)
-    yield _checked(read_json(directory / AGENT_FILE), directory), directory
+    if directory is not None:
+        return directory
+    if any((holder / name).is_file() for name in (WEIGHTS_FILE, TRAINER_FILE)):
+        return holder  # `_check_complete` says what is missing
+    incomplete = "; ".join(f"{place.name} is incomplete: {fault}" for place, fault in incomplete_in(holder).items())
+    raise FileNotFoundError(
+        f"The directory {holder} holds no checkpoint of an agent{incomplete and f' ({incomplete})'}. Pass one that "
+        "save_checkpoint wrote, or that holds several of them."
+    )
 
 
 def _check_complete(directory: Path, names: Sequence[str]) -> None:
@@ -201,82 +213,32 @@ def _check_complete(directory: Path, names: Sequence[str]) -> None:
         raise damaged(directory, f"no {', '.join(missing)}")
 
 
-def print_saved_system(description: dict[str, Any]) -> None:
-    """Prints the versions that an agent was saved with, under SB3's headline."""
-    print("== SAVED MODEL SYSTEM INFO ==")
-    versions = description.get("system_info")
-    if not isinstance(versions, dict):
-        versions = {"Versions": "not in the file, which an older worldflux wrote"}
-    print("".join(f"- {name}: {version}\n" for name, version in versions.items()))
+def _unpack(path: Path, directory: Path, name: object) -> None:
+    """Extracts the entries of an agent's zip, and no others: a zip may hold any path."""
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            names = set(archive.namelist())
+            missing = [entry for entry in _ENTRIES if entry not in names]
+            if missing:
+                hint = "is incomplete or damaged, or something else"
+                if "data" in names:
+                    hint = "was saved by stable-baselines3 itself"
+                raise CheckpointError(
+                    f"{name} has no {', '.join(missing)}. It {hint}. Pass a file that WorldFluxAgent.save wrote."
+                )
+            check_stored(archive, file.seek(0, os.SEEK_END))
+            for entry in _ENTRIES:
+                archive.extract(entry, directory)
+    except CheckpointError:
+        raise
+    except Exception as error:  # what a damaged zip makes zipfile raise is not a closed list
+        raise CheckpointError(
+            f"{name} is not a readable file of an agent, but incomplete or damaged ({str(error).rstrip('.')}). "
+            "Pass another file that WorldFluxAgent.save wrote, or load an earlier checkpoint of the run."
+        ) from error
 
 
-@contextmanager
-def _open_archive(path: ArchivePath) -> Iterator[tuple[dict[str, Any], Path]]:
-    """The same for a zip."""
-    from_file = is_file(path, "read")
-    existing = None if from_file else _existing(Path(path))  # type: ignore[arg-type]
-    with tempfile.TemporaryDirectory(prefix="agent-") as scratch:
-        try:
-            with ExitStack() as stack:
-                source: Any = path if existing is None else stack.enter_context(open_regular(existing))
-                archive = stack.enter_context(zipfile.ZipFile(source))
-                names = set(archive.namelist())
-                missing = [entry for entry in _ENTRIES if entry not in names]
-                if missing:
-                    theirs = "data" in names
-                    hint = (
-                        "was saved by stable-baselines3 itself"
-                        if theirs
-                        else "is incomplete or damaged, or something else"
-                    )
-                    raise CheckpointError(
-                        f"{path} has no {', '.join(missing)}. It {hint}. Pass a file that WorldFluxAgent.save wrote."
-                    )
-                check_stored(archive, source.seek(0, os.SEEK_END))
-                for entry in _ENTRIES:  # these names only: a zip may hold any path
-                    archive.extract(entry, scratch)
-        except CheckpointError:
-            raise
-        except Exception as error:  # what a damaged zip makes zipfile raise is not a closed list
-            raise CheckpointError(
-                f"{path} is not a readable file of an agent, but incomplete or damaged ({str(error).rstrip('.')}). "
-                "Pass another file that WorldFluxAgent.save wrote, or load an earlier checkpoint of the run."
-            ) from error
-        description = read_json(Path(scratch) / AGENT_FILE, name=f"{path}: {AGENT_FILE}")
-        yield _checked(description, path), Path(scratch)
-
-
-@contextmanager
-def _scratch(target: Path | None) -> Iterator[Path]:
-    """A directory to write in, which is removed afterwards.
-
-    It lies beside the target, so that the last move stays inside one file system.
-    """
-    if target is None:
-        with tempfile.TemporaryDirectory(prefix="agent-") as directory:
-            yield Path(directory)
-        return
-    with writing_checkpoint(target), directory_beside(target) as beside:
-        yield beside
-
-
-def _as_text(description: dict[str, Any]) -> str:
-    system, _ = get_system_info(print_info=False)
-    return json.dumps({"format": FORMAT, "system_info": system, **description}, indent=2)
-
-
-def _checked(description: Any, path: object) -> dict[str, Any]:
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        found = description.get("format") if isinstance(description, dict) else None
-        raise CheckpointError(f"{path} has format {found}, this version reads {FORMAT}. Use a newer worldflux.")
-    return description
-
-
-def _with_suffix(path: Path) -> Path:
-    return path if path.suffix or not path.name else path.with_name(f"{path.name}.zip")
-
-
-def _existing(path: Path) -> Path:
+def _existing(path: str | Path) -> Path:
     """SB3's rule: the path as it is, else with `.zip` behind it."""
     absolute = checked_path("path", path)
     candidates = [absolute] if absolute.suffix == ".zip" else [absolute, absolute.with_name(f"{absolute.name}.zip")]
@@ -289,14 +251,117 @@ def _existing(path: Path) -> Path:
     )
 
 
-RUN_FILE = "run.json"
+# --- agent.json
+
+LOOP_COUNTERS = ("num_timesteps", "_total_timesteps", "_num_timesteps_at_start", "_episode_num")
+"""Attributes of an agent that go on counting after loading."""
+
+COUNTERS = (*LOOP_COUNTERS, "_n_updates", "_updates_owed")
+"""These, and what its `Learner` goes on counting."""
+
+PLACES = ("buffer_storage", "tensorboard_log")
+"""Settings that say where to write. No file decides on where its reader writes, nor tells where its writer did."""
+_ELSEWHERE = "elsewhere"
+"""What a file says of a place that was set."""
+
+MOST_ENVS = 2**20
+LARGEST_COUNTER = 2**48
+"""No count in a file is that large."""
+
+
+def _counter(name: str, value: Any) -> int:
+    return whole_number(name, value, 0, below=LARGEST_COUNTER)
+
+
+def _versions() -> dict[str, str]:
+    return get_system_info(print_info=False)[0]
+
+
+@dataclass(frozen=True)
+class AgentDescription:
+    """An agent without its model and optimiser: the content of `agent.json`."""
+
+    observation_space: spaces.Space[Any]
+    action_space: spaces.Space[Any]
+    n_envs: int
+    settings: AgentSettings
+    elsewhere: Sequence[str]
+    """Those of `PLACES` that were set to another place than memory."""
+    counters: Mapping[str, int]
+    """Counts by the names in `COUNTERS`."""
+    progress_remaining: float
+    """Share of the steps of `learn` that remain: 1 at its beginning, 0 at its end."""
+    schedule: Mapping[str, int | None]
+    """State of the `UpdateSchedule`."""
+    system_info: Mapping[str, str] = field(default_factory=_versions)
+    """Versions of the software that the agent was saved with."""
+
+    def write(self, directory: Path) -> None:
+        """Writes `agent.json`."""
+        data = {
+            "format": FORMAT,
+            "system_info": dict(self.system_info),
+            "observation_space": space_to_json(self.observation_space),
+            "action_space": space_to_json(self.action_space),
+            "n_envs": self.n_envs,
+            "settings": {
+                **vars(self.settings),
+                **{name: _ELSEWHERE if name in self.elsewhere else None for name in PLACES},
+                "learning_rate": rate_to_json(self.settings.learning_rate),
+            },
+            "counters": dict(self.counters),
+            "progress_remaining": self.progress_remaining,
+            "schedule": dict(self.schedule),
+        }
+        (directory / AGENT_FILE).write_text(json.dumps(data, indent=2), encoding="utf-8")
+
+    @classmethod
+    def read(cls, directory: Path, name: object) -> AgentDescription:
+        """What `write` wrote, without places.
+
+        Args:
+            directory: Where the file is.
+            name: What errors call it.
+
+        Raises:
+            CheckpointError: If something is missing, or no agent can have such a value.
+        """
+        data = read_json(directory / AGENT_FILE, name=f"{name}: {AGENT_FILE}")
+        found = data.get("format") if isinstance(data, dict) else None
+        if found != FORMAT:
+            raise CheckpointError(f"{name} has format {found}, this version reads {FORMAT}. Use a newer worldflux.")
+        try:
+            settings = {item.name: data["settings"][item.name] for item in fields(AgentSettings)}
+            steps = data["schedule"]["env_steps"]
+            return cls(
+                observation_space=space_from_json(data["observation_space"]),
+                action_space=space_from_json(data["action_space"]),
+                n_envs=whole_number("n_envs", data["n_envs"], 1, below=MOST_ENVS),
+                settings=AgentSettings(
+                    **{**settings, **dict.fromkeys(PLACES)}
+                    | {"learning_rate": rate_from_json(settings["learning_rate"])}
+                ),
+                elsewhere=[place for place in PLACES if settings[place] is not None],
+                counters={counter: _counter(counter, data["counters"][counter]) for counter in COUNTERS},
+                progress_remaining=finite_number("progress_remaining", data["progress_remaining"]),
+                schedule={"env_steps": None if steps is None else _counter("schedule: env_steps", steps)},
+                system_info={str(key): str(value) for key, value in data["system_info"].items()},
+            )
+        except KeyError as error:
+            raise CheckpointError(f"{name} is damaged: its {AGENT_FILE} has no {error}.") from error
+        except (CheckpointError, ConfigurationError, AttributeError, ArithmeticError, TypeError) as error:
+            raise CheckpointError(f"{name} is damaged. In its {AGENT_FILE}: {error}") from error
+
+
+# --- run.json
+
 _EPISODE_INFO = ("r", "l", "t")
 """What SB3's `Monitor` says of an episode: its return, its length, and when it ended."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run remembers besides its agent and its replay data."""
+    """What a run remembers besides its agent and its replay data: the content of `run.json`."""
 
     collected: int
     """Transitions that the replay buffer has received."""
@@ -340,7 +405,7 @@ class RunState:
 
 
 def episode_info(info: Mapping[str, Any]) -> dict[str, float]:
-    """What is remembered of an episode, as JSON can hold it; `VecMonitor` and others give NumPy's numbers."""
+    """The part of an episode's info that is kept, as Python's numbers; `VecMonitor` and others give NumPy's."""
     return {name: float(info[name]) for name in _EPISODE_INFO if name in info}
 
 
@@ -348,9 +413,8 @@ def normalization_state(normalize: VecNormalize | None) -> dict[str, Any] | None
     """The running statistics of a `VecNormalize`, as JSON can hold them."""
     if normalize is None:
         return None
-    obs = normalize.obs_rms if normalize.norm_obs else {}
     return {
-        "obs": {key: _moments(rms) for key, rms in (obs if isinstance(obs, dict) else {"": obs}).items()},
+        "obs": {key: _moments(rms) for key, rms in _observed(normalize).items()},
         "returns": _moments(normalize.ret_rms),
     }
 
@@ -369,13 +433,18 @@ def restore_normalization(normalize: VecNormalize | None, state: Mapping[str, An
         )
     if normalize is None or state is None:
         return
-    obs = normalize.obs_rms if normalize.norm_obs else {}
     try:
-        for key, rms in (obs if isinstance(obs, dict) else {"": obs}).items():
+        for key, rms in _observed(normalize).items():
             _restore_moments(rms, state["obs"][key])
         _restore_moments(normalize.ret_rms, state["returns"])
     except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"The statistics of VecNormalize in the checkpoint do not fit env: {error}.") from error
+
+
+def _observed(normalize: VecNormalize) -> dict[str, RunningMeanStd]:
+    """The statistics of each key of the observations; the key is empty where they are one array."""
+    obs = normalize.obs_rms if normalize.norm_obs else {}
+    return obs if isinstance(obs, dict) else {"": obs}
 
 
 def _moments(rms: RunningMeanStd) -> dict[str, Any]:
@@ -388,108 +457,5 @@ def _restore_moments(rms: RunningMeanStd, state: Mapping[str, Any]) -> None:
         raise ShapeMismatchError(f"a mean has shape {mean.shape}, expected {np.shape(rms.mean)}")
     count = finite_number("count", state["count"])
     if not np.isfinite(mean).all() or not (np.isfinite(var) & (var >= 0)).all() or count < 0:
-        raise ConfigurationError("a mean, a variance or a count is none")
+        raise ConfigurationError("a mean is not finite, or a variance or a count is not a finite number from 0")
     rms.mean, rms.var, rms.count = mean, var, count
-
-
-LOOP_COUNTERS = ("num_timesteps", "_total_timesteps", "_num_timesteps_at_start", "_episode_num")
-"""Attributes of an agent that go on counting after loading."""
-
-COUNTERS = (*LOOP_COUNTERS, "_n_updates", "_updates_owed")
-"""These and what its `Learner` goes on counting."""
-
-
-_LATER_SETTINGS = {"compile"}
-"""That the first files of this format lack."""
-
-_PLACES = ("buffer_storage", "tensorboard_log")
-"""Settings that say where to write. They are those of the machine that an agent was saved on, and no file decides on
-where its reader writes."""
-_ELSEWHERE = "elsewhere"
-"""What a file says of replay data that did not lie in memory."""
-
-MOST_ENVS = 2**20
-LARGEST_COUNTER = 2**48
-"""No count in a file is that large."""
-
-
-@dataclass(frozen=True)
-class AgentDescription:
-    """An agent without its model and optimiser."""
-
-    observation_space: spaces.Space[Any]
-    action_space: spaces.Space[Any]
-    n_envs: int
-    settings: AgentSettings
-    counters: Mapping[str, int]
-    """By the names in `COUNTERS`."""
-    progress_remaining: float
-    """1 at the beginning of a call of `learn`, 0 at its end."""
-    schedule: Mapping[str, int | None]
-    """Where `UpdateSchedule` stands."""
-    stored_elsewhere: bool
-    """Whether the replay data lay on a disk or a device."""
-
-    def to_json(self) -> dict[str, Any]:
-        """What `from_json` builds an equal description from."""
-        return {
-            "observation_space": space_to_json(self.observation_space),
-            "action_space": space_to_json(self.action_space),
-            "n_envs": self.n_envs,
-            "settings": {
-                **vars(self.settings),
-                **dict.fromkeys(_PLACES),
-                "learning_rate": rate_to_json(self.settings.learning_rate),
-                "buffer_storage": _ELSEWHERE if self.stored_elsewhere else None,
-            },
-            "counters": dict(self.counters),
-            "progress_remaining": self.progress_remaining,
-            "schedule": dict(self.schedule),
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any], source: object) -> AgentDescription:
-        """The description that `to_json` turned into JSON.
-
-        Args:
-            data: Its content.
-            source: Named in errors.
-
-        Raises:
-            CheckpointError: If something is missing, or no agent can have such a value.
-        """
-        try:
-            return cls(
-                observation_space=space_from_json(data["observation_space"]),
-                action_space=space_from_json(data["action_space"]),
-                n_envs=whole_number("n_envs", data["n_envs"], 1, below=MOST_ENVS),
-                settings=_settings(data["settings"]),
-                counters={
-                    name: whole_number(name, data["counters"][name], 0, below=LARGEST_COUNTER) for name in COUNTERS
-                },
-                progress_remaining=finite_number("progress_remaining", data["progress_remaining"]),
-                schedule={
-                    "env_steps": _whole_or_none("schedule: env_steps", data["schedule"]["env_steps"]),
-                    "handed_out": whole_number(
-                        "schedule: handed_out", data["schedule"]["handed_out"], 0, below=LARGEST_COUNTER
-                    ),
-                },
-                stored_elsewhere=data["settings"].get("buffer_storage") not in (None, "memory"),
-            )
-        except KeyError as error:
-            raise CheckpointError(f"{source} is damaged: its agent.json has no {error}.") from error
-        except (CheckpointError, ConfigurationError, AttributeError, ArithmeticError, TypeError) as error:
-            raise CheckpointError(f"{source} is damaged. In its agent.json: {error}") from error
-
-
-def _settings(data: Mapping[str, Any]) -> AgentSettings:
-    """Settings as they were saved, without places; one that came later than the file takes its default."""
-    names = [item.name for item in fields(AgentSettings) if item.name not in _PLACES]
-    known = [name for name in names if name in data or name not in _LATER_SETTINGS]
-    return AgentSettings(
-        **{**{name: data[name] for name in known}, "learning_rate": rate_from_json(data["learning_rate"])}
-    )
-
-
-def _whole_or_none(name: str, value: Any) -> int | None:
-    return None if value is None else whole_number(name, value, 0, below=LARGEST_COUNTER)

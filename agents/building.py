@@ -1,4 +1,4 @@
-"""The model of an agent: found by its name or taken as it is, made for an environment's spaces, and planned with."""
+"""The model of an agent, made for the spaces of an environment, and its planner."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def build_model(
     Args:
         source: A preset, a directory written by `save_pretrained`, or a model.
         chosen: Fields of the configuration to override.
-        obs_codec: Of the environment's observations.
-        action_codec: Of its actions.
-        env: Where the model shall act; a preset takes the length of episodes from it.
-        device: Where the model shall be.
+        obs_codec: Codec of the environment's observations.
+        action_codec: Codec of the environment's actions.
+        env: Environment that the model shall act in; a preset takes the length of episodes from it.
+        device: Device of the model.
 
     Raises:
         ConfigurationError: If the source is unknown, or a field does not fit.
@@ -54,7 +54,7 @@ def build_model(
     elif isinstance(source, str | Path):
         preset = find_preset(source) if isinstance(source, str) else None
         if preset is not None:
-            # What is saved knows its spaces, and they are compared below.
+            # A saved model has its spaces already; they are compared below.
             _, family = preset
             max_steps = None if env is None else max_vec_episode_steps(env)
             chosen = {**spaces, **family.config_class.episode_fields(max_steps), **chosen}
@@ -67,14 +67,14 @@ def build_model(
     tasks = getattr(model.config, "num_tasks", 1)
     if tasks > 1:
         raise ConfigurationError(
-            f"The model has {tasks} tasks, and an agent knows of one: it would act and learn as task 0 everywhere. "
+            f"The model has {tasks} tasks, and an agent has one: it would act and learn as task 0 everywhere. "
             "Learning several tasks in environments is not supported yet; use num_tasks=1."
         )
     return model
 
 
 def build_planner(model: WorldModel, planner: str | None, overrides: Mapping[str, Any] | None) -> Planner | None:
-    """What plans in the model; None where its policy acts."""
+    """The planner in the model; None where its policy acts."""
     if planner is None:
         if overrides:
             logger.warning("planner_kwargs change nothing: this agent acts with its policy. planner='mppi' plans.")
@@ -86,7 +86,7 @@ def checked_model_kwargs(given: Any, learning_rate: Any, planner_kwargs: Mapping
     """`model_kwargs` as a dictionary; the configuration itself checks the fields.
 
     Raises:
-        ConfigurationError: If it is none, or another setting of the agent rules over one of its fields.
+        ConfigurationError: If it is no dictionary, or another setting of the agent overrides one of its fields.
     """
     if given is None:
         return {}
@@ -111,7 +111,7 @@ def checked_model_kwargs(given: Any, learning_rate: Any, planner_kwargs: Mapping
 
 
 def _space_fields(obs_codec: ObservationCodec, action_codec: ActionCodec) -> dict[str, Any]:
-    """What a model's configuration says of the spaces, by the names of its fields."""
+    """The fields of a model's configuration that follow from the spaces."""
     return {
         "obs_shape": obs_codec.obs_shape,
         "obs_classes": obs_codec.obs_classes,

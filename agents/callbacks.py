@@ -21,23 +21,23 @@ class AgentCheckpointCallback(BaseCallback):
         agent = WorldFluxAgent.load("runs/pong", "atari/pong", resume=True)
         agent.learn(1_000_000 - agent.num_timesteps, AgentCheckpointCallback("runs/pong"), reset_num_timesteps=False)
 
-    One more is saved when `learn` ends between two intervals, also by Ctrl-C, SIGTERM, or an error in the environment
-    or another callback. Nothing is saved once a loss is not finite: the newest checkpoint is a good one.
+    Another one is saved when `learn` ends between two intervals, also by Ctrl-C, SIGTERM, or an error in the
+    environment or another callback. Nothing is saved once a loss is not finite, so the newest checkpoint is a good one.
 
-    A directory belongs to one run. While a run is there, no other can begin; where another run has saved checkpoints,
-    `learn` ends at once with a `ConfigurationError` that says what to do.
+    A directory belongs to one run. While that run goes on, no other can begin there; where another run has saved
+    checkpoints, `learn` ends at once with a `ConfigurationError` that says what to do.
 
     Args:
-        output_dir: Made if it does not exist.
+        output_dir: Directory of the checkpoints; made if it does not exist.
         save_interval: Environment steps between checkpoints, over all environments.
-        max_checkpoints: How many of this run to keep in `output_dir`; the ones written longest ago are removed.
-        verbose: 1 prints the path of each.
+        max_checkpoints: Number of checkpoints of this run to keep; the ones written longest ago are removed.
+        verbose: 1 prints the path of each checkpoint.
         overwrite: Begin a new run where another one has saved checkpoints; they are removed once this run has saved one
             of its own.
 
     Raises:
-        ConfigurationError: If a number is below 1, `output_dir` can be no directory, or it is given to another
-            algorithm of SB3.
+        ConfigurationError: If a number is below 1, `output_dir` cannot be a directory, or the callback is given to
+            another algorithm of SB3.
     """
 
     model: WorldFluxAgent
@@ -58,12 +58,12 @@ class AgentCheckpointCallback(BaseCallback):
 
     @property
     def output_dir(self) -> Path:
-        """Where the checkpoints are."""
+        """Directory of the checkpoints."""
         return self.directory.path
 
     @property
     def max_checkpoints(self) -> int:
-        """How many of the run are kept."""
+        """Number of checkpoints of the run that are kept."""
         return self.directory.max_checkpoints
 
     def _init_callback(self) -> None:
@@ -74,7 +74,7 @@ class AgentCheckpointCallback(BaseCallback):
             )
 
     def _on_training_start(self) -> None:
-        # Not `_on_training_end`: SB3 does not call it where another callback fails, or is around this one.
+        # Not in `_on_training_end`, which SB3 does not call if another callback fails, or if one contains this one.
         self.model.at_end_of_learn(self._end)
         self.directory.hold()
         resuming = f"load its agent with WorldFluxAgent.load({str(self.output_dir)!r}, env, resume=True)"
@@ -82,7 +82,7 @@ class AgentCheckpointCallback(BaseCallback):
         self._saved_at = self.num_timesteps
 
     def _on_step(self) -> bool:
-        if self._saved_at is None:  # somebody has added it in the middle of `learn`
+        if self._saved_at is None:  # the callback was added in the middle of `learn`
             self._on_training_start()
         assert self._saved_at is not None
         due = self.num_timesteps // self.save_interval > self._saved_at // self.save_interval
@@ -91,18 +91,18 @@ class AgentCheckpointCallback(BaseCallback):
         return True
 
     def _end(self) -> None:
-        """Saves the last step."""
+        """Saves the last step, whatever has ended `learn`."""
         self.num_timesteps, error = self.model.num_timesteps, sys.exc_info()[1]
         begun = self._saved_at is not None
         if (self.model.stopping or self.model.trainer.in_step) and isinstance(error, KeyboardInterrupt):
-            begun = False  # the second Ctrl-C, which may have come in the middle of anything
+            begun = False  # a second Ctrl-C may have come in the middle of anything
         try:
             if begun and self.num_timesteps != self._saved_at:
                 self._save()
         except TrainingError:
             if error is None:
                 raise
-            # What the training ended with says why; the newest checkpoint is a good one.
+            # The error that ended the training says why; the newest checkpoint is a good one.
         finally:
             self._saved_at = None
             self.directory.release()

@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 from torch import Tensor
 
 from worldflux.accel.transfers import to_device, to_host
-from worldflux.agents.acting import Acting, Actor, Memory, recalled, remembered
+from worldflux.agents.acting import Actor, Memory, PredictState
 from worldflux.envs.recording.wrappers import VecEpisodeRecorder
 from worldflux.envs.spaces import Array, Arrays
 from worldflux.envs.step_counter import EnvWatch
@@ -35,20 +35,20 @@ class VecStep(NamedTuple):
 
 
 class Collector:
-    """Steps environments with an actor's actions and stores what came of it.
+    """Steps environments with an actor's actions and stores the steps in a buffer.
 
-    One lasts from a reset of the environments (`begin`) until the episodes in flight are given up (`close`), as they
-    must be once somebody else `moved` the environments. In between it remembers what the model made of them.
+    A collector lasts from a reset of the environments (`begin`) until the episodes in flight are given up (`close`), as
+    they must be once somebody else `moved` the environments. In between it keeps the actor's memory of them.
 
     Attributes:
         recorder: Writes the steps into the buffer.
 
     Args:
-        env: To act in.
+        env: The environments to act in.
         buffer: Receives the steps.
         actor: Chooses the actions.
         replay_context: Store the model's state beside each row.
-        predict: Asked for the actions in place of the actor; the `predict` that somebody gave the agent.
+        predict: Is asked for the actions in place of the actor, where an agent overrides `predict`.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Collector:
         actor: Actor,
         *,
         replay_context: bool,
-        predict: Callable[..., tuple[Array, Memory | None]] | None = None,
+        predict: Callable[..., tuple[Array, PredictState | None]] | None = None,
     ) -> None:
         self.env = env
         self.actor = actor
@@ -67,10 +67,10 @@ class Collector:
         self.recorder = VecEpisodeRecorder(buffer, env)
         self._watch = EnvWatch(env)
         self._normalizes = unwrap_vec_normalize(env) is not None
-        self._acting: Acting | None = None  # of the last step
+        self._memory: Memory | None = None  # after the last step
 
     def begin(self, obs: Any) -> None:
-        """The environments were just reset, to `obs`."""
+        """Begins episodes at `obs`, which the environments showed when they were just reset."""
         self.recorder.begin(obs)
         self._watch.mark()
 
@@ -80,7 +80,7 @@ class Collector:
 
     @property
     def obs(self) -> Any:
-        """What the environments show now, in the library's form; None if others have their streams. `[n_envs, ...]`"""
+        """Present observations in the library's form; None if others have their streams. `[n_envs, ...]`"""
         return self.recorder.obs if self.recorder.is_in_order else None
 
     @property
@@ -89,12 +89,12 @@ class Collector:
         return self._watch.moved
 
     def step(self, obs: Any, episode_starts: Array, *, at_random: bool, meanwhile: Callable[[], None]) -> VecStep:
-        """Acts once in every environment and stores what came of it.
+        """Acts once in every environment and stores the step.
 
         Args:
             obs: What the last step or reset of `env` returned. `[n_envs, ...]`
             episode_starts: True where `obs` begins an episode. `[n_envs]`
-            at_random: Take actions from all over the action space.
+            at_random: Sample the actions from the action space.
             meanwhile: Called between asking for the step and fetching it; other processes make it in that time.
         """
         actions, extras = self._act(obs, episode_starts, at_random)
@@ -109,33 +109,32 @@ class Collector:
         return VecStep(env_actions, new_obs, rewards, dones, infos)
 
     def _act(self, obs: Any, episode_starts: Array, at_random: bool) -> tuple[Array, dict[str, Array]]:
-        """Chooses an action for every environment; with the state it was chosen in, for the replay.
+        """Chooses an action for every environment.
 
         Returns:
-            Actions in the library's form `[n_envs, A]`, and `{name: [n_envs, ...]}`.
+            Actions in the library's form `[n_envs, A]`, and what is stored beside them, `{name: [n_envs, ...]}`.
         """
         actor, n_envs = self.actor, self.env.num_envs
-        before = self._acting if self._acting is not None else actor.start(n_envs)
+        before = self._memory if self._memory is not None else actor.start(n_envs)
         seen: Arrays | None = None
         if self.predict is None or at_random:
             seen = self._encoded(obs)
-            acting = self._chosen(before, seen, episode_starts, at_random)
+            memory = self._chosen(before, seen, episode_starts, at_random)
         else:
-            chosen, memory = self.predict(obs, remembered(before), episode_starts, deterministic=False)
+            chosen, state = self.predict(obs, before.arrays(), episode_starts, deterministic=False)
             if not np.isfinite(chosen).all():
                 raise TrainingError(f"The agent's own predict chose an action that is not finite: {chosen}.")
-            acting = recalled(memory, before)
-            acting = replace(acting, actions=self._as_tensor(chosen))
+            memory = replace(before.with_arrays(state), actions=self._as_tensor(chosen))
         if actor.action_codec.rounds:
-            asked = to_host({"actions": acting.actions})["actions"]
-            if seen is not None:  # before whole numbers are made of it
+            asked = to_host({"actions": memory.actions})["actions"]
+            if seen is not None:  # before they are rounded
                 actor.check_finite(asked, before, seen)
-            acting = replace(acting, actions=self._as_tensor(actor.action_codec.to_env(asked)))
-        extras = actor.model.extras_from_state(acting.state) if self.replay_context else {}
-        arrays = to_host({**{f"extras/{name}": value for name, value in extras.items()}, "actions": acting.actions})
+            memory = replace(memory, actions=self._as_tensor(actor.action_codec.to_env(asked)))
+        extras = actor.model.extras_from_state(memory.state) if self.replay_context else {}
+        arrays = to_host({**{f"extras/{name}": value for name, value in extras.items()}, "actions": memory.actions})
         if seen is not None:
             actor.check_finite(arrays["actions"], before, seen)
-        self._acting = acting
+        self._memory = memory
         return arrays["actions"], {name: arrays[f"extras/{name}"] for name in extras}
 
     def _encoded(self, obs: Any) -> Arrays:
@@ -145,14 +144,14 @@ class Collector:
         assert self.recorder.obs is not None
         return self.recorder.obs
 
-    def _chosen(self, before: Acting, seen: Arrays, episode_starts: Array, at_random: bool) -> Acting:
-        """What the actor makes of observations."""
+    def _chosen(self, before: Memory, seen: Arrays, episode_starts: Array, at_random: bool) -> Memory:
+        """The memory with a chosen action for each environment."""
         actor = self.actor
-        acting = actor.observe(before, seen, episode_starts, deterministic=False)
+        memory = actor.observe(before, seen, episode_starts, deterministic=False)
         if at_random:
             sampled = np.stack([actor.action_codec.space.sample() for _ in range(self.env.num_envs)])
-            return replace(acting, actions=self._as_tensor(sampled))
-        return actor.act(acting, episode_starts, deterministic=False)
+            return replace(memory, actions=self._as_tensor(sampled))
+        return actor.act(memory, episode_starts, deterministic=False)
 
     def _as_tensor(self, env_actions: Array) -> Tensor:
         """Actions of the environments in the library's form. `[n_envs, A]`"""
@@ -206,9 +205,9 @@ def frames_per_vec_step(venv: VecEnv) -> int:
 
 
 def _of_the_first(venv: VecEnv, name: str) -> Any:
-    """An attribute of the first environment; None where it has none of that name, or cannot be asked."""
+    """An attribute of the first environment; None where there is no such attribute, or it cannot be asked for."""
     try:
         return venv.get_attr(name, indices=[0])[0] if venv.has_attr(name) else None
     except (AttributeError, TypeError, LookupError, NotImplementedError):
-        # What SB3's wrapper class is put around may be no VecEnv, and have none of its methods, or others.
+        # SB3's wrapper class is also put around objects that are no VecEnv and lack its methods.
         return None

@@ -1,4 +1,4 @@
-"""What an agent imagines while it learns, as pictures in TensorBoard."""
+"""Pictures in TensorBoard of what an agent imagines while it learns."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ from worldflux.replay.views import NewestRows
 from worldflux.validation import whole_number
 
 WINDOWS, IMAGE_WINDOWS = 64, 16
-"""By default; windows of images take much memory."""
+"""Default numbers of windows; windows of images take much memory."""
 TAG = "imagination"
-"""Of all pictures, before their names."""
+"""Prefix of the names of all pictures."""
 
 
 class ImaginationCallback(BaseCallback):
-    """Draws what the model expects of episodes that were just recorded, at an interval, for TensorBoard.
+    """Draws what the model predicts for episodes that were just recorded, at an interval, for TensorBoard.
 
         agent = WorldFluxAgent("dreamerv3:size12m", env, tensorboard_log="logs")
         agent.learn(1_000_000, ImaginationCallback(10_000))
 
-    Under `imagination/` it shows the pictures of `worldflux imagine`: the course of vectors, a strip and a film for
-    each image, errors over the horizon, calibration of rewards and terminations. The windows come from the steps since
-    the last time, which the model has seldom been trained on.
+    Under `imagination/` it shows the pictures of `worldflux imagine`: time series of vectors, a strip and a film of
+    each image, errors over the horizon, and the calibration of rewards and terminations. The windows come from the
+    steps since the last pictures, which the model has seldom been trained on.
 
-    Training is the same with it and without: it draws from random numbers of its own, and leaves the model, its mode
-    and the log's other entries alone. Without a TensorBoard output it does nothing. Films are animated
-    PNGs, which need OpenCV 4.11.
+    Training is the same with this callback and without it: it has random numbers of its own, and leaves the model, its
+    mode and the other entries of the log alone. Without a TensorBoard output it does nothing. Films are animated PNGs,
+    which need OpenCV 4.11.
 
     Args:
-        interval: Environment steps from one time to the next, over all environments.
+        interval: Environment steps between two sets of pictures, over all environments.
         context: Rows of each window that the model sees.
         horizon: Rows after them that it predicts.
-        windows: That the errors are measured on; None: 64, of images 16.
+        windows: Windows that the errors are measured on; None takes 64, or 16 of images.
         shown: Windows that are drawn: those in which most can be seen.
-        seed: Of the windows.
+        seed: Seed of the choice of windows.
         verbose: 1 prints when pictures are drawn.
 
     Raises:
-        ConfigurationError: If a number is below 1, or it is given to another algorithm of SB3.
+        ConfigurationError: If a number is below 1, or the callback is given to another algorithm of SB3.
     """
 
     model: WorldFluxAgent
@@ -94,7 +94,7 @@ class ImaginationCallback(BaseCallback):
         return [output for output in self.logger.output_formats if isinstance(output, TensorBoardOutputFormat)]
 
     def _newest_windows(self) -> Batch | None:
-        """Windows of the steps since the last time; None if there are none so long."""
+        """Windows of the steps since the last pictures; None if no window fits."""
         agent, length = self.model, self.context + self.horizon
         assert agent.replay_buffer is not None
         has_images = any(len(shape) == 3 for shape in agent.model.config.obs_shapes.values())
@@ -113,13 +113,13 @@ class ImaginationCallback(BaseCallback):
         found = open_loop(self.model.model, batch, self.context, seed=self.seed)
         try:
             check_finite(found)
-        except TrainingError:  # which `learn` raises itself, with the name of the loss
+        except TrainingError:  # `learn` raises it itself, with the name of the loss
             return
         title = f"{self.model.model.config.model_type} after {self.num_timesteps} steps; the newest replay data"
         pictures = figures(found, found.errors(), shown=self.shown, title=title)
         films = self._films(found)
         for output in self._outputs():
-            # By SB3's logger they would wait for its next dump, under that step's number.
+            # Recorded in SB3's logger, they would be written at its next dump, with that step's number.
             entries = {f"{TAG}/{name}": Figure(figure, close=True) for name, figure in pictures.items()}
             output.write(entries, dict.fromkeys(entries, ()), self.num_timesteps)
             for name, (data, height, width) in films.items():
@@ -140,7 +140,7 @@ class ImaginationCallback(BaseCallback):
 
 
 def _write_film(output: TensorBoardOutputFormat, tag: str, data: bytes, height: int, width: int, step: int) -> None:
-    """An animation where images are shown, as torch's `add_video` does it with GIFs that need moviepy."""
+    """Writes an animation among the images, as torch's `add_video` writes GIFs, for which it needs moviepy."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)

@@ -20,7 +20,7 @@ from worldflux.replay.provider import sample_from
 from worldflux.training.trainer import Trainer
 
 CHECK_INTERVAL = 100
-"""Gradient steps between looks at whether all losses were finite, and at the health. A look waits for the device."""
+"""Gradient steps between checks that all losses were finite, and of the health. A check waits for the device."""
 
 
 class Learner:
@@ -28,15 +28,15 @@ class Learner:
 
     Attributes:
         n_updates: Gradient steps taken.
-        updates_owed: Gradient steps that the schedule handed out and nobody has taken yet.
+        updates_owed: Gradient steps that the schedule has handed out and that were not taken yet.
         collected: Transitions that the replay buffer has received.
-        last_losses: Of the last gradient step, as tensors on the device.
-        mean_losses: Of those since the last dump of the log.
+        last_losses: Losses of the last gradient step, as tensors on the device.
+        mean_losses: Means of the losses since the last dump of the log.
 
     Args:
-        trainer: Takes them, on batches of its configuration.
-        schedule: Says how many are due.
-        family: Says how learning begins, and which windows are drawn first.
+        trainer: Takes the gradient steps, on batches of its configuration.
+        schedule: Says how many gradient steps are due.
+        family: Says how learning begins, and whether new windows are drawn first.
         learning_starts: Transitions to collect before the first gradient step.
         window: Rows in a sampled window: the trained ones, and the one whose stored state they start from.
     """
@@ -55,8 +55,8 @@ class Learner:
         self.last_losses: Mapping[str, Tensor] = {}
         self.mean_losses = MeanLosses()
         self._started = False
-        self._examined_at = 0  # gradient steps
-        self._problems: set[str] = set()  # which have been told
+        self._examined_at = 0  # number of gradient steps at the last look at the health
+        self._problems: set[str] = set()  # problems that were reported already
 
     @property
     def acts_at_random(self) -> bool:
@@ -79,7 +79,7 @@ class Learner:
         return rhythm
 
     def set_train_ratio(self, ratio: float) -> None:
-        """Learns so much from each environment step from now on; with 0 nothing is owed any more."""
+        """Changes the ratio from now on; with 0 nothing is owed any more."""
         self.schedule.set_train_ratio(ratio)
         if not ratio:
             self.updates_owed = 0
@@ -108,7 +108,7 @@ class Learner:
         return replace(batch, obs=normalized(batch.obs, normalize))
 
     def health(self) -> tuple[dict[str, float], list[str]]:
-        """Health metrics by name, and what has gone wrong since the last call; nothing where little has changed."""
+        """Health metrics by name and new problems; both empty until `CHECK_INTERVAL` steps after the last ones."""
         if self.n_updates - self._examined_at < CHECK_INTERVAL:
             return {}, []
         self._examined_at = self.n_updates
@@ -118,32 +118,32 @@ class Learner:
         return health.metrics(), new
 
     def counters(self) -> dict[str, int]:
-        """What goes on counting after loading, by the names in an agent's file."""
+        """The counts that go on after loading, by their names in an agent's file."""
         return {"_n_updates": self.n_updates, "_updates_owed": self.updates_owed}
 
     def load_counters(self, counters: Mapping[str, int], *, most_owed: int) -> None:
-        """Continues from what `counters` gave.
+        """Continues the counts that `counters` gave.
 
         Args:
-            counters: Where nothing is to be trained any more, nothing is owed.
-            most_owed: More than the present schedule can owe is none of this run.
+            counters: The counts.
+            most_owed: Bound of the gradient steps that are owed: no file can ask for more than the schedule could.
         """
         self.n_updates = self._examined_at = counters["_n_updates"]
         self.updates_owed = min(counters["_updates_owed"], most_owed) if self.schedule.train_ratio else 0
 
     def take_new_buffer(self, buffer: ReplayBuffer) -> None:
-        """Counts anew from what another buffer holds already."""
+        """Starts again with another buffer, which may hold transitions already."""
         self.collected, self._started = buffer.num_transitions, False
 
     def resume(self, buffer: ReplayBuffer, collected: int) -> None:
-        """Goes on with the buffer of a checkpoint, which had received so many transitions."""
+        """Continues with the buffer of a checkpoint, which had received `collected` transitions."""
         self.collected = collected
         self._can_train(buffer)
 
     def _can_train(self, buffer: ReplayBuffer) -> bool:
-        """Whether the buffer has received what training starts with; once it has, that stays so.
+        """Whether training can start, because enough was collected; once it can, it always can.
 
-        What it still holds would be the wrong measure: very short episodes can fill its rows with fewer transitions.
+        What the buffer still holds would be the wrong measure: very short episodes fill its rows with few transitions.
         """
         if not self._started:
             self._started = (
@@ -162,7 +162,7 @@ class MeanLosses:
         self._count = 0
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
-        """Takes in the losses of one gradient step, without reading them."""
+        """Adds the losses of one gradient step, without waiting for the device."""
         values = torch.stack([value.detach().float() for value in losses.values()])
         if self._names != tuple(losses):
             self._names, self._sum, self._count = tuple(losses), None, 0
@@ -170,7 +170,7 @@ class MeanLosses:
         self._count += 1
 
     def take(self) -> dict[str, float]:
-        """The means, empty if nothing was trained; then starts anew. Waits for the device."""
+        """Returns the means, which are empty if nothing was trained, and starts again. Waits for the device."""
         if self._sum is None:
             return {}
         means = (self._sum / self._count).tolist()
@@ -179,7 +179,7 @@ class MeanLosses:
 
 
 def normalized(obs: Observation, normalize: VecNormalize) -> Observation:
-    """`VecNormalize`'s own normalisation, of observations in the library's form `[B, T, ...]`."""
+    """Observations in the library's form `[B, T, ...]`, normalised as `VecNormalize` does it."""
     if not isinstance(obs, dict):
         return normalized({SINGLE_KEY: obs}, normalize)[SINGLE_KEY]  # type: ignore[index]
     statistics = normalize.obs_rms if isinstance(normalize.obs_rms, dict) else {SINGLE_KEY: normalize.obs_rms}
@@ -194,14 +194,14 @@ def normalized(obs: Observation, normalize: VecNormalize) -> Observation:
 class UpdateSchedule:
     """Keeps replayed time steps and environment steps at a fixed ratio.
 
-    Counting starts with the first call, that is when training starts, and that call owes `first_updates`. After
-    it, every environment step owes `train_ratio / replayed_per_update` of one; whole ones are handed out and the
-    remainder is kept, so that the ratio holds over any stretch, whatever the number of environments.
+    Counting starts with the first call, when training starts, and that call returns `first_updates`. After it, every
+    environment step adds `train_ratio / replayed_per_update` of a gradient step; whole ones are handed out and the
+    remainder is kept, so that the ratio holds over any number of steps and of environments.
 
     Args:
         train_ratio: Replayed time steps per environment step. Larger learns more from each step and takes longer.
         replayed_per_update: Time steps in one batch, `batch_size * seq_len`.
-        first_updates: Gradient steps that the first call owes; more than one make up for the time before it.
+        first_updates: Gradient steps that the first call returns; more than one make up for the steps before it.
 
     Source: the training loops of DreamerV3, arXiv:2301.04104, and TD-MPC2, arXiv:2310.16828.
     """
@@ -238,7 +238,7 @@ class UpdateSchedule:
         return due
 
     def set_train_ratio(self, train_ratio: float) -> None:
-        """Keeps another ratio from now on; nothing is owed for the past."""
+        """Changes the ratio from now on; nothing is owed for the past."""
         self.train_ratio = train_ratio
         self.load_state_dict(self.state_dict())
 
@@ -247,28 +247,24 @@ class UpdateSchedule:
         return self.first_updates + int(2 * n_envs * self.train_ratio / self.replayed_per_update) + 1
 
     def state_dict(self) -> dict[str, int | None]:
-        """Where the count stands, for a checkpoint."""
-        return {"env_steps": self._env_steps, "handed_out": self._handed_out}
+        """The environment steps that were counted, for a checkpoint."""
+        return {"env_steps": self._env_steps}
 
     def load_state_dict(self, state: Mapping[str, int | None]) -> None:
-        """Continue a count that `state_dict` described.
-
-        The handed-out total is counted anew where the ratio has changed since: nothing is owed for the past.
-        """
+        """Continues a count that `state_dict` described; where the ratio differs, nothing is owed for the past."""
         self._env_steps = state["env_steps"]
         self._handed_out = int((self._env_steps or 0) * self.train_ratio / self.replayed_per_update)
 
 
 _INDENT = 3
-"""Columns that a table puts before a name."""
+"""Columns that SB3's tables put before a name."""
 
 
 def dump_log(logger: Logger, step: int) -> None:
-    """Writes what was recorded.
+    """Writes what was recorded, in tables that are wide enough for all names.
 
     SB3's tables cut names that are longer than their `max_length`, and raise where two of them become the same.
-    Names of losses hold those of the observations, which begin alike in many environments, so tables are made wide
-    enough for all of them, whoever made the logger.
+    Names of losses contain those of the observations, which begin alike in many environments.
     """
     longest = max(map(len, logger.name_to_value), default=0) + _INDENT
     for output in logger.output_formats:

@@ -1,25 +1,25 @@
-"""The files of an agent: saved, loaded, and a run of it continued."""
+"""The files of an agent: saving, loading, and resuming a run."""
 
 from __future__ import annotations
 
 import io
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 from stable_baselines3.common.utils import check_for_correct_spaces, get_system_info
 
 from worldflux.accel.device import resolve_device
 from worldflux.agents.archive import (
     LOOP_COUNTERS,
+    PLACES,
     AgentDescription,
     ArchivePath,
     RunState,
@@ -28,18 +28,14 @@ from worldflux.agents.archive import (
     open_saved,
     path_to_read,
     path_to_write,
-    print_saved_system,
     restore_normalization,
     write_archive,
-    write_description,
 )
-from worldflux.agents.collecting import Collector
-from worldflux.agents.learning import Learner, UpdateSchedule
-from worldflux.agents.settings import AgentSettings
+from worldflux.agents.base import AgentBase
+from worldflux.agents.settings import SETTINGS
 from worldflux.envs.make import as_env
-from worldflux.envs.spaces import ActionCodec, ObservationCodec
 from worldflux.envs.vector import seed_envs
-from worldflux.errors import ConfigurationError, ShapeMismatchError, nearest
+from worldflux.errors import ConfigurationError, nearest
 from worldflux.factory import create_world_model
 from worldflux.files import atomic_directory, checked_path
 from worldflux.models.base import WEIGHTS_FILE
@@ -49,7 +45,6 @@ from worldflux.replay.buffer import ReplayBuffer
 from worldflux.replay.checkpoint import REPLAY_FOLDER, ReplaySegments
 from worldflux.training.checkpoint import check_target, new_run, writing_checkpoint
 from worldflux.training.randomness import keeping_random_streams
-from worldflux.training.trainer import Trainer
 
 logger = logging.getLogger("worldflux")
 
@@ -59,68 +54,13 @@ _SAVED = ("model", "policy", "trainer", "lr_schedule", "_current_progress_remain
 """Attributes of an agent that are always in its file, beside those that its description names."""
 
 
-class SavedAgent(BaseAlgorithm):
-    """The part of `WorldFluxAgent` that reads and writes; the other part builds what is named here."""
+class SavedAgent(AgentBase):
+    """The part of `WorldFluxAgent` that reads and writes."""
 
-    trainer: Trainer
-    schedule: UpdateSchedule
-    buffer_size: int
-    buffer_storage: str | None
-    obs_codec: ObservationCodec
-    action_codec: ActionCodec
-    _learner: Learner
-    _collector: Collector | None
-    _segments: ReplaySegments | None
-    _random_started: bool
-    _continues_from: int | None
-    _replay_buffer: ReplayBuffer | None
-    _model_source: Any
-
-    def _settings(self) -> AgentSettings:
-        """The settings in use."""
-        raise NotImplementedError
-
-    def _extras_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-        """What lies beside the rows of the replay buffer."""
-        raise NotImplementedError
-
-    def _leave_episodes(self) -> None:
-        """Closes the episodes in flight."""
-        raise NotImplementedError
-
-    @property
-    def replay_buffer(self) -> ReplayBuffer | None:
-        """What was collected; None until there is an environment."""
-        return self._replay_buffer
-
-    @replay_buffer.setter
-    def replay_buffer(self, buffer: ReplayBuffer) -> None:
-        if buffer is self._replay_buffer:
-            return
-        self._check_buffer(buffer, "The buffer")
-        self._leave_episodes()
-        self._replay_buffer = buffer
-        self._learner.take_new_buffer(buffer)
-
-    def _check_buffer(self, buffer: ReplayBuffer, name: str) -> None:
-        """Raises unless this agent can record into a buffer and learn from it."""
-        if not isinstance(buffer, ReplayBuffer):
-            raise ConfigurationError(f"replay_buffer is {buffer!r}, expected a ReplayBuffer of worldflux.training.")
-        expected = (self.obs_codec.obs_shape, self.action_codec.action_dim)
-        if (buffer.obs_shape, buffer.action_dim) != expected:
-            raise ShapeMismatchError(
-                f"{name} holds observations {buffer.obs_shape} and {buffer.action_dim} action numbers, "
-                f"expected {expected[0]} and {expected[1]} for this agent."
-            )
-        buffer.check_actions(self.action_codec.action_classes)
-        extras = self._extras_spec()
-        if buffer.n_envs != self.n_envs or {name: buffer.extras.get(name) for name in extras} != extras:
-            states = ", extras=agent.model.replay_extras()" if extras else ""
-            raise ConfigurationError(
-                f"{name} is for {buffer.n_envs} environments and has {sorted(buffer.extras) or 'nothing'} beside its "
-                f"rows, expected {self.n_envs} and {sorted(extras) or 'nothing'} for this agent. Make it with "
-                f"ReplayBuffer(..., n_envs={self.n_envs}{states})."
-            )
+    _segments: ReplaySegments | None = None
+    """The replay data's files, once a checkpoint holds some of them."""
+    _continues_from: int | None = None
+    """The step of the checkpoint that a resumed run continues, until `learn` is called."""
 
     def save(
         self, path: ArchivePath, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None
@@ -128,19 +68,19 @@ class SavedAgent(BaseAlgorithm):
         """Writes the agent to a zip file without a pickle; the replay buffer has a file of its own.
 
         Args:
-            path: Gets the suffix `.zip` if it has none; or a binary file that is open for writing.
-            exclude: Names of what is not in the file anyway, such as `"replay_buffer"` or `"env"`; SB3's signature has
-                it.
-            include: Names of what is always in the file; SB3's signature has it.
+            path: A path, to which `.zip` is appended if it has no suffix; or a binary file that is open for writing.
+            exclude: Names of what is not in the file anyway, such as `"replay_buffer"` or `"env"`, as in SB3's
+                signature.
+            include: Names of what is always in the file, as in SB3's signature.
 
         Raises:
             ConfigurationError: If `exclude` names what is always in the file, or `include` what never is, or `path` is
-                no place for a file.
+                not a place for a file.
             TrainingError: If a loss or a weight is not finite; nothing is written then.
             CheckpointError: If `path` is a directory, or cannot be written; an older file is unchanged.
         """
         description = self._description()
-        saved = {*_SAVED, *vars(description), *vars(description.settings), *description.counters}
+        saved = {*_SAVED, *vars(description), *SETTINGS, *description.counters}
         for name in _names("exclude", exclude):
             if name.partition(".")[0] in saved:
                 raise ConfigurationError(
@@ -153,18 +93,18 @@ class SavedAgent(BaseAlgorithm):
                     f"include has '{name}', which is never in the file. save_replay_buffer writes the replay buffer, "
                     "save_checkpoint the whole run."
                 )
-        write_archive(path, description.to_json(), self.trainer.write_checkpoint)
+        write_archive(path, lambda directory: self._write(directory, description))
 
     def save_checkpoint(self, path: str | Path) -> None:
-        """Writes everything that the run goes on from into one directory, which appears whole or not at all.
+        """Writes everything that the run can be resumed from into one directory, which appears whole or not at all.
 
-        It holds the agent, its random states and its replay data. Replay data lie in files that are written once, and
-        the next checkpoint of this run shares them (as hard links, where the file system has these): each costs only
-        what is new, and any of them can be deleted, moved or copied by itself. `load(path, env, resume=True)` goes on
-        from it. `AgentCheckpointCallback` saves some at an interval.
+        It holds the agent, its random states and its replay data. Replay data lie in files that are written once and
+        shared by the next checkpoints of this run (as hard links, where the file system has them): each costs only what
+        is new, and any of them can be deleted, moved or copied by itself. `load(path, env, resume=True)` resumes the
+        run. `AgentCheckpointCallback` saves checkpoints at an interval.
 
         Args:
-            path: The directory. One that holds a checkpoint is replaced.
+            path: The directory. If it holds a checkpoint, that is replaced.
 
         Raises:
             TrainingError: If a loss or a weight is not finite; nothing is written then.
@@ -182,26 +122,27 @@ class SavedAgent(BaseAlgorithm):
             episode_successes=[float(success) for success in self.ep_success_buffer or ()],
             normalization=normalization_state(self._vec_normalize_env),
         )
-        description = self._description().to_json()
-        if self.tensorboard_log is not None:
-            description["settings"]["tensorboard_log"] = "elsewhere"  # where, is for who loads it to say
         with writing_checkpoint(path), atomic_directory(path) as directory:
-            self.trainer.write_checkpoint(directory)
-            write_description(directory, description)
+            self._write(directory, self._description())
             run.write(directory)
             self._segments.write(directory, final_obs=None if self._collector is None else self._collector.obs)
         self._segments.moved_to(path)
+
+    def _write(self, directory: Path, description: AgentDescription) -> None:
+        """Writes the entries that an agent is loaded from into an empty directory."""
+        self.trainer.write_checkpoint(directory)
+        description.write(directory)
 
     def _description(self) -> AgentDescription:
         return AgentDescription(
             observation_space=self.observation_space,
             action_space=self.action_space,
             n_envs=self.n_envs,
-            settings=self._settings(),
+            settings=self._settings,
+            elsewhere=[name for name in PLACES if getattr(self, name) not in (None, "memory")],
             counters={name: getattr(self, name) for name in LOOP_COUNTERS} | self._learner.counters(),
             progress_remaining=self._current_progress_remaining,
             schedule=self.schedule.state_dict(),
-            stored_elsewhere=self.buffer_storage not in (None, "memory"),
         )
 
     @classmethod
@@ -221,35 +162,37 @@ class SavedAgent(BaseAlgorithm):
         """Reads an agent that `save` or `save_checkpoint` wrote.
 
         It can act at once, and learn if it is given an environment. The random streams of Python, NumPy and torch stay
-        as they are, so that a callback may load a rival without changing the training around it; pass `seed` to start
-        them anew.
+        as they are, so that a callback can load a rival without changing the training around it; pass `seed` to seed
+        them.
 
-        No file decides on where this machine writes: `buffer_storage` and `tensorboard_log` are None unless they are
+        No file decides where this machine writes: `buffer_storage` and `tensorboard_log` are None unless they are
         passed here, whatever they were when the agent was saved.
 
-        With `resume`, the run goes on: `learn(..., reset_num_timesteps=False)` continues with the replay data, counters
+        With `resume`, the run continues: `learn(..., reset_num_timesteps=False)` goes on with the replay data, counters
         and random streams of the checkpoint, and with the statistics of a `VecNormalize`. Episodes that were in flight
-        have ended as truncated, and new ones begin, with seeds from the continued random streams: two resumes of one
+        end as truncated, and new ones begin, with seeds from the continued random streams: two resumes of one
         checkpoint give the same bits on a CPU.
 
         Args:
             path: As given to `save` or `save_checkpoint`; a directory of checkpoints, of which the newest is taken; or
                 a binary file that is open for reading.
-            env: Of the same spaces; any number of copies. None: for `predict` alone, or until `set_env`.
+            env: An environment of the same spaces, with any number of copies. None suffices for `predict`, and until
+                `set_env`.
             device: As for the constructor.
-            custom_objects: Settings in place of those in the file, as SB3 has it; other names are ignored, because
-                nothing in the file is an object.
+            custom_objects: Settings in place of those in the file, as in SB3's signature; other names are ignored,
+                because nothing in the file is an object.
             print_system_info: Print the versions of this machine, and those that the file was saved with.
-            force_reset: The environment is always reset before training; SB3's signature has it.
+            force_reset: Without effect, because the environment is always reset before training; SB3's signature has
+                it.
             resume: Continue the run and not only the agent. Needs `env`, with as many copies as before. Replay data
-                that lay on a disk or a device come into memory, if they fit there; pass `buffer_storage` again for
-                another place.
-            allow_nonfinite: Take weights and optimiser states with NaN or infinite numbers, to look at them.
-            **kwargs: Settings of the constructor that shall differ from the saved ones.
+                that lay on a disk or a device come into memory, if they fit there; pass `buffer_storage` for another
+                place.
+            allow_nonfinite: Take weights and optimiser states that are NaN or infinite, to look at them.
+            **kwargs: Settings of the constructor that differ from the saved ones.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            CheckpointError: If the file is damaged or no agent's, has weights that are not finite, or there is no run
+            CheckpointError: If the file is damaged or not an agent's, has weights that are not finite, or holds no run
                 to resume.
             ConfigurationError: If a setting is unknown or out of its range, or the run cannot be resumed in `env`.
             BufferError: If there is no room for the replay data.
@@ -259,37 +202,26 @@ class SavedAgent(BaseAlgorithm):
         if print_system_info:
             print("== CURRENT SYSTEM INFO ==")
             get_system_info()
-        names = [item.name for item in fields(AgentSettings)]
         for name in kwargs:
-            if name not in names:
-                raise ConfigurationError(f"Unknown setting '{name}'{nearest(name, names)}")
-        kwargs = {name: value for name, value in (custom_objects or {}).items() if name in names} | kwargs
-        with open_saved(path, resume=resume) as (data, checkpoint):
+            if name not in SETTINGS:
+                raise ConfigurationError(f"Unknown setting '{name}'{nearest(name, SETTINGS)}")
+        kwargs = {name: value for name, value in (custom_objects or {}).items() if name in SETTINGS} | kwargs
+        with open_saved(path, resume=resume) as (saved, checkpoint):
             if print_system_info:
-                print_saved_system(data)
-            saved = AgentDescription.from_json(data, path)
+                print("== SAVED MODEL SYSTEM INFO ==")
+                print("".join(f"- {name}: {version}\n" for name, version in saved.system_info.items()))
             settings = replace(saved.settings, **kwargs)
             made: Any = None if env is None else as_env(env)
             if made is not None:
                 made = cls._wrap_env(made, settings.verbose)
                 check_for_correct_spaces(made, saved.observation_space, saved.action_space)
-            holds_replay = (checkpoint / REPLAY_FOLDER).is_dir()
-            if made is not None and saved.stored_elsewhere and holds_replay and "buffer_storage" not in kwargs:
-                logger.warning(
-                    "This agent kept its replay data in a directory or on a device; loaded, it keeps them in memory. "
-                    "To keep them on disk, pass buffer_storage=DIRECTORY to load."
-                )
-            if resume and data["settings"].get("tensorboard_log") is not None and "tensorboard_log" not in kwargs:
-                logger.warning(
-                    "This agent wrote a TensorBoard log; loaded, it writes none. To go on with it, pass "
-                    "tensorboard_log=DIRECTORY to load."
-                )
-            # Building draws and seeds, and a trainer's checkpoint holds the streams of its process.
+                _warn_of_places([name for name in saved.elsewhere if name not in kwargs], checkpoint, resume)
+            # Building draws and seeds, and loading a trainer's checkpoint sets the streams of its process.
             place = resolve_device(device, must_compute=True)
             with nullcontext() if resume else keeping_random_streams(place):
                 with only_our_errors(path):
                     model = create_world_model(checkpoint, device=place, allow_nonfinite=allow_nonfinite)
-                agent: Any = cls(model, made, device=place, _init_setup_model=False, **vars(settings))  # type: ignore[arg-type, call-arg]
+                agent: Any = cls(model, made, device=place, _init_setup_model=False, **vars(settings))
                 if made is None:
                     agent.observation_space, agent.action_space = saved.observation_space, saved.action_space
                     agent.n_envs = saved.n_envs
@@ -298,44 +230,36 @@ class SavedAgent(BaseAlgorithm):
                     agent.trainer.load_checkpoint(checkpoint, allow_nonfinite=allow_nonfinite)
             if "seed" in kwargs and not resume:
                 agent.set_random_seed(settings.seed)
-            with only_our_errors(path):
-                resumed = agent._read_run(checkpoint) if resume else None
-        agent._model_source = agent.policy
-        for name in LOOP_COUNTERS:
-            setattr(agent, name, saved.counters[name])
-        agent._current_progress_remaining = saved.progress_remaining
-        agent.schedule.load_state_dict(saved.schedule)
-        agent._learner.load_counters(saved.counters, most_owed=agent.schedule.most_owed(agent.n_envs))
-        # Learning goes on with the streams that there are; only an agent that was seeded anew starts them again.
-        agent._random_started = "seed" not in kwargs
-        if resumed is not None:
-            with only_our_errors(path):
-                agent._resume(resumed)
-            agent._continues_from = agent.num_timesteps
-        else:
-            agent.trainer.run = new_run()
+            for name in LOOP_COUNTERS:
+                setattr(agent, name, saved.counters[name])
+            agent._current_progress_remaining = saved.progress_remaining
+            agent.schedule.load_state_dict(saved.schedule)
+            agent._learner.load_counters(saved.counters, most_owed=agent.schedule.most_owed(agent.n_envs))
+            # Learning goes on with the present streams; only an agent that was given a seed here starts them again.
+            agent._random_started = "seed" not in kwargs
+            if resume:
+                with only_our_errors(path):
+                    agent._resume(checkpoint)
+            else:
+                agent.trainer.run = new_run()
         return agent
 
-    def _read_run(self, checkpoint: Path) -> RunState:
-        """Takes the replay data from a checkpoint; the rest of the run is `_resume`'s."""
-        assert self.replay_buffer is not None
+    def _resume(self, checkpoint: Path) -> None:
+        """Continues the run of a checkpoint, once the agent is as it was."""
+        assert self.replay_buffer is not None and self.env is not None
         run = RunState.read(checkpoint)
         self._segments = ReplaySegments.read(checkpoint, self.replay_buffer)
-        return run
-
-    def _resume(self, run: RunState) -> None:
-        """Continues a run, once everything else is as it was."""
-        assert self.replay_buffer is not None and self.env is not None
         self._learner.resume(self.replay_buffer, run.collected)
         restore_normalization(self._vec_normalize_env, run.normalization)
         window = self._stats_window_size
         self.ep_info_buffer = deque(run.episode_infos, maxlen=window)
         self.ep_success_buffer = deque(run.episode_successes, maxlen=window)
         if self._random_started:
-            # The environments' own streams cannot be saved; these seeds follow from the streams that were.
+            # The environments' own streams cannot be saved; their seeds follow from the streams that were.
             seed = int(np.random.randint(2**31 - 1))
             seed_envs(self.env, seed)
             self.action_space.seed(seed)
+        self._continues_from = self.num_timesteps
 
     def save_replay_buffer(self, path: ArchivePath) -> None:
         """Writes the replay buffer to exactly this path, or into this binary file, as `.npz` whatever its suffix."""
@@ -350,10 +274,11 @@ class SavedAgent(BaseAlgorithm):
         Args:
             path: What `save_replay_buffer` or `ReplayBuffer.save` wrote, or a binary file that holds it. The newest
                 `buffer_size` transitions are kept.
-            truncate_last_traj: Episodes in flight are always closed as truncated; SB3's signature has it.
+            truncate_last_traj: Without effect, because episodes in flight are always closed as truncated; SB3's
+                signature has it.
 
         Raises:
-            BufferError: If the file is damaged, none of ours, or holds actions of another kind.
+            BufferError: If the file is damaged, of another format, or holds actions of another kind.
             ShapeMismatchError: If the buffer was made for other spaces.
         """
         with path_to_read(path) as source:
@@ -380,14 +305,15 @@ class SavedAgent(BaseAlgorithm):
         """Takes over the model's parameters from a saved agent, or from what `get_parameters` returned.
 
         Args:
-            load_path_or_dict: Either.
-            exact_match: Every parameter has to be there, and no other.
-            device: SB3's signature has it.
+            load_path_or_dict: A saved agent as for `load`, or the parameters.
+            exact_match: Whether every parameter has to be there, and no other.
+            device: Without effect; SB3's signature has it.
             allow_nonfinite: Take weights from a file that are NaN or infinite.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            CheckpointError: If the file is damaged or no agent's, or its weights are of another model or not finite.
+            CheckpointError: If the file is damaged or not an agent's, or its weights are of another model or not
+                finite.
         """
         if isinstance(load_path_or_dict, dict):
             super().set_parameters(load_path_or_dict, exact_match, device)
@@ -398,9 +324,23 @@ class SavedAgent(BaseAlgorithm):
 
 
 def _names(argument: str, given: Iterable[str] | None) -> list[str]:
-    """The names in `exclude` or `include`, in the order in which they were given."""
+    """The names in `exclude` or `include`."""
     names = [given] if isinstance(given, str) else list(given or ())
     for name in names:
         if not isinstance(name, str):
             raise ConfigurationError(f"{argument} has {name!r}, expected names of attributes.")
     return names
+
+
+def _warn_of_places(missing: Sequence[str], checkpoint: Path, resume: bool) -> None:
+    """Warns of places that were set when the agent was saved, and are not passed to `load`."""
+    if "buffer_storage" in missing and (checkpoint / REPLAY_FOLDER).is_dir():
+        logger.warning(
+            "This agent kept its replay data in a directory or on a device; loaded, it keeps them in memory. "
+            "To keep them on disk, pass buffer_storage=DIRECTORY to load."
+        )
+    if "tensorboard_log" in missing and resume:
+        logger.warning(
+            "This agent wrote a TensorBoard log; loaded, it writes none. To go on with it, pass "
+            "tensorboard_log=DIRECTORY to load."
+        )

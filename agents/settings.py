@@ -1,4 +1,4 @@
-"""The settings of a `WorldFluxAgent`, in the types that its file can hold."""
+"""The settings of a `WorldFluxAgent`, in types that its file can hold."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from worldflux.replay.backends import lasting_place
 from worldflux.validation import finite_number, whole_number
 
 _COUNTS = {"batch_size": 1, "seq_len": 1, "buffer_size": 1, "learning_starts": 0, "seed": 0}
+"""The least number of each count that may also be None."""
 
 PLANNERS = ("auto", "mppi", None)
 
 
 @dataclass(frozen=True)
 class AgentSettings:
-    """Settings as they are described in `WorldFluxAgent`; None stands for the model family's own number.
+    """Settings as described in `WorldFluxAgent`; None stands for the number of the model's family.
 
     Numbers of NumPy and torch become Python's.
 
@@ -52,12 +53,12 @@ class AgentSettings:
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
-            name: whole_number(name, getattr(self, name), least)
+            name: whole_number(
+                name, getattr(self, name), least, below=2**32 if name == "seed" else 2**63
+            )  # NumPy's limit
             for name, least in _COUNTS.items()
             if getattr(self, name) is not None
         }
-        if checked.get("seed", 0) >= 2**32:
-            raise ConfigurationError(f"seed is {self.seed}, expected a whole number below 2**32, which NumPy can take.")
         if self.learning_rate is not None:
             checked["learning_rate"] = checked_rate(self.learning_rate)
         if self.train_ratio is not None:
@@ -81,7 +82,7 @@ class AgentSettings:
         if self.planner_kwargs is not None:
             checked["planner_kwargs"] = _planner_fields(self.planner_kwargs)
         checked["stats_window_size"] = whole_number("stats_window_size", self.stats_window_size, 1)
-        # SB3 counts, and others say True.
+        # SB3 takes numbers; other projects take True.
         verbose = int(self.verbose) if isinstance(self.verbose, bool | np.bool_) else self.verbose
         checked["verbose"] = whole_number("verbose", verbose, 0)
         if self.tensorboard_log is not None:
@@ -93,10 +94,10 @@ class AgentSettings:
             object.__setattr__(self, name, value)
 
     def with_lasting_paths(self) -> AgentSettings:
-        """The same settings with paths that stay when the working directory changes.
+        """The same settings with absolute paths, which stay when the working directory changes.
 
         Raises:
-            ConfigurationError: If one can be none of a directory.
+            ConfigurationError: If a path cannot be that of a directory.
         """
         storage, log = self.buffer_storage, self.tensorboard_log
         return replace(
@@ -106,7 +107,7 @@ class AgentSettings:
         )
 
     def with_defaults(self, model: WorldModel, n_envs: int) -> AgentSettings:
-        """The same settings with the numbers of a model's family where none were given."""
+        """The same settings with the numbers of the model's family in place of None."""
         defaults = model.online_defaults()
         own = {"learning_rate": model.optimizer_spec.learning_rate, **vars(defaults)}
         taken = {name: own[name] for name, value in vars(self).items() if value is None and name in own}
@@ -114,14 +115,18 @@ class AgentSettings:
         if filled["train_ratio"] is None:
             taken["train_ratio"] = float(filled["batch_size"] * filled["seq_len"])
         if filled["learning_starts"] is None:
-            # As many windows as a batch has time steps; the first one of each environment takes a row for context, too.
+            # As many windows as a batch has time steps; the first one of each environment has a row of context, too.
             taken["learning_starts"] = (filled["batch_size"] + n_envs) * filled["seq_len"]
         taken["planner"] = defaults.planner if self.planner == "auto" else self.planner
         return replace(self, **taken)
 
 
+SETTINGS = tuple(item.name for item in fields(AgentSettings))
+"""The names of all settings."""
+
+
 def _planner_fields(given: Any) -> dict[str, int | float | None]:
-    """Fields of `PlannerConfig` as Python's numbers; the planner checks their ranges."""
+    """`planner_kwargs` with Python's numbers; the planner checks their ranges."""
     names = [item.name for item in fields(PlannerConfig)]
     if not isinstance(given, Mapping):
         raise ConfigurationError(f"planner_kwargs is {given!r}, expected a dictionary with some of {names}.")
@@ -129,7 +134,7 @@ def _planner_fields(given: Any) -> dict[str, int | float | None]:
     for name, value in given.items():
         if name not in names:
             raise ConfigurationError(f"Unknown field '{name}' in planner_kwargs{nearest(name, names)}")
-        if name == "discount" and value is None:  # the model's own
+        if name == "discount" and value is None:  # which stands for the model's discount
             found[name] = None
             continue
         whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
@@ -138,11 +143,11 @@ def _planner_fields(given: Any) -> dict[str, int | float | None]:
 
 
 Rate = float | Callable[[float], float]
-"""A learning rate, or its function of the share of the steps that remain: 1 when `learn` begins, 0 at its end."""
+"""A learning rate, or a function of the share of the steps that remain: 1 when `learn` begins, 0 at its end."""
 
 
 class RateSchedule(FloatSchedule):
-    """SB3's schedule of a `Rate`, which says so if the function gives no learning rate."""
+    """SB3's schedule of a `Rate`, with an error of ours if a function returns no learning rate."""
 
     def __call__(self, progress_remaining: float) -> float:
         """The learning rate when `progress_remaining` of the steps remain."""
@@ -151,15 +156,15 @@ class RateSchedule(FloatSchedule):
 
 @dataclass(frozen=True)
 class UnsavedFunction:
-    """Stands for a function of which the file of an agent only knows the name."""
+    """Stands for a function of which an agent's file holds only the name."""
 
     name: str
 
     def __call__(self, progress_remaining: float) -> float:
-        """Raises, because no learning rate would be the right one.
+        """Asks for the function.
 
         Raises:
-            ConfigurationError: Says how to pass the function again.
+            ConfigurationError: Always.
         """
         raise ConfigurationError(
             f"The learning rate of the saved agent followed the function '{self.name}', which its file cannot hold. "
@@ -171,7 +176,7 @@ def checked_rate(value: Any) -> Rate:
     """`value` as a learning rate; SB3's constant schedule becomes its number.
 
     Raises:
-        ConfigurationError: If it is neither a number from 0 nor a function.
+        ConfigurationError: If it is neither a number of 0 or more nor a function.
     """
     while isinstance(value, FloatSchedule):
         value = value.value_schedule
@@ -183,7 +188,7 @@ def checked_rate(value: Any) -> Rate:
 
 
 def rate_to_json(rate: Rate | None) -> float | dict[str, Any] | None:
-    """What a file says of a learning rate; of a function other than SB3's `LinearSchedule`, no more than its name."""
+    """A learning rate as JSON; of a function other than SB3's `LinearSchedule`, only its name."""
     if rate is None or isinstance(rate, float):
         return rate
     if type(rate) is LinearSchedule:
@@ -194,10 +199,10 @@ def rate_to_json(rate: Rate | None) -> float | dict[str, Any] | None:
 
 
 def rate_from_json(data: Any) -> Any:
-    """What `rate_to_json` described; the settings check everything else.
+    """The learning rate that `rate_to_json` described; `checked_rate` checks numbers.
 
     Raises:
-        ConfigurationError: If a schedule is described that there is not.
+        ConfigurationError: If there is no such schedule.
     """
     if not isinstance(data, Mapping):
         return data

@@ -24,7 +24,7 @@ from worldflux.accel.cuda_graphs import WARM_UP_CALLS, CudaGraphCapturer
 from worldflux.accel.transfers import to_device, to_host
 from worldflux.agents import WorldFluxAgent
 from worldflux.agents import acting as acting_module
-from worldflux.agents.acting import Acting, Actor
+from worldflux.agents.acting import Actor, Memory
 from worldflux.cli.device_check import check_device
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
 from worldflux.errors import TrainingError
@@ -485,7 +485,7 @@ def actors(preset: str, obs: spaces.Space[Any], plans: bool) -> tuple[Actor, Act
     return found[0], found[1]
 
 
-def acted(actor: Actor, rows: int, deterministic: bool, count: int = 10) -> list[Acting]:
+def acted(actor: Actor, rows: int, deterministic: bool, count: int = 10) -> list[Memory]:
     torch.manual_seed(1)
     space = actor.obs_codec.space
     space.seed(0)

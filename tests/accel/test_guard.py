@@ -16,7 +16,7 @@ from torch import Tensor
 
 from worldflux.agents import WorldFluxAgent
 from worldflux.agents import acting as acting_module
-from worldflux.agents import agent as agent_module
+from worldflux.agents import base as base_module
 from worldflux.nn.definitions import by_definition
 from worldflux.training import Trainer
 from worldflux.training import trainer as trainer_module
@@ -111,7 +111,7 @@ def test_the_comparison_is_no_step_of_the_training(
 
 
 ACTIONS: dict[str, Spoil] = {
-    "observations of the recording": stale("obs"),
+    "observations of the recording": stale("obs/obs"),
     "starts of the recording": stale("is_first"),
     "noise of the recording": without(*RANDOM),
     "the same noise each time": the_same_draws_again,
@@ -152,7 +152,7 @@ def test_an_agent_learns_with_right_and_with_wrong_recordings(
     def recorder(device: torch.device) -> TapeCapturer:
         return TapeCapturer(device) if spoil is None else SpoiledCapturer(device, spoil)
 
-    for module in (trainer_module, agent_module):
+    for module in (trainer_module, base_module):
         monkeypatch.setattr(module, "captures", lambda setting, device, model: True)
     for module in (trainer_module, acting_module):
         monkeypatch.setattr(module, "CudaGraphCapturer", recorder)

@@ -1,4 +1,4 @@
-"""WorldFluxAgent: its loop, its memory, its files, its place among SB3's algorithms."""
+"""WorldFluxAgent: its loop, its memory, its files, and how it is built."""
 
 from __future__ import annotations
 
@@ -10,32 +10,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from helpers.agents import SETTINGS, TINY, make_agent, weights
-from helpers.envs import CountingEnv, assert_rows_belong_together
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, CheckpointCallback, EvalCallback
+from helpers.agents import SETTINGS, TINY, counting_envs, make_agent, rows_compared, trained_on, weights
+from helpers.envs import CountingEnv
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecNormalize
 
 from worldflux import training
 from worldflux.agents import WorldFluxAgent, learning
-from worldflux.agents.archive import open_saved, write_archive
-from worldflux.errors import CheckpointError, ConfigurationError, ShapeMismatchError, TrainingError, WorldFluxError
-from worldflux.replay.buffer import ReplayBuffer
-
-
-def counting_envs(n_envs: int, **settings: Any) -> DummyVecEnv:
-    made: list[Callable[[], gym.Env[Any, Any]]] = [
-        lambda i=i: Monitor(CountingEnv(env_id=i, **settings))
-        for i in range(n_envs)  # type: ignore[misc]
-    ]
-    return DummyVecEnv(made)
+from worldflux.agents.archive import open_saved
+from worldflux.errors import CheckpointError, ConfigurationError, ShapeMismatchError, WorldFluxError
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +45,8 @@ def test_what_was_acted_on_is_what_is_replayed(n_envs: int) -> None:
     agent.learn(n_envs * 60)
 
     assert agent.replay_buffer.num_transitions == agent.num_timesteps == n_envs * 60
+    assert rows_compared(agent, 256, 8) > 1000
     batch = agent.replay_buffer.sample(256, 8)
-    compared = assert_rows_belong_together(
-        batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy()
-    )
-    assert compared > 1000
     assert set(batch.obs[..., 0].unique().tolist()) == set(range(n_envs))
     long_ones = batch.obs[..., 1] == 3  # the episodes in flight at the end
     assert long_ones.any() and not batch.terminations[long_ones].any()
@@ -138,15 +125,13 @@ def test_training_waits_for_what_was_collected_not_for_what_is_still_stored() ->
 
 
 def test_a_window_is_trained_on_once_when_it_is_complete() -> None:
-    agent = make_agent(counting_envs(1, lengths=(10_000,)), train_ratio=1e-6, learning_starts=0, replay_context=False)
+    agent = make_agent(counting_envs(1, lengths=(10_000,)), train_ratio=1, learning_starts=0, replay_context=False)
+    batches = trained_on(agent)
+
     agent.learn(50)
 
-    batches = [agent._learner.sample(agent.replay_buffer, agent.get_vec_normalize_env()) for _ in range(3)]
-
-    # The first gradient step, after 7 rows, had the first window; two of six rows come with each batch from then on.
-    assert agent._n_updates == 1
-    first_rows = torch.stack([batch.row_ids[:, 0] for batch in batches])
-    assert first_rows.tolist() == [[6, 12], [18, 24], [30, 36]]
+    # The first batch is drawn when two windows of six rows fit; after it, each has the two that were completed since.
+    assert [batch.row_ids[:, 0].tolist() for batch in batches] == [[0, 1], [6, 12], [18, 24], [30, 36]]
 
 
 def test_without_replay_context_nothing_is_stored_beside_the_rows() -> None:
@@ -154,20 +139,6 @@ def test_without_replay_context_nothing_is_stored_beside_the_rows() -> None:
 
     assert agent.replay_buffer.extras == {} and agent._n_updates > 0
     assert agent.replay_buffer.nbytes < make_agent().replay_buffer.nbytes
-
-
-def test_two_runs_with_one_seed_give_the_same_bits() -> None:
-    runs = []
-    for _ in range(2):
-        agent = make_agent(seed=3)
-        torch.rand(5), np.random.rand(5)  # what happens between building and learning does not matter
-        runs.append(agent.learn(50))
-    other = make_agent(seed=4).learn(50)
-
-    assert torch.equal(weights(runs[0]), weights(runs[1]))
-    obs = [run.replay_buffer.sample(4, 6).obs for run in runs]
-    assert torch.equal(obs[0], obs[1])
-    assert not torch.equal(weights(runs[0]), weights(other))
 
 
 def test_learning_goes_on_where_it_stopped() -> None:
@@ -187,8 +158,8 @@ def test_learning_anew_resets_the_environments_and_closes_their_episodes() -> No
 
     assert agent.num_timesteps == 20 and agent.replay_buffer.num_transitions == 40
     assert agent.replay_buffer.num_episodes == 2
+    assert rows_compared(agent, 100, 3) > 50
     batch = agent.replay_buffer.sample(100, 3)
-    assert_rows_belong_together(batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy())
     assert batch.obs_mask is None and not batch.terminations.any()
 
 
@@ -210,11 +181,9 @@ def test_whoever_moves_the_environments_in_between_new_episodes_begin(handle: st
 
     assert agent.num_timesteps == agent.replay_buffer.num_transitions == 80
     assert agent.replay_buffer.num_episodes == 2
+    assert rows_compared(agent) > 500
     batch = agent.replay_buffer.sample(200, 5)
-    compared = assert_rows_belong_together(
-        batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy()
-    )
-    assert compared > 500 and batch.obs_mask is None
+    assert batch.obs_mask is None
     cut = batch.truncations
     assert bool(cut.any()) and set(batch.obs[cut][:, 2].tolist()) == {19}
 
@@ -227,8 +196,7 @@ def test_an_evaluation_in_the_training_environments_breaks_no_rows() -> None:
     agent.learn(60, callback=evaluation, reset_num_timesteps=False)
 
     assert agent.num_timesteps == agent.replay_buffer.num_transitions == 84
-    batch = agent.replay_buffer.sample(300, 6)
-    assert_rows_belong_together(batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy())
+    assert rows_compared(agent, 300, 6) > 50
 
 
 def test_a_keyboard_interrupt_leaves_a_usable_agent() -> None:
@@ -241,17 +209,7 @@ def test_a_keyboard_interrupt_leaves_a_usable_agent() -> None:
     agent.learn(20, reset_num_timesteps=False)
 
     assert agent.num_timesteps == 45 and agent.replay_buffer.num_transitions == 45
-    batch = agent.replay_buffer.sample(100, 4)
-    assert_rows_belong_together(batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy())
-
-
-def test_weights_that_are_not_finite_stop_the_run_with_the_name_of_a_loss() -> None:
-    agent = make_agent().learn(30)
-    with torch.no_grad():
-        next(agent.model.reward_head.parameters()).fill_(float("nan"))
-
-    with pytest.raises(TrainingError, match=r"reward.* not finite at gradient step"):
-        agent.learn(200)
+    assert rows_compared(agent, 100, 4) > 50
 
 
 @pytest.mark.parametrize(
@@ -274,131 +232,40 @@ def test_callbacks_of_a_trainer_are_refused_before_the_first_step(
 
 
 def test_normalised_observations_reach_the_model_and_raw_ones_the_buffer() -> None:
-    agent = make_agent(VecNormalize(counting_envs(2, lengths=(30,))))
+    env = VecNormalize(counting_envs(2, lengths=(30,)))
+    agent = make_agent(env)
+    batches = trained_on(agent)
 
     agent.learn(80)
 
-    raw = agent.replay_buffer.sample(64, 6)
-    assert_rows_belong_together(raw.obs.numpy(), raw.actions.numpy(), raw.rewards.numpy(), raw.is_first.numpy())
-    assert raw.rewards.max() > 20
-    agent.replay_buffer.seed(1)
-    seen = agent._learner.sample(agent.replay_buffer, agent.get_vec_normalize_env()).obs
-    agent.replay_buffer.seed(1)
-    stored = agent.replay_buffer.sample(agent.batch_size, agent._window).obs
-    expected = agent.get_vec_normalize_env().normalize_obs(stored.numpy())
-    np.testing.assert_allclose(seen.numpy(), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("obs", "action_space"),
-    [
-        ("image", spaces.Discrete(3, start=2)),
-        ("dict", spaces.MultiDiscrete([3, 2])),
-        ("vector", spaces.MultiBinary(2)),
-        ("vector", spaces.Box(-3.0, 1.0, (2, 2))),
-    ],
-)
-def test_spaces_of_all_kinds_are_learned_in(obs: str, action_space: Any) -> None:
-    agent = make_agent(counting_envs(2, obs=obs, action_space=action_space, lengths=(6,)))
-
-    agent.learn(40)
-
-    assert agent._n_updates > 0
-    env = CountingEnv(obs=obs, action_space=action_space)
-    action, _ = agent.predict(env.reset()[0])
-    assert action_space.contains(action[()] if action.shape == () else action)
+    assert rows_compared(agent, 64, 6) > 50
+    stored = agent.replay_buffer.sample(200, 6)
+    assert stored.rewards.max() > 20
+    raw = dict(zip(stored.row_ids.flatten().tolist(), stored.obs.flatten(0, 1).numpy(), strict=True))
+    ids, seen = batches[-1].row_ids.flatten().tolist(), batches[-1].obs.flatten(0, 1).numpy()
+    np.testing.assert_allclose(seen, env.normalize_obs(np.stack([raw[row] for row in ids])), atol=1e-5)
 
 
 # --- callbacks and logs
 
 
-class GraphCapturer(BaseCallback):
-    """Notes what SB3's callbacks find in their locals."""
-
-    def __init__(self, stop_at: int | None = None) -> None:
-        super().__init__()
-        self.events: list[str] = []
-        self.stop_at = stop_at
-
-    def _on_training_start(self) -> None:
-        self.events.append("training_start")
-
-    def _on_rollout_start(self) -> None:
-        self.events.append("rollout_start")
-
-    def _on_step(self) -> bool:
-        assert {"new_obs", "rewards", "dones", "infos", "actions"} <= set(self.locals)
-        # The step that the callback hears of is stored already.
-        assert self.model.replay_buffer.num_transitions == self.num_timesteps
-        self.events.append("step")
-        return self.num_timesteps != self.stop_at
-
-    def _on_training_end(self) -> None:
-        self.events.append("training_end")
-
-
-def test_callbacks_hear_of_every_step_and_can_stop_the_run() -> None:
-    callback = GraphCapturer(stop_at=7)
-    agent = make_agent().learn(50, callback=callback)
-
-    assert agent.num_timesteps == 7
-    assert callback.events == ["training_start", *["rollout_start", "step"] * 7, "training_end"]
-
-
-def test_logs_have_the_names_of_sb3_and_every_loss(tmp_path: Path) -> None:
-    agent = make_agent(counting_envs(2, lengths=(5,)))
-    agent.set_logger(configure(str(tmp_path), ["json"]))
-
-    agent.learn(60, log_interval=4)
-
-    logs = [json.loads(line) for line in (tmp_path / "progress.json").read_text().splitlines()]
-    assert [log["time/total_timesteps"] for log in logs] == [20, 40, 60]
-    assert logs[0]["rollout/ep_rew_mean"] == np.mean([15, 15, 515, 515]) and logs[0]["rollout/ep_len_mean"] == 5
-    assert logs[-1]["train/n_updates"] == agent._n_updates == agent.trainer.step_count
-    assert {"train/loss", "train/reconstruction", "train/actor", "train/learning_rate", "time/fps"} <= set(logs[-1])
-
-
-def test_the_log_has_the_health_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_has_the_health_of_a_model_that_has_taken_enough_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(learning, "CHECK_INTERVAL", 5)
     agent = make_agent()
-    agent.set_logger(configure(str(tmp_path), ["json"]))
-
+    agent.set_logger(configure(str(tmp_path / "first"), ["json"]))
     agent.learn(200, log_interval=1)
+    agent.save(tmp_path / "agent.zip")
 
-    lines = [json.loads(line) for line in (tmp_path / "progress.json").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "first" / "progress.json").read_text().splitlines()]
     measured = [line["health/kl_at_free_nats"] for line in lines if "health/kl_at_free_nats" in line]
     assert 2 <= len(measured) < len(lines) and all(0 <= value <= 1 for value in measured)
 
-
-def test_a_loaded_agent_logs_before_its_next_gradient_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learning, "CHECK_INTERVAL", 5)
-    make_agent().learn(60).save(tmp_path / "agent.zip")
-    agent = WorldFluxAgent.load(tmp_path / "agent.zip", "CartPole-v1", device="cpu", train_ratio=0)
-    agent.set_logger(configure(str(tmp_path), ["json"]))
-
-    agent.learn(60, log_interval=1)
-
-    assert "health/" not in (tmp_path / "progress.json").read_text()
-
-
-def test_evaluation_works_as_for_every_algorithm_of_sb3(tmp_path: Path) -> None:
-    agent = make_agent()
-    evaluation = EvalCallback(
-        Monitor(gym.make("CartPole-v1")),
-        n_eval_episodes=2,
-        eval_freq=30,
-        log_path=str(tmp_path),
-        best_model_save_path=str(tmp_path),
-        verbose=0,
-    )
-
-    agent.learn(70, callback=[evaluation, CheckpointCallback(40, str(tmp_path), save_replay_buffer=True)])
-
-    assert np.load(tmp_path / "evaluations.npz")["timesteps"].tolist() == [30, 60]
-    assert WorldFluxAgent.load(tmp_path / "best_model.zip").num_timesteps in (30, 60)
-    assert ReplayBuffer.load(tmp_path / "rl_model_replay_buffer_40_steps.pkl").num_transitions == 40
-    mean, std = evaluate_policy(agent, agent.get_env(), n_eval_episodes=2)
-    assert 8 <= mean <= 500 and std >= 0
+    loaded = WorldFluxAgent.load(tmp_path / "agent.zip", "CartPole-v1", device="cpu", train_ratio=0)
+    loaded.set_logger(configure(str(tmp_path / "loaded"), ["json"]))
+    loaded.learn(60, log_interval=1)
+    assert "health/" not in (tmp_path / "loaded" / "progress.json").read_text()
 
 
 def test_evaluation_in_between_does_not_change_what_is_learned() -> None:
@@ -412,13 +279,6 @@ def test_evaluation_in_between_does_not_change_what_is_learned() -> None:
 
 
 # --- predict
-
-
-def test_a_single_observation_gives_a_single_action(trained: WorldFluxAgent) -> None:
-    action, state = trained.predict(np.zeros(4, np.float32))
-
-    assert isinstance(action, np.int64) and trained.action_space.contains(action)
-    assert [array.shape[0] for array in state] == [1] * 4  # deter, logits, stoch and the action taken
 
 
 def test_rows_of_a_batch_are_predicted_on_their_own(trained: WorldFluxAgent) -> None:
@@ -448,37 +308,16 @@ def test_rows_whose_episode_starts_forget_and_the_others_remember(trained: World
     assert np.abs(remembered[0][1] - forgot[0][1]).max() > 1e-4
 
 
-def test_deterministic_actions_draw_no_random_numbers_and_others_do(trained: WorldFluxAgent) -> None:
-    obs = np.zeros((3, 4), np.float32)
-    before = torch.get_rng_state()
-
-    first, second = (trained.predict(obs, deterministic=True)[0] for _ in range(2))
-
-    assert torch.equal(torch.get_rng_state(), before)
-    np.testing.assert_array_equal(first, second)
-    trained.predict(obs)
-    assert not torch.equal(torch.get_rng_state(), before)
-
-
-def test_images_are_predicted_from_as_the_environment_gives_them() -> None:
-    agent = make_agent(CountingEnv(obs="image"), train_ratio=0)
-    hwc = np.random.default_rng(0).integers(0, 256, (2, 48, 48, 3), dtype=np.uint8)
-
-    from_hwc = agent.predict(hwc, deterministic=True)
-    from_chw = agent.predict(hwc.transpose(0, 3, 1, 2), deterministic=True)
-
-    np.testing.assert_array_equal(from_hwc[0], from_chw[0])
-    assert agent.replay_buffer.obs_shape == (3, 48, 48)
+STATE = (np.zeros((2, 32)), np.zeros((2, 4, 4)), np.zeros((2, 4, 4)), np.zeros((2, 2)))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((np.zeros(5, np.float32),), r"observation has shape \(5,\), expected \(4,\)"),
         ((np.zeros((0, 4), np.float32),), r"observation has shape \(0, 4\), expected at least one row"),
-        ((np.full(4, np.nan, np.float32),), "contains NaN"),
         ((np.zeros(4, np.float32), (np.zeros(3),)), r"state is 1 arrays, expected the 4 arrays that predict returned"),
-        ((np.zeros((2, 4), np.float32), (np.zeros((1, 1)),) * 4), r"state 'deter' has shape \(1, 1\)"),
+        ((np.zeros((3, 4), np.float32), STATE), r"state 'deter' has shape \(2, 32\), expected \(3, 32\)"),
+        ((np.zeros((2, 4), np.float32), STATE, np.zeros(3, bool)), r"episode_start has shape \(3,\), expected one"),
     ],
 )
 def test_what_cannot_be_predicted_from_says_what_was_expected(
@@ -488,35 +327,7 @@ def test_what_cannot_be_predicted_from_says_what_was_expected(
         trained.predict(*arguments)
 
 
-def test_episode_starts_must_match_the_observations(trained: WorldFluxAgent) -> None:
-    obs = np.zeros((2, 4), np.float32)
-    _, state = trained.predict(obs)
-
-    with pytest.raises(ShapeMismatchError, match=r"episode_start has shape \(3,\), expected one value for each of 2"):
-        trained.predict(obs, state, np.zeros(3, bool))
-
-
 # --- files
-
-
-def test_a_loaded_agent_predicts_the_same_and_learns_on(tmp_path: Path, trained: WorldFluxAgent) -> None:
-    trained.save(tmp_path / "deep" / "agent")
-    obs = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
-
-    loaded = WorldFluxAgent.load(tmp_path / "deep" / "agent")
-
-    assert (tmp_path / "deep" / "agent.zip").is_file()
-    assert torch.equal(weights(trained), weights(loaded))
-    before, after = (agent.predict(obs, deterministic=True)[1] for agent in (trained, loaded))
-    for expected, found in zip(before, after, strict=True):
-        np.testing.assert_array_equal(expected, found)
-    assert (loaded.num_timesteps, loaded._n_updates) == (trained.num_timesteps, trained._n_updates)
-    assert loaded.train_ratio == 6 and loaded.replay_buffer is None
-    with pytest.raises(ConfigurationError, match=r"no environment to learn in. Call set_env, or pass env to load"):
-        loaded.learn(10)
-    loaded.set_env(gym.make("CartPole-v1"))
-    loaded.learn(40, reset_num_timesteps=False)
-    assert loaded._n_updates > trained._n_updates and loaded.num_timesteps == trained.num_timesteps + 40
 
 
 def test_the_optimiser_goes_on_after_loading(trained: WorldFluxAgent) -> None:
@@ -560,7 +371,7 @@ def test_numbers_of_numpy_can_be_saved() -> None:
 
     loaded = WorldFluxAgent.load(file)
 
-    assert loaded._total_timesteps == loaded.num_timesteps == 12
+    assert loaded.num_timesteps == 12
     settings = [loaded.batch_size, loaded.train_ratio, loaded.replay_context, loaded.stats_window_size, loaded.seed]
     assert settings == [2, 6.0, True, 5, 3]
     assert [type(setting) for setting in settings] == [int, float, bool, int, int]
@@ -569,58 +380,38 @@ def test_numbers_of_numpy_can_be_saved() -> None:
 def test_a_float_that_is_whole_counts_steps() -> None:
     agent = make_agent(train_ratio=0).learn(1e1)
 
-    assert agent.num_timesteps == agent._total_timesteps == 10
+    assert agent.num_timesteps == 10
     with pytest.raises(ConfigurationError, match=r"total_timesteps is 10.5, expected a whole number from 0"):
         agent.learn(10.5)
     with pytest.raises(ConfigurationError, match="log_interval is 0, expected a whole number from 1"):
         agent.learn(10, log_interval=0)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process that dies in the middle is made by forking")
-def test_the_next_save_removes_what_a_killed_one_left(tmp_path: Path) -> None:
-    child = os.fork()
-    if child == 0:
-        write_archive(tmp_path / "other.zip", {}, lambda checkpoint: os._exit(9))
-    os.waitpid(child, 0)
-    (left,) = tmp_path.iterdir()
-    assert left.is_dir()
-    of_a_running_process = left.with_name(left.name.replace(f"-{child}.", f"-{os.getppid()}."))
-    of_a_running_process.mkdir()
-
-    write_archive(tmp_path / "agent.zip", {}, lambda checkpoint: None)
-
-    assert set(tmp_path.iterdir()) == {tmp_path / "agent.zip", of_a_running_process}
-
-
 def test_a_file_is_on_the_disk_before_it_takes_the_place_of_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: WorldFluxAgent
 ) -> None:
     events: list[Any] = []
     sync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda handle: (events.append(os.fstat(handle).st_size), sync(handle)))
     monkeypatch.setattr(os, "replace", lambda old, new: (events.append("replaced"), replace(old, new)))
 
-    write_archive(tmp_path / "agent.zip", {"n_envs": 1}, lambda checkpoint: None)
+    trained.save(tmp_path / "agent.zip")
 
     assert events == [(tmp_path / "agent.zip").stat().st_size, "replaced"]
 
 
-def test_a_directory_is_not_overwritten_by_a_file(tmp_path: Path) -> None:
-    (tmp_path / "agent.zip").mkdir()
-
-    with pytest.raises(CheckpointError, match=r"agent\.zip is a directory, expected the path of a file"):
-        write_archive(tmp_path / "agent", {}, lambda checkpoint: None)
-
-
-@pytest.mark.parametrize("obs", ["vector", "image", "dict"])
 @pytest.mark.parametrize(
-    "action_space", [spaces.MultiDiscrete([3, 2], start=[1, 0]), spaces.MultiBinary(2), spaces.Box(-1.0, 3.0, (2,))]
+    ("obs", "action_space"),
+    [
+        ("vector", spaces.MultiDiscrete([3, 2], start=[1, 0])),
+        ("image", spaces.MultiBinary(2)),
+        ("dict", spaces.Box(-1.0, 3.0, (2,))),
+    ],
 )
 def test_spaces_survive_saving(obs: str, action_space: Any) -> None:
     agent = make_agent(CountingEnv(obs=obs, action_space=action_space))
     file = io.BytesIO()
     agent.save(file)
-    file.seek(0)
 
     loaded = WorldFluxAgent.load(file, counting_envs(3, obs=obs, action_space=action_space))
 
@@ -628,38 +419,15 @@ def test_spaces_survive_saving(obs: str, action_space: Any) -> None:
     assert loaded.n_envs == loaded.replay_buffer.n_envs == 3
 
 
-def test_settings_can_be_changed_on_loading(trained: WorldFluxAgent) -> None:
-    file = io.BytesIO()
-    trained.save(file)
-
-    assert WorldFluxAgent.load(file, train_ratio=12, learning_rate=1e-3).schedule.train_ratio == 12
-    with pytest.raises(ConfigurationError, match="Unknown setting 'train_ration'; did you mean 'train_ratio'"):
-        WorldFluxAgent.load(file, train_ration=12)
-    with pytest.raises(ValueError, match="spaces do not match"):
-        WorldFluxAgent.load(file, "Pendulum-v1")
-
-
-def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no file or directory .*nothing and .*nothing\.zip"):
-        WorldFluxAgent.load(tmp_path / "nothing")
-    (tmp_path / "text.zip").write_text("hello")
-    with pytest.raises(CheckpointError, match="not a readable file of an agent"):
-        WorldFluxAgent.load(tmp_path / "text.zip")
-    with zipfile.ZipFile(tmp_path / "sb3.zip", "w") as archive:
-        archive.writestr("data", "{}")
-    with pytest.raises(CheckpointError, match="saved by stable-baselines3 itself"):
-        WorldFluxAgent.load(tmp_path / "sb3.zip")
-
-
-def test_no_flipped_byte_gives_anything_but_our_own_error(tmp_path: Path) -> None:
-    def checkpoint(directory: Path) -> None:
-        for name in ("config.json", "model.safetensors", "optimizer.pt", "trainer.json"):
-            (directory / name).write_text("{}")
-
-    path = tmp_path / "agent.zip"
-    write_archive(path, {}, checkpoint)
-    whole = path.read_bytes()
-    damaged = 0
+def test_no_flipped_byte_of_a_zips_structure_gives_anything_but_our_own_error(
+    tmp_path: Path, trained: WorldFluxAgent
+) -> None:
+    trained.save(tmp_path / "whole.zip")
+    path, small = tmp_path / "agent.zip", tmp_path / "small.zip"
+    with zipfile.ZipFile(tmp_path / "whole.zip") as archive, zipfile.ZipFile(small, "w") as shorter:
+        for name in archive.namelist():
+            shorter.writestr(name, archive.read(name) if name == "agent.json" else b"{}")
+    whole, damaged = small.read_bytes(), 0
     for place in range(0, len(whole), 2):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
         try:
@@ -670,72 +438,12 @@ def test_no_flipped_byte_gives_anything_but_our_own_error(tmp_path: Path) -> Non
     assert damaged > len(whole) / 4
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"schedule": {}}, r"agent.json has no 'env_steps'"),
-        ({"schedule": {"env_steps": "x", "handed_out": 0}}, "schedule: env_steps is 'x', expected a whole number"),
-        ({"n_envs": "x"}, "n_envs is 'x', expected a whole number from 1"),
-        ({"n_envs": 10**300}, "n_envs is above 1e06, expected a whole number below"),
-        ({"counters": []}, r"is damaged\. In its agent\.json: list indices"),
-        ({"counters": {"num_timesteps": -1}}, "num_timesteps is -1, expected a whole number from 0"),
-        ({"settings": {"learning_rate": "fast"}}, "learning_rate is 'fast', expected a finite number|no 'train_ratio'"),
-        ({"settings": None}, "is damaged"),
-        ({"progress_remaining": "x"}, "progress_remaining is 'x', expected a finite number"),
-        ({"action_space": {"type": "Discrete", "n": 10**30, "start": 0}}, "description of a space is damaged"),
-        ({"observation_space": {"type": "MultiBinary", "shape": [-1]}}, "description of a space is damaged"),
-        ({"n_envs": ...}, "agent.json has no 'n_envs'"),
-    ],
-)
-def test_a_description_that_was_changed_is_refused(
-    tmp_path: Path, trained: WorldFluxAgent, change: dict[str, Any], message: str
-) -> None:
-    trained.save(tmp_path / "agent.zip")
-    with zipfile.ZipFile(tmp_path / "agent.zip") as archive:
-        entries = {name: archive.read(name) for name in archive.namelist()}
-    description = {**json.loads(entries["agent.json"]), **change}
-    description = {name: value for name, value in description.items() if value is not ...}
-    with zipfile.ZipFile(tmp_path / "changed.zip", "w") as archive:
-        for name, data in {**entries, "agent.json": json.dumps(description)}.items():
-            archive.writestr(name, data)
-
-    with pytest.raises(CheckpointError, match=message):
-        WorldFluxAgent.load(tmp_path / "changed.zip", "CartPole-v1")
-
-
-def test_the_replay_buffer_is_saved_to_exactly_the_path_that_was_given(tmp_path: Path, trained: WorldFluxAgent) -> None:
-    trained.save_replay_buffer(tmp_path / "memory.of.mine")
-    agent = make_agent()
-
-    agent.load_replay_buffer(tmp_path / "memory.of.mine")
-
-    assert agent.replay_buffer.num_transitions == trained.replay_buffer.num_transitions == 60
-    agent.learn(30)
-    assert agent.replay_buffer.num_transitions == 90 and agent._n_updates > 0
-    with pytest.raises(ShapeMismatchError, match=r"holds observations \(4,\) and 2 action numbers, expected \(3,\)"):
-        make_agent("Pendulum-v1").load_replay_buffer(tmp_path / "memory.of.mine")
-
-
-def test_parameters_can_be_taken_out_and_put_back(tmp_path: Path, trained: WorldFluxAgent) -> None:
-    agent = make_agent(seed=9)
-    assert not torch.equal(weights(agent), weights(trained))
-
-    agent.set_parameters(trained.get_parameters())
-    assert torch.equal(weights(agent), weights(trained))
-
-    trained.save(tmp_path / "agent.zip")
-    agent = make_agent(seed=9)
-    agent.set_parameters(tmp_path / "agent.zip")
-    assert torch.equal(weights(agent), weights(trained))
-
-
 # --- construction
 
 
 def test_models_are_given_by_name_by_directory_and_as_objects(tmp_path: Path, trained: WorldFluxAgent) -> None:
     trained.model.save_pretrained(tmp_path / "model")
 
-    from_directory = make_agent(model_kwargs=None)
     from_directory = WorldFluxAgent(tmp_path / "model", "CartPole-v1", **{**SETTINGS, "model_kwargs": None})
     from_object = WorldFluxAgent(from_directory.model, "CartPole-v1", **{**SETTINGS, "model_kwargs": None})
 
@@ -786,7 +494,7 @@ def test_settings_that_are_not_given_are_the_familys_own() -> None:
     assert agent.buffer_size == agent.replay_buffer.capacity == defaults.buffer_size
     assert agent.learning_rate == agent.model.optimizer_spec.learning_rate
     assert agent.learning_starts == 16 * 64 + 64
-    assert agent._learner.describe_schedule().startswith("one gradient step every 1 environment steps")
+    assert agent.schedule.env_steps_per_update == 1
 
 
 @pytest.mark.parametrize(
@@ -804,7 +512,7 @@ def test_settings_that_are_not_given_are_the_familys_own() -> None:
         (lambda: make_agent(verbose="loud"), "verbose is 'loud', expected a whole number from 0"),
         (lambda: make_agent(tensorboard_log=5), "tensorboard_log is 5, expected a directory or None"),
         (lambda: make_agent(seed=-1), "seed is -1, expected a whole number from 0"),
-        (lambda: make_agent(seed=2**40), r"seed is 1099511627776, expected a whole number below 2\*\*32"),
+        (lambda: make_agent(seed=2**40), r"seed is above 4e09, expected a whole number below 2\*\*32"),
         (lambda: make_agent(seed="a"), "seed is 'a', expected a whole number"),
         (lambda: make_agent(seed=1.0), r"seed is 1\.0, expected a whole number"),
         (lambda: make_agent(device="gpu"), "device is 'gpu', expected 'auto', 'cpu', 'cuda' or 'cuda:<index>'"),
@@ -821,11 +529,6 @@ def test_settings_that_are_not_given_are_the_familys_own() -> None:
         (lambda: make_agent(None), "env is None, expected a name"),
         (lambda: WorldFluxAgent(3, "CartPole-v1"), "model is a int, expected a preset"),
         (lambda: WorldFluxAgent("dreamerv3:tinny", "CartPole-v1"), "tinny"),
-        (
-            lambda: make_agent(CountingEnv(action_space=spaces.Box(-np.inf, np.inf, (1,)))),
-            "no finite bounds, expected Box with finite bounds",
-        ),
-        (lambda: make_agent(CountingEnv(action_space=spaces.Tuple([spaces.Discrete(2)]))), "Tuple space"),
         (lambda: WorldFluxAgent(make_agent().model, "Pendulum-v1"), r"model has obs_shape=\(4,\), expected \(3,\)"),
         (lambda: WorldFluxAgent(make_agent().model, "CartPole-v1", model_kwargs=TINY), "the model is built already"),
     ],
@@ -833,18 +536,3 @@ def test_settings_that_are_not_given_are_the_familys_own() -> None:
 def test_what_cannot_be_built_says_why(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(WorldFluxError, match=message):
         make()
-
-
-def test_a_new_environment_must_have_the_same_spaces_and_number() -> None:
-    agent = make_agent(counting_envs(2))
-
-    with pytest.raises(AssertionError, match="number of environments"):
-        agent.set_env(counting_envs(3))
-    with pytest.raises(ValueError, match="spaces do not match"):
-        agent.set_env(DummyVecEnv([lambda: gym.make("CartPole-v1")] * 2))
-    agent.learn(10)
-    agent.set_env(counting_envs(2, lengths=(7,)))
-    agent.learn(28, reset_num_timesteps=False)
-
-    batch = agent.replay_buffer.sample(100, 4)
-    assert_rows_belong_together(batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy())

@@ -13,51 +13,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers.envs import CountingEnv, assert_rows_belong_together
+from helpers.agents import counting_envs, make_agent, make_planner, rows_compared, weights
+from helpers.envs import CountingEnv
 from helpers.killed import finish, kill, start, strays, wait_for
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor, VecNormalize
 
 from worldflux.agents import AgentCheckpointCallback, WorldFluxAgent
 from worldflux.errors import CheckpointError, ConfigurationError, TrainingError
 from worldflux.training.checkpoint import checkpoints_in, newest_checkpoint
 
-TINY = dict(deter_dim=32, hidden_dim=8, stoch_discrete=4, stoch_classes=4, units=8, imagination_horizon=3)
-SETTINGS: dict[str, Any] = dict(
-    batch_size=2, seq_len=6, train_ratio=6, buffer_size=200, learning_starts=10, device="cpu", seed=0, model_kwargs=TINY
-)
-PLANNING: dict[str, Any] = dict(
-    batch_size=4,
-    train_ratio=6,
-    buffer_size=200,
-    learning_starts=20,
-    device="cpu",
-    seed=0,
-    planner_kwargs=dict(num_samples=16, num_elites=4, num_pi_trajs=4, iterations=2),
-    model_kwargs=dict(latent_dim=16, hidden_dim=16, mlp_dim=16, enc_dim=16, num_q_networks=2, num_channels=2),
-)
 
-
-def counting_envs(n_envs: int = 2) -> DummyVecEnv:
-    made: list[Callable[[], gym.Env[Any, Any]]] = [
-        lambda i=i: Monitor(CountingEnv(env_id=i, lengths=(7, 4, 30)))
-        for i in range(n_envs)  # type: ignore[misc]
-    ]
-    return DummyVecEnv(made)
-
-
-def make_agent(env: Any = "CartPole-v1", **settings: Any) -> WorldFluxAgent:
-    return WorldFluxAgent("dreamerv3:tiny", env, **{**SETTINGS, **settings})
-
-
-def weights(agent: WorldFluxAgent) -> torch.Tensor:
-    return torch.cat([tensor.flatten().double() for tensor in agent.model.state_dict().values()])
+def counting(n_envs: int = 2) -> DummyVecEnv:
+    return counting_envs(n_envs, lengths=(7, 4, 30))
 
 
 def stored(agent: WorldFluxAgent) -> list[torch.Tensor]:
@@ -75,8 +47,7 @@ def resumed(path: Path, env: Any, steps: int, **settings: Any) -> WorldFluxAgent
 
 @pytest.mark.parametrize("family", ["dreamerv3", "tdmpc2"])
 def test_two_resumes_of_one_checkpoint_give_the_same_bits(tmp_path: Path, family: str) -> None:
-    env = "CartPole-v1" if family == "dreamerv3" else "Pendulum-v1"
-    agent = WorldFluxAgent(f"{family}:tiny", env, **(SETTINGS if family == "dreamerv3" else PLANNING))
+    agent, env = (make_agent(), "CartPole-v1") if family == "dreamerv3" else (make_planner(), "Pendulum-v1")
     agent.learn(60).save_checkpoint(tmp_path / "checkpoint")
     first, second = (resumed(tmp_path / "checkpoint", env, 45) for _ in range(2))
     assert first.num_timesteps == 105 and first.trainer.step_count > agent.trainer.step_count > 0
@@ -86,16 +57,14 @@ def test_two_resumes_of_one_checkpoint_give_the_same_bits(tmp_path: Path, family
 
 
 def test_everything_is_as_it_was_when_the_checkpoint_was_written(tmp_path: Path) -> None:
-    agent = make_agent(counting_envs()).learn(90)
+    agent = make_agent(counting()).learn(90)
     agent.save_checkpoint(tmp_path / "checkpoint")
-    loaded = WorldFluxAgent.load(tmp_path / "checkpoint", counting_envs(), device="cpu", resume=True)
+    loaded = WorldFluxAgent.load(tmp_path / "checkpoint", counting(), device="cpu", resume=True)
     assert agent.replay_buffer is not None and loaded.replay_buffer is not None
     assert torch.equal(weights(agent), weights(loaded))
     for name in ("num_timesteps", "_episode_num", "_n_updates"):
         assert getattr(agent, name) == getattr(loaded, name) > 0, name
     assert loaded.schedule.state_dict() == agent.schedule.state_dict()
-    assert loaded._learner.counters() == agent._learner.counters()
-    assert loaded._learner.collected == 90
     assert list(loaded.ep_info_buffer or ()) == list(agent.ep_info_buffer or ()) != []
     assert loaded.replay_buffer.rng_state() == agent.replay_buffer.rng_state()
     agent.replay_buffer.end_episodes()  # which resuming has done
@@ -110,18 +79,13 @@ def test_everything_is_as_it_was_when_the_checkpoint_was_written(tmp_path: Path)
 
 def test_gradient_steps_that_were_owed_when_it_was_saved_are_taken(tmp_path: Path) -> None:
     class Save(BaseCallback):
-        owed = 0
-
         def _on_step(self) -> bool:
             if self.num_timesteps == 60:
-                self.owed = self.model._learner.updates_owed  # type: ignore[attr-defined]
                 self.model.save_checkpoint(tmp_path / "checkpoint")  # type: ignore[attr-defined]
             return True
 
-    saving = Save()
-    agent = make_agent(counting_envs(), train_ratio=18).learn(60, saving)
-    assert saving.owed == 3
-    loaded = WorldFluxAgent.load(tmp_path / "checkpoint", counting_envs(), device="cpu", resume=True)
+    agent = make_agent(counting(), train_ratio=18).learn(60, Save())
+    loaded = WorldFluxAgent.load(tmp_path / "checkpoint", counting(), device="cpu", resume=True)
     assert loaded.trainer.step_count == agent.trainer.step_count - 3
     assert loaded.learn(0, reset_num_timesteps=False).trainer.step_count == agent.trainer.step_count
 
@@ -154,9 +118,9 @@ def test_a_replay_buffer_that_took_the_place_of_another_is_saved_whole(tmp_path:
 
 
 def test_an_episode_in_flight_ends_as_truncated_with_its_last_observation(tmp_path: Path) -> None:
-    agent = make_agent(counting_envs(1), train_ratio=0).learn(9)  # two steps into the second episode
+    agent = make_agent(counting(1), train_ratio=0).learn(9)  # two steps into the second episode
     agent.save_checkpoint(tmp_path / "checkpoint")
-    buffer = WorldFluxAgent.load(tmp_path / "checkpoint", counting_envs(1), device="cpu", resume=True).replay_buffer
+    buffer = WorldFluxAgent.load(tmp_path / "checkpoint", counting(1), device="cpu", resume=True).replay_buffer
     assert buffer is not None and (buffer.num_transitions, buffer.num_episodes) == (9, 2)
     batch = buffer.sample(1, 11)
     assert isinstance(batch.obs, torch.Tensor)
@@ -166,28 +130,25 @@ def test_an_episode_in_flight_ends_as_truncated_with_its_last_observation(tmp_pa
 
 
 def test_steps_before_and_after_a_resume_are_replayed_together(tmp_path: Path) -> None:
-    make_agent(counting_envs()).learn(120).save_checkpoint(tmp_path / "checkpoint")
-    agent = resumed(tmp_path / "checkpoint", counting_envs(), 70)
+    make_agent(counting()).learn(120).save_checkpoint(tmp_path / "checkpoint")
+    agent = resumed(tmp_path / "checkpoint", counting(), 70)
     assert agent.replay_buffer is not None and agent.replay_buffer.num_transitions == 190
-    batch = agent.replay_buffer.sample(128, 6)
-    assert isinstance(batch.obs, torch.Tensor) and batch.is_first is not None
-    parts = (batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy())
-    assert assert_rows_belong_together(*parts) > 500
+    assert rows_compared(agent, 128, 6) > 500
 
 
 def test_the_ratio_of_training_is_kept_over_resumes(tmp_path: Path) -> None:
     def steps_of(parts: list[int]) -> int:
-        agent = make_agent(counting_envs(), train_ratio=5)
+        agent = make_agent(counting(), train_ratio=5)
         for part in parts[:-1]:
             agent.learn(part, reset_num_timesteps=False, callback=AgentCheckpointCallback(tmp_path, 1000))
-            agent = WorldFluxAgent.load(tmp_path, counting_envs(), device="cpu", resume=True)
+            agent = WorldFluxAgent.load(tmp_path, counting(), device="cpu", resume=True)
         return agent.learn(parts[-1], reset_num_timesteps=False).trainer.step_count
 
     assert steps_of([120]) == steps_of([42, 20, 58]) > 40
 
 
 def test_a_checkpoint_costs_only_what_is_new(tmp_path: Path) -> None:
-    agent = make_agent(counting_envs(), train_ratio=0, buffer_size=20_000, replay_context=False)
+    agent = make_agent(counting(), train_ratio=0, buffer_size=20_000, replay_context=False)
     agent.learn(1000).save_checkpoint(tmp_path / "first")
     agent.learn(30, reset_num_timesteps=False).save_checkpoint(tmp_path / "second")
 
@@ -197,13 +158,13 @@ def test_a_checkpoint_costs_only_what_is_new(tmp_path: Path) -> None:
     whole = sum(file.stat().st_size for file in (tmp_path / "second" / "replay").glob("*.npz"))
     assert 0 < own_bytes(tmp_path / "second") < 8_000 < 30_000 < whole
     shutil.rmtree(tmp_path / "first")
-    loaded = WorldFluxAgent.load(tmp_path / "second", counting_envs(), device="cpu", resume=True)
+    loaded = WorldFluxAgent.load(tmp_path / "second", counting(), device="cpu", resume=True)
     assert loaded.replay_buffer is not None and loaded.replay_buffer.num_transitions == 1030
 
 
 def test_statistics_of_vec_normalize_go_on(tmp_path: Path) -> None:
     def envs() -> VecNormalize:
-        return VecNormalize(counting_envs(), clip_obs=5)
+        return VecNormalize(counting(), clip_obs=5)
 
     agent = make_agent(envs()).learn(60)
     agent.save_checkpoint(tmp_path / "checkpoint")
@@ -216,7 +177,7 @@ def test_statistics_of_vec_normalize_go_on(tmp_path: Path) -> None:
         assert getattr(now.ret_rms, name) == getattr(was.ret_rms, name)
     assert now.obs_rms.count > 60  # type: ignore[union-attr]
     with pytest.raises(ConfigurationError, match="VecNormalize"):
-        WorldFluxAgent.load(tmp_path / "checkpoint", counting_envs(), device="cpu", resume=True)
+        WorldFluxAgent.load(tmp_path / "checkpoint", counting(), device="cpu", resume=True)
 
 
 def test_episodes_are_remembered_whoever_counts_them(tmp_path: Path) -> None:
@@ -255,11 +216,8 @@ def test_the_newest_checkpoint_of_a_directory_is_taken(tmp_path: Path) -> None:
 
 def test_what_cannot_be_resumed_says_why(tmp_path: Path) -> None:
     agent = make_agent().learn(30)
-    agent.save(tmp_path / "agent.zip")
     agent.save_checkpoint(tmp_path / "checkpoint")
     load = WorldFluxAgent.load
-    with pytest.raises(CheckpointError, match="holds no replay data"):
-        load(tmp_path / "agent.zip", "CartPole-v1", device="cpu", resume=True)
     with pytest.raises(ConfigurationError, match="Pass env"):
         load(tmp_path / "checkpoint", device="cpu", resume=True)
     with pytest.raises(ConfigurationError, match="capacity"):
@@ -274,25 +232,26 @@ def test_what_cannot_be_resumed_says_why(tmp_path: Path) -> None:
         PPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8).learn(1, AgentCheckpointCallback(tmp_path / "ppo"))
 
 
-@pytest.mark.parametrize("change", ["missing", "not json", "a text", "negative", "no number", "too large", "too deep"])
-def test_a_damaged_run_file_is_named(tmp_path: Path, change: str) -> None:
+RUN_FILES: dict[str, Callable[[dict[str, Any]], str | None]] = {
+    "missing": lambda run: None,
+    "not json": lambda run: "{",
+    "a text": lambda run: '"run"',
+    "too deep": lambda run: "[" * 100_000,
+    "a negative count": lambda run: json.dumps({**run, "collected": -1}),
+    "no number": lambda run: json.dumps({**run, "collected": "many"}),
+    "too large": lambda run: json.dumps({**run, "episode_successes": [10**400]}),
+}
+
+
+@pytest.mark.parametrize("kind", RUN_FILES)
+def test_a_damaged_run_file_is_named_with_what_to_do(tmp_path: Path, kind: str) -> None:
     make_agent(train_ratio=0).learn(10).save_checkpoint(tmp_path / "checkpoint")
     path = tmp_path / "checkpoint" / "run.json"
-    run = json.loads(path.read_text())
-    if change == "missing":
-        path.unlink()
-    elif change == "not json":
-        path.write_text("{")
-    elif change == "a text":
-        path.write_text('"run"')
-    elif change == "too deep":
-        path.write_text("[" * 100_000)
-    elif change == "too large":
-        path.write_text(json.dumps({**run, "episode_successes": [10**400]}))
-    else:
-        run["collected"] = -1 if change == "negative" else "many"
-        path.write_text(json.dumps(run))
-    with pytest.raises(CheckpointError, match=r"run\.json"):
+    text = RUN_FILES[kind](json.loads(path.read_text()))
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(CheckpointError, match=r"is incomplete or damaged \(.*run\.json.*Load an earlier checkpoint"):
         WorldFluxAgent.load(tmp_path / "checkpoint", "CartPole-v1", device="cpu", resume=True)
 
 
@@ -325,7 +284,7 @@ def test_an_error_in_the_environment_loses_nothing(tmp_path: Path) -> None:
     assert resumed(tmp_path, CountingEnv(lengths=(10,)), 20).replay_buffer.num_transitions == 53  # type: ignore[union-attr]
 
 
-# --- signals and kills
+# --- signals, full disks and kills
 
 
 def test_ctrl_c_saves_the_step_it_came_in(tmp_path: Path) -> None:
@@ -404,9 +363,9 @@ def learn_to_the_end(directory: Path, out: Path, total: int) -> None:
     saving = AgentCheckpointCallback(directory, 5)
     if newest_checkpoint(directory) is None:
         # Enough to start with, however many episodes resuming has cut short.
-        agent = make_agent(counting_envs(), learning_starts=30)
+        agent = make_agent(counting(), learning_starts=30)
     else:
-        agent = WorldFluxAgent.load(directory, counting_envs(), device="cpu", resume=True)
+        agent = WorldFluxAgent.load(directory, counting(), device="cpu", resume=True)
     agent.learn(total - agent.num_timesteps, saving, reset_num_timesteps=False)
     out.write_text(str(agent.trainer.step_count))
 
@@ -417,9 +376,10 @@ def test_sigterm_saves_and_stops(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGTERM)
     assert finish(process) == 143
     assert strays(tmp_path / "run") == [] and not (tmp_path / "out").exists()
-    agent = WorldFluxAgent.load(tmp_path / "run", counting_envs(), device="cpu", resume=True)
-    assert agent.replay_buffer is not None
-    assert agent.num_timesteps == agent._learner.collected == int(newest_checkpoint(tmp_path / "run").name[5:])  # type: ignore[union-attr]
+    agent = WorldFluxAgent.load(tmp_path / "run", counting(), device="cpu", resume=True)
+    newest = newest_checkpoint(tmp_path / "run")
+    assert newest is not None and newest.name == f"step-{agent.num_timesteps:08d}"
+    assert agent.replay_buffer is not None and agent.replay_buffer.num_transitions == min(agent.num_timesteps, 500)
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
@@ -434,11 +394,10 @@ def test_kills_at_any_moment_leave_a_run_to_resume(tmp_path: Path, kills: int) -
         time.sleep(moments.uniform(0, 0.05))
         met += process.exitcode is None
         kill(process)
-        agent = WorldFluxAgent.load(directory, counting_envs(), device="cpu", resume=True)
+        agent = WorldFluxAgent.load(directory, counting(), device="cpu", resume=True)
         assert agent.replay_buffer is not None
-        assert agent.num_timesteps == agent._learner.collected > 0
-        assert agent.replay_buffer.num_transitions == min(agent.num_timesteps, 200)
+        assert agent.replay_buffer.num_transitions == min(agent.num_timesteps, 500)
     assert finish(start(learn_to_the_end, directory, out, total)) == 0
     assert met >= kills // 2 and strays(directory) == []
-    whole = make_agent(counting_envs(), learning_starts=30).learn(total)
+    whole = make_agent(counting(), learning_starts=30).learn(total)
     assert int(out.read_text()) == whole.trainer.step_count

@@ -1,4 +1,4 @@
-"""Actions that are played back: equal to plain ones, for each number of environments."""
+"""Actions that are played back equal plain ones, for each number of environments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.captured import acted, actors, observations
 
-from worldflux.agents.acting import Acting, Actor
+from worldflux.agents.acting import Actor, Memory
 
 CASES = [
     ("dreamerv3:tiny", "vector", False),
@@ -20,13 +20,9 @@ CASES = [
 ]
 
 
-def assert_same(one: list[Acting], other: list[Acting]) -> None:
+def assert_same(one: list[Memory], other: list[Memory]) -> None:
     for a, b in zip(one, other, strict=True):
-        torch.testing.assert_close(dict(a.state), dict(b.state))
-        torch.testing.assert_close(a.actions, b.actions)
-        assert (a.plan is None) == (b.plan is None)
-        if a.plan is not None:
-            torch.testing.assert_close(a.plan, b.plan)
+        torch.testing.assert_close(a.tensors(), b.tensors())
 
 
 def recorded(actor: Actor) -> int:

@@ -1,4 +1,4 @@
-"""Files that somebody else may have made to hurt: each is refused by an error of ours, and at once."""
+"""Files that somebody may have made to do harm: each is refused at once, with an error of ours."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 from gymnasium import spaces
+from helpers.agents import make_planner
 from helpers.envs import CountingEnv
 from helpers.training import MemoryProvider, NoisyRegression
 
@@ -31,18 +32,6 @@ from worldflux.reading import MOST_JSON_BYTES, open_regular, read_json
 from worldflux.replay import backends as storage_places
 from worldflux.training import Callback, CheckpointCallback, EarlyStoppingCallback, Trainer, TrainingConfig
 
-MODEL = dict(latent_dim=16, hidden_dim=16, mlp_dim=16, enc_dim=16, num_q_networks=2)
-SETTINGS: dict[str, Any] = dict(
-    batch_size=4,
-    train_ratio=6,
-    buffer_size=200,
-    learning_starts=20,
-    device="cpu",
-    seed=0,
-    planner_kwargs=dict(num_samples=16, num_elites=4, num_pi_trajs=4, iterations=2),
-    model_kwargs=MODEL,
-)
-
 
 def make_env() -> CountingEnv:
     return CountingEnv(action_space=spaces.Box(-1, 1, (1,), np.float32))
@@ -50,9 +39,9 @@ def make_env() -> CountingEnv:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One of each file, all of them good."""
+    """A valid file of each kind."""
     root = tmp_path_factory.mktemp("good")
-    agent = WorldFluxAgent("tdmpc2:tiny", make_env(), **SETTINGS).learn(30)
+    agent = make_planner(make_env()).learn(30)
     assert agent._n_updates > 0
     agent.save_checkpoint(root / "checkpoint")
     agent.save(root / "agent.zip")
@@ -89,13 +78,16 @@ def write_zip(place: Path, content: dict[str, bytes], compression: int = zipfile
 
 
 def with_value(content: Any, keys: str, value: Any) -> Any:
-    """A deep copy in which the entry "a.b.c" has another value."""
+    """A deep copy in which the entry "a.b.c" has another value, or is missing."""
     content = copy.deepcopy(content)
     *path, last = [int(key) if key.isdigit() else key for key in keys.split(".")]
     inner = content
     for key in path:
         inner = inner[key]
-    inner[last] = value
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value
     return content
 
 
@@ -116,11 +108,11 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "training.json": lambda place: TrainingConfig.load(place / "training.json"),
     "run/config.json": lambda place: RunConfig.read(place / "run"),
 }
-"""What reads each JSON file."""
+"""The reader of each JSON file."""
 
 
 def replaced(path: Path, content: bytes | None) -> None:
-    """Puts other content, or a pipe that nobody writes to, in a file's place; others may share the old one."""
+    """Replaces a file, which may have hard links, by other content or by a pipe that nobody writes to."""
     path.unlink()
     os.mkfifo(path) if content is None else path.write_bytes(content)
 
@@ -230,90 +222,79 @@ def test_a_file_does_not_say_where_its_reader_writes(name: str, place: Path, tmp
     assert getattr(load(place, **{name: str(tmp_path / "mine")}), name) == str(tmp_path / "mine")
 
 
-def test_a_file_does_not_tell_the_paths_of_its_writer(tmp_path: Path) -> None:
-    settings = SETTINGS | {
-        "train_ratio": 0,
-        "buffer_storage": tmp_path / "secret",
-        "tensorboard_log": tmp_path / "secret",
-    }
-    WorldFluxAgent("tdmpc2:tiny", make_env(), **settings).save(tmp_path / "agent.zip")
-    assert b"secret" not in entries(tmp_path)["agent.json"]
+STORED = (
+    "This agent kept its replay data in a directory or on a device; loaded, it keeps them in memory. To keep them on "
+    "disk, pass buffer_storage=DIRECTORY to load."
+)
+LOGGED = (
+    "This agent wrote a TensorBoard log; loaded, it writes none. To go on with it, pass tensorboard_log=DIRECTORY to "
+    "load."
+)
 
 
-def test_a_run_that_was_stored_on_a_disk_goes_on_where_its_reader_says(
+def test_places_are_not_told_and_asked_for_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = SETTINGS | {"train_ratio": 0, "buffer_storage": tmp_path / "rows"}
-    WorldFluxAgent("tdmpc2:tiny", make_env(), **settings).learn(15).save_checkpoint(tmp_path / "checkpoint")
-    with caplog.at_level(logging.WARNING, "worldflux"):
-        again = WorldFluxAgent.load(
-            tmp_path / "checkpoint", make_env(), device="cpu", resume=True, buffer_storage=tmp_path / "rows"
-        )
-        assert again.replay_buffer is not None and again.replay_buffer.storage == tmp_path / "rows"
-        assert not caplog.messages
-        again = resume(tmp_path)
-    assert again.replay_buffer is not None and again.replay_buffer.storage == "memory"
-    assert len(again.replay_buffer) == 15
-    (message,) = caplog.messages
-    assert message == (
-        "This agent kept its replay data in a directory or on a device; loaded, it keeps them in memory. To keep them "
-        "on disk, pass buffer_storage=DIRECTORY to load."
-    )
+    places = {"buffer_storage": tmp_path / "rows", "tensorboard_log": tmp_path / "logs"}
+    agent = make_planner(make_env(), train_ratio=0, **places).learn(15)
+    agent.save_checkpoint(tmp_path / "checkpoint")
+    agent.save(tmp_path / "agent.zip")
+    for described in (entries(tmp_path)["agent.json"], (tmp_path / "checkpoint" / "agent.json").read_bytes()):
+        assert str(tmp_path).encode() not in described
+
+    def warned(function: Callable[[], WorldFluxAgent]) -> tuple[WorldFluxAgent, list[str]]:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "worldflux"):
+            return function(), list(caplog.messages)
+
+    def again(**settings: Any) -> WorldFluxAgent:
+        return WorldFluxAgent.load(tmp_path / "checkpoint", make_env(), device="cpu", **settings)
+
+    assert warned(lambda: load(tmp_path))[1] == []  # the zip holds no replay data, and no run goes on
+    assert warned(again)[1] == [STORED]
+    resumed, said = warned(lambda: again(resume=True, **places))
+    assert said == [] and resumed.replay_buffer is not None and resumed.replay_buffer.storage == tmp_path / "rows"
+    resumed, said = warned(lambda: again(resume=True))
+    assert said == [STORED, LOGGED] and resumed.tensorboard_log is None
+    assert resumed.replay_buffer is not None and resumed.replay_buffer.storage == "memory"
+    assert len(resumed.replay_buffer) == 15
     monkeypatch.setattr(storage_places, "free_memory", lambda: 100)
     with pytest.raises(BufferError, match=r"Storing 15 more transitions .* this machine has 100 bytes of free memory"):
-        resume(tmp_path)
-
-
-def test_a_file_without_replay_data_is_loaded_without_a_word_about_their_place(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    settings = SETTINGS | {"train_ratio": 0, "buffer_storage": tmp_path / "rows", "tensorboard_log": tmp_path / "logs"}
-    WorldFluxAgent("tdmpc2:tiny", make_env(), **settings).save(tmp_path / "agent.zip")
-    with caplog.at_level(logging.WARNING, "worldflux"):
-        load(tmp_path)
-    assert not caplog.messages
-
-
-def test_a_resumed_run_says_that_it_no_longer_writes_a_tensorboard_log(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    settings = SETTINGS | {"train_ratio": 0, "tensorboard_log": tmp_path / "logs"}
-    WorldFluxAgent("tdmpc2:tiny", make_env(), **settings).save_checkpoint(tmp_path / "checkpoint")
-    assert b"logs" not in (tmp_path / "checkpoint" / "agent.json").read_bytes()
-    with caplog.at_level(logging.WARNING, "worldflux"):
-        WorldFluxAgent.load(tmp_path / "checkpoint", make_env(), device="cpu")
-        WorldFluxAgent.load(
-            tmp_path / "checkpoint", make_env(), device="cpu", resume=True, tensorboard_log=tmp_path / "logs"
-        )
-        assert not caplog.messages
-        again = resume(tmp_path)
-    assert again.tensorboard_log is None
-    assert caplog.messages == [
-        "This agent wrote a TensorBoard log; loaded, it writes none. To go on with it, pass tensorboard_log=DIRECTORY "
-        "to load."
-    ]
+        again(resume=True)
 
 
 BOX = {"type": "Box", "low": -1.0, "high": 1.0, "dtype": "float32"}
-NUMBERS: dict[str, tuple[Any, str]] = {
-    "observation_space": ({**BOX, "shape": [10**9]}, "1,000,000,000 numbers .* expected at most 16,777,216"),
-    "action_space": ({**BOX, "shape": [10**5, 10**5]}, "10,000,000,000 numbers"),
-    "observation_space.shape": ([2.5], "a size is 2.5"),
-    "n_envs": (2**20, r"n_envs is above 1e06, expected a whole number below 2\*\*20"),
-    "counters.num_timesteps": (2**48, r"num_timesteps is above 3e14, expected a whole number below 2\*\*48"),
-    "schedule.env_steps": (10**15, r"schedule: env_steps is above 3e14"),
-    "settings.planner_kwargs.num_samples": (10**9, "expected at most 4,194,304 steps of candidates in a plan"),
-    "settings.planner_kwargs.horizon": (10**9, "expected at most 4,194,304 steps"),
-    "settings.planner_kwargs.iterations": (10**9, "expected at most 4,194,304 steps"),
-    "settings.buffer_size": (10**17, r"does not fit into memory|takes .* free memory"),
-    "settings.learning_rate": ({"schedule": "linear", "start": 1, "end": 0, "end_fraction": 0}, "end_fraction is 0.0"),
-    "settings": ([], "is damaged"),
-}
+DESCRIPTIONS: list[tuple[str, Any, str]] = [
+    ("observation_space", {**BOX, "shape": [10**9]}, "1,000,000,000 numbers .* expected at most 16,777,216"),
+    ("observation_space", {"type": "MultiBinary", "shape": [-1]}, "description of a space is damaged"),
+    ("observation_space.shape", [2.5], "a size is 2.5"),
+    ("action_space", {**BOX, "shape": [10**5, 10**5]}, "10,000,000,000 numbers"),
+    ("action_space", {"type": "Discrete", "n": 10**30, "start": 0}, "description of a space is damaged"),
+    ("n_envs", 2**20, r"n_envs is above 1e06, expected a whole number below 2\*\*20"),
+    ("n_envs", 10**300, "n_envs is above 1e06, expected a whole number below"),
+    ("n_envs", "x", "n_envs is 'x', expected a whole number from 1"),
+    ("n_envs", ..., r"agent\.json has no 'n_envs'"),
+    ("counters", [], r"is damaged\. In its agent\.json: list indices"),
+    ("counters.num_timesteps", -1, "num_timesteps is -1, expected a whole number from 0"),
+    ("counters.num_timesteps", 2**48, r"num_timesteps is above 3e14, expected a whole number below 2\*\*48"),
+    ("schedule", {}, r"agent\.json has no 'env_steps'"),
+    ("schedule.env_steps", "x", "schedule: env_steps is 'x', expected a whole number"),
+    ("schedule.env_steps", 10**15, "schedule: env_steps is above 3e14"),
+    ("progress_remaining", "x", "progress_remaining is 'x', expected a finite number"),
+    ("settings", [], "is damaged"),
+    ("settings.learning_rate", "fast", "learning_rate is 'fast', expected a finite number"),
+    ("settings.learning_rate", {"schedule": "linear", "start": 1, "end": 0, "end_fraction": 0}, "end_fraction is 0.0"),
+    ("settings.train_ratio", ..., r"agent\.json has no 'train_ratio'"),
+    ("settings.buffer_size", 10**17, r"does not fit into memory|takes .* free memory"),
+    ("settings.planner_kwargs.num_samples", 10**9, "expected at most 4,194,304 steps of candidates in a plan"),
+    ("settings.planner_kwargs.horizon", 10**9, "expected at most 4,194,304 steps"),
+    ("settings.planner_kwargs.iterations", 10**9, "expected at most 4,194,304 steps"),
+    ("format", 2, r"has format 2, this version reads 1"),
+]
 
 
-@pytest.mark.parametrize("keys", NUMBERS)
-def test_numbers_that_no_agent_has_are_refused(keys: str, place: Path) -> None:
-    value, message = NUMBERS[keys]
+@pytest.mark.parametrize(("keys", "value", "message"), DESCRIPTIONS)
+def test_what_no_agent_has_is_refused(keys: str, value: Any, message: str, place: Path) -> None:
     describe(place, keys, value)
     with pytest.raises(WorldFluxError, match=message):
         load(place)
@@ -501,7 +482,7 @@ def test_a_step_that_no_run_has_is_refused(place: Path) -> None:
 
 
 class Counting(Callback):
-    """Somebody's own, which trusts in what it has saved."""
+    """A user's callback, which trusts what it has saved."""
 
     calls = 0
 
@@ -539,10 +520,10 @@ def test_what_callbacks_remember_is_checked_before_the_first_step(name: str, val
 
 
 @pytest.mark.parametrize("value", [[float("nan")] * 3, [-1.0] * 3, [float("inf")] * 3, "x", None])
-def test_statistics_that_are_none_are_refused(value: Any, tmp_path: Path) -> None:
+def test_statistics_that_are_not_finite_are_refused(value: Any, tmp_path: Path) -> None:
     from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-    agent = WorldFluxAgent("tdmpc2:tiny", VecNormalize(DummyVecEnv([make_env])), **SETTINGS | {"train_ratio": 0})
+    agent = make_planner(VecNormalize(DummyVecEnv([make_env])), train_ratio=0)
     agent.learn(5).save_checkpoint(tmp_path / "checkpoint")
     path = tmp_path / "checkpoint" / "run.json"
     replaced(path, json.dumps(with_value(json.loads(path.read_text()), "normalization.obs..var", value)).encode())

@@ -18,7 +18,7 @@ from helpers.tape import TapeCapturer
 from worldflux import WorldModel, create_world_model
 from worldflux.accel.cuda_graphs import WARM_UP_CALLS
 from worldflux.agents import acting as acting_module
-from worldflux.agents.acting import Acting, Actor
+from worldflux.agents.acting import Actor, Memory
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
 from worldflux.models.planning import Planner, PlannerConfig
 from worldflux.training import Batch, Trainer, TrainingConfig, create_random_buffer
@@ -82,7 +82,7 @@ OBS = {
 
 
 def actors(preset: str, obs: str, plans: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[Actor, Actor]:
-    """One that acts plainly and one that plays tapes back, with equal models."""
+    """An actor that acts plainly and one that plays tapes back, with equal models."""
     torch.manual_seed(0)
     sizes = {**PRESETS[preset], **({"cnn_depth": 2} if obs == "both" else {})}
     codec = ObservationCodec(OBS[obs])
@@ -110,7 +110,7 @@ def observations(actor: Actor, rows: int, count: int) -> list[Any]:
     return [np.stack(each) for each in found]
 
 
-def acted(actor: Actor, rows: int, deterministic: bool, count: int = 3 + 2 * WARM_UP_CALLS) -> list[Acting]:
+def acted(actor: Actor, rows: int, deterministic: bool, count: int = 3 + 2 * WARM_UP_CALLS) -> list[Memory]:
     torch.manual_seed(1)
     acting, seen = actor.start(rows), []
     for step, obs in enumerate(observations(actor, rows, count)):

@@ -35,7 +35,7 @@ def test_an_agent_with_several_tasks_is_refused(way: str, tmp_path: Any) -> None
     if way == "saved":
         model.save_pretrained(tmp_path / "model")
         source, fields = str(tmp_path / "model"), None
-    with pytest.raises(ConfigurationError, match=r"The model has 2 tasks, and an agent knows of one.*num_tasks=1"):
+    with pytest.raises(ConfigurationError, match=r"The model has 2 tasks, and an agent has one.*num_tasks=1"):
         WorldFluxAgent(source, "Pendulum-v1", model_kwargs=fields, device="cpu")
 
 

@@ -1,0 +1,322 @@
+"""What an agent is made of: a model with its trainer, actor and replay buffer, built for an environment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.utils import set_random_seed
+
+from worldflux.accel.compilation import captures
+from worldflux.accel.device import resolve_device
+from worldflux.agents.acting import Actor
+from worldflux.agents.building import build_model, build_planner, checked_model_kwargs
+from worldflux.agents.collecting import Collector, stands_for
+from worldflux.agents.learning import Learner, UpdateSchedule
+from worldflux.agents.settings import SETTINGS, AgentSettings, Rate, RateSchedule
+from worldflux.envs.make import as_env
+from worldflux.envs.spaces import ActionCodec, ObservationCodec
+from worldflux.envs.vector import seed_envs
+from worldflux.errors import ConfigurationError, ShapeMismatchError
+from worldflux.models.base import WorldModel
+from worldflux.replay.buffer import ReplayBuffer
+from worldflux.training.config import TrainingConfig
+from worldflux.training.trainer import Trainer
+
+_CHANGEABLE = ("learning_rate", "train_ratio", "tensorboard_log", "verbose")
+"""Settings that can be set after the agent was built."""
+
+
+class AgentBase(BaseAlgorithm):
+    """The part of `WorldFluxAgent` that builds it, and keeps what was built in order; its files and its loop follow."""
+
+    policy: WorldModel  # type: ignore[assignment]
+    learning_rate: Rate
+    train_ratio: float
+    batch_size: int
+    seq_len: int
+    buffer_size: int
+    buffer_storage: str | None
+    learning_starts: int
+    replay_context: bool
+    planner: str | None
+    planner_kwargs: Mapping[str, Any] | None
+    stats_window_size: int
+    compile: bool | Literal["auto"]
+
+    def __init__(
+        self,
+        model: str | Path | WorldModel,
+        env: GymEnv | str | None,
+        *,
+        learning_rate: Rate | None = None,
+        train_ratio: float | None = None,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        buffer_size: int | None = None,
+        buffer_storage: str | Path | torch.device | None = None,
+        learning_starts: int | None = None,
+        replay_context: bool = True,
+        planner: str | None = "auto",
+        planner_kwargs: Mapping[str, Any] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | Path | None = None,
+        verbose: int = 0,
+        device: torch.device | str = "auto",
+        seed: int | None = None,
+        compile: bool | Literal["auto"] = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name in SETTINGS}
+        if env is None and _init_setup_model:
+            raise ConfigurationError(
+                "env is None, expected a name, a Gymnasium environment or a VecEnv. "
+                "WorldFluxAgent.load gives an agent that acts without one."
+            )
+        settings = AgentSettings(**given).with_lasting_paths()
+        made: Any = None if env is None else as_env(env)
+        if made is not None:
+            # Before SB3's own assertions: these name what is supported.
+            ObservationCodec(made.observation_space)
+            ActionCodec(made.action_space)
+        super().__init__(
+            policy=WorldModel,  # type: ignore[arg-type]
+            env=made,
+            learning_rate=settings.learning_rate,  # type: ignore[arg-type]
+            stats_window_size=settings.stats_window_size,
+            tensorboard_log=settings.tensorboard_log,
+            verbose=settings.verbose,
+            device=resolve_device(device, must_compute=True),
+            support_multi_env=True,
+            seed=settings.seed,
+        )
+        vars(self).update(vars(settings))
+        self._replay_buffer: ReplayBuffer | None = None
+        self._model_source = model
+        self._model_kwargs = checked_model_kwargs(model_kwargs, learning_rate, settings.planner_kwargs)
+        self._collector: Collector | None = None  # while the episodes in flight are known
+        self._random_started = False
+        if _init_setup_model:
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        """Builds the model, the trainer, the actor and the buffer."""
+        self.set_random_seed(self.seed)
+        self.obs_codec = ObservationCodec(self.observation_space)
+        self.action_codec = ActionCodec(self.action_space)
+        self.policy = build_model(
+            self._model_source,
+            self._model_kwargs,
+            self.obs_codec,
+            self.action_codec,
+            env=self.env,
+            device=self.device,
+        )
+        family = self.model.online_defaults()
+        vars(self).update(vars(self._settings.with_defaults(self.model, self.n_envs)))
+        if self.seq_len < family.min_seq_len:
+            raise ConfigurationError(
+                f"seq_len is {self.seq_len}, expected at least {family.min_seq_len} for this model's losses."
+            )
+        self._setup_lr_schedule()
+        # Each gradient step takes its rate from the schedule, which may begin at 0; this one only has to be valid.
+        spec, rate = self.model.optimizer_spec, self.learning_rate
+        self.trainer = Trainer(
+            self.model,
+            TrainingConfig(
+                batch_size=self.batch_size,
+                sequence_length=self.seq_len,
+                learning_rate=rate if isinstance(rate, float) and rate > 0 else spec.learning_rate,
+                weight_decay=spec.weight_decay,
+                grad_clip=spec.grad_clip or 0.0,
+                warmup_steps=spec.warmup_steps,
+                device=str(self.device),
+                seed=self.seed or 0,
+                compile=self.compile,
+            ),
+        )
+        planner = build_planner(self.model, self.planner, self.planner_kwargs)
+        captured = captures(self.compile, self.device, self.model)
+        self.actor = Actor(self.model, self.obs_codec, self.action_codec, planner, captured=captured)
+        replayed = self.batch_size * self.seq_len
+        made_up = int(self.learning_starts * self.train_ratio / replayed) if family.random_start else 1
+        self.schedule = UpdateSchedule(self.train_ratio, replayed, max(made_up, 1))
+        self._learner = Learner(
+            self.trainer, self.schedule, family, learning_starts=self.learning_starts, window=self._window
+        )
+        if self.env is not None:
+            self.replay_buffer = self._make_buffer()
+
+    def _setup_lr_schedule(self) -> None:
+        self.lr_schedule = RateSchedule(self.learning_rate)
+
+    @property
+    def model(self) -> WorldModel:
+        """The world model."""
+        return self.policy
+
+    # --- settings
+
+    @property
+    def _settings(self) -> AgentSettings:
+        """The settings in use."""
+        return AgentSettings(**{name: getattr(self, name) for name in SETTINGS})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute; a setting of an agent that is built takes effect, or cannot be changed any more.
+
+        Raises:
+            ConfigurationError: If a value cannot be used, or what depends on it was built already.
+        """
+        if name in SETTINGS and "trainer" in vars(self):
+            self._change_setting(name, value)
+        elif name == "policy" and "trainer" in vars(self) and value is not self.policy:
+            raise ConfigurationError(
+                "The agent's model cannot be exchanged: its optimisers and its replay data are made for it. Take over "
+                "weights with set_parameters, or make an agent of the other model: WorldFluxAgent(model, env)."
+            )
+        else:
+            super().__setattr__(name, value)
+
+    def _change_setting(self, name: str, value: Any) -> None:
+        settings = replace(self._settings, **{name: value}).with_defaults(self.model, self.n_envs)
+        value = getattr(settings, name)
+        if name not in _CHANGEABLE and value != getattr(self, name):
+            how = "Call set_random_seed" if name == "seed" else "Save it, and load it with another one: WorldFluxAgent."
+            how += "" if name == "seed" else f"load(path, env, {name}=...)"
+            raise ConfigurationError(
+                f"{name} is {getattr(self, name)!r} and cannot become {value!r}: the agent was built with it. {how}."
+            )
+        if name == "train_ratio":
+            if value:
+                self._check_size_of_buffer(value)
+            self._learner.set_train_ratio(value)
+        super().__setattr__(name, value)
+        if name == "learning_rate":
+            self._setup_lr_schedule()
+
+    # --- the replay buffer
+
+    @property
+    def _window(self) -> int:
+        """Rows in a sampled window: the trained ones, and the one whose stored state they start from."""
+        return self.seq_len + bool(self._extras_spec())
+
+    def _extras_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+        """Shapes and dtypes of what is stored beside each row."""
+        return self.model.replay_extras() if self.replay_context else {}
+
+    def _check_size_of_buffer(self, train_ratio: float) -> None:
+        least = max(self.learning_starts, self.n_envs * self._window + self.batch_size)
+        if train_ratio and self.buffer_size < least:
+            raise ConfigurationError(
+                f"buffer_size is {self.buffer_size}, expected at least {least}: "
+                f"learning_starts ({self.learning_starts}) transitions, "
+                f"and {self.batch_size} windows of {self._window} rows from {self.n_envs} environments."
+            )
+
+    def _make_buffer(self) -> ReplayBuffer:
+        self._check_size_of_buffer(self.train_ratio)
+        return ReplayBuffer(
+            self.buffer_size,
+            self.obs_codec.obs_shape,
+            self.action_codec.action_dim,
+            obs_dtype=self.obs_codec.obs_dtype,
+            n_envs=self.n_envs,
+            extras=self._extras_spec(),
+            seed=self.seed,
+            storage=self.buffer_storage,
+            action_type=self.action_codec.action_type,
+            action_classes=self.action_codec.action_classes,
+        )
+
+    @property
+    def replay_buffer(self) -> ReplayBuffer | None:
+        """What was collected; None until there is an environment."""
+        return self._replay_buffer
+
+    @replay_buffer.setter
+    def replay_buffer(self, buffer: ReplayBuffer) -> None:
+        if buffer is self._replay_buffer:
+            return
+        self._check_buffer(buffer, "The buffer")
+        self._leave_episodes()
+        self._replay_buffer = buffer
+        self._learner.take_new_buffer(buffer)
+
+    def _check_buffer(self, buffer: ReplayBuffer, name: str) -> None:
+        """Raises unless this agent can record into a buffer and learn from it."""
+        if not isinstance(buffer, ReplayBuffer):
+            raise ConfigurationError(f"replay_buffer is {buffer!r}, expected a ReplayBuffer of worldflux.training.")
+        expected = (self.obs_codec.obs_shape, self.action_codec.action_dim)
+        if (buffer.obs_shape, buffer.action_dim) != expected:
+            raise ShapeMismatchError(
+                f"{name} holds observations {buffer.obs_shape} and {buffer.action_dim} action numbers, "
+                f"expected {expected[0]} and {expected[1]} for this agent."
+            )
+        buffer.check_actions(self.action_codec.action_classes)
+        extras = self._extras_spec()
+        if buffer.n_envs != self.n_envs or {name: buffer.extras.get(name) for name in extras} != extras:
+            states = ", extras=agent.model.replay_extras()" if extras else ""
+            raise ConfigurationError(
+                f"{name} is for {buffer.n_envs} environments and has {sorted(buffer.extras) or 'nothing'} beside its "
+                f"rows, expected {self.n_envs} and {sorted(extras) or 'nothing'} for this agent. Make it with "
+                f"ReplayBuffer(..., n_envs={self.n_envs}{states})."
+            )
+
+    # --- the environment
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """Seeds Python, NumPy, torch, the environments, their action space and the sampler; None does nothing."""
+        if seed is None:
+            return
+        set_random_seed(seed, using_cuda=self.device.type == "cuda")
+        self.action_space.seed(seed)
+        if self.env is not None:
+            seed_envs(self.env, seed)
+        if self.replay_buffer is not None:
+            self.replay_buffer.seed(seed)
+
+    def set_env(self, env: GymEnv | str, force_reset: bool = True) -> None:
+        """Continues in another environment of the same spaces and the same number of copies, as SB3 checks.
+
+        A callback may call it, too, as a curriculum does: the episodes in flight end there as truncated, and the next
+        step of `learn` is the first one in the other environment, after a reset.
+
+        Args:
+            env: As for the constructor.
+            force_reset: False leaves the environment that is set already as it is, so that
+                `learn(..., reset_num_timesteps=False)` goes on with the episodes in flight. Another one is always
+                reset.
+        """
+        if not force_reset and self.env is not None and stands_for(self.env, env):
+            return
+        made: Any = as_env(env)
+        super().set_env(made, force_reset)
+        self._leave_episodes()
+        if self.replay_buffer is None:
+            self.replay_buffer = self._make_buffer()
+
+    def _leave_episodes(self) -> None:
+        """Closes the episodes in flight; the next `learn` starts new ones."""
+        if self._collector is not None:
+            self._collector.close()
+        self._collector, self._last_obs = None, None
+
+    # --- what SB3's constructor sets and this library counts elsewhere
+
+    @property
+    def _n_updates(self) -> int:
+        """SB3's name of the number of gradient steps."""
+        return self._learner.n_updates
+
+    @_n_updates.setter
+    def _n_updates(self, count: int) -> None:
+        assert count == 0, "the learner counts"
