@@ -1,4 +1,4 @@
-"""Callbacks that change the run they are called in: environments, replay data, weights, rates."""
+"""Callbacks that change their own run: its environments, replay data, weights and rates."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.agents import weights
 from helpers.envs import CountingEnv
-from helpers.sb3_families import AnySpaces, both, make, weights
+from helpers.sb3_families import AnySpaces, both, make
 from stable_baselines3.common.callbacks import BaseCallback, StopTrainingOnMaxEpisodes
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
@@ -29,32 +30,18 @@ class Once(BaseCallback):
 
     def __init__(self, hook: str, act: Callable[[WorldFluxAgent], Any]) -> None:
         super().__init__()
-        self.hook, self.act, self.called, self.result = hook, act, 0, None
+        self.act, self.called, self.result = act, 0, None
+        self.first = AT if hook in ("rollout_start", "step", "rollout_end") else 0
+        setattr(self, "_init_callback" if hook == "init" else f"_on_{hook}", self._call)
 
-    def _call(self, hook: str) -> None:
-        due = not self.called and (hook not in ("rollout_start", "step", "rollout_end") or self.num_timesteps >= AT)
-        if hook == self.hook and due:
+    def _call(self) -> bool:
+        if not self.called and self.num_timesteps >= self.first:
             self.called += 1
             self.result = self.act(self.model)  # type: ignore[arg-type]
-
-    def _init_callback(self) -> None:
-        self._call("init")
-
-    def _on_training_start(self) -> None:
-        self._call("training_start")
-
-    def _on_rollout_start(self) -> None:
-        self._call("rollout_start")
-
-    def _on_step(self) -> bool:
-        self._call("step")
         return True
 
-    def _on_rollout_end(self) -> None:
-        self._call("rollout_end")
-
-    def _on_training_end(self) -> None:
-        self._call("training_end")
+    def _on_step(self) -> bool:
+        return True
 
 
 def counting(env_id: int, n_envs: int = 1) -> DummyVecEnv:

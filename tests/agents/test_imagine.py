@@ -38,7 +38,7 @@ def make_agent(obs: str = "vector", **settings: Any) -> WorldFluxAgent:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of an agent that saw vectors, beside its zip and its replay data."""
+    """The checkpoint of an agent that observes vectors; its zip and its replay data lie beside it."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("run") / "step-00000120"
     agent = make_agent()
@@ -210,7 +210,7 @@ def test_windows_come_from_the_newest_rows_and_leave_the_buffers_sampler_alone()
 
 
 def logged(directory: Path) -> dict[str, list[int]]:
-    """The steps of each image."""
+    """The steps at which each image was logged."""
     events = EventAccumulator(str(directory), size_guidance={"images": 0})
     events.Reload()
     return {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
@@ -254,7 +254,7 @@ def test_films_are_shown_where_images_are(tmp_path: Path) -> None:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Batch]]:
-    """The steps at which something would be drawn, and the windows."""
+    """The steps at which pictures would be drawn, and their windows."""
     found: list[tuple[int, Batch]] = []
     monkeypatch.setattr(
         ImaginationCallback, "_draw", lambda callback, batch: found.append((callback.num_timesteps, batch))

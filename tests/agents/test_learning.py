@@ -23,7 +23,7 @@ SMALL = dict(deter_dim=64, hidden_dim=32, units=32, stoch_discrete=8, stoch_clas
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Small layers gain nothing from more, and the results do not depend on the machine."""
+    """Small layers gain nothing from more threads, and results then do not depend on the machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""What runs of both families log, and what docs/metrics.md says that they do, are the same."""
+"""Runs of both families log exactly what docs/metrics.md defines."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         episodic=True,
     ),
 }
-"""With all that a configuration can add to the log, in sizes that train in milliseconds."""
+"""Configurations that log everything they can, in sizes that train in milliseconds."""
 TITLES = {"dreamerv3": "DreamerV3", "tdmpc2": "TD-MPC2"}
 KEYS = ("first", "second")
 
@@ -50,7 +50,7 @@ def _in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 class Telling(Samples):
-    """Has everything that adds to a log: two observations, success, an action repeat, both ends of episodes."""
+    """Has everything that adds to a log: two observations, success and an action repeat."""
 
     action_repeat = 2
 
@@ -64,7 +64,7 @@ class Telling(Samples):
 
 
 class Names(KVWriter):
-    """Collects the names of what is logged."""
+    """Collects the names of logged values."""
 
     def __init__(self) -> None:
         self.seen: set[str] = set()
@@ -91,7 +91,7 @@ class Listen(BaseCallback):
 
 
 def documented(family: str) -> set[str]:
-    """Keys in the page's tables that a family logs: those of sections and rows that do not name the other one."""
+    """The keys on the page that a family logs: those in sections and rows that do not name the other family."""
     found = set()
     for section in PAGE.read_text(encoding="utf-8").split("\n## ")[1:]:
         title, _, text = section.partition("\n")

@@ -1,4 +1,4 @@
-"""NaN in a model: nobody is handed an action that is not finite, and the error names the first broken tensor."""
+"""NaN in a model: no action that is not finite is returned, and the error names the first broken tensor."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ WAYS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
         "tdmpc2", (NUMBERS, spaces.Box(-3, 3, (2,), np.int64)), {"planner": None, "planner_kwargs": None},
     ),
 }  # fmt: skip
-"""How an agent may act: family, spaces, settings."""
+"""The ways in which an agent acts: family, spaces, settings."""
 
 
 @contextmanager
 def broken(agent: WorldFluxAgent, name: str, value: float = NAN, index: Any = slice(None)) -> Iterator[None]:
-    """Inside the block some of a tensor's values are not finite."""
+    """Makes some values of a tensor not finite inside the block."""
     tensor = agent.model.get_parameter(name) if name in dict(agent.model.named_parameters()) else None
     tensor = agent.model.get_buffer(name) if tensor is None else tensor
     before = tensor.detach().clone()
@@ -186,7 +186,7 @@ def test_an_agents_own_predict_that_gives_nan_is_called_so() -> None:
 
 
 class Breaks(BaseCallback):
-    """Spoils a tensor after some steps, as a bad gradient does."""
+    """Breaks a tensor after some steps, as a bad gradient does."""
 
     def __init__(self, name: str) -> None:
         super().__init__()

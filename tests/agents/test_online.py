@@ -1,4 +1,4 @@
-"""The comparison of whole training loops: what is counted, who runs when, and what is made of the rows."""
+"""The benchmark of whole training loops: what it counts, in which order it runs, and its tables."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_loop_of_ours_counts_its_gradient_steps_and_every_episode(
 
 
 class Count(gym.Env[Any, Any]):
-    """Its reward is the number of the action, and an episode has three."""
+    """Rewards each action with its number; an episode has three actions."""
 
     observation_space = spaces.Box(0, 99, (1,), np.float32)
     action_space = spaces.Discrete(2)

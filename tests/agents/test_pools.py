@@ -1,4 +1,4 @@
-"""Environments behind SB3's wrapper class that are no `VecEnv`: pools, and games of SuperSuit with many players."""
+"""Objects that are not a `VecEnv` inside SB3's wrapper class: pools, and multi-player games of SuperSuit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LENGTH = 7
 
 
 class Pool:
-    """Two environments behind methods of its own, as an engine in C++ has them; shows `[environment, step, action]`."""
+    """Two environments with the interface of an engine in C++; shows `[environment, step, action]`."""
 
     __slots__ = ("actions", "t")
 
@@ -47,7 +47,7 @@ class Pool:
 
 
 class Adapter(VecEnvWrapper):
-    """As the examples of pools write it."""
+    """An adapter as in the examples of such pools."""
 
     def __init__(self, pool: Any) -> None:
         super().__init__(pool, pool.observation_space, pool.action_space)
@@ -65,7 +65,7 @@ class Adapter(VecEnvWrapper):
 
 
 class Unprepared(Adapter):
-    """As SuperSuit writes it: SB3's constructors are not called, and attributes are no lists."""
+    """An adapter as in SuperSuit: it does not call SB3's constructors, and attributes are not lists."""
 
     def __init__(self, pool: Any) -> None:
         self.venv = pool

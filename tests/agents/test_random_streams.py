@@ -1,4 +1,4 @@
-"""The global random streams belong to the user: nothing seeds or rewinds them that was not asked to."""
+"""The global random streams belong to the user: they are seeded and rewound only on request."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.sb3_families import AnySpaces, both, make, weights
+from helpers.agents import weights
+from helpers.sb3_families import AnySpaces, both, make
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 
@@ -24,7 +25,7 @@ OBS = np.zeros(3, np.float32)
 
 
 def streams() -> tuple[Any, ...]:
-    """Where the global streams of Python, NumPy and torch stand."""
+    """The states of the global random streams of Python, NumPy and torch."""
     _, words, *rest = np.random.get_state()
     return random.getstate(), words.tobytes(), tuple(rest), bytes(torch.get_rng_state().tolist())
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.agents import weights
 from helpers.killed import finish, kill, start, strays, wait_for
 from helpers.training import MemoryProvider, NoisyRegression
 from torch import Tensor
@@ -48,10 +49,6 @@ def new_trainer(directory: Path | None = None, *callbacks: Callback, every: int 
     torch.manual_seed(0)
     saving = [] if directory is None else [CheckpointCallback(directory, save_interval=every, max_checkpoints=3)]
     return Trainer(NoisyRegression(), replace(CONFIG, **changes), [*saving, *callbacks])
-
-
-def weights(trainer: Trainer) -> Tensor:
-    return torch.cat([value.flatten() for value in trainer.model.state_dict().values()])
 
 
 def uninterrupted(**changes: Any) -> Tensor:
@@ -152,7 +149,7 @@ def test_the_function_resumes_as_well(tmp_path: Path) -> None:
         resume=True,
         **settings,  # type: ignore[arg-type]
     )
-    found = torch.cat([value.flatten() for value in model.state_dict().values()])
+    found = torch.cat([value.flatten().double() for value in model.state_dict().values()])
     torch.testing.assert_close(found, uninterrupted(), rtol=0, atol=0)
 
 
@@ -303,7 +300,7 @@ def test_a_signal_saves_the_step_and_stops(tmp_path: Path, number: int, code: in
 
 
 class Signal(Callback):
-    """Sends a signal to this very process, some times."""
+    """Sends a signal to its own process at some steps."""
 
     def __init__(self, number: int, steps: tuple[int, ...]) -> None:
         self.number, self.steps = number, steps
@@ -404,7 +401,7 @@ def train_to_the_end(directory: Path, out: Path) -> None:
 
 
 def run_with_kills(directory: Path, out: Path, kills: int, seed: int) -> int:
-    """Trains to the end in spite of so many kills; how many of them met a running training."""
+    """Trains to the end despite so many kills; returns how many of them met a running training."""
     moments, met = random.Random(seed), 0
     for _ in range(kills):
         process = start(train_to_the_end, directory, out)
@@ -474,7 +471,7 @@ def test_a_diverged_run_resumes_from_the_last_good_checkpoint(tmp_path: Path) ->
 
 
 class Recording(ReplayBuffer):
-    """Remembers on which thread windows were gathered, and where they begin."""
+    """Remembers on which threads windows were gathered."""
 
     threads: list[str]
 

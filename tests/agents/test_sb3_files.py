@@ -1,4 +1,4 @@
-"""Saving, loading and copying, as whoever does it with SB3's own algorithms expects it."""
+"""Saving, loading and copying work as with SB3's own algorithms."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ import cloudpickle
 import numpy as np
 import pytest
 import torch
-from helpers.sb3_families import BOX, FAMILIES, IMAGE, NUMBERS, OBSERVATIONS, AnySpaces, both, copies, make, weights
+from helpers.agents import weights
+from helpers.sb3_families import BOX, FAMILIES, IMAGE, NUMBERS, OBSERVATIONS, AnySpaces, both, copies, make
 from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule

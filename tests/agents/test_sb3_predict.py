@@ -1,4 +1,4 @@
-"""`predict`, the policy and `evaluate_policy`, as whoever calls them on SB3's own algorithms expects them."""
+"""`predict`, the policy and `evaluate_policy` work as with SB3's own algorithms."""
 
 from __future__ import annotations
 

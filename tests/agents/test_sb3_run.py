@@ -1,4 +1,4 @@
-"""What every algorithm of SB3 does in any environment: run, log, count, repeat itself with a seed, and stay silent."""
+"""Agents run, log, count, repeat a run with a seed, and stay silent in any environment, as SB3's algorithms do."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.vector import SyncVectorEnv
+from helpers.agents import weights
 from helpers.sb3_families import (
     BOX,
     DISCRETE_ACTIONS,
@@ -27,7 +28,6 @@ from helpers.sb3_families import (
     both,
     copies,
     make,
-    weights,
 )
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -348,7 +348,6 @@ def test_a_rate_of_nothing_changes_nothing(family: str) -> None:
     agent = make(family, learning_rate=halving).learn(20)
     before = {name: value.clone() for name, value in agent.model.named_parameters()}
     agent.learning_rate = 0.0
-    agent._setup_lr_schedule()
 
     agent.learn(20, reset_num_timesteps=False)
 

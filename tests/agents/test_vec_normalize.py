@@ -26,7 +26,7 @@ from worldflux.errors import BufferError, ConfigurationError
 from worldflux.training import ReplayBuffer
 
 FAR = 5000.1
-"""What only the last observation of an episode shows: any normalisation clips it."""
+"""A value that only the last observation of an episode shows, and that any normalisation clips."""
 
 LENGTH = 4
 

@@ -1,4 +1,4 @@
-"""What is loaded or resumed and is incomplete, something else, or not there: errors say which, and what to do."""
+"""Loading or resuming what is incomplete, something else, or missing: errors say which, and what to do."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NEWEST = "run/step-00000006"
 
 
 def new_agent() -> WorldFluxAgent:
-    """One that only collects."""
+    """An agent that only collects."""
     return WorldFluxAgent("tdmpc2:tiny", ENV, train_ratio=0, buffer_size=500, seed=0, device="cpu")
 
 
@@ -45,7 +45,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy to damage, in which relative paths are looked for."""
+    """A copy to damage, which is the working directory."""
     root = shutil.copytree(good, tmp_path / "place")
     monkeypatch.chdir(root)
     return root
@@ -123,12 +123,6 @@ def test_what_a_checkpoint_lacks_is_named_alone(place: Path, name: str) -> None:
     said = f"{place / NEWEST} is incomplete or damaged (no {name}). Load an earlier checkpoint of the run."
     with pytest.raises(CheckpointError, match=f"^{re.escape(said)}$"):
         load(NEWEST, resume=True)
-
-
-def test_a_damaged_run_file_says_what_to_do(place: Path) -> None:
-    (place / NEWEST / "run.json").write_text("garbage")
-    with pytest.raises(CheckpointError, match=r"6 is incomplete or damaged \(run.json cannot be read: .*Load an earl"):
-        load("run", resume=True)
 
 
 @pytest.mark.parametrize("size", [0, 100, -100])

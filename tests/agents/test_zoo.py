@@ -1,4 +1,4 @@
-"""rl_zoo3 trains, evaluates, resumes, enjoys, films and searches with our algorithms as with SB3's own."""
+"""rl_zoo3 trains, evaluates, resumes, plays, films and searches with our algorithms as with SB3's own."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class FilmedCorridor(Corridor):
 
 @pytest.fixture(scope="module")
 def zoo() -> Iterator[SimpleNamespace]:
-    """Our package and what of rl_zoo3 the tests use.
+    """Our package, and the parts of rl_zoo3 that the tests use.
 
-    rl_zoo3 patches Gymnasium's TimeLimit and NumPy when it is imported; no other test shall see that.
+    rl_zoo3 patches Gymnasium's TimeLimit and NumPy when it is imported, which is undone for the other tests.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gym.wrappers, "TimeLimit", gym.wrappers.TimeLimit)
@@ -88,7 +88,7 @@ def folder(zoo: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def command(zoo: SimpleNamespace, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs a command line in that directory; what it printed."""
+    """Runs a command line in that directory and returns what it printed."""
 
     def run(*arguments: str) -> str:
         monkeypatch.chdir(folder)
@@ -252,12 +252,6 @@ def test_hyperparameters_that_do_not_exist_here_are_named(zoo):
         ConfigurationError, match=r"'entropy_scale' is a field of the model. Write it into policy_kwargs"
     ):
         zoo.DreamerV3("tiny", "CartPole-v1", entropy_scale=1e-3)
-
-
-def test_a_linear_learning_rate_is_followed_and_saved(command, folder):
-    command(*TRAIN, "-n", "80", "--eval-freq", "-1", "-f", "linear", "-params", *QUICK, "learning_rate:'lin_2e-3'")
-    agent = WorldFluxAgent.load(folder / "linear" / "dreamerv3" / "CartPole-v1_1" / "CartPole-v1.zip")
-    assert agent.learning_rate(1.0) == pytest.approx(2e-3) and agent.learning_rate(0.25) == pytest.approx(5e-4)
 
 
 def test_a_search_trains_with_what_a_trial_draws(zoo, folder, monkeypatch):

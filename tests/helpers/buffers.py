@@ -1,4 +1,4 @@
-"""A buffer of images and vectors whose numbers say where they belong, and its checkpoints."""
+"""A buffer of images and vectors whose numbers identify their rows, and its checkpoints."""
 
 import json
 
@@ -19,14 +19,14 @@ def make(capacity=40, n_envs=2, seed=0):
 
 
 def observed(count):
-    """`[n_envs]` counts as observations."""
+    """The observations at `[n_envs]` counts."""
     count = np.asarray(count, np.float64)
     camera = np.broadcast_to(count[:, None, None, None] % 251, (len(count), 1, 2, 2)).astype(np.uint8)
     return {"camera": camera, "speed": count[:, None]}
 
 
 def step(buffer, count, terminations=0, truncations=0, active=None):
-    """Every environment observes `count`, and after the step one more."""
+    """Adds a step of every environment, from the observation of `count` to that of `count + 1`."""
     count = np.broadcast_to(np.asarray(count, np.float64), (buffer.n_envs,))
     ends = [np.broadcast_to(flags, count.shape) for flags in (terminations, truncations)]
     extras = {"mark": np.stack([count, -count], 1)}
@@ -35,7 +35,7 @@ def step(buffer, count, terminations=0, truncations=0, active=None):
 
 
 def filled(steps=30, **arguments):
-    """Two streams, wrapped around, with terminated and truncated episodes, one closed from outside, both in flight."""
+    """A buffer that has wrapped around, with terminated, truncated and interrupted episodes and two in flight."""
     buffer = make(**arguments)
     for t in range(steps):
         step(buffer, 1000 * np.arange(buffer.n_envs) + t, terminations=t % 7 == 3, truncations=t % 7 == 6)
@@ -68,7 +68,7 @@ def state_of(path):
 
 
 def content(buffer):
-    """Everything that a buffer is: counters, sampler, and each row of each array."""
+    """The whole content of a buffer: counters, sampler, and each row of each array."""
     store, fresh = buffer.stored()
     found = {name: getattr(store, name).tolist() for name in ("begin", "end", "transitions", "episodes", "in_flight")}
     found |= {"fresh": fresh.tolist(), "sampler": buffer.rng_state(), "capacity": buffer.capacity}

@@ -1,4 +1,4 @@
-"""One environment whose observations, rewards and flags say exactly where they belong."""
+"""Environments whose observations, rewards and flags identify the step they belong to, and others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ IMAGE_SHAPE = (48, 48, 3)
 
 
 class CountingEnv(gym.Env[Any, Any]):
-    """Counts its episodes and their steps, and shows them.
+    """Shows the numbers of its episode and step.
 
     The vector observation is `[env_id, episode, step, last action]`; the reward of the action taken at step t of
     episode e is `100 * e + t + 1`; so every number of a replayed row can be checked against the others.
@@ -71,7 +71,7 @@ class CountingEnv(gym.Env[Any, Any]):
 
 
 def assert_rows_belong_together(obs: np.ndarray, actions: np.ndarray, rewards: np.ndarray, is_first: np.ndarray) -> int:
-    """Checks windows of `CountingEnv` with its own action space; the number of pairs of rows that were compared.
+    """Checks windows of `CountingEnv` with its own action space; returns the number of compared pairs of rows.
 
     Args:
         obs: Vector observations. `[B, T, 4]`
@@ -120,7 +120,7 @@ class Corridor(gym.Env[int, int]):
 
 
 class DiceEnv(gym.Env[Any, Any]):
-    """Throws dice for all it does, with random numbers that go on from one episode to the next.
+    """Draws everything from one random stream, which goes on from one episode to the next.
 
     An episode has 1 to 6 steps and ends by a termination, a truncation or both at once. The observation is
     `[a random number, the step, the last action]`, or a dictionary of that and an image; the reward is random.
@@ -182,7 +182,7 @@ class Aim(gym.Env[Any, Any]):
 
 
 class Samples(gym.Env[Any, Any]):
-    """Samples of any spaces; every episode is cut after so many steps."""
+    """Observes samples of any space; every episode is truncated after `length` steps."""
 
     def __init__(
         self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any] | None = None, length: int = 4
@@ -200,16 +200,16 @@ class Samples(gym.Env[Any, Any]):
         return self.observe(), self.earn(), False, self.t >= self.length, {}
 
     def observe(self) -> Any:
-        """What is seen at step `t`."""
+        """The observation at step `t`."""
         return self.observation_space.sample()
 
     def earn(self) -> Any:
-        """What the step to `t` earned."""
+        """The reward of the step to `t`."""
         return 0.0
 
 
 class Gives(Samples):
-    """Observations and rewards as functions of the step describe them, whether the space does or not."""
+    """Computes observations and rewards from the step, whether they fit the space or not."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What the tests of configuration fields share: every field of a dataclass, changed, makes a difference somewhere."""
+"""Helpers to test that changing any field of a configuration makes a difference."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Case:
 
     value: Any
     see: Callable[[Any], Any] | None
-    """Of a configuration: what the field is there to change. None: every other value is refused."""
+    """Observes, for a configuration, what the field changes. None: every other value is refused."""
     base: Mapping[str, Any] = field(default_factory=dict)
-    """Fields that the comparison starts from, where the common ones would hide the field."""
+    """Fields that the comparison starts from, where the common ones would hide the effect."""
     along: Mapping[str, Any] = field(default_factory=dict)
     """Fields that have to change with it."""
 
@@ -78,6 +78,6 @@ def same(one: Any, other: Any) -> bool:
 
 
 def check_no_entry_is_left_over(tables: Mapping[type, Iterable[str]]) -> None:
-    """Fails if an entry is of a field that is no more."""
+    """Fails if there is an entry for a field that does not exist."""
     for cls, table in tables.items():
         assert set(table) <= {item.name for item in fields(cls)}, cls

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, to be killed in their middle."""
+"""Processes that are killed in the middle of a run."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ CONTEXT.set_forkserver_preload(["worldflux.agents", "worldflux.training.trainer"
 
 
 def start(run: Callable[..., None], *args: Any) -> Any:
-    """Begins `run(*args)` in a process."""
+    """Starts a process that calls `run(*args)`."""
     process = CONTEXT.Process(target=run, args=args)
     process.start()
     return process
 
 
 def finish(process: Any, timeout: float = 60) -> int:
-    """Waits for its end; the exit code is negative for a signal."""
+    """Waits for the end of a process and returns its exit code, which is negative for a signal."""
     process.join(timeout)
     if process.exitcode is None:
         process.kill()
@@ -42,12 +42,12 @@ def wait_for(condition: Callable[[], Any], process: Any, timeout: float = 60) ->
 
 
 def kill(process: Any) -> None:
-    """As the system kills a process that takes too much memory: at once."""
+    """Kills a process at once, as the system does when memory runs out."""
     if process.exitcode is None:
         os.kill(process.pid, signal.SIGKILL)
     process.join()
 
 
 def strays(directory: Path) -> list[str]:
-    """What lies in a directory of checkpoints and is none."""
+    """The names in a directory of checkpoints that are not checkpoints."""
     return sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("step-"))

@@ -1,4 +1,4 @@
-"""Both families with tiny models, and an environment with spaces of any kind, for what SB3 promises of an algorithm."""
+"""Tiny agents of both families and an environment with any spaces, to test the interface of SB3."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
 from gymnasium import spaces
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -32,7 +31,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         model_kwargs=dict(latent_dim=8, hidden_dim=8, mlp_dim=8, enc_dim=8, num_q_networks=2, num_channels=2),
     ),
 }  # fmt: skip
-"""By the name of the family: settings with which a gradient step takes milliseconds."""
+"""Settings by family with which a gradient step takes milliseconds."""
 
 both = pytest.mark.parametrize("family", FAMILIES)
 
@@ -58,7 +57,7 @@ LENGTH = 5
 
 
 class AnySpaces(gym.Env[Any, Any]):
-    """Random observations in episodes of `LENGTH` steps, each of which earns 1; the info tells of success.
+    """Shows random observations in episodes of `LENGTH` steps, each with a reward of 1; the info reports success.
 
     Args:
         observation_space: Of what it shows.
@@ -101,8 +100,3 @@ def copies(n_envs: int, *spaces_of: Any) -> DummyVecEnv:
     """Monitored environments side by side."""
     made: list[Callable[[], gym.Env[Any, Any]]] = [lambda: Monitor(AnySpaces(*spaces_of)) for _ in range(n_envs)]
     return DummyVecEnv(made)
-
-
-def weights(agent: WorldFluxAgent) -> torch.Tensor:
-    """All numbers of the model in a row."""
-    return torch.cat([tensor.flatten().double() for tensor in agent.policy.state_dict().values()])

@@ -10,4 +10,4 @@ TDMPC2: dict[str, Any] = dict(
 )
 SIZES = {"dreamerv3": DREAMERV3, "tdmpc2": TDMPC2}
 PRESETS = {f"{family}:tiny": sizes for family, sizes in SIZES.items()}
-"""The same by the name of the preset that they change."""
+"""The same sizes by the preset that they override."""

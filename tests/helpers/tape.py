@@ -28,7 +28,7 @@ WAITING = {
     aten._local_scalar_dense, aten.item, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim,
     aten.unique_consecutive, aten.is_nonzero, aten.equal, aten.bincount, aten.repeat_interleave,
 }  # fmt: skip
-"""Operations that wait for the device, or whose result's shape does."""
+"""Operations that wait for the device, or the shape of whose result does."""
 
 
 class _Tape(TorchDispatchMode):
@@ -38,7 +38,7 @@ class _Tape(TorchDispatchMode):
         self.waits: list[str] = []
         self.checking = 0
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
-        """What was written in place, as it was before; by its place in memory."""
+        """Previous values of memory that was written in place, by address."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -55,7 +55,7 @@ class _Tape(TorchDispatchMode):
         return result
 
     def undo(self) -> None:
-        """What was written becomes what it was before all this."""
+        """Restores the memory that was written."""
         with torch.no_grad():
             for whole, value in self.before.values():
                 whole.copy_(value)
@@ -81,7 +81,7 @@ def _indexed_by_mask(func: Any, args: Any) -> bool:
 
 @contextmanager
 def _on_tape() -> Iterator[_Tape]:
-    """Records, without the looks at values that these functions take on a CPU and not on CUDA."""
+    """Records, except for the reads of values that these functions make on a CPU but not on CUDA."""
     tape = _Tape()
 
     def checked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,7 +117,7 @@ class TapeCapturer:
         return result, f"it waits at {tape.waits[0]}" if tape.waits else None
 
     def record(self, function: Callable[[], T]) -> tuple[Callable[[], None], T]:
-        """A tape, behind which everything is as it was before: a recording computes nothing."""
+        """Returns the playback of a tape, and undoes its effects: a recording computes nothing."""
         random = torch.get_rng_state()
         with _on_tape() as tape:
             result = function()
@@ -138,7 +138,7 @@ RANDOM = ("rand", "randn", "uniform_", "normal_", "exponential_", "bernoulli_", 
 
 
 def stale(*names: str) -> Spoil:
-    """Inputs are read where nobody writes them any more; without names, all of them."""
+    """Makes a recording read copies of inputs, which are not updated; without names, of all inputs."""
 
     def spoil(tape: Any, inputs: dict[str, Tensor]) -> None:
         inputs.update({name: inputs[name].clone() for name in names or inputs})
@@ -147,7 +147,7 @@ def stale(*names: str) -> Spoil:
 
 
 def without(*names: str) -> Spoil:
-    """Operations that are not played back."""
+    """Leaves operations out of the playback."""
 
     def spoil(tape: Any, inputs: dict[str, Tensor]) -> None:
         kept = [entry for entry in tape.operations if entry[0].overloadpacket.__name__ not in names]
@@ -159,7 +159,7 @@ def without(*names: str) -> Spoil:
 
 
 def the_same_draws_again(tape: Any, inputs: dict[str, Tensor]) -> None:
-    """The random numbers do not move on, so the next playback draws what this one drew."""
+    """Makes each playback draw the same random numbers."""
     play = tape.play
 
     def and_back() -> None:
@@ -171,7 +171,7 @@ def the_same_draws_again(tape: Any, inputs: dict[str, Tensor]) -> None:
 
 
 class SpoiledCapturer(TapeCapturer):
-    """Makes recordings that are wrong in one way, where they have what is to be spoiled."""
+    """Makes recordings that are wrong in one way, if they contain what is to be spoiled."""
 
     def __init__(self, device: torch.device, spoil: Spoil) -> None:
         super().__init__(device)
