@@ -1,9 +1,7 @@
-"""`worldflux imagine`, and the same pictures in TensorBoard while an agent learns."""
+"""Pictures in TensorBoard of what an agent imagines while it learns."""
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from helpers.agents import make_agent
 from helpers.envs import CountingEnv
 from stable_baselines3 import PPO
 from stable_baselines3.common.logger import Logger, configure
@@ -18,195 +17,13 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from worldflux.agents import ImaginationCallback, WorldFluxAgent
-from worldflux.cli.commands.imagine import _find_agent
-from worldflux.cli.main import main
-from worldflux.cli.runs import RunConfig
 from worldflux.errors import ConfigurationError
-from worldflux.replay.views import NewestRows
-from worldflux.training import Batch, ReplayBuffer, open_loop
-
-TINY = dict(deter_dim=32, hidden_dim=8, stoch_discrete=4, stoch_classes=4, units=8, imagination_horizon=3)
-SETTINGS: dict[str, Any] = dict(
-    batch_size=2, seq_len=6, train_ratio=2, buffer_size=400, learning_starts=20, device="cpu", seed=0, model_kwargs=TINY
-)
+from worldflux.training import Batch
 
 
-def make_agent(obs: str = "vector", **settings: Any) -> WorldFluxAgent:
-    env = CountingEnv(lengths=(9, 30), obs=obs)
-    return WorldFluxAgent("dreamerv3:tiny", env, **{**SETTINGS, **settings})
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint of an agent that observes vectors; its zip and its replay data lie beside it."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("run") / "step-00000120"
-    agent = make_agent()
-    agent.learn(120)
-    agent.save_checkpoint(path)
-    agent.save(path.parent / "agent.zip")
-    agent.save_replay_buffer(path.parent / "data.npz")
-    return path
-
-
-def numbers(output: Path) -> dict[str, Any]:
-    return json.loads((output / "imagination.json").read_text())
-
-
-def frames_of(path: Path) -> int:
-    video, count = cv2.VideoCapture(str(path)), 0
-    while video.read()[0]:
-        count += 1
-    return count
-
-
-SMALL = ["--context", "3", "--horizon", "6", "--windows", "8", "--shown", "2"]
-
-
-# --- the command
-
-
-def test_its_numbers_are_the_errors_of_open_loop(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = checkpoint.parent / "data.npz"
-    assert main(["imagine", str(checkpoint), str(data), *SMALL, "--seed", "5", "-o", str(tmp_path)]) == 0
-    batch = ReplayBuffer.load(data, seed=5).sample(8, 9)
-    errors = open_loop(WorldFluxAgent.load(checkpoint).model, batch, context=3, seed=5).errors()
-    found = numbers(tmp_path)
-    assert found["data"] == "episodes of data.npz" and found["agent"] == str(checkpoint)
-    assert (found["context"], found["horizon"], found["windows"], found["futures"]) == (3, 6, 8, 1)
-    assert found["errors"].keys() == errors.keys()
-    for name, error in errors.items():
-        expected = [value if math.isfinite(value) else None for value in error.model.mean]
-        assert found["errors"][name]["model"]["mean"] == expected
-    lines = capsys.readouterr().out.splitlines()
-    names = ["continues.png", "errors.png", "imagination.json", "imagination.png", "rewards.png"]
-    assert lines[:5] == [str(tmp_path / name) for name in names]
-    ratio = found["errors"]["obs"]["overall_ratio"]
-    assert lines[5].startswith("obs: off by ") and lines[5].endswith(f"{ratio:.3g} of the error of 'nothing changes'")
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == names
-    for name in names:
-        if name.endswith(".png"):
-            assert cv2.imread(str(tmp_path / name)).min() < 128  # something is drawn on white
-
-
-def test_a_checkpoint_and_the_directory_of_its_run_bring_their_replay_data(checkpoint: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    (run / "checkpoints").mkdir(parents=True)
-    RunConfig("train", "dreamerv3:tiny", "CartPole-v1", {}).write(run)
-    newest = run / "checkpoints" / checkpoint.name
-    newest.symlink_to(checkpoint)
-    assert tuple(_find_agent(path).path for path in (checkpoint, checkpoint.parent, run)) == (
-        checkpoint,
-        checkpoint,
-        newest,
-    )
-    assert main(["imagine", str(run), *SMALL, "-o", str(tmp_path / "out")]) == 0
-    assert numbers(tmp_path / "out")["data"] == f"replay data of {checkpoint.name}"
-    # The episodes of 9 steps do not reach six steps behind every context, those of 30 do.
-    counts = numbers(tmp_path / "out")["errors"]["obs"]["model"]["count"]
-    assert counts[0] > counts[-1] > 0
-
-
-def test_an_agent_of_a_run_acts_in_the_environment_of_the_run(tmp_path: Path) -> None:
-    agent = WorldFluxAgent("dreamerv3:tiny", "CartPole-v1", **SETTINGS)
-    agent.save(tmp_path / "best_agent.zip")
-    RunConfig("train", "dreamerv3:tiny", "CartPole-v1", {"action_repeat": 2}).write(tmp_path)
-    output = tmp_path / "out"
-    assert main(["imagine", str(tmp_path / "best_agent.zip"), *SMALL, "--episodes", "3", "-o", str(output)]) == 0
-    assert numbers(output)["data"] == "3 new episodes in CartPole-v1"
-    # Two steps of CartPole in one of the agent's.
-    assert numbers(output)["rewards"]["earned"] > 1.5
-
-
-def test_images_become_a_video_and_a_strip(tmp_path: Path) -> None:
-    agent = make_agent("image", train_ratio=0, buffer_size=100)
-    agent.learn(60)
-    agent.save_checkpoint(tmp_path / "agent")
-    output = tmp_path / "out"
-    assert main(["imagine", str(tmp_path / "agent"), *SMALL, "-o", str(output)]) == 0
-    assert frames_of(output / "imagination.mp4") == 9
-    video = cv2.VideoCapture(str(output / "imagination.mp4"))
-    assert video.get(cv2.CAP_PROP_FPS) == 10
-    size = video.get(cv2.CAP_PROP_FRAME_WIDTH), video.get(cv2.CAP_PROP_FRAME_HEIGHT)
-    assert size == (84 + 2 * (96 + 6) + 6, 30 + 3 * (96 + 6) + 22)  # of pictures that are enlarged from 48 to 96
-    assert (output / "imagination-strip.png").is_file()
-    assert numbers(output)["windows"] == 8
-
-
-def test_new_episodes_of_the_agent_can_be_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    agent = WorldFluxAgent("tdmpc2:tiny", "Pendulum-v1", planner=None, device="cpu", seed=0, buffer_size=2000)
-    agent.save(tmp_path / "agent.zip")
-    arguments = ["imagine", str(tmp_path / "agent"), "--env", "Pendulum-v1", "--episodes", "2", *SMALL]
-    assert main([*arguments, "--samples", "3", "-o", str(tmp_path / "a")]) == 0
-    said = capsys.readouterr().out
-    assert "The model has no decoder, so that it pictures no observations" in said
-    assert "state/latent: off by" in said
-    found = numbers(tmp_path / "a")
-    assert found["data"] == "2 new episodes in Pendulum-v1"
-    assert found["futures"] == 3 and "obs" not in found["errors"]
-    assert main([*arguments, "--samples", "3", "-o", str(tmp_path / "b")]) == 0
-    assert numbers(tmp_path / "b")["errors"] == found["errors"]
-
-
-def test_what_cannot_be_drawn_is_refused_in_a_sentence(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("")
-    (tmp_path / "empty").mkdir()
-    archive, data = str(checkpoint.parent / "agent.zip"), str(checkpoint.parent / "data.npz")
-    refused = {
-        ("nothing",): "There is no 'nothing'. AGENT is a zip of WorldFluxAgent.save",
-        ("empty",): "empty holds no checkpoint of an agent",
-        (archive,): "holds no replay data. Add recorded episodes",
-        (archive, "nothing.npz"): "There is no file 'nothing.npz'",
-        (archive, data, "--env", "CartPole-v1"): "Leave one of them out",
-        (archive, "--env", "CartPole-v1"): "The agent acts in",
-        (archive, "--env", "Pendulum-v1"): "The agent observes (4,), and Pendulum-v1 shows (3,)",
-        (archive, data, "--size", "32"): "--size go with --env",
-        (archive, data, "--horizon", "0"): "horizon is 0, expected a whole number from 1",
-        (archive, data, "--horizon", "500"): "no window fits",
-        (archive, data, "-o", "file"): "--output is 'file', which is a file, expected a directory",
-    }
-    for arguments, message in refused.items():
-        assert main(["imagine", *arguments]) == 2
-        assert message in capsys.readouterr().err
-    ReplayBuffer(50, (2,), 1, seed=0).save("other.npz")
-    assert main(["imagine", archive, "other.npz"]) == 2
-    assert "The episodes of other.npz hold observations (2,) and 1 action numbers" in capsys.readouterr().err
-    assert not list((tmp_path / "imagination").iterdir())
-
-
-def test_replay_data_that_were_normalised_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    env = VecNormalize(DummyVecEnv([lambda: CountingEnv(lengths=(20,))]))
-    agent = WorldFluxAgent("dreamerv3:tiny", env, **{**SETTINGS, "train_ratio": 0})
-    agent.learn(40)
-    agent.save_checkpoint(tmp_path / "agent")
-    assert main(["imagine", str(tmp_path / "agent"), "-o", str(tmp_path / "out")]) == 2
-    assert "trained behind a VecNormalize" in capsys.readouterr().err
-
-
-# --- the newest rows
-
-
-def test_windows_come_from_the_newest_rows_and_leave_the_buffers_sampler_alone() -> None:
-    buffer = ReplayBuffer(100, (1,), 1, n_envs=2, seed=0)
-    for t in range(60):
-        obs = np.array([[t], [1000 + t]], np.float32)
-        nothing = np.zeros(2)
-        buffer.add(obs, np.zeros((2, 1)), nothing, nothing, nothing)
-    before = buffer.rng_state()
-    newest = NewestRows(buffer, rows=10, seed=0)
-    assert newest.num_windows(8) == 2 * 3
-    seen = newest.sample(50, 8).obs
-    assert isinstance(seen, torch.Tensor)
-    assert set(seen[..., 0].unique().tolist()) == {*range(50, 60), *range(1050, 1060)}
-    assert buffer.rng_state() == before
-
-
-# --- the callback
+def imagining(obs: str = "vector", **settings: Any) -> WorldFluxAgent:
+    """An agent in episodes of 9 and 30 steps."""
+    return make_agent(CountingEnv(lengths=(9, 30), obs=obs), **{"train_ratio": 2, "learning_starts": 20, **settings})
 
 
 def logged(directory: Path) -> dict[str, list[int]]:
@@ -219,7 +36,7 @@ def logged(directory: Path) -> dict[str, list[int]]:
 def test_training_has_the_same_bits_with_the_callback_and_without(tmp_path: Path) -> None:
     agents = []
     for callback in (None, ImaginationCallback(40, context=3, horizon=6, windows=4, shown=1)):
-        agent = make_agent()
+        agent = imagining()
         agent.set_logger(configure(str(tmp_path / str(len(agents))), ["tensorboard", "csv"]))
         agents.append(agent.learn(90, callback))
     plain, watched = agents
@@ -240,7 +57,7 @@ def test_training_has_the_same_bits_with_the_callback_and_without(tmp_path: Path
 
 
 def test_films_are_shown_where_images_are(tmp_path: Path) -> None:
-    agent = make_agent("dict", train_ratio=0, buffer_size=100)
+    agent = imagining("dict", train_ratio=0, buffer_size=100)
     agent.set_logger(configure(str(tmp_path), ["tensorboard"]))
     agent.learn(40, ImaginationCallback(30, context=3, horizon=6, windows=2, shown=1))
     assert logged(tmp_path)["imagination/film"] == [30]
@@ -263,7 +80,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Batch]]:
 
 
 def test_it_waits_until_a_window_fits(tmp_path: Path, drawn: list[tuple[int, Batch]]) -> None:
-    agent = make_agent(train_ratio=0)
+    agent = imagining(train_ratio=0)
     agent.set_logger(configure(str(tmp_path), ["tensorboard"]))
     agent.learn(80, ImaginationCallback(10, context=5, horizon=45, windows=2))
     # After 48 steps, the last observations of the first two episodes included, there are 50 rows.
@@ -275,7 +92,7 @@ def test_without_tensorboard_it_does_nothing(
 ) -> None:
     monkeypatch.setattr("worldflux.agents.imagination.open_loop", None)
     for logger in (configure(str(tmp_path), ["csv"]), Logger(None, [])):
-        agent = make_agent(train_ratio=0)
+        agent = imagining(train_ratio=0)
         agent.set_logger(logger)
         agent.learn(60, ImaginationCallback(20, context=3, horizon=6))
     # What earlier tests left open is not its doing.
@@ -284,7 +101,7 @@ def test_without_tensorboard_it_does_nothing(
 
 def test_observations_are_normalised_as_the_model_sees_them(tmp_path: Path, drawn: list[tuple[int, Batch]]) -> None:
     env = VecNormalize(DummyVecEnv([lambda: CountingEnv(lengths=(40,))]))
-    agent = WorldFluxAgent("dreamerv3:tiny", env, **{**SETTINGS, "train_ratio": 0})
+    agent = make_agent(env, train_ratio=0)
     agent.set_logger(configure(str(tmp_path), ["tensorboard"]))
     agent.learn(35, ImaginationCallback(30, context=3, horizon=6, windows=4))
     obs = drawn[0][1].obs
@@ -294,7 +111,7 @@ def test_observations_are_normalised_as_the_model_sees_them(tmp_path: Path, draw
 
 
 def test_a_model_that_diverged_is_left_to_the_check_of_training(tmp_path: Path) -> None:
-    agent = make_agent(train_ratio=0)
+    agent = imagining(train_ratio=0)
     agent.set_logger(configure(str(tmp_path), ["tensorboard"]))
     with torch.no_grad():
         agent.model.reward_head.out.weight.fill_(float("nan"))  # type: ignore[union-attr, operator]

@@ -8,6 +8,7 @@ from helpers.replay import counts, ended
 from worldflux.errors import BufferError, ConfigurationError
 from worldflux.replay.batch import BatchRequest
 from worldflux.replay.buffer import ReplayBuffer
+from worldflux.replay.views import NewestRows
 
 
 def of_episodes(lengths, n_envs=1, **changes):
@@ -136,3 +137,17 @@ def test_a_part_without_such_a_window_says_how_long_its_rows_are():
     with pytest.raises(BufferError, match=r"longest stream has 21 rows, but seq_len is 22.*Split off another share"):
         held_out.sample(1, 22)
     assert train.sample(1, 22).obs.shape == (1, 22, 1)
+
+
+def test_windows_come_from_the_newest_rows_and_leave_the_buffers_sampler_alone():
+    buffer = ReplayBuffer(100, (1,), 1, n_envs=2, seed=0)
+    for t in range(60):
+        obs = np.array([[t], [1000 + t]], np.float32)
+        nothing = np.zeros(2)
+        buffer.add(obs, np.zeros((2, 1)), nothing, nothing, nothing)
+    before = buffer.rng_state()
+    newest = NewestRows(buffer, rows=10, seed=0)
+    assert newest.num_windows(8) == 2 * 3
+    seen = newest.sample(50, 8).obs
+    assert set(seen[..., 0].unique().tolist()) == {*range(50, 60), *range(1050, 1060)}
+    assert buffer.rng_state() == before
