@@ -146,7 +146,7 @@ def test_what_cannot_be_drawn_is_refused_in_a_sentence(
     archive, data = str(checkpoint.parent / "agent.zip"), str(checkpoint.parent / "data.npz")
     refused = {
         ("nothing",): "There is no 'nothing'. AGENT is a zip of WorldFluxAgent.save",
-        ("empty",): "empty holds no checkpoint of an agent",
+        ("empty",): "empty contains neither a checkpoint of an agent nor a model",
         (archive,): "holds no replay data. Add recorded episodes",
         (archive, "nothing.npz"): "There is no file 'nothing.npz'",
         (archive, data, "--env", "CartPole-v1"): "Leave one of them out",
