@@ -137,11 +137,12 @@ class Actor:
         single = not isinstance(obs, dict)
 
         def update(inputs: Tensors) -> dict[str, Tensor]:
-            observed: Observation = _below("obs", inputs)
+            parts = _below("obs", inputs)
+            observed: Observation = parts[SINGLE_KEY] if single else parts
             state = self.model.update(
                 State(_below("state", inputs)),
                 inputs["actions"],
-                observed[SINGLE_KEY] if single else observed,
+                observed,
                 is_first=inputs["is_first"],
                 deterministic=deterministic,
             )

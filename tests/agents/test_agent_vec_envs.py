@@ -117,7 +117,12 @@ def test_vector_environments_of_gymnasium_are_learned_in(mode: str) -> None:
 def test_frames_are_logged_where_actions_are_repeated(capsys: pytest.CaptureFixture[str]) -> None:
     agent = make_agent(make_vec_env("CartPole-v1", 2, action_repeat=3), verbose=1)
     agent.learn(30, log_interval=1)
-    assert re.search(r"total_frames +\| 90 ", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    frames, steps = (
+        [int(number) for number in re.findall(rf"{name} +\| (\d+)", printed)]
+        for name in ("total_frames", "total_timesteps")
+    )
+    assert frames and frames == [3 * step for step in steps]
 
 
 def test_what_the_loop_asks_of_a_vec_env_is_seen_through_wrappers() -> None:
