@@ -1,13 +1,13 @@
-"""Times worldflux at the reference sizes: a gradient step, an acting step and a plan, each a line of JSON.
+"""Times a gradient step, an acting step and a plan at the reference sizes, and prints each as a line of JSON.
 
     python benchmarks/cases.py --cases dreamerv3-1m-proprio --device cuda --dtype bfloat16
 
-The sizes are the authors' own: 6 continuous actions, 24 numbers or 64x64 pixels, 16 windows of 64 steps and 15 imagined
-ones for DreamerV3, 256 windows of 3 transitions for TD-MPC2, plans of 512 candidates, 6 iterations and 3 steps. The
-gradient step is the whole of an agent's: forward, backward, clipping, optimiser, target networks. Its batch was drawn
-from a replay buffer that the agent has filled; drawing it and copying it to the device are not in the step. The acting
-step takes an observation in NumPy to an action of the policy in NumPy, and a plan takes it to an action of the planner.
-`throughput.py` runs this in a process for each case.
+The sizes are the authors' own: 6 continuous actions; observations of 24 numbers or 64x64 pixels; 16 windows of 64 steps
+and 15 imagined steps for DreamerV3; 256 windows of 3 transitions for TD-MPC2; plans of 512 candidates, 6 iterations and
+3 steps. A gradient step is the agent's complete step: forward, backward, clipping, optimiser, target networks. Its
+batch comes from a replay buffer that the agent has filled; sampling and copying to the device are not included. An
+acting step goes from a NumPy observation to a NumPy action of the policy, and a plan to an action of the planner.
+`throughput.py` runs this script in a separate process for each case.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Case:
 
     preset: str
     obs_shape: tuple[int, ...]
-    """Of the environment; images have their channels last."""
+    """Shape of an observation; images have their channels last."""
     batch: int
-    """Windows in a gradient step."""
+    """Windows per gradient step."""
     length: int
-    """Time steps in each; TD-MPC2 makes one transition less of them."""
+    """Time steps per window; TD-MPC2 forms one transition fewer from them."""
 
 
 IMAGE, STACKED = (64, 64, 3), (64, 64, 9)
@@ -47,7 +47,7 @@ TINY = {
     "dreamerv3-tiny": Case("dreamerv3:tiny", (24,), 16, 16),
     "tdmpc2-tiny": Case("tdmpc2:tiny", (24,), 256, 4),
 }
-"""Not compared with anybody: no peer has these sizes."""
+"""Sizes that are not compared, because no peer has them."""
 CASES = {**REFERENCE, **TINY}
 ACTION_DIM = 6
 MATRIX_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
@@ -55,7 +55,7 @@ COMPILE = {"auto": "auto", "on": True, "off": False}
 
 
 class Noise(gymnasium.Env[Any, Any]):
-    """An environment with the shapes of a case: observations and rewards are random, and its episodes end both ways."""
+    """An environment with the shapes of a case, random observations and rewards, and both kinds of episode ends."""
 
     def __init__(self, case: Case) -> None:
         images = len(case.obs_shape) == 3
@@ -70,7 +70,7 @@ class Noise(gymnasium.Env[Any, Any]):
         return self._noise(), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Takes any action."""
+        """Accepts any action."""
         self.left -= 1
         over, terminated = self.left == 0, bool(self.np_random.integers(2))
         return self._noise(), float(self.np_random.random()), over and terminated, over and not terminated, {}
@@ -83,36 +83,36 @@ class Noise(gymnasium.Env[Any, Any]):
 
 
 def batch_of(agent: Any, case: Case) -> Any:
-    """Windows from the replay buffer that the agent has filled while it acted, as its own gradient steps take them."""
-    window = case.length + bool(agent.model.replay_extras())  # one row more, whose latents the others start from
+    """Windows from the replay buffer that the agent filled by acting, as its own gradient steps use them."""
+    window = case.length + bool(agent.model.replay_extras())  # an additional row holds the latents to start from
     agent.learn(case.batch + window + 20)
     return agent.replay_buffer.sample(case.batch, window, agent.device)
 
 
 def save(batch: Any, path: str) -> None:
-    """Writes a batch for the peers, which need not have PyTorch; `peers/batches.py` reads it."""
+    """Writes a batch for the peers, which may not have PyTorch; `peers/batches.py` reads it."""
     np.savez(path, **{name: tensor.cpu().numpy() for name, tensor in batch.named_tensors().items()})
 
 
 def flops_of(function: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products and convolutions in one call, backward included.
+    """Floating-point operations of the matrix products and convolutions in one call, including the backward pass.
 
-    Counted operation by operation as PyTorch carries them out, with the formulas of `torch.utils.flop_counter`: two for
-    each multiplication with its addition. What a compiler or a recorded graph has swallowed is not seen.
+    They are counted as PyTorch executes them, with the formulas of `torch.utils.flop_counter`, that is, two operations
+    per multiply-add. Operations inside compiled code or a captured graph are not counted.
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import flop_registry
 
     class Counter(TorchDispatchMode):
-        # FlopCounterMode also follows modules, with hooks that do not stand modules called under no_grad.
+        # FlopCounterMode also tracks modules, with hooks that fail for modules called under no_grad.
         total = 0
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
             formula = flop_registry.get(func._overloadpacket)
             if formula is None and func is not torch.ops.prim.device.default:
-                with self:  # without autograd, an operation may arrive whole that is made of counted ones
+                with self:  # without autograd, a composite of counted operations may arrive as one
                     result = func.decompose(*args, **kwargs)
                 if result is not NotImplemented:
                     return result
@@ -129,10 +129,10 @@ def flops_of(function: Callable[[], object]) -> int:
 def make_agent(
     case: Case, options: argparse.Namespace, *, compiled: str, planner: str | None, model: Any = None
 ) -> Any:
-    """An agent that acts with the planner (`"mppi"`) or with the policy (None), of a new model or a given one."""
+    """An agent that acts with the planner (`"mppi"`) or the policy (None), with a new or a given model."""
     from worldflux import WorldFluxAgent
 
-    # Left out where it is the default.
+    # Omitted if it is the default.
     settings = {} if compiled == "auto" else {"compile": COMPILE[compiled]}
     if model is None:
         settings["model_kwargs"] = {"dtype": options.dtype}
@@ -142,8 +142,8 @@ def make_agent(
         planner=planner,
         batch_size=case.batch,
         seq_len=case.length,
-        buffer_size=4096,  # more than a batch, and less than memory
-        learning_starts=4096,  # it fills the buffer, and the gradient steps are taken here
+        buffer_size=4096,  # more than a batch, but fits into memory
+        learning_starts=4096,  # only fills the buffer; gradient steps are taken here
         device=options.device,
         seed=0,
         **settings,
@@ -151,7 +151,7 @@ def make_agent(
 
 
 def acting(agent: Any, case: Case, envs: int) -> Callable[[], object]:
-    """A function that takes the next observations to actions."""
+    """A function that computes actions for the next observations."""
     rng = np.random.default_rng(0)
     shape = (envs, *agent.model.config.obs_shape)
     images = len(case.obs_shape) == 3
@@ -169,7 +169,7 @@ def acting(agent: Any, case: Case, envs: int) -> Callable[[], object]:
 
 
 def measure(name: str, options: argparse.Namespace, threads: int) -> None:
-    """Prints the rows of one case."""
+    """Measures one case and prints its rows."""
     import torch
 
     case, cuda = CASES[name], options.device.startswith("cuda")
@@ -208,7 +208,7 @@ def measure(name: str, options: argparse.Namespace, threads: int) -> None:
 
 
 def matrix_peak(options: argparse.Namespace, threads: int) -> None:
-    """Prints how fast this machine multiplies square matrices, at the best of a few sizes."""
+    """Prints the speed at which this machine multiplies square matrices, for the fastest of several sizes."""
     import torch
 
     torch.set_num_threads(threads)
@@ -226,13 +226,13 @@ def matrix_peak(options: argparse.Namespace, threads: int) -> None:
 
 
 def main() -> None:
-    """Measures every case that was asked for."""
+    """Measures the requested cases."""
     parser = rows.parser(__doc__, CASES)
     parser.set_defaults(cases=tuple(REFERENCE))
     parser.add_argument("--compile", choices=tuple(COMPILE), default="auto", help="auto: on CUDA")
-    parser.add_argument("--envs", type=int, default=1, help="environments that act together")
-    parser.add_argument("--save", metavar="FILE", help="write the batch of a case here, for the peers")
-    parser.add_argument("--peak", action="store_true", help="only the machine's speed at multiplying matrices")
+    parser.add_argument("--envs", type=int, default=1, help="number of environments that act in one batch")
+    parser.add_argument("--save", metavar="FILE", help="file for the batch of a case, for the peers")
+    parser.add_argument("--peak", action="store_true", help="only measure matrix multiplication")
     options = parser.parse_args()
     threads = rows.use_threads(options.threads)
     if options.peak:

@@ -1,12 +1,13 @@
-"""What training while other processes step their environments gains, against doing one after the other.
+"""Measures how much faster collection is if the agent trains while other processes step the environments.
 
     python benchmarks/collection.py dmc/cartpole-balance --pixels --envs 2
     python benchmarks/collection.py CartPole-v1 --envs 4
-    python benchmarks/collection.py waiting --envs 4          # steps of 50 ms that need no processor of this machine
+    python benchmarks/collection.py waiting --envs 4          # steps of 50 ms that use no CPU time
 
-Two agents with the same settings take turns of the same length, so that both meet the same machine. The line of JSON
-has the median of environment steps per second over all turns, and of the ratio of the two. The gain is largest where a
-step of all environments takes as long as the training that it owes, and where there is a core for each.
+Two agents with the same settings, one of which steps and trains sequentially, alternate in turns of equal length, so
+that other load affects both. The printed line of JSON contains the median environment steps per second over all turns,
+and the median ratio. The gain is largest if stepping all environments takes as long as the training per step, and if
+each has its own core.
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ from worldflux.envs import make_vec_env
 
 
 class Waiting(gym.Env[Any, Any]):
-    """Takes 50 ms for a step and leaves the processor alone, as a simulator on cores of its own would."""
+    """An environment whose steps take 50 ms without using the CPU, like a simulator on other cores."""
 
     def __init__(self) -> None:
         self.observation_space = spaces.Box(-1, 1, (24,), np.float32)
         self.action_space = spaces.Box(-1, 1, (6,), np.float32)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Zeros."""
+        """Returns zeros."""
         super().reset(seed=seed)
         return np.zeros(24, np.float32), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Zeros, later."""
+        """Returns zeros after 50 ms."""
         time.sleep(0.05)
         return np.zeros(24, np.float32), 0.0, False, False, {}
 
@@ -49,7 +50,7 @@ class Waiting(gym.Env[Any, Any]):
 def main() -> None:
     """Measures one environment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("env", help="a name as in make_env")
+    parser.add_argument("env", help="name of the environment, as in make_env")
     parser.add_argument("--pixels", action="store_true")
     parser.add_argument("--envs", type=int, default=2)
     parser.add_argument("--preset", default="dreamerv3:tiny")
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=16)
     parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=100, help="environment steps in a turn")
+    parser.add_argument("--steps", type=int, default=100, help="environment steps per turn")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -1,10 +1,9 @@
-"""Makes the files in `benchmarks/published/` from checkouts of the authors' repositories.
+"""Creates the files in `benchmarks/published/` from checkouts of the authors' repositories.
 
     python benchmarks/extract_published.py --dreamerv3 DIR --tdmpc2 DIR
 
-Every run's number at a step is the mean of its scores in the window of steps that ends there: as the benchmarks
-average their own runs. Where a window is empty, the run's last score before it counts; where a run ended earlier than
-that, it has none.
+The value of a run at a step is the mean of its scores in the window that ends at this step, as in the benchmarks. If
+the window is empty, the last score before it is used; a run that ended before the window has no value.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ LICENSE = {
 
 @dataclass(frozen=True)
 class Table:
-    """One of our files."""
+    """A file in `benchmarks/published/`."""
 
     name: str
     source: str
-    """In the authors' repository."""
+    """Path in the authors' repository."""
     steps: str
     scores: str
     window: int
@@ -108,17 +107,17 @@ TABLES = {
 }
 
 Runs = dict[str, list[tuple[np.ndarray, np.ndarray]]]
-"""Steps and scores of each run, by our name of the task."""
+"""Steps and scores of each run, keyed by the name of the task in worldflux."""
 
 
 def at_steps(steps: np.ndarray, scores: np.ndarray, grid: np.ndarray, window: int) -> list[float | None]:
-    """A run's windowed means.
+    """Windowed means of a run.
 
     Args:
-        steps: Of the scores, ascending. `[N]`
-        scores: `[N]`
-        grid: Where the windows end. `[M]`
-        window: 0 for scores exactly at a step.
+        steps: Steps of the scores `[N]`, ascending.
+        scores: Scores `[N]`.
+        grid: Steps `[M]` at which the windows end.
+        window: Length of the windows; 0 uses scores exactly at a step.
     """
     found: list[float | None] = []
     for end in grid:
@@ -133,7 +132,7 @@ def at_steps(steps: np.ndarray, scores: np.ndarray, grid: np.ndarray, window: in
 
 
 def read_dreamerv3(path: Path) -> Runs:
-    """A file of that repository's `scores/`."""
+    """Reads a file of `scores/` in danijar/dreamerv3."""
     runs: Runs = {}
     with gzip.open(path) as file:
         for run in json.load(file):
@@ -146,13 +145,13 @@ def read_dreamerv3(path: Path) -> Runs:
 
 
 def read_tdmpc2(folder: Path, tasks: set[str]) -> Runs:
-    """A folder of that repository's `results/`."""
+    """Reads a folder of `results/` in nicklashansen/tdmpc2."""
     runs: Runs = {}
     for path in sorted(folder.glob("*.csv")):
         task = dmc_name(path.stem)
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
-        if task not in tasks:  # its authors' own, and other suites
+        if task not in tasks:  # the authors' own tasks, and other suites
             continue
         for seed in sorted({row["seed"] for row in rows}):
             points = sorted((float(row["step"]), float(row["reward"])) for row in rows if row["seed"] == seed)
@@ -162,7 +161,7 @@ def read_tdmpc2(folder: Path, tasks: set[str]) -> Runs:
 
 
 def write(table: Table, runs: Runs, origin: Mapping[str, Any]) -> None:
-    """Writes one of our files, a line for each run."""
+    """Writes a file with one line per run."""
     entries = []
     for task, curves in sorted(runs.items()):
         first = 0 if not table.window else table.grid
@@ -180,7 +179,7 @@ def write(table: Table, runs: Runs, origin: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    """Writes all files whose source is given."""
+    """Writes the files whose source is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dreamerv3", type=Path, help="checkout of danijar/dreamerv3")
     parser.add_argument("--tdmpc2", type=Path, help="checkout of nicklashansen/tdmpc2")

@@ -1,8 +1,8 @@
-"""What the outermost bins of DreamerV3's two-hot heads add to its means, from rounding alone.
+"""Measures how much rounding in the outermost bins of DreamerV3's two-hot heads contributes to their means.
 
-In the first updates on CartPole-v1 nothing worth more than 333 can be learned. What bins beyond `--beyond` add to the
-means of rewards, values and slow values, replayed and imagined, is therefore rounding. `--in-full` lets the last bits
-of probabilities count, as in the reference.
+In CartPole-v1 no value exceeds 333. In the first updates, the contribution of bins beyond `--beyond` to the means of
+rewards, values and slow values, replayed and imagined, is therefore rounding. With `--in-full`, the last bits of
+probabilities count, as in the reference.
 
     python benchmarks/far_bins.py --seeds 0 1 2 --dtype bfloat16 --in-full
 """
@@ -19,7 +19,7 @@ from worldflux.nn.distributions import TwoHot
 
 
 def watch(seed: int, dtype: str, updates: int, beyond: float, in_full: bool) -> tuple[float, float]:
-    """Trains; returns the largest share of far bins in the mean over the rows of any call, and in any single row."""
+    """Trains, and returns the largest contribution of far bins to the mean of any call and to any single row."""
     agent = WorldFluxAgent(
         "dreamerv3:tiny",
         "CartPole-v1",
@@ -54,19 +54,19 @@ def watch(seed: int, dtype: str, updates: int, beyond: float, in_full: bool) -> 
 
 
 def main() -> None:
-    """Prints one line for each seed."""
+    """Prints one line per seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(12)))
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--updates", type=int, default=200)
     parser.add_argument("--beyond", type=float, default=1e4)
-    parser.add_argument("--in-full", action="store_true", help="count differences that are rounding, too")
+    parser.add_argument("--in-full", action="store_true", help="also count differences that are rounding")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print("seed  far bins' share, mean of rows  largest row")
+    print("seed  far bins, mean of rows  largest row")
     for seed in args.seeds:
         mean, row = watch(seed, args.dtype, args.updates, args.beyond, args.in_full)
-        print(f"{seed:4d}  {mean:29.3g}  {row:11.3g}", flush=True)
+        print(f"{seed:4d}  {mean:22.3g}  {row:11.3g}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Learning curves of small tasks on a CPU: do the algorithms learn, how fast, over several seeds.
+"""Records learning curves of small tasks on a CPU over several seeds.
 
     python benchmarks/learning.py pendulum pixelseek --seeds 0 1 2
-    python benchmarks/learning.py pendulum --algorithm SAC --seeds 0 1 2     # of stable-baselines3, to compare
-    python benchmarks/learning.py --plot docs/learning_curves.png        # draws what was measured before
+    python benchmarks/learning.py pendulum --algorithm SAC --seeds 0 1 2     # stable-baselines3, for comparison
+    python benchmarks/learning.py --plot docs/learning_curves.png        # plots earlier results
 
-Each run appends to `benchmarks/results/<task>.csv` (`step,score,seed`: the return of every training episode, whose
-actions are sampled) and prints one line of JSON with the mean return of ten episodes of deterministic actions. The exit
-code is 1 if one of ours is below the task's accepted score. An algorithm of stable-baselines3 runs with its default
-settings for as many environment steps, and its file is `<task>_<algorithm>.csv`.
+Each run appends to `benchmarks/results/<task>.csv` (`step,score,seed`: the return of every training episode, with
+sampled actions) and prints one line of JSON with the mean return of ten episodes with deterministic actions. The exit
+code is 1 if a run of worldflux is below the accepted score of the task. Algorithms of stable-baselines3 run with their
+default settings for the same number of environment steps and write `<task>_<algorithm>.csv`.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ SB3: dict[str, type[BaseAlgorithm]] = {"DQN": DQN, "PPO": PPO, "SAC": SAC}
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned, for how long, with which settings, and what counts as learned."""
+    """A task with its budget, settings and accepted score."""
 
     title: str
     make: Callable[[], gym.Env[Any, Any]]
     steps: int
     accepted: float | None
-    """Mean return of deterministic actions that a run must reach; None where a CPU makes too few steps to learn."""
+    """Mean return with deterministic actions that a run must reach; None if a CPU takes too few steps to learn."""
     settings: dict[str, Any] = field(default_factory=dict)
     preset: str = "dreamerv3:tiny"
 
@@ -120,7 +120,7 @@ TASKS = {
 
 
 class Returns(BaseCallback):
-    """Remembers the return of every training episode."""
+    """Collects the return of every training episode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Returns(BaseCallback):
 
 
 def algorithm_for(task: Task, env: VecEnv, seed: int, algorithm: str | None) -> BaseAlgorithm:
-    """The agent with the task's settings, or an algorithm of stable-baselines3 with its defaults."""
+    """An agent with the settings of the task, or an algorithm of stable-baselines3 with its defaults."""
     if algorithm is None:
         return WorldFluxAgent(task.preset, env, seed=seed, **task.settings)
     policy = "CnnPolicy" if is_image_space(env.observation_space) else "MlpPolicy"
@@ -142,10 +142,10 @@ def algorithm_for(task: Task, env: VecEnv, seed: int, algorithm: str | None) -> 
 
 
 def run(name: str, seed: int, algorithm: str | None = None) -> tuple[dict[str, Any], list[tuple[int, float]]]:
-    """Learns a task, with worldflux or with the named algorithm of stable-baselines3.
+    """Trains on a task with worldflux or with the named algorithm of stable-baselines3.
 
     Returns:
-        What is printed, and the curve: environment steps and return of each training episode.
+        The result to print, and the curve: environment steps and return of each training episode.
     """
     task = TASKS[name]
     started, cpu_started = time.perf_counter(), time.process_time()
@@ -172,7 +172,7 @@ def run(name: str, seed: int, algorithm: str | None = None) -> tuple[dict[str, A
 
 
 def append(path: Path, seed: int, curve: list[tuple[int, float]]) -> None:
-    """Adds a run to a results file, in place of an older one with the same seed."""
+    """Adds a run to a results file, replacing an older run with the same seed."""
     path.parent.mkdir(exist_ok=True)
     rows = [row for row in read(path) if row[2] != seed] if path.exists() else []
     rows += [(step, round(score, 3), seed) for step, score in curve]
@@ -188,7 +188,7 @@ def read(path: Path) -> list[tuple[int, float, int]]:
 
 
 def plot(target: Path) -> None:
-    """Draws all results: every episode, and a running mean of ten for each seed."""
+    """Plots all results: every episode, and a running mean over ten episodes for each seed."""
     names = [name for name in TASKS if (RESULTS / f"{name}.csv").exists()]
     columns = min(len(names), 4)
     rows_of_plots = -(-len(names) // columns)
@@ -212,13 +212,13 @@ def plot(target: Path) -> None:
 
 
 def main() -> int:
-    """Runs the tasks; 1 if one of them stayed below its accepted score."""
+    """Runs the tasks, and returns 1 if one of them stayed below its accepted score."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", help=f"of {', '.join(TASKS)}")
+    parser.add_argument("tasks", nargs="*", help=f"one or more of {', '.join(TASKS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--algorithm", choices=tuple(SB3), help="of stable-baselines3, in place of worldflux")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU; layers this small gain little from more")
-    parser.add_argument("--plot", type=Path, help="draw all results into this file")
+    parser.add_argument("--algorithm", choices=tuple(SB3), help="algorithm of stable-baselines3 to run instead")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; small layers benefit little from more")
+    parser.add_argument("--plot", type=Path, help="file for a plot of all results")
     options = parser.parse_args()
     unknown = set(options.tasks) - set(TASKS)
     if unknown:

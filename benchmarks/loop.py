@@ -1,4 +1,4 @@
-"""Runs one of the loops of `loops.py` with worldflux's agent.
+"""Runs one of the loops of `loops.py` with a `WorldFluxAgent`.
 
 python benchmarks/loop.py --case dreamerv3-16x16
 """
@@ -16,7 +16,7 @@ from worldflux import WorldFluxAgent
 
 
 class Losses(BaseCallback):
-    """Remembers the losses of every n-th gradient step, of which at most one is taken after each action."""
+    """Collects the losses of every n-th gradient step; at most one step is taken per action."""
 
     def __init__(self, every: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Losses(BaseCallback):
 
 
 def learn(loop: loops.Loop, options: argparse.Namespace) -> tuple[loops.Watched, dict[str, Any]]:
-    """Runs a loop; returns the environment and further facts."""
+    """Runs a loop, and returns the environment and additional facts."""
     torch.set_num_threads(options.threads)
     agents: list[WorldFluxAgent] = []
     env = loops.Watched(loop, options.seed, lambda: agents[0]._n_updates if agents else 0)

@@ -1,7 +1,8 @@
-"""What the training loops that are compared share: their settings, the environments, the clock, and what is printed.
+"""Settings, environments, timing and output that are shared by the compared training loops.
 
-Ours (`loop.py`) and the peers' (`peers/*_loop.py`) are run by scripts of the same form, a process for each run. This
-file needs only NumPy and Gymnasium, and dm_control for its tasks, because a peer's environment need not have PyTorch.
+The loops of worldflux (`loop.py`) and of the peers (`peers/*_loop.py`) are run by scripts of the same form, in a
+separate process for each run. This file requires only NumPy and Gymnasium, and dm_control for its tasks, because the
+virtual environment of a peer may not have PyTorch.
 """
 
 from __future__ import annotations
@@ -27,35 +28,35 @@ SIZES = {
     "tdmpc2": {"enc_dim": 128, "mlp_dim": 128, "latent_dim": 128, "num_channels": 8, "num_q": 3}
     | {"num_samples": 192, "num_elites": 24, "num_pi_trajs": 12},
 }
-"""Of the `tiny` presets, by the names that both peers have for them."""
+"""Sizes of the `tiny` presets, under the names that the peers use."""
 
 
 @dataclass(frozen=True)
 class Loop:
-    """A run that every implementation of a family can make."""
+    """A run that every implementation of an algorithm can make."""
 
     family: str
     env: str
-    """A name of `make_env`."""
+    """Name of the environment, as in `make_env`."""
     steps: int
-    """Actions to take."""
+    """Number of actions."""
     starts: int
     """Actions before the first gradient step."""
     skipped: int
-    """Gradient steps before the clock starts: compiling, filling caches, and what TD-MPC2 makes up for at once."""
+    """Gradient steps before timing starts: compiling, filling caches, and TD-MPC2's initial burst of updates."""
     batch: int = 16
-    """Windows in a gradient step."""
+    """Windows per gradient step."""
     length: int = 16
-    """Time steps in each; TD-MPC2 makes one transition less of them."""
+    """Time steps per window; TD-MPC2 forms one transition fewer from them."""
     train_ratio: float = 64.0
-    """Replayed time steps per action. TD-MPC2 takes one gradient step for each action instead."""
+    """Replayed time steps per action. TD-MPC2 takes one gradient step per action instead."""
     learning_rate: float = 1e-3
     warmup: int = 100
-    """Gradient steps over which DreamerV3's learning rate rises."""
+    """Gradient steps over which DreamerV3's learning rate is warmed up."""
     entropy_scale: float = 3e-4
     cnn_depth: int = 8
     limit: int | None = None
-    """Actions after which an episode is cut; None leaves that to the environment."""
+    """Actions after which an episode is truncated; None leaves this to the environment."""
 
 
 SPEED = {
@@ -65,8 +66,8 @@ SPEED = {
     "dreamerv3-pixels": Loop(
         "dreamerv3", "PixelSeek", 700, starts=300, skipped=10, batch=8, train_ratio=32, entropy_scale=3e-3, cnn_depth=4
     ),
-    # Short episodes, because the reference learns from ended ones only. Ours waits until it has 256 windows, and both
-    # make up for all random steps at once.
+    # Short episodes, because the reference learns only from finished ones. worldflux waits for 256 windows. Both
+    # then take the gradient steps for all random actions at once.
     "tdmpc2": Loop(
         "tdmpc2", "dmc/walker-stand", 320, starts=260, skipped=270, batch=256, length=4, learning_rate=3e-4, limit=50
     ),
@@ -92,7 +93,7 @@ LOOPS = SPEED | LEARNING
 
 
 class Control(gym.Env[np.ndarray, np.ndarray]):
-    """A task of dm_control whose observation is one vector; each action is taken twice."""
+    """A task of dm_control with one vector as observation and an action repeat of 2."""
 
     def __init__(self, domain: str, task: str, seed: int) -> None:
         from dm_control import suite
@@ -120,16 +121,16 @@ class Control(gym.Env[np.ndarray, np.ndarray]):
 
 
 class Stop(Exception):
-    """All actions have been taken."""
+    """Raised when all actions have been taken."""
 
 
 class Watched(gym.Wrapper[Any, Any, Any, Any]):
-    """Notes what a loop does to its environment: every episode's return, and the time between two gradient steps.
+    """Records the return of every episode of a loop, and the time between its gradient steps.
 
     Args:
-        loop: What is run.
-        seed: Of the first reset. Later ones go on from there, whatever the loop asks for.
-        updates: Gives the number of gradient steps so far.
+        loop: Loop that is run.
+        seed: Seed of the first reset. Later resets use no seed, whatever the loop passes.
+        updates: Function that returns the number of gradient steps so far.
     """
 
     def __init__(self, loop: Loop, seed: int, updates: Callable[[], int]) -> None:
@@ -159,11 +160,11 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
         return obs, reward, terminated, truncated, info
 
     def mark(self) -> None:
-        """Reads the clocks."""
+        """Reads the CPU clock and the wall clock."""
         self._marks.append((self.updates(), time.process_time(), time.perf_counter()))
 
     def times(self) -> dict[str, float]:
-        """Gradient steps between the two readings of the clocks, and what they took with everything around them."""
+        """Gradient steps between the two readings of the clocks, and their time, including everything in between."""
         (before, cpu, wall), (after, cpu_end, wall_end) = self._marks[0], self._marks[-1]
         return {
             "updates": after - before,
@@ -174,7 +175,7 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
 
 
 def make_env(loop: Loop, seed: int) -> gym.Env[Any, Any]:
-    """The environment of a loop: `PixelSeek`, a `dmc/<domain>-<task>`, or an id of Gymnasium."""
+    """The environment of a loop: `PixelSeek`, `dmc/<domain>-<task>`, or a Gymnasium id."""
     if loop.env == "PixelSeek":
         env: gym.Env[Any, Any] = PixelSeek()
     elif loop.env.startswith("dmc/"):
@@ -190,19 +191,19 @@ def run(
     families: tuple[str, ...],
     learn: Callable[[Loop, argparse.Namespace], tuple[Watched, dict[str, Any]]],
 ) -> None:
-    """The main function of a script that runs loops: prints a row of JSON.
+    """Main function of a script that runs loops. Prints a row of JSON.
 
     Args:
-        description: Of the script.
-        who: Is measured.
-        families: That it has.
-        learn: Runs a loop to its end; returns the environment and further facts.
+        description: Description of the script.
+        who: Implementation that is measured.
+        families: Model families that it has.
+        learn: Function that runs a loop to its end and returns the environment and additional facts.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [name for name, loop in LOOPS.items() if loop.family in families]
     parser.add_argument("--case", choices=names, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--threads", type=int, default=1, help="number of CPU threads")
     parser.add_argument(
         "--losses", type=int, default=0, metavar="N", help="print the losses of every N-th gradient step"
     )

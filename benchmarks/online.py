@@ -1,14 +1,16 @@
-"""Learning with everything in it, beside the peers' own loops: acting, stepping, storing, sampling and training.
+"""Compares complete training loops with those of the peers: acting, stepping, storing, sampling and training.
 
     python benchmarks/online.py --dreamerv3 path/to/dreamerv3,path/to/python --tdmpc2 path/to/tdmpc2,path/to/python
     python benchmarks/online.py --cases dreamerv3-cartpole --seeds 0 1 2 3 4 5 --losses 25 --out learning.jsonl
 
-`loops.py` has the cases: environments, settings and lengths. Every run is a process of its own, and ours and the peer's
-take turns, seed by seed. A run's row of JSON has its gradient steps, the processor's and the clock's seconds from the
-first counted gradient step to the last action (start and compilation are left out), and every episode's return.
+`loops.py` defines the cases: environments, settings and lengths. Each run has its own process, and runs of worldflux
+and of the peer alternate, seed by seed. The row of JSON of a run contains its gradient steps, the CPU time and
+wall-clock time from the first counted gradient step to the last action (without startup and compilation), and the
+return of every episode.
 
-Rows are appended to `--out`, and at the end a table with the medians of all rows in it is printed. `peers/README.md`
-says how to install the peers; without them only ours is run. The exit code is 1 if a run failed.
+Rows are appended to `--out`. At the end, a table with the medians of all rows in this file is printed.
+`peers/README.md` describes how to install the peers; without them, only worldflux is run. The exit code is 1 if a run
+failed.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ PEERS = {"dreamerv3": "danijar/dreamerv3", "tdmpc2": "nicklashansen/tdmpc2"}
 
 
 def commands(options: argparse.Namespace) -> Iterator[list[str]]:
-    """What is run, in order: for every case and seed ours, and then the peer's."""
+    """The commands in order: for every case and seed the loop of worldflux, then that of the peer."""
     for case in options.cases:
         for seed in options.seeds:
             same = ["--case", case, "--seed", str(seed), "--threads", str(options.threads)]
@@ -45,12 +47,12 @@ def commands(options: argparse.Namespace) -> Iterator[list[str]]:
 
 
 def table(found: Iterable[dict[str, Any]]) -> str:
-    """The medians of each case, ours beside the peer's, in Markdown."""
+    """A Markdown table with the medians of each case for worldflux and the peer."""
     by_case: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in found:
         by_case.setdefault(row["case"], {}).setdefault(row["who"], []).append(row)
     lines = [
-        "| case | who | runs | gradient steps | processor, ms per step | from, to | clock, ms | ours / theirs |",
+        "| case | who | runs | gradient steps | CPU, ms per step | range | wall clock, ms | worldflux / peer |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for case, sides in by_case.items():
@@ -66,19 +68,19 @@ def table(found: Iterable[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    """Runs everything that was asked for."""
+    """Runs the requested cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=tuple(loops.LOOPS), default=tuple(loops.SPEED), metavar="CASE")
     parser.add_argument(
-        "--seeds", type=int, nargs="*", default=[0, 1, 2], help="without any, only the table is printed"
+        "--seeds", type=int, nargs="*", default=[0, 1, 2], help="seeds to run; without any, only the table is printed"
     )
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU, for each run")
+    parser.add_argument("--threads", type=int, default=1, help="number of CPU threads per run")
     parser.add_argument(
         "--losses", type=int, default=0, metavar="N", help="print the losses of every N-th gradient step"
     )
     for family, name in PEERS.items():
-        parser.add_argument(f"--{family}", metavar="CHECKOUT[,PYTHON]", help=f"run {name} as well")
-    parser.add_argument("--limit", type=float, default=7200.0, help="seconds after which a run is given up")
+        parser.add_argument(f"--{family}", metavar="CHECKOUT[,PYTHON]", help=f"also run {name}")
+    parser.add_argument("--limit", type=float, default=7200.0, help="seconds after which a run is aborted")
     parser.add_argument("--out", type=Path, help="file to which the rows are appended, one line of JSON each")
     options = parser.parse_args()
     options.device = "cpu"

@@ -1,11 +1,11 @@
-"""Do ours and the references learn alike? Compares the rows that `online.py` has written, seed by seed.
+"""Compares what worldflux and the references have learned, from the rows that `online.py` has written.
 
     python benchmarks/online.py --cases dreamerv3-cartpole --seeds 0 1 2 --losses 25 --dreamerv3 ... --out learned.jsonl
     python benchmarks/parity.py learned.jsonl
 
-Prints, for every case, the measures of each seed, mean and standard deviation of both sides, and the p value of an
-exact permutation test of the difference of their means; and the losses at the same gradient steps. Writes the curves to
-`benchmarks/results/parity_<case>_<side>.csv` (`step,score,seed`).
+For every case, prints several measures for each seed, their mean and standard deviation on both sides, and the p-value
+of an exact permutation test of the difference between the means; the same is printed for the losses at equal gradient
+steps. Writes the curves to `benchmarks/results/parity_<case>_<side>.csv` (`step,score,seed`).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ LOSSES = {
     "continue": "loss/con",
     "actor": "loss/policy",
 }
-"""Names of ours and of danijar/dreamerv3's."""
+"""Losses of worldflux, and their names in danijar/dreamerv3."""
 AT = (50, 75, 100, 125, 200, 400, 700)
 """Gradient steps at which the losses are compared."""
 
 
 def mean_between(first: int, last: int) -> Callable[[Episodes], float]:
-    """The mean return of the episodes that end between two steps."""
+    """A measure: the mean return of the episodes that end between two steps."""
 
     def measure(episodes: Episodes) -> float:
         scores = [score for step, score in episodes if first < step <= last]
@@ -46,7 +46,7 @@ def mean_between(first: int, last: int) -> Callable[[Episodes], float]:
 
 
 def first_of(score: float, steps: int) -> Callable[[Episodes], float]:
-    """The step at which the first episode of a score ends; the length of the run if there is none."""
+    """A measure: the step at which the first episode with this score ends, or the length of the run."""
     return lambda episodes: float(next((step for step, found in episodes if found >= score), steps))
 
 
@@ -71,7 +71,7 @@ MEASURES: dict[str, dict[str, Callable[[Episodes], float]]] = {
 
 
 def permutation_p(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """How often a random split of all values differs in its means by at least as much as this one."""
+    """Share of all splits of the values whose means differ by at least as much as the means of this split."""
     everything, size = np.concatenate([ours, theirs]), len(ours)
     total, seen = everything.sum(), abs(ours.mean() - theirs.mean())
     chosen = np.array([everything[list(c)].sum() for c in itertools.combinations(range(len(everything)), size)])
@@ -80,12 +80,12 @@ def permutation_p(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def spread(values: np.ndarray) -> str:
-    """Mean and standard deviation."""
+    """Mean and standard deviation as text."""
     return f"{values.mean():.4g} ± {values.std(ddof=1):.2g}" if len(values) > 1 else f"{values.mean():.4g}"
 
 
 def line(name: str, ours: np.ndarray, theirs: np.ndarray) -> str:
-    """A line of a table: both sides, the difference, and every seed."""
+    """A table row with both sides, their difference, and every seed."""
     seeds = " / ".join(", ".join(f"{value:.4g}" for value in side) for side in (ours, theirs))
     difference = ours.mean() - theirs.mean()
     p = f"{permutation_p(ours, theirs):.2f}"
@@ -93,7 +93,7 @@ def line(name: str, ours: np.ndarray, theirs: np.ndarray) -> str:
 
 
 def compare(case: str, found: list[dict[str, Any]]) -> str:
-    """The tables of one case, in Markdown."""
+    """The Markdown table of one case."""
     sides = [
         sorted((row for row in found if (row["who"] == "worldflux") is own), key=lambda r: r["seed"])
         for own in (True, False)
@@ -101,7 +101,7 @@ def compare(case: str, found: list[dict[str, Any]]) -> str:
     if not all(sides):
         return f"{case}: one side is missing."
     head = [
-        "| measure | ours | theirs | difference | p | seeds, ours / theirs |",
+        "| measure | worldflux | reference | difference | p | seeds, worldflux / reference |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     lines = [f"{case}, {len(sides[0])} and {len(sides[1])} seeds", "", *head]
@@ -117,14 +117,14 @@ def compare(case: str, found: list[dict[str, Any]]) -> str:
 
 
 def losses_at(side: list[dict[str, Any]], updates: int, name: str) -> list[float]:
-    """A loss of every seed at a gradient step."""
+    """A loss of every seed at one gradient step."""
     return [e[name] for row in side for e in row["losses"] if name in e and e["updates"] == updates]
 
 
 def main() -> int:
-    """Compares everything that the files have."""
+    """Compares all cases in the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", type=Path, nargs="+", help="files that online.py has written")
+    parser.add_argument("rows", type=Path, nargs="+", help="files written by online.py")
     parser.add_argument("--curves", type=Path, default=learning.RESULTS, help="directory for the curves")
     options = parser.parse_args()
     found = [row for path in options.rows for row in rows.rows_in(path.read_text(encoding="utf-8"))]

@@ -1,4 +1,4 @@
-"""A small task that has to be learned from pixels."""
+"""A small task with image observations."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from gymnasium import spaces
 
 
 class PixelSeek(gym.Env[np.ndarray, int]):
-    """A blue bar at the bottom has to be moved below a yellow one at the top, and kept there.
+    """A task in which a blue bar at the bottom has to be moved below a yellow bar at the top and kept there.
 
-    Only the picture is seen. Every step earns 1 if it comes nearer or stays below the yellow bar, and costs 1
-    otherwise; after 20 steps time is up. The best return is 20, random actions earn about -5.5.
+    The observation is an image. The reward of a step is 1 if the blue bar moves closer to the yellow one or stays below
+    it, and -1 otherwise. The time limit is 20 steps. The best return is 20; random actions score about -5.5.
     """
 
     SIZE, CELLS, LIMIT, BEST = 64, 5, 20, 20.0

@@ -1,7 +1,7 @@
-"""How each family was measured by its authors in each suite: tasks, environments, budget, and what counts as a score.
+"""The protocols of the papers for each suite: tasks, environments, budget, and scores.
 
-Steps are steps of the simulator, as on the axes of the papers: what `action_repeat` repeats is counted.
-Where the numbers come from: docs/environments.md, "Settings of the published results".
+Steps are steps of the simulator, as on the axes of the papers, and include those that `action_repeat` repeats.
+docs/environments.md lists the sources of the numbers under "Settings of the published results".
 """
 
 from __future__ import annotations
@@ -21,38 +21,38 @@ from worldflux.envs.suites import (
 
 @dataclass(frozen=True)
 class Protocol:
-    """A suite, as one family was measured in it."""
+    """The protocol of one model family for one suite."""
 
     name: str
-    """Of its published curves, too: "dreamerv3_dmc_proprio"."""
+    """Name of the protocol and of its published curves, such as "dreamerv3_dmc_proprio"."""
     title: str
     environment: str
-    """A task's name behind it is one of `make_env`: "dmc/"."""
+    """Prefix that turns the name of a task into a name for `make_env`, such as "dmc/"."""
     tasks: tuple[str, ...]
     action_repeat: int
     steps: int
-    """Budget of a run."""
+    """Steps of a run."""
     envs: int
-    """Environments that are stepped together."""
+    """Number of parallel environments."""
     score: Literal["training", "evaluation"]
-    """Returns of training episodes, whose actions are sampled; or of evaluations with deterministic actions."""
+    """Scored episodes: training episodes with sampled actions, or evaluations with deterministic actions."""
     window: int = 0
     """Steps over which training episodes are averaged."""
     eval_every: int = 0
-    """Steps from one evaluation to the next."""
+    """Steps between evaluations."""
     eval_episodes: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Of `make_env`."""
+    """Options of `make_env`."""
     frame_stack: int = 1
-    """Pictures in an observation."""
+    """Number of stacked images in an observation."""
 
     @property
     def family(self) -> str:
-        """Of the models that are measured like this."""
+        """The model family to which the protocol applies."""
         return self.name.partition("_")[0]
 
     def anchors(self, task: str) -> tuple[float, float]:
-        """The scores that normalise to 0 and 1."""
+        """The scores that are normalised to 0 and 1."""
         return (0.0, 1000.0) if self.environment == "dmc/" else RANDOM_AND_HUMAN[task]
 
 
@@ -128,7 +128,7 @@ DMC = {
         ),
     ),
 }
-"""By the name of the suite, for each family."""
+"""Protocols of each family, keyed by suite."""
 
 ATARI = {
     "atari100k": (
@@ -158,7 +158,7 @@ ATARI = {
         ),
     ),
 }
-"""By the name of the suite, for each family. TD-MPC2 has no discrete actions."""
+"""Protocols of each family, keyed by suite. TD-MPC2 does not support discrete actions."""
 
 PROTOCOLS = {protocol.name: protocol for suites in (DMC, ATARI) for of in suites.values() for protocol in of}
 
@@ -221,8 +221,8 @@ RANDOM_AND_HUMAN: dict[str, tuple[float, float]] = {
     "yars-revenge": (3092.9, 54576.9),
     "zaxxon": (32.5, 9173.3),
 }
-"""Scores of random actions and of a professional tester in each game, up to 30 no-ops at the start.
+"""Scores of random actions and of a professional tester in each game, with up to 30 no-ops at the start.
 
-As DeepMind's papers have them (Wang et al., 2016, arXiv:1511.06581); numbers from google-deepmind/dqn_zoo,
+The numbers are those of DeepMind's papers (Wang et al., 2016, arXiv:1511.06581), taken from google-deepmind/dqn_zoo,
 `dqn_zoo/atari_data.py`, commit 359945d.
 """

@@ -1,4 +1,4 @@
-"""Learning curves that the models' authors have published, run by run, from `benchmarks/published/`."""
+"""Reads the learning curves that the authors of the models published, run by run, from `benchmarks/published/`."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from protocols import PROTOCOLS
 
 FOLDER = Path(__file__).parent / "published"
 SAME_STEP = 0.005
-"""Share of a step by which two may differ and be called the same: environments that are stepped together overshoot."""
+"""Relative difference up to which two steps count as the same, because parallel environments overshoot."""
 
 
 @dataclass(frozen=True)
 class PublishedCurves:
-    """Of one task."""
+    """The published curves of one task."""
 
     steps: np.ndarray
-    """Of the simulator, ascending. `[M]`"""
+    """Steps of the simulator `[M]`, ascending."""
     runs: np.ndarray
-    """Scores; NaN where a run has none. `[R, M]`"""
+    """Scores `[R, M]`, NaN where a run has none."""
     window: int
-    """Steps over which each score is a mean; 0 for evaluations."""
+    """Steps over which each score is averaged; 0 for evaluations."""
     source: str
 
     def at(self, step: float) -> np.ndarray | None:
-        """The runs' scores at a step, and at no other one. `[R']`
+        """The scores `[R']` of the runs at a step, and at no other step.
 
-        Between two published steps, runs are interpolated if these lie no further apart than the window over which
-        they average; else there is nothing.
+        Between two published steps, runs are interpolated if the distance of these steps is at most the window over
+        which scores are averaged. Otherwise, the result is None.
         """
         near = np.abs(self.steps - step) <= SAME_STEP * step
         if near.any():
@@ -48,7 +48,7 @@ class PublishedCurves:
 
 
 def published(protocol: str, task: str) -> PublishedCurves | None:
-    """What a protocol's authors have published for a task; None where there is nothing."""
+    """The published curves of a task in a protocol, or None if there are none."""
     table = _table(protocol)
     entry = table["tasks"].get(task)
     if entry is None:
@@ -59,7 +59,7 @@ def published(protocol: str, task: str) -> PublishedCurves | None:
 
 
 def source(protocol: str) -> str:
-    """Where a protocol's published curves come from."""
+    """The source of the published curves of a protocol."""
     return str(_table(protocol)["source"])
 
 

@@ -1,12 +1,11 @@
-"""What recording costs: steps per second of vector environments, bare and recorded, side by side.
+"""Measures the cost of recording: steps per second of vector environments with and without recording.
 
     python benchmarks/recording.py
     python benchmarks/recording.py --case sb3-cartpole gymnasium-pixels --repeats 15
 
-All of it runs in one process, whose CPU time is measured. The environments are stepped by turns of a few hundred steps
-with the same actions, so that what else the machine does meets all of them; each ratio is the median over the turns.
-`fresh` is a buffer that has room, in memory that nobody has touched yet; in `full` the oldest rows are dropped. The
-exit status is 1 if a ratio is below `--least`.
+Everything runs in one process, whose CPU time is measured. The environments alternate in turns of a few hundred steps
+with the same actions, so that other load affects all of them; each ratio is the median over the turns. A `fresh` buffer
+has free rows in untouched memory; a `full` one drops its oldest rows. The exit code is 1 if a ratio is below `--least`.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ N_ENVS = 8
 
 
 class DrawnEnv(gym.Env[Any, Any]):
-    """Draws 64x64 colour images, at the pace of a light emulator: a quarter of a millisecond for each."""
+    """An environment of 64x64 colour images that takes 0.25 ms per step, like a fast emulator."""
 
     def __init__(self) -> None:
         self.observation_space = spaces.Box(0, 255, (64, 64, 3), np.uint8)
@@ -39,13 +38,13 @@ class DrawnEnv(gym.Env[Any, Any]):
         self._images = np.random.default_rng(0).integers(0, 256, (50, 64, 64, 3), np.uint8)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """The first image."""
+        """Returns the first image."""
         super().reset(seed=seed)
         self._t = 0
         return self._images[0], {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """The next image."""
+        """Returns the next image."""
         until = time.process_time() + 250e-6
         self._t += 1
         while time.process_time() < until:
@@ -54,7 +53,7 @@ class DrawnEnv(gym.Env[Any, Any]):
 
 
 def cartpole() -> gym.Env[Any, Any]:
-    """The cheapest environment that people use."""
+    """CartPole, one of the cheapest common environments."""
     return gym.make("CartPole-v1")
 
 
@@ -69,7 +68,7 @@ CASES: dict[str, Callable[[], Any]] = {
 
 
 def recorded(env: Any, capacity: int) -> Any:
-    """The environment in the wrapper for its kind, with a buffer of its own."""
+    """The environment in the recording wrapper of its kind, with a new buffer."""
     is_vector = isinstance(env, gym.vector.VectorEnv)
     obs_codec = ObservationCodec(env.single_observation_space if is_vector else env.observation_space)
     action_codec = ActionCodec(env.single_action_space if is_vector else env.action_space)
@@ -80,7 +79,7 @@ def recorded(env: Any, capacity: int) -> Any:
 
 
 def seconds(env: Any, actions: np.ndarray) -> float:
-    """CPU time of one turn, without the reset before it."""
+    """CPU time of one turn, excluding the reset before it."""
     env.reset()
     started = time.process_time()
     for action in actions:
@@ -89,7 +88,7 @@ def seconds(env: Any, actions: np.ndarray) -> float:
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """Steps per second of all environments together, and the ratios."""
+    """Steps per second over all environments, and the ratios."""
     turn = options.steps // (10 if "pixels" in name else 1)
     make = CASES[name]
     capacities = {"fresh": 2 * (options.repeats + 1) * turn * N_ENVS, "full": turn * N_ENVS // 2}
@@ -112,12 +111,12 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> int:
-    """Measures the cases that were asked for; the exit status."""
+    """Measures the requested cases, and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--repeats", type=int, default=15, help="turns of each")
-    parser.add_argument("--steps", type=int, default=1000, help="of all environments in a turn; a tenth for images")
-    parser.add_argument("--least", type=float, default=0.0, help="accepted ratio")
+    parser.add_argument("--repeats", type=int, default=15, help="number of turns")
+    parser.add_argument("--steps", type=int, default=1000, help="steps of all environments per turn (images: a tenth)")
+    parser.add_argument("--least", type=float, default=0.0, help="lowest accepted ratio")
     options = parser.parse_args()
     columns = ("bare", "fresh", "full", "fresh ratio", "full ratio")
     print(f"{'steps/s':30}" + "".join(f"{column:>13}" for column in columns))

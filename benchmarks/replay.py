@@ -1,26 +1,26 @@
-"""How fast the replay buffer takes rows and gives windows, beside TorchRL's buffer with a SliceSampler; and its memory.
+"""Measures the speed and memory of the replay buffer, compared with TorchRL's buffer with a SliceSampler.
 
-    python benchmarks/replay.py                                # all of it; 1,000,000 images take 13 GB of memory
+    python benchmarks/replay.py                                # everything; 1,000,000 images take 13 GB of memory
     python benchmarks/replay.py --kind vector --rows 10000 100000
     python benchmarks/replay.py --memory                       # peak memory of full buffers instead
-    python benchmarks/replay.py --show                         # the table of what was measured before
+    python benchmarks/replay.py --show                         # the table of the stored results
 
-TorchRL is no dependency of worldflux: `pip install torchrl` puts it beside, best into an environment of its own.
-Without it the replay buffer is measured alone. Both run on one core of one process and take turns, so that what else
-the machine does meets both; a figure is the median over the turns, of CPU time. Only where memory does not suffice for
-both has each a process of its own, and what does not fit at all is left out with the reason.
+TorchRL is not a dependency of worldflux: install it with `pip install torchrl`, preferably into a separate virtual
+environment. Without it, only worldflux is measured. Both run on one core of one process and alternate, so that
+other load affects both; values are medians of CPU time over the turns. If memory does not suffice for both, each has
+its own process; sizes that do not fit at all are skipped with the reason.
 
-Both hold episodes of 500 transitions: observation, action, reward, ends. TorchRL has the settings that were fastest:
-`ReplayBuffer` with `LazyTensorStorage`, `end_key`, `strict_length` and no key for truncations. Its column `cached` has
-`cache_values=True`, with which the bounds of the episodes are looked for only once: that is for data to which nothing
-is added. It does not store the observation after the last step, which ours does.
+Both store episodes of 500 transitions with observations, actions, rewards and episode ends. TorchRL has the fastest
+settings: `ReplayBuffer` with `LazyTensorStorage`, `end_key`, `strict_length` and no key for truncations. In the column
+`cached` it has `cache_values=True`, which computes the bounds of the episodes only once and is meant for data to which
+nothing is added. Unlike worldflux, it does not store the observation after the last step.
 
-    step       transitions stored in a second, one step of one environment at a time, in a full buffer
-    episode    the same in whole episodes
-    16x50      rows sampled in a second, in batches of 16 windows of 50 rows; 256x4 likewise
+    step       transitions stored per second, one step of one environment at a time, in a full buffer
+    episode    the same, in whole episodes
+    16x50      rows sampled per second, in batches of 16 windows of 50 rows; 256x4 accordingly
 
-The results go to `benchmarks/results/replay.csv`, in place of older ones of the same sizes. The exit status is 1 if, of
-what was measured, the sampled rows per second are below `--least` times those of TorchRL without `cached`.
+The results are written to `benchmarks/results/replay.csv`, replacing older results of the same sizes. The exit code is
+1 if any measured number of sampled rows per second is below `--least` times that of TorchRL without `cached`.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ BATCHES = ((16, 50), (256, 4))
 LIBRARIES = ("worldflux", "torchrl", "torchrl cached")
 COLUMNS = ("kind", "rows", "library", "what", "per_second")
 Turn = tuple[Callable[[], object], int]
-"""Something to repeat, and how many rows it handles."""
+"""A function to repeat, and the number of rows that it processes."""
 
 
 def episode_of(kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Observations, actions, rewards and truncations of an episode. `[T+1, ...]`, `[T, A]`, `[T]`, `[T]`."""
+    """Observations `[T+1, ...]`, actions `[T, A]`, rewards `[T]` and truncations `[T]` of an episode."""
     rng, shape = np.random.default_rng(0), SHAPES[kind]
     obs = rng.integers(256, size=(EPISODE + 1, *shape), dtype=np.uint8)
     observed = obs if kind == "image" else obs.astype(np.float32)
@@ -68,7 +68,7 @@ def episode_of(kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarra
 
 
 def worldflux_turns(kind: str, rows: int) -> dict[str, dict[str, Turn]]:
-    """What is measured of ours, on a full buffer."""
+    """The measured operations of worldflux's buffer, which is full."""
     obs, actions, rewards, ends = episode_of(kind)
     buffer = ReplayBuffer(rows, SHAPES[kind], ACTION_DIM, seed=0)
     for _ in range(written_until_full(rows) // EPISODE):
@@ -89,8 +89,8 @@ def worldflux_turns(kind: str, rows: int) -> dict[str, dict[str, Turn]]:
 
 
 def torchrl_turns(kind: str, rows: int) -> dict[str, dict[str, Turn]]:
-    """The same of TorchRL's."""
-    logging.disable(logging.INFO)  # it announces every storage
+    """The measured operations of TorchRL's buffer, which is full."""
+    logging.disable(logging.INFO)  # it logs every storage
     from tensordict import TensorDict
     from torchrl.data import LazyTensorStorage
     from torchrl.data import ReplayBuffer as TorchRLBuffer
@@ -133,18 +133,18 @@ def torchrl_turns(kind: str, rows: int) -> dict[str, dict[str, Turn]]:
 
 
 def written_until_full(rows: int) -> int:
-    """Transitions after which every row of a buffer has been written to, those that are spare included."""
+    """Number of transitions after which every row of a buffer has been written, including spare ones."""
     return rows + max(rows // 10, 6000)
 
 
 def per_second(turns: dict[str, dict[str, Turn]], repeats: int, least_seconds: float) -> dict[str, dict[str, float]]:
-    """Median rows per second of each, taken by turns of at least so many seconds."""
+    """Median rows per second of each operation, measured in alternating turns of at least `least_seconds`."""
     measured: dict[str, dict[str, list[float]]] = {name: {what: [] for what in of} for name, of in turns.items()}
     for what in turns[next(iter(turns))]:
         sides = {name: of[what] for name, of in turns.items() if what in of}
         calls = {}
         for name, (function, _) in sides.items():
-            function()  # the first call of some is like no other
+            function()  # the first call of some functions differs from later ones
             started = time.process_time()
             function()
             calls[name] = max(1, math.ceil(least_seconds / max(1e-6, time.process_time() - started)))
@@ -158,7 +158,7 @@ def per_second(turns: dict[str, dict[str, Turn]], repeats: int, least_seconds: f
 
 
 def one_case(options: argparse.Namespace) -> None:
-    """Measures some libraries in this process, and prints a line of JSON."""
+    """Measures the given libraries in this process, and prints a line of JSON."""
     torch.set_num_threads(1)
     kind, rows = options.kind[0], options.rows[0]
     turns: dict[str, dict[str, Turn]] = {}
@@ -168,18 +168,18 @@ def one_case(options: argparse.Namespace) -> None:
 
 
 def in_own_process(arguments: list[str]) -> Any:
-    """The JSON that this program prints with other arguments."""
+    """Runs this script with the given arguments in a new process, and returns the JSON that it prints."""
     done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(kind: str, rows: int, libraries: list[str], options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """All figures of a size; none where memory does not suffice."""
-    # Address space that nobody writes to is not taken.
+    """All results of one size; empty if memory does not suffice."""
+    # Address space that is never written uses no memory.
     needed, free = int(1.05 * ReplayBuffer(rows, SHAPES[kind], ACTION_DIM).nbytes) + 10**9, free_memory()
     groups = [libraries] if free is None or needed * len(libraries) <= free else [[library] for library in libraries]
     if free is not None and needed > free:
-        print(f"{kind}, {rows:,} rows: left out, needs {human(needed)} of memory and {human(free)} are free")
+        print(f"{kind}, {rows:,} rows: skipped, needs {human(needed)} of memory, but {human(free)} are free")
         return {}
     found: dict[str, dict[str, float]] = {}
     for group in groups:
@@ -189,9 +189,9 @@ def measure(kind: str, rows: int, libraries: list[str], options: argparse.Namesp
 
 
 def show(results: list[dict[str, Any]]) -> None:
-    """Prints the table: ours, and how many times TorchRL's that is."""
+    """Prints a table of the results and the ratios of worldflux to TorchRL."""
     figures = {(r["kind"], int(r["rows"]), r["library"], r["what"]): float(r["per_second"]) for r in results}
-    print("| rows in a second | stored | worldflux | TorchRL | ratio | TorchRL cached | ratio |")
+    print("| rows per second | stored | worldflux | TorchRL | ratio | TorchRL cached | ratio |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for kind, rows, what in dict.fromkeys((kind, rows, what) for kind, rows, _, what in figures):
         ours, *theirs = (figures.get((kind, rows, library, what)) for library in LIBRARIES)
@@ -202,7 +202,7 @@ def show(results: list[dict[str, Any]]) -> None:
 
 
 def memory(options: argparse.Namespace) -> None:
-    """Prints the peak memory of full buffers, each in a process of its own, and what their raw data take."""
+    """Prints the peak memory of full buffers, each in its own process, and the size of their raw data."""
     print("| buffer | filled by | raw data | peak | ratio |\n| --- | --- | --- | --- | --- |")
     for kind, rows in (("vector", 1_000_000), ("image", 100_000)):
         for way in ("step", "episode"):
@@ -212,7 +212,7 @@ def memory(options: argparse.Namespace) -> None:
 
 
 def fill(kind: str, rows: int, way: str) -> None:
-    """Fills a buffer, and prints what that took of memory at most, beyond what the process had before."""
+    """Fills a buffer, and prints by how much the peak memory exceeded the memory of the process before."""
     obs, actions, rewards, ends = episode_of(kind)
     n_envs = 8 if way == "step" else 1
     before = resident()
@@ -238,20 +238,20 @@ def transition_bytes(kind: str) -> int:
 
 
 def resident() -> int:
-    """Bytes of memory that this process has now (Linux)."""
+    """Resident memory of this process in bytes (Linux)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def main() -> int:
-    """Measures what was asked for; the exit status."""
+    """Runs the requested measurements, and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--rows", nargs="+", type=int, default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--repeats", type=int, default=15, help="turns of each")
-    parser.add_argument("--seconds", type=float, default=0.05, help="CPU time of a turn, at least")
-    parser.add_argument("--least", type=float, default=5.0, help="accepted ratio of sampled rows")
+    parser.add_argument("--repeats", type=int, default=15, help="number of turns")
+    parser.add_argument("--seconds", type=float, default=0.05, help="minimum CPU time per turn")
+    parser.add_argument("--least", type=float, default=5.0, help="lowest accepted ratio of sampled rows")
     parser.add_argument("--memory", action="store_true", help="measure peak memory instead")
-    parser.add_argument("--show", action="store_true", help="only print the table of the last results")
+    parser.add_argument("--show", action="store_true", help="only print the table of the stored results")
     parser.add_argument("--one", nargs="+", choices=("worldflux", "torchrl"), help=argparse.SUPPRESS)
     parser.add_argument("--fill", choices=("step", "episode"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -269,10 +269,10 @@ def main() -> int:
 
 
 def compare(options: argparse.Namespace) -> int:
-    """Measures all sizes, writes them and shows them; the exit status."""
+    """Measures, writes and prints all sizes, and returns the exit code."""
     libraries = ["worldflux", "torchrl"] if find_spec("torchrl") else ["worldflux"]
     if len(libraries) == 1:
-        print("TorchRL is not installed (pip install torchrl): worldflux is measured alone")
+        print("TorchRL is not installed (pip install torchrl): only worldflux is measured")
     results: list[dict[str, Any]] = []
     least = math.inf
     for kind in options.kind:
@@ -294,7 +294,7 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def stored() -> list[dict[str, Any]]:
-    """What was measured before."""
+    """The stored results."""
     with RESULTS.open(newline="") as file:
         return list(csv.DictReader(file))
 

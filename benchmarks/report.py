@@ -1,8 +1,8 @@
-"""Table and plot of benchmark runs, beside the published curves at the same steps.
+"""Creates a table and a plot of benchmark runs, with the published curves at the same steps.
 
     python benchmarks/report.py results/dmc results/dmc-tdmpc2 --output report.md --plot report.png
 
-Runs may be unfinished. What the columns mean: docs/benchmarks.md. The exit code is 1 if a finished task is below its
+Runs may be unfinished. docs/benchmarks.md explains the columns. The exit code is 1 if a finished task is below its
 accepted score.
 """
 
@@ -37,14 +37,14 @@ def write(
     accept: Acceptance | None = None,
     only: Collection[str] | None = None,
 ) -> int:
-    """Writes a report, and prints it.
+    """Writes and prints a report.
 
     Args:
-        directories: With runs.
-        output: Markdown.
-        plot: Picture; None draws none.
-        accept: Which scores are no failure.
-        only: Tasks whose scores decide over the exit code. Default: all.
+        directories: Directories that contain runs.
+        output: Markdown file.
+        plot: File for the plot, or None for no plot.
+        accept: Rule for accepted scores.
+        only: Tasks whose scores determine the result. All by default.
 
     Returns:
         1 if a finished task is below its accepted score, else 0.
@@ -63,7 +63,7 @@ def write(
             draw(experiments, plot)
             drawn = True
         except MissingDependencyError as error:
-            print(f"report: no picture: {error}", file=sys.stderr)
+            print(f"report: no plot: {error}", file=sys.stderr)
     if drawn and plot is not None and plot.parent == output.parent:
         text += f"\n![Learning curves]({plot.name})\n"
     write_atomically(output, text.encode())
@@ -85,20 +85,20 @@ def _failed(task: Task, accept: Acceptance) -> bool:
 
 
 def _section(experiment: Experiment, accept: Acceptance) -> list[str]:
-    """Of one benchmark."""
+    """The section of one benchmark."""
     protocol, record = experiment.protocol, experiment.settings
     settings = record.settings
     what = "evaluations with deterministic actions"
     if protocol.score == "training":
-        what = f"training episodes, whose actions are sampled, in the last {protocol.window:,} steps"
+        what = f"training episodes with sampled actions in the last {protocol.window:,} steps"
     commits = sorted({part["commit"] for task in experiment.tasks for run in task.runs for part in run.record.parts})
     machines = sorted({part["machine"] for task in experiment.tasks for run in task.runs for part in run.record.parts})
     lines = [
         f"## {settings.model}, {protocol.title}",
         "",
         f"`{experiment.directory}`. Score: mean return of {what}. "
-        f"A step is one of the simulator; {settings.action_repeat} for each action. "
-        f"{settings.envs} environment{'s' if settings.envs > 1 else ''} at once "
+        f"Steps are those of the simulator, {settings.action_repeat} per action. "
+        f"{settings.envs} environment{'s' if settings.envs > 1 else ''} in parallel "
         f"(published: {protocol.envs}). worldflux {record.versions['worldflux']}, commit {', '.join(commits)}, torch "
         f"{record.versions['torch']}, on {'; '.join(machines)}.",
         "",
@@ -115,7 +115,7 @@ def _section(experiment: Experiment, accept: Acceptance) -> list[str]:
 
 
 def _overrides(experiment: Experiment) -> list[str]:
-    """The settings of its tasks, which may differ."""
+    """The settings of the tasks, which may differ."""
     by_words: dict[str, list[str]] = {}
     for task in experiment.tasks:
         settings = task.runs[0].record.settings
@@ -127,7 +127,7 @@ def _overrides(experiment: Experiment) -> list[str]:
 
 
 def _row(task: Task, accept: Acceptance) -> str:
-    """Of one task."""
+    """The table row of one task."""
     theirs, least = task.published, accept.least(task)
     interval = t_interval(task.scores.tolist())
     mean = float(task.scores.mean()) if len(task.scores) else None
@@ -158,7 +158,7 @@ def _row(task: Task, accept: Acceptance) -> str:
 
 
 def _aggregates(experiment: Experiment) -> list[str]:
-    """Of the tasks whose scores can be compared."""
+    """The aggregates over the tasks that have published scores."""
     tasks = [task for task in experiment.tasks if len(task.scores) and task.published is not None]
     if not tasks:
         return ["No score was published for these steps, so there is nothing to compare.", ""]
@@ -167,7 +167,7 @@ def _aggregates(experiment: Experiment) -> list[str]:
     lines = [
         f"All {len(tasks)} tasks above that have a published score, normalised ({scale}):",
         "",
-        "| | ours | 95 % | published | 95 % |",
+        "| | worldflux | 95 % | published | 95 % |",
         "| --- | --- | --- | --- | --- |",
     ]
     for name, statistic in STATISTICS.items():
@@ -185,16 +185,16 @@ def _number(value: float) -> str:
 
 
 def _any_task_name(name: str) -> str:
-    """Our name of a task of either suite."""
+    """The name of a task of either suite in worldflux."""
     return atari_name(name) if atari_name(name) in ATARI_57 else dmc_name(name)
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line."""
+    """Entry point of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="--out of dmc.py or atari.py")
     parser.add_argument("--output", type=Path, default=Path("report.md"), help="default: report.md")
-    parser.add_argument("--plot", type=Path, help="picture: .png, .pdf or .svg")
+    parser.add_argument("--plot", type=Path, help="file for the plot: .png, .pdf or .svg")
     parser.add_argument("--accept", nargs="+", default=[], metavar="SHARE | TASK=SCORE", help="as in dmc.py")
     options = parser.parse_args(argv)
     try:

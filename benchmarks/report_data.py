@@ -1,4 +1,4 @@
-"""What the runs of a benchmark have scored, beside what was published: the numbers of a report."""
+"""The numbers of a report: scores of the runs of a benchmark, and the published scores."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from suite_statistics import iqm, mean, stratified_interval, windowed
 from worldflux.errors import CheckpointError, ConfigurationError
 
 SHARE = 0.8
-"""Of the published score less its noise, which a run is to reach."""
+"""Share of the published score, minus its noise, that a run has to reach."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run, finished or not."""
+    """A finished or unfinished run."""
 
     directory: Path
     record: RunRecord
     steps: np.ndarray
-    """Of its scores, ascending. `[N]`"""
+    """Steps `[N]` of its scores, ascending."""
     scores: np.ndarray
-    """`[N]`"""
+    """Scores `[N]`."""
 
     @classmethod
     def read(cls, directory: Path) -> Run:
-        """What is in a run's directory.
+        """Reads the directory of a run.
 
         Raises:
-            CheckpointError: If a file is damaged, or is not the whole of a finished run.
+            CheckpointError: If a file is damaged, or lacks scores of a finished run.
         """
         record = RunRecord.read(directory)
         assert record is not None, directory
@@ -44,7 +44,7 @@ class Run:
         rows = read_scores(path, in_progress=record.result is None)
         if record.result is not None and len(rows) != record.result["scores"]:
             raise CheckpointError(
-                f"{path} has {len(rows)} scores, and the finished run had {record.result['scores']}. Restore the file."
+                f"{path} has {len(rows)} scores, but the finished run had {record.result['scores']}. Restore the file."
             )
         if any(row.seed != record.settings.seed for row in rows):
             raise CheckpointError(f"{path} has scores of other seeds than {record.settings.seed}. Restore the file.")
@@ -53,91 +53,91 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether it has all of its steps."""
+        """Whether the run has completed all of its steps."""
         return self.record.result is not None
 
     @property
     def last_step(self) -> float:
-        """Of the simulator; of an unfinished run, and where evaluations count, the one of its last score."""
+        """Last step of the simulator; for unfinished runs and for evaluations, the step of the last score."""
         if self.record.result is not None and self.protocol.score == "training":
             return float(self.record.result["step"])
         return float(self.steps[-1]) if len(self.steps) else 0.0
 
     @property
     def protocol(self) -> Protocol:
-        """Of its suite and family."""
+        """The protocol of its suite and model family."""
         return PROTOCOLS[self.record.settings.protocol]
 
     def at(self, step: float) -> float | None:
-        """Its score at a step, as the protocol has it."""
+        """Its score at a step, averaged as the protocol specifies."""
         return windowed(self.steps, self.scores, step, self.protocol.window)
 
 
 @dataclass(frozen=True)
 class Task:
-    """The seeds of a task that stand in the table: the finished ones, or all if none is finished."""
+    """The seeds of a task that the table shows: the finished ones, or all if none is finished."""
 
     name: str
     protocol: Protocol
     runs: list[Run]
     waiting: list[Run] = field(default_factory=list)
-    """Unfinished ones beside finished ones."""
+    """Unfinished runs, if others are finished."""
 
     @cached_property
     def step(self) -> float:
-        """The last one that all of these seeds have reached."""
+        """The last step that all of these seeds have reached."""
         return min(run.last_step for run in self.runs)
 
     @cached_property
     def scores(self) -> np.ndarray:
-        """Of the seeds at that step; without those that have none yet. `[S]`"""
+        """Scores `[S]` of the seeds at that step, without seeds that have none yet."""
         found = [run.at(self.step) for run in self.runs]
         return np.array([score for score in found if score is not None], dtype=float)
 
     @property
     def finished(self) -> bool:
-        """Whether these seeds are."""
+        """Whether all of these seeds are finished."""
         return all(run.finished for run in self.runs)
 
     @cached_property
     def curves(self) -> PublishedCurves | None:
-        """What was published for it."""
+        """The published curves of the task."""
         return published(self.protocol.name, self.name)
 
     @cached_property
     def published(self) -> np.ndarray | None:
-        """The published runs' scores at the same step, and at no other. `[R]`"""
+        """Scores `[R]` of the published runs at the same step, and at no other step."""
         return None if self.curves is None else self.curves.at(self.step)
 
     def normalised(self, scores: np.ndarray) -> np.ndarray:
-        """0 and 1 are the protocol's anchors: nothing and 1000, or random actions and a human."""
+        """Scores scaled so that 0 and 1 are the anchors of the protocol: 0 and 1000, or random actions and a human."""
         low, high = self.protocol.anchors(self.name)
         return (scores - low) / (high - low)
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """The tasks in one directory of a benchmark."""
+    """The tasks in the directory of one benchmark."""
 
     directory: Path
     tasks: list[Task]
 
     @property
     def protocol(self) -> Protocol:
-        """Of all of them."""
+        """The protocol of all tasks."""
         return self.tasks[0].protocol
 
     @property
     def settings(self) -> RunRecord:
-        """Of its first run."""
+        """The record of the first run."""
         return self.tasks[0].runs[0].record
 
 
 def read_experiments(directories: Sequence[Path]) -> list[Experiment]:
-    """All benchmarks in some directories.
+    """Reads all benchmarks in the given directories.
 
     Raises:
-        ConfigurationError: If a directory has none.
+        ConfigurationError: If a directory contains no run.
         CheckpointError: If a file is damaged.
     """
     by_place: dict[Path, dict[str, list[Run]]] = {}
@@ -165,7 +165,7 @@ def _task(name: str, runs: list[Run]) -> Task:
 
 @dataclass(frozen=True)
 class Aggregate:
-    """A number of all tasks and seeds, with its interval and the published runs' at the same steps."""
+    """A statistic over all tasks and seeds with its interval, also for the published runs at the same steps."""
 
     ours: float
     interval: tuple[float, float] | None
@@ -174,10 +174,10 @@ class Aggregate:
 
 
 def aggregate(tasks: Sequence[Task], statistic: Callable[[np.ndarray], float]) -> Aggregate:
-    """Over normalised scores of tasks that have both ours and published ones.
+    """Aggregates the normalised scores of tasks that have both measured and published scores.
 
     Args:
-        tasks: At least one.
+        tasks: At least one task.
         statistic: `iqm` or `mean`.
     """
     ours = [task.normalised(task.scores) for task in tasks]
@@ -196,18 +196,18 @@ STATISTICS: dict[str, Callable[[np.ndarray], float]] = {"mean": mean, "IQM": iqm
 
 @dataclass(frozen=True)
 class Acceptance:
-    """Which scores are no failure."""
+    """The rule for accepted scores."""
 
     share: float = SHARE
     scores: dict[str, float] = field(default_factory=dict)
-    """By task, in place of a share of the published score."""
+    """Accepted scores, keyed by task, that replace a share of the published score."""
 
     @classmethod
     def parse(cls, given: Sequence[str], task_name: Callable[[str], str]) -> Acceptance:
-        """What `--accept` says: a share, and `task=score`.
+        """Parses the values of `--accept`: a share, and `task=score`.
 
         Raises:
-            ConfigurationError: If it is not understood.
+            ConfigurationError: If a value is invalid.
         """
         share, scores = SHARE, {}
         for text in given:
@@ -217,7 +217,7 @@ class Acceptance:
             except ValueError:
                 value = float("nan")
             if value != value or (equals and not task):
-                raise ConfigurationError(f"--accept {text} is not understood, expected a number, or TASK=SCORE.")
+                raise ConfigurationError(f"--accept {text} is invalid, expected a number or TASK=SCORE.")
             if equals:
                 scores[task_name(task)] = value
             else:
@@ -225,10 +225,10 @@ class Acceptance:
         return cls(share, scores)
 
     def least(self, task: Task) -> float | None:
-        """The least mean over seeds; None where nothing was published for that step.
+        """The lowest accepted mean over seeds, or None if nothing was published for that step.
 
-        The noise of a published score is the standard deviation of its runs. Shares are taken of what lies above the
-        score of random actions (0 in DeepMind Control).
+        The noise of a published score is the standard deviation of its runs. Shares are measured from the score of
+        random actions (0 in DeepMind Control).
         """
         if task.name in self.scores:
             return self.scores[task.name]

@@ -1,4 +1,4 @@
-"""Picture of a report: a panel for each task."""
+"""The plot of a report, with one panel per task."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ try:
     from matplotlib.ticker import EngFormatter
 except ImportError as error:
     raise MissingDependencyError(
-        'The picture needs matplotlib. Install it with: pip install "worldflux[plot]".'
+        'The plot requires matplotlib. Install it with: pip install "worldflux[plot]".'
     ) from error
 
 _COLUMNS = 4
@@ -25,14 +25,14 @@ _LEAST_SHARE = 0.2
 
 
 def draw(experiments: Sequence[Experiment], path: Path) -> None:
-    """Draws the mean over seeds, and a band from the lowest to the highest of them; published runs likewise, in grey.
+    """Plots the mean over seeds and a band from the lowest to the highest; published runs are plotted in grey.
 
-    Training episodes are averaged in the protocol's window. Published curves end where the runs drawn beside them do,
-    or at the next published step.
+    Training episodes are averaged over the window of the protocol. Published curves end where the runs in the same
+    panel end, or at the next published step.
 
     Args:
-        experiments: Some benchmarks; those of one protocol share panels.
-        path: Picture to write.
+        experiments: Benchmarks; those with the same protocol share panels.
+        path: File for the plot.
     """
     panels: dict[tuple[str, str], list[tuple[str, Task]]] = {}
     for experiment in experiments:
@@ -60,7 +60,7 @@ def draw(experiments: Sequence[Experiment], path: Path) -> None:
 
 
 def _draw_task(axes: Any, task: Task, label: str, color: str) -> None:
-    """Every seed, their mean, and the band between the lowest and the highest."""
+    """Plots every seed, their mean, and the band between the lowest and the highest."""
     runs = [run for run in (*task.runs, *task.waiting) if len(run.steps)]
     if not runs:
         return
@@ -81,13 +81,13 @@ def _draw_task(axes: Any, task: Task, label: str, color: str) -> None:
 
 
 def _draw_published(axes: Any, tasks: Sequence[Task]) -> None:
-    """The published runs, up to the first step behind ours."""
+    """Plots the published runs up to the first step after those of the tasks."""
     curves = tasks[0].curves
     if curves is None:
         return
     last = max((run.steps[-1] for task in tasks for run in (*task.runs, *task.waiting) if len(run.steps)), default=0.0)
     behind = int(np.searchsorted(curves.steps, last, side="right"))
-    # One more point, unless our runs would be a dot in the corner of the way to it.
+    # One more point, unless the other runs would shrink to a dot in the corner of the plot.
     near = behind < len(curves.steps) and last >= _LEAST_SHARE * curves.steps[behind]
     shown = slice(0, behind + near)
     steps, runs = curves.steps[shown], curves.runs[:, shown]

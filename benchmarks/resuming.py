@@ -1,10 +1,11 @@
-"""Whether stopping costs anything: returns around the stops of a run that is resumed, beside a run that is not stopped.
+"""Compares the returns around the stops of a resumed run with those of an uninterrupted run.
 
     python benchmarks/resuming.py --out benchmarks/results
 
-Three runs of TD-MPC2 on Pendulum-v1 with one seed: one without a stop; one that is stopped twice and resumed from its
-checkpoint; and one that is stopped twice and continued from the zip of `save`, which holds no replay data. Prints the
-returns around each stop as JSON, and writes the return of every episode to `resuming.csv`.
+There are three runs of TD-MPC2 on Pendulum-v1 with the same seed: one without a stop, one that is stopped twice and
+resumed from its checkpoint, and one that is stopped twice and continued from the zip of `save`, which contains no
+replay data. The returns around each stop are printed as JSON, and the return of every episode is written to
+`resuming.csv`.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from worldflux import WorldFluxAgent
 
 ENV = "Pendulum-v1"
 AROUND = 5
-"""Episodes on each side of a stop that are compared."""
+"""Number of episodes before and after a stop that are compared."""
 
 
 class Returns(BaseCallback):
-    """The return of every episode."""
+    """Collects the return of every episode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,9 +45,9 @@ def run(kind: str, ends: list[int], seed: int) -> list[tuple[int, float]]:
     """Returns of the episodes of one run, by the step at which they ended.
 
     Args:
-        kind: "whole", "resumed" or "zip": how each part goes on from the one before.
-        ends: The steps at which the parts end.
-        seed: Of everything.
+        kind: "whole", "resumed" or "zip", which determines how each part continues the previous one.
+        ends: Steps at which the parts end.
+        seed: Seed of the agent and the environment.
     """
     returns = Returns()
     agent = WorldFluxAgent("tdmpc2:tiny", ENV, seed=seed, device="cpu")
@@ -64,7 +65,7 @@ def run(kind: str, ends: list[int], seed: int) -> list[tuple[int, float]]:
 
 
 def main() -> None:
-    """Measures."""
+    """Runs the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--stops", type=int, nargs="+", default=[2000, 3000])

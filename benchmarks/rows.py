@@ -1,7 +1,8 @@
-"""What every measurement of speed here shares: the options, the clock, and the row of JSON that is printed.
+"""Options, timing and output that are shared by all speed measurements.
 
-Ours (`cases.py`) and the peers' (`peers/*.py`) are measured by scripts of the same form, a process for each case. This
-file needs nothing but Python's own library, because a peer's environment need not have PyTorch.
+worldflux (`cases.py`) and the peers (`peers/*.py`) are measured by scripts of the same form, in a separate
+process for each case. This file requires only the standard library, because the virtual environment of a peer may not
+have PyTorch.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from typing import Any
 
 GRADIENT, ACTING, PLAN, MATRIX = "gradient step", "acting step", "plan", "matrix product"
 UNCOUNTED = {"cpu": 2, "cuda": 8}
-"""Calls before those that are counted: the first ones compile, fill caches and, on CUDA, are recorded."""
+"""Calls before the counted ones: the first calls compile, fill caches and, on CUDA, capture graphs."""
 LEAST_CALLS = 2
-"""Calls that are counted at least, however long they take."""
+"""Minimum number of counted calls, however long they take."""
 
 
 def parser(description: str | None, cases: Iterable[str]) -> argparse.ArgumentParser:
-    """The options that every script here has; one that is added again replaces its older self."""
+    """A parser with the options of every script; adding an option again replaces it."""
     found = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -35,14 +36,14 @@ def parser(description: str | None, cases: Iterable[str]) -> argparse.ArgumentPa
     found.add_argument("--cases", nargs="+", choices=names, default=names, metavar="CASE", help=", ".join(names))
     found.add_argument("--device", default="cpu", help="cpu or cuda")
     found.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    found.add_argument("--threads", type=int, help="of the CPU; default: all cores that this process may use")
-    found.add_argument("--repeats", type=int, default=50, help="counted calls at most")
-    found.add_argument("--budget", type=float, default=30.0, help="seconds after which a measurement has enough calls")
+    found.add_argument("--threads", type=int, help="CPU threads; default: all cores that this process may use")
+    found.add_argument("--repeats", type=int, default=50, help="maximum number of counted calls")
+    found.add_argument("--budget", type=float, default=30.0, help="seconds after which no more calls are made")
     return found
 
 
 def use_threads(asked: int | None) -> int:
-    """Restricts this process to as many cores as it may have threads, before a library counts them.
+    """Restricts this process to one core per thread, before a library counts the cores.
 
     Returns:
         The number of threads.
@@ -64,17 +65,17 @@ def clock(
     budget: float,
     wait: Callable[[], object] | None = None,
 ) -> dict[str, Any]:
-    """Times calls of a function, each one alone: the clock stops when what it has started is done.
+    """Times each call of a function until the work that it started is done.
 
     Args:
-        function: What is measured.
-        repeats: Counted calls at most.
+        function: Function to measure.
+        repeats: Maximum number of counted calls.
         budget: Seconds after which `LEAST_CALLS` counted calls are enough.
-        wait: Waits until the device has done what `function` has started; None on a CPU.
+        wait: Function that waits until the device has finished; None on a CPU.
 
     Returns:
-        Milliseconds: the median, the quartiles, the least; the number of counted calls; and the seconds that the calls
-        before them took longer than the median, which is what compiling and recording cost.
+        The median, quartiles and minimum in milliseconds; the number of counted calls; and the seconds by which the
+        calls before them exceeded the median, which is the cost of compiling and capturing.
     """
     uncounted = UNCOUNTED["cpu" if wait is None else "cuda"]
     times: list[float] = []
@@ -100,13 +101,13 @@ def clock(
 
 
 def peak_resident_mib() -> float:
-    """The most memory that this process has had, in MiB."""
+    """Peak memory of this process in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
     return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1)
 
 
 def cpu_name() -> str:
-    """The processor as it calls itself."""
+    """Model name of the CPU."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -115,12 +116,12 @@ def cpu_name() -> str:
 
 
 def print_row(who: str, case: str, what: str, facts: dict[str, Any]) -> None:
-    """Prints one measurement as a line of JSON, on a line of its own whatever the measured code has printed."""
+    """Prints one measurement as JSON, on a new line even if the measured code printed an incomplete one."""
     print("\n" + json.dumps({"who": who, "case": case, "what": what, **facts}), flush=True)
 
 
 def rows_in(text: str) -> list[dict[str, Any]]:
-    """The rows that a script has printed between other things."""
+    """The rows in the output of a script."""
     return [json.loads(line) for line in text.splitlines() if line.startswith('{"who": ')]
 
 
@@ -133,24 +134,24 @@ def run_peer(
     compiles: bool = True,
     half: tuple[str, ...] = ("cpu", "cuda"),
 ) -> None:
-    """The main function of a peer's script: `measure` for every case that was asked for.
+    """Main function of the script of a peer. Calls `measure` for each requested case.
 
     Args:
-        description: Of the script.
-        cases: That it has.
-        measure: Prints the rows of a case; is given the options and the number of threads.
-        folder: Of the checkout, in which the peer's modules lie.
-        compiles: Whether there is a form that a compiler has made faster besides another one.
-        half: Devices on which the peer computes in half precision too.
+        description: Description of the script.
+        cases: Cases that the peer has.
+        measure: Function that prints the rows of a case, given the options and the number of threads.
+        folder: Folder of the checkout that contains the modules of the peer.
+        compiles: Whether the peer has a compiled form in addition to a plain one.
+        half: Devices on which the peer also supports half precision.
     """
     options_of = parser(description, cases)
     options_of.add_argument("--repo", required=True, help="the peer's checkout")
-    options_of.add_argument("--batch", required=True, help="file that `cases.py --save` has written for the case")
+    options_of.add_argument("--batch", required=True, help="file written by `cases.py --save` for the case")
     if compiles:
-        options_of.add_argument("--compile", action="store_true", help="the form that a compiler has made faster")
+        options_of.add_argument("--compile", action="store_true", help="measure the compiled form")
     options = options_of.parse_args()
     if options.dtype != "float32" and options.device not in half:
-        options_of.error(f"this peer computes in float32 alone on {options.device}")
+        options_of.error(f"this peer supports only float32 on {options.device}")
     threads = use_threads(options.threads)
     sys.path.insert(0, os.path.join(options.repo, folder))
     for case in options.cases:

@@ -1,11 +1,11 @@
-"""The directory of a benchmark's run: what is in it, and whether it may go on there.
+"""The files of a benchmark run, and the check whether a run may be resumed.
 
-run.json       settings, versions, when it was started and went on, and at the end the result
-scores.csv     step,score,seed; a line for each training episode or evaluation, as they come
-logs/          of the agent, a part for each start
-checkpoints/   while it is unfinished
-agent.zip      at the end
-.lock          held by the process that works on it
+run.json       settings, versions, time of each start, and finally the result
+scores.csv     step,score,seed: one line per training episode or evaluation, as they finish
+logs/          logs of the agent, one part per start
+checkpoints/   until the run is finished
+agent.zip      written at the end
+.lock          held by the process that works on the run
 """
 
 from __future__ import annotations
@@ -26,64 +26,64 @@ from worldflux.locks import DirectoryLock
 
 RUN_FILE, SCORES_FILE, AGENT_FILE, CHECKPOINTS, LOGS = "run.json", "scores.csv", "agent.zip", "checkpoints", "logs"
 FORMAT = 1
-"""Of run.json."""
+"""Version of the format of run.json."""
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """All that decides over the scores of a run; directories and devices are not in here."""
+    """Everything that determines the scores of a run; directories and devices are not included."""
 
     protocol: str
     model: str
     task: str
     seed: int
     steps: int
-    """Of the simulator."""
+    """Steps of the simulator."""
     envs: int
     action_repeat: int
     options: dict[str, Any]
-    """Of `make_env`."""
+    """Options of `make_env`."""
     eval_every: int
-    """Steps of the simulator; 0 where training episodes count."""
+    """Steps of the simulator between evaluations; 0 if training episodes are scored."""
     eval_episodes: int
     agent: dict[str, Any] = field(default_factory=dict)
-    """Settings of `WorldFluxAgent` that differ from the family's own."""
+    """Settings of `WorldFluxAgent` that differ from the defaults of the family."""
     model_fields: dict[str, Any] = field(default_factory=dict)
-    """Fields of the preset's configuration that differ from it."""
+    """Fields of the configuration that differ from the preset."""
 
     @property
     def agent_steps(self) -> int:
-        """Actions of the agent in the whole run."""
+        """Number of actions of the agent in the whole run."""
         return -(-self.steps // self.action_repeat)
 
 
 @dataclass
 class RunRecord:
-    """Content of run.json."""
+    """The contents of run.json."""
 
     settings: RunSettings
     versions: dict[str, str]
     parts: list[dict[str, Any]]
-    """Of each start: when, on what, from which step to which (until its last checkpoint), and the seconds it took."""
+    """Time, machine, first and last step (at its last checkpoint) and duration in seconds of each start."""
     result: dict[str, Any] | None = None
-    """Of a finished run."""
+    """Result of a finished run, otherwise None."""
 
     @property
     def seconds(self) -> float:
-        """Of training, with the evaluations."""
+        """Duration of training, including evaluations."""
         return float(sum(part["seconds"] for part in self.parts))
 
     def write(self, directory: Path) -> None:
-        """Writes run.json, whole or not at all."""
+        """Writes run.json atomically."""
         text = json.dumps({"benchmark_run": FORMAT, **asdict(self)}, indent=1)
         write_atomically(directory / RUN_FILE, f"{text}\n".encode())
 
     @classmethod
     def read(cls, directory: Path) -> RunRecord | None:
-        """What `write` wrote; None where no run has begun.
+        """Reads run.json; None if no run has started.
 
         Raises:
-            CheckpointError: If it is damaged.
+            CheckpointError: If the file is damaged.
         """
         path = directory / RUN_FILE
         try:
@@ -101,21 +101,21 @@ class RunRecord:
 
 
 def run_directory(out: Path, task: str, seed: int) -> Path:
-    """Where a run lies in the directory of a benchmark."""
+    """The directory of a run in the directory of a benchmark."""
     return out / task / f"seed-{seed}"
 
 
 def find_runs(out: Path) -> Iterator[Path]:
-    """The directories of all runs in a directory of one or several benchmarks, in order."""
+    """The directories of all runs of one or several benchmarks, in order."""
     found = [path.parent for path in out.rglob(f"seed-*/{RUN_FILE}")]
     yield from sorted(found, key=lambda path: (path.parent, int(path.name.removeprefix("seed-"))))
 
 
 def check_settings(out: Path, wanted: Sequence[RunSettings]) -> None:
-    """Refuses a directory whose runs were made with other settings.
+    """Rejects a directory that contains runs with different settings.
 
     Raises:
-        ConfigurationError: If one of them was; the message names the settings.
+        ConfigurationError: If a run has different settings; the message names them.
     """
     by_task = {settings.task: settings for settings in wanted}
     for directory in find_runs(out):
@@ -129,12 +129,12 @@ def check_settings(out: Path, wanted: Sequence[RunSettings]) -> None:
             here = ", ".join(f"{name} {own[name]!r}" for name in differing)
             raise ConfigurationError(
                 f"{directory} was run with {there}; now it is {here}. "
-                "Give the same settings to go on, or another --out."
+                "Use the same settings to resume, or another --out."
             )
 
 
 def merge(task_directory: Path) -> None:
-    """Writes a task's file of all seeds beside its directory: `walker-walk.csv`."""
+    """Writes the scores of all seeds of a task next to its directory, such as `walker-walk.csv`."""
     rows: list[Score] = []
     for directory in find_runs(task_directory):
         rows += read_scores(directory / SCORES_FILE, in_progress=True)
@@ -143,9 +143,9 @@ def merge(task_directory: Path) -> None:
 
 @contextmanager
 def held(directory: Path) -> Iterator[bool]:
-    """Keeps other processes from working on a run; False if one of them does already.
+    """Locks a run against other processes; yields False if another process has locked it.
 
-    The lock ends with its process, however that ends.
+    The lock is released when its process ends, however it ends.
     """
     lock = DirectoryLock(directory)
     try:
@@ -155,5 +155,5 @@ def held(directory: Path) -> Iterator[bool]:
 
 
 def settings_in_words(settings: Mapping[str, Any]) -> str:
-    """What differs from the defaults, for a table's head."""
-    return ", ".join(f"{name}={value}" for name, value in settings.items()) or "the family's own numbers"
+    """The settings that differ from the defaults, as text."""
+    return ", ".join(f"{name}={value}" for name, value in settings.items()) or "the defaults of the algorithm"

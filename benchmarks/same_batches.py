@@ -1,11 +1,11 @@
-"""DreamerV3's losses on the batches that the reference trained on, from its initial weights, beside its own losses.
+"""Compares DreamerV3's losses with the reference's, on the same batches and from the same initial weights.
 
-    python benchmarks/same_batches.py batches.npz                       # of peers/dreamerv3_batches.py
+    python benchmarks/same_batches.py batches.npz                       # from peers/dreamerv3_batches.py
     python benchmarks/same_batches.py batches.npz --imitate-rounding
 
-What is drawn (latents, actions, imagined courses) differs, so that losses agree up to the noise of one batch.
-`--imitate-rounding` sums mirrored bins of two-hot distributions as the reference does on a CPU, with a fused
-multiply-add, which rounds one of the two products and not the other.
+The random samples (latents, actions, imagined trajectories) differ, so the losses agree only up to the noise of one
+batch. `--imitate-rounding` sums mirrored bins of two-hot distributions as the reference does on a CPU, with a fused
+multiply-add, which rounds only one of the two products.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from worldflux.nn.distributions import TwoHot
 from worldflux.training import Batch, Trainer, TrainingConfig
 
 LOSSES = {"value": "critic", "repval": "replay_critic", "rew": "reward", "con": "continue", "dyn": "dynamics"}
-LEARNING_RATE, WARMUP = 1e-3, 100  # of `loops.py`
+LEARNING_RATE, WARMUP = 1e-3, 100  # as in `loops.py`
 
 
 def fused_mean(dist: TwoHot) -> Tensor:
-    """The mean as XLA computes it on a CPU: `fma(p, b, round(p' * b'))` for each pair, the upper product rounded."""
+    """The mean as XLA computes it on a CPU: `fma(p, b, round(p' * b'))` per pair, with the upper product rounded."""
     middle = len(dist.bins) // 2
     probs, bins = dist.probs, dist.bins
     rounded = (probs[..., middle + 1 :] * bins[middle + 1 :]).double()
@@ -35,7 +35,7 @@ def fused_mean(dist: TwoHot) -> Tensor:
 
 
 def batch_of(arrays: dict[str, Tensor]) -> Batch:
-    """Their rows, which hold what was arrived with, as ours, which hold what an action led to. `[B, T, ...]`"""
+    """Converts the reference's rows `[B, T, ...]`, aligned with the previous action, to rows aligned with the next."""
 
     def ahead(x: Tensor) -> Tensor:
         return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1)
@@ -53,11 +53,11 @@ def batch_of(arrays: dict[str, Tensor]) -> Batch:
 
 
 def main() -> None:
-    """Prints the reference's and our losses."""
+    """Prints the losses of worldflux and of the reference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("batches")
     parser.add_argument("--imitate-rounding", action="store_true")
-    parser.add_argument("--every", type=int, default=5, help="gradient steps between lines")
+    parser.add_argument("--every", type=int, default=5, help="gradient steps between printed lines")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Scores as files: CSV with the columns step, score and seed."""
+"""Score files: CSV with the columns step, score and seed."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ class Score(NamedTuple):
     """The return of a training episode, or the mean return of an evaluation."""
 
     step: int
-    """Steps of the simulator that the run had made by then."""
+    """Number of simulator steps of the run so far."""
     score: float
     seed: int
 
 
 def read_scores(path: Path, *, in_progress: bool = False) -> list[Score]:
-    """All rows of a file.
+    """Reads all rows of a file.
 
     Args:
-        path: Of a run, or of a task.
-        in_progress: Somebody may be writing the last line: one without its end is left out. None, if there is no file.
+        path: Score file of a run or of a task.
+        in_progress: Whether the file may still be written. An incomplete last line is then ignored, and a missing file
+            has no rows.
 
     Raises:
         CheckpointError: If the file is missing or damaged; the message names the line.
@@ -44,7 +45,7 @@ def read_scores(path: Path, *, in_progress: bool = False) -> list[Score]:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
     lines = text.split("\n")
     if lines.pop() and not in_progress:
-        raise CheckpointError(f"{path} is damaged: its last line has no end.")
+        raise CheckpointError(f"{path} is damaged: its last line is incomplete.")
     if not lines:
         if in_progress:
             return []
@@ -66,7 +67,7 @@ def read_scores(path: Path, *, in_progress: bool = False) -> list[Score]:
 
 
 def _row(line: str) -> Score | None:
-    """A line's numbers; None if they are none."""
+    """The score in a line; None if the line is invalid."""
     fields = line.split(",")
     if len(fields) != 3 or not (fields[0].isdecimal() and fields[2].isdecimal()):
         return None
@@ -78,7 +79,7 @@ def _row(line: str) -> Score | None:
 
 
 def as_text(rows: Iterable[Score]) -> str:
-    """The lines of some rows, without the header."""
+    """The rows as lines of text, without the header."""
     text = io.StringIO()
     for row in rows:
         text.write(f"{row.step},{row.score:.6g},{row.seed}\n")
@@ -86,13 +87,13 @@ def as_text(rows: Iterable[Score]) -> str:
 
 
 def write_scores(path: Path, rows: Iterable[Score]) -> None:
-    """Writes a file, whole or not at all."""
+    """Writes a score file atomically."""
     write_atomically(path, f"{HEADER}\n{as_text(rows)}".encode())
 
 
 def append_scores(path: Path, rows: Iterable[Score]) -> None:
-    """Adds rows to a file that is there; whoever reads it meanwhile sees whole lines, but for the last one at worst."""
+    """Appends rows to an existing file. A concurrent reader sees complete lines, except possibly the last."""
     with path.open("a", encoding="utf-8", newline="") as file:
         file.write(as_text(rows))
         file.flush()
-        os.fsync(file.fileno())  # a checkpoint that is written next must not be newer than the scores
+        os.fsync(file.fileno())  # a checkpoint written next must not be newer than the scores

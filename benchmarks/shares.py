@@ -1,4 +1,4 @@
-"""Where the time goes while an agent learns in an environment: acting, sampling, training, stepping, recording.
+"""Measures how an agent's time is divided between acting, sampling, training, stepping and recording.
 
 python benchmarks/shares.py dmc/walker-walk --preset tdmpc2:tiny --steps 100
 """
@@ -21,13 +21,13 @@ from worldflux.envs import make_vec_env
 
 
 class Stopwatch:
-    """Sums the time spent in functions, each under a name."""
+    """Sums the time spent in functions, by name."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
 
     def wrapped(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, timed."""
+        """The function with its time added to the sum of `name`."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
@@ -40,9 +40,10 @@ class Stopwatch:
 
 
 def shares_of(preset: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Steps per second and the shares of the time, behind a start that is not counted.
+    """Steps per second and shares of the time, excluding the start of training.
 
-    On CUDA a function's share is the time until it returns: what it has left to the device falls to whoever waits next.
+    On CUDA, the share of a function is the time until it returns; work that it leaves to the device counts towards the
+    next function that waits for it.
     """
     env = make_vec_env(options.env, options.envs, seed=0)
     agent = WorldFluxAgent(
@@ -54,7 +55,7 @@ def shares_of(preset: str, options: argparse.Namespace) -> dict[str, Any]:
         seq_len=options.length,
         device=options.device,
     )
-    agent.learn(320 + options.envs)  # the start and the training that it owes are not counted
+    agent.learn(320 + options.envs)  # the start and its training are not counted
     assert agent.replay_buffer is not None and agent._collector is not None
     watch = Stopwatch()
     for owner, names, label in (
@@ -86,16 +87,16 @@ def shares_of(preset: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Prints a line of JSON for each preset."""
+    """Prints one line of JSON per preset."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("env", help="a name of make_env")
+    parser.add_argument("env", help="name of the environment, as in make_env")
     parser.add_argument("--preset", nargs="+", default=["tdmpc2:tiny"])
-    parser.add_argument("--steps", type=int, default=100, help="environment steps that are measured")
-    parser.add_argument("--envs", type=int, default=1, help="environments that are stepped together")
-    parser.add_argument("--batch", type=int, help="windows in a gradient step; default: the family's")
-    parser.add_argument("--length", type=int, help="time steps in them; default: the family's")
+    parser.add_argument("--steps", type=int, default=100, help="number of measured environment steps")
+    parser.add_argument("--envs", type=int, default=1, help="number of parallel environments")
+    parser.add_argument("--batch", type=int, help="windows per gradient step; default: that of the algorithm")
+    parser.add_argument("--length", type=int, help="time steps per window; default: that of the algorithm")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, help="of the CPU; default: all cores that this process may use")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: all cores that this process may use")
     options = parser.parse_args()
     torch.set_num_threads(rows.use_threads(options.threads))
     for preset in options.preset:

@@ -1,4 +1,4 @@
-"""One run of a benchmark: a model learns a task with a seed, and goes on after a kill."""
+"""One run of a benchmark, which trains a model on a task with a seed and can be resumed."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ from worldflux.training.checkpoint import newest_checkpoint
 
 CHECKPOINTS_IN_A_RUN = 20
 MOST_STEPS_BETWEEN_CHECKPOINTS = 50_000
-"""Of the agent."""
+"""Steps of the agent."""
 _FEW_EPISODES = 5
 _DEFAULT_BUFFER_SIZE = 1_000_000
-"""Of both families."""
+"""Default of both model families."""
 _LEAST_BUFFER_SIZE = 20_000
-"""Holds more than any family waits for before it learns."""
+"""More than either model family waits for before training starts."""
 MERGE_SECONDS = 20
-"""Between two writings of a task's file of all seeds."""
+"""Seconds between updates of the score file of all seeds of a task."""
 
 
 def make_task(protocol: Protocol, settings: RunSettings) -> gym.Env[Any, Any]:
@@ -61,12 +61,12 @@ def make_task(protocol: Protocol, settings: RunSettings) -> gym.Env[Any, Any]:
 
 
 class Scores(BaseCallback):
-    """Writes scores as they come, and from time to time the task's file of all seeds.
+    """Writes scores as they are obtained, and regularly the score file of all seeds of the task.
 
     Args:
-        directory: Of the run.
-        record: Its last part is kept up to date.
-        frames: Steps of the simulator in one of the agent's.
+        directory: Directory of the run.
+        record: Record of the run, whose last part is updated.
+        frames: Steps of the simulator per step of the agent.
     """
 
     def __init__(self, directory: Path, record: RunRecord, frames: int) -> None:
@@ -79,18 +79,18 @@ class Scores(BaseCallback):
 
     @property
     def step(self) -> int:
-        """Of the simulator, over all environments."""
+        """Steps of the simulator, over all environments."""
         return self.num_timesteps * self.frames
 
     def _on_training_start(self) -> None:
-        # What a kill has left behind its last checkpoint is done again.
+        # Scores after the last checkpoint of an interrupted run are computed again.
         rows = [row for row in read_scores(self.path, in_progress=True) if row.step <= self.step]
         write_scores(self.path, rows)
         self.last = rows[-1].step if rows else None
         self._began = time.monotonic()
 
     def add(self, scores: Sequence[float]) -> None:
-        """Adds lines for this step."""
+        """Adds scores for the current step."""
         if not scores:
             return
         append_scores(self.path, [Score(self.step, score, self.record.settings.seed) for score in scores])
@@ -100,7 +100,7 @@ class Scores(BaseCallback):
             self._merged = time.monotonic()
 
     def note(self) -> None:
-        """Writes how far the run is, and the file of all seeds."""
+        """Writes the progress of the run and the score file of all seeds."""
         self.record.parts[-1].update(to_step=self.step, seconds=round(time.monotonic() - self._began, 1))
         self.record.write(self.directory)
         merge(self.directory.parent)
@@ -110,7 +110,7 @@ class Scores(BaseCallback):
 
 
 class TrainingScores(Scores):
-    """Returns of the training episodes."""
+    """Scores that are the returns of training episodes."""
 
     def _on_step(self) -> bool:
         self.add([float(info["episode"]["r"]) for info in self.locals["infos"] if "episode" in info])
@@ -118,9 +118,10 @@ class TrainingScores(Scores):
 
 
 class EvaluationScores(Scores):
-    """Mean returns of evaluations with deterministic actions: before the first step, at an interval, and at the end.
+    """Scores that are mean returns of evaluations with deterministic actions.
 
-    All episodes of an evaluation are played at once, in an environment each, and begin alike in every evaluation.
+    Evaluations take place before the first step, at regular intervals, and at the end. All episodes of an evaluation
+    are played in parallel, one per environment, and have the same initial states in every evaluation.
     """
 
     model: WorldFluxAgent
@@ -158,12 +159,12 @@ class EvaluationScores(Scores):
         self.add([float(np.mean(scores))])
 
     def _go_on(self, *args: Any) -> None:
-        if self.model.stopping:  # whoever waits for the end of the step shall not wait for ten episodes
+        if self.model.stopping:  # stopping must not wait for ten episodes
             raise _StoppedError
 
 
 class _StoppedError(Exception):
-    """Ends an evaluation."""
+    """Raised to end an evaluation early."""
 
 
 def run(
@@ -175,21 +176,22 @@ def run(
     checkpoint_every: int | None = None,
     callbacks: Sequence[BaseCallback] = (),
 ) -> RunRecord | None:
-    """Begins a run, or goes on with one that was stopped.
+    """Starts a run, or resumes one that was stopped.
 
     Args:
         out: Directory of the benchmark.
-        settings: Of the run; `check_settings` has compared them with those of what is there.
-        device: Where the model is.
-        processes: Step each environment in a process of its own.
-        checkpoint_every: Steps of the simulator. Default: a twentieth of the run, at most 50,000 of the agent's steps.
-        callbacks: More of them.
+        settings: Settings of the run, which `check_settings` has compared with those of existing runs.
+        device: Device of the model.
+        processes: Step each environment in a separate process.
+        checkpoint_every: Steps of the simulator between checkpoints. By default a twentieth of the run, but at most
+            50,000 steps of the agent.
+        callbacks: Additional callbacks.
 
     Returns:
-        What is known of the finished run; None where another process is working on it.
+        The record of the finished run, or None if another process is working on it.
 
     Raises:
-        CheckpointError: If what is there is damaged.
+        CheckpointError: If existing files are damaged.
     """
     directory = run_directory(out, settings.task, settings.seed)
     directory.mkdir(parents=True, exist_ok=True)
@@ -199,7 +201,7 @@ def run(
         record = RunRecord.read(directory) or RunRecord(settings, _versions(), [])
         if record.result is None:
             _learn(directory, record, device, processes, checkpoint_every, callbacks)
-        shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)  # also those of a run that was killed right here
+        shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)  # also if a previous process was killed here
         merge(directory.parent)
         return record
 
@@ -212,7 +214,7 @@ def _learn(
     checkpoint_every: int | None,
     callbacks: Sequence[BaseCallback],
 ) -> None:
-    """The rest of a run; afterwards its record has a result."""
+    """Trains for the remaining steps of a run, and adds the result to its record."""
     settings = record.settings
     with _environments(settings, processes) as (envs, eval_envs):
         frames = frames_per_vec_step(envs)
@@ -238,7 +240,7 @@ def _learn(
         every = max(1, min(settings.agent_steps // CHECKPOINTS_IN_A_RUN, MOST_STEPS_BETWEEN_CHECKPOINTS))
         if checkpoint_every is not None:
             every = max(1, checkpoint_every // frames)
-        # Checkpoints last: what they hold is in the scores already.
+        # Checkpoints are last, so that the scores up to a checkpoint have already been written.
         saving = AgentCheckpointCallback(directory / CHECKPOINTS, every, max_checkpoints=1)
         agent.set_logger(run_logger(directory / LOGS))
         try:
@@ -259,24 +261,24 @@ def _learn(
 
 
 def _warn_of_few_episodes(settings: RunSettings, episode_steps: int | None) -> None:
-    """Scores of training episodes come late where many environments share few steps."""
+    """Warns if the steps per environment are too few for several training episodes."""
     if settings.eval_every or episode_steps is None:
         return
     episodes = settings.agent_steps // settings.envs // episode_steps
     if episodes < _FEW_EPISODES and settings.envs > 1:
         print(
-            f"{settings.steps} steps in {settings.envs} environments are {episodes} whole episodes in each: the "
-            "last score is of an early policy. Fewer --envs give more of them.",
+            f"{settings.steps} steps in {settings.envs} environments are {episodes} whole episodes in each, so that "
+            "the last score belongs to an early policy. Use fewer --envs for more episodes.",
             file=sys.stderr,
         )
 
 
 def _agent(directory: Path, settings: RunSettings, envs: VecEnv, device: str) -> WorldFluxAgent:
-    """A new agent, or the one of the newest checkpoint."""
+    """A new agent, or the agent of the newest checkpoint."""
     if newest_checkpoint(directory / CHECKPOINTS) is not None:
         return WorldFluxAgent.load(directory / CHECKPOINTS, envs, device=device, resume=True)
     chosen = settings.agent
-    if settings.agent_steps < _DEFAULT_BUFFER_SIZE:  # more than is ever stored would only ask for more memory
+    if settings.agent_steps < _DEFAULT_BUFFER_SIZE:  # a larger buffer would only reserve memory
         chosen = {"buffer_size": max(settings.agent_steps + settings.envs, _LEAST_BUFFER_SIZE), **chosen}
     return WorldFluxAgent(
         settings.model, envs, device=device, seed=settings.seed, model_kwargs=settings.model_fields, **chosen
@@ -285,7 +287,7 @@ def _agent(directory: Path, settings: RunSettings, envs: VecEnv, device: str) ->
 
 @contextmanager
 def _environments(settings: RunSettings, processes: bool) -> Iterator[tuple[VecEnv, VecEnv | None]]:
-    """Those to learn in, and those to evaluate in where evaluations count."""
+    """The training environments, and the evaluation environments if evaluations are scored."""
     protocol = PROTOCOLS[settings.protocol]
     make = partial(make_task, protocol, settings)
     made = [make_vec_env(make, settings.envs, seed=settings.seed, processes=processes)]
@@ -303,7 +305,7 @@ def _versions() -> dict[str, str]:
 
 
 def _machine(device: torch.device) -> str:
-    """The device, in words."""
+    """The name of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = next((line for line in _cpu_lines() if line.startswith("model name")), platform.processor() or "CPU")
@@ -316,7 +318,7 @@ def _cpu_lines() -> list[str]:
 
 
 def _commit() -> str:
-    """Of this checkout; with a sign where files differ from it."""
+    """The commit of this checkout, marked if files differ from it."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""The command line that `dmc.py` and `atari.py` share: which runs, one after the other, and the report on them."""
+"""The command line of `dmc.py` and `atari.py`, which executes runs one after the other and reports on them."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from worldflux.factory import find_preset
 Suites = Mapping[str, tuple[Protocol, ...]]
 
 _NOT_SET = ("seed", "verbose", "tensorboard_log", "stats_window_size")
-"""Settings of the agent that a benchmark gives itself, or that change nothing in it."""
+"""Settings of the agent that the benchmark sets itself, or that have no effect in it."""
 
 
 def main(name: str, suites: Suites, task_name: Callable[[str], str], description: str, argv: Sequence[str]) -> int:
-    """Runs what the command line says.
+    """Entry point of the command line.
 
     Args:
-        name: Of the benchmark: "dmc".
-        suites: Its protocols.
-        task_name: Our name of a task, from other spellings.
-        description: For `--help`.
-        argv: Without the command itself.
+        name: Name of the benchmark, such as "dmc".
+        suites: Protocols of the benchmark, keyed by suite.
+        task_name: Function that converts other spellings of a task's name to that in worldflux.
+        description: Description for `--help`.
+        argv: Command-line arguments without the command itself.
 
     Returns:
-        0; 1 if a task ended below its accepted score, or a run diverged; 2 if something cannot be used; 130 after
+        0 on success; 1 if a task ended below its accepted score or a run diverged; 2 for invalid input; 130 after
         Ctrl-C.
     """
     parser = _parser(suites, description)
@@ -53,13 +53,13 @@ def main(name: str, suites: Suites, task_name: Callable[[str], str], description
             with _directory(options.out) as out:
                 return smoke(_smoke_protocols(options, suites), out)
         if options.model is None or options.out is None:
-            parser.error("--model and --out are needed, such as: --model dreamerv3:size12m --out results/dmc")
+            parser.error("--model and --out are required, for example: --model dreamerv3:size12m --out results/dmc")
         return _run_all(options, suites, task_name)
     except WorldFluxError as error:
         print(f"benchmarks/{name}.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"benchmarks/{name}.py: stopped; the same command goes on from here", file=sys.stderr)
+        print(f"benchmarks/{name}.py: stopped; run the same command again to resume", file=sys.stderr)
         return 130
 
 
@@ -67,37 +67,37 @@ def _parser(suites: Suites, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     first = next(iter(suites))
-    add("--model", help="a preset: dreamerv3:size12m (worldflux models lists them)")
+    add("--model", help="a preset, such as dreamerv3:size12m (worldflux models lists them)")
     add("--suite", choices=list(suites), default=first, help=f"default: {first}")
-    add("--tasks", nargs="+", metavar="TASK", help="default: all that were published for the model's family")
+    add("--tasks", nargs="+", metavar="TASK", help="default: all tasks that were published for the algorithm")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
-    add("--out", type=Path, metavar="DIR", help="of the runs; the same command goes on with what is there")
-    add("--steps", type=int, help="of the simulator, action repeat counted; default: the published budget")
-    add("--envs", type=int, help="environments that are stepped together; default: as published")
-    add("--processes", action="store_true", help="a process for each environment")
+    add("--out", type=Path, metavar="DIR", help="directory for the runs; existing ones are resumed")
+    add("--steps", type=int, help="steps of the simulator, including repeated ones; default: the published budget")
+    add("--envs", type=int, help="number of parallel environments; default: as published")
+    add("--processes", action="store_true", help="run each environment in its own process")
     add("--device", default="auto", help="default: the GPU if there is one")
-    add("--dtype", help="of the model's arithmetic, such as bfloat16; default: the preset's")
-    add("--compile", choices=["auto", "true", "false"], help="the agent's setting; default: its own")
-    add("--threads", type=int, help="of the CPU, for PyTorch")
+    add("--dtype", help="precision of the model, such as bfloat16; default: that of the preset")
+    add("--compile", choices=["auto", "true", "false"], help="setting of the agent; default: that of the agent")
+    add("--threads", type=int, help="number of CPU threads of PyTorch")
     add(
         "--set",
         nargs="+",
         default=[],
         action="extend",
         metavar="[TASK:]NAME=VALUE",
-        help="settings of the agent or fields of the model's configuration, for all tasks or for one",
+        help="settings of the agent or fields of the model's configuration, for all tasks or for one task",
     )
-    add("--eval-every", type=int, help="steps of the simulator from one evaluation to the next")
-    add("--eval-episodes", type=int, help="of each evaluation")
-    add("--checkpoint-every", type=int, help="steps of the simulator")
+    add("--eval-every", type=int, help="steps of the simulator between evaluations")
+    add("--eval-episodes", type=int, help="episodes per evaluation")
+    add("--checkpoint-every", type=int, help="steps of the simulator between checkpoints")
     add(
         "--accept",
         nargs="+",
         default=[],
         metavar="SHARE | TASK=SCORE",
-        help="least score that is no failure: a share of the published one less its noise (default: 0.8), or a number",
+        help="lowest accepted score: a share of the published score minus its noise (default: 0.8), or a number",
     )
-    add("--smoke", action="store_true", help="in less than a minute: everything once, with a tiny model")
+    add("--smoke", action="store_true", help="run everything once with a tiny model, in less than a minute")
     return parser
 
 
@@ -119,12 +119,12 @@ def _run_all(options: argparse.Namespace, suites: Suites, task_name: Callable[[s
                 processes=options.processes,
                 checkpoint_every=options.checkpoint_every,
             )
-        except TrainingError as error:  # the other runs have nothing to do with it
+        except TrainingError as error:  # does not affect the other runs
             print(f"{directory} has failed: {error}", file=sys.stderr, flush=True)
             diverged = True
             continue
         if record is None:
-            print(f"{directory} is left out: another process is working on it", file=sys.stderr, flush=True)
+            print(f"{directory} is skipped: another process is working on it", file=sys.stderr, flush=True)
         else:
             print(json.dumps(_summary(record)), flush=True)
     below = report.write(
@@ -134,10 +134,10 @@ def _run_all(options: argparse.Namespace, suites: Suites, task_name: Callable[[s
 
 
 def find_protocol(model: str, of_suite: Sequence[Protocol], suite: str) -> Protocol:
-    """How a preset's family was measured in a suite.
+    """The protocol of a preset's family for a suite.
 
     Raises:
-        ConfigurationError: If there is no such preset, or its family was not measured there.
+        ConfigurationError: If there is no such preset, or no protocol for its family.
     """
     found = find_preset(model)
     if found is None:
@@ -149,22 +149,22 @@ def find_protocol(model: str, of_suite: Sequence[Protocol], suite: str) -> Proto
         if protocol.family == family:
             return protocol
     raise ConfigurationError(
-        f"{model} is a model of {family}, whose authors have published nothing for {suite}. There is a protocol for: "
+        f"{model} is a model of {family}, whose authors have published nothing for {suite}. There are protocols for: "
         f"{', '.join(protocol.family for protocol in of_suite)}."
     )
 
 
 def find_tasks(given: Sequence[str] | None, protocol: Protocol, task_name: Callable[[str], str]) -> list[str]:
-    """Our names of the tasks, all of the protocol's where none is given.
+    """The names of the given tasks in worldflux, by default all tasks of the protocol.
 
     Raises:
-        ConfigurationError: If one is not in the suite.
+        ConfigurationError: If a task is not in the suite.
     """
     tasks = list(dict.fromkeys(task_name(name) for name in given)) if given else list(protocol.tasks)
     for name in tasks:
         if name not in protocol.tasks:
             raise ConfigurationError(
-                f"Unknown task '{name}'{nearest(name, protocol.tasks)} Published are: {', '.join(protocol.tasks)}."
+                f"Unknown task '{name}'{nearest(name, protocol.tasks)} Published tasks: {', '.join(protocol.tasks)}."
             )
     return tasks
 
@@ -175,7 +175,7 @@ def make_settings(
     """The settings of one run.
 
     Raises:
-        ConfigurationError: If an option cannot be used.
+        ConfigurationError: If an option is invalid.
     """
     agent, model_fields = overrides(options.set, options.model, task, task_name)
     if options.dtype is not None:
@@ -184,7 +184,7 @@ def make_settings(
         agent["compile"] = {"true": True, "false": False}.get(options.compile, options.compile)
     evaluates = protocol.score == "evaluation"
     if not evaluates and (options.eval_every or options.eval_episodes):
-        raise ConfigurationError(f"{protocol.title} has no evaluations: its scores are those of training episodes.")
+        raise ConfigurationError(f"{protocol.title} has no evaluations: its scores are returns of training episodes.")
     for name in ("steps", "envs", "eval_every", "eval_episodes", "checkpoint_every"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ConfigurationError(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected 1 or more.")
@@ -207,12 +207,13 @@ def make_settings(
 def overrides(
     given: Sequence[str], model: str, task: str, task_name: Callable[[str], str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `--set` says for a task: settings of the agent, and fields of the model's configuration.
+    """The settings of the agent and fields of the model's configuration that `--set` specifies for a task.
 
-    Values are JSON where they can be read as such, else text. What is said of one task goes before what is said of all.
+    Values are parsed as JSON if possible, and are text otherwise. Values for one task take precedence over those for
+    all tasks.
 
     Raises:
-        ConfigurationError: If one is not understood, or has an unknown name.
+        ConfigurationError: If an argument is invalid or has an unknown name.
     """
     found = find_preset(model)
     assert found is not None, model
@@ -224,7 +225,7 @@ def overrides(
         name, equals, value = text.partition("=")
         of, colon, rest = name.rpartition(":")
         if not equals or not rest:
-            raise ConfigurationError(f"--set {text} is not understood, expected NAME=VALUE or TASK:NAME=VALUE.")
+            raise ConfigurationError(f"--set {text} is invalid, expected NAME=VALUE or TASK:NAME=VALUE.")
         if rest not in (*of_agent, *of_model):
             raise ConfigurationError(f"--set {text}: unknown setting '{rest}'{nearest(rest, [*of_agent, *of_model])}")
         if colon and task_name(of) != task:
@@ -244,7 +245,7 @@ def overrides(
 
 
 def _smoke_protocols(options: argparse.Namespace, suites: Suites) -> list[Protocol]:
-    """Those of the model's family, or of all."""
+    """The protocols of the model's family, or of all families."""
     of_suite = suites[options.suite]
     return list(of_suite) if options.model is None else [find_protocol(options.model, of_suite, options.suite)]
 
@@ -259,7 +260,7 @@ def _directory(given: Path | None) -> Iterator[Path]:
 
 
 def _summary(record: RunRecord) -> dict[str, Any]:
-    """A line on a finished run."""
+    """The summary of a finished run."""
     assert record.result is not None
     return {
         "task": record.settings.task,

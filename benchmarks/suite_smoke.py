@@ -1,4 +1,4 @@
-"""The whole chain of a benchmark in less than a minute: run, stop, go on, report. Its scores mean nothing."""
+"""Tests a benchmark in less than a minute: run, stop, resume and report. Its scores have no meaning."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ _MODEL: dict[str, dict[str, Any]] = {
     },
 }
 _ACTION_REPEAT = 20
-"""In DeepMind Control, so that an episode has 50 steps of the agent."""
+"""Action repeat in DeepMind Control, so that an episode has 50 steps of the agent."""
 _MAX_FRAMES = 200
-"""Of an episode in Atari, for the same."""
+"""Frames per episode in Atari, so that it has 50 steps of the agent, too."""
 
 
 def smoke(protocols: Sequence[Protocol], out: Path) -> int:
-    """Runs each protocol with its family's tiny preset.
+    """Runs each protocol with the tiny preset of its family.
 
     Returns:
-        0 if every run went on after a stop, ended with scores, and stands in the report; else 1.
+        0 if every run was resumed after a stop, finished with scores, and is in the report; otherwise 1.
     """
     if out.exists() and any(out.iterdir()):
-        raise ConfigurationError(f"{out} is not empty. Give another --out, or none, for a smoke run.")
+        raise ConfigurationError(f"{out} is not empty. Use another --out, or none, for a smoke test.")
     torch.set_num_threads(1)
     started = time.perf_counter()
     problems = [problem for protocol in protocols for problem in _problems(protocol, out / protocol.name)]
@@ -53,7 +53,7 @@ def smoke(protocols: Sequence[Protocol], out: Path) -> int:
 
 
 def _problems(protocol: Protocol, out: Path) -> list[str]:
-    """What is wrong with a protocol's runs."""
+    """Problems found in the runs of a protocol."""
     task = "cartpole-balance" if "cartpole-balance" in protocol.tasks else protocol.tasks[0]
     repeat, short = _ACTION_REPEAT, {"action_repeat": _ACTION_REPEAT, "fast_rendering": True}
     if protocol.environment != "dmc/":
@@ -83,7 +83,7 @@ def _problems(protocol: Protocol, out: Path) -> list[str]:
     problems = []
     assert records[0] is not None
     if [part["from_step"] for part in records[0].parts] != [0, settings.steps // 2]:
-        problems.append(f"{protocol.name}: the first run did not go on where it was stopped: {records[0].parts}")
+        problems.append(f"{protocol.name}: the first run was not resumed where it was stopped: {records[0].parts}")
     for record in records:
         assert record is not None and record.result is not None
         if record.result["step"] != settings.steps or record.result["gradient_steps"] == 0:
@@ -96,7 +96,7 @@ def _problems(protocol: Protocol, out: Path) -> list[str]:
 
 
 class _StopAt(BaseCallback):
-    """Ctrl-C in the middle of a run; it is heard at the next step."""
+    """Simulates Ctrl-C in the middle of a run, which takes effect at the next step."""
 
     def __init__(self, step: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is said of the scores of several runs: intervals over seeds, and the interquartile mean of a suite."""
+"""Statistics of the scores of several runs: intervals over seeds, and the interquartile mean of a suite."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _T_95 = (
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
     *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
-"""Quantiles 0.975 of Student's t with 1 to 30 degrees of freedom."""
+"""0.975 quantiles of Student's t distribution with 1 to 30 degrees of freedom."""
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Student's interval of 95 % around the mean; None for fewer than two values.
+    """Student's t interval (95 %) of the mean, or None for fewer than two values.
 
-    Not the bootstrap's, which is far too narrow for the two to five seeds of a task.
+    A bootstrap interval would be far too narrow for the two to five seeds of a task.
     """
     count = len(values)
     if count < 2:
@@ -31,9 +31,9 @@ def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def iqm(values: Sequence[float] | np.ndarray) -> float:
-    """The interquartile mean: of what is left when the lowest and the highest quarter are cut off.
+    """The interquartile mean, that is, the mean without the lowest and the highest quarter of the values.
 
-    A quarter of n values is rounded down, as in `scipy.stats.trim_mean(values, 0.25)` and in rliable.
+    The number of values in a quarter is rounded down, as in `scipy.stats.trim_mean(values, 0.25)` and in rliable.
     """
     ordered = np.sort(np.asarray(values, dtype=float).ravel())
     cut = len(ordered) // 4
@@ -41,25 +41,24 @@ def iqm(values: Sequence[float] | np.ndarray) -> float:
 
 
 def mean(values: Sequence[float] | np.ndarray) -> float:
-    """Of all values."""
+    """The mean of all values."""
     return float(np.mean(values))
 
 
 def stratified_interval(
     tasks: Sequence[np.ndarray], statistic: Callable[[np.ndarray], float], resamples: int = RESAMPLES
 ) -> tuple[float, float] | None:
-    """Bootstrap interval of 95 % of a number that is computed from the scores of all tasks and seeds.
+    """Bootstrap interval (95 %) of a statistic of the scores of all tasks and seeds.
 
-    Each resample draws, for each task apart, as many of its seeds as there are (Agarwal et al., 2021,
-    arXiv:2108.13264).
+    Each resample draws seeds with replacement, separately for each task (Agarwal et al., 2021, arXiv:2108.13264).
 
     Args:
-        tasks: Scores of each task's seeds. `[S]` each
-        statistic: Of all scores.
-        resamples: More make its ends surer.
+        tasks: Scores `[S]` of the seeds of each task.
+        statistic: Function of all scores.
+        resamples: Number of resamples; more make the interval more precise.
 
     Returns:
-        Its ends, or None where no task has two seeds.
+        The ends of the interval, or None if no task has two seeds.
     """
     if all(len(scores) < 2 for scores in tasks):
         return None
@@ -71,16 +70,16 @@ def stratified_interval(
 
 
 def windowed(steps: np.ndarray, scores: np.ndarray, end: float, window: int) -> float | None:
-    """A run's score at a step.
+    """The score of a run at a step.
 
     Args:
-        steps: Of its scores, ascending. `[N]`
-        scores: `[N]`
+        steps: Steps `[N]` of its scores, ascending.
+        scores: Scores `[N]`.
         end: The step.
-        window: Scores of so many steps before are averaged; 0 takes the last score until then.
+        window: Number of steps before `end` over which scores are averaged; 0 uses the last score.
 
     Returns:
-        The mean over `(end - window, end]`; where no score falls into that, the last one before; None if there is none.
+        The mean over `(end - window, end]`, or the last score before if the window has none, or None if there is none.
     """
     known = steps <= end
     inside = known & (steps > end - window)

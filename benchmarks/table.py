@@ -2,8 +2,8 @@
 
     python benchmarks/table.py results.json --out benchmarks/RESULTS.md
 
-Files of the same commit and machine share a section. Our times are medians over all rounds; each peer is compared with
-the times that were measured in the same run.
+Files of the same commit and machine share a section. Times of worldflux are medians over all rounds; each peer is
+compared with the times that were measured in the same run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ machine multiplied large square matrices in the same run. They are counted in th
 operations per multiply-add; all other operations count as free. *Memory* is the peak memory of the process on a CPU,
 including PyTorch, and of PyTorch's allocations on CUDA. *Compiling* is the time by which the first calls exceeded the
 median; compilers that keep a cache started with a filled one. Peers run their own code, installed as
-`benchmarks/peers/README.md` describes, in a process that is started directly after ours.
+`benchmarks/peers/README.md` describes, in a process that is started directly after that of worldflux.
 
 This page contains only measured values. To repeat the measurements, on an idle machine:
 
@@ -154,8 +154,18 @@ def peers_table(run: Run) -> str:
                 f"{row['compile_s']:.1f} s",
             ]
         )
-    head = ["case", "step", "peer", "precision", "versions", "peer's", "ours", "peer's / ours", "ours in bfloat16"]
-    head += ["peer's memory", "compiling"]
+    head = [
+        "case",
+        "step",
+        "peer",
+        "precision",
+        "versions",
+        "time of the peer",
+        "worldflux",
+        "peer / worldflux",
+        "worldflux, bfloat16",
+    ]
+    head += ["memory of the peer", "compiling"]
     return _markdown(head, lines) if lines else ""
 
 

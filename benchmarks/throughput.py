@@ -1,14 +1,14 @@
-"""How fast worldflux is, beside other implementations of the same algorithms on the same machine.
+"""Measures the speed of worldflux and of other implementations of the same algorithms on the same machine.
 
     python benchmarks/throughput.py --out results.json
     python benchmarks/throughput.py --cases tdmpc2-5m-state --device cuda --dtype float32 bfloat16 --compile auto off
     python benchmarks/throughput.py --peers r2dreamer=~/src/r2dreamer dreamerv3_jax=~/src/dreamerv3,~/jax/bin/python
     python benchmarks/table.py results.json
 
-Every case is measured in a process of its own (`cases.py` says what is in a step), a peer's right behind ours, and the
-machine's speed at multiplying matrices in the same run; `online.py` measures whole training loops. Run it on an idle
-machine, and compare only what one run printed. `peers/README.md` says how to install the peers. The exit code is 1 if a
-measurement failed; the others are written nevertheless.
+Each case is measured in its own process (`cases.py` defines what a step includes). Each peer is measured directly after
+worldflux, and the speed of matrix products is measured in the same run; `online.py` measures complete training loops.
+Use an idle machine, and compare only results of the same run. `peers/README.md` describes how to install the peers. The
+exit code is 1 if a measurement failed; the others are written nevertheless.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ DREAMER, TDMPC2 = ("dreamerv3-1m-proprio", "dreamerv3-12m-pixels"), ("tdmpc2-5m-
 
 
 class Script(NamedTuple):
-    """What a script in `peers/` can measure."""
+    """Capabilities of a script in `peers/`."""
 
     cases: tuple[str, ...]
     half: tuple[str, ...]
-    """Devices on which it computes in bfloat16 too."""
+    """Devices on which it also supports bfloat16."""
     compiles: bool
-    """Whether it has a form that a compiler has made faster besides another one."""
+    """Whether it has a compiled form in addition to a plain one."""
 
 
 PEERS = {
@@ -53,7 +53,7 @@ PEERS = {
 
 @dataclass(frozen=True)
 class Peer:
-    """A peer of the command line: `NAME[+compile]=CHECKOUT[,PYTHON]`."""
+    """A peer on the command line: `NAME[+compile]=CHECKOUT[,PYTHON]`."""
 
     name: str
     compile: bool
@@ -62,7 +62,7 @@ class Peer:
 
     @classmethod
     def parse(cls, text: str) -> Peer:
-        """A peer as it was asked for.
+        """Parses an argument of `--peers`.
 
         Raises:
             argparse.ArgumentTypeError: If there is no such script.
@@ -72,13 +72,13 @@ class Peer:
         forms = [*PEERS, *(f"{peer}+compile" for peer, script in PEERS.items() if script.compiles)]
         if form not in forms or not place:
             raise argparse.ArgumentTypeError(
-                f"'{text}' is no FORM=CHECKOUT[,PYTHON] with a FORM of {', '.join(forms)}."
+                f"'{text}' is not FORM=CHECKOUT[,PYTHON] with a FORM of {', '.join(forms)}."
             )
         repo, _, python = place.partition(",")
         return cls(name, bool(compiled), str(Path(repo).expanduser()), str(Path(python or sys.executable).expanduser()))
 
     def command(self, case: str, dtype: str, device: str) -> list[str] | None:
-        """What to run for a case; None where the peer has no such case."""
+        """The command for a case, or None if the peer does not have the case."""
         can = PEERS[self.name]
         if case not in can.cases or (dtype != "float32" and device not in can.half):
             return None
@@ -87,7 +87,7 @@ class Peer:
 
 
 def commands(options: argparse.Namespace) -> Iterator[list[str]]:
-    """Everything to be run, in order: the peaks, and then for each case ours and the peers' in turn."""
+    """All commands in order: the matrix products, then worldflux and the peers in turn for each case."""
     same = ["--device", options.device, "--repeats", str(options.repeats), "--budget", str(options.budget)]
     if options.threads:
         same += ["--threads", str(options.threads)]
@@ -108,19 +108,19 @@ def commands(options: argparse.Namespace) -> Iterator[list[str]]:
 
 
 def run(command: list[str], limit: float) -> tuple[list[dict[str, Any]], str | None]:
-    """The rows that a command printed, and what went wrong."""
+    """Runs a command, and returns the rows that it printed and a description of its failure, if any."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired as expired:
         printed = expired.stdout or ""
         text = printed.decode() if isinstance(printed, bytes) else printed
-        return rows.rows_in(text), f"no end within {limit:g} s"
+        return rows.rows_in(text), f"timed out after {limit:g} s"
     failure = None if done.returncode == 0 else f"exit code {done.returncode}: {done.stderr.strip()[-2000:]}"
     return rows.rows_in(done.stdout), failure
 
 
 def facts(options: argparse.Namespace) -> dict[str, Any]:
-    """What a reader needs to judge the numbers or to measure them again."""
+    """Facts that are needed to interpret the results or to repeat the measurement."""
     import numpy
     import torch
 
@@ -128,7 +128,7 @@ def facts(options: argparse.Namespace) -> dict[str, Any]:
         asked = subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True)
         return asked.stdout.strip()
 
-    measured = ("--", ":/worldflux", ":/agents", ":/envs")  # commits of anything else leave the results as they are
+    measured = ("--", ":/worldflux", ":/agents", ":/envs")  # other commits do not affect the results
     cuda = options.device.startswith("cuda")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -151,7 +151,7 @@ def facts(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _without_folders(arguments: list[str]) -> list[str]:
-    """The arguments with only the names of the files and folders that they lead to."""
+    """The arguments with paths reduced to the names of their files and folders."""
     return [
         f"{form}={','.join(Path(part).name for part in place.split(','))}" if place else Path(form).name
         for form, _, place in (argument.partition("=") for argument in arguments)
@@ -159,16 +159,16 @@ def _without_folders(arguments: list[str]) -> list[str]:
 
 
 def main() -> int:
-    """Measures everything that was asked for."""
+    """Runs the requested measurements."""
     parser = rows.parser(__doc__, cases.CASES)
     parser.set_defaults(cases=tuple(cases.REFERENCE))
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
-    parser.add_argument("--compile", nargs="+", choices=tuple(cases.COMPILE), default=["auto"], help="forms of ours")
-    parser.add_argument("--envs", type=int, default=1, help="environments that act together")
+    parser.add_argument("--compile", nargs="+", choices=tuple(cases.COMPILE), default=["auto"], help="forms to measure")
+    parser.add_argument("--envs", type=int, default=1, help="number of environments that act in one batch")
     parser.add_argument("--peers", nargs="+", type=Peer.parse, default=[], metavar="NAME[+compile]=CHECKOUT[,PYTHON]")
-    parser.add_argument("--rounds", type=int, default=1, help="times that ours and the peers' take turns in each case")
-    parser.add_argument("--limit", type=float, default=1800.0, help="seconds after which a measurement is given up")
-    parser.add_argument("--out", type=Path, help="file for the results as JSON; they are printed as well")
+    parser.add_argument("--rounds", type=int, default=1, help="alternations of worldflux and the peers per case")
+    parser.add_argument("--limit", type=float, default=1800.0, help="seconds after which a measurement is aborted")
+    parser.add_argument("--out", type=Path, help="JSON file for the results, which are also printed")
     options = parser.parse_args()
     found: dict[str, Any] = {**facts(options), "rows": [], "failures": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -182,7 +182,7 @@ def main() -> int:
                 name = shlex.join(["python", *_without_folders(command[1:])])
                 found["failures"].append({"command": name, "error": failure})
                 print(f"{name}\n{failure}", file=sys.stderr, flush=True)
-            if options.out is not None:  # after each, so that a run that is cut short has its rows
+            if options.out is not None:  # after each command, so that an interrupted run keeps its rows
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 1 if found["failures"] else 0

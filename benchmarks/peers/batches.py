@@ -1,4 +1,4 @@
-"""The batch that every implementation of a case is given. `../cases.py` writes it, from an agent's replay buffer."""
+"""Reads the batch that all implementations of a case share. `../cases.py` writes it from an agent's replay buffer."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import numpy as np
 
 
 def read(path: str) -> dict[str, np.ndarray]:
-    """Rows of windows `[B, T, ...]`, aligned as worldflux has them: what an action earned is in its own row.
+    """Windows of rows `[B, T, ...]`, aligned as in worldflux: a reward is in the row of the action that earned it.
 
-    Images are `[B, T, C, H, W]`; what DreamerV3 has stored of its latents is `deter` and, as class numbers, `stoch`.
+    Images are `[B, T, C, H, W]`. DreamerV3's stored latents are `deter` and, as class indices, `stoch`.
     """
     with np.load(path) as file:
         return {name.rpartition("/")[2]: file[name] for name in file.files}
 
 
 def on_arrival(batch: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The same as DreamerV3's authors have it: a row has what the action before it has earned, and images as HWC."""
+    """The batch aligned as by DreamerV3's authors: a reward is in the row after its action, and images are HWC."""
     first = batch["is_first"]
 
     def later(values: np.ndarray) -> np.ndarray:
@@ -40,5 +40,5 @@ def on_arrival(batch: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def one_hot(stoch: np.ndarray, classes: int) -> np.ndarray:
-    """The stored class numbers, which begin at 1, as one-hot vectors; zeros where nothing was stored."""
+    """The stored class indices, which start at 1, as one-hot vectors; zeros where nothing was stored."""
     return np.eye(classes + 1, dtype=np.float32)[stoch][..., 1:]

@@ -2,8 +2,8 @@
 
     python benchmarks/peers/dreamerv3_jax.py --repo path/to/dreamerv3
 
-The training step is the agent's own, compiled whole by XLA: sampling and copying to the device are not in it. README.md
-says which commit, and what to install.
+The gradient step is the agent's own, compiled as a whole by XLA; sampling and copying to the device are not included.
+README.md gives the commit and the packages to install.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SIZES = {"dreamerv3-1m-proprio": "size1m", "dreamerv3-12m-pixels": "size12m"}
 
 
 def build(case: str, options):
-    """The agent and its settings; importing JAX is left to here, where the number of threads is known."""
+    """Builds the agent. JAX is imported only here, because the number of threads has to be set before."""
     os.environ["JAX_PLATFORMS"] = options.device
     import elements
     import numpy as np
@@ -46,7 +46,7 @@ def build(case: str, options):
         **config.jax,
         "platform": options.device,
         "compute_dtype": options.dtype,
-        "precompile": False,  # the first call compiles, and is timed apart
+        "precompile": False,  # the first call compiles, and is timed separately
         "profiler": False,
         "prealloc": False,
     }
@@ -70,7 +70,7 @@ def build(case: str, options):
 
 
 def measure(case: str, options, threads: int) -> None:
-    """Prints the rows of one case."""
+    """Measures one case and prints its rows."""
     agent = build(case, options)
     import jax
     import jaxlib
@@ -103,7 +103,7 @@ def measure(case: str, options, threads: int) -> None:
         ),
         "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__},
     }
-    wait = None if options.device == "cpu" else lambda: None  # only says that there is more to warm up
+    wait = None if options.device == "cpu" else lambda: None  # only indicates that more warm-up calls are needed
     times = rows.clock(step, options.repeats, options.budget, wait)
     memory = {"peak_mib": rows.peak_resident_mib()} if options.device == "cpu" else {}
     rows.print_row("danijar/dreamerv3", case, rows.GRADIENT, {**times, **facts, **memory})

@@ -2,8 +2,9 @@
 
     python benchmarks/peers/dreamerv3_loop.py --repo path/to/dreamerv3 --case dreamerv3-16x16
 
-Ours are the environment, the sizes, and the count of steps: it counts actions, where theirs also counts the row that a
-reset makes, so that a train ratio means the same on both sides, and gradient steps begin after the same action.
+worldflux provides the environment, the sizes and the step counter, which counts only actions, whereas the peer also
+counts the row that a reset creates. The train ratio therefore means the same on both sides, and gradient steps begin
+after the same action.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ import numpy as np
 
 
 def learn(loop: loops.Loop, options: argparse.Namespace) -> tuple[loops.Watched, dict[str, Any]]:
-    """Runs a loop; returns the environment and further facts."""
+    """Runs a loop, and returns the environment and additional facts."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     parallel = str(options.threads > 1).lower()
     os.environ["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen={parallel} intra_op_parallelism_threads={options.threads}"
     import jax
 
-    jax.devices()  # starts XLA with these flags, which the agent replaces
+    jax.devices()  # initialises XLA with these flags, which the agent would replace
     import elements
     import embodied
     import portal
@@ -40,13 +41,13 @@ def learn(loop: loops.Loop, options: argparse.Namespace) -> tuple[loops.Watched,
     config = settings(loop, options, elements, ruamel.yaml)
 
     class Actions(elements.Counter):
-        """Their count of steps, without the rows that resets make."""
+        """The peer's step counter, without the rows that resets create."""
 
         def increment(self, amount: int = 1) -> None:
             self.value = watched.taken
 
     class Env(embodied.Env):
-        """The environment in their interface, in which a reset is a step."""
+        """The environment with the interface of the peer, in which a reset is a step."""
 
         over = True
         key = "image" if len(watched.observation_space.shape) == 3 else "vector"
@@ -73,7 +74,7 @@ def learn(loop: loops.Loop, options: argparse.Namespace) -> tuple[loops.Watched,
             return {self.key: obs, "reward": np.float32(reward), **flags}
 
     class Replay(embodied.replay.Replay):
-        """Theirs, which seems empty to the loop until as many actions as ours waits for have been taken."""
+        """The peer's replay buffer, which reports to be empty until `loop.starts` actions have been taken."""
 
         def __len__(self) -> int:
             return super().__len__() if watched.taken >= loop.starts else 0
@@ -111,7 +112,7 @@ def learn(loop: loops.Loop, options: argparse.Namespace) -> tuple[loops.Watched,
 
 
 def settings(loop: loops.Loop, options: argparse.Namespace, elements: Any, yaml: Any) -> Any:
-    """Their defaults with what the loop sets."""
+    """The peer's defaults with the settings of the loop."""
     sizes = loops.SIZES["dreamerv3"]
     defaults = yaml.YAML(typ="safe").load((Path(options.repo) / "dreamerv3/configs.yaml").read_text())["defaults"]
     quiet = {"psutil": False, "nvsmi": False, "gputil": False, "malloc": False, "gc": False}
@@ -129,7 +130,7 @@ def settings(loop: loops.Loop, options: argparse.Namespace, elements: Any, yaml:
             "batch_length": loop.length,
             "report_length": loop.length,
             "seed": options.seed,
-            "replay.size": 1e6,  # ours
+            "replay.size": 1e6,  # as in worldflux
             "run": {"train_ratio": loop.train_ratio, "envs": 1, "debug": True, "usage": quiet},
             "run.log_every": 0,
             "run.report_every": 0,
@@ -140,12 +141,12 @@ def settings(loop: loops.Loop, options: argparse.Namespace, elements: Any, yaml:
 
 
 def recorded(agent: Any, every: int, found: list[dict[str, float]]) -> Any:
-    """The agent's gradient step, which adds the losses of every n-th one to a list."""
+    """The agent's gradient step, which also appends the losses of every n-th step to `found`."""
     step = agent.train
 
     def train(carry: Any, data: Any) -> Any:
         carry, outs, metrics = step(carry, data)
-        updates = int(agent.n_updates) - 1  # metrics come back one call later
+        updates = int(agent.n_updates) - 1  # metrics are returned one call later
         if metrics and updates % every == 0:
             losses = {name: round(float(value), 5) for name, value in metrics.items() if np.ndim(value) == 0}
             found.append({"updates": updates, **losses})
@@ -157,4 +158,4 @@ def recorded(agent: Any, every: int, found: list[dict[str, float]]) -> Any:
 if __name__ == "__main__":
     loops.run(__doc__, "danijar/dreamerv3", ("dreamerv3",), learn)
     sys.stdout.flush()
-    os._exit(0)  # their threads would go on
+    os._exit(0)  # otherwise, threads of the peer would keep running

@@ -2,9 +2,9 @@
 
     python benchmarks/peers/r2dreamer.py --repo path/to/r2dreamer [--compile]
 
-The training step is the agent's own `update` with a buffer that always returns one batch. On a CPU its gradient is
-computed in the precision that is asked for; on CUDA `--dtype bfloat16` means the half precision that it is written for,
-float16 with a gradient scaler. README.md says which commit, and what to install.
+The gradient step is the agent's own `update` with a buffer that always returns the same batch. On a CPU, the gradient
+is computed in the requested precision. On CUDA, `--dtype bfloat16` selects the half precision that the peer was written
+for, which is float16 with a gradient scaler. README.md gives the commit and the packages to install.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class OneBatch:
         self.data, self.initial = data, initial
 
     def sample(self):
-        """What their buffer returns: rows, where they came from, and the latent state before them."""
+        """Returns what the peer's buffer returns: rows, their indices, and the latent state before them."""
         return self.data.copy(), None, self.initial
 
     def update(self, index, stoch, deter) -> None:
-        """New latent states have nowhere to go."""
+        """Discards updated latent states."""
 
 
 def build(case: str, options):
-    """The agent, with the layers of the size and the observations of the case."""
+    """Builds the agent with the layer sizes and the observations of the case."""
     import dreamer
     import gymnasium
     import numpy as np
@@ -57,7 +57,7 @@ def build(case: str, options):
     def autocast(device_type: str, dtype):
         return torch.autocast(device_type, dtype=half, enabled=options.dtype != "float32")
 
-    dreamer.autocast = autocast  # theirs is float16 whatever the device
+    dreamer.autocast = autocast  # the peer always uses float16
     space = (
         {"image": gymnasium.spaces.Box(0, 255, (64, 64, 3), np.uint8)}
         if case.endswith("pixels")
@@ -70,7 +70,7 @@ def build(case: str, options):
 
 
 def measure(case: str, options, threads: int) -> None:
-    """Prints the rows of one case."""
+    """Measures one case and prints its rows."""
     import numpy as np
     import tensordict
     import torch
@@ -80,7 +80,7 @@ def measure(case: str, options, threads: int) -> None:
     torch.manual_seed(0)
     agent = build(case, options)
 
-    # Its windows have no row for the latents that they start from: the 64 rows behind it.
+    # The peer's windows have no row for the initial latents, so they are the 64 rows after it.
     arrived = batches.on_arrival(batches.read(options.batch))
     rows_of = {name: torch.from_numpy(np.ascontiguousarray(value[:, 1:])) for name, value in arrived.items()}
     flags = ("reward", "is_first", "is_last", "is_terminal")

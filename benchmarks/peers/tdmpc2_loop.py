@@ -2,8 +2,8 @@
 
     python benchmarks/peers/tdmpc2_loop.py --repo path/to/tdmpc2 --case tdmpc2
 
-Ours are the environment and the sizes. The device that their source names is answered with the CPU, and nothing is
-compiled: on a CPU their compiled form has not been faster.
+worldflux provides the environment and the sizes. The device named in the source of the peer is replaced by the CPU.
+Nothing is compiled, because on a CPU the compiled form of the peer was not faster.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tdmpc2_reference import TorchOnCpu, build, settings
 
 
 class Env:
-    """The environment in their interface: tensors, and one flag for the end of an episode."""
+    """The environment with the interface of the peer: tensors, and one flag for the end of an episode."""
 
     def __init__(self, env: loops.Watched, seed: int) -> None:
         self.env, self.random = env, np.random.default_rng(seed)
@@ -46,7 +46,7 @@ class Env:
 
 
 def learn(loop: loops.Loop, options: argparse.Namespace) -> tuple[loops.Watched, dict[str, Any]]:
-    """Runs a loop; returns the environment and further facts."""
+    """Runs a loop, and returns the environment and additional facts."""
     sys.path.insert(0, str(Path(options.repo) / "tdmpc2"))
     import torch
 

@@ -2,9 +2,9 @@
 
     python benchmarks/peers/tdmpc2_reference.py --repo path/to/tdmpc2 [--compile]
 
-The training step is the agent's own update of one batch, and the plan what its `act` does for one observation. It names
-the first CUDA device in its source: on a CPU that name is answered with the CPU, and its optimisers are told not to
-expect a capture. README.md says which commit, and what to install.
+The gradient step is the agent's own update for one batch, and the plan is its `act` for one observation. The source of
+the peer names the first CUDA device. On a CPU, it is replaced by the CPU, and the optimisers are not `capturable`.
+README.md gives the commit and the packages to install.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HORIZON, ACTIONS = 3, 6
 
 
 class TorchOnCpu:
-    """PyTorch, but that every device is the CPU, which has memory enough."""
+    """PyTorch, with every device replaced by the CPU, which reports enough free memory."""
 
     cuda = SimpleNamespace(mem_get_info=lambda: (1 << 40, 1 << 40))
 
@@ -34,12 +34,12 @@ class TorchOnCpu:
         return getattr(self._torch, name)
 
     def device(self, *_: object) -> Any:
-        """The CPU."""
+        """Returns the CPU."""
         return self._torch.device("cpu")
 
 
 def settings(repo: str, **changes: Any) -> Any:
-    """Their configuration of one task, as the data class that their parser makes."""
+    """The peer's configuration for one task, as the dataclass that its parser creates."""
     from common.parser import cfg_to_dataclass
     from omegaconf import OmegaConf
 
@@ -51,12 +51,12 @@ def settings(repo: str, **changes: Any) -> Any:
 
 
 def build(config: Any, device: str) -> Any:
-    """The agent on the asked device."""
+    """Builds the agent on the given device."""
     import tdmpc2
     import torch
     from common import layers, scale
 
-    layers.enc.__defaults__[0].clear()  # it keeps the encoder of an earlier model
+    layers.enc.__defaults__[0].clear()  # its mutable default would keep the encoder of an earlier model
     if device == "cpu":
         tdmpc2.torch = scale.torch = TorchOnCpu(torch)
     try:
@@ -71,13 +71,13 @@ def build(config: Any, device: str) -> Any:
 
 
 def measure(case: str, options, threads: int) -> None:
-    """Prints the rows of one case."""
+    """Measures one case and prints its rows."""
     import tensordict
     import torch
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")  # as their training script does
+    torch.set_float32_matmul_precision("high")  # as in the peer's training script
     from common import MODEL_SIZE
 
     observed = {"obs": "rgb", "obs_shape": {"rgb": (9, 64, 64)}}

@@ -2,9 +2,9 @@
 
     python benchmarks/peers/torchrl_dreamerv3.py --repo path/to/site-packages [--compile]
 
-`--repo` is a folder with `sota-implementations/dreamer_v3`: TorchRL's wheel brings one into site-packages. The training
-step is the learner's own update. `--compile` is its whole step, compiled around its scan, and on CUDA captured in a
-graph as well. README.md says which version, and what to install.
+`--repo` is a folder with `sota-implementations/dreamer_v3`, such as the `site-packages` into which TorchRL's wheel
+installs one. The gradient step is the learner's own update. `--compile` compiles its whole step around its scan and, on
+CUDA, captures it as a CUDA graph. README.md gives the version and the packages to install.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ENV = "RowsOfNumbers-v0"
 
 
 def settings(case: str, options) -> Any:
-    """What their learner reads of their configuration, with the numbers of the reference presets."""
+    """The part of the peer's configuration that its learner reads, with the values of the reference presets."""
     from omegaconf import OmegaConf
 
     pixels = case.endswith("pixels")
@@ -97,7 +97,7 @@ def settings(case: str, options) -> Any:
 
 
 def register_env() -> None:
-    """An environment of 24 numbers and 6 actions: their imagination takes its shapes from one."""
+    """Registers an environment with 24 numbers and 6 actions, from which the peer's imagination takes its shapes."""
     import gymnasium
     import numpy as np
 
@@ -106,7 +106,7 @@ def register_env() -> None:
         action_space = gymnasium.spaces.Box(-1, 1, (6,), np.float32)
 
         def __init__(self, **_) -> None:
-            """Takes the settings that TorchRL passes to every environment, and needs none."""
+            """Accepts and ignores the settings that TorchRL passes to every environment."""
 
         def reset(self, *, seed=None, options=None):
             super().reset(seed=seed)
@@ -120,7 +120,7 @@ def register_env() -> None:
 
 
 def measure(case: str, options, threads: int) -> None:
-    """Prints the row of one case."""
+    """Measures one case and prints its row."""
     import runpy
 
     import tensordict
@@ -131,7 +131,7 @@ def measure(case: str, options, threads: int) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     register_env()
-    torch.set_float32_matmul_precision("high")  # as their own benchmark does
+    torch.set_float32_matmul_precision("high")  # as in the peer's own benchmark
     example = runpy.run_path(str(Path(options.repo) / "sota-implementations/dreamer_v3/train.py"), run_name="benchmark")
     pixels = case.endswith("pixels")
     config, device = settings(case, options), torch.device(options.device)
@@ -139,7 +139,7 @@ def measure(case: str, options, threads: int) -> None:
     learner = example["_build_learner"](config, device, 0 if pixels else 24, 6, **shape)
     update = example["_make_learner_update"](config, device, learner)
 
-    # A row has the transition from its observation to the next one, so that 65 rows make 64 transitions.
+    # A row is the transition from its observation to the next one, so 65 rows form 64 transitions.
     found = batches.read(options.batch)
     batch = {name: torch.from_numpy(value) for name, value in found.items()}
     stoch = torch.from_numpy(batches.one_hot(found["stoch"], config.networks.num_classes))
@@ -164,7 +164,7 @@ def measure(case: str, options, threads: int) -> None:
     cuda = options.device == "cuda"
     wait = torch.cuda.synchronize if cuda else None
     warmed = 0.0
-    if options.compile:  # their learner compiles and captures in a call of its own
+    if options.compile:  # the peer compiles and captures in a separate call
         started = time.perf_counter()
         update.warmup(data.clone())
         if wait is not None:

@@ -228,7 +228,7 @@ def test_damaged_runs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert report.main([str(tmp_path), "--output", str(tmp_path / "report.md")]) == 2
     assert "line 3 is '200000,9x0,0'" in capsys.readouterr().err
     path.write_text("".join(whole.splitlines(keepends=True)[:2]))  # a line is gone
-    with pytest.raises(CheckpointError, match="has 1 scores, and the finished run had 2"):
+    with pytest.raises(CheckpointError, match="has 1 scores, but the finished run had 2"):
         read_experiments([tmp_path])
     path.write_text(whole.replace(",0\n", ",4\n"))
     with pytest.raises(CheckpointError, match="other seeds than 0"):

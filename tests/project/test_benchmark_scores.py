@@ -28,7 +28,7 @@ def test_a_line_that_is_being_written_is_left_out_of_an_unfinished_run_only(tmp_
     path = tmp_path / "scores.csv"
     path.write_text(f"{HEADER}\n1000,12.5,0\n2000,99")
     assert read_scores(path, in_progress=True) == ROWS[:1]
-    with pytest.raises(CheckpointError, match="its last line has no end"):
+    with pytest.raises(CheckpointError, match="its last line is incomplete"):
         read_scores(path)
 
 

@@ -177,7 +177,7 @@ def test_the_table_compares_with_the_limit_and_with_the_peers() -> None:
     text = table.document([run_of(PEAK, row_of("worldflux", 200.0, peak_mib=256.0), theirs)])
     ours, beside = text.split("Compared with the peers:")
     assert "A processor, 2 threads" in ours and "commit `0123456789ab`, python 3.11, torch 2.13, numpy 2" in ours
-    assert "| ours | peer's / ours | ours in bfloat16 | peer's memory | compiling |" in beside
+    assert "| worldflux | peer / worldflux | worldflux, bfloat16 | memory of the peer | compiling |" in beside
     # 10 GFLOP in 200 ms are 0.05 TFLOP/s; at 0.2 TFLOP/s they would take 50 ms.
     line = "| tdmpc2-5m-state | plan | float32 | 200 ms | 200 ms to 400 ms | 0.05 | 50 ms | 25 % | 256 MiB | 0.5 s |"
     assert line in ours
@@ -228,7 +228,7 @@ def test_ours_and_the_peers_take_turns() -> None:
 
 @pytest.mark.parametrize("text", ["somebody=/repo", "r2dreamer", "r2dreamer=", "dreamerv3_jax+compile=/repo"])
 def test_a_peer_that_cannot_be_run_is_refused(text: str) -> None:
-    with pytest.raises(ArgumentTypeError, match=r"is no FORM=CHECKOUT\[,PYTHON\] with a FORM of dreamerv3_jax, r2d"):
+    with pytest.raises(ArgumentTypeError, match=r"is not FORM=CHECKOUT\[,PYTHON\] with a FORM of dreamerv3_jax, r2d"):
         throughput.Peer.parse(text)
 
 
@@ -251,7 +251,7 @@ def test_the_exit_code_tells_of_a_failure_and_the_other_rows_are_kept(
     assert written["command"] == "python benchmarks/throughput.py --out results.json"  # no folders of this machine
     assert "no such model" in capsys.readouterr().err
     slow = [sys.executable, "-c", "import time; time.sleep(60)"]
-    assert throughput.run(slow, limit=0.2) == ([], "no end within 0.2 s")
+    assert throughput.run(slow, limit=0.2) == ([], "timed out after 0.2 s")
 
 
 def test_results_are_what_the_table_draws_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
