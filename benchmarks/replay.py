@@ -6,14 +6,14 @@
     python benchmarks/replay.py --show                         # the table of the stored results
 
 TorchRL is not a dependency of worldflux: install it with `pip install torchrl`, preferably into a separate virtual
-environment. Without it, only worldflux is measured. Both run on one core of one process and alternate, so that
-other load affects both; values are medians of CPU time over the turns. If memory does not suffice for both, each has
-its own process; sizes that do not fit at all are skipped with the reason.
+environment. Without it, only worldflux is measured. Both run on one core of one process and alternate, so that other
+load affects both; values are medians of CPU time over the turns. If memory does not suffice for both, each has its own
+process; sizes that do not fit at all are skipped with the reason.
 
 Both store episodes of 500 transitions with observations, actions, rewards and episode ends. TorchRL has the fastest
 settings: `ReplayBuffer` with `LazyTensorStorage`, `end_key`, `strict_length` and no key for truncations. In the column
 `cached` it has `cache_values=True`, which computes the bounds of the episodes only once and is meant for data to which
-nothing is added. Unlike worldflux, it does not store the observation after the last step.
+nothing is added. Unlike worldflux, TorchRL does not store the observation after the last step.
 
     step       transitions stored per second, one step of one environment at a time, in a full buffer
     episode    the same, in whole episodes

@@ -1,8 +1,7 @@
 """Options, timing and output that are shared by all speed measurements.
 
-worldflux (`cases.py`) and the peers (`peers/*.py`) are measured by scripts of the same form, in a separate
-process for each case. This file requires only the standard library, because the virtual environment of a peer may not
-have PyTorch.
+worldflux (`cases.py`) and the peers (`peers/*.py`) are measured by scripts of the same form, in a separate process for
+each case. This file requires only the standard library, because the virtual environment of a peer may not have PyTorch.
 """
 
 from __future__ import annotations
