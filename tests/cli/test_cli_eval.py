@@ -154,7 +154,7 @@ def test_a_fast_gif_takes_every_second_picture(tmp_path: Path) -> None:
 def test_an_unfinished_video_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "film.mp4"
     path.write_bytes(b"old")
-    with pytest.raises(ConfigurationError, match=r"A picture has shape \(4, 4, 3\), and the ones before \(8, 8, 3\)"):
+    with pytest.raises(ConfigurationError, match=r"A frame has shape \(4, 4, 3\), and the ones before \(8, 8, 3\)"):
         with VideoFile(path, fps=10) as film:
             film.add(np.zeros((8, 8, 3), np.uint8))
             film.add(np.zeros((4, 4, 3), np.uint8))
@@ -198,7 +198,7 @@ def test_a_run_knows_its_agents_and_its_environment(capsys: pytest.CaptureFixtur
         (["AGENT", ENV, "--seed", "-1"], "seed is -1"),
         (["AGENT", ENV, "--size", "8"], "--size: "),
         (["AGENT", ENV, "--video", "film.avi"], "film.avi ends in '.avi', expected .mp4 or .gif"),
-        (["AGENT", ENV, "--video", "nowhere/film.mp4"], "'nowhere' is none"),
+        (["AGENT", ENV, "--video", "nowhere/film.mp4"], "'nowhere' is not"),
         (["AGENT", f"{__name__}:Dark", "--video", "film.mp4"], "cannot be filmed: its render_mode is None"),
     ],
 )

@@ -348,7 +348,7 @@ def test_errors_are_drawn_beside_those_of_nothing_changes() -> None:
     np.testing.assert_array_equal(lines(shown["obs"])["nothing changes: mean"], errors["obs"].unchanged.mean)
     assert lines(shown["obs"])["model: mean"].shape == (HORIZON,)
     assert shown["obs"].get_ylabel() == "error (standard deviations)"
-    assert shown["reward"].get_ylabel() == "error (reward units: it never differs)"
+    assert shown["reward"].get_ylabel() == "error (reward units: the reward is constant)"
 
 
 def test_every_cell_of_the_rewards_can_be_seen() -> None:
@@ -367,9 +367,9 @@ def test_pictures_say_what_cannot_be_known() -> None:
     assert set(made) == {"imagination", "errors", "rewards", "continues"}
     assert [axes.get_ylabel() for axes in made["imagination"].axes] == ["reward"]
     assert "The model has no decoder" in text_of(made["imagination"])
-    assert "The model has no decoder: it pictures no observations" in text_of(made["errors"])
-    assert "4 steps, 0 terminations: nothing can be said" in text_of(made["continues"])
-    assert "the model is sure that all of them go on" in text_of(made["continues"])
+    assert "The model has no decoder: states are compared" in text_of(made["errors"])
+    assert "4 steps, 0 terminations: their prediction cannot be judged" in text_of(made["continues"])
+    assert "the model is certain that the episode goes on" in text_of(made["continues"])
     assert "every one of 4 steps earned 0" in text_of(made["rewards"])
 
 

@@ -1,1 +1,1 @@
-"""Looking at a model: open-loop predictions, calibration, health and plots."""
+"""Diagnostics of a model: open-loop predictions, calibration, health metrics and plots."""

@@ -1,6 +1,6 @@
-"""Whether predictions are right on average: what was earned where a reward was foreseen, what went on where it should.
+"""Calibration: whether predicted rewards and continuation probabilities are right on average.
 
-Numbers of `OpenLoop` predictions, as pictures draw them and JSON holds them.
+These are the numbers of `OpenLoop` predictions that the plots draw and the JSON file contains.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from worldflux.errors import TrainingError
 
 BINS = 10
 LOW, HIGH = 0.1, 0.9
-"""Shares of the windows between which bands are drawn."""
+"""Quantiles between which bands are drawn."""
 _NORMAL = 1.96
-"""Standard deviations to both sides of a mean that hold 95 % of a normal distribution."""
+"""Half the width of a 95 % interval, in standard deviations of a normal distribution."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was predicted and what came of it, averaged over K groups of similar predictions."""
+    """Predictions and outcomes, averaged over K groups of similar predictions."""
 
     counts: np.ndarray
-    """Predictions in each group; may be 0. `[K]` int"""
+    """Number of predictions in each group; may be 0. `[K]` int"""
     predicted: np.ndarray
-    """Their mean; NaN for none. `[K]`"""
+    """Mean prediction of each group; NaN for an empty group. `[K]`"""
     actual: np.ndarray
-    """The mean of what came of them; NaN for none. `[K]`"""
+    """Mean outcome of each group; NaN for an empty group. `[K]`"""
     low: np.ndarray
-    """Lower end of a 95 % interval around `actual`, as if steps had nothing to do with each other. `[K]`"""
+    """Lower end of a 95 % interval around `actual`, assuming independent steps. `[K]`"""
     high: np.ndarray
-    """Upper end. `[K]`"""
+    """Upper end of that interval. `[K]`"""
 
     def as_json(self) -> list[dict[str, float | None]]:
-        """A dictionary for each group that is not empty."""
+        """One dictionary for each group that is not empty."""
         return [
             {name: as_json(values[group]) for name, values in vars(self).items()}
             for group in np.flatnonzero(self.counts)
@@ -46,11 +46,11 @@ class Calibration:
 
 
 def reward_calibration(found: OpenLoop, bins: int = BINS) -> Calibration:
-    """What was earned where a reward was predicted, in groups of about as many steps each; equal predictions share one.
+    """Earned against predicted rewards, in groups of about the same size. Equal predictions share a group.
 
     Args:
-        found: Predictions.
-        bins: Groups, at most.
+        found: Open-loop predictions.
+        bins: Largest number of groups.
     """
     predicted, earned = at_steps(found, found.rewards.mean(0)), at_steps(found, found.earned)
     if not len(predicted):
@@ -65,18 +65,20 @@ def reward_calibration(found: OpenLoop, bins: int = BINS) -> Calibration:
 
 
 def continue_calibration(found: OpenLoop, bins: int = BINS) -> Calibration:
-    """How often episodes went on, for ranges of equal width of the predicted probability; of shares, Wilson's interval.
+    """Share of steps after which the episode went on, for ranges of equal width of the predicted probability.
+
+    The interval is Wilson's.
 
     Args:
-        found: Predictions.
-        bins: Ranges between 0 and 1.
+        found: Open-loop predictions.
+        bins: Number of ranges between 0 and 1.
     """
     predicted, went_on = at_steps(found, found.continues.mean(0)), at_steps(found, found.went_on)
     return _grouped(predicted, went_on, np.clip((predicted * bins).astype(np.int64), 0, bins - 1), bins)
 
 
 def _grouped(predicted: np.ndarray, happened: np.ndarray, group: np.ndarray, groups: int) -> Calibration:
-    """Of shares, given each step's group. `[N]` each."""
+    """Calibration of probabilities, given the group of each step. `[N]` each."""
     counts, mean, share, _ = _grouped_moments(predicted, happened, group, groups)
     with np.errstate(invalid="ignore", divide="ignore"):
         squared = _NORMAL**2 / counts
@@ -88,27 +90,27 @@ def _grouped(predicted: np.ndarray, happened: np.ndarray, group: np.ndarray, gro
 def _grouped_moments(
     predicted: np.ndarray, actual: np.ndarray, group: np.ndarray, groups: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Counts, both means, and the standard deviation of what came. `[groups]` each."""
+    """Counts, both means, and the standard deviation of the outcomes. `[groups]` each."""
 
     def total(values: np.ndarray) -> np.ndarray:
         return np.bincount(group, values, minlength=groups)
 
     counts = np.bincount(group, minlength=groups)
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean, came = total(predicted) / counts, total(actual) / counts
-        deviation = np.sqrt(total(np.square(actual - came[group])) / (counts - 1))
-    return counts, mean, came, deviation
+        mean, outcome = total(predicted) / counts, total(actual) / counts
+        deviation = np.sqrt(total(np.square(actual - outcome[group])) / (counts - 1))
+    return counts, mean, outcome, deviation
 
 
 def at_steps(found: OpenLoop, values: Tensor) -> np.ndarray:
-    """Those of `[B, H]` whose step lies in the window's episode. `[N]` float64"""
+    """The values, given as `[B, H]`, of the steps that lie in the window's episode. `[N]` float64"""
     return values[found.steps].double().cpu().numpy()
 
 
 def overall_ratio(error: PredictionError) -> float:
-    """The model's error over all windows and steps ahead, as a share of that of "nothing changes".
+    """The model's error over all windows and steps ahead, as a share of the error of "nothing changes".
 
-    Infinite where nothing did change, and NaN where the model says so, too, or nothing counts.
+    Infinite if nothing changed, and NaN if the model predicted that or if no step counts.
     """
     both = error.model.counts & error.unchanged.counts
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -116,7 +118,7 @@ def overall_ratio(error: PredictionError) -> float:
 
 
 def check_finite(found: OpenLoop) -> None:
-    """Raises a `TrainingError` if a prediction is not finite, of which no picture can be drawn."""
+    """Raises a `TrainingError` if a prediction is not finite, because it cannot be drawn."""
     parts = {"observations": list(found.obs.values()), "rewards": [found.rewards], "continues": [found.continues]}
     for name, tensors in parts.items():
         if not all(bool(tensor.isfinite().all()) for tensor in tensors):
@@ -127,13 +129,12 @@ def check_finite(found: OpenLoop) -> None:
 
 
 def summary(found: OpenLoop, errors: Mapping[str, PredictionError]) -> dict[str, Any]:
-    """The numbers behind the pictures, ready for JSON: null stands for what is not finite or does not exist.
+    """The numbers behind the plots, ready for JSON. None stands for numbers that are not finite or do not exist.
 
     Args:
-        found: Predictions.
-        errors: Of these.
+        found: Open-loop predictions.
+        errors: Errors of these predictions.
     """
-    continues = continue_calibration(found)
     went_on = at_steps(found, found.went_on)
     return {
         "context": found.context,
@@ -159,7 +160,7 @@ def summary(found: OpenLoop, errors: Mapping[str, PredictionError]) -> dict[str,
             "steps": len(went_on),
             "terminations": int(len(went_on) - went_on.sum()),
             "predicted": as_json(_mean(at_steps(found, found.continues.mean(0)))),
-            "groups": continues.as_json(),
+            "groups": continue_calibration(found).as_json(),
         },
     }
 
@@ -175,7 +176,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def as_json(values: Any) -> Any:
-    """A number or an array as JSON has them, with None for what is not finite."""
+    """A number or an array as JSON values, with None in place of what is not finite."""
     if np.ndim(values):
         return [as_json(value) for value in values]
     number = values.item() if isinstance(values, np.generic) else values

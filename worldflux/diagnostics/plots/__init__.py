@@ -1,10 +1,10 @@
-"""Pictures of open-loop predictions: the course of what was predicted, errors over the horizon, calibration.
+"""Plots of open-loop predictions: time series, errors over the horizon, calibration and images.
 
     found = open_loop(model, buffer.sample(256, 50), context=5)
     for name, figure in figures(found, found.errors()).items():
         figure.savefig(f"{name}.png")
 
-What is true is black, what the model expects is orange and dashed, and what it is compared with is grey.
+Recorded data are black, predictions are orange and dashed, and the baseline is grey.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 def figures(
     found: OpenLoop, errors: Mapping[str, PredictionError], *, shown: int = 4, title: str = ""
 ) -> dict[str, Figure]:
-    """All pictures of some predictions that stand still.
+    """All plots of open-loop predictions, except for the videos.
 
-    - `"imagination"`: entries of vectors, if the model pictures any, and the reward, in the windows that show most;
-    - `"imagination-strip"`: some rows of these windows, true, predicted and error, for each image that it pictures;
-    - `"errors"`, `"rewards"`, `"continues"`: how far the model is off, and whether it is right on average.
+    - `"imagination"`: entries of vectors, if the model decodes any, and the reward, in the longest windows;
+    - `"imagination-strip"`: some rows of these windows, true, predicted and error, for each image that is decoded;
+    - `"errors"`, `"rewards"`, `"continues"`: prediction errors, and calibration of rewards and terminations.
 
     Args:
-        found: Predictions.
-        errors: Of these.
-        shown: Windows in the first two.
-        title: Said above all of them, such as whose predictions of what these are.
+        found: Open-loop predictions.
+        errors: Errors of these predictions.
+        shown: Number of windows in the first two plots.
+        title: Title of every plot, such as the agent and the data.
 
     Raises:
         MissingDependencyError: If matplotlib is not installed.
@@ -54,5 +54,5 @@ def figures(
 
 
 def picture_name(name: str, key: str, keys: Sequence[str]) -> str:
-    """The name of an image's picture: with its key only where there are several."""
+    """The file name for an image of the observation, which contains its key if there are several."""
     return name if len(keys) == 1 else f"{name}-{key}".replace("/", "-")

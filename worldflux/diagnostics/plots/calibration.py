@@ -1,21 +1,14 @@
-"""Whether rewards and terminations are foreseen rightly on average."""
+"""Calibration plots of rewards and continuation probabilities."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
-from worldflux.diagnostics.calibration import (
-    HIGH,
-    LOW,
-    Calibration,
-    at_steps,
-    continue_calibration,
-    reward_calibration,
-)
-from worldflux.diagnostics.open_loop import HorizonError, OpenLoop
+from worldflux.diagnostics.calibration import Calibration, at_steps, continue_calibration, reward_calibration
+from worldflux.diagnostics.open_loop import OpenLoop, horizon_error
 from worldflux.diagnostics.plots.style import (
     BAND,
     BELOW,
@@ -25,6 +18,7 @@ from worldflux.diagnostics.plots.style import (
     TRUE,
     legend_below,
     new_figure,
+    plot_over_horizon,
     set_title,
 )
 
@@ -34,13 +28,13 @@ if TYPE_CHECKING:
 
 
 def draw_rewards(found: OpenLoop, title: str = "") -> Figure:
-    """What was earned where a reward was predicted, and both over the horizon."""
+    """Earned against predicted rewards, and both over the horizon."""
     predicted, earned = at_steps(found, found.rewards.mean(0)), at_steps(found, found.earned)
     figure = new_figure(9.6, 4.4)
     left, right = figure.subplots(1, 2)
     if len(predicted):
         low, high = min(predicted.min(), earned.min()), max(predicted.max(), earned.max())
-        # Of rewards that hardly differ, small errors shall look small.
+        # Small errors should look small, also if the rewards hardly differ.
         pad = max(0.05 * (high - low), 0.05 * max(abs(low), abs(high)) - (high - low) / 2) or 1.0
         extent = (low - pad, high + pad)
         cells = left.hexbin(
@@ -63,7 +57,7 @@ def draw_rewards(found: OpenLoop, title: str = "") -> Figure:
         right.set_ylim(*extent)
     _plot_means(right, found, found.earned, found.rewards.mean(0), "earned")
     right.set_ylabel("reward of a step")
-    set_title(figure, title, "" if len(predicted) else "No step of the windows lies in the episode of its context.")
+    set_title(figure, title, "" if len(predicted) else "No predicted step lies in the episode of its context.")
     return figure
 
 
@@ -76,7 +70,7 @@ def _reward_remark(predicted: np.ndarray, earned: np.ndarray) -> str:
 
 
 def draw_continues(found: OpenLoop, title: str = "") -> Figure:
-    """How often episodes went on where the model gave that a probability; and both over the horizon."""
+    """Share of steps after which episodes went on, against the predicted probability, and both over the horizon."""
     predicted = at_steps(found, found.continues.mean(0))
     terminations = int(len(predicted) - at_steps(found, found.went_on).sum())
     groups = continue_calibration(found)
@@ -92,50 +86,40 @@ def draw_continues(found: OpenLoop, title: str = "") -> Figure:
     counts.set(xlim=(-0.02, 1.02), xlabel="predicted probability that the episode goes on", ylabel="steps")
     if groups.counts.any():  # a logarithmic axis has no place for zeros alone
         counts.set(yscale="log", ylim=(0.7, 30 * int(groups.counts.max())))
-    counts.legend(*shares.get_legend_handles_labels(), **{**BELOW, "bbox_to_anchor": (0.5, -0.75)})  # of a lower one
+    # These axes are lower than others, so that the legend needs a larger distance.
+    counts.legend(*shares.get_legend_handles_labels(), **{**BELOW, "bbox_to_anchor": (0.5, -0.75)})
     _plot_means(means, found, found.went_on, found.continues.mean(0), "went on", has_band=False)
     means.set(ylabel="probability of going on", ylim=(-0.02, 1.02))
     remark = f"{len(predicted)} steps, {terminations} terminations"
     if not terminations:
-        remark += ": nothing can be said of how well they are foreseen"
+        remark += ": their prediction cannot be judged"
     if len(predicted) and predicted.min() == 1:
-        remark += "; the model is sure that all of them go on"
+        remark += "; the model is certain that the episode goes on after each"
     set_title(figure, title, remark)
     return figure
 
 
 def _plot_groups(axes: Axes, groups: Calibration, label: str) -> None:
-    """Means of predictions with 95 % intervals of what came."""
+    """Mean outcomes over mean predictions, with 95 % intervals."""
     some = groups.counts > 0
     actual = groups.actual[some]
     ends = np.abs(np.stack([groups.low[some], groups.high[some]]) - actual)
     # A group of one step has no interval.
     margins = np.where(np.isfinite(ends), ends, 0.0)
-    look: dict[str, Any] = {
-        "color": "#d95f02",
-        "markersize": 5,
-        "markeredgecolor": "black",
-        "markeredgewidth": 0.6,
-        "capsize": 2,
-    }
-    axes.errorbar(groups.predicted[some], actual, margins, fmt="o", label=label, **look)
+    markers = {"markersize": 5, "markeredgecolor": "black", "markeredgewidth": 0.6}
+    color = PREDICTED["color"]
+    axes.errorbar(groups.predicted[some], actual, margins, fmt="o", label=label, color=color, capsize=2, **markers)
 
 
 def _plot_means(
-    axes: Axes, found: OpenLoop, actual: Tensor, predicted: Tensor, came: str, *, has_band: bool = True
+    axes: Axes, found: OpenLoop, actual: Tensor, predicted: Tensor, outcome: str, *, has_band: bool = True
 ) -> None:
-    """Means over the windows at each step ahead, with bands that hold most of them. `[B, H]` each"""
-    counts = found.steps.cpu().numpy()
-    ahead = np.arange(1, counts.shape[1] + 1)
-    share = f"{HIGH - LOW:.0%} of the windows"
+    """Means over the windows at each step ahead, with bands that contain most of them. `[B, H]` each"""
     for values, name, line, band in (
-        (actual, came, TRUE, HATCHED if has_band else None),
+        (actual, outcome, TRUE, HATCHED if has_band else None),
         (predicted, "predicted", PREDICTED, BAND),
     ):
-        over = HorizonError(values.double().cpu().numpy(), counts)
-        axes.plot(ahead, over.mean, label=f"{name}: mean", marker="." if len(ahead) == 1 else None, **line)
-        if band is not None:
-            axes.fill_between(ahead, over.quantile(LOW), over.quantile(HIGH), label=f"{name}: {share}", **band)
+        plot_over_horizon(axes, horizon_error(values, found.steps), name, line, band)
     axes.set_xlabel("steps ahead")
     axes.set_title("over the horizon", fontsize=9)
     legend_below(axes)

@@ -1,4 +1,4 @@
-"""Moving pictures of open-loop predictions: what was seen, what the model expected, and the difference."""
+"""Videos of open-loop predictions: the true images, the predicted ones, and the difference."""
 
 from __future__ import annotations
 
@@ -7,36 +7,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from worldflux.diagnostics.open_loop import OpenLoop
+from worldflux.diagnostics.open_loop import OpenLoop, by_key
 from worldflux.errors import MissingDependencyError
-from worldflux.replay.batch import Observation
 
 FPS = 10
 ROWS = ("true", "predicted", "error")
 _SIDE = (128, 256)
-"""Smaller pictures are enlarged by a whole number, larger ones reduced, until the longer side is about in between."""
+"""Range of the longer side in pixels. Smaller images are enlarged by a whole number, larger ones reduced."""
 _MARGIN, _HEADER, _GAP, _FOOTER = 84, 30, 6, 22
-"""Pixels: for the names of the rows, the line above, between pictures, and the bar below."""
+"""Pixels for the names of the rows, for the header, between images, and for the bar below."""
 _BACKGROUND, _FAINT, _TEXT = (24, 24, 24), (70, 70, 70), (255, 255, 255)
 _SEEN, _IMAGINED = (130, 130, 130), (255, 170, 60)
-"""Of the bar below and the frame around what is predicted."""
+"""Colours of the bar, and of the frame around predictions."""
 
 
 def image_keys(found: OpenLoop) -> list[str]:
-    """The parts of the observation that are images and that the model pictures."""
+    """Keys of the observation that are images and that the model decodes."""
     recorded = by_key(found.real.obs)
     return [key for key in found.obs if recorded[key].dtype == torch.uint8]
 
 
-def by_key(obs: Observation) -> dict[str, Tensor]:
-    """An observation by its keys; one that is no dictionary has the key "obs"."""
-    return obs if isinstance(obs, dict) else {"obs": obs}
-
-
 def visible(found: OpenLoop) -> np.ndarray:
-    """Rows that belong to the episode in which the context ends, and whose observation was recorded. `[B, T]` bool"""
+    """Whether a row is in the episode that the context ends in, and its observation was recorded. `[B, T]` bool"""
     real, context = found.real, found.context
     assert real.is_first is not None
     # A row of the context belongs to it if no later one starts an episode.
@@ -48,7 +41,7 @@ def visible(found: OpenLoop) -> np.ndarray:
 
 
 def longest_windows(found: OpenLoop, count: int) -> list[int]:
-    """The windows in which most can be seen, none of them twice; of equal ones those that come first."""
+    """The windows with the most visible rows, without duplicates; the first of those that have equally many."""
     chosen: dict[int, int] = {}
     rows = None if found.real.row_ids is None else found.real.row_ids[:, 0].tolist()
     for window in np.argsort(-visible(found).sum(1), kind="stable").tolist():
@@ -57,10 +50,10 @@ def longest_windows(found: OpenLoop, count: int) -> list[int]:
 
 
 def tiles(found: OpenLoop, key: str, window: int) -> np.ndarray:
-    """True, predicted and erroneous pictures of a window; black where nothing was recorded or predicted.
+    """True and predicted images of a window and their difference; black if nothing was recorded or predicted.
 
-    The error is black where the prediction is right, and white where a channel of the pixel is off by its whole range.
-    Of stacked pictures the newest one is shown, of several futures the first. `[3, T, H, W, 3]` uint8
+    The difference is black where the prediction is right, and white where a channel is wrong by its whole range. Only
+    the newest of stacked frames and the first of several futures are shown. `[3, T, H, W, 3]` uint8
     """
     recorded = by_key(found.real.obs)[key][window].cpu().numpy()
     predicted = found.obs[key][0, window].clamp(0, 1).mul(255).round().byte().cpu().numpy()
@@ -72,25 +65,25 @@ def tiles(found: OpenLoop, key: str, window: int) -> np.ndarray:
 
 
 def _rgb(images: np.ndarray) -> np.ndarray:
-    """Of channel-first images; of several in one the last. `[T, C, H, W]` to `[T, H, W, 3]`"""
+    """RGB images from channel-first ones; the last of several stacked frames. `[T, C, H, W]` to `[T, H, W, 3]`"""
     channels = images.shape[1]
     newest = images[:, -3:] if channels % 3 == 0 else images[:, -1:].repeat(3, 1)
     return np.ascontiguousarray(newest.transpose(0, 2, 3, 1))
 
 
 def film(found: OpenLoop, key: str, windows: Sequence[int]) -> np.ndarray:
-    """A frame for each row of the windows: the context first, as the model saw it, then what it expects.
+    """One frame for each row of the windows, first those of the context, then the predicted ones.
 
-    Below each other stand the true picture, the model's and the error (see `tiles`); the windows stand side by side.
-    What the model has not seen has an orange frame, and a bar below says how far it is.
+    The true image, the predicted one and the error (see `tiles`) stand one below the other, the windows side by side.
+    Predictions have an orange frame, and a bar below shows the progress.
 
     Args:
-        found: Predictions.
-        key: An image among the observations.
-        windows: Which of them are shown.
+        found: Open-loop predictions.
+        key: Key of an image in the observations.
+        windows: Numbers of the windows that are shown.
 
     Returns:
-        RGB; height and width are even, as video codecs want them. `[T, height, width, 3]` uint8
+        RGB frames; height and width are even, as video codecs require. `[T, height, width, 3]` uint8
     """
     cv2 = import_cv2()
     shown = [tiles(found, key, window) for window in windows]
@@ -134,7 +127,7 @@ def film(found: OpenLoop, key: str, windows: Sequence[int]) -> np.ndarray:
 
 
 def _bar(frame: np.ndarray, t: int, length: int, context: int) -> None:
-    """How far the film is: the context in grey, then the rest."""
+    """Draws the progress bar: the context in grey, the predicted rows in orange."""
     bottom, right = frame.shape[0] - 8, frame.shape[1] - _GAP
     edges = np.linspace(_MARGIN, right, length + 1).round().astype(int)
     frame[bottom - 6 : bottom, edges[0] : right] = _FAINT
@@ -161,32 +154,42 @@ def _write(frame: np.ndarray, text: str, x: int, y: int) -> None:
 
 
 def as_animated_png(frames: np.ndarray, fps: float = FPS) -> bytes | None:
-    """An endless film without loss, which browsers play as any other image; None if OpenCV is older than 4.11.
+    """A looping, lossless animation that browsers show like any other image; None if OpenCV is older than 4.11.
 
-    OpenCV's GIFs would have colours from a fixed table, which no error can be read from.
+    OpenCV's GIFs have a fixed table of colours, in which errors could not be recognised.
 
     Args:
-        frames: RGB. `[T, height, width, 3]` uint8
-        fps: Frames in a second.
+        frames: RGB frames. `[T, height, width, 3]` uint8
+        fps: Frames per second.
     """
     cv2 = import_cv2()
     if not hasattr(cv2, "imencodeanimation"):
         return None
-    animation = cv2.Animation()
-    animation.frames = [bgr(frame) for frame in frames]
-    animation.durations = [round(1000 / fps)] * len(frames)
-    animation.loop_count = 0
-    made, data = cv2.imencodeanimation(".png", animation)
+    made, data = cv2.imencodeanimation(".png", animation([bgr(frame) for frame in frames], 1 / fps))
     return bytes(data) if made else None
 
 
+def animation(frames: Sequence[np.ndarray], seconds: float) -> Any:
+    """An endless animation for OpenCV to write.
+
+    Args:
+        frames: BGR frames. `[height, width, 3]` uint8 each
+        seconds: Duration of each frame.
+    """
+    made = import_cv2().Animation()
+    made.frames = list(frames)
+    made.durations = [round(1000 * seconds)] * len(frames)
+    made.loop_count = 0
+    return made
+
+
 def bgr(frame: np.ndarray) -> np.ndarray:
-    """The order in which OpenCV has its channels."""
+    """A frame with its channels in the order of OpenCV."""
     return np.ascontiguousarray(frame[..., ::-1])
 
 
 def import_cv2() -> Any:
-    """OpenCV.
+    """The module `cv2`.
 
     Raises:
         MissingDependencyError: If it cannot be imported.

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from worldflux.diagnostics.calibration import HIGH, LOW, at_steps, overall_ratio
-from worldflux.diagnostics.open_loop import HorizonError, OpenLoop, PredictionError
+from worldflux.diagnostics.calibration import at_steps, overall_ratio
+from worldflux.diagnostics.open_loop import OpenLoop, PredictionError
 from worldflux.diagnostics.plots.frames import image_keys
-from worldflux.diagnostics.plots.style import BAND, COMPARED, HATCHED, PREDICTED, new_figure, no_decoder, set_title
+from worldflux.diagnostics.plots.style import (
+    BAND,
+    COMPARED,
+    HATCHED,
+    PREDICTED,
+    new_figure,
+    no_decoder,
+    plot_over_horizon,
+    set_title,
+    share_legend,
+)
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
 def draw_errors(found: OpenLoop, errors: Mapping[str, PredictionError], title: str = "") -> Figure:
-    """Each error over the horizon, beside that of "nothing changes"; the mean, and where most windows are."""
+    """Each error over the horizon, compared with that of "nothing changes"."""
     columns = min(len(errors), 3)
     rows = -(-len(errors) // columns)
     figure = new_figure(4.4 * columns, 3.1 * rows + 1.2)
     grid = figure.subplots(rows, columns, squeeze=False).flat
     for axes, (name, error) in zip(grid, errors.items(), strict=False):
-        _plot_error(axes, error.unchanged, "nothing changes", COMPARED, HATCHED)
-        _plot_error(axes, error.model, "model", PREDICTED, BAND)
+        plot_over_horizon(axes, error.unchanged, "nothing changes", COMPARED, HATCHED)
+        plot_over_horizon(axes, error.model, "model", PREDICTED, BAND)
         first, last = (int(error.model.count[step]) for step in (0, -1))
         windows = f"{first} windows" if first == last else f"{first} windows, {last} of them to the end"
         ratio = overall_ratio(error)
@@ -38,21 +47,12 @@ def draw_errors(found: OpenLoop, errors: Mapping[str, PredictionError], title: s
     for axes in list(grid):
         axes.set_visible(False)
     set_title(figure, title, no_decoder(found))
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
+    share_legend(figure)
     return figure
 
 
-def _plot_error(axes: Axes, error: HorizonError, name: str, line: dict[str, Any], band: dict[str, Any]) -> None:
-    ahead = np.arange(1, error.values.shape[1] + 1)
-    axes.fill_between(
-        ahead, error.quantile(LOW), error.quantile(HIGH), label=f"{name}: {HIGH - LOW:.0%} of the windows", **band
-    )
-    axes.plot(ahead, error.mean, label=f"{name}: mean", marker="." if len(ahead) == 1 else None, **line)
-
-
 def _unit(found: OpenLoop, name: str) -> str:
-    """Of an error, as `OpenLoop.errors` defines them."""
+    """The unit of an error; see `OpenLoop.errors`."""
     kind, _, key = name.partition("/")
     if kind == "obs" and (key or "obs") in image_keys(found):
         return "RMS error (pixel range 0 to 1)"
@@ -61,5 +61,5 @@ def _unit(found: OpenLoop, name: str) -> str:
     if kind == "state":
         return "distance (deviations of the state)"
     if kind == "reward" and not len(np.unique(at_steps(found, found.earned))[1:]):
-        return "error (reward units: it never differs)"
+        return "error (reward units: the reward is constant)"
     return "error (probability)" if kind == "continue" else "error (standard deviations)"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def draw_strip(found: OpenLoop, key: str, windows: Sequence[int], title: str = "") -> Figure:
-    """Some rows of windows as pictures: true, predicted and error below each other; see `frames.tiles`."""
+    """Some rows of each window as images: true, predicted and error, one below the other. See `frames.tiles`."""
     horizon = found.steps.shape[1]
     ahead = sorted({step for step in (1, 2, 3, 5, 8, 12, 20, 30) if step < horizon} | {horizon})
     chosen = sorted({1 - found.context, 0}) + ahead
@@ -43,7 +43,7 @@ def draw_strip(found: OpenLoop, key: str, windows: Sequence[int], title: str = "
         axes.spines[:].set_visible(False)
         axes.set_title(f"window {number}{ending(found, window)}", fontsize=9)
     grid[-1].set_xlabel(
-        "steps ahead; left of the line the model sees, right of it it knows the actions alone", fontsize=9
+        "steps ahead; the model sees the rows left of the line, and only the actions right of it", fontsize=9
     )
-    set_title(figure, title, f"{key}: error 0 is black, a whole range white; grey: the episode is over")
+    set_title(figure, title, f"{key}: black is no error, white the largest possible; grey: the episode is over")
     return figure

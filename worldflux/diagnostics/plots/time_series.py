@@ -1,4 +1,4 @@
-"""The course of vectors, of the reward and of the probability that the episode goes on, in some windows."""
+"""Time series of vectors, of the reward and of the continuation probability in some windows."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from worldflux.diagnostics.calibration import HIGH, LOW
-from worldflux.diagnostics.open_loop import OpenLoop
-from worldflux.diagnostics.plots.frames import by_key, image_keys, visible
+from worldflux.diagnostics.open_loop import OpenLoop, by_key
+from worldflux.diagnostics.plots.frames import image_keys, visible
 from worldflux.diagnostics.plots.style import (
     BAND,
     PREDICTED,
@@ -20,7 +20,7 @@ from worldflux.diagnostics.plots.style import (
     new_figure,
     no_decoder,
     set_title,
-    where,
+    share_legend,
 )
 
 if TYPE_CHECKING:
@@ -28,23 +28,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_ENTRIES = 8
-"""Entries of vectors that are drawn."""
+"""Largest number of entries of vectors that are drawn."""
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A number that is drawn over time."""
+    """A value that is drawn over time."""
 
     name: str
+    """Label of its axis."""
     true: np.ndarray
-    """`[B, T]`"""
+    """Recorded values. `[B, T]`"""
     predicted: np.ndarray
-    """`[S, B, T]`"""
+    """Predicted values. `[S, B, T]`"""
     is_probability: bool = False
+    """Whether the axis runs from 0 to 1."""
 
 
 def vector_entries(found: OpenLoop) -> list[Entry]:
-    """The first entries of all vectors that differ anywhere; none if the model pictures no vectors."""
+    """The first entries of all vectors that are not constant; empty if the model decodes no vectors."""
     seen, made, total = visible(found), list[Entry](), 0
     for key, predicted in found.obs.items():
         if key in image_keys(found):
@@ -62,7 +64,7 @@ def vector_entries(found: OpenLoop) -> list[Entry]:
 
 
 def draw_time_series(found: OpenLoop, entries: Sequence[Entry], windows: Sequence[int], title: str = "") -> Figure:
-    """What was recorded of each entry and of the reward, and what the model expected, in a column for each window."""
+    """Recorded and predicted values of each entry and of the reward, with one column for each window."""
     steps = [_reward_entry(found), *_continue_entry(found)]
     rows, columns = len(entries) + len(steps), len(windows)
     figure = new_figure(2.6 * columns + 1.4, 1.25 * rows + 1.5)
@@ -70,12 +72,12 @@ def draw_time_series(found: OpenLoop, entries: Sequence[Entry], windows: Sequenc
     time_axis = np.arange(visible(found).shape[1]) - found.context + 1
     seen = visible(found)[list(windows)]
     for row, entry in enumerate((*entries, *steps)):
-        true = where(seen, entry.true[list(windows)])
-        expected = where(seen, entry.predicted[:, list(windows)])
+        true = np.where(seen, entry.true[list(windows)], np.nan)
+        expected = np.where(seen, entry.predicted[:, list(windows)], np.nan)
         if entry in steps:
             after = found.steps.cpu().numpy()[list(windows)]
-            true[:, found.context :] = where(after, entry.true[list(windows), found.context :])
-            expected[..., found.context :] = where(after, entry.predicted[:, list(windows), found.context :])
+            true[:, found.context :] = np.where(after, entry.true[list(windows), found.context :], np.nan)
+            expected[..., found.context :] = np.where(after, entry.predicted[:, list(windows), found.context :], np.nan)
         for column in range(columns):
             axes = grid[row, column]
             mark_context(axes, time_axis, found.context)
@@ -87,9 +89,13 @@ def draw_time_series(found: OpenLoop, entries: Sequence[Entry], windows: Sequenc
     for column, window in enumerate(windows):
         grid[0, column].set_title(f"window {column + 1}{ending(found, window)}", fontsize=9)
         grid[-1, column].set_xlabel("steps ahead", fontsize=9)
-    set_title(figure, title, no_decoder(found), "grey: rows that the model sees; to their right only the actions")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
+    set_title(
+        figure,
+        title,
+        no_decoder(found),
+        "grey: rows that the model sees; right of them it sees only the actions",
+    )
+    share_legend(figure)
     return figure
 
 
@@ -99,7 +105,7 @@ def _reward_entry(found: OpenLoop) -> Entry:
 
 
 def _continue_entry(found: OpenLoop) -> list[Entry]:
-    """None of a model that is sure that episodes always go on."""
+    """The continuation probability; empty if the model is certain that episodes always go on."""
     if bool((found.continues == 1).all()):
         return []
     went_on = 1.0 - found.real.terminations.float().cpu().numpy()
@@ -107,20 +113,20 @@ def _continue_entry(found: OpenLoop) -> list[Entry]:
 
 
 def _on_arrival(found: OpenLoop, actual: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What came of each row's action `[B, T]` at the row after it, and its prediction `[S, B, H]` at the same.
+    """Moves the outcome of each row's action `[B, T]`, and its prediction `[S, B, H]`, to the row after it.
 
-    NaN where there was no action before, and where the model is not asked: in the context. `[B, T]`, `[S, B, T]`
+    NaN where there was no previous action, and for predictions in the context. `[B, T]`, `[S, B, T]`
     """
     assert found.real.is_first is not None
-    came = np.concatenate([np.full_like(actual[:, :1], np.nan), actual[:, :-1]], 1)
-    came[found.real.is_first.cpu().numpy()] = np.nan
-    expected = np.full((len(predicted), *came.shape), np.nan, np.float32)
+    outcome = np.concatenate([np.full_like(actual[:, :1], np.nan), actual[:, :-1]], 1)
+    outcome[found.real.is_first.cpu().numpy()] = np.nan
+    expected = np.full((len(predicted), *outcome.shape), np.nan, np.float32)
     expected[:, :, found.context :] = predicted
-    return came, expected
+    return outcome, expected
 
 
 def _plot_futures(axes: Axes, time_axis: np.ndarray, futures: np.ndarray) -> None:
-    """The mean of futures `[S, T]`, and a band that holds most of them."""
+    """Plots the mean of futures `[S, T]`, and a band that contains most of them."""
     axes.plot(time_axis, futures.mean(0), label="predicted", **PREDICTED)
     if len(futures) > 1:
         low, high = np.quantile(futures, (LOW, HIGH), axis=0)
@@ -129,7 +135,7 @@ def _plot_futures(axes: Axes, time_axis: np.ndarray, futures: np.ndarray) -> Non
 
 
 def _limits(true: np.ndarray, predicted: np.ndarray, is_probability: bool) -> tuple[float, float]:
-    """What is shown of an axis: all that is true, and of wild predictions that they are wild."""
+    """Limits of an axis: they include all recorded values, and cut off predictions that are far away."""
     if is_probability:
         return -0.05, 1.05
     known = true[np.isfinite(true)]
@@ -140,6 +146,6 @@ def _limits(true: np.ndarray, predicted: np.ndarray, is_probability: bool) -> tu
     expected = predicted[np.isfinite(predicted)]
     least = max(float(expected.min(initial=low)), low - span)
     most = min(float(expected.max(initial=high)), high + span)
-    if high == low:  # small errors shall look small
+    if high == low:  # small errors should look small
         least, most = min(least, low - span / 10), max(most, high + span / 10)
     return least - 0.08 * span, most + 0.08 * span
