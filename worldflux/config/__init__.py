@@ -1,4 +1,4 @@
-"""What a world model is made of: its sizes, its inputs and its hyperparameters, checked when they are put together."""
+"""Configurations of world models: sizes, inputs and hyperparameters, which are checked when they are created."""
 
 from worldflux.config.base import DynamicsType, LatentType, WorldModelConfig
 from worldflux.config.dreamerv3 import DREAMERV3_SIZES, DreamerV3Config

@@ -1,4 +1,4 @@
-"""What every configuration has: its fields, its checks, and how it is saved and read."""
+"""The base class of all configurations: common fields, checks, and JSON files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _FAMILIES: dict[str, type[WorldModelConfig]] = {}
 
 
 class LatentType(str, Enum):
-    """What kind of number a latent state is made of."""
+    """Kind of latent state."""
 
     DETERMINISTIC = "deterministic"
     GAUSSIAN = "gaussian"
@@ -40,7 +40,7 @@ class LatentType(str, Enum):
 
 
 class DynamicsType(str, Enum):
-    """What predicts the next latent state."""
+    """Kind of network that predicts the next latent state."""
 
     RSSM = "rssm"
     MLP = "mlp"
@@ -50,51 +50,51 @@ class DynamicsType(str, Enum):
 
 @dataclass(frozen=True)
 class WorldModelConfig:
-    """What every family of world models has in common.
+    """The fields that all families of world models have in common.
 
-    A configuration is complete and checked once it exists, and does not change afterwards. A family derives from this
-    class, gives `model_type` a value of its own and is then found by `from_dict` and `load`:
+    A configuration is checked when it is created, and immutable. A family derives from this class and sets its own
+    `model_type`, by which `from_dict` and `load` find it:
 
         >>> WorldModelConfig.from_dict({"model_type": "dreamerv3", "obs_shape": [4]}).obs_shape
         (4,)
     """
 
     model_type: str = "base"
-    """Family of the model. Decides which class a saved configuration is read into."""
+    """Family of the model, which determines the class that a saved configuration is loaded into."""
     model_name: str = "unnamed"
-    """Name for people: which preset or run this is. Nothing depends on it."""
+    """Name of the preset or run. For information only."""
     obs_shape: ObsShape = (3, 64, 64)
-    """Shape of one observation, or a dict of shapes by key. In a family's configuration three dimensions mean a
-    channel-first image `[C, H, W]`; this class itself takes any shape."""
+    """Shape of one observation, or a dictionary of shapes by key. For all families, three dimensions stand for a
+    channel-first image `[C, H, W]`; this base class accepts any shape."""
     action_dim: int = 6
-    """Width of the library's action vector: the sum of the classes where actions are one-hot."""
+    """Width of the action vector; for one-hot actions, the sum of the classes."""
     action_type: str = "continuous"
-    """"continuous" (in [-1, 1]), "discrete" (one one-hot) or "multi_discrete" (one-hots in a row)."""
+    """"continuous" (in [-1, 1]), "discrete" (one one-hot vector) or "multi_discrete" (concatenated one-hot vectors)."""
     action_classes: tuple[int, ...] = ()
-    """Number of choices of each one-hot in the action vector. Needed for "multi_discrete", derived for the others."""
+    """Number of choices of each one-hot action. Required for "multi_discrete", otherwise derived."""
     obs_classes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """Observation keys that hold one-hots in a row, with the classes of each. A single tensor has the key "obs"."""
+    """Classes of observations that are concatenated one-hot vectors, by key. A single tensor has the key "obs"."""
     latent_type: LatentType = LatentType.DETERMINISTIC
-    """What the latent state consists of."""
+    """Kind of latent state."""
     latent_dim: int = 256
-    """Width of the latent state as the heads see it."""
+    """Width of the latent state that is the input of the heads."""
     deter_dim: int = 256
-    """Width of the deterministic part of the state. Larger remembers more and costs quadratically."""
+    """Width of the deterministic part of the state. A larger state remembers more; the cost grows quadratically."""
     stoch_dim: int = 32
     """Width of the stochastic part of the state."""
     dynamics_type: DynamicsType = DynamicsType.MLP
-    """What predicts the next latent state."""
+    """Kind of network that predicts the next latent state."""
     hidden_dim: int = 512
     """Width of the hidden layers of the dynamics."""
     learning_rate: float = 3e-4
-    """Step size of the optimiser. Larger learns faster until it diverges."""
+    """Learning rate of the optimizer. Larger values learn faster until training diverges."""
     grad_clip: float = 100.0
-    """Bound on the size of a gradient; how it is measured is the family's choice. Smaller clips more."""
+    """Bound for gradient clipping, which each family defines. Smaller values clip more."""
     device: str = "cpu"
-    """Where `create_world_model` puts the model: "cpu", "cuda", "cuda:1", ..."""
+    """Device on which `create_world_model` creates the model: "cpu", "cuda", "cuda:1", ..."""
     dtype: str = "float32"
-    """Precision of the matrix products: "float32", "bfloat16" or "float16"; parameters and losses stay float32. In
-    float16, gradients below 6e-8 are zero and values above 65504 infinite: prefer "bfloat16"."""
+    """Precision of matrix products: "float32", "bfloat16" or "float16". Parameters and losses stay in float32. In
+    float16, gradients below 6e-8 become zero and values above 65504 infinite: prefer "bfloat16"."""
 
     _positive: ClassVar[tuple[str, ...]] = (
         "action_dim",
@@ -105,12 +105,16 @@ class WorldModelConfig:
         "learning_rate",
         "grad_clip",
     )
-
+    """Fields that are greater than 0."""
+    _not_negative: ClassVar[tuple[str, ...]] = ()
+    """Fields that are 0 or greater."""
+    _shares: ClassVar[tuple[str, ...]] = ()
+    """Fields between 0 and 1."""
     _at_most: ClassVar[dict[str, int]] = {}
-    """Largest values of fields that the weights have no shape of, or too late: they decide on memory or time alone."""
+    """Upper limits of fields that determine memory or time, but no shape of a weight that a file could contradict."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Register the family under its `model_type`, so that a saved file finds its class."""
+        """Registers the family under its `model_type`, by which saved files find the class."""
         super().__init_subclass__(**kwargs)
         model_type = cls.__dict__.get("model_type")
         if not isinstance(model_type, str):
@@ -119,7 +123,7 @@ class WorldModelConfig:
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ConfigurationError(
                 f"model_type '{model_type}' of {cls.__qualname__} already belongs to {known.__qualname__}. "
-                "Give the new family another one."
+                "Choose another one for the new family."
             )
         _FAMILIES[model_type] = cls
 
@@ -130,34 +134,35 @@ class WorldModelConfig:
 
     @property
     def obs_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each observation by key, in sorted order; a single tensor has the key "obs"."""
+        """Shapes of the observations by key, in sorted order. A single tensor has the key "obs"."""
         return dict(self.obs_shape) if isinstance(self.obs_shape, dict) else {"obs": self.obs_shape}
 
     @property
     def image_keys(self) -> tuple[str, ...]:
-        """Keys of the observations that are images `[C, H, W]`, in sorted order."""
+        """Keys of observations that are images `[C, H, W]`, in sorted order."""
         return tuple(key for key, shape in self.obs_shapes.items() if len(shape) == 3)
 
     @property
     def vector_keys(self) -> tuple[str, ...]:
-        """Keys of the observations that are flattened to vectors, in sorted order."""
+        """Keys of observations that are flattened to vectors, in sorted order."""
         return tuple(key for key, shape in self.obs_shapes.items() if len(shape) != 3)
 
     @classmethod
     def episode_fields(cls, max_steps: int | None) -> dict[str, Any]:
-        """Fields of a preset that follow from an environment's episodes.
+        """Fields of a preset that follow from the environment's episodes.
 
         Args:
-            max_steps: Decisions after which an episode is cut, if it is known.
+            max_steps: Number of steps after which an episode is truncated; None if unknown.
         """
         return {}
 
     @classmethod
     def from_dict(cls: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
-        """Configuration from what `to_dict` returned; fields that are absent take their defaults.
+        """Creates a configuration from the result of `to_dict`. Missing fields take their defaults.
 
         Args:
-            data: Field names and values. `model_type` decides the class, which must be this class or derive from it.
+            data: Field names and values. `model_type` determines the class, which has to be this class or derive from
+                it.
 
         Raises:
             ConfigurationError: If a field is unknown, a value does not fit, or the family is another one.
@@ -179,17 +184,17 @@ class WorldModelConfig:
             raise ConfigurationError(
                 f"Unknown model_type '{model_type}'{nearest(str(model_type), _FAMILIES)} "
                 f"Known are: {', '.join(_FAMILIES)}. "
-                "A family of your own must be imported before its configurations are read."
+                "Import your own family before you read its configurations."
             )
         check_field_names(target, data)
         return target(**data)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field as JSON has it: enums as their values, tuples as lists."""
+        """All fields as JSON values: enums as their values, tuples as lists."""
         return {item.name: _to_json(getattr(self, item.name)) for item in fields(self)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the configuration to `path` as JSON. A kill at any moment leaves the old file or the new one.
+        """Writes the configuration to a JSON file, which is replaced as a whole.
 
         Raises:
             ConfigurationError: If it cannot be written.
@@ -197,22 +202,24 @@ class WorldModelConfig:
         write_text(path, self.to_json(), ConfigurationError)
 
     def to_json(self) -> str:
-        """What `save` writes."""
+        """The text that `save` writes."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @classmethod
     def load(cls: type[ConfigT], path: str | os.PathLike[str]) -> ConfigT:
-        """Configuration from a JSON file (or the `config.json` of a directory), in the class of its `model_type`.
+        """Loads a configuration from a JSON file or a directory's `config.json`, in the class of its `model_type`.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ConfigurationError: If it is not a configuration that this class can hold; if it is not even JSON, this is a
-                `json.JSONDecodeError`, too.
+            ConfigurationError: If it is not a configuration of this class. If it is not even JSON, the error is also a
+                `json.JSONDecodeError`.
         """
         path = checked_path("path", path)
         if path.is_dir():
             path = path / "config.json"
-        data = read_json(path, error=ConfigurationError, finite=False)  # of fields, the checks say which is not
+        data = read_json(
+            path, error=ConfigurationError, finite=False
+        )  # the checks of the fields name a value that is not finite
         with only_our_errors(path, ConfigurationError):
             try:
                 return cls.from_dict(data)
@@ -220,7 +227,7 @@ class WorldModelConfig:
                 raise ConfigurationError(f"{path}: {error}") from error
 
     def _derive(self) -> None:
-        """Bring what was given to its stored form, and fill in what follows from it."""
+        """Normalises the given values, and derives the fields that follow from them."""
         self._set("obs_shape", clean_obs_shape(self.obs_shape, any_shape=type(self) is WorldModelConfig))
         self._set("latent_type", clean_enum("latent_type", self.latent_type, LatentType))
         self._set("dynamics_type", clean_enum("dynamics_type", self.dynamics_type, DynamicsType))
@@ -229,12 +236,12 @@ class WorldModelConfig:
         if self.action_type == "discrete" and not self.action_classes:
             self._set("action_classes", (self.action_dim,))
         if not isinstance(self.obs_classes, Mapping):
-            raise ConfigurationError(f"obs_classes is {self.obs_classes!r}, expected a dict of key to classes.")
+            raise ConfigurationError(f"obs_classes is {self.obs_classes!r}, expected a dict of keys to classes.")
         cleaned = {key: clean_sizes(f"obs_classes['{key}']", value) for key, value in self.obs_classes.items()}
         self._set("obs_classes", dict(sorted(cleaned.items())))
 
     def _derive_width(self, name: str, expected: int, formula: str) -> None:
-        """Fill in a field that follows from others, which may be given all the same if it agrees with them."""
+        """Sets a field that follows from others. A given value has to agree with them."""
         given = getattr(self, name)
         if given is not None and given != expected:
             raise ConfigurationError(
@@ -243,7 +250,7 @@ class WorldModelConfig:
         self._set(name, expected)
 
     def _check_kinds(self) -> None:
-        """Numbers are numbers, names are names. Fields of derived families are covered by their annotations."""
+        """Checks types and ranges. The types of derived families follow from their annotations."""
         for item in fields(self):
             kind = item.type if isinstance(item.type, str) else getattr(item.type, "__name__", str(item.type))
             value = getattr(self, item.name)
@@ -256,17 +263,47 @@ class WorldModelConfig:
             elif kind == "str" and not isinstance(value, str):
                 raise ConfigurationError(f"{item.name} is {value!r}, expected a string.")
         for name, most in self._at_most.items():
-            if getattr(self, name) > most:
-                raise ConfigurationError(f"{name} is {getattr(self, name)}, expected at most {most:,}.")
+            self._require(name, getattr(self, name) <= most, f"at most {most:,}")
         for name in self._positive:
-            if getattr(self, name) <= 0:
-                raise ConfigurationError(f"{name} is {getattr(self, name)}, expected a number above 0.")
+            self._require(name, getattr(self, name) > 0, "a number above 0")
+        for name in self._not_negative:
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        for name in self._shares:
+            self._require(name, 0 <= getattr(self, name) <= 1, "a share between 0 and 1")
+
+    def _require(self, name: str, fits: bool, expected: str) -> None:
+        """Raises a `ConfigurationError` about a field that does not fit."""
+        if not fits:
+            raise ConfigurationError(f"{name} is {getattr(self, name)}, expected {expected}.")
+
+    def _require_bins(self, name: str) -> None:
+        """Checks the number of bins of a two-hot distribution."""
+        bins = getattr(self, name)
+        self._require(name, bins % 2 == 1 and bins >= 3, "an odd number of at least 3, so that one bin is 0")
+
+    def _require_kinds(self, latent: LatentType, dynamics: DynamicsType) -> None:
+        """Checks the kinds of latent state and dynamics, of which a family has only one."""
+        if (self.latent_type, self.dynamics_type) != (latent, dynamics):
+            raise ConfigurationError(
+                f"latent_type is '{self.latent_type.value}' and dynamics_type is '{self.dynamics_type.value}', "
+                f"expected '{latent.value}' and '{dynamics.value}', the only ones of {type(self).__name__}."
+            )
+
+    @staticmethod
+    def _require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
+        """Checks that a size is a multiple of another."""
+        if value % divisor:
+            below = max(value // divisor, 1) * divisor
+            raise ConfigurationError(
+                f"{name} is {value}, expected a multiple of {divisor_name} ({divisor}), "
+                f"such as {below} or {below + divisor}."
+            )
 
     def _check_common(self) -> None:
         if type(self) is not WorldModelConfig and self.model_type != _family_of(type(self)):
             raise ConfigurationError(
                 f"model_type is '{self.model_type}', expected '{_family_of(type(self))}' for {type(self).__name__}. "
-                "Leave it out; model_name is the free text."
+                "Leave it out; the name for people is model_name."
             )
         check_choice("action_type", self.action_type, _ACTION_TYPES)
         check_choice("dtype", self.dtype, _DTYPES)
@@ -282,7 +319,7 @@ class WorldModelConfig:
             if self.obs_shapes[key] != (sum(classes),):
                 raise ConfigurationError(
                     f"obs_classes['{key}'] is {classes} and sums to {sum(classes)}, expected the observation '{key}' "
-                    f"to have shape ({sum(classes)},), but it has {self.obs_shapes[key]}. One-hots lie in a row."
+                    f"to have shape ({sum(classes)},), but it has {self.obs_shapes[key]}. They are concatenated."
                 )
 
     def _check_actions(self) -> None:
@@ -313,7 +350,7 @@ _FAMILIES["base"] = WorldModelConfig
 
 
 def _family_of(cls: type[WorldModelConfig]) -> str:
-    """Default of the class's `model_type`."""
+    """The default `model_type` of a class."""
     default = next(item.default for item in fields(cls) if item.name == "model_type")
     return str(default) if default is not MISSING else cls.__name__
 
@@ -321,7 +358,7 @@ def _family_of(cls: type[WorldModelConfig]) -> str:
 def sized_fields(
     cls: type[WorldModelConfig], sizes: Mapping[str, Mapping[str, Any]], size: str, overrides: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Fields of a named size of a family, with some replaced; what `from_size` builds a configuration from.
+    """Fields of a named size, with some of them replaced, for the `from_size` of a family.
 
     Raises:
         ConfigurationError: If the size or a field is unknown.
@@ -333,7 +370,7 @@ def sized_fields(
 
 
 def check_field_names(cls: type[WorldModelConfig], given: Mapping[str, Any]) -> None:
-    """Raises a `ConfigurationError` unless every name is a field of the family."""
+    """Raises a `ConfigurationError` if a name is not a field of the family."""
     known = [item.name for item in fields(cls)]
     for name in given:
         if name not in known:

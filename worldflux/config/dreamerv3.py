@@ -1,4 +1,4 @@
-"""DreamerV3's configuration and sizes."""
+"""Configuration and sizes of DreamerV3."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ _DREAMERV3_LOSS_SCALES = {
 
 @dataclass(frozen=True)
 class DreamerV3Config(WorldModelConfig):
-    """DreamerV3, arXiv:2301.04104. Hyperparameters follow the authors' implementation, sizes the preset `size50m`.
+    """DreamerV3, arXiv:2301.04104.
 
-    `from_size` gives the other sizes. `stoch_dim`, `latent_dim`, `encoder_type` and `decoder_type` follow from the
-    other fields; given all the same, they must agree with them.
+    Default hyperparameters are those of the authors' implementation, default sizes those of `size50m`; see `from_size`
+    for other sizes. `stoch_dim`, `latent_dim`, `encoder_type` and `decoder_type` are derived from other fields. If they
+    are given, they have to agree with them.
     """
 
     model_type: str = "dreamerv3"
@@ -45,9 +46,9 @@ class DreamerV3Config(WorldModelConfig):
     hidden_dim: int = 640
     """Width of the hidden layers of the recurrent model."""
     learning_rate: float = 4e-5
-    """Step size of LaProp after its warm-up."""
+    """Learning rate of LaProp after the warm-up."""
     grad_clip: float = 0.3
-    """Adaptive clipping: largest ratio of a tensor's gradient norm to its own norm. Smaller clips more."""
+    """Adaptive gradient clipping: largest ratio of the gradient norm to the norm of a tensor. Smaller clips more."""
     warmup_steps: int = 1000
     """Gradient steps over which an agent's learning rate rises from zero."""
 
@@ -56,64 +57,64 @@ class DreamerV3Config(WorldModelConfig):
     stoch_classes: int = 32
     """Classes of each categorical variable; at most 65535."""
     blocks: int = 8
-    """Diagonal blocks of the recurrent weights. More blocks mean fewer parameters and less exchange between them."""
+    """Number of diagonal blocks of the recurrent weights. More blocks have fewer parameters and less exchange."""
     unimix: float = 0.01
-    """Share of the uniform distribution mixed into every categorical latent. 0 lets probabilities vanish."""
+    """Share of the uniform distribution in every categorical latent. With 0, probabilities can vanish."""
 
     encoder_type: str = None  # type: ignore[assignment]
     """"cnn" (images only), "mlp" (vectors only) or "multi" (both). Derived from `obs_shape`."""
     decoder_type: str = None  # type: ignore[assignment]
-    """As `encoder_type`, for the reconstruction."""
+    """Like `encoder_type`, for the reconstruction."""
     units: int = 512
-    """Width of the hidden layers of encoder, decoder and heads, outside the recurrent model."""
+    """Width of the hidden layers of the encoder, decoder and heads."""
     encoder_layers: int = 3
-    """Hidden layers for vector observations."""
+    """Number of hidden layers of the vector encoder."""
     decoder_layers: int = 3
-    """Hidden layers of the vector decoder."""
+    """Number of hidden layers of the vector decoder."""
     reward_layers: int = 1
-    """Hidden layers of the reward head."""
+    """Number of hidden layers of the reward head."""
     continue_layers: int = 1
-    """Hidden layers of the continue head."""
+    """Number of hidden layers of the continue head."""
     actor_layers: int = 3
-    """Hidden layers of the policy."""
+    """Number of hidden layers of the policy."""
     critic_layers: int = 3
-    """Hidden layers of the critic."""
+    """Number of hidden layers of the critic."""
     cnn_depth: int = 48
-    """Base of the image channels: the four stages have 2, 3, 4 and 4 times as many. `4 * cnn_depth` is a multiple of
-    `bspace`."""
+    """Base number of image channels: the four stages have 2, 3, 4 and 4 times as many. `4 * cnn_depth` is a multiple
+    of `bspace`."""
     cnn_kernels: tuple[int, ...] = (5, 5, 5, 5)
-    """Kernel sizes of the four encoder stages, odd; the decoder uses them in reverse."""
+    """Kernel sizes of the four encoder stages, all odd. The decoder uses them in reverse order."""
     bspace: int = 8
-    """Blocks of the layer from the recurrent state to the image decoder's first map."""
+    """Number of blocks of the layer from the recurrent state to the first feature map of the image decoder."""
     use_symlog: bool = True
-    """Squash vector observations, and the targets of their reconstruction, by symlog. Off suits inputs of order 1."""
+    """Whether symlog is applied to vector observations and their targets. Use False for inputs of order 1."""
     bins: int = 255
-    """Bins of the two-hot reward and value distributions; odd."""
+    """Number of bins of the two-hot reward and value distributions; odd."""
 
     kl_free: float = 1.0
-    """Nats of KL divergence per step that cost nothing. Larger keeps more detail in the latent."""
+    """Free nats: KL divergence per step that is not penalised. Larger values keep more detail in the latent."""
     kl_balance: float = 10 / 11
-    """Share of the KL weight that trains the prior; the rest trains the representation."""
+    """Share of the KL loss that trains the prior; the rest trains the representation."""
     loss_scales: dict[str, float] = field(default_factory=lambda: dict(_DREAMERV3_LOSS_SCALES))
-    """Weight of each loss. A partial dict changes only what it names. "kl" 1.1 at the default balance is 1.0 for the
-    prior and 0.1 for the representation, as in the paper."""
+    """Weight of each loss. A partial dictionary changes only the losses that it names. With the default balance, a
+    weight of 1.1 for "kl" is 1.0 for the prior and 0.1 for the representation, as in the paper."""
 
     imagination_horizon: int = 15
-    """Imagined steps from every replayed state."""
+    """Number of imagined steps from every replayed state."""
     imag_last: int = 0
-    """Steps at the end of each window to imagine from; 0 takes all. Fewer make a step cheaper, not the model worse."""
+    """Number of steps at the end of each window to imagine from; 0 uses all. Fewer steps are cheaper."""
     discount_horizon: float = 333.0
-    """Steps over which rewards count: the discount is `1 - 1 / discount_horizon`."""
+    """Number of steps over which rewards count: the discount is `1 - 1 / discount_horizon`."""
     lambda_: float = 0.95
-    """Mixture of the return: 0 trusts the critic after one step, 1 trusts the whole rollout."""
+    """Lambda of the return: 0 uses the critic after one step, 1 uses the whole rollout."""
     entropy_scale: float = 3e-4
-    """Weight of the policy's entropy. Larger explores more."""
+    """Weight of the policy's entropy. Larger values explore more."""
     return_norm_rate: float = 0.01
-    """Speed of the running percentiles of the return."""
+    """Update rate of the running percentiles of the return."""
     return_norm_limit: float = 1.0
-    """Smallest scale that returns are divided by, so that small ones are not blown up."""
+    """Smallest scale by which returns are divided, so that small returns are not amplified."""
     slow_critic_rate: float = 0.02
-    """Share of the critic that the slow critic takes over after every step."""
+    """Update rate of the slow critic, after every gradient step."""
 
     _positive: ClassVar[tuple[str, ...]] = (
         *WorldModelConfig._positive,
@@ -135,7 +136,8 @@ class DreamerV3Config(WorldModelConfig):
         "return_norm_limit",
         "slow_critic_rate",
     )
-
+    _not_negative: ClassVar[tuple[str, ...]] = ("kl_free", "entropy_scale", "imag_last", "warmup_steps")
+    _shares: ClassVar[tuple[str, ...]] = ("unimix", "kl_balance", "lambda_", "return_norm_rate", "slow_critic_rate")
     _at_most: ClassVar[dict[str, int]] = {
         "encoder_layers": 1_000,
         "decoder_layers": 1_000,
@@ -144,18 +146,19 @@ class DreamerV3Config(WorldModelConfig):
         "actor_layers": 1_000,
         "critic_layers": 1_000,
         "imagination_horizon": 10_000,
+        "stoch_classes": 65_535,
     }
 
     @classmethod
     def from_size(cls, size: str, **overrides: Any) -> DreamerV3Config:
-        """Configuration of a named size, with fields of your own.
+        """Creates a configuration of a named size, with some fields replaced.
 
         Args:
             size: `size12m` to `size200m`, `reference-1m` to `reference-400m` (the authors' own dimensions), or `tiny`.
             **overrides: Any field, such as `obs_shape`, `action_dim` or `learning_rate`.
 
         Raises:
-            ConfigurationError: If the size or a field is unknown; it is a `ValueError`.
+            ConfigurationError: If the size or a field is unknown. The error is also a `ValueError`.
         """
         return cls(**sized_fields(cls, DREAMERV3_SIZES, size, overrides))
 
@@ -181,43 +184,18 @@ class DreamerV3Config(WorldModelConfig):
 
     def _check_common(self) -> None:
         super()._check_common()
-        if self.latent_type is not LatentType.CATEGORICAL or self.dynamics_type is not DynamicsType.RSSM:
-            raise ConfigurationError(
-                f"latent_type is '{self.latent_type.value}' and dynamics_type is '{self.dynamics_type.value}', "
-                "expected 'categorical' and 'rssm': DreamerV3 has no others."
-            )
-        if self.stoch_classes > 65535:
-            raise ConfigurationError(f"stoch_classes is {self.stoch_classes}, expected at most 65535.")
+        self._require_kinds(LatentType.CATEGORICAL, DynamicsType.RSSM)
         if len(self.cnn_kernels) != 4 or any(kernel % 2 == 0 for kernel in self.cnn_kernels):
             raise ConfigurationError(
                 f"cnn_kernels is {self.cnn_kernels}, expected four odd sizes, one per stage, such as (5, 5, 5, 5)."
             )
-        if self.bins % 2 == 0 or self.bins < 3:
-            raise ConfigurationError(
-                f"bins is {self.bins}, expected an odd number of at least 3, so that one bin is 0."
-            )
-        if self.discount_horizon <= 1:
-            raise ConfigurationError(f"discount_horizon is {self.discount_horizon}, expected more than 1 step.")
-        for name in ("unimix", "kl_balance", "lambda_", "return_norm_rate", "slow_critic_rate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigurationError(f"{name} is {getattr(self, name)}, expected a share between 0 and 1.")
-        for name in ("kl_free", "entropy_scale", "imag_last", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ConfigurationError(f"{name} is {getattr(self, name)}, expected 0 or more.")
-        self._check_divisible("deter_dim", self.deter_dim, "blocks", self.blocks)
+        self._require_bins("bins")
+        self._require("discount_horizon", self.discount_horizon > 1, "more than 1 step")
+        self._require_multiple("deter_dim", self.deter_dim, "blocks", self.blocks)
         if self.image_keys:
-            self._check_divisible("deter_dim", self.deter_dim, "bspace", self.bspace)
-            self._check_divisible("4 * cnn_depth", 4 * self.cnn_depth, "bspace", self.bspace)
+            self._require_multiple("deter_dim", self.deter_dim, "bspace", self.bspace)
+            self._require_multiple("4 * cnn_depth", 4 * self.cnn_depth, "bspace", self.bspace)
             self._check_images()
-
-    @staticmethod
-    def _check_divisible(name: str, value: int, divisor_name: str, divisor: int) -> None:
-        if value % divisor:
-            below = max(value // divisor, 1) * divisor
-            raise ConfigurationError(
-                f"{name} is {value}, expected a multiple of {divisor_name} ({divisor}), "
-                f"such as {below} or {below + divisor}."
-            )
 
     def _check_images(self) -> None:
         sides = {key: self.obs_shapes[key][1:] for key in self.image_keys}
@@ -265,16 +243,16 @@ DREAMERV3_SIZES: dict[str, Mapping[str, int | float]] = {
 }
 """Dimensions of each size that `DreamerV3Config.from_size` knows.
 
-`size*` keep the recurrent state, latents and hidden width of their documentation; their `units`, `cnn_depth` and
-`blocks` are the ones that bring the parameter count nearest to the name. `reference-*` are the authors' own dimensions,
-in which hidden width and `units` are an eighth of the recurrent state, and classes and `cnn_depth` a 128th. `tiny` is
-for laptops, with a larger learning rate and a shorter warm-up, as runs of some thousand gradient steps need.
+`size*` have the documented recurrent state, latents and hidden width; `units`, `cnn_depth` and `blocks` are chosen so
+that the number of parameters is nearest to the name. `reference-*` are the authors' own dimensions, in which the hidden
+width and `units` are an eighth of the recurrent state, and the classes and `cnn_depth` a 128th. `tiny` is for laptops,
+with a larger learning rate and a shorter warm-up, which runs of some thousand gradient steps need.
 """
 
 
 def _merge_loss_scales(given: Any) -> dict[str, float]:
     if not isinstance(given, Mapping):
-        raise ConfigurationError(f"loss_scales is {given!r}, expected a dict of loss name to weight.")
+        raise ConfigurationError(f"loss_scales is {given!r}, expected a dict of loss names to weights.")
     merged = dict(_DREAMERV3_LOSS_SCALES)
     for name, scale in given.items():
         if name not in merged:

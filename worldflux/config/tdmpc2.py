@@ -17,120 +17,120 @@ _LEAST_IMAGE_SIDE = 39
 
 @dataclass(frozen=True)
 class TDMPC2Config(WorldModelConfig):
-    """TD-MPC2, arXiv:2310.16828. Numbers follow the authors' implementation, sizes its default of 5M parameters.
+    """TD-MPC2, arXiv:2310.16828, for continuous actions.
 
-    `from_size` gives the other sizes. `deter_dim` follows from `latent_dim`. Actions are continuous. Several tasks
-    share one model when `num_tasks` is above 1: observations are then padded with zeros to `obs_shape`, actions to
-    `action_dim`.
+    Default hyperparameters are those of the authors' implementation, default sizes those of its model of 5M parameters;
+    see `from_size` for other sizes. `deter_dim` is derived from `latent_dim`. If `num_tasks` is above 1, the tasks
+    share one model: observations are padded with zeros to `obs_shape`, actions to `action_dim`.
     """
 
     model_type: str = "tdmpc2"
     """Family of the model."""
     latent_type: LatentType = LatentType.SIMNORM
-    """Always SimNorm: groups of numbers that are each a softmax."""
+    """Always SimNorm: groups of numbers, each normalised by a softmax."""
     dynamics_type: DynamicsType = DynamicsType.MLP
     """Always an MLP."""
     latent_dim: int = 512
     """Width of the latent state. A multiple of `simnorm_dim`."""
     deter_dim: int = None  # type: ignore[assignment]
-    """Width of the deterministic part of the state, which is all of it: `latent_dim`. Derived."""
+    """Width of the deterministic part of the state, which is the whole state: `latent_dim`. Derived."""
     stoch_dim: int = 0
-    """Width of the stochastic part of the state. Always 0: there is none."""
+    """Width of the stochastic part of the state. Always 0."""
     hidden_dim: int = 512
     """Width of the hidden layers of the dynamics."""
     learning_rate: float = 3e-4
-    """Step size of Adam."""
+    """Learning rate of Adam."""
     grad_clip: float = 20.0
-    """Largest norm of the gradient, of the model's and of the policy's each. Smaller clips more."""
+    """Largest gradient norm, for the model and for the policy separately. Smaller values clip more."""
 
     simnorm_dim: int = 8
-    """Numbers in each group of the latent state. Smaller groups are closer to one-hot vectors."""
+    """Size of each group of the latent state. Smaller groups are closer to one-hot vectors."""
     num_hidden_layers: int = 2
-    """Hidden layers of dynamics, reward, termination, value and policy."""
+    """Number of hidden layers of the dynamics, reward, termination, value and policy networks."""
     mlp_dim: int = 512
-    """Width of the hidden layers of reward, termination, value and policy."""
+    """Width of the hidden layers of the reward, termination, value and policy networks."""
     enc_dim: int = 256
-    """Width of the encoder's hidden layers for vectors."""
+    """Width of the hidden layers of the vector encoder."""
     num_enc_layers: int = 2
-    """Layers of the vector encoder, the one to the latent state included; at least 2 are built."""
+    """Number of layers of the vector encoder, including the last one to the latent state. At least 2 are built."""
     num_channels: int = 32
-    """Channels of the image encoder. 64x64 images give `16 * num_channels` numbers, which are the latent state itself
-    where that is as wide; otherwise a layer brings them to its width."""
+    """Number of channels of the image encoder. 64x64 images give `16 * num_channels` features. If the latent state has
+    the same width, these are the latent state; otherwise a linear layer follows."""
     num_q_networks: int = 5
-    """Value networks, of which every estimate uses two at random. More are steadier and cost linearly."""
+    """Number of value networks, of which every estimate uses two at random. More are steadier and cost more."""
     dropout: float = 0.01
-    """Share of the first hidden layer of each value network that is dropped in training."""
+    """Dropout rate in the first hidden layer of each value network."""
     num_bins: int = 101
-    """Bins of the two-hot reward and value distributions; odd."""
+    """Number of bins of the two-hot reward and value distributions; odd."""
     vmin: float = -10.0
-    """Lowest bin, in symlog space; `-vmax`, so that a fresh model predicts 0."""
+    """Lowest bin in symlog space; `-vmax`, so that a new model predicts 0."""
     vmax: float = 10.0
-    """Highest bin, in symlog space: symexp(10) is about 22,000."""
+    """Highest bin in symlog space; symexp(10) is about 22,000."""
     log_std_min: float = -10.0
     """Smallest logarithm of the policy's standard deviation."""
     log_std_max: float = 2.0
-    """Largest one. Larger explores more widely."""
+    """Largest logarithm of the policy's standard deviation. Larger values explore more widely."""
     use_decoder: bool = False
-    """Also learn to picture the observation. The decoder learns beside the model and does not influence it."""
+    """Whether to train a decoder of observations. It does not influence the rest of the model."""
 
     num_tasks: int = 1
-    """Tasks that share the model. One needs no task embedding."""
+    """Number of tasks that share the model. A single task needs no task embedding."""
     task_dim: int = 96
-    """Width of a task's embedding; without effect for a single task."""
+    """Width of the task embedding. Without effect for a single task."""
     task_action_dims: tuple[int, ...] = ()
-    """Action dimensions that each task uses, at most `action_dim`. Empty: all of them."""
+    """Number of action dimensions that each task uses, at most `action_dim`. Empty: all of them."""
     task_episode_lengths: tuple[int, ...] = ()
-    """Decisions in a full episode of each task. Empty: `episode_length` for all."""
+    """Number of steps in a full episode of each task. Empty: `episode_length` for all tasks."""
 
     episodic: bool = False
-    """Predict terminations, and plan with them. The head counts from the first termination that is learned from on;
-    targets of the value respect terminations either way."""
+    """Whether to predict terminations and plan with them, once the training data contain one. Value targets respect
+    terminations in any case."""
     episode_length: int = 500
-    """Decisions in a full episode, which the discount follows from (see `discounts`)."""
+    """Number of steps in a full episode, from which the discount is derived (see `discounts`)."""
     discount_denom: float = 5.0
-    """Larger looks less far ahead: an episode of n decisions has the discount `1 - discount_denom / n`."""
+    """The discount is `1 - discount_denom / n` for episodes of n steps. Larger values look less far ahead."""
     discount_min: float = 0.95
-    """Smallest discount, whatever the episode length."""
+    """Smallest discount for any episode length."""
     discount_max: float = 0.995
-    """Largest discount, whatever the episode length."""
+    """Largest discount for any episode length."""
 
     horizon: int = 3
-    """Latent steps that are learned from each replayed start, and planned ahead. Larger sees further and compounds the
-    model's error."""
+    """Number of latent steps for training and planning. A longer horizon looks further ahead, with larger model
+    errors."""
     rho: float = 0.5
-    """Weight of each step ahead against the one before it, in the losses."""
+    """Weight of each step ahead in the losses, relative to the step before."""
     consistency_coef: float = 20.0
-    """Weight of predicting the next latent state."""
+    """Weight of the consistency loss: predicting the next latent state."""
     reward_coef: float = 0.1
     """Weight of the reward loss."""
     value_coef: float = 0.1
     """Weight of the value loss."""
     termination_coef: float = 1.0
-    """Weight of the termination loss, once a termination was seen."""
+    """Weight of the termination loss, once a termination has been seen."""
     entropy_coef: float = 1e-4
-    """Weight of the policy's entropy. Larger explores more."""
+    """Weight of the policy's entropy. Larger values explore more."""
     encoder_lr_scale: float = 0.3
     """Learning rate of the encoder, as a share of `learning_rate`."""
     tau: float = 0.01
-    """Share of the value networks that their targets take over after every step; also the speed of the value scale."""
+    """Update rate of the target value networks, after every gradient step, and of the value scale."""
 
     num_samples: int = 512
-    """Action sequences that the planner tries in each iteration. Cost grows linearly."""
+    """Number of action sequences that the planner evaluates in each iteration. The cost grows linearly."""
     num_elites: int = 64
-    """Best sequences that the planner's next distribution is fitted to; at most `num_samples`."""
+    """Number of best sequences to which the planner fits its next distribution; at most `num_samples`."""
     num_pi_trajs: int = None  # type: ignore[assignment]
-    """Sequences among the samples that the policy proposes; fewer than `num_samples`. If it is not given, one in 16
-    samples, at most the paper's 24."""
+    """Number of samples that the policy proposes; fewer than `num_samples`. Default: one in 16 samples, at most the
+    paper's 24."""
     iterations: int = 6
-    """Iterations of the planner, which makes two more from 20 action dimensions on."""
+    """Number of iterations of the planner. From 20 action dimensions on, it makes two more."""
     temperature: float = 0.5
-    """Weight of an elite's value in its score. Larger trusts the best ones more."""
+    """Weight of an elite's value in its score. Larger values favour the best sequences more."""
     momentum: float = 0.0
-    """Share of the planner's old mean in the new one. 0 is the paper's."""
+    """Share of the planner's old mean in the new one. The paper uses 0."""
     min_std: float = 0.05
     """Smallest standard deviation of the planner's samples."""
     max_std: float = 2.0
-    """Standard deviation that the planner starts with."""
+    """Initial standard deviation of the planner's samples."""
 
     _positive: ClassVar[tuple[str, ...]] = (
         *(name for name in WorldModelConfig._positive if name != "stoch_dim"),
@@ -155,7 +155,16 @@ class TDMPC2Config(WorldModelConfig):
         "min_std",
         "max_std",
     )
-
+    _not_negative: ClassVar[tuple[str, ...]] = (
+        "consistency_coef",
+        "reward_coef",
+        "value_coef",
+        "termination_coef",
+        "entropy_coef",
+        "encoder_lr_scale",
+        "num_pi_trajs",
+    )
+    _shares: ClassVar[tuple[str, ...]] = ("rho", "tau")
     _at_most: ClassVar[dict[str, int]] = {
         "num_hidden_layers": 1_000,
         "num_enc_layers": 1_000,
@@ -166,7 +175,7 @@ class TDMPC2Config(WorldModelConfig):
 
     @classmethod
     def from_size(cls, size: str, **overrides: Any) -> TDMPC2Config:
-        """Configuration of a named size, with fields of your own.
+        """Creates a configuration of a named size, with some fields replaced.
 
         Args:
             size: `5m`, `19m`, `48m` or `317m`, `reference-1m` to `reference-317m` (the authors' own dimensions), or
@@ -174,18 +183,18 @@ class TDMPC2Config(WorldModelConfig):
             **overrides: Any field, such as `obs_shape`, `action_dim` or `learning_rate`.
 
         Raises:
-            ConfigurationError: If the size or a field is unknown; it is a `ValueError`.
+            ConfigurationError: If the size or a field is unknown. The error is also a `ValueError`.
         """
         return cls(**sized_fields(cls, TDMPC2_SIZES, size, overrides))
 
     @classmethod
     def episode_fields(cls, max_steps: int | None) -> dict[str, Any]:
-        """The discount follows the length of episodes; the termination head waits for a first termination."""
+        """Terminations are predicted, and the discount is derived from the length of episodes."""
         return {"episodic": True} | ({} if max_steps is None else {"episode_length": max_steps})
 
     @property
     def discounts(self) -> tuple[float, ...]:
-        """Discount of each task: `1 - discount_denom / n` for n decisions, within `discount_min` and `discount_max`."""
+        """Discount of each task: `1 - discount_denom / n` for n steps, clipped to `discount_min` and `discount_max`."""
         lengths = self.task_episode_lengths or (self.episode_length,) * self.num_tasks
         found = (1.0 - self.discount_denom / length for length in lengths)
         return tuple(min(max(discount, self.discount_min), self.discount_max) for discount in found)
@@ -206,27 +215,11 @@ class TDMPC2Config(WorldModelConfig):
                 "For discrete ones choose DreamerV3, 'dreamerv3:size12m' for example."
             )
         super()._check_common()
-        if self.latent_type is not LatentType.SIMNORM or self.dynamics_type is not DynamicsType.MLP:
-            raise ConfigurationError(
-                f"latent_type is '{self.latent_type.value}' and dynamics_type is '{self.dynamics_type.value}', "
-                "expected 'simnorm' and 'mlp': TD-MPC2 has no others."
-            )
-        if self.stoch_dim != 0:
-            raise ConfigurationError(
-                f"stoch_dim is {self.stoch_dim}, expected 0: TD-MPC2's state has no stochastic part. Leave it out."
-            )
-        if self.latent_dim % self.simnorm_dim:
-            below = max(self.latent_dim // self.simnorm_dim, 1) * self.simnorm_dim
-            raise ConfigurationError(
-                f"latent_dim is {self.latent_dim}, expected a multiple of simnorm_dim ({self.simnorm_dim}), "
-                f"such as {below} or {below + self.simnorm_dim}."
-            )
-        if self.num_bins % 2 == 0 or self.num_bins < 3:
-            raise ConfigurationError(
-                f"num_bins is {self.num_bins}, expected an odd number of at least 3, so that one bin is 0."
-            )
-        if self.vmin != -self.vmax:
-            raise ConfigurationError(f"vmin is {self.vmin}, expected -vmax ({-self.vmax}), so that the bins mirror.")
+        self._require_kinds(LatentType.SIMNORM, DynamicsType.MLP)
+        self._require("stoch_dim", self.stoch_dim == 0, "0: TD-MPC2's state has no stochastic part. Leave it out")
+        self._require_multiple("latent_dim", self.latent_dim, "simnorm_dim", self.simnorm_dim)
+        self._require_bins("num_bins")
+        self._require("vmin", self.vmin == -self.vmax, f"-vmax ({-self.vmax}), so that the bins are symmetric")
         self._check_ranges()
         self._check_tasks()
         for key in self.image_keys:
@@ -237,41 +230,19 @@ class TDMPC2Config(WorldModelConfig):
                 )
 
     def _check_ranges(self) -> None:
-        for name in ("rho", "tau"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigurationError(f"{name} is {getattr(self, name)}, expected a share between 0 and 1.")
         for name in ("dropout", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigurationError(f"{name} is {getattr(self, name)}, expected a share from 0 and below 1.")
-        for name in (
-            "consistency_coef",
-            "reward_coef",
-            "value_coef",
-            "termination_coef",
-            "entropy_coef",
-            "encoder_lr_scale",
-            "num_pi_trajs",
-        ):
-            if getattr(self, name) < 0:
-                raise ConfigurationError(f"{name} is {getattr(self, name)}, expected 0 or more.")
+            self._require(name, 0 <= getattr(self, name) < 1, "a share from 0 and below 1")
         if not 0 < self.discount_min <= self.discount_max <= 1:
             raise ConfigurationError(
                 f"discount_min is {self.discount_min} and discount_max is {self.discount_max}, expected two numbers "
                 "above 0 and up to 1, in this order."
             )
-        if self.num_elites > self.num_samples:
-            raise ConfigurationError(
-                f"num_elites is {self.num_elites}, expected 1 to num_samples ({self.num_samples})."
-            )
-        if self.num_pi_trajs >= self.num_samples:
-            raise ConfigurationError(
-                f"num_pi_trajs is {self.num_pi_trajs}, expected fewer than num_samples ({self.num_samples})."
-            )
+        samples = self.num_samples
+        self._require("num_elites", self.num_elites <= samples, f"1 to num_samples ({samples})")
+        self._require("num_pi_trajs", self.num_pi_trajs < samples, f"fewer than num_samples ({samples})")
         for low, high in (("log_std_min", "log_std_max"), ("min_std", "max_std")):
-            if getattr(self, low) > getattr(self, high):
-                raise ConfigurationError(
-                    f"{low} is {getattr(self, low)}, expected at most {high} ({getattr(self, high)})."
-                )
+            most = getattr(self, high)
+            self._require(low, getattr(self, low) <= most, f"at most {high} ({most})")
 
     def _check_tasks(self) -> None:
         for name in ("task_action_dims", "task_episode_lengths"):
@@ -318,7 +289,7 @@ TDMPC2_SIZES: dict[str, Mapping[str, int]] = {
 }
 """Dimensions of each size that `TDMPC2Config.from_size` knows.
 
-`5m` to `317m` keep the latent and hidden width of their documentation; `mlp_dim` is the one that brings the parameter
-count nearest to the name, for vectors of 24 numbers and for images alike. `reference-*` are the authors' own
-dimensions. `tiny` is for laptops: it learns and plans with smaller networks and fewer samples.
+`5m` to `317m` have the documented latent and hidden width; `mlp_dim` is chosen so that the number of parameters is
+nearest to the name, both for vectors of 24 numbers and for images. `reference-*` are the authors' own dimensions.
+`tiny` is for laptops: it has smaller networks and plans with fewer samples.
 """
