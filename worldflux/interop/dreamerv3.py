@@ -1,4 +1,4 @@
-"""Checkpoints of DreamerV3's reference implementation (danijar/dreamerv3) as worldflux models."""
+"""Loading checkpoints of DreamerV3's reference implementation (danijar/dreamerv3)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from worldflux.config import DreamerV3Config
 from worldflux.errors import CheckpointError, ConfigurationError
 from worldflux.files import checked_path
 from worldflux.models.dreamerv3.world_model import DreamerV3
-from worldflux.models.weights import check_finite
+from worldflux.models.weights import check_finite, check_weights
 from worldflux.pickles.reader import NUMPY, PickleReader, StoredArray
 from worldflux.reading import only_our_errors
 from worldflux.validation import whole_number
@@ -26,7 +26,7 @@ _SCALARS = {"retnorm/lo/value": "return_low", "retnorm/hi/value": "return_high"}
 
 _HEADS = {"rew": "reward_head", "con": "continue_head", "pol": "actor", "val": "critic", "slowval": "slow_critic"}
 
-# Official module name -> ours; `kernel`, `bias` and `scale` follow.
+# Names of modules in the reference, and here. `kernel`, `bias` or `scale` follow.
 _MODULES = [
     (r"enc/mlp([0-9])", r"encoder.mlp.linears.\1"),
     (r"enc/mlp([0-9])norm", r"encoder.mlp.norms.\1"),
@@ -68,7 +68,7 @@ _KERNELS = {2: (1, 0), 3: (0, 1, 2), 4: (3, 2, 0, 1)}
 """(in, out) -> (out, in); (h, w, in, out) -> (out, in, h, w); block-linear kernels keep (g, in, out)."""
 _OPTIMIZER = "opt/"
 _LONGEST_LATEST = 256
-"""Bytes of the file that names the newest checkpoint."""
+"""Largest number of bytes that are read of the file that names the newest checkpoint."""
 
 
 def load_official_dreamerv3(
@@ -80,31 +80,31 @@ def load_official_dreamerv3(
     stoch_discrete: int | None = None,
     allow_nonfinite: bool = False,
 ) -> DreamerV3:
-    """A model with the weights of a checkpoint of DreamerV3's reference implementation.
+    """Loads a model from a checkpoint of DreamerV3's reference implementation.
 
-    All dimensions are read from the weights' shapes. No memory is taken for the model before its shapes have been
-    compared with those of all weights.
+    All dimensions are derived from the shapes of the weights. Memory for the model is only allocated after its shapes
+    have been compared with those of all weights.
 
     Args:
-        params_or_path: The reference's parameter names and arrays, or its run directory, its `ckpt` directory, one
-            checkpoint folder in there, or an `agent.pkl`. It is not unpickled: NumPy arrays of numbers and plain
-            containers are read from it, and it is refused if it names anything else. The optimiser's state is left out.
-        obs_shape: Of the environment that the checkpoint was trained in; images `(C, H, W)`. A dictionary names the
-            reference's observation keys; a single vector joins all of its vector keys in sorted order.
-        action_dim: A
+        params_or_path: The reference's parameter names and arrays, or the path of its run directory, `ckpt` directory,
+            one checkpoint in it, or `agent.pkl`. The file is not unpickled: NumPy arrays of numbers and plain
+            containers are read, and a file that refers to anything else is refused. The optimizer state is ignored.
+        obs_shape: Shape of the observations that the model was trained on; images are `(C, H, W)`. A dictionary has the
+            reference's observation keys. A single vector stands for all of its vector keys, joined in sorted order.
+        action_dim: Width of the action vector.
         action_type: `"continuous"` or `"discrete"`.
-        stoch_discrete: Categorical rows of the latent; the shapes give only rows times classes. By default 32, as in
-            all of the reference's sizes, or where 32 does not divide the latent, its largest divisor up to the square
-            root.
-        allow_nonfinite: Take weights that are NaN or infinite, too.
+        stoch_discrete: Number of categorical variables of the latent, because the shapes only show this number times
+            the classes. Default: 32, as in all sizes of the reference. If the latent is not divisible by 32, its
+            largest divisor up to the square root.
+        allow_nonfinite: Accept weights that are NaN or infinite.
 
     Returns:
         The model, on the CPU, in float32.
 
     Raises:
-        CheckpointError: If the file cannot be read, holds anything but arrays, or its weights are not finite or do not
-            fit the shapes given.
-        ConfigurationError: If no DreamerV3 has such observations, actions or categorical rows.
+        CheckpointError: If the file cannot be read or contains anything but arrays, or its weights are not finite or do
+            not fit the given shapes.
+        ConfigurationError: If no DreamerV3 has such observations, actions or categorical variables.
     """
     shapes = dict(obs_shape) if isinstance(obs_shape, Mapping) else obs_shape
     given = DreamerV3Config(model_name="official", obs_shape=shapes, action_dim=action_dim, action_type=action_type)
@@ -130,17 +130,8 @@ def load_official_dreamerv3(
         with torch.device("meta"):
             sketch = DreamerV3(config)
         tensors = official_to_state_dict(params, sketch)
-    expected = sketch.state_dict()
-    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    wrong = [name for name in expected if name in tensors and tensors[name].shape != expected[name].shape]
-    if missing or unknown or wrong:
-        problem = f"lacks {missing[:3]}" if missing else f"has {unknown[:3]} besides what it needs"
-        if wrong and not missing:
-            problem = f"differs in the shape of {wrong[:3]}"
-        raise CheckpointError(
-            f"The checkpoint {problem} from a DreamerV3 with obs_shape={given.obs_shape} and action_dim={action_dim}. "
-            "Pass the shapes of the environment that it was trained in."
-        )
+    remedy = f"Is it of observations {given.obs_shape} and action_dim {action_dim}? Pass those of its training."
+    check_weights(where, tensors, sketch.state_dict(), remedy)
     if not allow_nonfinite:
         check_finite(where, tensors)
     model = DreamerV3(config)
@@ -149,9 +140,9 @@ def load_official_dreamerv3(
 
 
 def official_to_state_dict(params: Mapping[str, np.ndarray], model: DreamerV3) -> dict[str, Tensor]:
-    """Renames and transposes the reference's arrays (parameters, or gradients of them) for `model.load_state_dict`.
+    """Renames and transposes the reference's parameters, or their gradients, for `model.load_state_dict`.
 
-    Names that are no network parameters (optimiser state, counters) are left out.
+    Arrays that are not parameters of a network (optimizer state, counters) are left out.
     """
     keys = list(model.encoder.layout.vectors)
     convolutions = len(model.encoder.cnn.convs) if model.encoder.layout.images else 0
@@ -174,7 +165,7 @@ def official_to_state_dict(params: Mapping[str, np.ndarray], model: DreamerV3) -
         if match := re.fullmatch(r"dec/vec/(.+)/(?:pred|logits)", module):
             vectors.setdefault(match[1], {})[_LEAVES[leaf]] = array
         elif match := re.fullmatch(r"dec/conv([0-9])(norm)?", module):
-            # The reference numbers the decoder's stages from the image down; ours run upwards.
+            # The reference counts the stages of the decoder from the image on, and we count towards the image.
             stage = convolutions - 2 - int(match[1])
             tensors[f"decoder.cnn.{'norms' if match[2] else 'convs'}.{stage}.{_LEAVES[leaf]}"] = array
         else:
@@ -192,19 +183,19 @@ def official_to_state_dict(params: Mapping[str, np.ndarray], model: DreamerV3) -
 
 
 def _config(params: Mapping[str, np.ndarray], given: DreamerV3Config, groups: int | None) -> DreamerV3Config:
-    """`given` with the dimensions that the weights' shapes tell."""
+    """`given` with the dimensions that follow from the shapes of the weights."""
 
     def shape(name: str, axes: int) -> tuple[int, ...]:
         if name not in params:
             raise CheckpointError(
                 f"The checkpoint has no parameter {name!r}, which a DreamerV3 of these observations and actions needs. "
-                "Check obs_shape and action_type, and that the file is one of danijar/dreamerv3."
+                "Check obs_shape and action_type, and that the file was written by danijar/dreamerv3."
             )
         found = params[name].shape
         if len(found) != axes or not all(found):
             raise CheckpointError(
                 f"The checkpoint's {name} has shape {found}, expected {axes} dimensions of at least 1. "
-                "Check that the file is one of danijar/dreamerv3."
+                "Check that the file was written by danijar/dreamerv3."
             )
         return found
 
@@ -238,11 +229,11 @@ def _config(params: Mapping[str, np.ndarray], given: DreamerV3Config, groups: in
     try:
         return DreamerV3Config(**described, **fields)
     except ConfigurationError as error:
-        raise CheckpointError(f"The checkpoint's weights give no possible DreamerV3. {error}") from error
+        raise CheckpointError(f"The checkpoint's weights do not form a valid DreamerV3. {error}") from error
 
 
 def _groups(stoch: int) -> int:
-    """Categorical rows of a latent that is `stoch` wide; see `stoch_discrete` above."""
+    """Default of `stoch_discrete` for a latent that is `stoch` wide."""
     if stoch % 32 == 0:
         return 32
     return max(n for n in range(1, int(stoch**0.5) + 1) if stoch % n == 0)
@@ -255,7 +246,7 @@ def _name(name: Any) -> str:
 
 
 def _numbers(name: str, value: Any) -> np.ndarray:
-    """An array that somebody passed."""
+    """An array that the user has passed."""
     array = np.asarray(value)
     if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
         raise CheckpointError(f"The checkpoint's {name} has the type {array.dtype}, expected real numbers.")
@@ -263,7 +254,7 @@ def _numbers(name: str, value: Any) -> np.ndarray:
 
 
 def _read_params(path: Path) -> dict[str, np.ndarray]:
-    """The `params` of an `agent.pkl`, without the optimiser's state."""
+    """The `params` of an `agent.pkl`, without the optimizer state."""
     size = path.stat().st_size
     with path.open("rb") as file:
         content = PickleReader(file, size, NUMPY).read()
@@ -279,7 +270,7 @@ def _read_params(path: Path) -> dict[str, np.ndarray]:
 
 
 def _agent_file(path: Path) -> Path:
-    """`agent.pkl` of a run directory, a `ckpt` directory, one checkpoint folder, or the file itself."""
+    """The `agent.pkl` of a run directory, a `ckpt` directory or one checkpoint, or the file itself."""
     if path.is_file():
         return path
     for folder in (path / "ckpt", path):
@@ -287,7 +278,7 @@ def _agent_file(path: Path) -> Path:
         if latest.is_file():
             with only_our_errors(latest), latest.open("rb") as file:
                 text = file.read(_LONGEST_LATEST).decode().strip()
-            # The file holds the name of a sibling folder; a path in it would lead elsewhere.
+            # The file contains the name of a folder beside it. A path could lead elsewhere.
             name = Path(text).name
             if name in ("", ".."):
                 raise CheckpointError(f"{latest} is {text!r}, expected the name of a folder beside it.")

@@ -1,4 +1,4 @@
-"""Checkpoints of TD-MPC2's reference implementation (nicklashansen/tdmpc2) as worldflux models."""
+"""Loading checkpoints of TD-MPC2's reference implementation (nicklashansen/tdmpc2)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from worldflux.config import TDMPC2Config
 from worldflux.errors import CheckpointError, ConfigurationError
 from worldflux.files import checked_path
 from worldflux.models.tdmpc2.world_model import TDMPC2
-from worldflux.models.weights import check_finite
+from worldflux.models.weights import check_finite, check_weights
 from worldflux.pickles.torch_files import StoredTensor, TorchFile
 from worldflux.reading import only_our_errors
 from worldflux.validation import clean_sizes
@@ -30,9 +30,9 @@ _NETWORKS = {
     "_target_Qs_params": "target_critics",
 }
 _STACKED_LEAVES = ("weight", "bias", "ln.weight", "ln.bias")
-"""What the old format numbers within each layer of the value networks."""
+"""Parameters of each layer of the value networks, which the old format numbers."""
 _MOST_TASKS = 100_000
-"""Each takes far more memory than its embedding may have in a file; the reference has 80."""
+"""Largest number of tasks; the reference has 80. Each takes far more memory than its embedding in a file."""
 _FIRST_CONV, _CONV_STEP = 2, 2
 """Positions of the convolutions in the reference's image encoder."""
 
@@ -45,30 +45,30 @@ def load_official_tdmpc2(
     allow_nonfinite: bool = False,
     **overrides: Any,
 ) -> TDMPC2:
-    """A model with the weights of a checkpoint of TD-MPC2's reference implementation.
+    """Loads a model from a checkpoint of TD-MPC2's reference implementation.
 
-    All dimensions are read from the weights' shapes. No memory is taken for the model before its shapes have been
-    compared with those of all weights. What shapes don't tell takes the reference's defaults, unless it is given in
-    `overrides`: `episode_length` above all, which the discount follows from, and for several tasks
-    `task_episode_lengths` and, of old checkpoints, `task_action_dims`. `episodic=True` gives a checkpoint without a
-    termination head a fresh one, to go on learning where episodes terminate.
+    All dimensions are derived from the shapes of the weights. Memory for the model is only allocated after its shapes
+    have been compared with those of all weights. All other fields have the reference's defaults, unless they are given
+    in `overrides`: in particular `episode_length`, from which the discount is derived, and for several tasks
+    `task_episode_lengths` and, for old checkpoints, `task_action_dims`. With `episodic=True`, a checkpoint without a
+    termination head gets a new one, to continue training in environments that terminate.
 
     Args:
-        checkpoint_or_path: A `.pt` file, or what `torch.load` returns for it. Files are not unpickled: tensors and
-            plain containers are read from them, and a file is refused if it names anything else. Both key formats are
-            read: the present one, and that of the checkpoints published in 2023 and 2024.
-        obs_shape: Of the environment that the checkpoint was trained in; images `(C, H, W)`. For several tasks, of the
-            padded observation.
-        action_dim: A; for several tasks, of the padded action.
-        allow_nonfinite: Take weights that are NaN or infinite, too.
+        checkpoint_or_path: A `.pt` file, or the result of `torch.load`. Files are not unpickled: tensors and plain
+            containers are read, and a file that refers to anything else is refused. Both the current key format and
+            that of the checkpoints published in 2023 and 2024 are supported.
+        obs_shape: Shape of the observations that the model was trained on; images are `(C, H, W)`. For several tasks,
+            the shape of the padded observation.
+        action_dim: Width of the action vector; for several tasks, of the padded one.
+        allow_nonfinite: Accept weights that are NaN or infinite.
         **overrides: Further fields of `TDMPC2Config`.
 
     Returns:
         The model, on the CPU, in evaluation mode.
 
     Raises:
-        CheckpointError: If the file cannot be read, or its weights are not finite or do not fit the shapes given.
-        ConfigurationError: If `obs_shape` is no shape, or an override is no field of `TDMPC2Config`, or does not fit.
+        CheckpointError: If the file cannot be read, or its weights are not finite or do not fit the given shapes.
+        ConfigurationError: If `obs_shape` is not a shape, or an override is unknown or does not fit.
     """
     if isinstance(obs_shape, Mapping):
         raise ConfigurationError(f"obs_shape is {obs_shape!r}, expected the shape of one tensor, as the reference has.")
@@ -83,25 +83,16 @@ def load_official_tdmpc2(
         except ConfigurationError as error:
             if overrides:
                 raise
-            raise CheckpointError(f"The checkpoint's weights give no possible TD-MPC2. {error}") from error
+            raise CheckpointError(f"The checkpoint's weights do not form a valid TD-MPC2. {error}") from error
         with torch.device("meta"):
             sketch = TDMPC2(config)
         tensors = official_to_state_dict(params, sketch)
-    # What the checkpoint cannot have is fresh where an override asks for it.
+    # Parts that the checkpoint cannot have are new if an override asks for them.
     fresh = ("decoder.",) if fields["episodic"] else ("decoder.", "termination_head.")
     own = {name for name, _ in sketch.named_parameters() if not name.startswith(fresh)}
     expected = {name: tensor for name, tensor in sketch.state_dict().items() if name in own}
-    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    wrong = sorted(name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape)
-    if missing or unknown or wrong:
-        problem = f"lacks {missing[:3]}" if missing else f"has {unknown[:3]} besides what it needs"
-        if wrong:
-            name = wrong[0]
-            problem = f"has {name} in shape {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}"
-        raise CheckpointError(
-            f"The checkpoint {problem}, for a TD-MPC2 with obs_shape={obs_shape} and action_dim={action_dim}. "
-            "Pass the shapes of the environment that it was trained in."
-        )
+    remedy = f"Is it of observations {obs_shape} and action_dim {action_dim}? Pass those of its training."
+    check_weights(where, tensors, expected, remedy)
     if not allow_nonfinite:
         check_finite(where, tensors)
     model = TDMPC2(config)
@@ -114,7 +105,7 @@ def load_official_tdmpc2(
 
 
 def official_to_state_dict(params: Mapping[str, Tensor], model: TDMPC2) -> dict[str, Tensor]:
-    """The reference's parameters (or gradients of them), in the present format, under the model's names; no others."""
+    """Renames the reference's parameters, or their gradients, for `model.load_state_dict`. Others are left out."""
     last = model.config.num_enc_layers - 1 or 1  # the reference builds no encoder of one layer
     tensors: dict[str, Tensor] = {}
     for name, value in params.items():
@@ -135,7 +126,7 @@ def official_to_state_dict(params: Mapping[str, Tensor], model: TDMPC2) -> dict[
 
 
 def _read(source: Mapping[str, Any] | str | Path) -> Mapping[Any, Any]:
-    """The parameters in a checkpoint, whatever lies around them."""
+    """The parameters of a checkpoint, which may be nested in other content."""
     content: Any = source
     if not isinstance(source, Mapping):
         if not isinstance(source, str | os.PathLike):
@@ -144,7 +135,7 @@ def _read(source: Mapping[str, Any] | str | Path) -> Mapping[Any, Any]:
             )
         path = checked_path("source", source)
         if not path.is_file():
-            raise CheckpointError(f"{path} is no file. Pass a checkpoint (.pt) of TD-MPC2.")
+            raise CheckpointError(f"{path} is not a file. Pass a checkpoint (.pt) of TD-MPC2.")
         with TorchFile(path) as file:
             content = _parameters(file.read())
             return file.tensors(content)
@@ -152,7 +143,7 @@ def _read(source: Mapping[str, Any] | str | Path) -> Mapping[Any, Any]:
 
 
 def _parameters(content: Any) -> Mapping[Any, Any]:
-    """The mapping of names to what may be tensors, whatever lies around it."""
+    """The mapping of names to tensors, which may be nested in other content."""
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         content = content["model"]
     if not isinstance(content, Mapping) or not any(
@@ -163,7 +154,7 @@ def _parameters(content: Any) -> Mapping[Any, Any]:
 
 
 def _present_names(params: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Tensors under the names of the present format."""
+    """Tensors under the names of the current format."""
     found: dict[str, Tensor] = {}
     for name, value in params.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
@@ -173,14 +164,14 @@ def _present_names(params: Mapping[Any, Any]) -> dict[str, Tensor]:
             prefix = "_Qs.params" if match[1] == "_Qs" else "_target_Qs_params"
             name = f"{prefix}.{layer}.{_STACKED_LEAVES[leaf]}"
         found[name] = _checked(name, value)
-    # A second name of the value networks, which the reference loads later than the first.
+    # A second name of the value networks, which takes precedence in the reference.
     for name in [name for name in found if name.startswith("_detach_Qs_params.")]:
         found[name.replace("_detach_Qs_params", "_Qs.params")] = found[name]
     return found
 
 
 def _checked(name: str, tensor: Tensor) -> Tensor:
-    """The tensor, if it holds real numbers, and each of them once."""
+    """The tensor, if it is dense, holds real numbers and repeats none of them."""
     problem = None
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
         problem = "is sparse, quantised or nested"
@@ -198,19 +189,19 @@ def _checked(name: str, tensor: Tensor) -> Tensor:
 
 
 def _dimensions(params: Mapping[str, Tensor], obs_shape: tuple[int, ...], action_dim: int) -> dict[str, Any]:
-    """Fields of the configuration that the weights' shapes tell."""
+    """Fields of the configuration that follow from the shapes of the weights."""
 
     def shape(name: str, axes: int) -> tuple[int, ...]:
         if name not in params:
             raise CheckpointError(
                 f"The checkpoint has no parameter {name!r}, which a TD-MPC2 of these observations needs. "
-                "Check obs_shape, and that the file is one of nicklashansen/tdmpc2."
+                "Check obs_shape, and that the file was written by nicklashansen/tdmpc2."
             )
         found = tuple(params[name].shape)
         if len(found) != axes:
             raise CheckpointError(
                 f"The checkpoint's {name} has shape {found}, expected {axes} dimensions. "
-                "Check that the file is one of nicklashansen/tdmpc2."
+                "Check that the file was written by nicklashansen/tdmpc2."
             )
         return found
 

@@ -39,19 +39,31 @@ def parse_weights(data: bytes, source: object, *, allow_nonfinite: bool = False)
     return tensors
 
 
-def check_weights(path: object, saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Raises a `CheckpointError` unless saved weights have the names, shapes and kinds of dtype of a model's own."""
+def check_weights(
+    path: object,
+    saved: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    remedy: str = "Build the model with the configuration that was saved.",
+) -> None:
+    """Raises a `CheckpointError` unless saved weights have the names, shapes and kinds of dtype of a model's own.
+
+    Args:
+        path: Source of the weights.
+        saved: The saved weights.
+        own: The weights of the model.
+        remedy: End of the message, which says what to do.
+    """
     missing, unknown = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
     if missing or unknown:
         raise CheckpointError(
             f"{path} belongs to another model: it lacks {_some(missing)} and has {_some(unknown)} that this model "
-            "lacks. Build the model with the configuration that was saved."
+            f"lacks. {remedy}"
         )
     for name, tensor in sorted(saved.items()):
         if tensor.shape != own[name].shape:
             raise CheckpointError(
                 f"{path} belongs to another model: {name} has shape {tuple(tensor.shape)}, expected "
-                f"{tuple(own[name].shape)}. Build the model with the configuration that was saved."
+                f"{tuple(own[name].shape)}. {remedy}"
             )
         if tensor.dtype != own[name].dtype and not (tensor.is_floating_point() and own[name].is_floating_point()):
             raise CheckpointError(f"{path} has {name} as {tensor.dtype}, expected {own[name].dtype}.")

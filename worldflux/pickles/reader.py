@@ -1,9 +1,9 @@
-"""Reading the pickles of other projects without unpickling them.
+"""Reading pickles of other projects without unpickling them.
 
-`pickle` builds whatever a file names, and behind a list of allowed names it still runs NumPy's and torch's own code on
-numbers that the file chooses. Here the few opcodes that such files consist of are interpreted: names are looked up in a
-table of builders of ours and are never imported, and what holds numbers is a description (type, shape, where the bytes
-lie) until it has been checked. Bytes are not read before.
+`pickle` builds whatever a file names. Even with a list of allowed names, it runs code of NumPy and torch on numbers
+that the file chooses. This reader interprets the few opcodes that such files need. Names are looked up in a table of
+builders and never imported. Arrays are descriptions (type, shape, position of the bytes) until they have been checked;
+only then are their bytes read.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 Builder = Callable[..., Any]
-"""What stands for a function that a pickle names: takes the pickle's arguments and gives a description."""
+"""Replaces a function that a pickle names: takes the pickle's arguments and returns a description."""
 
 _MOST_OPCODES = 500_000
-"""A few dozen belong to each array. It bounds time, and what the reader's own objects can take of memory."""
+"""Largest number of opcodes, which bounds time and memory. Each array has a few dozen."""
 _LONGEST_TEXT = 4096
-"""Bytes. Texts are names."""
+"""Largest number of bytes of a text, which is always a name."""
 _MOST_AXES = 8
 _NUMBERS = re.compile("b1|[iu][1248]|f[248]")
 
@@ -43,38 +43,38 @@ _RECALLS = {pickle.BINGET: "<B", pickle.LONG_BINGET: "<I"}
 
 
 class Blob(NamedTuple):
-    """Bytes in the pickle that were passed over."""
+    """Bytes in the pickle that were skipped."""
 
     offset: int
     size: int
 
 
 class Name(NamedTuple):
-    """What a pickle calls a function or a class; nothing was imported for it."""
+    """Name of a function or class in a pickle; nothing was imported for it."""
 
     module: str
     name: str
 
 
 class Described:
-    """What a builder gives, if the pickle may hand it a state later."""
+    """Result of a builder whose state the pickle may set later."""
 
     def set_state(self, state: Any) -> None:
-        """Takes over what pickles call a state."""
+        """Sets the state given by the pickle."""
         raise NotImplementedError
 
 
 class PickleReader:
     """Interprets one pickle.
 
-    Args:
-        file: To read from where it stands. The pickle must end within `size` bytes.
-        size: Bytes that there are.
-        builders: For each name that may occur, what stands for it; None if it is only mentioned and never called.
-        persistent: Builds what the pickle refers to by an id.
-        keys: What keys of its mappings may be.
+    A damaged pickle raises a `ValueError`, or the error that Python raises for a missing operand.
 
-    What is wrong with the pickle raises a `ValueError`, or what Python raises for a missing operand.
+    Args:
+        file: File to read from its current position. The pickle must end within `size` bytes.
+        size: Number of available bytes.
+        builders: Replacement for each allowed name; None if it is only mentioned and never called.
+        persistent: Builds the object for a persistent id.
+        keys: Allowed types of the keys of mappings.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class PickleReader:
         self._memo: dict[int, Any] = {}
 
     def read(self) -> Any:
-        """What the pickle holds: plain containers, texts, numbers and what the builders gave."""
+        """The content of the pickle: plain containers, texts, numbers, and results of the builders."""
         for _ in range(_MOST_OPCODES):
             opcode = self._take(1)
             if opcode == pickle.STOP:
@@ -157,7 +157,7 @@ class PickleReader:
         else:
             raise ValueError(f"the pickle has the opcode {opcode!r}, which files of arrays do not need")
 
-    # What an opcode is followed by
+    # Operands of an opcode
 
     def _take(self, size: int) -> bytes:
         data = self._file.read(size) if size <= self._left else b""
@@ -189,7 +189,7 @@ class PickleReader:
         self._left -= size
         return Blob(offset, size)
 
-    # What an opcode works on
+    # The stack
 
     def _pop(self) -> Any:
         return self._stack.pop()
@@ -234,7 +234,7 @@ class PickleReader:
 
 
 def whole_numbers(what: str, numbers: Any, *, least: int = 0) -> tuple[int, ...]:
-    """A tuple of at most eight whole numbers, if it is one: a shape, strides."""
+    """Checks that a shape or strides are a tuple of at most eight whole numbers."""
     if type(numbers) is not tuple or len(numbers) > _MOST_AXES:
         raise ValueError(f"{what} is no tuple of up to {_MOST_AXES} numbers")
     if not all(type(number) is int and least <= number < 2**63 for number in numbers):
@@ -244,7 +244,7 @@ def whole_numbers(what: str, numbers: Any, *, least: int = 0) -> tuple[int, ...]
 
 @dataclass(eq=False)
 class _DType(Described):
-    """A type of numbers; `align` and `copy` are what NumPy's own constructor takes."""
+    """A type of numbers. `align` and `copy` are arguments of NumPy's constructor."""
 
     code: Any
     align: Any = False
@@ -252,7 +252,7 @@ class _DType(Described):
     order: Any = "|"
 
     def set_state(self, state: Any) -> None:
-        # Version, byte order, and what only types that are no numbers have.
+        # Version, byte order, and entries that only types other than numbers have.
         if type(state) is not tuple or len(state) != 8 or state[2:7] != (None, None, None, -1, -1):
             raise ValueError("the pickle has a type of something else than numbers")
         self.order = state[1]
@@ -275,14 +275,14 @@ class StoredArray(Described):
     axes: Any = None
 
     def set_state(self, state: Any) -> None:
-        """What `numpy.ndarray` takes: version, shape, dtype, whether columns come first, bytes."""
+        """Sets the state of `numpy.ndarray`: version, shape, dtype, Fortran order, bytes."""
         if type(state) is not tuple or len(state) != 5:
             raise ValueError("the pickle has an array in an unknown form")
         _, self.shape, self.dtype, fortran, self.data = state
         self.order = "F" if fortran is True else "C"
 
     def checked(self) -> tuple[np.dtype[Any], tuple[int, ...]]:
-        """Type and shape, if they agree with each other and with the bytes that the file has.
+        """Type and shape, if they agree with each other and with the number of bytes in the file.
 
         Raises:
             ValueError: If they do not.
@@ -300,12 +300,12 @@ class StoredArray(Described):
 
     @property
     def nbytes(self) -> int:
-        """What the array takes of memory, if it is one."""
+        """Memory that the array takes, if it is valid."""
         dtype, shape = self.checked()
         return math.prod(shape) * dtype.itemsize
 
     def load(self, file: IO[bytes]) -> np.ndarray[Any, Any]:
-        """The array; only now are its bytes read."""
+        """Reads the array."""
         dtype, shape = self.checked()
         flat = np.empty(math.prod(shape), dtype)
         file.seek(self.data.offset)
@@ -341,4 +341,4 @@ NUMPY: Mapping[tuple[str, str], Builder | None] = {
         )
     },
 }
-"""What pickles of NumPy arrays name, in NumPy 1 and 2."""
+"""Names in pickles of NumPy arrays, for NumPy 1 and 2."""

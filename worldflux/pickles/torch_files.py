@@ -1,4 +1,4 @@
-"""Reading the files of `torch.save` without unpickling them; see `reader`."""
+"""Reading files of `torch.save` without unpickling them; see `reader`."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _STORAGES = {
     "BoolStorage": torch.bool,
 }
 _MOST_COPIES = 4
-"""How often tensors may hold the numbers of a file: TD-MPC2's value networks have up to three names."""
+"""How many times larger than the file its tensors may be: TD-MPC2's value networks have up to three names."""
 
 
 @dataclass(eq=False)
 class _Storage:
-    """Numbers in a row in a member of the archive."""
+    """Consecutive numbers in a member of the archive."""
 
     dtype: torch.dtype
     member: str
@@ -62,7 +62,7 @@ class StoredTensor:
         (offset,) = whole_numbers("the offset of a tensor", (self.offset,))
         if type(self.storage) is not _Storage or len(shape) != len(strides):
             raise ValueError("it has a tensor without numbers")
-        # In the order of the strides, each step goes over all that lies within: no number is there twice.
+        # In the order of strides, each stride is larger than everything reached before: no number is repeated.
         reached = 1
         for stride, size in sorted(zip(strides, shape, strict=True)):
             if size > 1 and stride < reached:
@@ -74,13 +74,13 @@ class StoredTensor:
 
 
 class TorchFile:
-    """What `torch.save` wrote, with tensors on the CPU.
+    """A file of `torch.save`, whose tensors are read to the CPU.
+
+    A damaged file raises a `ValueError`, or the error that Python raises for a damaged archive.
 
     Args:
-        path: The zip archive that torch writes since 1.6.
-        keys: What keys of its mappings may be.
-
-    What is wrong with the file raises a `ValueError`, or what Python raises for a damaged archive.
+        path: The zip archive that torch writes since version 1.6.
+        keys: Allowed types of the keys of mappings.
     """
 
     def __init__(self, path: Path, keys: tuple[type, ...] = (str,)) -> None:
@@ -90,7 +90,7 @@ class TorchFile:
             raise ValueError("it is no archive, which is what torch.save writes since torch 1.6")
         self._archive = zipfile.ZipFile(path)
         self._members = {info.filename: info for info in self._archive.infolist()}
-        self._loaded: dict[str, Tensor] = {}  # the bytes of members; any number of tensors may lie in each
+        self._loaded: dict[str, Tensor] = {}  # bytes of the members, each of which may contain several tensors
         for info in self._members.values():
             if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 0x1 or info.file_size != info.compress_size:
                 raise ValueError(f"its member {info.filename[:99]!r} is compressed, and torch writes none that are")
@@ -104,7 +104,7 @@ class TorchFile:
         self._archive.close()
 
     def read(self) -> Any:
-        """Containers, names, numbers and descriptions of tensors, which `tensors` turns into tensors."""
+        """The content: containers, names, numbers, and descriptions of tensors for `tensors`."""
         found = [name for name in self._members if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(found) != 1:
             raise ValueError("it has no data.pkl, as files of torch.save have")
@@ -118,7 +118,7 @@ class TorchFile:
             return PickleReader(buffered, size, _BUILDERS, partial(self._storage, folder), self._keys).read()
 
     def tensors(self, mapping: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The tensors in a mapping that `read` gave; what is none is left out."""
+        """The tensors in a mapping that `read` has returned. Other values are left out."""
         described = {name: value for name, value in mapping.items() if type(value) is StoredTensor}
         storages = {name: value.checked() for name, value in described.items()}
         claimed = sum(math.prod(value.shape) * storages[name].dtype.itemsize for name, value in described.items())
@@ -136,7 +136,7 @@ class TorchFile:
         }
 
     def _storage(self, folder: str, reference: Any) -> _Storage:
-        """What a pickle's id stands for: `("storage", type, key, device, count)`."""
+        """The storage for a persistent id `("storage", type, key, device, count)`."""
         if type(reference) is not tuple or len(reference) != 5 or type(reference[1]) is not Name:
             raise ValueError("it refers to something else than numbers")
         _, kind, key, _, count = reference
