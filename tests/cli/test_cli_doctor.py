@@ -78,9 +78,9 @@ def test_a_backend_that_fails_or_crashes_does_not_take_the_doctor_down(
 ) -> None:
     found = report(capsys)["rendering"]
     assert found["egl"] == "works"
-    assert found["osmesa"] == ("does not work (OSError: no such library); what it needs: apt-get install libosmesa6")
-    assert found["glfw"] == "does not work (signal 11); what it needs: a display (DISPLAY is not set)"
-    assert found["worldflux takes"] == "egl"
+    assert found["osmesa"] == ("does not work (OSError: no such library); it needs: apt-get install libosmesa6")
+    assert found["glfw"] == "does not work (signal 11); it needs: a display (DISPLAY is not set)"
+    assert found["worldflux uses"] == "egl"
 
 
 def test_a_backend_that_hangs_is_ended(

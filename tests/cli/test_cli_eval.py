@@ -98,7 +98,7 @@ def test_the_table_shows_the_same_numbers(agent: Path, capsys: pytest.CaptureFix
     found = result(capsys, agent, ENV, "--episodes", 3)
     assert main(["eval", str(agent), ENV, "--episodes", "3"]) == 0
     head, score, length = capsys.readouterr().out.splitlines()
-    assert head == f"{agent} in {ENV}: 3 episodes, likeliest actions, seed 0"
+    assert head == f"{agent} in {ENV}: 3 episodes, most likely actions, seed 0"
     assert score.split()[:3] == ["score", "mean", f"{found['mean']:.6g}"]
     assert length.split()[-4:] == ["min", str(min(found["lengths"])), "max", str(max(found["lengths"]))]
 
@@ -192,8 +192,8 @@ def test_a_run_knows_its_agents_and_its_environment(capsys: pytest.CaptureFixtur
     ("args", "message"),
     [
         (["nowhere"], "There is no 'nowhere'. AGENT is a zip"),
-        (["AGENT"], "is of no run that says where to act. Add ENV"),
-        (["AGENT", "CartPole-v1"], "The agent observes (2,), and CartPole-v1 shows (4,)"),
+        (["AGENT"], "does not belong to a run, so that its environment is unknown. Add ENV"),
+        (["AGENT", "CartPole-v1"], "The agent has observations (2,), and CartPole-v1 has (4,)"),
         (["AGENT", ENV, "--episodes", "0"], "episodes is 0"),
         (["AGENT", ENV, "--seed", "-1"], "seed is -1"),
         (["AGENT", ENV, "--size", "8"], "--size: "),
@@ -221,7 +221,7 @@ def test_other_actions_are_refused(agent: Path, capsys: pytest.CaptureFixture[st
 
     monkeypatch.setattr(Lamp, "__init__", with_three)
     assert main(["eval", str(agent), ENV]) == 2
-    assert "The agent acts in Discrete(2), and" in capsys.readouterr().err
+    assert "The agent has actions Discrete(2), and" in capsys.readouterr().err
 
 
 def test_a_run_that_has_saved_nothing_yet_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -213,7 +213,7 @@ def test_known_numbers_of_the_published_scores() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["empty"], "There is no run in empty. Pass a directory that worldflux train has made."),
+        (["empty"], "There is no run in empty. Pass a directory that worldflux train has written."),
         (["runs/none"], "None of these 1 runs has training scores yet"),
         (["runs/some", "--score", "training"], "None of these 1 runs has training scores yet"),
         (["runs/offline"], "There is no run of worldflux train among these directories"),

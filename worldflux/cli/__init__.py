@@ -1,4 +1,4 @@
-"""The `worldflux` command: a module for each of its commands, each a typed function from which tyro makes the options.
+"""The `worldflux` command. Each command is a typed function in its own module, from which tyro builds the options.
 
-The modules import what is heavy when a command runs, so that `worldflux --help` answers at once.
+Heavy packages are imported when a command runs, so that `worldflux --help` answers at once.
 """

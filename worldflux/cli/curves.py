@@ -1,4 +1,4 @@
-"""What runs have scored so far, and what others have published."""
+"""Learning curves of runs, and published scores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from worldflux.errors import CheckpointError, MissingDependencyError
 from worldflux.reading import open_regular
 
 Score = tuple[float, float, float]
-"""Environment steps, seconds of training, and the score."""
+"""Environment steps, seconds of training, and score."""
 
 _RESAMPLES = 2_000
 
@@ -31,11 +31,13 @@ class Run:
     """The run of an agent."""
 
     directory: Path
+    """Directory of the run."""
     config: RunConfig
+    """Content of its `config.json`."""
 
     @property
     def task(self) -> str:
-        """The environment, with the options that make another task of it."""
+        """The environment, and the options that make it another task."""
         options = self.config.settings
         parts = ["pixels"] if options.get("pixels") else []
         parts += [f"size {options['size']}"] if options.get("size") else []
@@ -44,58 +46,58 @@ class Run:
 
     @property
     def seed(self) -> Any:
-        """Of the run."""
+        """Seed of the run."""
         return self.config.settings.get("seed")
 
     @cached_property
     def evaluation(self) -> list[Score]:
-        """Of the evaluations."""
+        """Scores of the evaluations."""
         return [(row.step, row.seconds, row.score) for row in read_evaluations(self.directory / EVALUATIONS_FILE)]
 
     @cached_property
     def training(self) -> list[Score]:
-        """Means of the last 100 training episodes, from all parts of the log."""
+        """Mean returns of the last 100 training episodes, from all parts of the log."""
         parts = sorted((self.directory / LOGS).glob("progress*.csv"), key=_part)
         found: list[Score] = []
         for rows in (list(_training_rows(part)) for part in parts):
             if not rows:
                 continue
-            # A run that was killed has logged steps behind its checkpoint, which it then made again.
+            # A run that was killed has logged steps after its checkpoint, which were then repeated.
             found = [row for row in found if row[0] < rows[0][0]]
             before = found[-1][1] if found else 0.0
             found += [(step, before + seconds, score) for step, seconds, score in rows]
         return found
 
     def scores(self, kind: str) -> list[Score]:
-        """Of one kind: "evaluation" or "training"."""
+        """Scores of one kind, "evaluation" or "training"."""
         return self.evaluation if kind == "evaluation" else self.training
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Runs that differ in their seeds only."""
+    """Runs that differ only in their seeds."""
 
     label: str
-    """The model, and in what its runs differ from those of other curves."""
+    """Name of the model, and the settings that differ from those of other curves."""
     runs: list[Run]
-    """At least one."""
+    """Runs of the curve, at least one."""
 
 
 def read_run(directory: Path) -> Run | None:
-    """The run in a directory; None for one without an environment."""
+    """The run in a directory; None if it has no environment."""
     config = RunConfig.read(directory)
     return Run(directory, config) if config.kind == "train" else None
 
 
 def mean_and_interval(curves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The mean over several curves where all of them are, and a bootstrap interval of 95 % around it.
+    """The mean of several curves on their common range, and its 95 % bootstrap interval.
 
     Args:
-        curves: x and y of each, x ascending. `[N]` each, of different lengths
+        curves: x and y of each curve, with x ascending. `[N]` each, with different N
 
     Returns:
-        x, the mean, and the interval's lower and upper end, all NaN for fewer than two curves. `[M]`, `[M]`, `[2, M]`;
-        M is 0 where the curves have no x in common.
+        x, the mean, and both ends of the interval, which are NaN for a single curve. `[M]`, `[M]`, `[2, M]`; M is 0 if
+        the curves have no common range.
     """
     first, last = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
     grid = np.unique(np.concatenate([x for x, _ in curves]))
@@ -111,24 +113,25 @@ def mean_and_interval(curves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.n
 
 @dataclass(frozen=True)
 class Published:
-    """The scores of a model's authors in a task."""
+    """Published scores of a model in a task."""
 
     label: str
+    """Label of the curve."""
     frames: np.ndarray
     """Frames of the environment. `[M]`"""
     mean: np.ndarray
-    """Over runs. `[M]`"""
+    """Mean score over the runs. `[M]`"""
     low: np.ndarray
-    """Lowest run. `[M]`"""
+    """Score of the lowest run. `[M]`"""
     high: np.ndarray
-    """Highest run. `[M]`"""
+    """Score of the highest run. `[M]`"""
 
 
 _TITLES = {"dreamerv3": "DreamerV3, published training episodes", "tdmpc2": "TD-MPC2, published evaluations"}
 
 
 def published(model: str, task: str) -> Published | None:
-    """What a model's authors have published for a task, named as in `Run.task`; None where there is nothing."""
+    """The published scores of a model for a task, named as in `Run.task`; None if there are none."""
     family = next((name for name in _TITLES if model.lower().startswith(name)), None)
     rows = _table(family)["tasks"].get(task) if family is not None else None
     if family is None or rows is None:
@@ -150,18 +153,18 @@ def _part(path: Path) -> int:
 
 
 def _training_rows(path: Path) -> Iterator[Score]:
-    """The rows of a log that have a mean return."""
+    """The rows of a log that contain a mean return."""
     names = ("time/total_timesteps", "time/time_elapsed", "rollout/ep_rew_mean")
     try:
         with io.TextIOWrapper(open_regular(path), encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 try:
                     step, seconds, score = (float(row[name]) for name in names)
-                except (KeyError, TypeError, ValueError):  # a row of an evaluation, or one that is being written
+                except (KeyError, TypeError, ValueError):  # an evaluation, or a row that is being written
                     continue
                 yield step, seconds, score
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise CheckpointError(f"{path} is no log of a run: {error}. Remove it, or restore it.") from error
+        raise CheckpointError(f"{path} is not a log of a run: {error}. Remove it, or restore it.") from error
 
 
 try:
@@ -175,23 +178,23 @@ except ImportError as error:
 _COLUMNS = 3
 _LABEL_WIDTH = 44
 _LEAST_SHARE = 0.2
-"""Of the way to the first published score that runs must have gone for it to be drawn."""
+"""Share of the steps up to the first published score that runs must have, or it is not drawn."""
 _NAMES = {"evaluation": "return of evaluations", "training": "return of training episodes"}
 
 
 def draw(tasks: Mapping[str, list[Curve]], path: Path, *, x: str, kind: str, reference: bool) -> None:
     """Draws a panel for each task.
 
-    Thin lines are single runs, thick ones means over the runs of a curve, and bands bootstrap intervals of 95 % of
-    these means. Published scores are dashed, with bars from the lowest to the highest of their runs; their frames are
-    divided by the frames in a step of ours.
+    Thin lines are single runs, thick lines are means over the runs of a curve, and bands are 95 % bootstrap intervals
+    of these means. Published scores are dashed, with bars from the lowest to the highest run. Their frames are divided
+    by the number of frames in each environment step.
 
     Args:
-        tasks: The curves of each.
-        path: Picture to write.
+        tasks: Curves of each task.
+        path: Image to write.
         x: "steps" or "time".
         kind: "evaluation" or "training".
-        reference: Draw published scores, where there are some.
+        reference: Draw published scores, if there are any.
     """
     columns = min(len(tasks), _COLUMNS)
     rows = math.ceil(len(tasks) / columns)
@@ -209,7 +212,7 @@ def draw(tasks: Mapping[str, list[Curve]], path: Path, *, x: str, kind: str, ref
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlim(left=0)
         axes.grid(alpha=0.25)
-        axes.legend(fontsize="small")  # of labels that are wrapped: a wide one would leave no room for the curves
+        axes.legend(fontsize="small")  # labels are wrapped, because a wide legend would cover the curves
     notes = []
     if any(len(curve.runs) > 1 for curves in tasks.values() for curve in curves):
         notes.append("thick: mean over seeds; band: 95 % bootstrap interval of the mean; thin: single runs")
@@ -221,7 +224,7 @@ def draw(tasks: Mapping[str, list[Curve]], path: Path, *, x: str, kind: str, ref
 
 
 def _draw_curve(axes: Any, curve: Curve, color: str, *, x: str, kind: str) -> None:
-    """All runs of a curve, and their mean."""
+    """Draws all runs of a curve, and their mean."""
     lines = [_xy(run, x, kind) for run in curve.runs]
     if len(lines) == 1:
         label = _wrapped(f"{curve.label} (seed {curve.runs[0].seed})")
@@ -236,7 +239,7 @@ def _draw_curve(axes: Any, curve: Curve, color: str, *, x: str, kind: str) -> No
 
 
 def _draw_published(axes: Any, task: str, curves: list[Curve], kind: str) -> bool:
-    """The published scores for the models of a panel, up to one point behind our own runs; whether there are any."""
+    """Draws the published scores for a panel, up to one point beyond the runs. Returns whether there are any."""
     drawn: set[str] = set()
     for curve in curves:
         found = published(curve.runs[0].config.model, task)
@@ -245,7 +248,7 @@ def _draw_published(axes: Any, task: str, curves: list[Curve], kind: str) -> boo
         frames_per_step = curve.runs[0].config.frames_per_step
         last = max(run.scores(kind)[-1][0] for each in curves for run in each.runs)
         steps = found.frames / frames_per_step
-        if last < _LEAST_SHARE * steps[0]:  # our runs would be a dot in the corner
+        if last < _LEAST_SHARE * steps[0]:  # our runs would be squeezed into the corner
             name = found.label.partition(",")[0]
             axes.plot([], [], " ", label=f"{name}'s published scores begin at {steps[0]:g} steps")
             continue
@@ -277,5 +280,5 @@ def _xy(run: Run, x: str, kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _dot(x: np.ndarray) -> dict[str, Any]:
-    """A single point would be no line."""
+    """A marker for a curve of a single point, which has no line."""
     return {"marker": "o"} if len(x) == 1 else {}

@@ -1,4 +1,4 @@
-"""What `worldflux doctor --check-device` finds out: whether a device computes every fast form right, and how fast."""
+"""`worldflux doctor --check-device`: compares and times the implementations of training and acting on a device."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from worldflux.training.config import resolve_device
 from worldflux.training.gradient_step import GradientStep, phases_of
 
 _FAMILIES: dict[str, tuple[int, int]] = {"dreamerv3:tiny": (2, 8), "tdmpc2:tiny": (16, 4)}
-"""Windows in a batch and their rows."""
+"""Number of windows in a batch and of rows in a window, by model."""
 _OBSERVATIONS: dict[str, tuple[int, ...]] = {"vectors": (12,), "pixels": (3, 64, 64)}
 _ACTIONS = 2
 _SEARCH = dict(num_samples=64, num_elites=8, num_pi_trajs=8)
 _ROWS = 2
-"""Environments that act together."""
+"""Number of environments that act together."""
 _STEPS_BEFORE = 5
-"""Gradient steps before anything is compared: heads begin at zero, and would hide differences."""
+"""Gradient steps before anything is compared. Heads are initialised with zeros, which would hide differences."""
 _CALLS_BEFORE = 6
-"""Calls until a recording is played back."""
+"""Number of calls after which a CUDA graph has been captured and is replayed."""
 _TIMED = 0.4
-"""Seconds that are timed for each number."""
+"""Seconds of timing for each number."""
 _BUDGET = 35.0
-"""Seconds after which nothing is compiled any more."""
+"""Seconds after which nothing more is compiled."""
 
 
 @dataclass
@@ -51,24 +51,26 @@ class Row:
     """One computation of one model."""
 
     model: str
+    """Name of the model."""
     observations: str
+    """Kind of observations, "vectors" or "pixels"."""
     computes: str
-    """"step" or "action"."""
+    """"step" for a gradient step, or "action"."""
     milliseconds: dict[str, float] = field(default_factory=dict)
-    """By form: "plain" (as the model's code defines it), "fast" (with hand-written nodes), "captured" (played back as a
-    CUDA graph) and "compiled" (the same of compiled functions)."""
+    """Time by implementation: "plain" (the model's own code), "fast" (hand-written functions), "captured" (a CUDA
+    graph) and "compiled" (a CUDA graph of compiled functions)."""
     problems: list[str] = field(default_factory=list)
-    """What differs, or could not be recorded."""
+    """Descriptions of different results, and of failures to capture."""
 
 
 def check_device(name: str) -> dict[str, Any]:
-    """Compares the forms in which models compute on a device with each other, and times them.
+    """Compares and times all implementations on a device.
 
     Args:
-        name: As in `--device`.
+        name: Value of `--check-device`.
 
     Returns:
-        `device`, `circumstances` (versions), `rows` and whether everything `works`.
+        A dictionary with `device`, `circumstances` (versions), `rows`, and whether everything `works`.
 
     Raises:
         ConfigurationError: If there is no such device.
@@ -87,12 +89,12 @@ def check_device(name: str) -> dict[str, Any]:
 
 
 def records(device: torch.device) -> bool:
-    """Whether computations are recorded on a device."""
+    """Whether CUDA graphs are captured on a device."""
     return device.type == "cuda"
 
 
 def _checked(name: str, observations: str, device: torch.device, may_compile: Callable[[], bool]) -> list[Row]:
-    """The rows of one model and one kind of observations."""
+    """The rows for one model and one kind of observations."""
     torch.manual_seed(0)
     shape = _OBSERVATIONS[observations]
     model = create_world_model(name, obs_shape=shape, action_dim=_ACTIONS, device=device)
@@ -151,7 +153,7 @@ def _checked(name: str, observations: str, device: torch.device, may_compile: Ca
 
 
 def _experience(model: WorldModel, shape: tuple[int, ...]) -> ReplayBuffer:
-    """Noise, in a buffer as an agent has it."""
+    """A replay buffer of random episodes, like that of an agent."""
     buffer, rng = ReplayBuffer(400, shape, _ACTIONS, extras=model.replay_extras(), seed=0), np.random.default_rng(0)
     for length in (30, 17, 41, 25, 33, 29):
         size = (length + 1, *shape)
@@ -162,7 +164,7 @@ def _experience(model: WorldModel, shape: tuple[int, ...]) -> ReplayBuffer:
 
 
 def _acting(model: WorldModel, *, captured: bool) -> Callable[[np.ndarray], dict[str, torch.Tensor]]:
-    """What an agent does between two steps of its environments: observes, and chooses an action."""
+    """A function that observes and chooses actions, as an agent does between two steps of its environments."""
     (shape,) = model.config.obs_shapes.values()
     space = spaces.Box(0, 255, shape, np.uint8) if len(shape) == 3 else spaces.Box(-np.inf, np.inf, shape, np.float32)
     kind = model.online_defaults().planner
@@ -186,10 +188,10 @@ def _results(updated: Any) -> dict[str, torch.Tensor]:
 def _difference(
     compute: Callable[[Any], dict[str, torch.Tensor]], sample: Callable[[], Any], changes: Changes, model: WorldModel
 ) -> list[str]:
-    """What the fast form computes differently from the definition.
+    """Describes where the fast implementation differs from the plain one; empty if the results are the same.
 
-    A draw that falls on the other side of an edge is no fault, and happens in one of some hundred batches. So a second
-    one decides.
+    A random draw can fall to the other side of a threshold in one of some hundred batches, which is no fault. Two
+    batches have to differ.
     """
     problems = []
     for _ in range(2):
@@ -210,7 +212,7 @@ def _difference(
 
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
-    """What recordings warn of inside the block."""
+    """Collects the warnings of the training inside the block."""
     found: list[str] = []
     log, handler = logging.getLogger("worldflux.training"), logging.Handler(logging.WARNING)
     handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
@@ -224,7 +226,7 @@ def _warnings() -> Iterator[list[str]]:
 
 
 def _milliseconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Of one call: the median over some, after one that is not counted."""
+    """Milliseconds of one call: the median of several calls, after one that is not counted."""
     times: list[float] = []
     started = time.monotonic()
     while len(times) < 2 or time.monotonic() - started < _TIMED:

@@ -1,4 +1,4 @@
-"""What `worldflux doctor` finds out. Everything comes back as JSON can hold it."""
+"""The findings of `worldflux doctor`, as JSON values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from importlib import metadata
 from typing import Any
 
-from worldflux.cli.environments import find_environment
+from worldflux.cli.commands.check_env import check_report
 from worldflux.cli.runs import installed_version
 from worldflux.envs.suites.rendering import choose_backend
 from worldflux.errors import WorldFluxError
@@ -41,7 +41,7 @@ _PACKAGES = (
 BACKENDS = ("egl", "osmesa", "glfw")
 
 _SECONDS = 60
-"""For one frame; software rendering on a busy machine takes its time."""
+"""Time limit for one frame; software rendering on a busy machine is slow."""
 
 _FRAME = """
 import mujoco, numpy as np
@@ -63,7 +63,7 @@ _SYSTEM_PACKAGES = {
 
 
 def packages() -> dict[str, str | None]:
-    """Versions by name; None for what is not installed."""
+    """Versions by package; None if it is not installed."""
     found = {name: installed_version(name) for name in _PACKAGES}
     try:
         import cv2  # noqa: F401
@@ -74,10 +74,10 @@ def packages() -> dict[str, str | None]:
 
 
 def hardware(device: str) -> dict[str, Any]:
-    """What computes here, and whether a device does.
+    """The hardware of this machine, and whether a device works.
 
     Args:
-        device: As in `--device`.
+        device: Value of `--device`.
     """
     import torch
 
@@ -99,7 +99,7 @@ def hardware(device: str) -> dict[str, Any]:
         "cores": _cores(),
         "threads of torch": torch.get_num_threads(),
         "memory": _memory(),
-        "CUDA": torch.version.cuda or "this build of torch has none",
+        "CUDA": torch.version.cuda or "not in this build of torch",
         "GPUs": gpus or "none",
     }
 
@@ -107,37 +107,32 @@ def hardware(device: str) -> dict[str, Any]:
 def rendering() -> dict[str, str]:
     """For each OpenGL backend of MuJoCo: "works", or what is wrong and what to install.
 
-    Each draws in a process of its own, because some crash where libraries are missing.
+    Each backend renders in its own process, because some crash if libraries are missing.
     """
     if installed_version("mujoco") is None:
         return {}
     started = {name: _start(name) for name in BACKENDS}
     answers = {name: _answer(name, process) for name, process in started.items()}
-    said = " (MUJOCO_GL says so)" if os.environ.get("MUJOCO_GL") else ""
-    return {**answers, "worldflux takes": f"{choose_backend() or 'the default of the system'}{said}"}
+    said = " (set by MUJOCO_GL)" if os.environ.get("MUJOCO_GL") else ""
+    return {**answers, "worldflux uses": f"{choose_backend() or 'the default of the system'}{said}"}
 
 
 def environment(name: str, *, render: bool) -> dict[str, Any]:
     """Whether an environment keeps its contract, check by check.
 
     Args:
-        name: As for `worldflux check-env`.
-        render: Check its picture, too.
+        name: ENV of `worldflux check-env`.
+        render: Check the rendered image, too.
     """
-    from worldflux.envs.checking import check_env
-    from worldflux.envs.checking.report import EnvironmentCheckError
-
     try:
-        report = check_env(find_environment(name), render=render)
-    except EnvironmentCheckError as error:
-        report = error.report
+        report = check_report(name, render=render)
     except WorldFluxError as error:
         return {"name": name, "works": False, "checks": [("failed", " ".join(str(error).split()))]}
     return {"name": name, "works": report.passed, "checks": list(report.lines())}
 
 
 def missing(versions: dict[str, str | None]) -> dict[str, str]:
-    """The command for each package that is not installed; those of an extra of this one through the extra."""
+    """The command that installs each missing package, through the extra of worldflux it belongs to if there is one."""
     extras = _extras()
     return {
         name: f'pip install "worldflux[{extras[_plain(name)]}]"' if _plain(name) in extras else f"pip install {name}"
@@ -147,7 +142,7 @@ def missing(versions: dict[str, str | None]) -> dict[str, str]:
 
 
 def _extras() -> dict[str, str]:
-    """The extra of each optional package, as the installed worldflux says."""
+    """The extra of each optional package, from the metadata of the installed worldflux."""
     try:
         requirements = metadata.requires("worldflux") or []
     except metadata.PackageNotFoundError:
@@ -161,21 +156,21 @@ def _extras() -> dict[str, str]:
 
 
 def _plain(package: str) -> str:
-    """A name as packages are compared."""
+    """The normalised name of a package."""
     return re.sub(r"[-_.]+", "-", package).lower()
 
 
 def _start(backend: str) -> subprocess.Popen[str]:
-    """Begins to draw a frame."""
+    """Starts to render a frame."""
     environment = {**os.environ, "MUJOCO_GL": backend}
-    environment.pop("PYOPENGL_PLATFORM", None)  # which belongs to another backend
+    environment.pop("PYOPENGL_PLATFORM", None)  # belongs to another backend
     return subprocess.Popen(
         [sys.executable, "-c", _FRAME], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
 
 
 def _answer(backend: str, process: subprocess.Popen[str]) -> str:
-    """What came of it."""
+    """The result of rendering a frame."""
     try:
         _, errors = process.communicate(timeout=_SECONDS)
     except subprocess.TimeoutExpired:
@@ -187,16 +182,16 @@ def _answer(backend: str, process: subprocess.Popen[str]) -> str:
     lines = [line for line in errors.splitlines() if line.strip()]
     said = lines[-1].strip()[:100] if lines else "nothing"
     how = f"signal {-process.returncode}" if process.returncode < 0 else said
-    return f"does not work ({how}); what it needs: {_SYSTEM_PACKAGES[backend]}"
+    return f"does not work ({how}); it needs: {_SYSTEM_PACKAGES[backend]}"
 
 
 def _cores() -> int:
-    """Those that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _memory() -> str:
-    """Of the machine, where the system tells."""
+    """Memory of the machine, if the system reports it."""
     try:
         return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
     except (AttributeError, OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Environments named on the command line."""
+"""Environments given on the command line."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ if TYPE_CHECKING:
     import gymnasium as gym
 
 EnvName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ENV")]
-"""The argument that `find_environment` understands."""
+"""The argument of `find_environment`."""
 
 _WHERE = re.compile(r"(?P<module>[^:]+|[A-Za-z]:[^:]+):(?P<name>[A-Za-z_]\w*)")
 """`module:Class` or `path.py:Class`; Gymnasium's own `module:Id-v0` has a dash behind the colon."""
 
 
 def find_environment(text: str) -> str | Callable[[], gym.Env[Any, Any]]:
-    """What `text` names: a name for `make_env`, or the class or function that it says where to find.
+    """Finds the environment that the user has given.
 
     Args:
-        text: Such as `CartPole-v1`, `dmc/walker-walk`, `package.module:MyEnv` or `folder/file.py:MyEnv`. The code of
-            the module or file runs.
+        text: An id (`CartPole-v1`, `dmc/walker-walk`), or the location of a class or function (`package.module:MyEnv`,
+            `folder/file.py:MyEnv`). The code of that module or file is executed.
+
+    Returns:
+        An id for `make_env`, or the class or function.
 
     Raises:
         ConfigurationError: If there is no such file, module or class, or it cannot be imported.
@@ -51,14 +54,14 @@ def find_environment(text: str) -> str | Callable[[], gym.Env[Any, Any]]:
 
 
 def _import_module(name: str) -> ModuleType:
-    _add_to_path(Path.cwd())  # as `python -m` does; a command does not
+    _add_to_path(Path.cwd())  # as `python -m` does, but not an installed command
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and f"{name}.".startswith(f"{error.name}."):
             raise ConfigurationError(
                 f"There is no module '{name}' in the current directory or among the installed packages. "
-                "A file is named with its ending: path/to/file.py:MyEnv."
+                "Give a file with its ending: path/to/file.py:MyEnv."
             ) from error
         raise ConfigurationError(f"Module '{name}' cannot be imported: {error}.") from error
     except Exception as error:
@@ -68,11 +71,11 @@ def _import_module(name: str) -> ModuleType:
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise ConfigurationError(f"There is no file '{path}' (looked in {Path.cwd()}).")
-    _add_to_path(path.resolve().parent)  # as for a script: it may import its neighbours
+    _add_to_path(path.resolve().parent)  # as for a script, which may import files beside it
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None, f"{path} ends in .py, and Python loads such files"
+    assert spec is not None and spec.loader is not None, f"Python can load {path}, which ends in .py"
     module = importlib.util.module_from_spec(spec)
-    # Classes are pickled by the name of their module, and dataclasses look it up.
+    # Pickling a class, and dataclasses, look up the module by its name.
     previous = sys.modules.get(path.stem)
     sys.modules[path.stem] = module
     try:
@@ -92,12 +95,12 @@ def _add_to_path(folder: Path) -> None:
 
 
 def is_own_code(text: str) -> bool:
-    """Whether making the environment imports a module or a file that the text names."""
+    """Whether making the environment imports a module or a file given by the user."""
     return ":" in text
 
 
 def lasting_name(text: str) -> str:
-    """The same environment as it can be named from every directory."""
+    """The same environment, given so that it is found from every working directory."""
     found = _WHERE.fullmatch(text)
     if found is None or not found["module"].endswith(".py"):
         return text

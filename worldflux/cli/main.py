@@ -1,4 +1,4 @@
-"""Entry point of the `worldflux` command."""
+"""The entry point of the `worldflux` command."""
 
 from __future__ import annotations
 
@@ -38,31 +38,31 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Args:
-        args: Of the command line; None takes those of the process.
+        args: Arguments of the command line; None takes those of the process.
 
     Returns:
-        The exit status: 0, 1 where a check failed, 2 where the command could not be carried out, 130 after Ctrl-C, 143
-        where SIGTERM ended a training, 141 where nobody reads what is printed.
+        The exit status: 0 on success, 1 if a check failed, 2 if the command could not be carried out, 130 after Ctrl-C,
+        143 if SIGTERM ended a training, 141 if the reader of a pipe has closed it.
 
     Raises:
-        SystemExit: After `--help`, and where the arguments cannot be understood.
+        SystemExit: After `--help`, and if the arguments cannot be parsed.
     """
     try:
         try:
             return _run(sys.argv[1:] if args is None else list(args))
         finally:
-            # Here, where it is noticed if nobody reads; when Python exits, a traceback would come of it.
+            # A closed pipe is noticed here. When Python exits, it would print a traceback.
             for stream in (sys.stdout, sys.stderr):
                 if stream is not None:
                     stream.flush()
     except BrokenPipeError:
-        if not _nobody_reads():
+        if not _silence_closed_pipes():
             raise
         return 141
 
 
 def _run(given: list[str]) -> int:
-    """Runs the command that these arguments name."""
+    """Runs the command named by the arguments."""
     chosen = given[0] if given else None
     try:
         return tyro.extras.subcommand_cli_from_dict(
@@ -79,8 +79,8 @@ def _run(given: list[str]) -> int:
         return 130
 
 
-def _nobody_reads() -> bool:
-    """Whether stdout or stderr is a pipe that its reader has closed, as `head` does; nothing more is written there."""
+def _silence_closed_pipes() -> bool:
+    """Whether stdout or stderr is a pipe that its reader has closed, as `head` does. Later output is discarded."""
     closed = [stream for stream in (sys.stdout, sys.stderr) if stream is not None and _is_closed(stream)]
     for stream in closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -92,16 +92,16 @@ def _is_closed(stream: TextIO) -> bool:
         stream.flush()
     except BrokenPipeError:
         return True
-    if not hasattr(select, "poll"):  # on Windows, where a closed pipe is another error
+    if not hasattr(select, "poll"):  # Windows, where a closed pipe raises another error
         return False
-    # What could not be written may be gone from the stream's own memory, so that there is nothing to flush.
+    # The stream may already have dropped what could not be written, so that there is nothing to flush.
     poll = select.poll()
     poll.register(stream, select.POLLERR)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _named(command: Callable[..., int]) -> Callable[[], int]:
-    """A command without its options, from which tyro makes a parser in no time: only its name and purpose are shown."""
+    """A command without its options, for which tyro builds a parser quickly: only its name and summary are shown."""
 
     def unchosen() -> int:
         raise AssertionError(f"{command.__name__} was not chosen")

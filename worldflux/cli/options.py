@@ -1,9 +1,10 @@
-"""Options that several commands share, and how their values become settings and JSON."""
+"""Options that several commands share, and their conversion to settings and JSON."""
 
 from __future__ import annotations
 
 import json
 import shlex
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,50 +16,65 @@ from worldflux.errors import CheckpointError, ConfigurationError, nearest
 
 SettingsT = TypeVar("SettingsT")
 
-_SAID = ""
-"""For options without a default of their own: their texts say what happens without them."""
+_NO_HINT = ""
+"""Instead of tyro's hint about the default, for options whose text says what happens without them."""
 
-Number = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_SAID)]
-"""A whole number, or nothing."""
-Real = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=_SAID)]
-"""A number, or nothing."""
-DeviceName = Annotated[str | None, tyro.conf.arg(metavar="DEVICE", help_behavior_hint=_SAID)]
-"""A device, or nothing."""
-Directory = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint=_SAID)]
-"""A directory, or nothing."""
-File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint=_SAID)]
-"""A file, or nothing."""
-ModelName = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", help_behavior_hint=_SAID)]
-"""The model to train; left out where a run goes on."""
-OptionalEnvName = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="ENV", help_behavior_hint=_SAID)]
-"""An environment that may be left out."""
+Number = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_NO_HINT)]
+"""An optional whole number."""
+Real = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=_NO_HINT)]
+"""An optional number."""
+DeviceName = Annotated[str | None, tyro.conf.arg(metavar="DEVICE", help_behavior_hint=_NO_HINT)]
+"""An optional device."""
+Directory = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint=_NO_HINT)]
+"""An optional directory."""
+File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint=_NO_HINT)]
+"""An optional file."""
+ModelName = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", help_behavior_hint=_NO_HINT)]
+"""The model to train; left out to resume a run."""
+OptionalEnvName = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="ENV", help_behavior_hint=_NO_HINT)]
+"""An optional environment."""
 Fields = Annotated[
-    tuple[str, ...], tyro.conf.arg(metavar="FIELD=VALUE", help_behavior_hint=_SAID), tyro.conf.UseAppendAction
+    tuple[str, ...], tyro.conf.arg(metavar="FIELD=VALUE", help_behavior_hint=_NO_HINT), tyro.conf.UseAppendAction
 ]
-"""`--set hidden_dim=64 --set entropy_scale=3e-3`."""
+"""Fields of the model's configuration: `--set hidden_dim=64 --set entropy_scale=3e-3`."""
 
 
 @dataclass(frozen=True)
 class EnvOptions:
-    """How an environment that is named is made; a class of your own takes none of these."""
+    """How an environment that is given by its id is made. Your own classes take none of these options."""
 
     pixels: bool = False
-    """Observe pictures of the environment instead of its numbers."""
+    """Observe rendered images of the environment instead of its state."""
     size: Number = None
-    """Side of the observed pictures: 64, or the Atari protocol's own."""
+    """Side of the observed images in pixels. Default: 64, or what the Atari protocol defines."""
     action_repeat: Number = None
-    """How often each action is applied: 2 for DeepMind Control, 4 for Atari, else 1."""
+    """Number of times each action is repeated. Default: 2 for DeepMind Control, 4 for Atari, otherwise 1."""
 
     def given(self) -> dict[str, Any]:
-        """Those that differ from the defaults, for `make_env`."""
+        """The options that differ from the defaults, for `make_env`."""
         return {item.name: value for item in fields(EnvOptions) if (value := getattr(self, item.name)) != item.default}
 
 
+def check_writable(option: str, output: Path, directory: Path) -> None:
+    """Raises a `ConfigurationError` if nothing can be written to a directory; permissions alone do not tell.
+
+    Args:
+        option: Option that the user can change.
+        output: The file or directory that will be written.
+        directory: Where to write.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ConfigurationError(f"{output} cannot be written: {error.strerror}. Choose another {option}.") from error
+
+
 def model_fields(given: Iterable[str]) -> dict[str, Any]:
-    """What `--set` says: values are read as JSON where they are, else as text.
+    """The fields given with `--set`. Values are parsed as JSON if possible, otherwise taken as text.
 
     Raises:
-        ConfigurationError: If one is not of the form `field=value`, or a field comes twice.
+        ConfigurationError: If one does not have the form `field=value`, or a field is given twice.
     """
     found: dict[str, Any] = {}
     for text in given:
@@ -80,7 +96,7 @@ def changed(settings: Any) -> dict[str, Any]:
 
 
 def as_arguments(settings: Any) -> str:
-    """The options that give these settings, as they are typed in a shell."""
+    """The options for these settings, quoted for a shell."""
     words: list[str] = []
     for name, value in changed(settings).items():
         option = "--" + name.replace("_", "-")
@@ -92,18 +108,18 @@ def as_arguments(settings: Any) -> str:
 
 
 def from_json(cls: type[SettingsT], data: Any, source: object) -> SettingsT:
-    """A dataclass of settings from what `dataclasses.asdict` gave; what is absent takes its default.
+    """Builds a dataclass of settings from the result of `dataclasses.asdict`. Missing fields take their defaults.
 
     Args:
-        cls: With fields of JSON's types.
+        cls: Class of the settings, whose fields have types of JSON.
         data: Content of the file.
-        source: The file, for messages.
+        source: Name of the file in error messages.
 
     Raises:
         CheckpointError: If a field is unknown or has another type.
     """
     if not isinstance(data, Mapping):
-        raise CheckpointError(f"{source} is damaged: its settings are {data!r}, expected names with values.")
+        raise CheckpointError(f"{source} is damaged: its settings are {data!r}, expected a mapping of names to values.")
     hints = get_type_hints(cls)
     taken = {}
     for name, value in data.items():
@@ -117,7 +133,7 @@ def from_json(cls: type[SettingsT], data: Any, source: object) -> SettingsT:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type, or of one of several."""
+    """Whether a value has one of the types of an annotation."""
     if get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(isinstance(entry, str) for entry in value)
     options = get_args(hint) or (hint,)

@@ -1,4 +1,4 @@
-"""What the commands do with a saved agent, or with a saved model in the place of one."""
+"""Loading a saved agent, or a saved model that acts like one."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 
 def load_player(saved: Saved, env: Any, name: str) -> WorldFluxAgent:
-    """The agent, or one that acts with the model.
+    """Loads the agent, or creates one that acts with the saved model.
 
     Args:
-        saved: From `saved_agent`.
-        env: Where it shall act: a Gymnasium environment or a `VecEnv`.
-        name: Of the environment, for messages.
+        saved: Result of `saved_agent`.
+        env: Environment to act in, a Gymnasium environment or a `VecEnv`.
+        name: Name of the environment in error messages.
 
     Raises:
-        ShapeMismatchError: If it was made for another environment.
+        ShapeMismatchError: If it was trained for other spaces.
         CheckpointError: If it cannot be read.
     """
     from worldflux.agents import WorldFluxAgent
@@ -38,40 +38,40 @@ def load_player(saved: Saved, env: Any, name: str) -> WorldFluxAgent:
     except ShapeMismatchError as error:
         found = str(error).partition(". ")[0]
         raise ShapeMismatchError(
-            f"{saved.path} was not trained for {name}. {found}. Pass an environment like the one that its data are of."
+            f"{saved.path} was not trained for {name}. {found}. Pass an environment like the one its data come from."
         ) from error
 
 
 def check_spaces(agent: WorldFluxAgent, env: Any, name: str) -> None:
-    """Raises a `ShapeMismatchError` unless the agent was trained for such an environment."""
+    """Raises a `ShapeMismatchError` if the agent was trained for other spaces."""
     from worldflux.envs.spaces import ObservationCodec
 
     expected, found = agent.obs_codec, ObservationCodec(env.observation_space)
     if (expected.obs_shape, expected.obs_classes) != (found.obs_shape, found.obs_classes):
         raise ShapeMismatchError(
-            f"The agent observes {expected.obs_shape}, and {name} shows {found.obs_shape}. "
+            f"The agent has observations {expected.obs_shape}, and {name} has {found.obs_shape}. "
             "Pass the environment that it was trained in, with the same --pixels and --size."
         )
     if agent.action_space != env.action_space:
         raise ShapeMismatchError(
-            f"The agent acts in {agent.action_space}, and {name} has {env.action_space}. Pass the environment that it "
-            "was trained in."
+            f"The agent has actions {agent.action_space}, and {name} has {env.action_space}. Pass the environment that "
+            "it was trained in."
         )
 
 
 def environment_of(path: Path, remedy: str) -> tuple[str, EnvOptions]:
-    """The environment of the run that something saved belongs to, and how it is made there.
+    """The environment of the run that a saved agent or model belongs to, and its options.
 
     Args:
-        path: As the user gave it.
-        remedy: What to do where there is none; the end of the message.
+        path: Path that the user has given.
+        remedy: End of the error message, which says what to do.
 
     Raises:
-        ConfigurationError: If it belongs to no run, or to one without an environment.
+        ConfigurationError: If it does not belong to a run, or the run has no environment.
     """
     run = runs.run_of(path)
     if run is None:
-        raise ConfigurationError(f"{path} is of no run that says where to act. {remedy}")
+        raise ConfigurationError(f"{path} does not belong to a run, so that its environment is unknown. {remedy}")
     config = RunConfig.read(run)
     if config.kind != "train":
         raise ConfigurationError(f"{path} was trained without an environment. {remedy}")

@@ -1,16 +1,15 @@
-"""`worldflux collect`: an environment and a policy become a file to train from."""
+"""`worldflux collect`: records a policy in an environment, in a file to train from."""
 
 from __future__ import annotations
 
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from worldflux.cli.environments import EnvName, find_environment
-from worldflux.cli.options import Number
+from worldflux.cli.options import Number, check_writable
 from worldflux.cli.players import load_player
 from worldflux.cli.runs import Saved, saved_agent
 from worldflux.errors import ConfigurationError
@@ -33,13 +32,14 @@ def collect(
     """Record a policy's episodes in a file that `worldflux.training.train` learns from.
 
     Args:
-        env: An id (CartPole-v1, dmc/walker-walk, atari/pong), or where your class is: module:Class or path.py:Class.
-        output: File to write, an .npz.
-        steps: Environment steps to record, over all environments.
-        episodes: Whole episodes to record, instead of steps.
-        policy: "random", or what acts: a zip of WorldFluxAgent.save, the directory of a run or of a model.
-        n_envs: Environments that are stepped together.
-        seed: Of the environments and of random actions. Without one, chance decides.
+        env: An id (CartPole-v1, dmc/walker-walk, atari/pong), or where to find your class: module:Class or
+            path.py:Class.
+        output: The .npz file to write.
+        steps: Number of environment steps to record, summed over all environments.
+        episodes: Number of complete episodes to record, instead of --steps.
+        policy: "random", a zip of WorldFluxAgent.save, or the directory of a run or of a model.
+        n_envs: Number of environments that are stepped together.
+        seed: Seed of the environments and of random actions. If omitted, it is random.
         overwrite: Replace the file if it exists.
 
     Returns:
@@ -51,8 +51,8 @@ def collect(
     if output.exists() and not overwrite:
         raise ConfigurationError(f"{output} exists. Pass --overwrite to replace it, or choose another --output.")
     if not output.absolute().parent.is_dir():
-        raise ConfigurationError(f"There is no directory '{output.parent}' for {output.name}. Make it first.")
-    _check_writable(output)
+        raise ConfigurationError(f"There is no directory '{output.parent}' for {output.name}. Create it first.")
+    check_writable("--output", output, output.absolute().parent)
     saved = None if policy == RANDOM else _policy(policy)
     found = find_environment(env)
 
@@ -78,12 +78,3 @@ def _policy(given: str) -> Saved:
             "run or of a model."
         )
     return saved_agent(path)
-
-
-def _check_writable(output: Path) -> None:
-    """Tries it out, because the permissions of a directory do not say all."""
-    try:
-        with tempfile.TemporaryFile(dir=output.absolute().parent):
-            pass
-    except OSError as error:
-        raise ConfigurationError(f"{output} cannot be written: {error.strerror}. Choose another --output.") from error

@@ -1,4 +1,4 @@
-"""`worldflux doctor`: what works on this machine, and what to install for the rest."""
+"""`worldflux doctor`: reports what works on this machine, and what to install for the rest."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ def doctor(
     check_device: DeviceName = None,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
-    """Say what works on this machine, what is missing, and the command that installs it.
+    """Report what works on this machine, what is missing, and the command that installs it.
 
     Args:
         env: An environment to check as well: an id, module:Class or path.py:Class.
-        device: A device that shall work: cpu, cuda, cuda:1; auto is content with any.
-        render: Check the picture of ENV, too.
-        check_device: Compare and time the forms in which this device trains and acts: cpu, cuda, ...; within a minute.
+        device: A device that has to work: cpu, cuda, cuda:1; auto accepts any.
+        render: Check the rendered image of ENV, too.
+        check_device: Compare and time the plain and fast implementations of training and acting on this device (cpu,
+            cuda, ...). Takes about a minute.
         json_output: Print JSON.
 
     Returns:
-        1 if ENV or a device does not work, or computes something else in a fast form; otherwise 0.
+        1 if ENV or a device does not work, or a fast implementation gives different results; otherwise 0.
     """
     from worldflux.cli import diagnosis
 
@@ -54,7 +55,7 @@ def doctor(
 
 
 def _print(report: Mapping[str, Any]) -> None:
-    """The report for people."""
+    """Prints the report for people."""
     _title("versions")
     for name, version in report["versions"].items():
         if version is not None:
@@ -67,7 +68,7 @@ def _print(report: Mapping[str, Any]) -> None:
         f"--device {report['device']['asked_for']}",
         report["device"]["works"] or f"does not work: {report['device']['problem']}",
     )
-    _title("pictures of MuJoCo, one frame with each backend")
+    _title("MuJoCo rendering, one frame with each backend")
     for name, answer in report["rendering"].items():
         _line(name, answer)
     if report["environment"] is not None:
@@ -83,7 +84,7 @@ def _print(report: Mapping[str, Any]) -> None:
 
 
 def _print_check(check: Mapping[str, Any]) -> None:
-    """Milliseconds by form, and what differs."""
+    """Prints the milliseconds of each implementation, and the differences."""
     _title(f"one gradient step and one action on {check['device']}, milliseconds")
     forms = list(dict.fromkeys(form for row in check["rows"] for form in row["milliseconds"]))
     print(f"  {'':<34}" + "".join(f"{form:>10}" for form in forms))

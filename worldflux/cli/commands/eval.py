@@ -1,4 +1,4 @@
-"""`worldflux eval`: what a saved agent earns, and what that looks like."""
+"""`worldflux eval`: evaluates a saved agent, and films it."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _LINES = 10
 
 @dataclass(frozen=True)
 class Episode:
-    """One that was played."""
+    """Result of an episode."""
 
     score: float
     """Sum of the rewards."""
     length: int
-    """Steps."""
+    """Number of steps."""
 
 
 def evaluate(
@@ -53,19 +53,19 @@ def evaluate(
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
     options: Annotated[EnvOptions, tyro.conf.arg(name="")] = _NO_OPTIONS,
 ) -> int:
-    """Play episodes with a saved agent, and print what it earns.
+    """Play episodes with a saved agent, and print its scores.
 
     Args:
-        agent: A zip of WorldFluxAgent.save, a checkpoint, the directory of a run, or of a model (save_pretrained).
-        env: As for worldflux train. Default: the one that the agent's run was made in, with the same options.
-        episodes: How many to play.
-        seed: Of the environment and of sampled actions.
-        stochastic: Sample the actions, as in training, instead of taking the likeliest ones.
-        newest: Of a run, take the newest checkpoint instead of the agent of its best evaluation.
-        video: Also film the first episodes: an .mp4 or a .gif.
-        video_episodes: How many of them.
-        json_output: Print JSON, every episode included.
-        options: How ENV is made.
+        agent: A zip of WorldFluxAgent.save, a checkpoint, or the directory of a run or of a model (save_pretrained).
+        env: ENV of worldflux train. Default: the environment of the agent's run, with the same options.
+        episodes: Number of episodes to play.
+        seed: Seed of the environment and of sampled actions.
+        stochastic: Sample the actions, as in training, instead of taking the most likely ones.
+        newest: For the directory of a run, use the newest checkpoint instead of the agent with the best evaluation.
+        video: Also film the first episodes, as an .mp4 or a .gif.
+        video_episodes: Number of episodes to film.
+        json_output: Print JSON, including every episode.
+        options: Options of ENV.
 
     Returns:
         0
@@ -77,7 +77,7 @@ def evaluate(
 
     whole_number("episodes", episodes, 1)
     whole_number("video_episodes", video_episodes, 1)
-    AgentSettings(seed=seed)  # which checks it
+    AgentSettings(seed=seed)  # checks the seed
     source = runs.saved_agent(agent, newest=newest)
     name, options = _environment(agent, env, options)
     if video is not None:
@@ -107,7 +107,7 @@ def evaluate(
 
 
 def _environment(agent: Path, env: str | None, options: EnvOptions) -> tuple[str, EnvOptions]:
-    """The environment that is meant, and how it is made."""
+    """The environment to play in, and its options."""
     if env is not None:
         return env, options
     found = environment_of(agent, f"Add ENV: worldflux eval {agent} ENV")
@@ -117,10 +117,10 @@ def _environment(agent: Path, env: str | None, options: EnvOptions) -> tuple[str
 
 
 def make_environment(name: str, options: EnvOptions, *, film: bool) -> gym.Env[Any, Any]:
-    """One environment, which renders where it shall be filmed.
+    """Makes one environment, which renders if it is filmed.
 
     Raises:
-        ConfigurationError: If it cannot be made, or cannot be filmed.
+        ConfigurationError: If it cannot be made or filmed.
     """
     from worldflux.envs.make import check_batches, make_env
 
@@ -130,14 +130,14 @@ def make_environment(name: str, options: EnvOptions, *, film: bool) -> gym.Env[A
         env = make_env(found, **given, **render)
     else:
         if given:
-            raise ConfigurationError(f"--{' --'.join(given)}: {name} is code of your own, which takes no options.")
+            raise ConfigurationError(f"--{' --'.join(given)}: {name} is your own code, which takes no options.")
         env = found(**render) if "render_mode" in inspect.signature(found).parameters else found()
     check_batches(env)
     if film and env.render_mode != "rgb_array":
         env.close()
         raise ConfigurationError(
             f"{name} cannot be filmed: its render_mode is {env.render_mode!r}, expected 'rgb_array'. "
-            "A class of your own takes render_mode in its constructor and keeps it."
+            "A class of your own has to take render_mode in its constructor and store it."
         )
     return env
 
@@ -150,7 +150,7 @@ def _play(
     deterministic: bool,
     show: Callable[[np.ndarray], None] | None,
 ) -> Episode:
-    """Plays an episode; every picture of it is shown to `show`."""
+    """Plays an episode. Every frame is passed to `show`."""
     obs, _ = env.reset(seed=seed)
     memory, score, length, over = None, 0.0, 0, False
     while not over:
@@ -165,13 +165,13 @@ def _play(
 
 
 def _tell(number: int, episodes: int, episode: Episode) -> None:
-    """Some lines on stderr, since planning takes its time; results are for stdout."""
+    """Prints some lines about the progress on stderr, because planning is slow."""
     if number * _LINES // episodes > (number - 1) * _LINES // episodes:
         print(f"episode {number}/{episodes}  score {episode.score:.4g}  length {episode.length}", file=sys.stderr)
 
 
 def _picture(env: gym.Env[Any, Any]) -> np.ndarray:
-    """What the environment looks like now, RGB. `[H, W, 3]`"""
+    """An RGB image of the environment. `[H, W, 3]`"""
     import numpy as np
     from gymnasium.error import DependencyNotInstalled
 
@@ -188,7 +188,7 @@ def _picture(env: gym.Env[Any, Any]) -> np.ndarray:
 def _report(
     played: list[Episode], agent: str, env: str, *, stochastic: bool, seed: int, as_json: bool, video: Path | None
 ) -> None:
-    """Prints what was earned."""
+    """Prints the scores."""
     from statistics import fmean, pstdev
 
     scores, lengths = [episode.score for episode in played], [episode.length for episode in played]
@@ -208,7 +208,7 @@ def _report(
         }
         print(json.dumps(result if video is None else {**result, "video": str(video)}))
         return
-    actions = "sampled" if stochastic else "likeliest"
+    actions = "sampled" if stochastic else "most likely"
     print(f"{agent} in {env}: {len(played)} episodes, {actions} actions, seed {seed}")
     for name, values in (("score", scores), ("length", lengths)):
         low, high = min(values), max(values)

@@ -1,9 +1,8 @@
-"""`worldflux imagine`: what a saved agent expects of recorded actions, as pictures and numbers."""
+"""`worldflux imagine`: plots and numbers of what a saved agent predicts for recorded actions."""
 
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
@@ -13,7 +12,7 @@ import tyro
 
 from worldflux.cli import runs
 from worldflux.cli.commands.eval import make_environment
-from worldflux.cli.options import EnvOptions, Number
+from worldflux.cli.options import EnvOptions, Number, check_writable
 from worldflux.cli.players import environment_of, load_player
 from worldflux.cli.runs import Saved
 from worldflux.errors import ConfigurationError, ShapeMismatchError
@@ -29,7 +28,7 @@ _Data = Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA
 _Env = Annotated[str | None, tyro.conf.arg(metavar="ENV", help_behavior_hint="")]
 
 WINDOWS, IMAGE_WINDOWS = 256, 32
-"""By default; windows of images take much memory."""
+"""Default numbers of windows; windows of images take much memory."""
 _NO_OPTIONS = EnvOptions()
 
 
@@ -48,44 +47,44 @@ def imagine(
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("imagination"),
     options: Annotated[EnvOptions, tyro.conf.arg(name="")] = _NO_OPTIONS,
 ) -> int:
-    """Draw what a saved agent imagines: it sees how recorded windows begin, and predicts the rest from the actions.
+    """Plot what a saved agent imagines: it sees the start of recorded windows and predicts the rest from the actions.
 
     Args:
-        agent: A zip of WorldFluxAgent.save, a checkpoint, the directory of a run, or of a model (save_pretrained).
-        data: Recorded episodes, an .npz. Without it and --env, the replay data of the checkpoint, or what the run of
-            worldflux train-offline learned from.
-        env: Record new episodes of the agent instead, in an environment as for worldflux train.
-        episodes: How many to record with --env.
-        context: Rows of each window that the model sees.
-        horizon: Rows after them that it predicts.
-        windows: That the errors are measured on. By default 256, of images 32.
-        shown: Windows that are drawn: those in which most can be seen.
-        samples: Futures to draw for each window. By default one, of the likeliest latents.
-        seed: Of the windows, the drawn futures, and with --env of the environment and the actions.
-        output: Directory for the pictures and imagination.json.
-        options: How ENV is made.
+        agent: A zip of WorldFluxAgent.save, a checkpoint, or the directory of a run or of a model (save_pretrained).
+        data: Recorded episodes, an .npz. If neither DATA nor --env is given: the replay data of the checkpoint, or the
+            data that a run of worldflux train-offline was trained on.
+        env: Record new episodes of the agent instead, in this environment (ENV of worldflux train).
+        episodes: Number of episodes to record with --env.
+        context: Number of rows of each window that the model sees.
+        horizon: Number of rows after the context that it predicts.
+        windows: Number of windows on which errors are measured. Default: 256, or 32 for images.
+        shown: Number of windows that are drawn. The longest ones are chosen.
+        samples: Number of futures to sample for each window. Default: one, of the most likely latents.
+        seed: Seed of the windows and sampled futures, and with --env of the environment and the actions.
+        output: Directory for the plots and imagination.json.
+        options: Options of ENV.
 
     Returns:
         0
     """
     from worldflux.validation import whole_number
 
-    whole_number("context", context, 1)
-    whole_number("horizon", horizon, 1)
-    whole_number("shown", shown, 1)
-    whole_number("episodes", episodes, 1)
+    counts = {"context": context, "horizon": horizon, "shown": shown, "episodes": episodes}
+    counts |= {name: given for name, given in (("windows", windows), ("samples", samples)) if given is not None}
+    for name, given in counts.items():
+        whole_number(name, given, 1)
     whole_number("seed", seed, 0)
-    if windows is not None:
-        whole_number("windows", windows, 1)
-    if samples is not None:
-        whole_number("samples", samples, 1)
     if data is not None and env is not None:
         raise ConfigurationError(f"Both {data} and --env {env} are given. Leave one of them out.")
     if options != _NO_OPTIONS and env is None:
         raise ConfigurationError(f"--{' --'.join(options.given())} go with --env. Add it, or leave them out.")
     source = _find_agent(agent)
     target = checked_path("--output", output, directory=True)  # before an environment may change the working directory
-    _make_directory(output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"{output} cannot be written: {error.strerror}. Choose another --output.") from error
+    check_writable("--output", output, output)
 
     from worldflux.cli.video import VideoFile
     from worldflux.diagnostics.calibration import check_finite, summary
@@ -117,7 +116,7 @@ def imagine(
 
 
 def _find_agent(path: Path) -> Saved:
-    """What to read, the newest checkpoint where there are several: it has replay data."""
+    """What to read. Of several checkpoints the newest is chosen, because it has replay data."""
     from worldflux.training.checkpoint import newest_checkpoint
 
     saved = runs.saved_agent(path, newest=True)
@@ -126,21 +125,10 @@ def _find_agent(path: Path) -> Saved:
     return replace(saved, path=newest_checkpoint(saved.path) or saved.path)
 
 
-def _make_directory(output: Path) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise ConfigurationError(
-            f"Nothing can be written to {output}: {error.strerror}. Choose another one."
-        ) from error
-
-
 def _shown(
     source: Saved, data: Path | None, env: str | None, options: EnvOptions, *, episodes: int, seed: int
 ) -> tuple[WorldModel, int | None, ReplayBuffer, str]:
-    """The model, the environment steps of its agent, what the model is shown, and what that is in words."""
+    """The model, the environment steps of its agent, the data that the model is shown, and their description."""
     from worldflux.agents import WorldFluxAgent
     from worldflux.factory import create_world_model
     from worldflux.training import ReplayBuffer
@@ -173,7 +161,7 @@ def _steps(source: Saved, player: WorldFluxAgent) -> int | None:
 
 
 def _data_of_run(path: Path) -> Path:
-    """What a model was trained on, by the run that it belongs to."""
+    """The data that a model was trained on, according to its run."""
     run = runs.run_of(path)
     if run is None or (config := runs.RunConfig.read(run)).kind == "train":
         raise ConfigurationError(
@@ -186,7 +174,7 @@ def _data_of_run(path: Path) -> Path:
 def _record(
     source: Saved, env: str, options: EnvOptions, episodes: int, seed: int
 ) -> tuple[WorldFluxAgent, ReplayBuffer]:
-    """The agent, and new episodes of it, with sampled actions as in training."""
+    """Loads the agent and records new episodes, with sampled actions as in training."""
     from worldflux.envs.collection import collect
     from worldflux.training.randomness import seed_everything
 
@@ -208,8 +196,8 @@ def _replay_data(agent: WorldFluxAgent, checkpoint: Path, seed: int) -> ReplayBu
     normalization = RunState.read(checkpoint).normalization
     if normalization is not None and normalization["obs"]:
         raise ConfigurationError(
-            "The agent was trained behind a VecNormalize, and its replay data are as they were before that. "
-            "Add ImaginationCallback to its training instead: it normalises them."
+            "The agent was trained with a VecNormalize, and its replay data are not normalised. "
+            "Add ImaginationCallback to its training instead, which normalises them."
         )
     buffer = ReplayBuffer(
         agent.buffer_size,
@@ -228,13 +216,13 @@ def _check_rows(model: WorldModel, buffer: ReplayBuffer, described: str) -> None
     expected = (model.config.obs_shape, model.config.action_dim)
     if (buffer.obs_shape, buffer.action_dim) != expected:
         raise ShapeMismatchError(
-            f"The {described} hold observations {buffer.obs_shape} and {buffer.action_dim} action numbers, expected "
+            f"The {described} have observations {buffer.obs_shape} and {buffer.action_dim} action dimensions, expected "
             f"{expected[0]} and {expected[1]} for this model."
         )
 
 
 def _report(errors: dict[str, PredictionError], written: list[Path], *, pictured: bool) -> None:
-    """Prints what was written, and how far the model is off."""
+    """Prints the files that were written, and the errors of the model."""
     from worldflux.diagnostics.calibration import overall_ratio
 
     for path in written:
@@ -242,8 +230,8 @@ def _report(errors: dict[str, PredictionError], written: list[Path], *, pictured
     for name, error in errors.items():
         if name.startswith(("obs", "reward")) or (not pictured and name.startswith("state")):
             ratio = overall_ratio(error)
-            compared = f"{ratio:.3g} of the error of 'nothing changes'" if isfinite(ratio) else "nothing did change"
+            compared = f"{ratio:.3g} of the error of 'nothing changes'" if isfinite(ratio) else "nothing changed"
             first, last = (f"{error.model.mean[step]:.3g}" for step in (0, -1))
-            print(f"{name}: off by {first} one step ahead and {last} {len(error.ratio)} ahead; {compared}")
+            print(f"{name}: error {first} one step ahead and {last} {len(error.ratio)} steps ahead; {compared}")
     if not pictured:
-        print("The model has no decoder, so that it pictures no observations: latent states are compared.")
+        print("The model has no decoder: latent states are compared instead of observations.")

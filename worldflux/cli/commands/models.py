@@ -1,4 +1,4 @@
-"""`worldflux models`: what MODEL may be."""
+"""`worldflux models`: lists the presets."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import tyro
 
 
 def models(*, json_output: Annotated[bool, tyro.conf.arg(name="json")] = False) -> int:
-    """List the models that can be trained by name.
+    """List the presets that MODEL can be.
 
     Args:
-        json_output: Print JSON, the fields of each preset included.
+        json_output: Print JSON, including the fields of each preset.
 
     Returns:
         0
@@ -32,5 +32,5 @@ def models(*, json_output: Annotated[bool, tyro.conf.arg(name="json")] = False) 
             family = entry["type"]
             print(f"\n{entry['description'].partition(';')[0]}")
         print(f"{name:<{widths[0]}}  {parameters:>{widths[1]}}  {aliases}".rstrip())
-    print("\nParameters are counted for a 64x64 picture and 6 continuous actions; other spaces have others.")
+    print("\nParameters are counted for 64x64 images and 6 continuous actions; they differ for other spaces.")
     return 0

@@ -1,4 +1,4 @@
-"""`worldflux plot`: learning curves of runs, and what the papers' authors published."""
+"""`worldflux plot`: draws learning curves of runs, and the published scores of the papers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from worldflux.cli.curves import Curve, Run
 
 _FREE = ("seed", "device", "processes", "checkpoint_interval", "steps", "eval_interval", "eval_episodes")
-"""Settings in which runs of one curve may differ: what they learn from does not depend on them."""
+"""Settings in which runs of one curve may differ, because learning does not depend on them."""
 _OF_THE_TASK = ("pixels", "size", "action_repeat")
 
 
@@ -32,22 +32,22 @@ def plot(
     """Draw learning curves of runs, with mean and interval over seeds.
 
     Args:
-        directories: Of runs, or what holds some, such as runs/.
-        output: Picture to write: .png, .pdf or .svg.
+        directories: Directories of runs, or directories that contain runs, such as runs/.
+        output: Image to write: .png, .pdf or .svg.
         x: Environment steps, or hours of training.
-        score: Of the evaluations, or of the training episodes, whose actions are sampled; auto takes evaluations if
-            all runs have some.
-        reference: Also draw the published scores of the model's authors in the same task, where there are some.
+        score: Scores of the evaluations or of the training episodes, whose actions are sampled. auto uses evaluations
+            if all runs have some.
+        reference: Also draw the scores that the model's authors have published for the same task, if there are any.
 
     Returns:
         0
     """
     if not directories:
-        raise ConfigurationError("No DIR was given, such as: worldflux plot runs/CartPole-v1")
+        raise ConfigurationError("DIR is missing. Example: worldflux plot runs/CartPole-v1")
     checked_path("--output", output)
     if output.suffix.lower() not in (".png", ".pdf", ".svg") or not output.absolute().parent.is_dir():
         raise ConfigurationError(f"{output} cannot be written, expected a .png, .pdf or .svg in an existing directory.")
-    from worldflux.cli.curves import draw  # first, because it may be missing
+    from worldflux.cli.curves import draw  # first, because matplotlib may be missing
 
     found = _read(directories)
     kind = score if score != "auto" else "evaluation" if all(run.evaluation for run in found) else "training"
@@ -70,7 +70,7 @@ def plot(
 
 
 def _read(directories: tuple[Path, ...]) -> list[Run]:
-    """All runs of agents in the directories."""
+    """Reads all runs of agents in the directories."""
     from worldflux.cli.curves import read_run
 
     found: dict[Path, Run] = {}
@@ -96,14 +96,14 @@ def _read(directories: tuple[Path, ...]) -> list[Run]:
 
 
 def _no_run(path: Path) -> str:
-    """Why there is nothing to draw of what the user named, and what to pass."""
+    """The error message for a path that is not the directory of a run."""
     run = runs.run_of(path)
-    whole = "a directory that worldflux train has made" if run is None else f"the directory of the run: {run}"
+    whole = "a directory that worldflux train has written" if run is None else f"the directory of the run: {run}"
     return f"There is no run in {path}. Pass {whole}."
 
 
 def _grouped(found: list[Run]) -> dict[str, list[Curve]]:
-    """The runs by task, and in each by all that decides over what they learn; labels say in what they differ."""
+    """The runs by task, and within a task by all settings that affect learning. Labels name those that differ."""
     from worldflux.cli.curves import Curve
 
     by_task: dict[str, list[Run]] = defaultdict(list)
@@ -125,7 +125,7 @@ def _key(run: Run) -> tuple[str, ...]:
 
 
 def _label(run: Run, others: list[Run]) -> str:
-    """The model, with the settings in which its runs differ from those of other curves."""
+    """The model, and the settings in which its runs differ from those of other curves."""
     same = [other for other in others if other.config.model == run.config.model]
     names = sorted({name for other in same for name in other.config.settings} - {*_FREE, *_OF_THE_TASK})
     parts = []
