@@ -168,6 +168,7 @@ def test_a_failed_check_is_shown_among_the_others_and_in_the_exit_status(
         ("coin_env.py:Con", "coin_env.py has no class or function 'Con'; did you mean 'Coin'?"),
         ("coin_env:NUMBER", "coin_env has no class or function 'NUMBER'"),
         ("coin_env.py", "'coin_env.py' is a file, expected a class in it as well: coin_env.py:MyEnv."),
+        ("coin_env.py:", "expected a class in it as well: coin_env.py:MyEnv."),
         ("nowhere.py:Coin", "There is no file 'nowhere.py'"),
         ("no.where:Coin", "There is no module 'no.where'"),
         ("typo_env:Coin", "Module 'typo_env' cannot be imported: No module named 'numpi'"),
@@ -280,11 +281,6 @@ def test_a_negative_seed_is_one_line(command: str, own: Path, capsys: pytest.Cap
     options = ["--steps", "5", "--output", "data.npz"] if command == "collect" else []
     assert main([command, "coin_env.py:Coin", "--seed", "-1", *options]) == 2
     assert capsys.readouterr().err == "worldflux: seed is -1, expected a whole number from 0.\n"
-
-
-def test_a_file_and_a_colon_ask_for_the_class(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check-env", "coin_env.py:"]) == 2
-    assert "expected a class in it as well: coin_env.py:MyEnv" in capsys.readouterr().err
 
 
 PIPED = {

@@ -109,7 +109,14 @@ HUNGRY = (
     pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS, pickle.STACK_GLOBAL, pickle.REDUCE, pickle.BUILD,
 )  # fmt: skip
 
+CALLABLES = ("builtins.eval", "builtins.getattr", "os.system", "numpy.load", "numpy.ctypeslib.load_library")
+
 HOSTILE = {
+    **{called: (b"\x80\x04" + name(called) + b".", f"refers to {called}.*could run code") for called in CALLABLES},
+    "an old name": (b"cos\nsystem\n.", "refers to os.system"),
+    "an empty file": (b"", "ends too early"),
+    "no pickle": (b"not a pickle", "opcode"),
+    "a number for an array": (params(text("a"), number(1)), "no mapping 'params'"),
     "flags that deny Python objects": (one(array(several(number(1)), FORGED, data(b"A" * 8))), "something else than"),
     "a function's defaults": (
         b"\x80\x04"

@@ -81,7 +81,7 @@ def test_what_cannot_be_read_is_a_checkpoint_error(tmp_path: Path, capsys):
     torch.save({"model": {"step": 3}}, tmp_path / "empty.pt")
     torch.save({"model": {"other.weight": torch.zeros(2)}}, tmp_path / "other.pt")
     for name, message in (
-        ("absent.pt", "is no file"),
+        ("absent.pt", "is not a file"),
         ("text.pt", "text.pt cannot be loaded .* it is no archive"),
         ("code.pt", "code.pt cannot be loaded .* could run code"),
         ("empty.pt", "no mapping of names to tensors"),
@@ -96,7 +96,7 @@ def test_what_cannot_be_read_is_a_checkpoint_error(tmp_path: Path, capsys):
     ("fields", "message"),
     [
         ({"obs_shape": (10,)}, r"encoder.parts.0.0.weight has shape \(48, 9\), expected \(48, 10\)"),
-        ({"action_dim": 4}, "has actor.layers.2.bias in shape"),
+        ({"action_dim": 4}, "actor.layers.2.bias has shape"),
         ({"obs_shape": (9, 64, 64)}, "has no parameter '_encoder.rgb.2.weight'"),
     ],
 )
@@ -112,5 +112,5 @@ def test_missing_and_unknown_parameters_are_named():
         load(params)
     params = dict(torch.load(PRESENT, weights_only=True)["model"])
     params["_reward.3.weight"] = torch.zeros(2, 2)
-    with pytest.raises(CheckpointError, match=r"has \['reward_head.layers.3.weight'\] besides"):
+    with pytest.raises(CheckpointError, match=r"lacks nothing and has 'reward_head.layers.3.weight'"):
         load(params)

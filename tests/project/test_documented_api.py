@@ -1,7 +1,12 @@
-"""The documented training API at work: the examples, word for word apart from step counts and sizes; providers."""
+"""The documented training API: its names and signatures, its examples with small sizes, and user-defined parts.
+
+Parameters may be added to a documented function, but only by keyword and with a default, so that code written against
+the documentation keeps working.
+"""
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import logging
 import sys
@@ -33,6 +38,82 @@ from worldflux.training import (
     create_random_buffer,
     train,
 )
+
+# Names and signatures
+
+GIVEN = inspect.Parameter.empty
+"""Instead of a default: the argument has to be given."""
+TRAINING: dict[str, Any] = dict(
+    total_steps=100_000, batch_size=16, sequence_length=50, learning_rate=3e-4, weight_decay=0.0, grad_clip=100.0,
+    warmup_steps=0, log_interval=100, eval_interval=1000, save_interval=10000, device="auto", seed=42,
+)  # fmt: skip
+SIGNATURES: list[tuple[Any, dict[str, Any]]] = [
+    (train, dict(model=GIVEN, buffer=GIVEN) | {name: TRAINING[name] for name in [*TRAINING][:4]}),
+    (TrainingConfig, TRAINING),
+    (Trainer, dict(model=GIVEN, config=None, callbacks=())),
+    (Trainer.train, dict(self=GIVEN, buffer=GIVEN, num_steps=None)),
+    (Trainer.add_callback, dict(self=GIVEN, callback=GIVEN)),
+    (ReplayBuffer, dict(capacity=GIVEN, obs_shape=GIVEN, action_dim=GIVEN)),
+    (ReplayBuffer.add_episode, dict(self=GIVEN, obs=GIVEN, actions=GIVEN, rewards=GIVEN, dones=None)),
+    (ReplayBuffer.sample, dict(self=GIVEN, batch_size=GIVEN, seq_len=None, device="cpu")),
+    (ReplayBuffer.save, dict(self=GIVEN, path=GIVEN)),
+    (ReplayBuffer.load, dict(path=GIVEN)),
+    (BatchRequest, dict(batch_size=GIVEN, seq_len=None, device="cpu")),
+    (ProgressCallback, {}),
+    (LoggingCallback, dict(log_interval=100, use_wandb=False)),
+    (CheckpointCallback, dict(output_dir=GIVEN, save_interval=10_000, max_checkpoints=5)),
+    (EarlyStoppingCallback, dict(monitor="loss", patience=5000, min_delta=1e-4)),
+    (Callback.on_step_end, dict(self=GIVEN, step=GIVEN, losses=GIVEN)),
+    (
+        create_random_buffer,
+        dict(capacity=10_000, obs_shape=(3, 64, 64), action_dim=6, num_episodes=100, episode_length=100, seed=None),
+    ),
+    (worldflux.WorldModel.save_pretrained, dict(self=GIVEN, directory=GIVEN)),
+    (create_world_model, dict(spec_or_path=GIVEN)),
+]
+
+
+@pytest.mark.parametrize(("function", "documented"), SIGNATURES, ids=[item.__qualname__ for item, _ in SIGNATURES])
+def test_a_signature_is_the_documented_one_and_additions_are_by_keyword(
+    function: Any, documented: dict[str, Any]
+) -> None:
+    parameters = inspect.signature(function).parameters
+    by_position = {item.name: item.default for item in parameters.values() if item.kind is item.POSITIONAL_OR_KEYWORD}
+    if function is TrainingConfig:  # a dataclass, whose later fields come behind
+        by_position = dict([*by_position.items()][: len(documented)])
+    assert by_position == documented and [*by_position] == [*documented]
+    added = [item for name, item in parameters.items() if name not in documented]
+    assert all(item.default is not GIVEN or item.kind is item.VAR_KEYWORD for item in added)
+
+
+def test_a_batch_starts_with_its_documented_fields_and_needs_no_others() -> None:
+    parameters = [*inspect.signature(Batch).parameters.values()]
+    assert [item.name for item in parameters[:4]] == ["obs", "actions", "rewards", "terminations"]
+    assert all(item.default is not GIVEN for item in parameters[4:])
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("worldflux", "create_world_model list_models register_model WorldModel State WorldFluxAgent WorldModelConfig"),
+        ("worldflux", "DreamerV3Config TDMPC2Config LatentType DynamicsType WorldFluxError ConfigurationError"),
+        ("worldflux", "ShapeMismatchError BufferError CheckpointError TrainingError MissingDependencyError"),
+        ("worldflux.training", "train Trainer TrainingConfig ReplayBuffer Batch BatchRequest create_random_buffer"),
+        ("worldflux.training", "Callback ProgressCallback LoggingCallback CheckpointCallback EarlyStoppingCallback"),
+        ("worldflux.envs", "make_env make_vec_env collect check_env RecordEpisodes ResizeImages ActionRepeat"),
+        ("worldflux.training.callbacks", "Callback ProgressCallback LoggingCallback CheckpointCallback"),
+        ("worldflux.training.data", "create_random_buffer ReplayBuffer BatchProvider BatchRequestProvider"),
+    ],
+)
+def test_names_are_where_the_documentation_imports_them_from(module: str, names: str) -> None:
+    imported = importlib.import_module(module)
+    for name in names.split():
+        assert getattr(imported, name) is not None
+        if hasattr(imported, "__all__"):
+            assert name in imported.__all__ and name in dir(imported)
+    with pytest.raises(AttributeError, match=f"module '{module}' has no attribute 'nothing'"):
+        imported.nothing  # noqa: B018
+
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "dreamerv3:size12m": dict(
@@ -149,18 +230,6 @@ def test_the_one_line_example_trains_and_saves(
         assert torch.equal(mine, its)
 
 
-def test_train_takes_its_documented_arguments_in_their_order(trajectories: Path) -> None:
-    buffer, results = ReplayBuffer.load(trajectories), []
-    for arguments, named in (
-        ((3, 4, 8, 1e-3), {}),
-        ((), dict(total_steps=3, batch_size=4, sequence_length=8, learning_rate=1e-3)),
-    ):
-        torch.manual_seed(0)
-        results.append([*train(small("tdmpc2:5m"), buffer, *arguments, **named, device="cpu").parameters()])
-    for mine, its in zip(*results, strict=True):
-        assert torch.equal(mine, its)
-
-
 def test_collecting_by_hand_saving_and_loading(tmp_path: Path) -> None:
     buffer = ReplayBuffer(100, (4,), 2)
     rng = np.random.default_rng(0)
@@ -233,28 +302,6 @@ def test_a_provider_of_four_fields_trains_both_families(preset: str, kind: type[
     assert provider.asked == [(4, 8, "cpu")] * 3
     assert [step for step, _ in losses.seen] == [1, 2, 3]
     assert all(np.isfinite(list(terms.values())).all() for _, terms in losses.seen)
-
-
-@pytest.mark.parametrize("error", [TypeError("missing 1 required positional argument: 'seq_len'"), KeyError("obs")])
-@pytest.mark.parametrize("kind", [ByNumbers, ByRequest])
-def test_an_error_of_a_provider_is_the_users_to_see(kind: type[ByNumbers], error: Exception) -> None:
-    class Failing(kind):  # type: ignore[valid-type, misc]
-        if kind is ByNumbers:
-
-            def sample(self, batch_size, seq_len=None, device="cpu"):
-                self.asked.append(batch_size)
-                raise error
-        else:
-
-            def sample(self, request: BatchRequest):
-                self.asked.append(request.batch_size)
-                raise error
-
-    provider = Failing()
-    with pytest.raises(type(error)) as caught:
-        train(Linear(), provider, total_steps=3, device="cpu")
-    assert caught.value is error
-    assert provider.asked == [16]  # once: no second form was tried
 
 
 @family
@@ -352,17 +399,6 @@ def test_a_callback_that_returns_false_stops_the_training() -> None:
     trainer.add_callback(Stop())
     trainer.train(create_random_buffer(200, (4,), 2, 4, 50, seed=0))
     assert trainer.step_count == 4
-
-
-def test_callbacks_take_their_documented_arguments_by_position_and_by_keyword(tmp_path: Path) -> None:
-    for logs in (LoggingCallback(7, False), LoggingCallback(log_interval=7, use_wandb=False)):
-        assert (logs.log_interval, logs.use_wandb) == (7, False)
-    named = dict(output_dir=tmp_path, save_interval=7, max_checkpoints=2)
-    for saves in (CheckpointCallback(tmp_path, 7, 2), CheckpointCallback(**named)):
-        assert (saves.output_dir, saves.save_interval, saves.max_checkpoints) == (tmp_path, 7, 2)
-    for stops in (EarlyStoppingCallback("kl", 7, 0.5), EarlyStoppingCallback(monitor="kl", patience=7, min_delta=0.5)):
-        assert (stops.monitor, stops.patience, stops.min_delta) == ("kl", 7, 0.5)
-    assert isinstance(ProgressCallback(), Callback)
 
 
 # Configurations

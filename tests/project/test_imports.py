@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-import worldflux
-
 ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDERS = {"worldflux": ROOT / "worldflux", "worldflux.envs": ROOT / "envs", "worldflux.agents": ROOT / "agents"}
 
@@ -126,11 +124,3 @@ def test_import_worldflux_loads_nothing_heavy() -> None:
         "print(sorted({'torch', 'numpy', 'gymnasium', 'stable_baselines3', 'cv2'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
-
-
-def test_every_public_name_can_be_imported() -> None:
-    assert set(worldflux.__all__) <= set(dir(worldflux))
-    for name in worldflux.__all__:
-        assert getattr(worldflux, name) is not None
-    with pytest.raises(AttributeError, match="module 'worldflux' has no attribute 'create_model'"):
-        worldflux.create_model  # noqa: B018
