@@ -1,4 +1,4 @@
-"""The `worldflux` command, called as a person calls it."""
+"""The `worldflux` command, as a user calls it."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ NUMBER = 3
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory with somebody's own environment, which imports a file beside it."""
+    """A directory with a user's environment, which imports a file beside it."""
     (tmp_path / "coin_env.py").write_text(OWN_ENV, encoding="utf-8")
     (tmp_path / "neighbour.py").write_text("REWARD = 1.0\n", encoding="utf-8")
     (tmp_path / "typo_env.py").write_text("import numpi\n", encoding="utf-8")
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
     yield tmp_path
-    # Only these are forgotten: what a test is the first to import, others find half-imported if it is taken from them.
+    # Only these modules are removed. Removing others would leave them half-imported for later tests.
     for name in ("coin_env", "neighbour", "typo_env"):
         sys.modules.pop(name, None)
 

@@ -1,4 +1,4 @@
-"""`worldflux doctor`: what works on this machine, and the command for what does not."""
+"""`worldflux doctor`: reports what works on this machine, and how to install the rest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RETURNS_NAN = f"{__name__}:NotANumber"
 
 
 class NotANumber(gym.Env[Any, Any]):
-    """Keeps no contract."""
+    """An environment that violates its contract."""
 
     def __init__(self) -> None:
         self.observation_space = gym.spaces.Discrete(2)
@@ -38,7 +38,7 @@ class NotANumber(gym.Env[Any, Any]):
 
 @pytest.fixture
 def frames(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Programs that stand for drawing a frame with each backend; they are quick and fail in every way."""
+    """Quick programs in place of rendering a frame with each backend, which succeed, fail and crash."""
     programs = {
         "egl": "import os; assert os.environ['MUJOCO_GL'] == 'egl'",
         "osmesa": "raise OSError('no such library')",
@@ -92,7 +92,7 @@ def test_a_backend_that_hangs_is_ended(
 
 
 def test_the_frame_is_really_drawn() -> None:
-    """With whatever draws here; where nothing does, there is nothing to compare with."""
+    """Uses the backend of this machine, if there is one."""
     from worldflux.envs.suites.rendering import choose_backend
 
     backend = choose_backend()
@@ -175,7 +175,7 @@ def test_the_forms_of_a_device_are_compared_and_timed(
 def test_a_fast_form_that_computes_something_else_is_found(
     capsys: pytest.CaptureFixture[str], frames: dict[str, str], vectors_only: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A definition that says something else stands for the fast form that does: one in each family."""
+    """The plain implementation is changed, as if the fast one were wrong: one function in each family."""
     plainly, mish = RSSM.observe, torch.nn.functional.mish
 
     def other(self: RSSM, *args: Any, **options: Any) -> Observed:
@@ -191,7 +191,7 @@ def test_a_fast_form_that_computes_something_else_is_found(
         assert problem.startswith("fast: ") and "differs by" in problem
     assert {name: len(found) for name, found in problems.items()} == {
         "dreamerv3:tiny step": 1,
-        "dreamerv3:tiny action": 0,  # acting is not what was changed
+        "dreamerv3:tiny action": 0,  # acting was not changed
         "tdmpc2:tiny step": 1,
         "tdmpc2:tiny action": 1,
     }
@@ -224,7 +224,7 @@ def test_recordings_are_compared_where_a_device_has_them(
     vectors_only: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With tapes in place of CUDA graphs."""
+    """Uses tapes in place of CUDA graphs."""
 
     def recorder(device: torch.device) -> TapeCapturer:
         return SpoiledCapturer(device, stale("obs")) if spoiled else TapeCapturer(device)

@@ -23,7 +23,7 @@ FIELDS = {"units": 8, "hidden_dim": 8, "deter_dim": 16}
 
 
 class Lamp(gym.Env[Any, Any]):
-    """Glows brighter with every step; the reward is the step, an episode has four or, if it is asked for, more."""
+    """Becomes brighter with every step. The reward is the number of the step, and episodes have four or five steps."""
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
 
@@ -48,7 +48,7 @@ class Lamp(gym.Env[Any, Any]):
 
 
 class Dark(Lamp):
-    """Cannot be filmed."""
+    """A lamp that cannot be filmed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def result(capsys: pytest.CaptureFixture[str], *args: object) -> dict[str, Any]:
 
 
 def frames(path: str) -> list[np.ndarray]:
-    """Pictures of a video. BGR"""
+    """Frames of a video, BGR."""
     video, found = cv2.VideoCapture(path), []
     while (read := video.read())[0]:
         found.append(read[1])

@@ -1,4 +1,4 @@
-"""`worldflux train-offline`: a model from a file, and how its training goes on after it was stopped."""
+"""`worldflux train-offline`: a model is trained on a file, stopped and resumed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TINY = [*MODEL, "--batch-size", "2", "--seq-len", "4", "--steps", "12", "--log-i
 
 @pytest.fixture(autouse=True)
 def _with_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A directory with `data.npz`: ten episodes of eight steps."""
+    """Creates a directory with `data.npz`: ten episodes of eight steps."""
     monkeypatch.chdir(tmp_path)
     rng, buffer = np.random.default_rng(0), ReplayBuffer(200, (3,), 2)
     for _ in range(10):

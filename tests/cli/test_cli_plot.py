@@ -1,4 +1,4 @@
-"""`worldflux plot`: which runs make a curve, its mean and interval, and the published scores beside it."""
+"""`worldflux plot`: runs of a curve, their mean and interval, and published scores."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What was drawn last: `plots` with label and data of each line, `bars` of published scores."""
+    """The arguments of the last plots: `plots` by label, `bars` of published scores, and `bands`."""
     seen: dict[str, Any] = {"plots": {}, "bars": {}, "bands": []}
     plot, errorbar, fill = Axes.plot, Axes.errorbar, Axes.fill_between
 
@@ -69,7 +69,7 @@ def run(
 
 
 def log(directory: Path, name: str, rows: list[tuple[int, int, float]]) -> None:
-    """A part of the log: steps, seconds and mean returns."""
+    """Writes a part of the log: steps, seconds and mean returns."""
     (directory / "logs").mkdir(exist_ok=True)
     lines = ["rollout/ep_rew_mean,time/time_elapsed,time/total_timesteps", ",,5"]  # the second of an evaluation
     lines += [f"{score},{seconds},{step}" for step, seconds, score in rows]

@@ -1,4 +1,4 @@
-"""Whatever was saved, for every command that takes it: it works, or one line says why not and what to do."""
+"""Every kind of saved file with every command that takes one: it works, or one line says why not and what to do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENV, OTHER = f"{__name__}:Aim", f"{__name__}:Other"
 
 
 class Aim(gym.Env[Any, Any]):
-    """Episodes of nine steps."""
+    """An environment with episodes of nine steps."""
 
     def __init__(self) -> None:
         self.observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
@@ -40,7 +40,7 @@ class Aim(gym.Env[Any, Any]):
 
 
 class Other(Aim):
-    """Shows three numbers."""
+    """An environment with observations of three numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def fields(family: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with one of everything that is saved, and with what is not."""
+    """A directory with one of everything that can be saved, and with invalid files."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("saved")
     data, small = str(root / "data.npz"), fields("dreamerv3")

@@ -1,4 +1,4 @@
-"""No setting is taken, written down and ignored: through the command line, the agent and the trainer alike."""
+"""No setting is accepted and ignored, whether it is given to the command line, the agent or the trainer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from worldflux.training import ReplayBuffer, Trainer, TrainingConfig, train
 
 CONFIGS: dict[str, type[WorldModelConfig]] = {"dreamerv3": DreamerV3Config, "tdmpc2": TDMPC2Config}
 OTHER: dict[str, Any] = {
-    # What cannot be told from the field's own value, as it is written on a command line.
+    # Values for the command line that cannot be derived from the default.
     "model_name": "mine", "dtype": "bfloat16", "learning_rate": 0.05, "grad_clip": 0.01, "warmup_steps": 7,
     "loss_scales": '{"actor": 2.0}', "cnn_kernels": "[3,3,3,3]", "use_symlog": "false", "episodic": "true",
     "use_decoder": "true", "obs_classes": '{"obs": [3]}', "vmax": 9.0, "simnorm_dim": 4, "num_bins": 17, "bins": 17,
@@ -31,7 +31,7 @@ OTHER: dict[str, Any] = {
     "cnn_depth": 4, "task_dim": 8, "termination_coef": 2.0,
 }  # fmt: skip
 DERIVED = {
-    # Fields of which every other value is refused, because they follow from others or because there is only one.
+    # Fields whose other values are all refused, because they follow from other fields or have only one value.
     "dreamerv3": {
         "model_type", "latent_type", "dynamics_type", "latent_dim", "stoch_dim", "encoder_type", "decoder_type",
         "action_classes", "action_type",
@@ -45,7 +45,7 @@ RULED = {
     "dreamerv3": {"device", "obs_shape", "action_dim", "learning_rate", "warmup_steps"},
     "tdmpc2": {"device", "obs_shape", "action_dim", "learning_rate", "grad_clip"},
 }
-"""Refused by `train-offline`, with the name of what rules."""
+"""Fields that `train-offline` refuses with the name of what decides about them."""
 
 
 def buffer_of(actions: Any = None) -> ReplayBuffer:
@@ -63,7 +63,7 @@ def _with_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def other_value(family: str, name: str) -> Any:
-    """Another value of a field, as it is written on a command line."""
+    """Another value of a field, as text for the command line."""
     if name in OTHER:
         return OTHER[name]
     before = getattr(CONFIGS[family].from_size("tiny", obs_shape=(3,), action_dim=2, **SIZES[family]), name)
@@ -83,7 +83,7 @@ EVERY = [(family, item.name) for family, cls in CONFIGS.items() for item in fiel
 
 @pytest.mark.parametrize(("family", "name"), EVERY)
 def test_every_field_reaches_the_model_or_is_refused_with_what_rules(family: str, name: str) -> None:
-    """What reaches the model has its effect there: `tests/config/test_config_fields.py` shows it for every field."""
+    """`tests/config/test_config_fields.py` shows that every field has an effect in the model."""
     size = {key: value for key, value in SIZES[family].items() if key != name}
     given = tuple(f"{key}={value}" for key, value in {**size, name: other_value(family, name)}.items())
     if name in RULED[family]:
@@ -128,7 +128,7 @@ def test_every_option_of_train_offline_changes_what_is_learned(family: str) -> N
     for option in OPTIONS:
         changed = trained(family, *option)
         assert any(not torch.equal(value, usual[name]) for name, value in changed.items()), option
-    # The others say where to train and when something is written.
+    # The other options set where to train and when something is written.
     told = {option.removeprefix("--").replace("-", "_") for option, _ in OPTIONS}
     assert told | {"device", "set", "checkpoint_interval", "eval_interval", "log_interval"} == {
         item.name for item in fields(OfflineSettings)
@@ -198,7 +198,7 @@ def test_a_size_of_pictures_that_nobody_sees_is_refused(capsys: pytest.CaptureFi
     assert not Path("runs").exists()
 
 
-# The data decides what the model is made of
+# The data determine the model
 
 
 def test_a_discrete_file_makes_a_discrete_model(capsys: pytest.CaptureFixture[str]) -> None:

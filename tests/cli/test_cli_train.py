@@ -1,4 +1,4 @@
-"""`worldflux train`: the directory of a run, and how it goes on after it was stopped."""
+"""`worldflux train`: the directory of a run, and resuming it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def train(*args: str) -> int:
 
 
 def stop_at(step: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the signal came at this step, of which the one after it learns."""
+    """Sends the signal at this step. A gradient step follows in the next one."""
     shown = Progress._on_step
 
     def on_step(self: Progress) -> bool:

@@ -1,4 +1,4 @@
-"""Configurations: derived fields, sizes, files, and what is refused with which words."""
+"""Configurations: derived fields, sizes, files, and the messages about invalid values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No dead options: every field of the models' and the planner's configurations, changed, makes a difference."""
+"""No dead options: changing any field of the models' and the planner's configurations makes a difference."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TWO_TASKS = dict(num_tasks=2)
 
 
 def make(config: WorldModelConfig) -> Any:
-    """The model, with the same weights for configurations that differ in nothing that has weights."""
+    """The model. Configurations with the same shapes give the same weights."""
     torch.manual_seed(0)
     model = (DreamerV3 if isinstance(config, DreamerV3Config) else TDMPC2)(config)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def make(config: WorldModelConfig) -> Any:
 
 
 def batch_for(config: WorldModelConfig) -> Batch:
-    """Two windows of eight rows, in one of which an episode ends."""
+    """Two windows of eight rows; an episode ends in one of them."""
     rng = torch.Generator().manual_seed(0)
     B, T = 2, 8
     obs = {
@@ -126,7 +126,7 @@ def place(config: WorldModelConfig) -> Any:
 
 
 class Still(gym.Env[Any, Any]):
-    """An environment for a model of 4 observed numbers and 2 actions; nothing happens in it."""
+    """An environment with 4 observed numbers and 2 actions, in which nothing happens."""
 
     def __init__(self, one_hot: bool = False) -> None:
         box = gym.spaces.Box(-1, 1, (4,), np.float32)
@@ -300,7 +300,7 @@ def test_no_entry_is_left_over() -> None:
 @pytest.mark.parametrize("cls", [DreamerV3Config, TDMPC2Config])
 @pytest.mark.parametrize("see", [shapes, loss, gradients, trained, actions, trained_by_an_agent, place])
 def test_without_a_change_an_observation_is_the_same(cls: Any, see: Any) -> None:
-    """Otherwise a difference would say nothing."""
+    """Otherwise a difference would prove nothing."""
     first, again = (see(cls(**COMMON[cls])) for _ in range(2))
     assert same(first, again)
 

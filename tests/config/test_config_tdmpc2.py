@@ -1,4 +1,4 @@
-"""TD-MPC2's configuration: documented sizes and defaults, what follows from them, and what is refused."""
+"""TD-MPC2's configuration: documented sizes and defaults, derived fields, and invalid values."""
 
 from __future__ import annotations
 

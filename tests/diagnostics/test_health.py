@@ -1,4 +1,4 @@
-"""Health metrics: each on numbers worked out by hand, each fault on a small model, and that looking changes nothing."""
+"""Health metrics: values worked out by hand, faults of small models, and that measuring changes nothing."""
 
 from __future__ import annotations
 
@@ -195,27 +195,15 @@ def test_a_mean_of_nothing_is_zero():
 # Health metrics and their report
 
 
-def test_a_vital_is_bad_beyond_its_threshold_and_wherever_it_is_not_finite():
+def test_a_metric_is_bad_beyond_its_threshold_and_wherever_it_is_not_finite():
     above, below = Threshold(0.5, "above", "Rest."), Threshold(0.5, "below", "Move.")
-    assert [HealthMetric("x", v, above).is_bad for v in (0.4, 0.5, 0.6, math.nan, math.inf, -math.inf)] == [
-        0,
-        0,
-        1,
-        1,
-        1,
-        1,
-    ]
-    assert [HealthMetric("x", v, below).is_bad for v in (0.4, 0.5, 0.6, math.nan, math.inf, -math.inf)] == [
-        1,
-        0,
-        0,
-        1,
-        1,
-        1,
-    ]
+    values, never_fine = (0.4, 0.5, 0.6), (math.nan, math.inf, -math.inf)
+    assert [HealthMetric("x", value, above).is_bad for value in values] == [False, False, True]
+    assert [HealthMetric("x", value, below).is_bad for value in values] == [True, False, False]
+    assert all(HealthMetric("x", value, limit).is_bad for value in never_fine for limit in (above, below))
 
 
-def test_a_report_names_every_vital_and_says_what_to_do_about_the_bad_ones():
+def test_a_report_names_every_metric_and_says_what_to_do_about_the_bad_ones():
     limits = {"pulse": Threshold(100.0, "above", "Sit down."), "breath": Threshold(0.25, "below", "Open a window.")}
     health = Health(read({"breath": torch.tensor(0.125), "pulse": torch.tensor(80)}, limits))
     assert health.metrics() == {"pulse": 80.0, "breath": 0.125}
@@ -225,12 +213,12 @@ def test_a_report_names_every_vital_and_says_what_to_do_about_the_bad_ones():
 
 
 @pytest.mark.parametrize(("family", "limits"), [(DreamerV3, DREAMERV3_THRESHOLDS), (TDMPC2, TDMPC2_THRESHOLDS)])
-def test_the_docstring_of_health_gives_every_vital_with_its_threshold(family, limits):
+def test_the_docstring_of_health_gives_every_metric_with_its_threshold(family, limits):
     for name, limit in limits.items():
         assert f"- `{name}`, bad {limit.bad} {limit.value:g}:" in family.health.__doc__
 
 
-def test_a_module_that_is_no_world_model_has_no_vitals():
+def test_a_module_that_is_no_world_model_has_no_metrics():
     health = check_health(nn.Linear(2, 2), batch_for(tdmpc2()), seed=0)
     assert health == Health()
     assert health.is_good
@@ -238,7 +226,7 @@ def test_a_module_that_is_no_world_model_has_no_vitals():
     assert str(health) == "This model measures no health metrics."
 
 
-# Models that are well
+# Healthy models
 
 
 @pytest.mark.parametrize("action", ACTIONS)
@@ -279,12 +267,12 @@ def test_several_tasks_are_judged_by_their_own_discounts_and_action_dimensions()
     assert found[1]["value_over_rewards"] == pytest.approx(1 / 200)
 
 
-# Models that are ill
+# Unhealthy models
 
 
 @torch.no_grad()
 def point_at(layer: Any, index: int, size: float) -> None:
-    """Makes an output layer always give one class, whatever comes in."""
+    """Makes an output layer choose one class for every input."""
     layer.weight.zero_()
     layer.bias.zero_()
     layer.bias[..., index] = size
@@ -467,10 +455,10 @@ def test_a_window_that_runs_into_another_episode_is_measured_up_to_its_end():
     assert check_health(model, same, seed=0).metrics()["constant_latents"] == 1.0
 
 
-# Looking changes nothing
+# Measuring changes nothing
 
 
-def test_vitals_are_measured_in_evaluation_mode():
+def test_metrics_are_measured_in_evaluation_mode():
     class Modes(WorldModel):
         def __init__(self) -> None:
             super().__init__(TDMPC2Config(**TD, obs_shape=(5,), action_dim=2))

@@ -1,4 +1,4 @@
-"""Pictures of predictions that were made by hand: what is drawn where, and which numbers stand behind it."""
+"""Plots of predictions that were made by hand: what is drawn where, and the numbers behind it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def predictions(
     rows: Tensor | None = None,
     one_hots: frozenset[str] = frozenset(),
 ) -> OpenLoop:
-    """Windows `[B, 7, ...]` of which the first three rows are context, and what a model makes of them."""
+    """Windows `[B, 7, ...]` whose first three rows are context, and predictions of a model."""
     first = obs if isinstance(obs, Tensor) else next(iter(obs.values()))
     B = len(first)
     none = torch.zeros(B, LENGTH, dtype=torch.bool)
@@ -73,21 +73,21 @@ def predictions(
 
 
 def vectors(windows: int = 2, **given: Any) -> OpenLoop:
-    """The first entry counts the rows, the second is 5; the model expects both to be half of that."""
+    """The first entry counts the rows, the second is 5. The model predicts half of both."""
     count = torch.arange(float(LENGTH)).expand(windows, -1)
     obs = torch.stack([count, torch.full_like(count, 5.0)], -1)
     return predictions(obs, {"obs": obs[None] / 2}, **given)
 
 
 def images(windows: int = 1, channels: int = 3, side: int = 40, **given: Any) -> OpenLoop:
-    """Row t is as bright as 10 (t + 1) on the left and black on the right; the model expects black everywhere."""
+    """Row t has brightness 10 (t + 1) on the left and is black on the right. The model predicts black everywhere."""
     real = torch.zeros(windows, LENGTH, channels, side, side, dtype=torch.uint8)
     real[..., : side // 2] = (10 * torch.arange(1, LENGTH + 1, dtype=torch.uint8))[:, None, None, None]
     return predictions(real, {"obs": torch.zeros(1, *real.shape)}, **given)
 
 
 def after(step: int) -> Tensor:
-    """An episode that ends so many steps ahead, and another window whose episode goes on. `[2, 7]`"""
+    """An episode that ends after this many steps, and another window whose episode goes on. `[2, 7]`"""
     starts = torch.zeros(2, LENGTH, dtype=torch.bool)
     starts[0, CONTEXT + step] = True
     return starts

@@ -1,4 +1,4 @@
-"""Open-loop prediction on models whose errors are known beforehand, and on both families."""
+"""Open-loop prediction of models whose errors are known, and of both families."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from worldflux.training import Batch, ReplayBuffer, create_random_buffer
 
 
 class Pusher(WorldModel):
-    """Believes that an action moves every entry of the observation by `gain` times itself, and earns `earned`.
+    """Predicts that an action moves every entry of the observation by `gain` times itself, and earns `earned`.
 
-    Its state is what it saw last, and how many rows it has seen of the episode. Drawn futures are off by `noise`.
+    Its state is the last observation, and the number of rows of the episode it has seen. Sampled futures have `noise`.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Pusher(WorldModel):
 
 
 def pushed(length: int, *, windows: int = 1, scale: tuple[float, ...] = (1.0, 1.0)) -> Batch:
-    """Windows in which every action is 1 and moves each entry by its scale, and the reward counts the rows."""
+    """Windows in which every action is 1 and moves each entry by its scale. The reward counts the rows."""
     count = torch.arange(length, dtype=torch.float32)
     ends = torch.zeros(windows, length, dtype=torch.bool)
     return Batch(
@@ -167,7 +167,7 @@ def test_continuation_is_compared_with_terminations_only() -> None:
 
 def test_images_are_compared_by_pixels_between_0_and_1() -> None:
     class Gray(Pusher):
-        """Expects a uniform gray."""
+        """Predicts a uniform gray."""
 
         def update(self, state: State, action: Tensor, obs: Observation, **options: Any) -> State:
             assert isinstance(obs, Tensor)
@@ -190,7 +190,7 @@ def _rest(batch: Batch) -> tuple[Any, ...]:
 
 def test_one_hots_are_compared_by_their_probabilities() -> None:
     class Unsure(Pusher):
-        """Expects each of two classes alike."""
+        """Predicts two classes with equal probability."""
 
         def decode(self, state: State) -> dict[str, Any]:
             return {"obs": torch.full((len(state["seen"]), 2), 0.5)}

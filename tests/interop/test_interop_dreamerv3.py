@@ -1,4 +1,4 @@
-"""Official DreamerV3 checkpoints: dimensions, places, and that reading one cannot run code."""
+"""Official DreamerV3 checkpoints: dimensions, locations, and that reading them cannot run code."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""The papers' checkpoints from strangers: whatever the bytes are, they are refused, and nothing else happens."""
+"""Untrusted checkpoints of the papers: invalid bytes are refused, without any side effect."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def buffer(*arguments: bytes) -> bytes:
 
 
 def params(*pairs: bytes) -> bytes:
-    """A whole pickle with these keys and values as its parameters."""
+    """A pickle with these keys and values as its parameters."""
     inner = pickle.EMPTY_DICT + MARK + b"".join(pairs) + pickle.SETITEMS
     return b"\x80\x05" + pickle.EMPTY_DICT + text("params") + inner + pickle.SETITEM + pickle.STOP
 
@@ -88,7 +88,7 @@ def one(value: bytes) -> bytes:
 
 
 def doubled(times: int) -> bytes:
-    """A tuple that has another one twice, which has another one twice, and so on: written out, `2**times`."""
+    """A tuple that contains another one twice, which contains another one twice, and so on, `times` levels deep."""
     return pickle.EMPTY_TUPLE + (pickle.BINPUT + b"\0" + pickle.BINGET + b"\0" + pickle.TUPLE2) * times
 
 
@@ -203,7 +203,7 @@ HOSTILE = {
 
 @pytest.fixture
 def little_memory() -> Iterator[None]:
-    """What Python and NumPy take stays below a few megabytes."""
+    """The memory of Python and NumPy stays below a few megabytes."""
     tracemalloc.start()
     yield
     peak = tracemalloc.get_traced_memory()[1]
@@ -228,7 +228,7 @@ def test_hostile_pickles_are_refused_and_leave_nothing_behind(case: str, tmp_pat
 
 
 def stored(value: Any, protocol: int, tmp_path: Path) -> Any:
-    """A parameter in a checkpoint that is a good one otherwise."""
+    """A parameter of an otherwise valid checkpoint, written in the given form."""
     arrays = dict(golden("proprio").under("p/"))
     arrays["enc/mlp0/kernel"] = value(arrays["enc/mlp0/kernel"])
     (tmp_path / "agent.pkl").write_bytes(pickle.dumps({"params": arrays, "counters": {"updates": 3}}, protocol))
@@ -412,7 +412,7 @@ def test_tensors_that_no_tdmpc2_has_are_named(case: str, stored: bool, tmp_path:
 
 
 def rewritten(change: Callable[[str, bytes], bytes | None], tmp_path: Path, **options: Any) -> Path:
-    """The checkpoint with members changed, or left out where that gives None."""
+    """The checkpoint with changed members. A member is left out if the change returns None."""
     with zipfile.ZipFile(PRESENT) as old, zipfile.ZipFile(tmp_path / "model.pt", "w", **options) as new:
         for member in old.namelist():
             content = change(member, old.read(member))

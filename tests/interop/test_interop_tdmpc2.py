@@ -1,4 +1,4 @@
-"""Official TD-MPC2 checkpoints become models: both formats, all kinds of networks, and what is refused."""
+"""Official TD-MPC2 checkpoints: both formats, all kinds of networks, and invalid files."""
 
 from pathlib import Path
 

@@ -39,19 +39,19 @@ OPEN_KEYWORDS = {
     "create_world_model": FAMILY_FIELDS,
     "load": {item.name for item in fields(AgentSettings)},
 }
-"""What `**` in a signature stands for."""
+"""The keywords that `**` in a signature accepts."""
 DICTIONARIES = {"model_kwargs": FAMILY_FIELDS, "planner_kwargs": {item.name for item in fields(PlannerConfig)}}
 VARIABLES = {"agent": WorldFluxAgent, "buffer": ReplayBuffer, "trainer": Trainer, "model": WorldModel}
-"""What the pages call their objects."""
+"""Names of objects in the pages, with their classes."""
 
 FILES = ("zip", "json", "safetensors", "md", "pkl")
-"""What stands behind a dot where a file is named, such as agent.zip."""
+"""Endings of file names such as agent.zip, which are no attributes."""
 
 page_by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """The code blocks of a page, also those in lists."""
+    """The code blocks of a page, including those in lists."""
     found = re.findall(rf"^( *)```{language}\n(.*?)^\1```", page.read_text(encoding="utf-8"), re.M | re.S)
     return [textwrap.dedent(code) for _, code in found]
 
@@ -67,7 +67,7 @@ def public_names() -> dict[str, Any]:
 
 
 def known_names(page: Path) -> dict[str, Any]:
-    """Names of worldflux that a page's code may use: what it imports, and what is public anyway."""
+    """Names of worldflux that a page's code may use: its imports, and all public names."""
     names = public_names()
     for code in blocks(page, "python"):
         for node in ast.walk(ast.parse(code)):
@@ -78,7 +78,7 @@ def known_names(page: Path) -> dict[str, Any]:
 
 
 def called(node: ast.Call, names: dict[str, Any]) -> tuple[Any, bool]:
-    """What a call calls, as far as it is ours, and whether it is a method that takes `self`; else None."""
+    """The function of ours that is called, or None, and whether it is a method that takes `self`."""
     match node.func:
         case ast.Name(id=name):
             return names.get(name), False
@@ -138,7 +138,7 @@ def test_dictionaries_of_overrides_name_fields_of_a_configuration(page: Path) ->
 
 @pytest.fixture(scope="module")
 def attributes() -> dict[str, set[str]]:
-    """What an object of each name in `VARIABLES` has."""
+    """The attributes of an object for each name in `VARIABLES`."""
     agent = WorldFluxAgent("dreamerv3:tiny", "CartPole-v1", model_kwargs={"deter_dim": 16, "units": 8})
     objects = {"agent": agent, "buffer": agent.replay_buffer, "trainer": agent.trainer, "model": agent.model}
     return {name: set(dir(each)) for name, each in objects.items()}
@@ -169,7 +169,7 @@ def test_dotted_names_in_the_text_can_be_imported(page: Path) -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """Of a page's headings, where GitHub and the site call them the same."""
+    """Anchors of a page's headings that are the same on GitHub and on the site."""
     headings = re.findall(r"^#+ (.+)$", prose(page), re.M)
     plain = [re.sub(r"[^\w\s-]", "", heading.lower()).strip() for heading in headings]
     return {text.replace(" ", "-") for text in plain if text.replace(" ", "-") == re.sub(r"[-\s]+", "-", text)}

@@ -42,7 +42,7 @@ from worldflux.training import (
 # Names and signatures
 
 GIVEN = inspect.Parameter.empty
-"""Instead of a default: the argument has to be given."""
+"""In place of a default: the argument is required."""
 TRAINING: dict[str, Any] = dict(
     total_steps=100_000, batch_size=16, sequence_length=50, learning_rate=3e-4, weight_decay=0.0, grad_clip=100.0,
     warmup_steps=0, log_interval=100, eval_interval=1000, save_interval=10000, device="auto", seed=42,
@@ -128,7 +128,7 @@ family = pytest.mark.parametrize("preset", FAMILIES)
 
 @pytest.fixture
 def trajectories(tmp_path: Path) -> Path:
-    """An `.npz` of the documented keys alone, as a user's own script writes it."""
+    """An `.npz` with only the documented keys, as a user's script writes it."""
     rng, count = np.random.default_rng(0), 120
     np.savez(
         tmp_path / "trajectories.npz",
@@ -148,7 +148,7 @@ def small(preset: str) -> worldflux.WorldModel:
 
 
 def predictions(model: Any) -> list[Tensor]:
-    """What a model says of three steps ahead."""
+    """A model's predictions for three steps."""
     torch.manual_seed(0)
     model = model.cpu()
     with torch.no_grad():
@@ -267,7 +267,7 @@ def test_a_random_buffer_is_decided_by_its_seed() -> None:
 
 
 def random_batch(rng: torch.Generator, batch_size: int, seq_len: int) -> Batch:
-    """The four documented fields and nothing else."""
+    """A batch with only the four documented fields."""
     return Batch(
         obs=torch.randn(batch_size, seq_len, 4, generator=rng),
         actions=torch.rand(batch_size, seq_len, 2, generator=rng) * 2 - 1,
@@ -295,7 +295,7 @@ class ByRequest(ByNumbers):
 @family
 @pytest.mark.parametrize("kind", [ByNumbers, ByRequest])
 def test_a_provider_of_four_fields_trains_both_families(preset: str, kind: type[ByNumbers]) -> None:
-    provider, losses = kind(), GraphCapturer()
+    provider, losses = kind(), LossRecorder()
     trainer = Trainer(small(preset), TrainingConfig(total_steps=3, batch_size=4, sequence_length=8, device="cpu"))
     trainer.add_callback(losses)
     trainer.train(provider)
@@ -346,7 +346,7 @@ def test_a_provider_whose_signature_cannot_be_read_is_asked_by_numbers() -> None
     assert trainer.step_count == 2
 
 
-# Models and callbacks of one's own
+# User-defined models and callbacks
 
 
 class Linear(nn.Module):
@@ -365,8 +365,8 @@ class Linear(nn.Module):
         return {"loss": loss, "error": loss.detach()} if self.form == "dict" else LossOutput(loss, {"error": loss})
 
 
-class GraphCapturer(Callback):
-    """As the documentation shows: nothing but `on_step_end(step, losses)`."""
+class LossRecorder(Callback):
+    """A callback as in the documentation, with only `on_step_end(step, losses)`."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, dict[str, float]]] = []
@@ -377,7 +377,7 @@ class GraphCapturer(Callback):
 
 @pytest.mark.parametrize("form", ["tensor", "dict", "LossOutput"])
 def test_any_module_with_a_loss_trains_and_its_terms_reach_the_callbacks(form: str) -> None:
-    recorder, buffer = GraphCapturer(), create_random_buffer(200, (4,), 2, 4, 50, seed=0)
+    recorder, buffer = LossRecorder(), create_random_buffer(200, (4,), 2, 4, 50, seed=0)
     trainer = Trainer(
         Linear(form), TrainingConfig(total_steps=30, sequence_length=10, learning_rate=0.05, device="cpu")
     )

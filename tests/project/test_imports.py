@@ -1,4 +1,4 @@
-"""The direction of imports: lower layers never import upper ones, and `import worldflux` is light."""
+"""Import direction: lower layers never import upper ones, and `import worldflux` is light."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDERS = {"worldflux": ROOT / "worldflux", "worldflux.envs": ROOT / "envs", "worldflux.agents": ROOT / "agents"}
 
-# Each layer may import itself and the layers before it. A module belongs to the longest prefix that fits.
+# Each layer may import itself and the layers above it in this list. A module belongs to the longest matching prefix.
 LAYERS = (
     ("worldflux.lazy",),
     ("worldflux.errors",),
@@ -63,7 +63,7 @@ def prefix_of(module: str) -> str:
 
 
 def imports_of(name: str, *, for_types: bool = True) -> set[str]:
-    """The modules of ours that a module imports, inside functions too, and under `if TYPE_CHECKING` on request."""
+    """The modules that a module imports, also inside functions, and optionally under `if TYPE_CHECKING`."""
     found = set()
     for node in statements(ast.parse(MODULES[name].read_text(encoding="utf-8")), for_types):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""Writing: strange paths, full disks, missing rights, writers that were killed, working directories that change."""
+"""Writing files: invalid paths, full disks, missing permissions, killed writers, changing working directories."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def trainer() -> Trainer:
 
 
 def model(value: float, latent_dim: int = 8) -> WorldModel:
-    """A model that is told by its weights."""
+    """A model that is recognised by its weights."""
     built = create_world_model("tdmpc2:tiny", obs_shape=(3,), action_dim=1, **{**WIDTHS, "latent_dim": latent_dim})
     with torch.no_grad():
         for parameter in built.parameters():
@@ -70,7 +70,7 @@ STRANGE = {
 
 
 def places(agent: WorldFluxAgent, trainer: Trainer) -> dict[str, Function[[Any], Any]]:
-    """Everything that takes a path: 14 places that write, then those that read."""
+    """All functions that take a path: 14 that write, then those that read."""
     buffer, config = agent.replay_buffer, agent.model.config
     assert buffer is not None
 
@@ -456,7 +456,7 @@ def test_a_checkpoint_at_a_link_is_written_where_it_leads(tmp_path: Path, traine
 
 
 class Moves(gym.Env[Any, Any]):
-    """Changes the working directory in each step."""
+    """An environment that changes the working directory in each step."""
 
     places: tuple[Path, ...] = ()
 
