@@ -71,7 +71,7 @@ def test_its_numbers_are_the_errors_of_open_loop(
     names = ["continues.png", "errors.png", "imagination.json", "imagination.png", "rewards.png"]
     assert lines[:5] == [str(tmp_path / name) for name in names]
     ratio = found["errors"]["obs"]["overall_ratio"]
-    assert lines[5].startswith("obs: off by ") and lines[5].endswith(f"{ratio:.3g} of the error of 'nothing changes'")
+    assert lines[5].startswith("obs: error ") and lines[5].endswith(f"{ratio:.3g} of the error of 'nothing changes'")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == names
     for name in names:
         if name.endswith(".png"):
@@ -128,8 +128,8 @@ def test_new_episodes_of_the_agent_can_be_recorded(tmp_path: Path, capsys: pytes
     arguments = ["imagine", str(tmp_path / "agent"), "--env", "Pendulum-v1", "--episodes", "2", *SMALL]
     assert main([*arguments, "--samples", "3", "-o", str(tmp_path / "a")]) == 0
     said = capsys.readouterr().out
-    assert "The model has no decoder, so that it pictures no observations" in said
-    assert "state/latent: off by" in said
+    assert "The model has no decoder: latent states are compared" in said
+    assert "state/latent: error" in said
     found = numbers(tmp_path / "a")
     assert found["data"] == "2 new episodes in Pendulum-v1"
     assert found["futures"] == 3 and "obs" not in found["errors"]
@@ -150,8 +150,8 @@ def test_what_cannot_be_drawn_is_refused_in_a_sentence(
         (archive,): "holds no replay data. Add recorded episodes",
         (archive, "nothing.npz"): "There is no file 'nothing.npz'",
         (archive, data, "--env", "CartPole-v1"): "Leave one of them out",
-        (archive, "--env", "CartPole-v1"): "The agent acts in",
-        (archive, "--env", "Pendulum-v1"): "The agent observes (4,), and Pendulum-v1 shows (3,)",
+        (archive, "--env", "CartPole-v1"): "The agent has actions",
+        (archive, "--env", "Pendulum-v1"): "The agent has observations (4,), and Pendulum-v1 has (3,)",
         (archive, data, "--size", "32"): "--size go with --env",
         (archive, data, "--horizon", "0"): "horizon is 0, expected a whole number from 1",
         (archive, data, "--horizon", "500"): "no window fits",
@@ -162,7 +162,7 @@ def test_what_cannot_be_drawn_is_refused_in_a_sentence(
         assert message in capsys.readouterr().err
     ReplayBuffer(50, (2,), 1, seed=0).save("other.npz")
     assert main(["imagine", archive, "other.npz"]) == 2
-    assert "The episodes of other.npz hold observations (2,) and 1 action numbers" in capsys.readouterr().err
+    assert "The episodes of other.npz have observations (2,) and 1 action dimensions" in capsys.readouterr().err
     assert not list((tmp_path / "imagination").iterdir())
 
 
@@ -172,4 +172,4 @@ def test_replay_data_that_were_normalised_are_refused(tmp_path: Path, capsys: py
     agent.learn(40)
     agent.save_checkpoint(tmp_path / "agent")
     assert main(["imagine", str(tmp_path / "agent"), "-o", str(tmp_path / "out")]) == 2
-    assert "trained behind a VecNormalize" in capsys.readouterr().err
+    assert "trained with a VecNormalize" in capsys.readouterr().err
