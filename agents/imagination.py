@@ -15,7 +15,7 @@ from worldflux.diagnostics.plots import figures, picture_name
 from worldflux.diagnostics.plots.frames import FPS, as_animated_png, film, image_keys, longest_windows
 from worldflux.errors import ConfigurationError, TrainingError
 from worldflux.replay.batch import Batch
-from worldflux.replay.views import NewestRows
+from worldflux.replay.views import newest_rows
 from worldflux.validation import whole_number
 
 WINDOWS, IMAGE_WINDOWS = 64, 16
@@ -100,7 +100,7 @@ class ImaginationCallback(BaseCallback):
         has_images = any(len(shape) == 3 for shape in agent.model.config.obs_shapes.values())
         count = self.windows or (IMAGE_WINDOWS if has_images else WINDOWS)
         since = max(self.num_timesteps - self._drawn_at, count * length) // agent.n_envs
-        newest = NewestRows(agent.replay_buffer, max(since, 2 * length), self.seed + self.num_timesteps)
+        newest = newest_rows(agent.replay_buffer, max(since, 2 * length), self.seed + self.num_timesteps)
         if not newest.num_windows(length):
             return None
         batch = newest.sample(count, length)

@@ -8,7 +8,7 @@ from helpers.replay import counts, ended
 from worldflux.errors import BufferError, ConfigurationError
 from worldflux.replay.batch import BatchRequest
 from worldflux.replay.buffer import ReplayBuffer
-from worldflux.replay.views import NewestRows
+from worldflux.replay.views import newest_rows
 
 
 def of_episodes(lengths, n_envs=1, **changes):
@@ -146,7 +146,7 @@ def test_windows_come_from_the_newest_rows_and_leave_the_buffers_sampler_alone()
         nothing = np.zeros(2)
         buffer.add(obs, np.zeros((2, 1)), nothing, nothing, nothing)
     before = buffer.rng_state()
-    newest = NewestRows(buffer, rows=10, seed=0)
+    newest = newest_rows(buffer, 10, seed=0)
     assert newest.num_windows(8) == 2 * 3
     seen = newest.sample(50, 8).obs
     assert set(seen[..., 0].unique().tolist()) == {*range(50, 60), *range(1050, 1060)}

@@ -10,22 +10,22 @@ import numpy as np
 import torch
 
 from worldflux.accel.overriding import overridden
-from worldflux.errors import BufferError, ConfigurationError, WorldFluxError
+from worldflux.errors import BufferError, ConfigurationError
 from worldflux.files import checked_path
 from worldflux.replay.actions import declared_classes, described, type_of
-from worldflux.replay.backends import Storage, StoragePlace, storage_at
+from worldflux.replay.backends import StoragePlace, storage_at
 from worldflux.replay.batch import Batch, BatchRequest
 from worldflux.replay.export import ReplayFile, write_replay
 from worldflux.replay.npz import NpzFile
-from worldflux.replay.receiving import RowReceiver
 from worldflux.replay.ring import RingStorage
-from worldflux.replay.sampler import Drawn, Span, WholeStreams, WindowSampler
+from worldflux.replay.sampler import Drawn, Runs, WindowSampler
 from worldflux.replay.spec import SINGLE, ObsShape, TransitionSpec
+from worldflux.replay.streams import RecordedStreams
 from worldflux.replay.views import ReplayPart, split
 from worldflux.validation import whole_number
 
 
-class ReplayBuffer(RowReceiver, WindowSampler):
+class ReplayBuffer(RecordedStreams, WindowSampler):
     """The newest `capacity` transitions of one or more environments, as windows of consecutive rows.
 
     A row is an observation, the action taken there, and what came of that action. An episode of T transitions takes
@@ -88,7 +88,7 @@ class ReplayBuffer(RowReceiver, WindowSampler):
         action_type: str | None = None,
         action_classes: Sequence[int] | None = None,
     ) -> None:
-        self._capacity = whole_number("capacity", capacity, 1)
+        capacity = whole_number("capacity", capacity, 1)
         n_envs = whole_number("n_envs", n_envs, 1)
         if capacity < n_envs:
             raise ConfigurationError(f"capacity is {capacity}, expected at least n_envs ({n_envs}).")
@@ -96,21 +96,16 @@ class ReplayBuffer(RowReceiver, WindowSampler):
         classes = declared_classes(action_type, action_classes, action_dim)
         form = TransitionSpec(obs_shape, action_dim, obs_dtype, extras, classes)
         WindowSampler.__init__(self, form, seed)
-        RowReceiver.__init__(self, form, _new_store(capacity, n_envs, form, storage_at(storage)))
-        self._known_span: tuple[bytes, WholeStreams] | None = None  # of the rows with these bounds
+        RecordedStreams.__init__(self, capacity, n_envs, form, storage_at(storage))
+        self._known_runs: tuple[bytes, Runs] | None = None  # of the rows with these bounds
 
-    def _span(self, rows: RingStorage) -> Span:
+    def _runs(self, rows: RingStorage) -> Runs:
         bounds = rows.bounds
-        if self._known_span is None or self._known_span[0] != bounds:
-            self._known_span = bounds, WholeStreams(rows.begin, rows.end)
-        return self._known_span[1]
+        if self._known_runs is None or self._known_runs[0] != bounds:
+            self._known_runs = bounds, Runs(rows.begin, rows.end)
+        return self._known_runs[1]
 
     # --- what it is and what it holds
-
-    @property
-    def capacity(self) -> int:
-        """Transitions it keeps at most."""
-        return self._capacity
 
     @property
     def obs_shape(self) -> ObsShape:
@@ -156,16 +151,6 @@ class ReplayBuffer(RowReceiver, WindowSampler):
         self._form.action_classes = classes
 
     @property
-    def n_envs(self) -> int:
-        """Environments whose steps `add` receives, each with a stream."""
-        return self._n_envs
-
-    @property
-    def num_streams(self) -> int:
-        """Streams: one for each of `n_envs`, and those that recorders of further environments got."""
-        return len(self._store.base)
-
-    @property
     def extras(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shape and dtype of what is stored beside each row, by name."""
         return dict(self._form.extras)
@@ -176,84 +161,15 @@ class ReplayBuffer(RowReceiver, WindowSampler):
         return self._store.storage.place
 
     @property
-    def num_transitions(self) -> int:
-        """Transitions stored now, those of episodes in flight included."""
-        return int(self._rows.transitions.sum())
-
-    @property
-    def num_episodes(self) -> int:
-        """Episodes that have ended and of which at least one transition is still stored."""
-        return int(self._rows.episodes.sum())
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all its arrays once every row has been written to."""
         return self._rows.nbytes
-
-    def __len__(self) -> int:
-        return self.num_transitions
 
     def __repr__(self) -> str:
         return (
             f"ReplayBuffer({self.num_transitions} of {self.capacity} transitions, {self.num_episodes} episodes, "
             f"obs_shape={self.obs_shape}, action_dim={self.action_dim}, n_envs={self.n_envs})"
         )
-
-    @property
-    def room(self) -> int:
-        """Steps of every environment that `add` can take, however their episodes end, before it drops old rows."""
-        return self._rows.room
-
-    def grow(self, capacity: int) -> None:
-        """Makes room for more transitions; what is stored stays, with the same numbers in `Batch.row_ids`.
-
-        Args:
-            capacity: At least the present one.
-
-        Raises:
-            ConfigurationError: If it is less.
-            BufferError: If the machine has no memory for it; nothing is changed then.
-        """
-        capacity = whole_number("capacity", capacity, self._capacity)
-        rows = self._rows
-        self._move_rows(rows, _new_store(capacity, len(rows.base), self._form, rows.storage))
-        self._capacity = capacity
-
-    def add_streams(self, count: int) -> None:
-        """Makes further streams, for environments that move by themselves.
-
-        All streams have equal shares of the capacity from then on: the oldest rows of those that hold more are dropped.
-
-        Raises:
-            BufferError: If the capacity is less than a transition for each, or the machine has no memory for it;
-                nothing is changed then.
-        """
-        rows = self._rows
-        streams = len(rows.base) + count
-        if self._capacity < streams:
-            raise BufferError(
-                f"The buffer's capacity is {self._capacity}, and {streams} environments record into it, each of which "
-                "needs a stream of its own. Make it larger."
-            )
-        store = _new_store(self._capacity, streams, self._form, rows.storage)
-        rows.drop_excess(store)
-        self._move_rows(rows, store)
-        self._fresh = np.append(self._fresh, np.zeros(count, np.int64))
-        for writer in self._writers:
-            writer.limit(store.most_steps)
-
-    def clear(self, streams: int) -> None:
-        """Forgets all rows, and makes so many streams."""
-        self._store = _new_store(self._capacity, streams, self._form, self._store.storage)
-        self._fresh = np.zeros(streams, np.int64)
-
-    def _move_rows(self, rows: RingStorage, store: RingStorage) -> None:
-        """Goes on with another store, to which all rows are copied."""
-        if not store.storage.takes_all_at_once:
-            what = f"A copy of the replay buffer's {len(self):,} transitions, which changing its size needs,"
-            store.storage.budget().require(rows.bytes_taken, what=what, fits=0)
-        rows.move_to(store)
-        self._store = store
 
     def check_budget(self, steps: int | None = None) -> None:
         """Refuses, before a long run, what the machine has no memory for.
@@ -338,7 +254,7 @@ class ReplayBuffer(RowReceiver, WindowSampler):
                 f"{type(self).__name__} has its own sample(), which the parts of a split would not call. Give it its "
                 "own split() as well, or pass evaluation data of its own."
             )
-        return split(self, self._form, fraction, seed, seq_len)
+        return split(self, fraction, seed, seq_len)
 
     def _take_fresh(self, count: int, seq_len: int) -> Drawn:
         """Up to `count` completed windows that are fresh, oldest first; from now on they are not."""
@@ -355,22 +271,6 @@ class ReplayBuffer(RowReceiver, WindowSampler):
         return Drawn(stream, start)
 
     # --- files
-
-    def stored(self) -> tuple[RingStorage, np.ndarray]:
-        """What it holds, for who keeps it on disk: the rows, and where the fresh windows of each stream begin.
-
-        Both are the buffer's own; the second is int64, `[num_streams]`.
-        """
-        return self._rows, self._fresh
-
-    def checked_final_obs(self, final_obs: Any, envs: np.ndarray) -> dict[str, np.ndarray]:
-        """The rows `envs` of `final_obs`, an array or a dict of them, by key as they are stored. `[E, ...]` each.
-
-        Raises:
-            ShapeMismatchError: If `final_obs` has another shape than `[n_envs, ...]`.
-            BufferError: If it cannot be stored.
-        """
-        return self._form.checked_finals(final_obs, self._n_envs, envs)
 
     def save(self, path: str | Path) -> None:
         """Writes everything but the extras and the sampler's state to exactly `path`, an `.npz` without pickle.
@@ -476,13 +376,3 @@ class ReplayBuffer(RowReceiver, WindowSampler):
 
 
 _SAMPLE = ReplayBuffer.sample
-
-
-def _new_store(capacity: int, n_envs: int, form: TransitionSpec, storage: Storage) -> RingStorage:
-    obs = {key: (shape, form.dtypes[key]) for key, shape in form.shapes.items()}
-    try:
-        return RingStorage(capacity, n_envs, obs, form.action_dim, form.extras, storage)
-    except WorldFluxError:
-        raise
-    except (MemoryError, OverflowError, ValueError) as error:  # depending on how much too much it is
-        raise BufferError(f"A buffer of {capacity} transitions does not fit into memory: {error}") from error

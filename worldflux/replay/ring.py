@@ -1,4 +1,4 @@
-"""Where a replay buffer's rows lie: a ring of flat arrays for each stream, and how old rows make room for new ones."""
+"""How a replay buffer stores rows: a ring of flat arrays for each stream, in which new rows replace the oldest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from worldflux.replay.backends import MemoryStorage, RowArray, Storage
+from worldflux.replay.backends import RowArray, Storage
 
 # Bits of a row's flags.
 TERMINATED = np.uint8(1)
@@ -20,15 +20,14 @@ FINAL = np.uint8(8)
 UNSEEN = np.uint8(16)
 """A final row whose observation was never recorded."""
 STEP = np.uint8(32)
-"""A step on its way into the store, where it is left out."""
+"""Marks a step on its way into the store, which leaves the bit out."""
 
 _CHUNK_BYTES = 16 * 2**20
-"""Of rows that are copied at once."""
-
-
+"""Bytes of rows that are copied at once."""
 _DIGESTED_AT_ONCE = 2**16
+"""Rows that are digested at once."""
 _DIGESTED_OBS = 256
-"""Rows of a stream."""
+"""Rows of a stream whose observations are digested, at most."""
 
 
 def spare_rows(transitions: int, n_envs: int) -> int:
@@ -44,11 +43,11 @@ class RingStorage:
 
     Args:
         capacity: Transitions of all streams together.
-        n_envs: Streams.
+        n_envs: Number of streams.
         obs: Shape and dtype of each observation.
         action_dim: Width of an action vector.
-        extras: Shape and dtype of what else lies beside each row.
-        storage: Where the arrays lie; the flags lie in memory always. None is memory for all.
+        extras: Shape and dtype of what else is stored beside each row.
+        storage: Where the arrays are stored, except for the flags, which are always in memory.
 
     Raises:
         BufferError: If there is no room for it.
@@ -61,7 +60,7 @@ class RingStorage:
         obs: Mapping[str, tuple[tuple[int, ...], np.dtype]],
         action_dim: int,
         extras: Mapping[str, tuple[tuple[int, ...], np.dtype]],
-        storage: Storage | None = None,
+        storage: Storage,
     ) -> None:
         # Transitions that each stream may hold; together exactly the capacity.
         self.limits = np.full(n_envs, capacity // n_envs)
@@ -70,12 +69,12 @@ class RingStorage:
         self.ring = most + spare_rows(most, n_envs)
         self.base = np.arange(n_envs) * self.ring
         self._numbers = np.arange(n_envs)
-        self.storage = MemoryStorage() if storage is None else storage
+        self.storage = storage
         count, number = n_envs * self.ring, np.dtype(np.float32)
         columns = [*obs.values(), ((action_dim,), number), ((), number), *extras.values()]
         self._row_bytes = 1 + sum(math.prod(shape) * dtype.itemsize for shape, dtype in columns)
         self.nbytes = count * self._row_bytes
-        """Of all arrays once every row has been written to."""
+        """Bytes of all arrays once every row has been written to."""
         if self.storage.takes_all_at_once:
             what = f"A replay buffer of {capacity:,} transitions"
             budget = self.storage.budget()
@@ -115,11 +114,13 @@ class RingStorage:
         """Something that changes whenever rows are added or dropped, quick to compare."""
         return self.begin.tobytes() + self.end.tobytes()
 
-    def places(self, first: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Stream and number of rows `first` to `end - 1` of each stream, stream by stream. `[N]`, `[N]`"""
+    def places(
+        self, first: np.ndarray, end: np.ndarray, streams: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Stream and number of rows `first` to `end - 1` of each stream, one after another. `[N]`, `[N]`"""
         counts = end - first
         rows = np.arange(counts.sum()) + np.repeat(first - (np.cumsum(counts) - counts), counts)
-        return np.repeat(self._numbers, counts), rows
+        return np.repeat(self._numbers if streams is None else streams, counts), rows
 
     def stored_at(self) -> np.ndarray:
         """Index in the arrays of all rows, stream by stream and oldest first. `[N]`"""
@@ -135,7 +136,7 @@ class RingStorage:
         return stream[first], row[first], row[last] + 1
 
     def digest(self) -> str:
-        """A short text that other rows would not have. Of observations, which may be large, some rows are looked at."""
+        """A short text that other rows would not have. Of observations, which may be large, only some are read."""
         found = hashlib.blake2b(self.bounds, digest_size=16)
         for stream in range(len(self.end)):
             rows = np.arange(self.begin[stream], self.end[stream])
@@ -148,7 +149,7 @@ class RingStorage:
         return found.hexdigest()
 
     def move_to(self, other: RingStorage) -> None:
-        """Copies all rows into an empty store of the same form, which has room for them and at least these streams."""
+        """Copies all rows into an empty store of the same form, with room for them and at least as many streams."""
         step = max(1, _CHUNK_BYTES // self._row_bytes)
         for stream, (begin, end) in enumerate(zip(self.begin.tolist(), self.end.tolist(), strict=True)):
             for start in range(begin, end, step):
@@ -172,7 +173,7 @@ class RingStorage:
 
     @property
     def bytes_taken(self) -> int:
-        """Bytes that the arrays have taken from the machine: of memory, those that were written to."""
+        """Bytes that the arrays have taken from the machine; in memory only those that were written to."""
         if self.storage.takes_all_at_once:
             return self.nbytes
         return self._row_bytes * int(np.minimum(self.end - self._first_here, self.ring).sum())
@@ -202,17 +203,17 @@ class RingStorage:
     ) -> None:
         """Appends K steps to each of S streams, with a final row after each that ends an episode; K up to `most_steps`.
 
-        For many steps it takes little longer than for one.
+        Many steps take little longer than one.
 
         Args:
-            obs: `[K, S, ...]` each
+            obs: Observations by key. `[K, S, ...]` each
             actions: `[K, S, A]`
             rewards: `[K, S]`
             flags: STEP where a stream makes a step, with TERMINATED or TRUNCATED where that ends an episode, and 0
                 where it makes none. `[K, S]` uint8
             finals: The observations after the ends of episodes, in the order of `flags`. `[E, ...]`
             extras: `[K, S, ...]` each; what is left out becomes zero.
-            streams: Their numbers, each of them once; None means all, in order. `[S]`
+            streams: Numbers of the streams, each of them once; None means all, in order. `[S]`
             seen: False for those of `finals` that were not recorded; None means that all were. `[E]`
         """
         count, ended = len(flags), flags > STEP
@@ -259,7 +260,7 @@ class RingStorage:
         extras: Mapping[str, np.ndarray],
         streams: np.ndarray | None,
     ) -> None:
-        """The same where every one of these streams makes every step and no episode ends."""
+        """`add_steps` where every one of these streams makes every step and no episode ends."""
         chosen: Any = slice(None) if streams is None else streams
         more = self._at_streams(chosen, count)
         self._make_room(more, more)
@@ -359,7 +360,7 @@ class RingStorage:
                 self._drop(streams, np.maximum(excess[streams], 0), np.maximum(rows_excess[streams], 0))
 
     def _drop_one(self, streams: np.ndarray) -> None:
-        """Drops the oldest row of streams, which is a step, and a final row behind it, which is not left without it."""
+        """Drops the oldest row of streams, which is a step, and the final row behind it, if there is one."""
         second = self.begin[streams] + 1
         self.begin[streams] = second
         self.transitions[streams] -= 1
@@ -369,10 +370,10 @@ class RingStorage:
             self.episodes[streams[followed]] -= 1
 
     def _drop(self, streams: np.ndarray, excess: np.ndarray, rows_excess: np.ndarray) -> None:
-        """Drops the oldest rows of streams, looking at no more rows than that takes.
+        """Drops the oldest rows of streams, reading no more rows than necessary.
 
         Args:
-            streams: Each of them once. `[S]`
+            streams: Numbers of the streams, each of them once. `[S]`
             excess: Transitions that must go, at least. `[S]`
             rows_excess: Rows that must go, at least. `[S]`
         """
@@ -386,7 +387,7 @@ class RingStorage:
         count = np.where(excess, np.count_nonzero(steps < excess[:, None], axis=1) + 1, 0)
         count = np.maximum(count, rows_excess)
         each = np.arange(len(streams))
-        # A final row is not left without its step.
+        # No final row stays without its step.
         count += (count < used) & ~is_step[each, np.minimum(count, len(nth) - 1)]
         dropped = steps[each, count - 1]
         self.begin[streams] += count

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,101 +30,62 @@ class Drawn(NamedTuple):
     stream: np.ndarray
     """`[B]`"""
     first: np.ndarray
-    """The first row of each. `[B]`"""
+    """The first row of each window. `[B]`"""
     rows: np.ndarray | None = None
     """All rows; None where they follow the first one without a gap. `[B, T]`"""
 
 
-class Span(Protocol):
-    """Rows to draw windows from."""
-
-    @property
-    def longest(self) -> int:
-        """Rows of the longest stream."""
-        ...
-
-    def num_windows(self, seq_len: int) -> int:
-        """How many different windows of `seq_len` rows there are."""
-        ...
-
-    def draw(self, rng: np.random.Generator, count: int, seq_len: int) -> Drawn:
-        """`count` windows, uniformly and with replacement."""
-        ...
-
-
-class WholeStreams:
-    """All rows of some streams.
+class Runs:
+    """Runs of rows to draw windows from, which go on from one run to the next of its stream as if nothing lay between.
 
     Args:
-        begin: The first row of each. `[S]`
-        end: The row after its last. `[S]`
+        begin: The first row of each run; those of one stream in their order. `[K]`
+        end: The row after its last. `[K]`
+        stream: The stream of each run, ascending. None: run k is all of stream k. `[K]`
     """
 
-    def __init__(self, begin: np.ndarray, end: np.ndarray) -> None:
-        self._begin, self._rows = begin.copy(), end - begin
+    def __init__(self, begin: np.ndarray, end: np.ndarray, stream: np.ndarray | None = None) -> None:
+        # All rows are counted on from run to run; that number is a row's position.
+        rows = end - begin
+        self._stream, self._until = stream, rows.cumsum()
+        self._row_of_position = end - self._until
+        self._end, self._rows = self._until, rows  # of each stream that has runs, in positions
+        if stream is not None:
+            self._end = self._until[np.append(stream[1:] != stream[:-1], True)]
+            self._rows = np.diff(self._end, prepend=0)
         self._counted: dict[int, tuple[int, np.ndarray, np.ndarray]] = {}
 
     @property
     def longest(self) -> int:
-        """Rows of the longest stream."""
+        """Number of rows of the longest stream."""
         return int(self._rows.max())
 
     def num_windows(self, seq_len: int) -> int:
-        """How many different windows of `seq_len` rows there are."""
+        """Number of different windows of `seq_len` rows."""
         return self._windows(seq_len)[0]
 
     def draw(self, rng: np.random.Generator, count: int, seq_len: int) -> Drawn:
         """`count` windows, uniformly and with replacement."""
-        total, until, shift = self._windows(seq_len)
-        drawn = rng.integers(total, size=count)
-        stream = until.searchsorted(drawn, side="right")
-        return Drawn(stream, drawn + shift[stream])
+        total, until, position_of_window = self._windows(seq_len)
+        window = rng.integers(total, size=count)
+        stream = until.searchsorted(window, side="right")
+        position = window + position_of_window[stream]
+        if self._stream is None:
+            return Drawn(stream, position + self._row_of_position[stream])
+        run = self._until.searchsorted(position, side="right")
+        drawn = Drawn(self._stream[run], position + self._row_of_position[run])
+        if not np.count_nonzero(position + seq_len > self._until[run]):
+            return drawn
+        positions = position[:, None] + np.arange(seq_len)  # [B, T]
+        return drawn._replace(rows=positions + self._row_of_position[self._until.searchsorted(positions, side="right")])
 
     def _windows(self, seq_len: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """All windows; those of each stream and the ones before it; what makes a window's number its first row."""
+        """The number of windows; that up to the end of each stream; what makes a window's number its first position."""
         if seq_len not in self._counted:
             windows = np.maximum(self._rows - (seq_len - 1), 0)
             until = windows.cumsum()
-            self._counted[seq_len] = int(until[-1]), until, self._begin - (until - windows)
+            self._counted[seq_len] = int(until[-1]), until, self._end - self._rows - (until - windows)
         return self._counted[seq_len]
-
-
-class Runs:
-    """Some rows of streams, whose windows run over what lies between them as if it were not there.
-
-    Args:
-        stream: Of each run of rows, ascending. `[K]`
-        begin: Its first row; those of one stream in their order. `[K]`
-        end: The row after its last. `[K]`
-    """
-
-    def __init__(self, stream: np.ndarray, begin: np.ndarray, end: np.ndarray) -> None:
-        # All rows are counted on from run to run; that number is a row's position.
-        self._until = np.cumsum(end - begin)
-        self._stream, self._shift = stream, end - self._until
-        last_of_stream = np.append(stream[1:] != stream[:-1], True)
-        until = self._until[last_of_stream]
-        self._positions = WholeStreams(np.append(0, until[:-1]), until)
-
-    @property
-    def longest(self) -> int:
-        """Rows of the longest stream."""
-        return self._positions.longest
-
-    def num_windows(self, seq_len: int) -> int:
-        """How many different windows of `seq_len` rows there are."""
-        return self._positions.num_windows(seq_len)
-
-    def draw(self, rng: np.random.Generator, count: int, seq_len: int) -> Drawn:
-        """`count` windows, uniformly and with replacement."""
-        position = self._positions.draw(rng, count, seq_len).first
-        run = self._until.searchsorted(position, side="right")
-        first = position + self._shift[run]
-        if not np.count_nonzero(position + seq_len > self._until[run]):
-            return Drawn(self._stream[run], first)
-        positions = position[:, None] + np.arange(seq_len)  # [B, T]
-        rows = positions + self._shift[self._until.searchsorted(positions, side="right")]
-        return Drawn(self._stream[run], first, rows)
 
 
 class WindowSampler:
@@ -149,14 +110,14 @@ class WindowSampler:
         """Where the rows lie now."""
         raise NotImplementedError
 
-    def _span(self, rows: RingStorage) -> Span:
-        """What is sampled from."""
+    def _runs(self, rows: RingStorage) -> Runs:
+        """The rows that are sampled from."""
         raise NotImplementedError
 
     def num_windows(self, seq_len: int) -> int:
         """How many different windows of `seq_len` rows there are to sample from."""
         seq_len = whole_number("seq_len", seq_len, 1, error=BufferError)
-        return self._span(self._rows).num_windows(seq_len)
+        return self._runs(self._rows).num_windows(seq_len)
 
     @property
     def device(self) -> torch.device:
@@ -318,16 +279,16 @@ class WindowSampler:
         seq_len = whole_number("seq_len", DEFAULT_SEQ_LEN if seq_len is None else seq_len, 1, error=BufferError)
         device = resolve_device(device)
         store = self._rows
-        span = self._span(store)
-        if not span.num_windows(seq_len):
+        runs = self._runs(store)
+        if not runs.num_windows(seq_len):
             raise BufferError(
-                f"The longest stream has {span.longest} rows, but seq_len is {seq_len}: no window fits. {self._hint}"
+                f"The longest stream has {runs.longest} rows, but seq_len is {seq_len}: no window fits. {self._hint}"
             )
         if first is None:
-            drawn = span.draw(self._rng, batch_size, seq_len)
+            drawn = runs.draw(self._rng, batch_size, seq_len)
         else:
             given = first(batch_size, seq_len)
-            rest = span.draw(self._rng, batch_size - len(given.stream), seq_len)
+            rest = runs.draw(self._rng, batch_size - len(given.stream), seq_len)
             drawn = Drawn(np.append(given.stream, rest.stream), np.append(given.first, rest.first))
         batch = self._gather(store, drawn, seq_len, with_extras)
         return batch if device.type == "cpu" and batch.rewards.device.type == "cpu" else batch.to(device)

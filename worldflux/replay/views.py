@@ -1,17 +1,15 @@
-"""Views of a replay buffer: episodes held out for evaluation, and the rows recorded last."""
+"""Parts of a replay buffer: episodes held out for evaluation, and the rows recorded last."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from worldflux.errors import BufferError
 from worldflux.replay.ring import FINAL, RingStorage
-from worldflux.replay.sampler import Runs, Span, WholeStreams, WindowSampler
-from worldflux.replay.spec import TransitionSpec
+from worldflux.replay.sampler import Runs, WindowSampler
 from worldflux.validation import whole_number
 
 if TYPE_CHECKING:
@@ -19,46 +17,47 @@ if TYPE_CHECKING:
 
 
 class ReplayPart(WindowSampler):
-    """Some episodes of a `ReplayBuffer`, in its memory; a provider like the buffer. `ReplayBuffer.split` makes it.
+    """Some rows of a `ReplayBuffer`, in its memory; a provider like the buffer. `ReplayBuffer.split` makes it.
+
+    Its random numbers are its own: those of the buffer's sampler stay where they are.
 
     Args:
         source: The buffer.
-        form: Of its rows.
-        episodes: Those of this part.
-        seed: Of the sampler.
+        begin: The first row of each run of rows; those of one stream in their order. `[K]`
+        end: The row after its last. `[K]`
+        stream: The stream of each run, ascending. `[K]`
+        seed: Seed of the sampler.
     """
 
     _hint = "Split off another share, or sample shorter windows."
 
-    def __init__(self, source: WindowSampler, form: TransitionSpec, episodes: _Episodes, seed: int) -> None:
-        super().__init__(form, seed)
-        self._source = source
-        self._bounds = source._rows.bounds
-        self._transitions = int(episodes.transitions.sum())
-        self._episodes = int(episodes.ended.sum())
+    def __init__(self, source: ReplayBuffer, begin: np.ndarray, end: np.ndarray, stream: np.ndarray, seed: int) -> None:
+        rows, _ = source.stored()
+        super().__init__(source._form, seed)
+        self._source, self._bounds = source, rows.bounds
+        self._chosen = np.stack([stream, begin, end]).tobytes()
+        is_final = (rows.flags[rows.at(*rows.places(begin, end, stream))] & FINAL) != 0
+        self._episodes = int(np.count_nonzero(is_final))
+        self._transitions = len(is_final) - self._episodes
         # Neighbours become one run, so that windows over their ends are copied in one piece.
-        stream, begin, end = episodes.stream, episodes.begin, episodes.end
         starts = np.append(True, (stream[1:] != stream[:-1]) | (begin[1:] != end[:-1]))
-        self._chosen = hashlib.blake2b(np.stack([stream, begin, end]).tobytes(), digest_size=16)
-        self._runs = Runs(stream[starts], begin[starts], end[np.append(starts[1:], True)])
+        self._part = Runs(begin[starts], end[np.append(starts[1:], True)], stream[starts])
 
     @property
     def _rows(self) -> RingStorage:
-        rows = self._source._rows
+        rows, _ = self._source.stored()
         if rows.bounds != self._bounds:
             raise BufferError(
                 "Rows were added to the replay buffer or dropped from it after it was split. Split it again."
             )
         return rows
 
-    def _span(self, rows: RingStorage) -> Span:
-        return self._runs
+    def _runs(self, rows: RingStorage) -> Runs:
+        return self._part
 
     def digest(self) -> str:
         """A short text that tells this part from other data, and from other parts of the same."""
-        found = self._chosen.copy()
-        found.update(super().digest().encode())
-        return found.hexdigest()
+        return hashlib.blake2b(self._chosen + super().digest().encode(), digest_size=16).hexdigest()
 
     @property
     def num_transitions(self) -> int:
@@ -77,50 +76,27 @@ class ReplayPart(WindowSampler):
         return f"ReplayPart({self.num_transitions} transitions, {self.num_episodes} episodes)"
 
 
-@dataclass(frozen=True)
-class _Episodes:
-    """Episodes in a store, stream by stream and oldest first."""
-
-    stream: np.ndarray
-    """`[S]`"""
-    begin: np.ndarray
-    """Their first rows. `[S]`"""
-    end: np.ndarray
-    """The rows after their last. `[S]`"""
-    ended: np.ndarray
-    """False of those in flight. `[S]`"""
-
-    @property
-    def transitions(self) -> np.ndarray:
-        """Of each, without its final row. `[S]`."""
-        return self.end - self.begin - self.ended
-
-    def where(self, chosen: np.ndarray) -> _Episodes:
-        """Some of them. `[S]` bool."""
-        return _Episodes(self.stream[chosen], self.begin[chosen], self.end[chosen], self.ended[chosen])
-
-
-def split(
-    source: WindowSampler, form: TransitionSpec, fraction: float, seed: int, seq_len: int
-) -> tuple[ReplayPart, ReplayPart]:
+def split(buffer: ReplayBuffer, fraction: float, seed: int, seq_len: int) -> tuple[ReplayPart, ReplayPart]:
     """`ReplayBuffer.split`."""
     if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction < 1:
         raise BufferError(f"fraction is {fraction!r}, expected a number between 0 and 1, such as 0.1.")
     rng = np.random.default_rng(whole_number("seed", seed, 0))
-    episodes = _episodes_of(source._rows)
-    count = len(episodes.stream)
+    rows, _ = buffer.stored()
+    stream, begin, end = rows.episodes_at()
+    count = len(stream)
     if count < 2:
         raise BufferError(
             f"The replay buffer has {count} episodes, and whole ones are held out: expected at least 2. "
             "Record more, or pass evaluation data of its own."
         )
     order = rng.permutation(count)
-    reached = np.cumsum(episodes.transitions[order])
+    transitions = end - begin - ((rows.flags[rows.at(stream, end - 1)] & FINAL) != 0)
+    reached = np.cumsum(transitions[order])
     # At least one is kept from training and one is left to it.
     held_out = min(int(np.searchsorted(reached, fraction * reached[-1])) + 1, count - 1)
     is_held_out = np.zeros(count, np.bool_)
     is_held_out[order[:held_out]] = True
-    parts = [ReplayPart(source, form, episodes.where(chosen), seed) for chosen in (~is_held_out, is_held_out)]
+    parts = [ReplayPart(buffer, begin[is_in], end[is_in], stream[is_in], seed) for is_in in (~is_held_out, is_held_out)]
     for part, what in zip(parts, ("left to train on", "held out"), strict=True):
         if not part.num_windows(seq_len):
             raise BufferError(
@@ -130,34 +106,7 @@ def split(
     return parts[0], parts[1]
 
 
-def _episodes_of(rows: RingStorage) -> _Episodes:
-    stream, begin, end = rows.episodes_at()
-    return _Episodes(stream, begin, end, (rows.flags[rows.at(stream, end - 1)] & FINAL) != 0)
-
-
-class NewestRows(WindowSampler):
-    """The newest rows of a replay buffer as they are now, in its memory; a provider like the buffer.
-
-    Its random numbers are its own: those of the buffer's sampler stay where they are.
-
-    Args:
-        buffer: Whose rows.
-        rows: Of each stream.
-        seed: Of the sampler.
-    """
-
-    _hint = "Record more, or sample shorter windows."
-
-    def __init__(self, buffer: ReplayBuffer, rows: int, seed: int) -> None:
-        form = TransitionSpec(buffer.obs_shape, buffer.action_dim, buffer.obs_dtype, buffer.extras)
-        super().__init__(form, seed)
-        self._buffer = buffer
-        store = self._rows
-        self._newest = WholeStreams(np.maximum(store.begin, store.end - rows), store.end)
-
-    @property
-    def _rows(self) -> RingStorage:
-        return self._buffer.stored()[0]
-
-    def _span(self, rows: RingStorage) -> Span:
-        return self._newest
+def newest_rows(buffer: ReplayBuffer, count: int, seed: int) -> ReplayPart:
+    """The newest `count` rows of each stream, or fewer where there are no more."""
+    rows, _ = buffer.stored()
+    return ReplayPart(buffer, np.maximum(rows.begin, rows.end - count), rows.end.copy(), np.arange(len(rows.end)), seed)
