@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,33 +27,6 @@ StoragePlace = str | os.PathLike[str] | torch.device | None
 
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d+)?")
 _NOT_RESERVABLE = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
-
-
-class RowArray(Protocol):
-    """An array of rows: a NumPy array without gaps, or something on a device that is read and written like one."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """`[N, ...]`."""
-        ...
-
-    @property
-    def dtype(self) -> Any:
-        """NumPy's name of what it holds."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all rows."""
-        ...
-
-    def __getitem__(self, at: Any) -> Any:
-        """A copy of the rows at these indices, a NumPy array."""
-        ...
-
-    def __setitem__(self, at: Any, values: Any) -> None:
-        """Writes rows, or one value into all of them."""
-        ...
 
 
 class DeviceArray:
@@ -100,22 +73,21 @@ class DeviceArray:
         return to_device(torch.as_tensor(at, dtype=torch.int64), self.tensor.device)
 
 
-class Storage(Protocol):
-    """A place for arrays of rows."""
+RowArray = np.ndarray | DeviceArray
+"""An array of rows: a NumPy array without gaps, or one on a device that is read and written like it."""
 
-    @property
-    def place(self) -> str | Path | torch.device:
-        """What `ReplayBuffer(storage=...)` was given."""
-        ...
 
-    @property
-    def takes_all_at_once(self) -> bool:
-        """Whether arrays take their bytes when they are made, not when they are first written to."""
-        ...
+class Storage:
+    """A place for arrays of rows; this one is memory, which the system hands out as rows are written."""
+
+    place: str | Path | torch.device = "memory"
+    """The place as `ReplayBuffer(storage=...)` was given it."""
+    takes_all_at_once = False
+    """Whether arrays take their bytes when they are made, not when they are first written to."""
 
     def budget(self) -> Budget:
         """What is free there now."""
-        ...
+        return Budget(free_memory(), "this machine", "memory", "storage='<directory>' to keep it on disk")
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> RowArray:
         """A new array.
@@ -123,39 +95,24 @@ class Storage(Protocol):
         Raises:
             BufferError: If there is no room for it.
         """
-        ...
-
-
-class MemoryStorage:
-    """Arrays in memory, which the system hands out as rows are written."""
-
-    place = "memory"
-    takes_all_at_once = False
-
-    def budget(self) -> Budget:
-        """What is free in memory."""
-        remedy = "storage='<directory>' to keep it on disk"
-        return Budget(free_memory(), "this machine", "memory", remedy)
-
-    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> RowArray:
-        """A new array."""
         return np.zeros(shape, dtype)
 
 
-class DiskStorage:
-    """Arrays in files that are mapped into memory, where the system keeps of them what it has room for.
+class DiskStorage(Storage):
+    """Arrays in files that are mapped into memory, of which the system keeps there what it has room for.
 
     They are room to work in and no record: a file has no name (on Windows: it is removed when it is closed), so that
     nothing is left of it when the buffer or its process is gone, however that ended, and any number of buffers can
-    share a directory. All of it is reserved at once: a disk that is too small shows then.
+    share a directory. All of it is reserved at once, so that a disk that is too small is noticed then.
 
     Args:
-        directory: Made if it is missing, and not removed.
+        directory: Created if it is missing, and not removed.
 
     Raises:
-        BufferError: If it cannot be made.
+        BufferError: If it cannot be created.
     """
 
+    place: Path
     takes_all_at_once = True
 
     def __init__(self, directory: Path) -> None:
@@ -181,16 +138,17 @@ class DiskStorage:
         return np.frombuffer(mapped, dtype).reshape(shape)
 
 
-class DeviceStorage:
+class DeviceStorage(Storage):
     """Arrays in a device's memory, where batches are gathered without a detour.
 
     Args:
-        device: Of torch.
+        device: A device of torch.
 
     Raises:
         ConfigurationError: If there is no such device.
     """
 
+    place: torch.device
     takes_all_at_once = True
 
     def __init__(self, device: torch.device) -> None:
@@ -227,7 +185,7 @@ def storage_at(place: StoragePlace) -> Storage:
         BufferError: If the directory cannot be made.
     """
     if place is None or place == "memory":
-        return MemoryStorage()
+        return Storage()
     if isinstance(place, torch.device) or (isinstance(place, str) and _DEVICE.fullmatch(place)):
         return DeviceStorage(torch.device(place))
     if not place or not isinstance(place, str | os.PathLike):

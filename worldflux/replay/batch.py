@@ -1,12 +1,12 @@
 """What a model learns from: one batch of windows of experience, and the request for one.
 
-This module imports nothing but torch, so that models can name `Batch` without importing the rest of `training`.
+This module imports nothing but torch, so that models can name `Batch` without importing the rest of `replay`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,17 +34,18 @@ class Batch:
     obs: Observation
     """float32, or uint8 images `[B, T, C, H, W]`. `[B, T, ...]`"""
     actions: Tensor
-    """Taken at `obs`; continuous ones in [-1, 1], discrete ones one-hot (several: concatenated). `[B, T, A]` float32"""
+    """Actions taken at `obs`: continuous ones in [-1, 1], discrete ones one-hot (several: concatenated).
+    `[B, T, A]` float32"""
     rewards: Tensor
     """What `actions` earned. `[B, T]` float32"""
     terminations: Tensor
-    """That step ended the episode for good: beyond it the future is worth 0. `[B, T]` bool"""
+    """Whether the step ended the episode for good: beyond it the future is worth 0. `[B, T]` bool"""
     truncations: Tensor | None = None
-    """That step was cut from outside (a time limit): the next observation is still bootstrapped. `[B, T]` bool"""
+    """Whether the step was cut from outside (a time limit): the next observation is bootstrapped. `[B, T]` bool"""
     is_first: Tensor | None = None
-    """The row starts an episode: recurrent state and previous action are reset. Where it is given, the last observation
-    of an episode has a row of its own; without it, a step that ends one is followed by the next one's first. `[B, T]`
-    """
+    """Whether the row starts an episode: recurrent state and previous action are reset. Where it is given, the last
+    observation of an episode has a row of its own; without it, a step that ends one is followed by the next one's
+    first. `[B, T]`"""
     obs_mask: Tensor | None = None
     """False where no observation was recorded (`obs` is zero there); None if all were. `[B, T]` bool"""
     extras: dict[str, Tensor] = field(default_factory=dict)
@@ -98,7 +99,7 @@ class Batch:
         Copies to CUDA are only begun: the host does not wait for what is queued there.
 
         Args:
-            device: Where to.
+            device: The device.
             non_blocking: As in `torch.Tensor.to`, for copies from CUDA.
         """
         if torch.device(device).type == "cuda":
@@ -120,9 +121,9 @@ class Batch:
         parts = ((name if key is None else f"{name}/{key}", x) for name, key, x in self._parts() if name != "row_ids")
         return dict(parts)
 
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Batch:
-        """A batch of the same fields that holds other tensors, by the names of `named_tensors`; without `row_ids`."""
-        changed: dict[str, Any] = {"extras": {}}
+    def with_tensors(self, tensors: Mapping[str, Tensor], row_ids: Tensor | None = None) -> Batch:
+        """A batch of the same fields that holds other tensors, by the names of `named_tensors`."""
+        changed: dict[str, Any] = {"extras": {}, "row_ids": row_ids}
         for name, key, _ in self._parts():
             if name != "row_ids":
                 if key is None:
@@ -140,16 +141,7 @@ class Batch:
                 yield name, None, value
 
     def _with_each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        changed: dict[str, Any] = {}
-        for part in fields(self):
-            value = getattr(self, part.name)
-            if value is None or part.name == "row_ids":
-                changed[part.name] = value
-            elif isinstance(value, dict):
-                changed[part.name] = {name: change(tensor) for name, tensor in value.items()}
-            else:
-                changed[part.name] = change(value)
-        return Batch(**changed)
+        return self.with_tensors({name: change(tensor) for name, tensor in self.named_tensors().items()}, self.row_ids)
 
 
 def _part(name: str, key: str | None) -> str:
@@ -161,7 +153,7 @@ class BatchRequest:
     """What to sample, for providers of the form `sample(request) -> Batch`."""
 
     batch_size: int
-    """Windows. `B`"""
+    """Number of windows, `B`."""
     seq_len: int | None = None
     """Rows of each window, `T`; None leaves it to the provider."""
     device: str | torch.device = "cpu"

@@ -28,7 +28,7 @@ class BatchProvider(Protocol):
 
 
 class BatchRequestProvider(Protocol):
-    """The same with one argument; the signature of its `sample` tells which of the two a provider is.
+    """A provider whose `sample` takes one argument; its signature tells which of the two forms it has.
 
     Name the argument `request` or annotate it; options with defaults may follow it.
     """
@@ -48,7 +48,7 @@ def sample_from(
     """A batch from a provider of either form.
 
     Args:
-        provider: Its `sample` takes a `BatchRequest`, or the three numbers below.
+        provider: A provider whose `sample` takes a `BatchRequest`, or the three arguments below.
         batch_size: Windows, `B`.
         seq_len: Rows of each, `T`; None leaves it to the provider.
         device: Where the batch is wanted; it is moved there if the provider did not.
@@ -99,7 +99,7 @@ def _takes_request(function: Callable[..., Any]) -> bool:
 
 
 def _accepts(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
-    """Whether the signature takes these arguments; nothing is called, so a provider's own TypeError stays visible."""
+    """Whether the signature takes these arguments; nothing is called, so that a provider's own TypeError is seen."""
     signature = _signature(function)
     try:
         return signature is None or signature.bind(*args, **kwargs) is not None
@@ -116,7 +116,7 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
 
 
 SAMPLES = (ReplayBuffer.sample, WindowSampler.sample)
-"""What prefetching stands for."""
+"""The methods that prefetching replaces; whoever overrides one is sampled from on the calling thread."""
 
 
 @runtime_checkable
@@ -134,10 +134,10 @@ class Resumable(Protocol):
 
 
 class Batches:
-    """Batches of one form from a provider, one after another.
+    """Batches of one size from a provider, one after another.
 
     Args:
-        provider: In either form.
+        provider: A provider of either form.
         batch_size: Windows, `B`.
         seq_len: Rows of each, `T`.
         device: Where they are wanted.
@@ -167,14 +167,14 @@ class Batches:
         """Waits until nobody reads the provider, so that others may change it."""
 
     def forget(self) -> None:
-        """Has the next batch sampled anew, after the provider's random stream was moved."""
+        """Drops what was sampled ahead, after the provider's random stream was moved."""
 
     def rng_state(self) -> dict[str, Any] | None:
         """Where the provider's random stream stands before the next batch; None if it cannot be told."""
         return self.provider.rng_state() if isinstance(self.provider, Resumable) else None
 
     def close(self) -> None:
-        """Ends it; the provider's random stream is where `rng_state` says."""
+        """Stops; the provider's random stream is left where `rng_state` says."""
 
 
 class PrefetchedBatches(Batches):
@@ -184,10 +184,10 @@ class PrefetchedBatches(Batches):
     before was taken, and the `extras` of the moment when it is taken itself.
 
     Args:
-        provider: As for `Batches`.
-        batch_size: Likewise.
-        seq_len: Likewise.
-        device: Likewise. To CUDA, batches are copied from pinned memory on a stream of their own.
+        provider: The buffer, or a part of one.
+        batch_size: Windows, `B`.
+        seq_len: Rows of each, `T`.
+        device: Where they are wanted. To CUDA, batches are copied from pinned memory on a stream of their own.
     """
 
     provider: WindowSampler
@@ -233,7 +233,7 @@ class PrefetchedBatches(Batches):
             self._coming = None
 
     def close(self) -> None:
-        """Gives up the batch that is being sampled, as if it had not been begun."""
+        """Gives up the batch that is being sampled, and ends the thread."""
         self.forget()
         self._thread.shutdown()
 
@@ -257,8 +257,8 @@ def batches_from(
 ) -> Batches:
     """Batches from a provider, prefetched from a replay buffer that lies in memory or on disk.
 
-    A user's own provider is always asked on the calling thread, and so is a buffer with a `sample` of its own. What
-    lies on a device is gathered there at once.
+    A user's own provider is always asked on the calling thread, and so is a buffer with a `sample` of its own. Rows
+    that are stored on a device are gathered there at once.
     """
     if isinstance(provider, WindowSampler) and provider.device.type == "cpu":
         if not steps_back("Sampling on another thread", provider, overridden(provider, *SAMPLES)):
