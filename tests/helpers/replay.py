@@ -33,6 +33,47 @@ def seen(batch):
     return batch.obs_mask
 
 
+def documented(**changes):
+    """The documented arrays of a file with two episodes, of 3 and 2 steps; None takes one away."""
+    count = np.array([0, 1, 2, 1000, 1001], np.float32)
+    arrays = dict(
+        obs=np.stack([count, -count], 1),
+        actions=acted(count[:, None]),
+        rewards=count + 0.5,
+        dones=np.array([0, 0, 1, 0, 1], np.float32),
+        obs_shape=np.array([2]),
+        action_dim=np.array(1),
+        capacity=np.array(20),
+    )
+    return {name: array for name, array in {**arrays, **changes}.items() if array is not None}
+
+
+def with_table(**changes):
+    """The same with everything that `ReplayBuffer.save` adds."""
+    table = dict(
+        truncations=np.zeros(5, bool),
+        episode_lengths=np.array([3, 2]),
+        episode_streams=np.zeros(2, int),
+        episode_starts=np.ones(2, bool),
+        episode_ends=np.ones(2, bool),
+        final_obs=np.ones((2, 2), np.float32),
+        final_obs_mask=np.ones(2, bool),
+        n_envs=np.array(1),
+    )
+    return documented(**{**table, **changes})
+
+
+def assert_same_batch(one, other):
+    """Both batches hold the same rows, with the same extras."""
+    for name in ("actions", "rewards", "terminations", "truncations", "is_first"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    assert torch.equal(seen(one), seen(other))
+    for mine, its in ((one.obs, other.obs), (one.extras, other.extras)):
+        mine, its = (part if isinstance(part, dict) else {"obs": part} for part in (mine, its))
+        assert mine.keys() == its.keys()
+        assert all(torch.equal(mine[key], its[key]) and mine[key].dtype == its[key].dtype for key in mine)
+
+
 class HeldBack:
     """Hands over as many steps at once as the buffer takes."""
 

@@ -11,7 +11,7 @@ import torch
 from worldflux.errors import BufferError, ConfigurationError
 from worldflux.replay import backends as budget
 from worldflux.replay import backends as storage
-from worldflux.replay.backends import MemoryStorage, free_device_memory, free_disk, free_memory, human
+from worldflux.replay.backends import Storage, free_device_memory, free_disk, free_memory, human
 from worldflux.replay.buffer import ReplayBuffer
 from worldflux.training import create_random_buffer
 
@@ -194,6 +194,6 @@ def test_on_disk_and_on_devices_all_was_reserved_at_the_start(tmp_path, monkeypa
 @pytest.mark.parametrize("n_envs", [1, 16])
 @pytest.mark.parametrize("capacity", [100_000, 1_000_000, 10_000_000])
 def test_a_large_buffer_takes_at_most_a_tenth_more_than_its_raw_data(monkeypatch, shape, n_envs, capacity):
-    monkeypatch.setattr(MemoryStorage, "zeros", lambda self, shape, dtype: np.zeros((0, *shape[1:]), dtype))
+    monkeypatch.setattr(Storage, "zeros", lambda self, shape, dtype: np.zeros((0, *shape[1:]), dtype))
     raw = capacity * (math.prod(shape) * (1 if len(shape) == 3 else 4) + 6 * 4 + 4 + 2)  # with two flags
     assert raw < ReplayBuffer(capacity, shape, 6, n_envs=n_envs).nbytes <= 1.1 * raw

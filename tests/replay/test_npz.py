@@ -1,271 +1,401 @@
-"""Buffers in files: round trips, what others write, and every way in which a file can be broken."""
+"""Buffers in files: whatever a buffer holds comes back, and files that others wrote are taken as they are meant."""
 
+from __future__ import annotations
+
+import logging
 import os
-import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from helpers.replay import acted, seen
+from helpers.replay import assert_same_batch, documented, seen
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from worldflux import create_world_model
 from worldflux.errors import BufferError
 from worldflux.files import write_atomically
 from worldflux.replay import npz
-from worldflux.replay.buffer import ReplayBuffer
 from worldflux.replay.npz import write_npz
+from worldflux.training import ReplayBuffer, train
+
+fuzzed = settings(deadline=None, derandomize=True)
+
+OBS: dict[str, tuple[Any, Any]] = {
+    "vector": ((2,), None),
+    "image": ((1, 4, 4), None),
+    "floats as image": ((1, 4, 4), np.float32),
+    "bytes as vector": ((3,), np.uint8),
+    "dictionary": ({"camera": (1, 4, 4), "speed/left": (1,), "größe": (2, 2)}, None),
+}
 
 
-def documented(**changes):
-    """Two episodes, of 3 and 2 steps, with the documented keys alone."""
-    count = np.array([0, 1, 2, 1000, 1001], np.float32)
-    arrays = dict(
-        obs=np.stack([count, -count], 1),
-        actions=acted(count[:, None]),
-        rewards=count + 0.5,
-        dones=np.array([0, 0, 1, 0, 1], np.float32),
-        obs_shape=np.array([2]),
-        action_dim=np.array(1),
-        capacity=np.array(20),
-    )
-    return {name: array for name, array in {**arrays, **changes}.items() if array is not None}
+@pytest.fixture(scope="module", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    with mock.patch("os.fsync"):
+        yield
 
 
-def filled(n_envs=2, capacity=24):
-    """Streams with ended, cut and in-flight episodes of images and vectors; a final observation is missing in one."""
-    buffer = ReplayBuffer(capacity, {"camera": (3, 8, 8), "speed": (1,)}, 2, n_envs=n_envs, seed=0)
-    for t in range(16):
-        count = np.arange(n_envs) * 100.0 + t
-        camera = np.zeros((n_envs, 3, 8, 8), np.uint8) + count[:, None, None, None].astype(np.uint8)
-        obs = {"camera": camera, "speed": count[:, None]}
-        ends = np.full(n_envs, t % 5 == 4)
-        buffer.add(obs, np.full((n_envs, 2), t), count, ends & (t < 9), ends & (t >= 9), final_obs=obs)
-        if t == 6:
-            buffer.end_episodes(0)
-    return buffer
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("files")
 
 
-def assert_same(batch, other):
-    for name in ("actions", "rewards", "terminations", "truncations", "is_first"):
-        assert torch.equal(getattr(batch, name), getattr(other, name)), name
-    assert torch.equal(seen(batch), seen(other))
-    for key in batch.obs:
-        assert torch.equal(batch.obs[key], other.obs[key]), key
+def saved(place: Path, buffer: ReplayBuffer, name: str = "a.npz") -> bytes:
+    (place / name).unlink(missing_ok=True)  # some file systems wait for the disk where a file is replaced
+    buffer.save(place / name)
+    return (place / name).read_bytes()
 
 
-def drawn(buffer, seq_len=9):
-    buffer.seed(3)
-    return buffer.sample(100, seq_len)
+def load(path: Path, arrays: dict[str, Any], save: Any = np.savez, **named: Any) -> ReplayBuffer:
+    (path / "mine.npz").unlink(missing_ok=True)
+    save(path / "mine.npz", **arrays)
+    return ReplayBuffer.load(path / "mine.npz", seed=0, **named)
 
 
-def test_a_loaded_buffer_is_the_saved_one_with_episodes_in_flight_and_goes_on_like_it(tmp_path):
-    buffer = filled()
-    before = buffer.num_transitions, buffer.num_episodes, buffer.capacity, buffer.n_envs, buffer.obs_shape
-    buffer.save(tmp_path / "a.npz")
-    loaded = ReplayBuffer.load(tmp_path / "a.npz")
-    after = loaded.num_transitions, loaded.num_episodes, loaded.capacity, loaded.n_envs, loaded.obs_shape
-    assert before == after == (24, 7, 24, 2, {"camera": (3, 8, 8), "speed": (1,)})
-    batch = drawn(buffer)
-    assert not batch.obs_mask.all() and batch.truncations.any() and batch.terminations.any()
-    assert_same(batch, drawn(loaded))
-    for each in (buffer, loaded):  # the episode in flight continues: no is_first
-        obs = {"camera": np.full((2, 3, 8, 8), 9, np.uint8), "speed": np.full((2, 1), 9.0)}
-        each.add(obs, np.zeros((2, 2)), [9, 9], [1, 0], [0, 0], final_obs=obs)
-    assert_same(drawn(buffer), drawn(loaded))
-    loaded.save(tmp_path / "b.npz")
-    buffer.save(tmp_path / "a.npz")
-    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+# Whatever a buffer holds
 
 
-def test_an_empty_buffer_makes_the_round_trip(tmp_path):
-    ReplayBuffer(7, (3,), 2, n_envs=2).save(tmp_path / "empty.npz")
-    loaded = ReplayBuffer.load(tmp_path / "empty.npz")
-    assert (len(loaded), loaded.num_episodes, loaded.capacity, loaded.obs_shape) == (0, 0, 7, (3,))
+def random_obs(shape: Any, lead: tuple[int, ...], rng: np.random.Generator) -> Any:
+    if isinstance(shape, dict):
+        return {key: random_obs(part, lead, rng) for key, part in shape.items()}
+    return rng.integers(0, 256, (*lead, *shape)).astype(np.uint8 if len(shape) == 3 else np.float32)
 
 
-def test_arrays_larger_than_a_chunk_are_written_and_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(npz, "CHUNK_BYTES", 500)  # two images
-    buffer = filled()
-    buffer.save(tmp_path / "a.npz")
-    assert_same(drawn(buffer), drawn(ReplayBuffer.load(tmp_path / "a.npz")))
+STEPS = st.tuples(st.just("step"), st.integers(0, 3), st.integers(0, 2**32 - 1))
+EPISODES = st.tuples(st.just("episode"), st.integers(1, 6), st.integers(0, 2**32 - 1))
+CUTS = st.tuples(st.just("end"), st.integers(0, 2), st.integers(0, 2**32 - 1))
+LIVES = st.lists(st.one_of(STEPS, STEPS, EPISODES, CUTS), max_size=25)
 
 
-def test_others_read_the_documented_arrays_with_numpy_alone(tmp_path):
-    buffer = ReplayBuffer(10, (1,), 1)
-    buffer.add_episode(np.arange(4.0)[:, None], np.zeros((3, 1)), [1, 2, 3], [0, 0, 1])
-    buffer.add_episode(np.arange(3.0)[:, None], np.ones((2, 1)), [4, 5], [0, 0])
+def live(buffer: ReplayBuffer, life: list[tuple[str, int, int]], dtype: Any) -> None:
+    """Puts in what was drawn: steps with and without ends, whole episodes, episodes cut from outside."""
+    n, shape = buffer.n_envs, buffer.obs_shape
+    for kind, size, seed in life:
+        rng = np.random.default_rng(seed)
+
+        def obs(*lead: int, rng: np.random.Generator = rng) -> Any:
+            given = random_obs(shape, lead, rng)
+            return given if dtype is None else given.astype(dtype)
+
+        if kind == "step":
+            flags = rng.random((2, n)) < 0.1 * size
+            active = None if size < 2 else rng.random(n) < 0.7
+            actions, rewards = rng.uniform(-1, 1, (n, 2)), rng.normal(size=n)
+            buffer.add(obs(n), actions, rewards, *flags, final_obs=obs(n), active=active)
+        elif kind == "episode":
+            actions, rewards, ends = rng.uniform(-1, 1, (size, 2)), rng.normal(size=size), rng.random((2, size)) < 0.2
+            given = obs(size + int(rng.integers(2)))
+            try:
+                buffer.add_episode(given, actions, rewards, terminations=ends[0], truncations=ends[1])
+            except BufferError as error:
+                assert "in flight" in str(error)
+        else:
+            env = int(rng.integers(n)) if size else None
+            buffer.end_episodes(env, final_obs=obs(n) if rng.random() < 0.5 else None)
+
+
+@settings(fuzzed, max_examples=120)
+@given(
+    kind=st.sampled_from([*OBS]),
+    n_envs=st.integers(1, 3),
+    capacity=st.integers(3, 30),
+    life=LIVES,
+    later=st.lists(st.one_of(STEPS, EPISODES), max_size=4),
+    chunk=st.sampled_from([50, 2**24]),
+)
+def test_any_buffer_comes_back_from_its_file(
+    place: Path, kind: str, n_envs: int, capacity: int, life: Any, later: Any, chunk: int
+) -> None:
+    shape, dtype = OBS[kind]
+    buffer = ReplayBuffer(capacity, shape, 2, obs_dtype=dtype, n_envs=n_envs, seed=0)
+    live(buffer, life, dtype)
+    with mock.patch.object(npz, "CHUNK_BYTES", chunk):
+        data = saved(place, buffer)
+        loaded = ReplayBuffer.load(place / "a.npz", seed=0)
+    for name in ("capacity", "obs_shape", "action_dim", "n_envs", "num_transitions", "num_episodes"):
+        assert getattr(loaded, name) == getattr(buffer, name), name
+    if buffer.num_transitions:
+        assert loaded.obs_dtype == buffer.obs_dtype
+    seq_len = 1
+    while buffer.num_windows(seq_len):
+        assert loaded.num_windows(seq_len) == buffer.num_windows(seq_len)
+        assert_same_batch(buffer.sample(40, seq_len), loaded.sample(40, seq_len))
+        seq_len += 3
+    assert saved(place, loaded, "b.npz") == data
+    # Episodes in flight go on, and what comes later drops the same old rows.
+    live(buffer, later, dtype)
+    live(loaded, later, dtype)
+    assert saved(place, loaded, "b.npz") == saved(place, buffer)
+
+
+def test_others_read_the_documented_arrays_with_numpy_alone(tmp_path: Path) -> None:
+    buffer = ReplayBuffer(10, {"x": (1,)}, 1)
+    buffer.add_episode({"x": np.arange(4.0)[:, None]}, np.zeros((3, 1)), [1, 2, 3], [0, 0, 1])
+    buffer.add_episode({"x": np.arange(3.0)[:, None]}, np.ones((2, 1)), [4, 5], [0, 0])
     buffer.save(tmp_path / "buffer")  # exactly this path, without a suffix
     assert os.listdir(tmp_path) == ["buffer"]
     with np.load(tmp_path / "buffer", allow_pickle=False) as file:
-        assert file["obs"].tolist() == [[0], [1], [2], [0], [1]]
-        assert file["rewards"].tolist() == [1, 2, 3, 4, 5]
-        assert file["dones"].tolist() == [0, 0, 1, 0, 0]
-        assert file["truncations"].tolist() == [0, 0, 0, 0, 1]
-        assert file["final_obs"].tolist() == [[3], [2]]
-        assert (file["obs_shape"].tolist(), int(file["action_dim"]), int(file["capacity"])) == ([1], 1, 10)
+        found = {name: (file[name].dtype.name, file[name].tolist()) for name in file.files}
+    assert found == {
+        "obs/x": ("float32", [[0], [1], [2], [0], [1]]),
+        "final_obs/x": ("float32", [[3], [2]]),
+        "obs_shape/x": ("int64", [1]),
+        "actions": ("float32", [[0], [0], [0], [1], [1]]),
+        "rewards": ("float32", [1, 2, 3, 4, 5]),
+        "dones": ("bool", [False, False, True, False, False]),
+        "action_dim": ("int64", 1),
+        "capacity": ("int64", 10),
+        "truncations": ("bool", [False, False, False, False, True]),
+        "episode_lengths": ("int64", [3, 2]),
+        "episode_streams": ("int64", [0, 0]),
+        "episode_starts": ("bool", [True, True]),
+        "episode_ends": ("bool", [True, True]),
+        "final_obs_mask": ("bool", [True, True]),
+        "n_envs": ("int64", 1),
+    }
 
 
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_a_file_with_the_documented_keys_alone_gives_every_reward_and_termination(tmp_path, save):
-    save(tmp_path / "walker.npz", **documented())
-    buffer = ReplayBuffer.load(tmp_path / "walker.npz", seed=0)
-    assert (len(buffer), buffer.num_episodes, buffer.capacity, buffer.obs_shape) == (5, 2, 20, (2,))
-    batch = buffer.sample(1, 7)  # all there is
-    assert batch.obs[0, :, 0].tolist() == [0, 1, 2, 0, 1000, 1001, 0]
-    assert batch.obs_mask[0].tolist() == [True, True, True, False, True, True, False]
-    assert batch.rewards[0].tolist() == [0.5, 1.5, 2.5, 0, 1000.5, 1001.5, 0]
-    assert batch.terminations[0].nonzero().flatten().tolist() == [2, 5]
-    assert batch.is_first[0].nonzero().flatten().tolist() == [0, 4]
+# Whatever others wrote
 
 
-def test_a_last_episode_without_a_done_counts_as_truncated(tmp_path):
-    np.savez(tmp_path / "walker.npz", **documented(dones=np.array([0, 0, 1, 0, 0])))
-    batch = ReplayBuffer.load(tmp_path / "walker.npz").sample(1, 7)
-    assert batch.truncations[0].nonzero().flatten().tolist() == [5]
-    assert batch.terminations[0].nonzero().flatten().tolist() == [2]
+@settings(fuzzed, max_examples=60)
+@given(
+    lengths=st.lists(st.integers(1, 5), max_size=6),
+    is_done=st.booleans(),
+    spare=st.integers(0, 9),
+    kind=st.sampled_from(["vector", "image"]),
+    seed=st.integers(0, 2**32 - 1),
+    save=st.sampled_from([np.savez, np.savez_compressed]),
+)
+def test_a_file_of_the_documented_keys_gives_exactly_its_rows(
+    place: Path, lengths: Any, is_done: bool, spare: int, kind: str, seed: int, save: Any
+) -> None:
+    rng, shape, count = np.random.default_rng(seed), OBS[kind][0], sum(lengths)
+    dones = np.zeros(count, bool)
+    dones[np.cumsum(lengths, dtype=int) - 1] = True
+    dones[count - 1 : count] = is_done  # what the file's end cuts off is truncated
+    arrays = dict(
+        obs=random_obs(shape, (count,), rng),
+        actions=rng.uniform(-1, 1, (count, 2)).astype(np.float32),
+        rewards=rng.normal(size=count).astype(np.float32),
+        dones=dones,
+        obs_shape=np.array(shape),
+        action_dim=2,
+        capacity=max(1, count + spare),
+    )
+    buffer = load(place, arrays, save)
+    assert (len(buffer), buffer.num_episodes, buffer.obs_shape) == (count, len(lengths), shape)
+    if not count:
+        return
+    batch = buffer.sample(1, count + len(lengths))  # the only window: everything
+    last = np.cumsum(np.array(lengths) + 1) - 1  # the rows of the observations that are not there
+    steps = np.delete(np.arange(count + len(lengths)), last)
+    for name, given_name in (("obs", "obs"), ("actions", "actions"), ("rewards", "rewards"), ("terminations", "dones")):
+        assert np.array_equal(getattr(batch, name)[0, steps].numpy(), arrays[given_name]), name
+    assert np.flatnonzero(~batch.obs_mask[0].numpy()).tolist() == last.tolist()
+    assert np.flatnonzero(batch.is_first[0].numpy()).tolist() == [0, *(last[:-1] + 1)]
+    cut = np.flatnonzero(batch.truncations[0].numpy()).tolist()
+    assert cut == ([] if is_done else [steps[-1]])
 
 
-def test_column_major_and_big_endian_arrays_are_read_like_others(tmp_path):
-    np.savez(tmp_path / "a.npz", **documented())
-    changes = {"obs": np.asfortranarray(documented()["obs"]), "rewards": documented()["rewards"].astype(">f8")}
-    np.savez(tmp_path / "b.npz", **documented(**changes))
-    one, other = (ReplayBuffer.load(tmp_path / name).sample(1, 7) for name in ("a.npz", "b.npz"))
+def test_column_major_and_big_endian_arrays_are_read_like_others(tmp_path: Path) -> None:
+    one = load(tmp_path, documented()).sample(1, 7)
+    obs, rewards = np.asfortranarray(documented()["obs"]), documented()["rewards"].astype(">f8")
+    with mock.patch.object(npz, "CHUNK_BYTES", 20):
+        other = load(tmp_path, documented(obs=obs, rewards=rewards)).sample(1, 7)
     assert torch.equal(one.obs, other.obs) and torch.equal(one.rewards, other.rewards)
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int64, float])
-def test_images_are_stored_as_bytes_whatever_the_file_has(tmp_path, dtype):
-    obs = np.full((5, 3, 8, 8), 200, dtype)
-    np.savez(tmp_path / "a.npz", **documented(obs=obs, obs_shape=np.array([3, 8, 8])))
-    found = ReplayBuffer.load(tmp_path / "a.npz").sample(1, 2).obs
-    assert found.dtype == torch.uint8 and int(found.max()) == 200
-
-
-def test_a_smaller_capacity_keeps_the_newest_transitions(tmp_path):
-    np.savez(tmp_path / "a.npz", **documented())
-    buffer = ReplayBuffer.load(tmp_path / "a.npz", capacity=3)
+def test_a_smaller_capacity_keeps_the_newest_transitions(tmp_path: Path) -> None:
+    buffer = load(tmp_path, documented(), capacity=3)
     assert buffer.capacity == 3
     assert buffer.sample(1, 5).obs[0, :, 0].tolist() == [2, 0, 1000, 1001, 0]
 
 
-def test_episodes_are_shared_out_among_another_number_of_streams(tmp_path):
-    buffer = filled(n_envs=2, capacity=100)
-    buffer.save(tmp_path / "a.npz")
-    loaded = ReplayBuffer.load(tmp_path / "a.npz", n_envs=3)
-    assert (len(loaded), loaded.n_envs) == (32, 3)
-    assert loaded.num_episodes == 9  # seven had ended, two were in flight and are closed
-    batch = loaded.sample(500, 2)
-    speed = batch.obs["speed"][..., 0]
-    follows = speed[:, 1] == speed[:, 0] + 1
-    ended = batch.terminations[:, 0] | batch.truncations[:, 0]
-    assert torch.all(follows | batch.is_first[:, 1] | ended)
-    assert set(speed[seen(batch)].tolist()) == {float(t + 100 * env) for t in range(16) for env in range(2)}
+def test_episodes_are_shared_out_among_another_number_of_streams(tmp_path: Path) -> None:
+    buffer = ReplayBuffer(24, (1,), 1, n_envs=2)
+    for t in range(16):
+        obs, ends = np.array([[t], [100.0 + t]]), np.full(2, t % 5 == 4)
+        buffer.add(obs, np.zeros((2, 1)), np.zeros(2), ends, np.zeros(2), final_obs=obs + 1)
+    buffer.save(tmp_path / "a.npz")  # of each stream the newest 12 steps: 4 to 15
+    loaded = ReplayBuffer.load(tmp_path / "a.npz", n_envs=3, capacity=60)
+    assert (len(loaded), loaded.n_envs) == (24, 3)
+    assert loaded.num_episodes == 8  # six had ended, two were in flight and are closed
+    batch = loaded.sample(1000, 2)
+    count, is_seen = batch.obs[..., 0], seen(batch)
+    assert torch.all((count[:, 1] == count[:, 0] + 1) | batch.is_first[:, 1] | ~is_seen[:, 1])
+    assert set(count[is_seen].tolist()) == {100.0 * env + t for env in range(2) for t in range(4, 16)}
+    assert torch.unique(batch.row_ids[batch.is_first] % 3).tolist() == [0, 1, 2]
 
 
-BROKEN = [
-    ({"dones": None}, "no array 'dones'.*found: action_dim, actions, capacity, obs, obs_shape, rewards.*schema"),
-    ({"obs": None}, "no array 'obs'"),
-    ({"actions": None, "capacity": None}, "no array 'actions', 'capacity'"),
-    ({"rewards": np.zeros(4)}, r"rewards has shape \(4,\), expected \(5,\)"),
-    ({"obs": np.zeros((4, 2))}, r"obs has shape \(4, 2\), but there are 5 actions"),
-    ({"obs_shape": np.array([3])}, r"obs has shape \(5, 2\).*obs_shape is \(3,\)"),
-    ({"actions": np.zeros((5, 2))}, r"actions have shape \(5, 2\).*action_dim 1"),
-    ({"actions": np.zeros(5)}, "actions have shape"),
-    ({"action_dim": np.array([1, 2])}, r"action_dim is \[1 2\], expected a whole number"),
-    ({"capacity": np.array(-1)}, "capacity is -1"),
-    ({"capacity": np.array(4)}, "capacity is 4, but has 5 transitions. Pass capacity="),
-    ({"rewards": np.array([0, 0, np.nan, 0, 0])}, r"rewards has nan at index \(2,\)"),
-    ({"obs": np.full((5, 2), np.inf)}, "a.npz: obs has inf"),
-    ({"dones": np.array([0, 0, 3, 0, 1])}, "dones has values other than 0 and 1"),
-    ({"rewards": np.array([None] * 5)}, "array 'rewards' has dtype object.*never unpickled"),
-    ({"obs": np.array([["text", None]] * 5, object)}, "array 'obs' has dtype object.*never unpickled"),
-    ({"rewards": np.array(["x"] * 5)}, "dtype <U1"),
-    ({"truncations": np.zeros(3)}, r"truncations has shape \(3,\)"),
-    ({"episode_lengths": np.array([3, 2])}, "no array 'episode_streams'"),
-]
+@pytest.mark.parametrize("name", ["truncations", "timeouts"])
+def test_time_limits_are_read_under_both_names(name: str, tmp_path: Path) -> None:
+    arrays = documented(dones=np.zeros(5), **{name: np.array([0, 1, 0, 0, 1])})
+    batch = load(tmp_path, arrays).sample(1, 7)
+    assert batch.truncations[0].nonzero().flatten().tolist() == [1, 5] and not batch.terminations.any()
 
 
-@pytest.mark.parametrize(("changes", "message"), BROKEN, ids=[" ".join(changes) for changes, _ in BROKEN])
-def test_a_file_that_contradicts_itself_is_refused_by_name(tmp_path, changes, message):
-    np.savez(tmp_path / "a.npz", **documented(**changes))
-    with pytest.raises(BufferError, match=message):
-        ReplayBuffer.load(tmp_path / "a.npz")
+def test_arrays_that_nobody_reads_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "worldflux.training"):
+        load(tmp_path, documented())
+        assert not caplog.messages
+        load(tmp_path, documented(next_obs=np.zeros((5, 4)), terminals=np.zeros(5), truncated=np.zeros(5)))
+    (line,) = caplog.messages
+    for part in ("next_obs", "terminals (did you mean dones?)", "truncated (did you mean truncations?)"):
+        assert part in line
+
+
+# Images
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (5, 3, 16, 16)).astype(np.uint8)
+SHARES = IMAGES / 255
+BLACK_AND_WHITE = np.where(IMAGES > 127, 255, 0).astype(np.uint8)
+
+
+def of_images(path: Path, images: Any) -> ReplayBuffer:
+    return load(path, documented(obs=images, obs_shape=np.array(images.shape[1:])))
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("given", "expected"),
     [
-        ({"episode_lengths": np.array([3, 1])}, "episode_lengths add up to 4, expected .* the 5 transitions"),
-        ({"episode_lengths": np.array([6, -1])}, "episode_lengths add up to 5, expected numbers from 1"),
-        ({"episode_lengths": np.array([2, 3])}, "do not lie at the ends"),
-        ({"episode_lengths": np.array([3.0, 2.0])}, "episode_lengths has dtype float64, expected whole numbers"),
-        ({"episode_streams": np.array([0, 1])}, r"outside of 0 to n_envs - 1 \(0\)"),
-        ({"episode_ends": np.array([0, 1])}, "do not lie at the ends"),
-        ({"episode_starts": np.array([1, 0])}, "another one follows it"),
-        ({"episode_ends": np.array([1, 0]), "dones": np.array([0, 0, 1, 0, 0])}, "final_obs_mask is set"),
-        ({"final_obs": np.zeros((3, 2))}, "final_obs has shape"),
-        ({"n_envs": np.array(21)}, "n_envs is 21, expected at most capacity"),
+        (IMAGES, IMAGES),
+        (IMAGES.astype(np.int64), IMAGES),
+        (IMAGES.astype(np.float32), IMAGES),
+        (SHARES.astype(np.float32), IMAGES),
+        (SHARES, IMAGES),
+        (SHARES.astype(np.float16), IMAGES),
+        (BLACK_AND_WHITE > 0, BLACK_AND_WHITE),
+        ((BLACK_AND_WHITE > 0).astype(np.float32), BLACK_AND_WHITE),
     ],
+    ids=["bytes", "integers", "0 to 255", "0 to 1", "double", "half", "flags", "0 and 1"],
 )
-def test_a_table_of_episodes_that_does_not_fit_the_steps_is_refused(tmp_path, changes, message):
-    table = dict(
-        truncations=np.zeros(5), episode_lengths=np.array([3, 2]), episode_streams=np.zeros(2, int),
-        episode_starts=np.ones(2), episode_ends=np.ones(2), final_obs=np.ones((2, 2)), final_obs_mask=np.ones(2),
-        n_envs=np.array(1),
-    )  # fmt: skip
-    np.savez(tmp_path / "a.npz", **documented(**table))
-    assert ReplayBuffer.load(tmp_path / "a.npz").num_episodes == 2
-    np.savez(tmp_path / "a.npz", **documented(**{**table, **changes}))
-    with pytest.raises(BufferError, match=message):
-        ReplayBuffer.load(tmp_path / "a.npz")
+def test_images_become_bytes_whatever_the_file_has(given: Any, expected: Any, tmp_path: Path) -> None:
+    batch = of_images(tmp_path, given).sample(1, 7)
+    assert batch.obs.dtype == torch.uint8 and np.array_equal(batch.obs[seen(batch)], expected)
 
 
-def test_no_file_a_text_and_a_truncated_zip_are_told_apart(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        ReplayBuffer.load(tmp_path / "none.npz")
-    (tmp_path / "text.npz").write_text("not a zip")
-    with pytest.raises(BufferError, match=r"text.npz is not a readable .npz file"):
-        ReplayBuffer.load(tmp_path / "text.npz")
-    filled().save(tmp_path / "whole.npz")
-    whole = (tmp_path / "whole.npz").read_bytes()
-    (tmp_path / "half.npz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(BufferError, match="damaged or cut short"):
-        ReplayBuffer.load(tmp_path / "half.npz")
-    with pytest.raises(BufferError, match="not a readable"):
-        ReplayBuffer.load(tmp_path)
+def test_images_of_flags_are_bright_in_files_with_all_arrays_too(tmp_path: Path) -> None:
+    buffer = ReplayBuffer(20, (3, 16, 16), 1)
+    buffer.add_episode(BLACK_AND_WHITE, np.zeros((4, 1)), np.zeros(4))
+    buffer.save(tmp_path / "bytes.npz")
+    with np.load(tmp_path / "bytes.npz") as file:
+        arrays = dict(file)
+    loaded = load(tmp_path, arrays | {name: arrays[name] > 0 for name in ("obs", "final_obs")})
+    assert np.array_equal(loaded.sample(1, 5).obs[0], BLACK_AND_WHITE)
 
 
-def test_a_member_shorter_than_its_header_says_is_refused(tmp_path):
-    np.savez(tmp_path / "a.npz", **documented())
-    with zipfile.ZipFile(tmp_path / "a.npz") as source, zipfile.ZipFile(tmp_path / "b.npz", "w") as target:
-        for name in source.namelist():
-            data = source.read(name)
-            target.writestr(name, data[:-4] if name == "obs.npy" else data)
-    with pytest.raises(BufferError, match=r"array 'obs' of shape \(5, 2\) needs 40 bytes, the file has 36"):
-        ReplayBuffer.load(tmp_path / "b.npz")
+def test_floats_that_were_stored_as_floats_stay_floats(tmp_path: Path) -> None:
+    buffer = ReplayBuffer(100, (3, 8, 8), 2, obs_dtype=np.float32)
+    buffer.add_episode(np.full((31, 3, 8, 8), 0.25), np.zeros((30, 2)), np.zeros(30))
+    buffer.save(tmp_path / "floats.npz")
+    loaded = ReplayBuffer.load(tmp_path / "floats.npz")
+    assert loaded.obs_dtype == np.float32 and loaded.sample(1, 31).obs.unique().tolist() == [0.25]
 
 
-def test_a_directory_is_no_place_for_a_buffer(tmp_path):
-    with pytest.raises(BufferError, match="runs is a directory, expected the path of a file"):
-        (tmp_path / "runs").mkdir()
-        filled().save(tmp_path / "runs")
-    assert [entry.name for entry in tmp_path.rglob("*")] == ["runs"]
+@pytest.mark.parametrize("family", ["dreamerv3:tiny", "tdmpc2:tiny"])
+def test_the_documented_recipe_trains_on_images(family: str, tmp_path: Path) -> None:
+    buffer = of_images(tmp_path, np.zeros((5, 3, 64, 64), np.float32))
+    model = create_world_model(family, obs_shape=(3, 64, 64), action_dim=1)
+    train(model, buffer, total_steps=1, batch_size=2, sequence_length=5, device="cpu")
 
 
-def test_a_saved_file_is_as_readable_as_any_other(tmp_path):
-    umask = os.umask(0o027)
-    try:
-        filled().save(tmp_path / "a.npz")
-        write_atomically(tmp_path / "a.json", b"{}")
-    finally:
-        os.umask(umask)
-    assert [os.stat(tmp_path / name).st_mode & 0o777 for name in ("a.npz", "a.json")] == [0o640, 0o640]
+def episode(path: Path, images: Any) -> ReplayBuffer:
+    buffer = ReplayBuffer(100, images.shape[1:], 1)
+    buffer.add_episode(images, np.zeros((5, 1)), np.zeros(5))
+    return buffer
 
 
-def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(tmp_path):
+# Images that are no bytes: what is given, the doors that refuse it, and the line in the message.
+OTHERS: dict[str, tuple[Any, list[Any], str]] = {
+    "floats from 0 to 1": (SHARES, [episode], "(obs * 255).round()"),
+    "floats from 0 to 255": (IMAGES.astype(np.float32), [episode], "obs.round()"),
+    "floats between bytes": (IMAGES * 0.999, [episode, of_images], "obs.round()"),
+    "floats from -1 to 1": (SHARES * 2 - 1, [episode, of_images], "np.interp(obs, (-1, 1), (0, 255)).round()"),
+    "half precision": ((SHARES * 2 - 1).astype(np.float16), [episode, of_images], "np.interp(obs, (-1, 1), (0, 255))"),
+    "floats from 0 to 2": (SHARES * 2, [episode, of_images], "np.interp(obs, (0, 2), (0, 255)).round()"),
+    "floats from -0.5 to 0.5": (SHARES - 0.5, [episode, of_images], "np.interp(obs, (-1, 1), (0, 255))"),
+    "normalised floats": (SHARES * 5 - 2.125, [episode, of_images], "np.interp(obs, (-2.125, 2.875), (0, 255))"),
+    "floats up to 25500": (IMAGES * np.float32(100), [episode, of_images], "np.interp(obs, (0, 25500), (0, 255))"),
+    "integers to 299": ((SHARES * 299).round().astype(int), [episode, of_images], "np.interp(obs, (0, 299), (0, 255))"),
+    "16 bits": ((SHARES * 65535).astype(np.uint16), [episode, of_images], "np.interp(obs, (0, 65535), (0, 255))"),
+    "signed bytes": ((IMAGES - 128.0).astype(np.int8), [episode, of_images], "np.interp(obs, (-128, 127), (0, 255))"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_images_are_refused_with_the_line_that_makes_bytes_of_them(kind: str, tmp_path: Path) -> None:
+    images, doors, line = OTHERS[kind]
+    for door in doors:
+        with pytest.raises(BufferError) as refused:
+            door(tmp_path, images)
+        message = str(refused.value)
+        assert line in message and message.startswith("mine.npz: obs" if door is of_images else "obs")
+        begin = message.index(line)
+        end = message.index(".astype(np.uint8)", begin) + len(".astype(np.uint8)")
+        converted = eval(message[begin:end], {"np": np, "obs": images})
+        batch = door(tmp_path, converted).sample(1, 6)
+        assert np.array_equal(batch.obs[0, :3], converted[:3])
+        # Numbers from -0.5 to 0.5 are taken for those from -1 to 1.
+        shown = converted * 2.0 - 127.5 if kind == "floats from -0.5 to 0.5" else converted
+        assert np.abs(shown - IMAGES).max() <= 1
+
+
+@pytest.mark.parametrize("keys", [{"obs": 30}, {"obs/camera": 30, "obs/speed": 2}])
+def test_an_image_without_channels_is_a_vector_with_a_hint(
+    keys: dict[str, int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arrays = documented(obs=None, obs_shape=None)
+    for key, side in keys.items():
+        arrays[key] = np.zeros((5, side, side), np.float32)
+        arrays[key.replace("obs", "obs_shape")] = np.array([side, side])
+    buffer = load(tmp_path, arrays)
+    (line,) = caplog.messages
+    assert "(30, 30), which is taken as a vector of 900 numbers. An image has its channels first: (1, 30, 30)" in line
+    caplog.clear()
+    ReplayBuffer(10, buffer.obs_shape, 2)
+    assert caplog.messages == [line]
+
+
+# Writing
+
+
+@pytest.mark.parametrize("keys", [("a", "a\0b"), ("a\n",), ("\ud800",)])
+def test_a_key_that_no_archive_can_hold_is_refused_when_saving(tmp_path: Path, keys: Any) -> None:
+    buffer = ReplayBuffer(5, {key: (1,) for key in keys}, 1)
+    with pytest.raises(BufferError, match=r"cannot be saved under the name 'obs/.*Use printable characters"):
+        buffer.save(tmp_path / "keys.npz")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_directory_is_no_place_for_a_buffer(tmp_path: Path) -> None:
+    with pytest.raises(BufferError, match="is a directory, expected the path of a file"):
+        ReplayBuffer(5, (1,), 1).save(tmp_path)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_full_disk_is_a_buffer_error_and_the_old_file_stays(tmp_path: Path) -> None:
+    buffer = ReplayBuffer(5, (1,), 1)
+    before = saved(tmp_path, buffer)
+    buffer.add_episode(np.zeros((2, 1)), np.zeros((1, 1)), [1.0], [True])
+    with (
+        mock.patch("worldflux.replay.export.write_npz", side_effect=OSError(28, "No space left on device")),
+        pytest.raises(BufferError, match=r"a\.npz could not be written: .*No space left.*before is unchanged"),
+    ):
+        buffer.save(tmp_path / "a.npz")
+    assert (tmp_path / "a.npz").read_bytes() == before and os.listdir(tmp_path) == ["a.npz"]
+
+
+def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "a.npz"  # the directory is made
     write_npz(path, {"x": np.arange(3)})
 
-    def chunks():
+    def chunks() -> Iterator[np.ndarray]:
         yield np.zeros(4)
         raise KeyboardInterrupt
 
@@ -276,35 +406,11 @@ def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(tmp_path):
         assert file["x"].tolist() == [0, 1, 2]
 
 
-def test_images_of_flags_are_bright_in_files_with_all_arrays_too(tmp_path):
-    buffer = ReplayBuffer(20, (1, 8, 8), 1)
-    pictures = np.arange(5 * 64).reshape(5, 1, 8, 8) % 3 == 0
-    buffer.add_episode(pictures, np.zeros((4, 1)), np.zeros(4))
-    buffer.save(tmp_path / "bytes.npz")
-    with np.load(tmp_path / "bytes.npz") as file:
-        arrays = dict(file)
-    flags = {name: arrays[name] > 0 for name in ("obs", "final_obs")}
-    np.savez(tmp_path / "flags.npz", **arrays | flags)
-
-    obs = ReplayBuffer.load(tmp_path / "flags.npz").sample(1, 5).obs
-
-    assert np.array_equal(obs[0], np.where(pictures, 255, 0))
-
-
-@pytest.mark.parametrize("dtype", [bool, np.float32])
-def test_black_and_white_images_are_as_bright_as_floats_from_0_to_1(tmp_path, dtype):
-    pictures = np.zeros((5, 1, 16, 16), dtype)
-    pictures[:, :, ::2] = 1
-    np.savez(tmp_path / "a.npz", **documented(obs=pictures, obs_shape=np.array([1, 16, 16])))
-
-    batch = ReplayBuffer.load(tmp_path / "a.npz").sample(1, 4)
-
-    seen = batch.obs[batch.obs_mask]
-    assert len(seen) > 0
-    assert torch.equal(seen[:, 0, :, 0], torch.tensor([255, 0] * 8, dtype=torch.uint8).expand(len(seen), -1))
-
-
-def test_images_with_nan_are_not_given_a_line_with_nan():
-    buffer = ReplayBuffer(20, (1, 16, 16), 1)
-    with pytest.raises(BufferError, match="obs has NaN or infinite values, expected images of finite numbers"):
-        buffer.add_episode(np.full((9, 1, 16, 16), np.nan), np.zeros((9, 1)), np.zeros(9))
+def test_a_saved_file_is_as_readable_as_any_other(tmp_path: Path) -> None:
+    umask = os.umask(0o027)
+    try:
+        ReplayBuffer(5, (1,), 1).save(tmp_path / "a.npz")
+        write_atomically(tmp_path / "a.json", b"{}")
+    finally:
+        os.umask(umask)
+    assert [os.stat(tmp_path / name).st_mode & 0o777 for name in ("a.npz", "a.json")] == [0o640, 0o640]

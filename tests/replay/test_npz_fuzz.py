@@ -5,7 +5,9 @@ The rule: a file loads, or it is a `BufferError`; it never runs code, and it tak
 
 from __future__ import annotations
 
+import gzip
 import io
+import pickle
 import struct
 import tracemalloc
 import zipfile
@@ -16,7 +18,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from helpers.replay import acted
+from helpers.replay import documented, with_table
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
@@ -25,36 +27,6 @@ from worldflux.errors import BufferError
 from worldflux.training import ReplayBuffer
 
 fuzzed = settings(deadline=None, derandomize=True)
-
-
-def documented(**changes: Any) -> dict[str, Any]:
-    """Two episodes, of 3 and 2 steps, with the documented keys alone; None takes a key away."""
-    count = np.array([0, 1, 2, 1000, 1001], np.float32)
-    arrays = dict(
-        obs=np.stack([count, -count], 1),
-        actions=acted(count[:, None]),
-        rewards=count + 0.5,
-        dones=np.array([0, 0, 1, 0, 1], np.float32),
-        obs_shape=np.array([2]),
-        action_dim=np.array(1),
-        capacity=np.array(20),
-    )
-    return {name: array for name, array in {**arrays, **changes}.items() if array is not None}
-
-
-def with_table(**changes: Any) -> dict[str, Any]:
-    """The same with everything that `ReplayBuffer.save` adds."""
-    table = dict(
-        truncations=np.zeros(5, bool),
-        episode_lengths=np.array([3, 2]),
-        episode_streams=np.zeros(2, int),
-        episode_starts=np.ones(2, bool),
-        episode_ends=np.ones(2, bool),
-        final_obs=np.ones((2, 2), np.float32),
-        final_obs_mask=np.ones(2, bool),
-        n_envs=np.array(1),
-    )
-    return documented(**{**table, **changes})
 
 
 def bytes_of(arrays: dict[str, Any], save: Any = np.savez) -> bytes:
@@ -172,8 +144,12 @@ def test_every_single_byte_matters_or_changes_nothing(place: Path) -> None:
     assert min(outcomes.values()) > 100
 
 
-def test_a_header_that_asks_for_less_than_there_is_is_refused(place: Path) -> None:
+def test_a_header_that_asks_for_less_or_more_than_there_is_is_refused(place: Path) -> None:
     """Half as many bytes for each number would be read as other numbers, and the checksum never reached."""
+    members = members_of(bytes_of(documented()))
+    members["obs.npy"] = members["obs.npy"][:-4]
+    with pytest.raises(BufferError, match=r"array 'obs' of shape \(5, 2\) needs 40 bytes, the file has 36"):
+        load(place, zipped(members))
     members = members_of(bytes_of(documented()))
     members["rewards.npy"] = members["rewards.npy"].replace(b"<f4", b"<f2")
     with pytest.raises(BufferError, match=r"array 'rewards' of shape \(5,\) needs 10 bytes, the file has 20"):
@@ -234,41 +210,83 @@ def test_an_array_of_objects_is_never_unpickled(place: Path, name: str) -> None:
     FLAGGED.clear()
 
 
-HUGE = "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 2), }"
+TABLE = "a table of episodes"
 WRONG: dict[str, tuple[Any, str]] = {
-    "missing": (documented(rewards=None), r"a.npz has no array 'rewards' \(found: action_dim, actions, capacity, do"),
+    "missing": (
+        documented(dones=None),
+        r"a.npz has no array 'dones' \(found: action_dim, actions, capacity, obs, obs_",
+    ),
+    "missing obs": (documented(obs=None), "no array 'obs'"),
+    "missing two": (documented(actions=None, capacity=None), "no array 'actions', 'capacity'"),
+    "another name": (documented(dones=None, terminals=np.zeros(5)), "Rename 'terminals' to 'dones'"),
+    "both names": (documented(truncations=np.zeros(5), timeouts=np.zeros(5)), "truncations and timeouts, which mean"),
     "wrong shape": (documented(obs=np.zeros((5, 3))), r"obs has shape \(5, 3\), but there are 5 actions and obs_shape"),
+    "fewer obs": (documented(obs=np.zeros((4, 2))), r"obs has shape \(4, 2\), but there are 5 actions"),
+    "wrong obs_shape": (documented(obs_shape=np.array([3])), r"obs has shape \(5, 2\).*obs_shape is \(3,\)"),
+    "wide actions": (documented(actions=np.zeros((5, 2))), r"actions have shape \(5, 2\).*action_dim 1"),
+    "flat actions": (documented(actions=np.zeros(5)), r"actions have shape \(5,\), expected \[N, action_dim\]"),
     "lengths": (documented(dones=np.zeros(4)), r"dones has shape \(4,\), expected \(5,\)"),
+    "truncations": (documented(truncations=np.zeros(3)), r"truncations has shape \(3,\)"),
     "NaN": (documented(obs=np.full((5, 2), np.nan)), r"a.npz: obs has nan at index \(0, 0\), expected finite numbers"),
+    "infinity": (documented(obs=np.full((5, 2), np.inf)), "a.npz: obs has inf"),
+    "a reward": (documented(rewards=np.array([0, 0, np.nan, 0, 0])), r"rewards has nan at index \(2,\)"),
+    "flags": (documented(dones=np.array([0, 0, 3, 0, 1])), "dones has values other than 0 and 1"),
     "a number": (documented(obs=np.zeros(5), obs_shape=np.zeros(0, int)), r"obs_shape is \(\), .* of a number is \(1,"),
     "channel-last": (
         documented(obs=np.zeros((5, 64, 64, 3), np.uint8), obs_shape=np.array([64, 64, 3])),
         r"a.npz: obs_shape \(64, 64, 3\) looks like a channel-last image",
     ),
     "no action": (documented(action_dim=np.array(0)), "action_dim is 0, expected a whole number of at least 1"),
+    "two widths": (documented(action_dim=np.array([1, 2])), r"action_dim is \[1 2\], expected a whole number"),
     "huge action_dim": (documented(action_dim=np.array(2**61)), r"actions have shape \(5, 1\), expected .* 230584300"),
+    "small capacity": (documented(capacity=np.array(4)), "capacity is 4, but has 5 transitions. Pass capacity="),
     "huge capacity": (documented(capacity=np.array(2**61)), r"\bmemory\b"),
     "negative capacity": (documented(capacity=np.array(-5)), "capacity is -5, expected a whole number of at least 1"),
     "float capacity": (documented(capacity=np.array(20.0)), "capacity is 20.0, expected a whole number"),
     "many numbers": (documented(capacity=np.zeros(99, int)), r"capacity has shape \(99,\), expected at most 64"),
-    "many streams": (
-        with_table(n_envs=np.array(2**21), capacity=np.array(2**22)),
-        r"n_envs is 2097152, expected at most capacity \(4194304\) and 1048576",
-    ),
-    "a table of one number": (
-        with_table(**{name: np.array(1) for name in ("episode_lengths", "episode_streams", "episode_ends")}),
-        r"episode_lengths has shape \(\), expected one number for each",
-    ),
-    "more episodes than steps": (
-        with_table(episode_lengths=np.ones(9, int)),
-        r"episode_lengths has shape \(9,\), expected one number for each of 0 to 5 episodes",
-    ),
+    "text": (documented(rewards=np.array(["x"] * 5)), "dtype <U1"),
     "complex": (documented(rewards=np.zeros(5, complex)), "array 'rewards' has dtype complex128, expected numbers"),
     "dates": (documented(rewards=np.zeros(5, "M8[s]")), r"array 'rewards' has dtype datetime64\[s\], expected numbers"),
     "structured": (documented(rewards=np.zeros(5, "f4,f4")), "array 'rewards' has dtype .*, expected numbers"),
     "too large": (documented(rewards=np.full(5, 1e300)), r"rewards has inf at index \(0,\)"),
     "bytes": (documented(obs=np.full((5, 1, 8, 8), 256), obs_shape=np.array([1, 8, 8])), "from 256 to 256, expected 0"),
-}  # fmt: skip
+    f"half of {TABLE}": (documented(episode_lengths=np.array([3, 2])), "no array 'episode_streams'"),
+    f"{TABLE}: streams": (
+        with_table(n_envs=np.array(2**21), capacity=np.array(2**22)),
+        r"n_envs is 2097152, expected at most capacity \(4194304\) and 1048576",
+    ),
+    f"{TABLE}: n_envs": (with_table(n_envs=np.array(21)), "n_envs is 21, expected at most capacity"),
+    f"{TABLE}: a number": (
+        with_table(**{name: np.array(1) for name in ("episode_lengths", "episode_streams", "episode_ends")}),
+        r"episode_lengths has shape \(\), expected one number for each",
+    ),
+    f"{TABLE}: too many": (
+        with_table(episode_lengths=np.ones(9, int)),
+        r"episode_lengths has shape \(9,\), expected one number for each of 0 to 5 episodes",
+    ),
+    f"{TABLE}: short": (
+        with_table(episode_lengths=np.array([3, 1])),
+        "episode_lengths add up to 4, expected .* the 5 transitions",
+    ),
+    f"{TABLE}: negative": (
+        with_table(episode_lengths=np.array([6, -1])),
+        "episode_lengths add up to 5, expected numbers from 1",
+    ),
+    f"{TABLE}: ends": (with_table(episode_lengths=np.array([2, 3])), "do not lie at the ends"),
+    f"{TABLE}: floats": (
+        with_table(episode_lengths=np.array([3.0, 2.0])),
+        "episode_lengths has dtype float64, expected whole numbers",
+    ),
+    f"{TABLE}: stream": (with_table(episode_streams=np.array([0, 1])), r"outside of 0 to n_envs - 1 \(0\)"),
+    f"{TABLE}: in flight": (with_table(episode_ends=np.array([0, 1])), "do not lie at the ends"),
+    f"{TABLE}: starts": (with_table(episode_starts=np.array([1, 0])), "another one follows it"),
+    f"{TABLE}: mask": (
+        with_table(episode_ends=np.array([1, 0]), dones=np.array([0, 0, 1, 0, 0])),
+        "final_obs_mask is set",
+    ),
+    f"{TABLE}: final_obs": (with_table(final_obs=np.zeros((3, 2))), "final_obs has shape"),
+    f"{TABLE}: NaN": (with_table(final_obs=np.full((2, 2), np.nan)), "a.npz: final_obs has nan"),
+}
 
 
 @pytest.mark.parametrize("kind", WRONG)
@@ -278,8 +296,38 @@ def test_what_is_wrong_is_named(place: Path, kind: str) -> None:
         load(place, bytes_of(arrays))
 
 
+FORMATS = {
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "but an HDF5 file. Read its episodes with h5py"),
+    "Parquet": (b"PAR1" + bytes(100), "but a Parquet file.*pandas"),
+    "pickle": (pickle.dumps({"observations": [1]}), "but a pickle.*never read here"),
+    "old pickle": (pickle.dumps({"observations": [1]}, protocol=2), "but a pickle"),
+    "Arrow": (b"ARROW1\0\0" + bytes(100), "but an Arrow file"),
+    "gzip": (gzip.compress(b"x"), "compressed with gzip"),
+    "SQLite": (b"SQLite format 3\0" + bytes(100), "but an SQLite database"),
+    "empty": (b"", "but an empty one"),
+    "one array": (b"\x93NUMPY" + bytes(100), r"but a \.npy file with a single array"),
+    "text": (b"not a zip", "a.npz is not a readable .npz file"),
+    "cut": (b"PK\x03\x04" + bytes(100), "damaged or cut short"),
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_file_of_another_format_is_called_what_it_is(kind: str, place: Path) -> None:
+    content, message = FORMATS[kind]
+    with pytest.raises(BufferError, match=message):
+        load(place, content)
+
+
+def test_no_file_and_a_directory_are_called_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"There is no file 'none\.npz'"):
+        ReplayBuffer.load(tmp_path / "none.npz")
+    with pytest.raises(BufferError, match="but a directory"):
+        ReplayBuffer.load(tmp_path)
+
+
 # Hostile archives
 
+HUGE = "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 2), }"
 HOSTILE: dict[str, tuple[dict[str, bytes], int, str]] = {
     "a claim of terabytes": ({"obs.npy": npy(HUGE)}, zipfile.ZIP_STORED, "needs 8000000000000 bytes, the file has 0"),
     "rows beyond all measure": (

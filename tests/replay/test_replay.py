@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers.buffers import content
 from helpers.replay import HeldBack, acted, counts, ended
 
 from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError
@@ -254,10 +255,12 @@ def episode(length=4, **changes):
 )  # fmt: skip
 def test_an_episode_that_does_not_fit_is_refused_and_nothing_is_stored(changes, error, message):
     buffer = ReplayBuffer(20, (1,), 1)
-    buffer.add_episode(**episode())
+    for _ in range(6):
+        buffer.add_episode(**episode())  # full
+    before = content(buffer)
     with pytest.raises(error, match=message):
         buffer.add_episode(**episode(**changes))
-    assert (len(buffer), buffer.num_episodes) == (4, 1)
+    assert content(buffer) == before
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from helpers.replay import seen
 
 from worldflux.errors import BufferError, ConfigurationError
 from worldflux.replay import backends as storage
-from worldflux.replay.backends import DeviceArray, DeviceStorage, DiskStorage, MemoryStorage, storage_at
+from worldflux.replay.backends import DeviceArray, DeviceStorage, DiskStorage, Storage, storage_at
 from worldflux.replay.buffer import ReplayBuffer
 from worldflux.training import create_random_buffer
 
@@ -50,8 +50,8 @@ def assert_same_batches(buffers, seq_len=5):
 @pytest.mark.parametrize(
     ("place", "kind", "means"),
     [
-        (None, MemoryStorage, "memory"),
-        ("memory", MemoryStorage, "memory"),
+        (None, Storage, "memory"),
+        ("memory", Storage, "memory"),
         ("cpu", DeviceStorage, torch.device("cpu")),
         (torch.device("cpu"), DeviceStorage, torch.device("cpu")),
         ("rows/of/mine", DiskStorage, Path("rows/of/mine")),
