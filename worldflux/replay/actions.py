@@ -1,4 +1,4 @@
-"""Kinds of actions: what the numbers of an action vector may be, whether they are, and which kind they look like."""
+"""Kinds of actions: which values an action vector may have, checks of them, and the kind that values look like."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from worldflux.errors import BufferError, ConfigurationError
 from worldflux.validation import whole_number
 
 Classes = tuple[int, ...]
-"""Sizes of the one-hots that lie in a row in an action vector; none for continuous actions."""
+"""Sizes of the one-hots that an action vector is made of; none for continuous actions."""
 
 ROUNDING = 1e-4
-"""By how much a continuous action may lie beyond [-1, 1] and count as 1."""
+"""Distance beyond [-1, 1] at which a continuous action still counts as 1."""
 
 _TYPES = ("continuous", "discrete", "multi_discrete")
 
 
 def declared_classes(action_type: str | None, action_classes: Sequence[int] | None, action_dim: int) -> Classes | None:
-    """The kind that somebody names, in the words of a model's configuration; None if nobody does.
+    """The kind of actions that is named as in a model's configuration; None if none is.
 
     Raises:
         ConfigurationError: If the two do not agree with each other or with `action_dim`.
@@ -53,16 +53,16 @@ def type_of(classes: Classes) -> str:
 
 
 def described(classes: Classes) -> str:
-    """A kind as it is written in a model's configuration."""
+    """A kind of actions as it is written in a model's configuration."""
     return f"action_type={type_of(classes)!r}" + (f", action_classes={classes}" if len(classes) > 1 else "")
 
 
 def rescaled(actions: Any, low: Any, high: Any) -> Any:
-    """Actions between `low` and `high`, one number each or one for each entry, taken to [-1, 1]. `[..., A]`
+    """Actions between `low` and `high` (numbers, or one for each entry) rescaled to [-1, 1]. `[..., A]`
 
     Raises:
         ConfigurationError: If only one bound is given, or they are no bounds.
-        BufferError: If an action lies beyond them.
+        BufferError: If an action is beyond them.
     """
     if low is None and high is None:
         return actions
@@ -70,7 +70,7 @@ def rescaled(actions: Any, low: Any, high: Any) -> Any:
         raise ConfigurationError("action_low and action_high belong together: pass both.")
     try:
         lowest, highest = np.asarray(low, np.float64), np.asarray(high, np.float64)
-        with np.errstate(all="ignore"):  # what the bounds are worth is looked at next
+        with np.errstate(all="ignore"):  # the bounds are checked next
             result = (np.asarray(actions, np.float64) - lowest) * (2.0 / (highest - lowest)) - 1.0
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"action_low and action_high do not fit the actions: {error}.") from error
@@ -88,16 +88,16 @@ def rescaled(actions: Any, low: Any, high: Any) -> Any:
 
 
 def as_executed(name: str, given: Any, actions: np.ndarray, classes: Classes | None) -> np.ndarray:
-    """The actions, if they are of the kind; continuous ones that are beyond [-1, 1] by a rounding end there.
+    """Returns the actions if they are of the kind; continuous ones beyond [-1, 1] by a rounding are clipped.
 
     Args:
-        name: For messages.
-        given: What the user handed in, whose dtype may tell.
+        name: Name of the actions in messages.
+        given: What the user passed, whose dtype may tell discrete actions.
         actions: The same as float32, finite. `[N, A]`
         classes: The kind; None where nobody has named it.
 
     Raises:
-        BufferError: If they are not.
+        BufferError: If they are of another kind.
     """
     if classes:
         check_one_hots(name, actions, classes)
@@ -122,10 +122,10 @@ def as_executed(name: str, given: Any, actions: np.ndarray, classes: Classes | N
 
 
 def check_one_hots(name: str, actions: np.ndarray, classes: Classes) -> None:
-    """Refuses actions `[N, A]` that are not one-hots of these sizes in a row.
+    """Checks that actions `[N, A]` are one-hots of these sizes, one behind another.
 
     Raises:
-        BufferError: With the first row that is none.
+        BufferError: If they are not; it names the first such row.
     """
     ones, expected = actions == 1, len(actions) * len(classes)
     starts = [0, *accumulate(classes[:-1])]
@@ -140,9 +140,9 @@ def check_one_hots(name: str, actions: np.ndarray, classes: Classes) -> None:
 
 
 def judged_classes(actions: np.ndarray) -> Classes | None:
-    """The kind that actions `[N, A]` look like; None where zeros and ones can be several things.
+    """The kind that actions `[N, A]` look like; None where zeros and ones can be of several kinds.
 
-    One-hots are discrete actions, and whatever has other numbers than 0 and 1, or one of the two alone, is continuous.
+    One-hots are discrete; actions with other values than 0 and 1, or with one of the two alone, are continuous.
     """
     if not actions.size:
         return None
@@ -154,16 +154,16 @@ def judged_classes(actions: np.ndarray) -> Classes | None:
 
 
 def check_fits(what: str, actions: np.ndarray, declared: Classes | None, wanted: Classes) -> None:
-    """Refuses data of another kind than a model's.
+    """Checks that the actions of data are of a model's kind.
 
     Args:
         what: The data, as the beginning of a sentence.
-        actions: All of them. `[N, A]`
-        declared: Their kind, if somebody has.
-        wanted: The model's.
+        actions: All actions. `[N, A]`
+        declared: Their kind, if it was named.
+        wanted: The kind of the model's actions.
 
     Raises:
-        BufferError: With what to do.
+        BufferError: If they are not; it says what to do.
     """
     if not actions.size:
         return

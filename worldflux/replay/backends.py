@@ -1,4 +1,4 @@
-"""Where a replay buffer's arrays lie: in memory, in files that are mapped into it, or on a device."""
+"""Where a replay buffer's arrays are stored: in memory, in files that are mapped into it, or on a device."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _NOT_RESERVABLE = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
 class DeviceArray:
-    """Rows in a tensor, read and written at NumPy arrays of indices as if they lay in a NumPy array.
+    """Rows in a tensor, read and written at NumPy arrays of indices as if they were in a NumPy array.
 
     Args:
-        tensor: `[N, ...]`
+        tensor: The rows. `[N, ...]`
         dtype: NumPy's name of the tensor's dtype.
     """
 
@@ -42,7 +42,7 @@ class DeviceArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """`[N, ...]`."""
+        """Shape of all rows, `[N, ...]`."""
         return tuple(self.tensor.shape)
 
     @property
@@ -54,7 +54,7 @@ class DeviceArray:
         return self.tensor[self._index(at)].cpu().numpy()
 
     def __setitem__(self, at: np.ndarray, values: Any) -> None:
-        """Writes one value into all rows `at`, or `values[i]` into row `at[i]`; of several for one row the last stays.
+        """Writes one value into all rows `at`, or `values[i]` into row `at[i]`; of several for a row, the last stays.
 
         Values in a tensor on this array's device do not leave it.
         """
@@ -174,15 +174,15 @@ class DeviceStorage(Storage):
 
 
 def storage_at(place: StoragePlace) -> Storage:
-    """The storage that a user names.
+    """The storage that an argument names.
 
     Args:
         place: None or "memory"; a device of torch or its name ("cuda", "cuda:1", "cpu", ...); anything else is the path
             of a directory. A directory of a device's name is written "./cuda".
 
     Raises:
-        ConfigurationError: If it is none of these, or the device is not there.
-        BufferError: If the directory cannot be made.
+        ConfigurationError: If it is none of these, or there is no such device.
+        BufferError: If the directory cannot be created.
     """
     if place is None or place == "memory":
         return Storage()
@@ -197,7 +197,7 @@ def lasting_place(name: str, place: str | os.PathLike[str] | torch.device) -> st
     """The same place as text; a directory's is its absolute path, which stays when the working directory changes.
 
     Args:
-        name: What it is called in errors.
+        name: Name of the argument in errors.
         place: As for `storage_at`.
     """
     text = str(place)
@@ -207,7 +207,7 @@ def lasting_place(name: str, place: str | os.PathLike[str] | torch.device) -> st
 
 
 def _reserve(file: int, size: int) -> None:
-    """Gives a file its size and all of its blocks: a hole that the disk cannot fill later kills the process."""
+    """Gives a file its size and all of its blocks: a hole that a full disk cannot fill later kills the process."""
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(file, 0, size)
@@ -220,23 +220,23 @@ def _reserve(file: int, size: int) -> None:
 
 @dataclass(frozen=True)
 class Budget:
-    """What is free in one place, and what to say if that is too little."""
+    """What is free in one place, and what an error says if that is too little."""
 
     free: int | None
-    """Bytes; None where the system does not tell, and nothing is refused then."""
+    """Free bytes; None where the system does not tell, and nothing is refused then."""
     holder: str
-    """Subject of the sentence, such as "this machine"."""
+    """Subject of the error's sentence, such as "this machine"."""
     kind: str
-    """What it has, such as "memory"."""
+    """Kind of room that it has, such as "memory"."""
     remedy: str
-    """What helps besides a smaller capacity, as the end of a sentence."""
+    """Remedy besides a smaller capacity, as the end of a sentence."""
 
     def require(self, needed: int, *, what: str, fits: int) -> None:
-        """Refuses what does not fit.
+        """Checks that there is room.
 
         Args:
-            needed: Bytes.
-            what: Start of the sentence: what takes them, without its number.
+            needed: Number of bytes.
+            what: What takes them, as the beginning of the error's sentence.
             fits: The capacity that would fit; 0 if none does.
 
         Raises:
@@ -266,7 +266,7 @@ def free_memory(root: Path = Path("/")) -> int | None:
     memory is given; None where the system does not tell (Windows).
 
     Args:
-        root: Where `proc` and `sys` are; tests have their own.
+        root: Directory of `proc` and `sys`; tests have their own.
     """
     found = [*_machine_memory(root), *_container_memory(root)]
     if found:
@@ -284,7 +284,7 @@ def free_disk(directory: Path) -> int:
 
 
 def free_device_memory(device: torch.device) -> int | None:
-    """Bytes that torch can still take on a device: what the device has free, and what torch holds there unused.
+    """Bytes that torch can still take on a device: what is free there, and what torch holds there unused.
 
     None for a device that does not tell.
     """
@@ -303,7 +303,7 @@ def _machine_memory(root: Path) -> Iterator[int]:
 
 
 def _container_memory(root: Path) -> Iterator[int]:
-    """What is left below the limit of each control group that this process is in, the groups above them included."""
+    """What is left below the limit of each control group of this process, the groups above them included."""
     for line in _lines(root / "proc/self/cgroup"):
         number, controllers, path = line.split(":", 2)
         if number == "0":  # version 2
@@ -314,7 +314,7 @@ def _container_memory(root: Path) -> Iterator[int]:
         else:
             continue
         group = top / path.lstrip("/")
-        # Inside a container the path may be the one outside; the group itself is at the top then.
+        # Inside a container the path may be the one outside of it; the group itself is at the top then.
         for place in (group, *group.parents):
             if top not in (place, *place.parents):
                 break
@@ -333,6 +333,6 @@ def _lines(path: Path) -> list[str]:
 
 
 def _rounded_down(count: int) -> int:
-    """To two digits: what is free changes from moment to moment."""
+    """A number with all but its first two digits 0: what is free changes from moment to moment."""
     unit = 10 ** max(0, len(str(count)) - 2)
     return count // unit * unit

@@ -1,4 +1,4 @@
-"""The replay buffer: what was observed, done and earned, in rows; windows of them to learn from."""
+"""The replay buffer: observations, actions and rewards in rows, of which windows are sampled to learn from."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from worldflux.replay.export import ReplayFile, write_replay
 from worldflux.replay.npz import NpzFile
 from worldflux.replay.ring import RingStorage
 from worldflux.replay.sampler import Drawn, Runs, WindowSampler
-from worldflux.replay.spec import SINGLE, ObsShape, TransitionSpec
+from worldflux.replay.spec import SINGLE, TransitionSpec
 from worldflux.replay.streams import RecordedStreams
 from worldflux.replay.views import ReplayPart, split
-from worldflux.validation import whole_number
+from worldflux.validation import ObsShape, whole_number
 
 
 class ReplayBuffer(RecordedStreams, WindowSampler):
     """The newest `capacity` transitions of one or more environments, as windows of consecutive rows.
 
-    A row is an observation, the action taken there, and what came of that action. An episode of T transitions takes
-    T+1 rows, because its last observation is kept; here T = 3, and the next episode of the same environment follows:
+    A row is an observation, the action taken there, and that action's reward and flags. An episode of T transitions
+    takes T+1 rows, because its last observation is kept; here T = 3, and the environment's next episode follows:
 
         row            0     1     2     3     4     5
         obs            o0    o1    o2    o3    o0'   o1'   o3: the observation after the last step
@@ -48,24 +48,23 @@ class ReplayBuffer(RecordedStreams, WindowSampler):
 
     Args:
         capacity: Transitions to keep, over all environments.
-        obs_shape: Of one observation, images channel-first; a dict of shapes where observations are dictionaries.
+        obs_shape: Shape of one observation, images channel-first; a dict of shapes for dictionaries of observations.
         action_dim: Width of an action vector. Discrete actions are one-hot.
         action_type: "continuous", "discrete" or "multi_discrete", as in a model's configuration: what is stored has to
-            be of that kind. None: what records into the buffer says so, or the values are looked at when training
-            starts.
+            be of that kind. None: recorders set it, or the values are checked when training starts.
         action_classes: Sizes of the one-hots; needed for "multi_discrete".
         obs_dtype: uint8 or float32, or a dict with one for each key. By default uint8 for three-dimensional shapes
-            (images) and float32 for the others.
-        n_envs: Streams, one for each environment that `add` receives. Recorders of further environments get streams of
-            their own when they need them, which share the capacity with these.
+            (images) and float32 for others.
+        n_envs: Number of environments that `add` receives, each with a stream. Recorders of further environments get
+            streams of their own when they need them, which share the capacity with these.
         extras: Further arrays beside each row, as `{name: (shape, dtype)}`, which a model fills through `add` and
             `update_extras`; zero until then.
-        seed: Of the sampler; None draws one.
-        storage: Where the rows lie. None or "memory" is the machine's memory, of which they take what has been written
-            to; `check_budget` tells beforehand whether all will fit. The path of a directory is for buffers larger than
-            memory: files there are mapped into it. They are reserved at once and vanish with the buffer or its
-            process, also a killed one; what is to last is written with `save`. A device of torch ("cuda", "cuda:1") is
-            for batches that are wanted there; its memory is taken at once. A directory of a device's name is written
+        seed: Seed of the sampler; None draws one.
+        storage: Where the rows are stored. None or "memory" is the machine's memory, which is taken as rows are
+            written; `check_budget` tells beforehand whether all will fit. The path of a directory is for buffers
+            larger than memory: files there are mapped into it. They are reserved at once and vanish with the buffer or
+            its process, even a killed one; use `save` to keep the data. A device of torch ("cuda", "cuda:1") is for
+            batches that are wanted there; its memory is taken at once. A directory with a device's name is written
             "./cuda".
 
     Raises:
@@ -105,7 +104,7 @@ class ReplayBuffer(RecordedStreams, WindowSampler):
             self._known_runs = bounds, Runs(rows.begin, rows.end)
         return self._known_runs[1]
 
-    # --- what it is and what it holds
+    # --- description
 
     @property
     def obs_shape(self) -> ObsShape:
@@ -114,7 +113,7 @@ class ReplayBuffer(RecordedStreams, WindowSampler):
 
     @property
     def obs_dtype(self) -> np.dtype | dict[str, np.dtype]:
-        """In which observations are stored, or a dict of them."""
+        """Dtype in which observations are stored, or a dict of them."""
         return self._form.obs_dtype
 
     @property
@@ -136,7 +135,7 @@ class ReplayBuffer(RecordedStreams, WindowSampler):
         """Names the kind of the actions, as the constructor does.
 
         Raises:
-            ConfigurationError: If the two are no kind.
+            ConfigurationError: If the two name no kind.
             BufferError: If the buffer holds, or was made for, another kind.
         """
         classes = declared_classes(action_type, action_classes, self.action_dim)
@@ -157,7 +156,7 @@ class ReplayBuffer(RecordedStreams, WindowSampler):
 
     @property
     def storage(self) -> str | Path | torch.device:
-        """Where the rows lie: "memory", a directory or a device."""
+        """Where the rows are stored: "memory", a directory or a device."""
         return self._store.storage.place
 
     @property
@@ -172,10 +171,10 @@ class ReplayBuffer(RecordedStreams, WindowSampler):
         )
 
     def check_budget(self, steps: int | None = None) -> None:
-        """Refuses, before a long run, what the machine has no memory for.
+        """Checks, before a long run, that the machine has memory for it.
 
-        Memory is taken when it is first written to, so that a buffer which is too large for the machine can be made and
-        fails after hours. What is written already is not counted again. On disk and on devices all has been reserved.
+        Memory is taken when it is first written to, so that a buffer which is too large for the machine can be created
+        and fails after hours. What is written already is not counted again. On disk and on devices all is reserved.
 
         Args:
             steps: Transitions that are going to be stored, over all environments; None: until the buffer is full.
@@ -199,7 +198,7 @@ class ReplayBuffer(RecordedStreams, WindowSampler):
         fits = self._capacity * (rows.bytes_taken + (budget.free or 0)) // rows.nbytes
         budget.require(rows.bytes_to_come(steps), what=what, fits=fits)
 
-    # --- taking out
+    # --- sampling
 
     def sample(
         self,
@@ -215,12 +214,12 @@ class ReplayBuffer(RecordedStreams, WindowSampler):
         calls since then decide on them, and nothing else.
 
         Args:
-            batch_size: Windows, `B`; or a request that holds all three.
+            batch_size: Number of windows, `B`; or a request that holds all three.
             seq_len: Rows of each, `T`. None means 50.
-            device: Where the batch is wanted.
+            device: Device of the batch.
             fresh: For learning while recording: begin with the windows that `add` completed and no call with `fresh`
-                has given yet (non-overlapping ones of `seq_len` rows in each stream, oldest first), and draw only the
-                rest. Episodes that came through `add_episode` or a file have no such turn.
+                has returned yet (non-overlapping ones of `seq_len` rows in each stream, oldest first), and draw only
+                the rest. Episodes that came through `add_episode` or a file are never fresh.
 
         Raises:
             BufferError: If a size is not a whole number from 1, or no stream holds `seq_len` rows.
@@ -237,7 +236,7 @@ class ReplayBuffer(RecordedStreams, WindowSampler):
 
         Args:
             fraction: Share of the transitions that is kept from training, in (0, 1).
-            seed: Of the draw, and of the parts' samplers.
+            seed: Seed of the draw, and of the parts' samplers.
             seq_len: Rows of the windows that will be asked for.
 
         Returns:
@@ -257,7 +256,7 @@ class ReplayBuffer(RecordedStreams, WindowSampler):
         return split(self, fraction, seed, seq_len)
 
     def _take_fresh(self, count: int, seq_len: int) -> Drawn:
-        """Up to `count` completed windows that are fresh, oldest first; from now on they are not."""
+        """Up to `count` completed windows that are fresh, oldest first; from then on they are not."""
         rows = self._rows
         overwritten = np.maximum(rows.begin - self._fresh, 0)
         self._fresh += -(-overwritten // seq_len) * seq_len
@@ -299,7 +298,7 @@ class ReplayBuffer(RecordedStreams, WindowSampler):
                                        nobody has named their kind and it cannot be told from the values
 
         Args:
-            path: Target; directories above it are created.
+            path: Path of the file; directories above it are created.
 
         Raises:
             BufferError: If `path` is a directory, or cannot be written; an older file is unchanged then.
@@ -332,17 +331,17 @@ class ReplayBuffer(RecordedStreams, WindowSampler):
 
         Args:
             path: The file.
-            capacity: Another one than the file's; if it is smaller, the newest transitions are kept.
+            capacity: Another capacity than the file's; if it is smaller, the newest transitions are kept.
             n_envs: Another number of streams than the file's. Episodes are shared out among them, and those in flight
                 are closed as truncated.
             extras: As for the constructor; the file has none.
-            seed: Of the sampler.
-            storage: Where the rows are to lie, as for the constructor.
+            seed: Seed of the sampler.
+            storage: As for the constructor.
             action_type: Kind of the actions, as for the constructor, for files that do not say it. None: one-hots
                 are discrete, and what has other numbers than 0 and 1 is continuous.
             action_classes: As for the constructor.
-            action_low: Of continuous actions in the environment's own units, as for `add_episode`. `[A]`
-            action_high: As for `add_episode`. `[A]`
+            action_low: Lower bounds of continuous actions in the environment's own units, as for `add_episode`. `[A]`
+            action_high: Upper bounds, as for `add_episode`. `[A]`
 
         Raises:
             FileNotFoundError: If there is no such file.

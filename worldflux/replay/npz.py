@@ -1,6 +1,6 @@
 """`.npz` files in pieces: written and read without a second copy of the data in memory, and without pickle.
 
-The files are ordinary ones that `numpy.load` reads; what the arrays mean stands in `ReplayBuffer.save`.
+The files are ordinary ones that `numpy.load` reads; `ReplayBuffer.save` documents the arrays.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ OTHER_NAMES = {
     "truncated": "truncations",
     "timeout": "truncations",
 }
-"""What D4RL, Minari, LeRobot and Gymnasium call the arrays."""
+"""Names that D4RL, Minari, LeRobot and Gymnasium give to the arrays."""
 
 CHUNK_BYTES = 16 * 2**20
 
 _MOST_EXPANSION = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1040}
-"""How many times larger than the file an array can be, by its kind of compression; NumPy writes no other kinds, and
+"""Factor by which an array can be larger than the file, for each kind of compression; NumPy writes no other kinds, and
 some of those expand without a bound."""
 
 
@@ -81,8 +81,8 @@ def write_npz(path: str | Path, arrays: Mapping[str, np.ndarray | ArrayChunks]) 
     old file or the new one.
 
     Args:
-        path: Target; no suffix is appended.
-        arrays: What to write, by name.
+        path: Path of the file; no suffix is appended.
+        arrays: Arrays to write, by name.
 
     Raises:
         OSError: If it cannot be written: a full disk, no permission. The old file stays.
@@ -110,10 +110,10 @@ def _write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray | ArrayC
 
 
 _AGENT_FILE = "agent.json"
-"""Tells the zip of an agent from other archives without arrays."""
+"""Entry that only the zip of an agent has."""
 
 _LONGEST_END = 22 + 0xFFFF
-"""Bytes of a zip archive's last record, with the longest comment."""
+"""Bytes of the last record of a zip archive, with the longest comment."""
 
 
 class NpzFile:
@@ -154,7 +154,7 @@ class NpzFile:
                 "those of a checkpoint's directory are read by WorldFluxAgent.load(directory, env, resume=True)."
             )
         self.names = [name.removesuffix(".npy") for name in members]
-        """Of the arrays; other files in the archive are ignored."""
+        """Names of the arrays; other files in the archive are ignored."""
         repeated = [name for name, count in Counter(self.names).items() if count > 1]
         if repeated:
             self._archive.close()
@@ -172,11 +172,11 @@ class NpzFile:
 
     @property
     def checksum(self) -> int:
-        """Of all that the archive says it holds; each array is compared with its own part of it when it is read."""
+        """Checksum of the table of contents, which has a checksum of each array that is compared when it is read."""
         return zlib.crc32(repr([(info.filename, info.CRC) for info in self._archive.infolist()]).encode())
 
     def require(self, names: Iterable[str]) -> None:
-        """Raises a `BufferError` that lists what is missing and what is there, unless the file has all `names`."""
+        """Raises a `BufferError` that lists what is missing and what is there unless the file has all `names`."""
         missing = [name for name in names if name not in self.names]
         if missing:
             raise BufferError(
@@ -186,7 +186,7 @@ class NpzFile:
             )
 
     def _other_names(self, missing: Iterable[str]) -> str:
-        """Under which names other formats have what is missing, if the file has these."""
+        """Hints at the names that other formats give to what is missing, if the file has these."""
         pairs = [(theirs, ours) for theirs, ours in OTHER_NAMES.items() if ours in missing and theirs in self.names]
         return "".join(f" Rename '{theirs}' to '{ours}'." for theirs, ours in pairs)
 
@@ -307,11 +307,11 @@ _FORMATS = {
     b"\x1f\x8b": "one that is compressed with gzip. Unpack it first.",
     b"\x93NUMPY": "a .npy file with a single array. ReplayBuffer.save tells which arrays are needed.",
 }
-"""What files begin with that people take for one of ours."""
+"""First bytes of other files that people pass, and what to do with them."""
 
 
 def _other_format(path: Path) -> str | None:
-    """What a file is that is no zip archive, with what to do; None if nothing is known of it."""
+    """What kind of file this is, with what to do, if it is no zip archive; None if that is not known."""
     for checkpoint in (path, path.parent):
         if path.is_dir() and (checkpoint / "replay" / "replay.json").is_file():
             return f"a checkpoint. WorldFluxAgent.load({str(checkpoint)!r}, env, resume=True) reads its replay data."

@@ -1,4 +1,4 @@
-"""Windows of stored rows, drawn uniformly and gathered into batches: what a replay buffer and its parts share."""
+"""Windows of stored rows, drawn uniformly and gathered into batches, for a replay buffer and its parts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FLAGS = np.array([TERMINATED, TRUNCATED, FIRST, UNSEEN])[:, None, None]
 
 
 class Drawn(NamedTuple):
-    """Windows of consecutive rows, or what is left of them where rows between them are left out."""
+    """Windows of rows of one stream each: consecutive ones, or with other rows left out between them."""
 
     stream: np.ndarray
     """`[B]`"""
@@ -89,11 +89,11 @@ class Runs:
 
 
 class WindowSampler:
-    """Gives batches of windows, a provider for `Trainer`.
+    """A provider of batches of windows for `Trainer`.
 
     Args:
-        form: Of a row.
-        seed: Of the sampler; None draws one.
+        form: What a row looks like.
+        seed: Seed of the sampler; None draws one.
 
     Raises:
         ConfigurationError: If the seed is not a whole number from 0.
@@ -107,7 +107,7 @@ class WindowSampler:
 
     @property
     def _rows(self) -> RingStorage:
-        """Where the rows lie now."""
+        """The store that holds the rows now."""
         raise NotImplementedError
 
     def _runs(self, rows: RingStorage) -> Runs:
@@ -115,23 +115,24 @@ class WindowSampler:
         raise NotImplementedError
 
     def num_windows(self, seq_len: int) -> int:
-        """How many different windows of `seq_len` rows there are to sample from."""
+        """Number of different windows of `seq_len` rows."""
         seq_len = whole_number("seq_len", seq_len, 1, error=BufferError)
         return self._runs(self._rows).num_windows(seq_len)
 
     @property
     def device(self) -> torch.device:
-        """Where the rows are gathered: of the storage, which is the CPU for memory and disk."""
+        """Device on which rows are gathered: that of the storage, or the CPU for memory and disk."""
         rewards = self._rows.rewards
         return rewards.tensor.device if isinstance(rewards, DeviceArray) else torch.device("cpu")
 
     def check_actions(self, classes: Classes) -> None:
-        """Raises a `BufferError` unless the actions are of a model's kind.
-
-        All that are stored are looked at.
+        """Checks that all stored actions are of a model's kind.
 
         Args:
             classes: Sizes of the model's one-hots; none for continuous actions.
+
+        Raises:
+            BufferError: If they are not.
         """
         rows = self._rows
         at = rows.stored_at()
@@ -139,32 +140,19 @@ class WindowSampler:
         check_fits("The replay buffer", np.asarray(rows.actions[steps]), self._form.action_classes, classes)
 
     def digest(self) -> str:
-        """A short text that tells what is stored from other data; the extras have no part in it."""
+        """A short text that differs from that of other data; the extras have no part in it."""
         return self._rows.digest()
 
     def sample(
         self, batch_size: int | BatchRequest, seq_len: int | None = None, device: str | torch.device = "cpu"
     ) -> Batch:
-        """A batch of windows, each row of which is aligned as drawn in `ReplayBuffer`.
-
-        They are drawn uniformly, with replacement, from all windows: what is stored, `seed` and the calls since then
-        decide on them, and nothing else.
-
-        Args:
-            batch_size: Windows, `B`; or a request that holds all three.
-            seq_len: Rows of each, `T`. None means 50.
-            device: Where the batch is wanted.
-
-        Raises:
-            BufferError: If a size is not a whole number from 1, or there is no window of `seq_len` rows.
-            ConfigurationError: If there is no such device.
-        """
+        """A batch of windows; arguments and errors are those of `ReplayBuffer.sample`."""
         return self._sample(batch_size, seq_len, device)
 
     def sample_ahead(
         self, batch_size: int | BatchRequest, seq_len: int | None = None, device: str | torch.device = "cpu"
     ) -> Batch:
-        """The same without the extras, for whoever samples before they are up to date; `extras_of` gives them later.
+        """`sample` without the extras, for sampling before they are up to date; `extras_of` gives them later.
 
         It can run in a thread of its own while another one calls `update_extras` or `extras_of`.
         """
@@ -177,7 +165,7 @@ class WindowSampler:
             rows: `Batch.row_ids`. `[B, T]`
 
         Returns:
-            On the device of the storage, which is the CPU for memory and disk. `{name: [B, T, ...]}`
+            The extras on `device`. `{name: [B, T, ...]}`
         """
         store = self._rows
         at, stored = self._found(store, as_numpy("rows", rows))
@@ -190,13 +178,13 @@ class WindowSampler:
         return extras
 
     def update_extras(self, rows: Any, values: Mapping[str, Any]) -> None:
-        """Writes what a model computed back beside the rows of a batch; rows overwritten since then are left out.
+        """Stores what a model computed beside the rows of a batch; rows overwritten since then are left out.
 
-        Where windows overlap, the last one's values stay. Tensors on the storage's own device do not leave it.
+        Where windows overlap, the values of the last one stay. Tensors on the storage's own device do not leave it.
 
         Args:
             rows: `Batch.row_ids` or a part of it. `[B, T]`
-            values: Cast to the stored dtype. `{name: [B, T, ...]}`
+            values: New values, cast to the stored dtype. `{name: [B, T, ...]}`
 
         Raises:
             ShapeMismatchError: If a shape is not as above.
@@ -223,10 +211,10 @@ class WindowSampler:
         return {name: torch.from_numpy(array[store.stored_at()]) for name, array in store.extras.items()}
 
     def load_extras_state(self, state: Mapping[str, Tensor]) -> None:
-        """Puts back what `extras_state` gave, beside the same rows.
+        """Restores what `extras_state` returned, beside the same rows.
 
         Raises:
-            BufferError: If it was given by another buffer.
+            BufferError: If its shapes are not those of the extras stored here.
         """
         store = self._rows
         at = store.stored_at()
@@ -238,7 +226,7 @@ class WindowSampler:
             store.extras[name][at] = as_numpy(name, values)
 
     def seed(self, seed: int | None) -> None:
-        """Starts the sampler's random numbers anew; None draws a seed.
+        """Restarts the sampler's random numbers; None draws a seed.
 
         Raises:
             ConfigurationError: If it is not a whole number from 0.
@@ -271,7 +259,7 @@ class WindowSampler:
         first: Callable[[int, int], Drawn] | None = None,
         with_extras: bool = True,
     ) -> Batch:
-        """`sample`, beginning with up to `B` windows of `T` consecutive rows that `first(B, T)` gives."""
+        """`sample`, beginning with up to `B` windows of `T` consecutive rows that `first(B, T)` returns."""
         if isinstance(batch_size, BatchRequest):
             request = batch_size
             batch_size, seq_len, device = request.batch_size, request.seq_len, request.device
@@ -302,7 +290,7 @@ class WindowSampler:
                 obs[key] = obs[key].float()
         rewards = windows.copy(store.rewards)
         flags = ((windows.copy_numpy(store.flags) ^ UNSEEN) & _FLAGS) != 0
-        # Without a mask where everything was seen: a model need not work out what it would have expected there.
+        # There is no mask where everything was seen: a model need not compute what it would have expected there.
         kept = flags[:-1] if flags[-1].all() else flags
         terminations, truncations, is_first, *masks = to_device(torch.from_numpy(kept), rewards.device).unbind()
         n = len(store.base)
@@ -332,9 +320,9 @@ class _Windows:
     """Copies windows of rows out of arrays.
 
     Args:
-        begin: Index of the first row of each. `[B]`
+        begin: Index of the first row of each window. `[B]`
         length: Rows of each, `T`.
-        at: Index of each row, if some windows do not lie in one piece: those that run over the end of a ring, or over
+        at: Index of each row, if some windows are not in one piece: those that run over the end of a ring, or over
             rows that are left out. `[B, T]`
     """
 
@@ -347,12 +335,12 @@ class _Windows:
 
     @classmethod
     def at(cls, at: np.ndarray) -> _Windows:
-        """Of the rows at these indices. `[B, T]`."""
+        """The windows of the rows at these indices. `[B, T]`"""
         return cls(at[:, 0], at.shape[1], at)
 
     @classmethod
     def of_rows(cls, store: RingStorage, drawn: Drawn, length: int) -> _Windows:
-        """Of the rows that were drawn."""
+        """The windows that were drawn."""
         in_ring = drawn.first % store.ring
         if drawn.rows is None and not np.count_nonzero(in_ring > store.ring - length):
             return cls(store.base[drawn.stream] + in_ring, length)
@@ -360,7 +348,7 @@ class _Windows:
         return cls.at(store.at(drawn.stream[:, None], rows))
 
     def copy(self, array: RowArray) -> Tensor:
-        """`[N, ...]` to `[B, T, ...]`, on the same device."""
+        """The windows `[B, T, ...]` of an array `[N, ...]`, on the same device."""
         if not isinstance(array, DeviceArray):
             return torch.from_numpy(self.copy_numpy(array))
         at = self._begin[:, None] + np.arange(self._length) if self._at is None else self._at
@@ -368,7 +356,7 @@ class _Windows:
         return array.tensor.index_select(0, index.flatten()).unflatten(0, at.shape)
 
     def copy_numpy(self, array: Any) -> np.ndarray:
-        """`[N, ...]` to `[B, T, ...]`."""
+        """The windows `[B, T, ...]` of an array `[N, ...]`."""
         # A window is copied as one piece of memory: item i of this view is all T rows from row i on.
         row_bytes = array.strides[0]
         pieces = np.ndarray(

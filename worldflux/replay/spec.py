@@ -1,4 +1,4 @@
-"""Arrays at the door: what users hand in becomes NumPy of the expected shape and dtype, or an error says why not."""
+"""What a row looks like: arrays that users pass become NumPy of its shapes and dtypes, or an error says why not."""
 
 from __future__ import annotations
 
@@ -11,34 +11,32 @@ import torch
 
 from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError
 from worldflux.replay.actions import Classes, as_executed
-from worldflux.validation import has_channels_last, warn_of_missing_channels, whole_number
-
-ObsShape = tuple[int, ...] | dict[str, tuple[int, ...]]
+from worldflux.validation import ObsShape, clean_sizes, has_channels_last, warn_of_missing_channels, whole_number
 
 _BRIGHT = 127
-"""Images of floats that go beyond it are taken for those from 0 to 255 that were resized or blurred."""
+"""Float images with larger values are taken for those from 0 to 255 that were resized or blurred."""
 
 SINGLE = "obs"
 """Key of an observation that is one array."""
 
 
 class TransitionSpec:
-    """What a row of a replay buffer looks like, and whether what users hand in fits.
+    """Shapes and dtypes of a row of a replay buffer, with checks of what users pass.
 
     Attributes:
         is_dict: Whether observations are dictionaries; if not, `shapes` and `dtypes` have the one key `SINGLE`.
-        shapes: Of one observation, by key.
-        dtypes: In which observations are stored, by key.
+        shapes: Shape of one observation, by key.
+        dtypes: Dtype in which observations are stored, by key.
         action_dim: Width of an action vector.
         action_classes: Kind of the actions; None where nobody has named it.
-        extras: Shape and dtype of what else lies beside a row, by name.
+        extras: Shape and dtype of what else is stored beside a row, by name.
 
     Args:
-        obs_shape: As for `ReplayBuffer`, and so are the others.
-        action_dim: See there.
-        obs_dtype: See there.
-        extras: See there.
-        action_classes: As of the attribute.
+        obs_shape: As for `ReplayBuffer`.
+        action_dim: As for `ReplayBuffer`.
+        obs_dtype: As for `ReplayBuffer`.
+        extras: As for `ReplayBuffer`.
+        action_classes: Kind of the actions; None where nobody has named it.
 
     Raises:
         ConfigurationError: If an argument is out of its range.
@@ -69,7 +67,7 @@ class TransitionSpec:
 
     @property
     def obs_dtype(self) -> np.dtype | dict[str, np.dtype]:
-        """In which observations are stored, or a dict of them."""
+        """Dtype in which observations are stored, or a dict of them."""
         return dict(self.dtypes) if self.is_dict else self.dtypes[SINGLE]
 
     def checked_obs(
@@ -112,7 +110,7 @@ class TransitionSpec:
         return (array if rows is None else array[rows]).astype(self.extras[name][1], copy=False)
 
     def check_extra(self, name: str, shape: tuple[int, ...], lead: tuple[int, ...]) -> None:
-        """Refuses extras of another name or shape."""
+        """Raises an error for extras of another name or shape."""
         if name not in self.extras:
             raise BufferError(f"The buffer was created without extras {name!r}; it has {sorted(self.extras)}.")
         expected = (*lead, *self.extras[name][0])
@@ -151,7 +149,7 @@ def checked(
         value: Array, tensor, list or number.
         shape: Expected shape.
         dtype: Expected dtype.
-        rows: Along the first axis; only these are looked at and returned. None is all of them.
+        rows: Indices along the first axis; only these are checked and returned. None is all of them.
 
     Raises:
         ShapeMismatchError: If the shape differs.
@@ -206,12 +204,12 @@ def _as_bytes(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def image_line(low: float, high: float, whole: bool) -> str:
-    """The line that makes bytes of images.
+    """The line of code that converts images to bytes.
 
     Args:
-        low: The least of their numbers, or 0.
+        low: The smallest of their values, or 0.
         high: The largest, or 0.
-        whole: Whether all of them are whole.
+        whole: Whether all values are whole numbers.
     """
     if low >= 0 and high <= 1:
         return "(obs * 255).round().astype(np.uint8)."
@@ -235,35 +233,28 @@ def _shape_hint(name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> s
 
 
 def obs_shapes(named: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of observations as tuples of whole numbers.
+    """Shapes of observations as tuples of whole numbers, by key.
 
     Raises:
-        ConfigurationError: If there is none, or one that is no shape.
+        ConfigurationError: If there is none, or one is no shape.
         ShapeMismatchError: If one is that of a channel-last image.
     """
-    shapes = {}
-    for key, given in named.items():
-        try:
-            shape = tuple(operator.index(size) for size in given)
-        except TypeError:
-            shape = ()
-        if not shape or min(shape) < 1:
-            raise ConfigurationError(
-                f"obs_shape is {given!r}, expected a tuple of whole numbers of at least 1; that of a number is (1,)."
-            )
+    if not named:
+        raise ConfigurationError("obs_shape is an empty dict, expected at least one observation.")
+    shapes = {str(key): clean_sizes("obs_shape", given) for key, given in named.items()}
+    for shape in shapes.values():
+        if not shape:
+            raise ConfigurationError("obs_shape is (), expected at least one size; that of a number is (1,).")
         if has_channels_last(shape):
             raise ShapeMismatchError(
                 f"obs_shape {shape} looks like a channel-last image (HWC). Images are channel-first: "
                 f"pass {(shape[2], *shape[:2])}."
             )
-        shapes[str(key)] = shape
-    if not shapes:
-        raise ConfigurationError("obs_shape is an empty dict, expected at least one observation.")
     return shapes
 
 
 def extras_spec(given: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and dtype of what is stored beside each row, by name; None is nothing.
+    """Shape and dtype of what is stored beside each row, by name; None means nothing.
 
     Raises:
         ConfigurationError: If an entry is no pair of a shape and a dtype of numbers.

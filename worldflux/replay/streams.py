@@ -47,7 +47,7 @@ class RecordedStreams:
         capacity: Transitions to keep, over all streams.
         n_envs: Environments that `add` receives, each with a stream.
         form: What a row looks like.
-        storage: Where rows are stored.
+        storage: Storage of the rows.
     """
 
     def __init__(self, capacity: int, n_envs: int, form: TransitionSpec, storage: Storage) -> None:

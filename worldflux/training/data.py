@@ -7,8 +7,7 @@ import numpy as np
 from worldflux.replay.backends import StoragePlace
 from worldflux.replay.buffer import ReplayBuffer
 from worldflux.replay.provider import BatchProvider, BatchRequestProvider
-from worldflux.replay.spec import ObsShape
-from worldflux.validation import whole_number
+from worldflux.validation import ObsShape, whole_number
 
 __all__ = ["BatchProvider", "BatchRequestProvider", "ReplayBuffer", "create_random_buffer"]
 
