@@ -4,10 +4,6 @@ import copy
 import errno
 import os
 import shutil
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -139,19 +135,6 @@ def test_a_buffer_that_was_saved_and_read_at_any_time_is_one_that_never_was(
         assert_same_batches(buffer, plain)
 
 
-def test_what_is_drawn_after_reading_is_what_the_original_buffer_gives(tmp_path):
-    buffer = filled()
-    buffer.sample(7, 3, fresh=True)
-    save(ReplaySegments(buffer), tmp_path / "a", final_obs=observed([30, 1030]))
-    after = [read(tmp_path / "a")[0] for _ in range(2)]
-    buffer.end_episodes(final_obs=observed([30, 1030]))
-    assert buffer.num_episodes == after[0].num_episodes > 2 and len(after[0]) == 40
-    for each in after:
-        buffer.set_rng_state(state_of(tmp_path / "a")["sampler"])
-        buffer.stored()[1][:] = state_of(tmp_path / "a")["fresh"]
-        assert_same_batches(each, buffer)
-
-
 @pytest.mark.parametrize("known", [True, False])
 def test_episodes_in_flight_end_as_truncated_with_the_observation_that_was_handed_over(tmp_path, known):
     buffer = make()
@@ -168,18 +151,6 @@ def test_episodes_in_flight_end_as_truncated_with_the_observation_that_was_hande
     assert store.flags[first].tolist() == [row_store.FIRST, row_store.TRUNCATED, row_store.FINAL | unseen]
     assert store.flags[second].tolist() == [row_store.FIRST, row_store.TERMINATED, row_store.FINAL]
     assert store.obs["speed"][second, 0].tolist() == [1003, 1004, 1005]
-
-
-def test_the_marked_last_row_is_in_the_checkpoint_that_follows(tmp_path):
-    buffer = make()
-    step(buffer, [3, 1003])
-    save(ReplaySegments(buffer), tmp_path / "a")
-    loaded, log = read(tmp_path / "a")
-    step(loaded, [8, 1008])
-    save(log, tmp_path / "b")
-    again, _ = read(tmp_path / "b")
-    loaded.end_episodes()
-    assert content(again) == content(loaded)
 
 
 def test_extras_are_those_of_the_time_when_their_segment_was_written(tmp_path):
@@ -351,52 +322,6 @@ def test_a_write_that_fails_leaves_the_segments_and_the_old_checkpoint_as_they_w
     read(tmp_path / "a")
     save(log, tmp_path / "b")
     assert segment_names(tmp_path / "b")[0] == before[0]
-    loaded, _ = read(tmp_path / "b")
-    buffer.end_episodes()
-    assert content(loaded) == content(buffer)
-
-
-def test_a_disk_that_is_full_is_an_os_error_and_later_there_is_room_again(tmp_path):
-    code = """
-        import resource
-        from pathlib import Path
-        from helpers.buffers import *
-        buffer = make(4000)
-        log = ReplaySegments(buffer)
-        for t in range(100):
-            step(buffer, t)
-        save(log, Path("a"))
-        for t in range(100, 1000):
-            step(buffer, t)
-        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
-        try:
-            save(log, Path("b"))
-        except OSError as error:
-            print(type(error).__name__, error.errno, sorted(path.name for path in Path().iterdir()))
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        old, _ = read(Path("a"), capacity=4000)
-        save(log, Path("b"))
-        new, _ = read(Path("b"), capacity=4000)
-        print(old.stored()[0].end.tolist(), new.stored()[0].end.tolist(), segment_names(Path("b"))[0])
-    """
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    ran = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert ran.stdout == f"OSError {errno.EFBIG} ['a']\n[101, 101] [1001, 1001] rows-000000.npz\n"
-
-
-def test_without_hard_links_a_checkpoint_has_all_rows_in_files_of_its_own(tmp_path, monkeypatch):
-    buffer = filled()
-    log = ReplaySegments(buffer)
-    save(log, tmp_path / "a")
-    step(buffer, 7)
-    monkeypatch.setattr(os, "link", mock.Mock(side_effect=OSError(errno.EPERM, "Operation not permitted")))
-    save(log, tmp_path / "b")
-    assert all(file.stat().st_nlink == 1 for file in (tmp_path / "b" / "replay").iterdir())
-    shutil.rmtree(tmp_path / "a")
     loaded, _ = read(tmp_path / "b")
     buffer.end_episodes()
     assert content(loaded) == content(buffer)
