@@ -132,7 +132,7 @@ def test_a_buffer_that_will_not_fit_is_refused_with_both_numbers_and_what_would_
 
 def test_memory_that_is_taken_already_is_not_counted_again(monkeypatch):
     buffer = ReplayBuffer(100_000, (1000,), 1)
-    rows = buffer._store.ring
+    rows = buffer.stored()[0].ring
     for _ in range(4):
         buffer.add_episode(np.zeros((10_001, 1000)), np.zeros((10_000, 1)), np.zeros(10_000))
     row_bytes = buffer.nbytes // rows
@@ -162,7 +162,7 @@ def test_growing_needs_memory_for_a_copy_and_counts_from_there(monkeypatch):
     assert buffer.capacity == 100
     memory_of(monkeypatch, GB)
     buffer.grow(1000)
-    rows = buffer._store
+    rows = buffer.stored()[0]
     left = buffer.nbytes - 102 * (buffer.nbytes // rows.ring)  # 102 of 153 rows were moved, the rest is new
     memory_of(monkeypatch, left)
     buffer.check_budget()

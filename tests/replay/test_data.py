@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,72 +13,56 @@ def a_batch(size=2, length=5):
     return create_random_buffer(100, (3,), 2, num_episodes=2, episode_length=20, seed=0).sample(size, length)
 
 
-class ByNumbers:
-    def sample(self, batch_size, seq_len=None, device="cpu"):
-        self.got = (batch_size, seq_len, device)
-        return a_batch()
+GOT = []
 
 
-class ByOtherNames:
-    def sample(self, n, length, where):
-        self.got = (n, length, where)
-        return a_batch()
+def asked(*got):
+    GOT.append(got)
+    return a_batch()
 
 
-class ByRequest:
-    def sample(self, request: BatchRequest):
-        self.got = (request.batch_size, request.seq_len, request.device)
-        return a_batch()
+class Forms:
+    """Signatures of `sample`, by numbers and by request."""
 
+    def numbers(self, batch_size, seq_len=None, device="cpu"):
+        return asked(batch_size, seq_len, device)
 
-class ByRequestWithOptions(ByRequest):
-    def sample(self, wanted: BatchRequest, shuffle=True, weights=None):
+    def numbers_and_options(self, batch_size, seq_len=None, device="cpu", shuffle=True):
+        return asked(batch_size, seq_len, device)
+
+    def other_names(self, n, length, where):
+        return asked(n, length, where)
+
+    def other_names_with_defaults(self, n: int, length=None, where="cpu"):
+        return asked(n, length, where)
+
+    def half_of_the_names(self, n, seq_len=None, device="cpu"):
+        return asked(n, seq_len, device)
+
+    def request(self, request: BatchRequest):
+        return asked(request.batch_size, request.seq_len, request.device)
+
+    def annotated_with_options(self, wanted: BatchRequest, shuffle=True, weights=None):
         assert shuffle is True and weights is None
-        return super().sample(wanted)
+        return self.request(wanted)
 
-
-class ByAnnotationInText(ByRequest):
-    def sample(self, wanted: "BatchRequest", other: "int" = 3, third=None):
+    def annotated_in_text(self, wanted: "BatchRequest", other: "int" = 3, third=None):
         assert other == 3
-        return super().sample(wanted)
+        return self.request(wanted)
 
+    def named_alone(self, request=None, shuffle=True, weights=None):
+        return self.request(request)
 
-class ByNameAlone(ByRequest):
-    def sample(self, request=None, shuffle=True, weights=None):
-        return super().sample(request)
-
-
-class ByTheOnlyOneRequired(ByRequest):
-    def sample(self, wanted, shuffle=True, weights=None):
+    def the_only_one_required(self, wanted, shuffle=True, weights=None):
         assert shuffle is True and weights is None
-        return super().sample(wanted)
+        return self.request(wanted)
 
 
-class ByNumbersWithOptions(ByNumbers):
-    def sample(self, batch_size, seq_len=None, device="cpu", shuffle=True):
-        return super().sample(batch_size, seq_len, device)
-
-
-class ByOtherNamesWithDefaults(ByNumbers):
-    def sample(self, n: int, length=None, where="cpu"):
-        return super().sample(n, length, where)
-
-
-class ByHalfOfTheNames(ByNumbers):
-    def sample(self, n, seq_len=None, device="cpu"):
-        return super().sample(n, seq_len, device)
-
-
-PROVIDERS = (
-    ByNumbers, ByNumbersWithOptions, ByOtherNames, ByOtherNamesWithDefaults, ByHalfOfTheNames,
-    ByRequest, ByRequestWithOptions, ByAnnotationInText, ByNameAlone, ByTheOnlyOneRequired,
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("provider", [kind() for kind in PROVIDERS], ids=[kind.__name__ for kind in PROVIDERS])
-def test_a_provider_is_asked_in_its_own_form(provider):
+@pytest.mark.parametrize("form", [name for name in vars(Forms) if not name.startswith("_")])
+def test_a_provider_is_asked_in_its_own_form(form):
+    provider = SimpleNamespace(sample=getattr(Forms(), form))
     assert sample_from(provider, 2, 5, "cpu").rewards.shape == (2, 5)
-    assert provider.got == (2, 5, "cpu")
+    assert GOT.pop() == (2, 5, "cpu")
 
 
 def test_the_buffer_is_a_provider():

@@ -113,7 +113,7 @@ def test_bytes_and_dictionaries_lie_in_every_storage(tmp_path):
         buffer = create_random_buffer(60, shapes, 2, 4, 20, seed=0, storage=place)
         batches.append(buffer.sample(30, 7))
         assert batches[-1].obs["camera"].dtype == torch.uint8
-        store = buffer._store
+        store = buffer.stored()[0]
         arrays = [*store.obs.values(), store.actions, store.rewards, store.flags]
         assert buffer.nbytes == sum(array.nbytes for array in arrays) == 120 * (192 + 8 + 8 + 4 + 1)
     for batch in batches[1:]:
@@ -177,7 +177,7 @@ def test_a_full_disk_is_an_error_when_the_buffer_is_made_and_leaves_nothing(tmp_
         a_buffer(tmp_path)
     assert not list(tmp_path.iterdir())
     buffer = filled("memory")
-    buffer._store.storage = DiskStorage(tmp_path)
+    buffer.stored()[0].storage = DiskStorage(tmp_path)
     before = buffer.sample(3, 3, "cpu").obs.shape
     with pytest.raises(BufferError, match="No space left"):
         buffer.grow(100)
