@@ -61,7 +61,7 @@ def test_on_cuda_it_needs_triton_and_a_c_compiler(
     with caplog.at_level(logging.INFO, "worldflux.training"):
         assert not compiles("auto", CUDA)
     assert caplog.messages == [
-        "the model is not compiled: torch.compile needs a C compiler (such as gcc), which is not to be found here"
+        "the model is not compiled: torch.compile needs a C compiler (such as gcc), which was not found"
     ]
     install("gcc", tmp_path)
     assert compiles("auto", CUDA) and compiles(True, CUDA)

@@ -64,9 +64,7 @@ def test_a_device_that_nothing_computes_on_is_an_error(device: Any) -> None:
 
 def test_the_first_cuda_device_that_is_not_there_is_an_error() -> None:
     count = torch.cuda.device_count()
-    with pytest.raises(
-        ConfigurationError, match=rf"device is 'cuda:{count}', and torch sees {count} CUDA devices here"
-    ):
+    with pytest.raises(ConfigurationError, match=rf"device is 'cuda:{count}', but torch sees {count} CUDA devices"):
         resolve_device(f"cuda:{count}")
 
 

@@ -326,7 +326,8 @@ def test_tdmpc2_plans_with_a_method_of_its_own(name: str, way: str, told: Any) -
     planner.plan(state, planner.start(2))
     # Along the policy's rollouts (3 steps, 2 between them), and for each set of candidates.
     assert len(calls) == {"rollout": 2 + 1 + 2, "policy": 3, "value": 2}[name]
-    assert f"way of being planned with is not used: {type(model).__name__} has its own {name}" in told()[0]
+    kind = type(model).__name__
+    assert f"The planning interface of {kind} is not used: {kind} has its own {name}" in told()[0]
 
 
 def test_a_subclass_that_says_how_it_is_planned_with_is_asked() -> None:

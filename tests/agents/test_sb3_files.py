@@ -223,7 +223,7 @@ def test_a_device_is_chosen_when_loading(trained: WorldFluxAgent, device: Any) -
 
 
 def test_a_device_that_is_not_there_is_an_error(trained: WorldFluxAgent) -> None:
-    with pytest.raises(ConfigurationError, match=r"device is 'cuda:97', and torch sees \d+ CUDA devices here"):
+    with pytest.raises(ConfigurationError, match=r"device is 'cuda:97', but torch sees \d+ CUDA devices"):
         WorldFluxAgent.load(in_memory(trained), device="cuda:97")
 
 

@@ -116,7 +116,7 @@ def test_a_device_that_was_asked_for_has_to_work(capsys: pytest.CaptureFixture[s
     number = torch.cuda.device_count()
     found = report(capsys, "--device", f"cuda:{number}", status=1)
     assert found["device"]["works"] is None
-    assert f"torch sees {number} CUDA devices here" in found["device"]["problem"]
+    assert f"torch sees {number} CUDA devices" in found["device"]["problem"]
     assert report(capsys, "--device", "cpu")["device"]["works"] == "works on cpu"
 
 

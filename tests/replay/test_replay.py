@@ -393,7 +393,7 @@ def test_a_buffer_too_small_to_sample_from_says_both_numbers():
         ((True, 3), BufferError, "batch_size is True"),
         ((BatchRequest(2, -1),), BufferError, "seq_len is -1"),
         ((2, 3, "foo"), ConfigurationError, "device is 'foo', expected 'auto'"),
-        ((2, 3, "cuda:99"), ConfigurationError, "device is 'cuda:99', and torch sees"),
+        ((2, 3, "cuda:99"), ConfigurationError, "device is 'cuda:99', but torch sees"),
     ],
 )
 def test_a_batch_that_cannot_be_given_says_which_argument_is_wrong(arguments, error, message):

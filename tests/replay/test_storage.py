@@ -77,7 +77,7 @@ def test_a_storage_that_cannot_be_is_refused(tmp_path):
         with pytest.raises(ConfigurationError, match="expected 'memory', the path of a directory, or a device"):
             a_buffer(wrong)
     for missing in ("cuda:99", torch.device("cuda", 99)):
-        with pytest.raises(ConfigurationError, match="device is 'cuda:99', and torch sees"):
+        with pytest.raises(ConfigurationError, match="device is 'cuda:99', but torch sees"):
             a_buffer(missing)
     with pytest.raises(ConfigurationError, match=r"dtype uint16 cannot be stored on 'cpu'\. Use a signed"):
         a_buffer("cpu", extras={"mark": ((), np.uint16)})

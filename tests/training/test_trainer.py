@@ -110,7 +110,7 @@ def test_a_setting_that_cannot_work_is_refused(change, message):
 
 
 def test_a_cuda_device_that_is_not_there_is_refused_by_the_trainer():
-    with pytest.raises(ConfigurationError, match="device is 'cuda:99', and torch sees"):
+    with pytest.raises(ConfigurationError, match="device is 'cuda:99', but torch sees"):
         resolve_device("cuda:99")
 
 

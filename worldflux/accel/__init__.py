@@ -1,1 +1,1 @@
-"""How things run: native code that is built where it is used."""
+"""Execution: devices, compilation, CUDA graphs, transfers, memory and native code."""

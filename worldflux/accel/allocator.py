@@ -1,4 +1,4 @@
-"""What the C library does with memory that a training step frees."""
+"""Settings of the C library's memory allocator."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ import platform
 import sys
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
-"""Numbers of glibc's `mallopt`."""
+"""Parameter numbers of glibc's `mallopt`."""
 _KEPT = 2**31 - 1
 _GROWTH = 512 * 2**20
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20
 
 
 def keep_freed_memory() -> bool:
-    """Lets the process keep the memory that it frees, for the next gradient step.
+    """Lets the process keep freed memory for the next gradient step.
 
-    A step on a CPU makes and frees the same hundreds of megabytes each time. By default glibc gives them back to the
-    system, which hands them out again page by page, cleared: a fifth of the time of DreamerV3's smallest step. The
-    process stays as large as its largest step in return. Tensors above 32 MB are out of reach (glibc's limit).
+    A step on a CPU allocates and frees the same hundreds of megabytes each time. By default glibc returns them to the
+    operating system, which provides them again page by page and cleared; this took a fifth of the time of DreamerV3's
+    smallest step. In return, the process stays as large as its largest step. Tensors above 32 MB are not affected (a
+    limit of glibc).
 
-    It does nothing where the C library is another one, or where the environment sets one of its `MALLOC_` variables.
+    The function does nothing with another C library or if a `MALLOC_` environment variable is set.
 
     Returns:
-        Whether the library was told so.
+        Whether the settings were applied.
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or any(k.startswith("MALLOC_") for k in os.environ):
         return False

@@ -1,4 +1,4 @@
-"""Whether and how the setting `compile` can be followed on a device."""
+"""Decides from the setting `compile` and the device whether a model is compiled and captured."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _C_COMPILERS = ("gcc", "clang", "cc", "cl")
 
 
 def checked_compile(value: Any) -> bool | Literal["auto"]:
-    """`value` as the setting `compile`.
+    """Returns `value` if it is valid for the setting `compile`.
 
     Raises:
         ConfigurationError: If it is neither True, False nor "auto".
@@ -35,14 +35,14 @@ def checked_compile(value: Any) -> bool | Literal["auto"]:
 
 
 def compiles(setting: bool | Literal["auto"], device: torch.device) -> bool:
-    """Whether a model's hot functions are compiled on a device.
+    """Returns whether the performance-critical functions of a model are compiled on a device.
 
     Args:
-        setting: As in `TrainingConfig.compile`.
-        device: Where the model is.
+        setting: Value of `TrainingConfig.compile`.
+        device: Device of the model.
 
     Raises:
-        ConfigurationError: If the setting is True and something is missing that compiling needs.
+        ConfigurationError: If the setting is True and a requirement of `torch.compile` is missing.
     """
     if setting is False or (setting == "auto" and device.type != "cuda"):
         return False
@@ -51,28 +51,28 @@ def compiles(setting: bool | Literal["auto"], device: torch.device) -> bool:
         return True
     if setting is True:
         raise ConfigurationError(
-            f"compile is True, and torch.compile needs {missing} for {device.type}, which is not to be found here. "
-            "Install it, or use compile='auto', which goes without."
+            f"compile is True, but torch.compile needs {missing} for {device.type}, which was not found. "
+            "Install it, or use compile='auto', which then does not compile."
         )
-    logger.info("the model is not compiled: torch.compile needs %s, which is not to be found here", missing)
+    logger.info("the model is not compiled: torch.compile needs %s, which was not found", missing)
     return False
 
 
 def captures(setting: bool | Literal["auto"], device: torch.device, model: object) -> bool:
-    """Whether gradient steps and actions are played back from recordings on a device.
+    """Returns whether gradient steps and actions are captured as CUDA graphs and replayed on a device.
 
-    "auto" leaves out modules that do not say that they can be recorded: what they do in Python would be lost.
+    "auto" excludes models without `capturable`, because whatever they do in Python would not be replayed.
 
     Args:
-        setting: As in `TrainingConfig.compile`.
-        device: Where the model is.
-        model: Has `capturable` if it is a `WorldModel`.
+        setting: Value of `TrainingConfig.compile`.
+        device: Device of the model.
+        model: Model to run; a `WorldModel` has the attribute `capturable`.
     """
     return device.type == "cuda" and (setting is True or (setting == "auto" and getattr(model, "capturable", False)))
 
 
 def _missing(device: torch.device) -> str | None:
-    """What `torch.compile` needs on a device and does not find; None if all is there."""
+    """Returns a requirement of `torch.compile` that is missing for a device, or None if there is none."""
     if device.type == "cuda" and find_spec("triton") is None:
         return "Triton"
     names, variable = (_C_COMPILERS, "CC") if device.type == "cuda" else (_CPP_COMPILERS, "CXX")

@@ -1,4 +1,4 @@
-"""Devices of torch, by the names that settings give them."""
+"""Resolving names of devices."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from worldflux.errors import ConfigurationError
 
 
 def resolve_device(name: str | torch.device, *, must_exist: bool = True, must_compute: bool = False) -> torch.device:
-    """The device that a setting names.
+    """Returns the device with the given name.
 
     Args:
-        name: As torch writes it, or "auto": CUDA if there is a device, else the CPU.
-        must_exist: Refuse a device that this machine does not have.
-        must_compute: Refuse "meta", too, on which tensors have shapes and no values.
+        name: Name in torch's notation, or "auto" for CUDA if available and the CPU otherwise.
+        must_exist: Whether to reject a device that this machine does not have.
+        must_compute: Whether to also reject "meta", where tensors have shapes but no values.
 
     Raises:
-        ConfigurationError: If the name is no device, or the device is not there or not supported.
+        ConfigurationError: If the name is not valid, or the device is not available or not supported.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -29,12 +29,12 @@ def resolve_device(name: str | torch.device, *, must_exist: bool = True, must_co
     count = torch.cuda.device_count()
     if device.type != "cuda":
         raise ConfigurationError(
-            f"device is '{device}', which worldflux does not support: it computes on the CPU and on CUDA devices, of "
-            f"which torch sees {count} here. Use device='auto' or 'cpu'."
+            f"device is '{device}', which worldflux does not support. It supports the CPU and CUDA devices, of which "
+            f"torch sees {count} here. Use device='auto' or 'cpu'."
         )
     if (device.index or 0) >= count:
         raise ConfigurationError(
-            f"device is '{device}', and torch sees {count} CUDA devices here. "
+            f"device is '{device}', but torch sees {count} CUDA devices. "
             "Use device='auto' or 'cpu', or install a CUDA build of torch."
         )
     return device

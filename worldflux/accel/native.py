@@ -1,8 +1,8 @@
-"""Small C sources, compiled by the system's compiler when they are first used, and kept on disk.
+"""Small C sources that the system's compiler compiles on first use, and whose libraries are cached on disk.
 
-Native code stands behind plain torch: without a compiler, or where compiling fails, `load` gives None, and the caller
-computes plainly. `WORLDFLUX_NATIVE=0` switches it off; `WORLDFLUX_CACHE` says where libraries are kept, by default in
-`worldflux` under `XDG_CACHE_HOME` or `~/.cache`.
+Native code is optional: without a compiler, or if compiling fails, `load` returns None, and the caller uses torch.
+`WORLDFLUX_NATIVE=0` disables it. `WORLDFLUX_CACHE` is the folder of the libraries, by default `worldflux` in
+`XDG_CACHE_HOME` or `~/.cache`.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ logger = logging.getLogger("worldflux.accel")
 _COMPILERS = ("gcc", "cc", "clang")
 _FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _SECONDS = 60.0
-"""After which a compiler is given up."""
+"""Timeout of the compiler in seconds."""
 
 
 def switched_on() -> bool:
-    """Whether native code may be used at all."""
+    """Returns whether native code may be used at all."""
     return os.environ.get("WORLDFLUX_NATIVE", "1") != "0" and sys.platform in ("linux", "darwin")
 
 
 @cache
 def load(source: Path) -> ctypes.CDLL | None:
-    """The library that is made of a C file for this machine's processor; None where that is not possible.
+    """Loads the library compiled from a C file for this machine's processor, or returns None if that is not possible.
 
-    The first call compiles, which takes about a second, and leaves the library in the cache; later processes load it.
-    The file appears there whole or not at all, so processes may compile at the same time. Its name has the checksum of
-    its content: one that a crash or a full disk has cut short would end the process, and is compiled again.
+    The first call compiles, which takes about a second, and stores the library in the cache; later processes load it.
+    The file is written atomically, so processes may compile at the same time. Its name contains the checksum of its
+    content, so that a library truncated by a crash or a full disk, which would crash the process, is compiled again.
 
     Args:
-        source: C without dependencies; a function that runs in several threads is told how many.
+        source: C file without dependencies. Functions that use several threads take their number as an argument.
     """
     compiler = _compiler()
     if not switched_on() or compiler is None:
@@ -62,7 +62,7 @@ def load(source: Path) -> ctypes.CDLL | None:
 
 @cache
 def sgemm() -> int | None:
-    """Address of the Fortran interface of the matrix product that torch itself uses; None if it is not to be found."""
+    """Returns the address of the Fortran interface of the matrix product in torch's own BLAS, or None if not found."""
     folder = Path(torch.__file__).parent / "lib"
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         if (folder / name).is_file():
@@ -82,14 +82,14 @@ def _compiler() -> str | None:
 
 
 def _choices() -> list[tuple[str, ...]]:
-    """Flags, the best first; each is tried where the one before it fails."""
+    """Returns sets of compiler flags in order of preference; each is tried if the previous ones fail."""
     wide = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
     threads = ("-fopenmp",) if sys.platform == "linux" else ()
     return [(*_FLAGS, "-march=native", *wide, *threads), (*_FLAGS, "-march=native"), _FLAGS]
 
 
 def _built(source: Path, compiler: str, flags: tuple[str, ...], name: str) -> Path:
-    """The library whose name begins so, compiled unless it is in the cache."""
+    """Returns the path of the library whose name starts with `name`, and compiles it if it is not in the cache."""
     for place in (_cache_folder, _private_folder):
         try:
             folder = place()
@@ -110,7 +110,7 @@ def _built(source: Path, compiler: str, flags: tuple[str, ...], name: str) -> Pa
             Path(unfinished).unlink(missing_ok=True)
             raise
         return target
-    raise OSError("there is no folder to write a library to")
+    raise OSError("there is no folder to which a library can be written")
 
 
 def _checksum(library: Path) -> str:
@@ -126,14 +126,14 @@ def _cache_folder() -> Path:
 
 @cache
 def _private_folder() -> Path:
-    """A folder that only this process writes to, for where the cache cannot be written."""
+    """Creates a temporary folder for this process, used if the cache is not writable."""
     folder = Path(tempfile.mkdtemp(prefix="worldflux-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
 def _processor() -> bytes:
-    """What tells this machine's processor from others that share the cache."""
+    """Returns a description that distinguishes this machine's processor from others that share the cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         told = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})

@@ -1,4 +1,4 @@
-"""Fast paths and the code of users: a fast path is taken only where it goes round nothing that somebody replaced."""
+"""Detection of overridden methods and hooks, so that a fast path is only taken if it bypasses none of them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def overridden(thing: Any, *plain: Callable[..., Any]) -> list[str]:
-    """Names of the methods that `thing` has in place of those that a fast path stands for.
+    """Returns the names of the methods of `thing` that differ from those that a fast path assumes.
 
-    A method counts as replaced whether a subclass overrides it, somebody assigned another one to the class, or the
-    object itself has an attribute of that name.
+    A method counts as overridden if a subclass overrides it, another function was assigned to the class, or the object
+    itself has an attribute of that name.
 
     Args:
-        thing: Whose methods the fast path does not call.
-        *plain: The library's functions. Several of one name are alternatives.
+        thing: Object whose methods the fast path does not call.
+        *plain: The library's own functions. Several functions of the same name are alternatives.
     """
     kind, own = type(thing), vars(thing)
     names = dict.fromkeys(function.__name__ for function in plain)
@@ -28,7 +28,10 @@ def overridden(thing: Any, *plain: Callable[..., Any]) -> list[str]:
 
 
 def newer_than(thing: Any, fast: Sequence[str], *names: str) -> list[str]:
-    """Those of the methods `names` that are defined below all methods `fast`: by a subclass, or by `thing` itself."""
+    """Returns those of the methods `names` that are defined in a subclass of all classes that define `fast`.
+
+    An attribute of the object `thing` itself counts as the lowest subclass.
+    """
     scopes = [vars(thing), *map(vars, type(thing).__mro__)]
 
     def depth(name: str) -> int:
@@ -39,7 +42,7 @@ def newer_than(thing: Any, fast: Sequence[str], *names: str) -> list[str]:
 
 
 def is_untouched(modules: Iterable[Any], *forwards: Callable[..., Any]) -> bool:
-    """Whether calling these modules of torch runs nothing but one of the `forwards`: no other method, and no hook."""
+    """Returns whether calling each of these torch modules runs only one of `forwards`, with no override and no hook."""
     for module in modules:
         own = module.__dict__
         if type(module).forward not in forwards or "forward" in own:
@@ -51,12 +54,12 @@ def is_untouched(modules: Iterable[Any], *forwards: Callable[..., Any]) -> bool:
 
 
 def steps_back(fast_path: str, thing: Any, names: Iterable[str]) -> bool:
-    """Whether there are `names`, the replaced methods of `thing`; then the log says once that they are called.
+    """Returns whether a fast path must not be taken because of overridden methods, and logs this once.
 
     Args:
-        fast_path: What is not taken then, as the beginning of a sentence.
-        thing: What was changed.
-        names: From `overridden`, or what else was changed in it.
+        fast_path: Name of the fast path, as the subject of a sentence.
+        thing: Object with overridden methods.
+        names: Overridden methods as returned by `overridden`, or other changes; empty if the fast path can be taken.
     """
     changed = ", ".join(names)
     if changed:

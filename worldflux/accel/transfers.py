@@ -1,6 +1,6 @@
-"""Copies between host and device that the host does not wait for, however much work is queued on the device.
+"""Copies between host and device for which the host does not wait, however much work is queued on the device.
 
-This module imports nothing but NumPy and torch, as `batch` does.
+This module imports only NumPy and torch, like `worldflux.replay.batch`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`; to CUDA by way of pinned memory, in the order of the current stream.
+    """Copies a tensor to a device; for CUDA through pinned memory and in the order of the current stream.
 
-    From memory that is not pinned, the host would wait for all that is queued before the copy.
+    Without pinned memory the host would wait for all work that is queued before the copy.
     """
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
@@ -23,7 +23,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def copy_into(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
-    """Writes each source into the target of its name."""
+    """Copies each source into the target of the same name."""
     for name, target in targets.items():
         source = sources[name]
         if target.is_cuda and source.device.type == "cpu":
@@ -32,7 +32,7 @@ def copy_into(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> N
 
 
 def to_host(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """The tensors as arrays; the host waits once for all of them. bfloat16, which NumPy lacks, becomes float32."""
+    """Copies tensors to NumPy arrays, for which the host waits once. bfloat16, which NumPy lacks, becomes float32."""
     tensors = {name: tensor.detach() for name, tensor in tensors.items()}
     tensors = {name: x.float() if x.dtype == torch.bfloat16 else x for name, x in tensors.items()}
     devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}

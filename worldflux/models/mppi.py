@@ -1,4 +1,4 @@
-"""One iteration of the planner's search, and what it asks of a model."""
+"""One iteration of the planner's search, and the interface through which it evaluates actions with a model."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PartialReturn:
-    """What sequences of actions lead to."""
+    """Return of sequences of actions, without the value of their last states."""
 
     earned: Tensor
-    """Their rewards, discounted and weighted with the chance that the episode gets there. `[N, S]`"""
+    """Sum of discounted rewards, each weighted by the probability that the episode gets there. `[N, S]`"""
     weight: Tensor
-    """Of what comes after them. `[N, S]`"""
+    """Weight of the value of the last state. `[N, S]`"""
     state: State
-    """After the last action. `[N, S, ...]`"""
+    """State after the last action. `[N, S, ...]`"""
 
     @staticmethod
     def join(parts: Sequence[PartialReturn]) -> PartialReturn:
-        """The sequences of all of them, row by row."""
+        """Concatenates the sequences of several partial returns in each row."""
         return PartialReturn(
             torch.cat([part.earned for part in parts], 1),
             torch.cat([part.weight for part in parts], 1),
@@ -38,57 +38,59 @@ class PartialReturn:
 
 @runtime_checkable
 class PlanningModel(Protocol):
-    """What a model may offer to be planned with in its own way; all four methods, or none."""
+    """Optional interface of models with their own methods for planning; a model implements all four or none."""
 
     def action_mask(self, state: State) -> Tensor | None:
-        """1 where a row's task has that action dimension, 0 where it has not; None if all have all. `[N, A]`"""
+        """Returns 1 where the task of a row has an action dimension, else 0; None if all rows have all. `[N, A]`"""
 
     def propose(self, state: State, noise: Tensor, *, deterministic: bool) -> Tensor:
-        """Actions of the policy that are a function of the state and of standard normal noise. `[B, A]`
+        """Returns actions of the policy as a function of the state and of standard normal noise. `[B, A]`
 
-        Noise 0 is the policy's likeliest action. What `noise` cannot express may be drawn, unless `deterministic`.
+        Zero noise gives the policy's most likely action. Randomness that `noise` cannot express may be drawn, unless
+        `deterministic` is set.
         """
 
     def outlook(self, state: State, actions: Tensor, *, discount: float | None, deterministic: bool) -> PartialReturn:
-        """What sequences of actions lead to.
+        """Computes the partial returns of sequences of actions.
 
         Args:
-            state: Where they start, once for all sequences of a row. `[N, ...]`
-            actions: `[H, N, S, A]`
-            discount: None takes the model's own.
-            deterministic: Draw nothing.
+            state: Initial state, shared by all sequences of a row. `[N, ...]`
+            actions: Sequences of actions. `[H, N, S, A]`
+            discount: Discount per step; None uses the model's own.
+            deterministic: Whether to draw no random numbers.
         """
 
     def outlook_value(
         self, outlook: PartialReturn, *, deterministic: bool, noise: Tensor | None = None, members: Tensor | None = None
     ) -> Tensor:
-        """What the sequences are worth: what they earn, and the weighted value of their last states.
+        """Computes the values of the sequences: their rewards plus the weighted values of their last states.
 
         Args:
-            outlook: From the method above.
-            deterministic: Draw nothing: the policy's mean action in the last state, and all critics or fixed ones.
-            noise: Of the policy's action in the last state; None draws it. `[N, S, A]`
-            members: Which critics of an ensemble judge the last state; None draws them. `[2]`
+            outlook: Result of `outlook`.
+            deterministic: Whether to draw no random numbers, but use the policy's mean action in the last state, and
+                all critics or fixed ones.
+            noise: Noise of the policy's action in the last state; None draws it. `[N, S, A]`
+            members: Indices of the critics of an ensemble that evaluate the last state; None draws them. `[2]`
 
         Returns:
-            `[N, S]`
+            Values of the sequences. `[N, S]`
         """
 
 
 def discounted_rewards(rewards: Tensor, continues: Tensor | None, discount: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of discounted rewards, each weighted with the chance that the episode gets there; weight of what comes after.
+    """Computes the sum of discounted rewards, each weighted by the probability that the episode gets there.
 
         earned = sum_t discount^t * alive_t * rewards_t,  weight = discount^H * alive_H
         alive_0 = 1,  alive_{t+1} = alive_t * continues_t
 
     Args:
-        rewards: What each action earned. `[H, ...]`
-        continues: Probability of going on after it, or 0 and 1 for TD-MPC2's hard threshold; None: it always does.
-            `[H, ...]`
-        discount: Per step; a tensor must broadcast with one step's rewards.
+        rewards: Reward of each action. `[H, ...]`
+        continues: Probability that the episode continues after each action, or 0 and 1 for TD-MPC2's hard threshold.
+            None means that it always continues. `[H, ...]`
+        discount: Discount per step; a tensor must broadcast with the rewards of one step.
 
     Returns:
-        `[...]` each.
+        The sum `earned`, and the weight of the value of the last state. `[...]` each.
     """
     earned, weight = torch.zeros_like(rewards[0]), torch.ones_like(rewards[0])
     for t, reward in enumerate(rewards):
@@ -98,12 +100,12 @@ def discounted_rewards(rewards: Tensor, continues: Tensor | None, discount: floa
 
 
 class RolloutPlanning:
-    """The methods of `PlanningModel`, out of `rollout`, `policy` and `value`.
+    """Implementation of `PlanningModel` in terms of a model's `rollout`, `policy` and `value`.
 
     Args:
-        model: Any model; its rows are planned with independently.
-        spread: Size of the noise on the policy's actions in deterministic planning. A model that draws its actions
-            itself cannot be handed the noise, and equal sequences would count several times among the elites.
+        model: Any world model; its rows are planned for independently.
+        spread: Scale of the noise that deterministic planning adds to the policy's actions. A policy does not take
+            noise as an argument, and identical sequences would count several times among the elites.
     """
 
     def __init__(self, model: WorldModel, *, spread: float) -> None:
@@ -111,20 +113,20 @@ class RolloutPlanning:
         self.spread = spread
 
     def action_mask(self, state: State) -> Tensor | None:
-        """None: all rows have all actions."""
+        """Returns None, because all rows have all action dimensions."""
         return None
 
     def propose(self, state: State, noise: Tensor, *, deterministic: bool) -> Tensor:
-        """The model's own draw; deterministic: its likeliest action plus `spread * noise`. `[B, A]`"""
+        """Returns a sample of the policy or, if deterministic, its mode plus `spread * noise`. `[B, A]`"""
         if deterministic:
             return self.model.policy(state, deterministic=True) + self.spread * noise
         return self.model.policy(state)
 
     def outlook(self, state: State, actions: Tensor, *, discount: float | None, deterministic: bool) -> PartialReturn:
-        """The rewards of one rollout of each sequence, and its last state."""
+        """Computes the rewards and the last state of one rollout of each sequence."""
         _, N, S, _ = actions.shape
         trajectory = self.model.rollout(repeated(state, N, S), actions.flatten(1, 2), deterministic=deterministic)
-        # Without a discount here, the planner has seen to it that the model has one.
+        # If discount is None, `Planner` has checked that the model has one.
         weight: float = self.model.discount if discount is None else discount  # type: ignore[assignment]
         earned, after = discounted_rewards(trajectory.rewards, trajectory.continues, weight)
         last = State({name: x.unflatten(0, (N, S)) for name, x in trajectory.states[-1].items()})
@@ -133,34 +135,35 @@ class RolloutPlanning:
     def outlook_value(
         self, outlook: PartialReturn, *, deterministic: bool, noise: Tensor | None = None, members: Tensor | None = None
     ) -> Tensor:
-        """With the model's value of the last states; `noise` and `members` are not used. `[N, S]`"""
+        """Computes the values with `WorldModel.value`; `noise` and `members` are not used. `[N, S]`"""
         last = State({name: x.flatten(0, 1) for name, x in outlook.state.items()})
         return outlook.earned + outlook.weight * self.model.value(last).unflatten(0, outlook.earned.shape)
 
 
 class Proposals(NamedTuple):
-    """Sequences that follow the policy. They are the same in every iteration, and so is what they lead to."""
+    """Sequences of actions that follow the policy. They and their returns are the same in every iteration."""
 
     actions: Tensor
-    """`[H, N, K, A]`"""
+    """Sequences of actions. `[H, N, K, A]`"""
     outlook: PartialReturn
+    """Partial returns of the sequences."""
 
 
 class SearchResult(NamedTuple):
-    """What one iteration found."""
+    """Result of one iteration."""
 
     mean: Tensor
-    """Of the next distribution. `[H, N, A]`"""
+    """Mean of the next distribution. `[H, N, A]`"""
     std: Tensor
-    """`[H, N, A]`"""
+    """Standard deviation of the next distribution. `[H, N, A]`"""
     values: Tensor
-    """Of all candidates, as the model gave them; NaN counts as 0. `[N, S]`"""
+    """Values of all candidates as the model returned them; NaN counts as 0. `[N, S]`"""
     elites: Tensor
-    """Their numbers, best first. `[N, E]`"""
+    """Indices of the elites, best first. `[N, E]`"""
     elite_actions: Tensor
-    """`[H, N, E, A]`"""
+    """Sequences of actions of the elites. `[H, N, E, A]`"""
     log_weights: Tensor
-    """Of the elites. `[N, E]`"""
+    """Logarithms of the elites' weights. `[N, E]`"""
 
 
 def search_step(
@@ -176,20 +179,20 @@ def search_step(
     members: Tensor | None,
     deterministic: bool,
 ) -> SearchResult:
-    """Draws candidates, values them, and fits the distribution to the best ones.
+    """Draws candidates, evaluates them, and fits the distribution to the best ones.
 
     Args:
-        model: Values the candidates.
-        config: Of the planner.
-        state: `[N, ...]`
-        proposals: Further candidates, which come first.
-        mean: Of the distribution. `[H, N, A]`
-        std: `[H, N, A]`
-        mask: 1 where a row has that action dimension, else 0; None: all have all. `[N, A]`
-        noise: Standard normal. `[H, N, S - K, A]`
+        model: Model that evaluates the candidates.
+        config: Configuration of the planner.
+        state: State to plan from. `[N, ...]`
+        proposals: Additional candidates, which come first.
+        mean: Mean of the distribution. `[H, N, A]`
+        std: Standard deviation of the distribution. `[H, N, A]`
+        mask: 1 where a row has an action dimension, else 0; None if all rows have all. `[N, A]`
+        noise: Standard normal noise. `[H, N, S - K, A]`
         value_noise: See `PlanningModel.outlook_value`.
         members: See `PlanningModel.outlook_value`.
-        deterministic: Draw nothing.
+        deterministic: Whether to draw no random numbers.
     """
     candidates = (mean.unsqueeze(2) + std.unsqueeze(2) * noise).clamp(-1.0, 1.0)
     if mask is not None:
@@ -199,17 +202,17 @@ def search_step(
         candidates = torch.cat([proposals.actions, candidates], 2)
         outlook = PartialReturn.join([proposals.outlook, outlook])
     values = model.outlook_value(outlook, deterministic=deterministic, noise=value_noise, members=members)
-    # A candidate that takes the model to infinity must not be chosen, nor spoil the weights of the others:
-    # NaN counts as 0, as in the reference.
+    # A candidate with which the model diverges must neither be chosen nor affect the weights of the others, so NaN
+    # counts as 0, as in the reference implementation.
     values = values.float()
-    # Stable, so that ties (a fresh critic says 0 to everything) fall the same way for every batch size.
+    # A stable sort breaks ties in the same way for every batch size; a new critic gives 0 for everything.
     values_sorted, order = values.nan_to_num(0.0).sort(dim=-1, descending=True, stable=True)
     elites, elite_values = order[:, : config.num_elites], values_sorted[:, : config.num_elites]
     elite_actions = torch.take_along_dim(candidates, elites[None, :, :, None], dim=2)
-    # The largest is taken off first: values may be as large as a float can be.
+    # The largest value is subtracted first, because values may be close to the largest float.
     log_weights = torch.log_softmax(config.temperature * (elite_values - elite_values[:, :1]), -1)
     weights = log_weights.exp()[None, :, :, None]
-    # The spread is around the elites' own mean; momentum moves the distribution's mean only (TD-MPC).
+    # The deviation is around the mean of the elites; momentum only affects the mean of the distribution (TD-MPC).
     fitted = (weights * elite_actions).sum(2)
     variance = (weights * (elite_actions - fitted.unsqueeze(2)).square()).sum(2)
     std = variance.sqrt().clamp(config.min_std, config.max_std)
@@ -220,5 +223,5 @@ def search_step(
 
 
 def repeated(state: State, rows: int, times: int) -> State:
-    """Each row of a state several times in a row. `[N, ...]` → `[N * times, ...]`"""
+    """Repeats each row of a state consecutively. `[N, ...]` → `[N * times, ...]`"""
     return State({k: v.unsqueeze(1).expand(rows, times, *v.shape[1:]).flatten(0, 1) for k, v in state.items()})

@@ -1,12 +1,12 @@
-"""Planning in latent space: the sampling planner of TD-MPC2 (MPPI with elites) for any model with reward and value.
+"""Planning in latent space with TD-MPC2's sampling planner (MPPI with elites), for any model with reward and value.
 
     >>> planner = Planner(model, PlannerConfig.from_model(model.config))
     >>> plan = planner.start(rows=1)
     >>> actions, plan = planner.plan(state, plan, is_first=is_first)        # [N, A], and the plan for the next step
 
-A model needs `rollout`, `policy` and `value`. One that knows better ways (TD-MPC2: an ensemble of critics, a hard
-threshold on termination, action masks, a discount per task) offers the methods of `search.PlanningModel`, and the
-planner calls those instead.
+A model needs `rollout`, `policy` and `value`. A model may also implement the methods of `mppi.PlanningModel`, which the
+planner then calls instead. TD-MPC2 does so for its ensemble of critics, hard threshold on termination, action masks and
+discount per task.
 
 Source: TD-MPC2, arXiv:2310.16828, and its reference implementation; MPPI with a blended mean: TD-MPC, arXiv:2203.04955.
 """
@@ -27,37 +27,40 @@ from worldflux.errors import ConfigurationError, ShapeMismatchError
 from worldflux.models.base import State, WorldModel
 from worldflux.models.mppi import PlanningModel, Proposals, RolloutPlanning, repeated, search_step
 
-_NOISE_SEED = 0  # of the fixed noise that deterministic planning uses
+_NOISE_SEED = 0  # seed of the fixed noise of deterministic planning
 _MOST_STEPS = 2**22
-"""Of all candidates in all iterations of a plan, 450 times the paper's; random numbers for them are drawn at once."""
-_LARGE_ACTION_DIM = 20  # from here on the paper plans with two iterations more
+"""Largest number of steps of all candidates in all iterations of a plan, 450 times that of the paper. Their random
+numbers are drawn at once."""
+_LARGE_ACTION_DIM = 20  # number of action dimensions from which the paper uses two more iterations
 
 
 @dataclass(frozen=True)
 class PlannerConfig:
-    """Sampling-based planning in latent space. Defaults follow TD-MPC2, arXiv:2310.16828."""
+    """Configuration of sampling-based planning in latent space. The defaults follow TD-MPC2, arXiv:2310.16828."""
 
     horizon: int = 3
-    """Latent steps per candidate. Larger sees further and compounds the model's error."""
+    """Number of latent steps per candidate. A longer horizon looks further ahead but compounds the model's error."""
     num_samples: int = 512
-    """Candidates per iteration. Cost grows linearly."""
+    """Number of candidates per iteration. The cost grows linearly."""
     num_elites: int = 64
-    """Candidates the next distribution is fitted to; at most `num_samples`. Fewer converge faster, and too early."""
+    """Number of candidates to which the next distribution is fitted; at most `num_samples`. Fewer converge faster, but
+    may converge too early."""
     num_pi_trajs: int = 24
-    """Candidates that follow the policy, the same in every iteration; fewer than `num_samples`."""
+    """Number of candidates that follow the policy, the same in every iteration; less than `num_samples`."""
     iterations: int = 6
-    """Times the distribution is fitted. Cost grows linearly."""
+    """Number of times the distribution is fitted. The cost grows linearly."""
     temperature: float = 0.5
-    """Factor on the values in the elites' weights, `softmax(temperature * value)`. Larger favours the best one, and
-    settles before the search has come close."""
+    """Factor on the values in the elites' weights, `softmax(temperature * value)`. A larger factor favours the best
+    candidate, but may converge before the search has come close to the optimum."""
     min_std: float = 0.05
-    """Least standard deviation of the candidates' actions, and of the noise added to what is carried out."""
+    """Smallest standard deviation of the candidates' actions, and of the noise on the action that is carried out."""
     max_std: float = 2.0
-    """Largest standard deviation; every plan starts with it."""
+    """Largest standard deviation, with which every plan starts."""
     momentum: float = 0.0
-    """Share of the old mean in the new one, below 1. Larger moves slower; 0 is the paper."""
+    """Weight of the old mean in the new one, in [0, 1). A larger weight changes the mean more slowly; the paper uses
+    0."""
     discount: float | None = None
-    """Weight of the next step's reward, in (0, 1]. None takes the model's own."""
+    """Discount per step, in (0, 1]. None uses the model's own."""
 
     def __post_init__(self) -> None:
         for name in ("horizon", "num_samples", "num_elites", "iterations"):
@@ -84,15 +87,15 @@ class PlannerConfig:
 
     @classmethod
     def from_model(cls, config: WorldModelConfig, **overrides: Any) -> PlannerConfig:
-        """The planner that a model's configuration describes: every field that both have is taken over.
+        """Creates a configuration from the fields that it has in common with a model's configuration.
 
-        From 20 action dimensions on there are two `iterations` more, as in the paper. Where `num_samples` is
-        overridden, or the configuration says nothing of `num_pi_trajs`, the policy gets at most half of the samples.
-        The discount stays the model's.
+        With 20 action dimensions or more there are two more `iterations`, as in the paper. If `num_samples` is
+        overridden, or the model's configuration has no `num_pi_trajs`, at most half of the samples follow the policy.
+        The discount remains that of the model.
 
         Args:
-            config: Of the model.
-            **overrides: Fields that get exactly this value.
+            config: Configuration of the model.
+            **overrides: Fields to set to the given values.
         """
         names = {item.name for item in fields(cls)} - {"discount"}
         values = {name: getattr(config, name) for name in names if hasattr(config, name)}
@@ -108,49 +111,50 @@ class PlannerConfig:
 
 @dataclass(frozen=True)
 class PlanDraws:
-    """All randomness of a plan; given, it makes `Planner.plan` reproduce a recorded one. N may be 1 for all rows."""
+    """Random numbers of a plan. Passed to `Planner.plan`, they reproduce a recorded plan. N may be 1 for all rows."""
 
     policy: Tensor
     """Noise of the policy's trajectories. `[H, N, K, A]`"""
     actions: Tensor
     """Noise of the other candidates in each iteration. `[I, H, N, S - K, A]`"""
     gumbel: Tensor
-    """Added to the elites' log weights before the largest is carried out; 0 takes the best one. `[N, E]`"""
+    """Gumbel noise on the elites' log weights, of which the largest is carried out; 0 selects the best elite.
+    `[N, E]`"""
     final: Tensor | None
     """Noise on the action that is carried out; None adds none. `[N, A]`"""
     value: Tensor | None = None
     """Noise of the policy in the last states in each iteration; None leaves it to the model. `[I, N, S, A]`"""
     members: Tensor | None = None
-    """Critics that judge in each iteration; None leaves them to the model. `[I, 2]`"""
+    """Indices of the critics used in each iteration; None leaves the choice to the model. `[I, 2]`"""
 
 
 @dataclass(frozen=True)
 class PlanTrace:
-    """What one iteration found. The last one is what was acted on."""
+    """Result of one iteration. The action that is carried out comes from the last iteration."""
 
     values: Tensor
-    """Of all candidates, as the model gave them; NaN counts as 0. `[N, S]`"""
+    """Values of all candidates as the model returned them; NaN counts as 0. `[N, S]`"""
     elites: Tensor
-    """Their numbers, best first. `[N, E]`"""
+    """Indices of the elites, best first. `[N, E]`"""
     weights: Tensor
-    """Of the elites. `[N, E]`"""
+    """Weights of the elites. `[N, E]`"""
     mean: Tensor
-    """`[N, H, A]`"""
+    """Mean of the fitted distribution. `[N, H, A]`"""
     std: Tensor
-    """`[N, H, A]`"""
+    """Standard deviation of the fitted distribution. `[N, H, A]`"""
 
 
 class Planner:
-    """Searches for the sequence of actions that a model values most, and gives back its first action.
+    """Searches for the sequence of actions with the highest value under a model, and returns its first action.
 
-    Each iteration draws candidates from a normal distribution per step, values them with the model, and fits the
-    distribution to the best ones; some candidates follow the policy. The means of a plan, one step on, start the next
-    one. They go in and out of `plan` explicitly (`[N, H, A]`, zeros before the first observation); the planner keeps
-    nothing between two calls.
+    Each iteration draws candidates from a normal distribution for each step, evaluates them with the model, and fits
+    the distribution to the best ones; some candidates follow the policy. The means of a plan, shifted by one step,
+    initialise the next plan. They are passed to and returned from `plan` explicitly (`[N, H, A]`, zeros before the
+    first observation); the planner keeps no state between calls.
 
     Args:
-        model: What is planned with, in its present state of learning. It should be in evaluation mode.
-        config: Sizes and constants of the search.
+        model: Model to plan with. Later training of it takes effect; it should be in evaluation mode.
+        config: Configuration of the search.
 
     Raises:
         ConfigurationError: If the actions are not continuous, or there is no discount.
@@ -160,7 +164,7 @@ class Planner:
         if model.config.action_type != "continuous":
             raise ConfigurationError(
                 f"The model has action_type '{model.config.action_type}', but planning needs continuous actions. "
-                "Act with the policy instead: planner=None; DreamerV3 has one for every action space."
+                "Act with the policy instead (planner=None); DreamerV3 has one for every action space."
             )
         self.model = model
         self.config = config
@@ -173,16 +177,16 @@ class Planner:
 
     @property
     def _scorer(self) -> PlanningModel:
-        """The model's own ways, unless somebody has replaced what they stand for."""
+        """The model if it implements `PlanningModel` and no method that this bypasses is overridden, or a wrapper."""
         model = self.model
         if isinstance(model, PlanningModel):
             replaced = newer_than(model, ("propose", "outlook", "outlook_value"), "rollout", "policy", "value")
-            if not steps_back(f"{type(model).__name__}'s own way of being planned with", model, replaced):
+            if not steps_back(f"The planning interface of {type(model).__name__}", model, replaced):
                 return model
         return RolloutPlanning(model, spread=self.config.min_std)
 
     def start(self, rows: int) -> Tensor:
-        """The plan before the first observation: zeros `[N, H, A]`."""
+        """Returns the plan before the first observation: zeros `[N, H, A]`."""
         return torch.zeros(rows, self.config.horizon, self.action_dim, device=self.model.device)
 
     @torch.no_grad()
@@ -196,24 +200,24 @@ class Planner:
         draws: PlanDraws | None = None,
         trace: Callable[[PlanTrace], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Actions to take in a state.
+        """Plans the actions to take in a state.
 
-        Deterministic planning draws nothing. It searches with fixed noise, the same for every row, so that a row's
-        result depends on that row's state and previous plan alone; among the policy's trajectories one is free of
-        noise. It carries out the best elite without noise on top. The reference draws an elite by its weight when it
-        evaluates, too; the best one is the likeliest of these draws.
+        Deterministic planning draws no random numbers. It searches with fixed noise that is the same for every row, so
+        that the result of a row depends only on its own state and previous plan; one of the policy's trajectories has
+        no noise. It carries out the best elite without additional noise. The reference implementation also draws an
+        elite by its weight during evaluation; the best elite is the most likely of these draws.
 
         Args:
-            state: `[N, ...]`
-            previous: What the last call returned, or `start`. `[N, H, A]`
-            is_first: True where a row begins an episode: its previous plan is ignored. `[N]`
-            deterministic: Give the same actions for the same arguments.
-            draws: Replaces the random draws.
-            trace: Called with each iteration's findings.
+            state: State to plan from. `[N, ...]`
+            previous: Plan that the last call or `start` returned. `[N, H, A]`
+            is_first: True where a row begins an episode; its previous plan is ignored. `[N]`
+            deterministic: Whether to return the same actions for the same arguments.
+            draws: Random numbers to use instead of drawing them.
+            trace: Function that is called with the result of each iteration.
 
         Returns:
-            Actions in [-1, 1] `[N, A]`, NaN in rows where the model values no candidate or its policy is lost, and
-            the plan to hand to the next call `[N, H, A]`.
+            Actions in [-1, 1] `[N, A]`, and the plan to pass to the next call `[N, H, A]`. Actions are NaN in rows
+            where the values of all candidates, or any of the policy's first actions, are NaN.
         """
         c = self.config
         self._check(state, previous, is_first)
@@ -223,7 +227,8 @@ class Planner:
         mask = scorer.action_mask(state)
         mask = None if mask is None else mask.to(previous.dtype)
 
-        # The distribution starts from the last plan, one step on; steps come first from here on, as in `rollout`.
+        # The distribution starts from the last plan, shifted by one step. From here on steps are the first axis, as in
+        # `rollout`.
         mean = torch.cat([previous[:, 1:], torch.zeros_like(previous[:, :1])], 1)
         if is_first is not None:
             mean = torch.where(is_first[:, None, None], 0.0, mean)
@@ -232,7 +237,7 @@ class Planner:
         if mask is not None:
             mean, std = mean * mask, std * mask
 
-        # A model may have compiled it.
+        # A model may provide a compiled version.
         step = getattr(scorer, "search_step", search_step)
         proposals = self._proposals(scorer, state, draws, mask, deterministic) if c.num_pi_trajs else None
         for i in range(c.iterations):
@@ -260,7 +265,7 @@ class Planner:
         actions = torch.take_along_dim(found.elite_actions[0], chosen[:, None, None], dim=1).squeeze(1)
         if draws.final is not None:
             actions = actions + std[0] * draws.final
-        # Not chosen by anything that the model knows: no candidate has a value, or the policy no action to begin with.
+        # Such actions would not be based on the model: no candidate has a value, or the policy's first action is NaN.
         lost = found.values.isnan().all(-1, keepdim=True)
         if proposals is not None:
             lost = lost | proposals.actions[0].isnan().flatten(1).any(-1, keepdim=True)
@@ -270,7 +275,7 @@ class Planner:
     def _proposals(
         self, scorer: PlanningModel, state: State, draws: PlanDraws, mask: Tensor | None, deterministic: bool
     ) -> Proposals:
-        """What the policy does along its own rollouts."""
+        """Returns the policy's actions along its own rollouts, and their returns."""
         H, _, K, A = draws.policy.shape
         N, start = _rows(state), state
         state = repeated(state, N, K)
@@ -288,7 +293,7 @@ class Planner:
         return Proposals(chosen, outlook)
 
     def _sample_draws(self, like: Tensor) -> PlanDraws:
-        """Fresh draws from torch's generator, for the rows of `like` `[N, H, A]`."""
+        """Draws new random numbers from torch's generator for a plan of the shape of `like` `[N, H, A]`."""
         c = self.config
         N, H, A = like.shape
         S, K, E = c.num_samples, c.num_pi_trajs, c.num_elites
@@ -300,7 +305,7 @@ class Planner:
         )
 
     def _fixed_draws(self, like: Tensor) -> PlanDraws:
-        """The draws of deterministic planning, the same on every device. They are constants, made once."""
+        """Returns the constant draws of deterministic planning, which are the same on every device and created once."""
         if self._fixed is None or self._fixed.actions.device != like.device:
             c = self.config
             _, H, A = like.shape
