@@ -76,7 +76,7 @@ def test_a_step_recorded_wrongly_leaves_the_bits_of_the_plain_run(
     assert gradients[0] and all(map(torch.equal, *gradients))
     assert recorded(played) == 0
     (message,) = messages(caplog)
-    assert message.startswith(f"The gradient step of {type(plain.model).__name__}, played back as a CUDA graph")
+    assert message.startswith(f"The gradient step of {type(plain.model).__name__}, replayed as a CUDA graph")
     assert f"torch {torch.__version__}" in message
 
 
@@ -141,7 +141,7 @@ def test_actions_recorded_wrongly_are_those_of_the_plain_actor(
         assert found.plan is None or expected.plan is None or torch.equal(found.plan, expected.plan)
     assert played._captures is not None and played._captures.recorded == 0
     (message,) = messages(caplog)
-    assert message.startswith(f"Acting of {type(plain.model).__name__}, played back as a CUDA graph")
+    assert message.startswith(f"Acting of {type(plain.model).__name__}, replayed as a CUDA graph")
 
 
 @pytest.mark.parametrize("spoil", [None, stale()], ids=["right", "wrong"])

@@ -1,7 +1,8 @@
-"""A look at each recording when it is played back for the first time: does it give what the plain computation gives?
+"""Comparison of each CUDA graph with the plain computation when it is replayed for the first time.
 
-A CUDA graph repeats kernels on memory. One that was made wrong (it reads an input that is not written any more, draws
-the same noise each time, leaves a tensor as it was) runs as fast as a right one, and nothing else would tell.
+A CUDA graph repeats kernels on fixed memory. A graph that was captured incorrectly (it reads an input that is no longer
+written, draws the same noise each time, or leaves a tensor unchanged) runs as fast as a correct one, and nothing else
+would reveal the fault.
 """
 
 from __future__ import annotations
@@ -20,80 +21,82 @@ Tensors = Mapping[str, Tensor]
 Outputs = dict[str, Tensor]
 
 _TYPICAL = 0.1
-"""Entries of results are not taken to be smaller than this on average: around 0 a share says nothing."""
+"""Lower bound of the average magnitude of results, because relative differences mean nothing around 0."""
 _ROUNDINGS = 2.0
-"""Units in the last place that a value which is changed in place may be off, however small the change is."""
+"""Tolerance of values that are changed in place, in units in the last place, however small the change is."""
 _RANDOM = "the state of the random numbers"
 
 
 class Precision(NamedTuple):
-    """How far results may be apart.
+    """Tolerances of the comparison.
 
-    Both forms run the same kernels, so that most results are equal to the last bit. Where kernels differ, sums are
-    rounded differently, by 6e-8 in float32 and 4e-3 in bfloat16; and a class that is drawn close to the edge between
-    two of them may be the other one, after which a rollout goes elsewhere. Steps of both families whose sums had
-    another order (5th step, `tiny`, windows of 16) were apart by up to 2e-5 in float32, and up to 0.24 in bfloat16,
-    where some draws differ. A step on another batch was off by 0.9 and more, one with other noise by 0.07 (TD-MPC2)
-    and 1.5 (DreamerV3), and a tensor that is not updated by 1.
+    Both computations run the same kernels, so that most results are equal to the last bit. Where kernels differ, sums
+    are rounded differently, by 6e-8 in float32 and 4e-3 in bfloat16. A random draw close to the boundary between two
+    classes may then give the other class, after which the rollouts differ. Steps of both families with another order of
+    summation (5th step, `tiny`, windows of 16) differed by up to 2e-5 in float32, and by up to 0.24 in bfloat16, where
+    some draws differ. A step on another batch differed by 0.9 or more, a step with other noise by 0.07 (TD-MPC2) and
+    1.5 (DreamerV3), and a tensor that is not updated differs by 1.
     """
 
     tolerance: float
-    """Largest distance, as a share of the size of what the plain form gave or changed."""
+    """Largest distance, as a fraction of the size of the plain computation's result or change."""
     rounding: float
-    """Gradients that are smaller than this share of the largest ones of their layer come from rounding. Some are 0 on
-    paper: of a bias, say, that adds the same to all that a softmax behind it sees. There, the TD-MPC2 encoder's was a
-    ninety thousandth of its layer's."""
+    """Fraction of the largest gradients of their layer below which gradients count as rounding. Some gradients are zero
+    mathematically, such as that of a bias which adds the same number to all inputs of a softmax. In such a case the
+    gradient of TD-MPC2's encoder was a ninety-thousandth of that of its layer."""
 
 
 FULL, REDUCED = Precision(0.005, 1e-4), Precision(0.4, 1e-3)
-"""Of float32, and of bfloat16 or TF32."""
+"""Tolerances in float32, and in bfloat16 or TF32."""
 
 
 class Changes:
-    """What a computation changes besides giving results, so that it can be taken back. This one: nothing."""
+    """Side effects of a computation, so that they can be undone. This base class describes one without side effects."""
 
     def tensors(self) -> Tensors:
-        """What is changed in place, by name."""
+        """Returns the tensors that are changed in place, by name."""
         return {}
 
     def noise(self, rounding: float) -> Tensors:
-        """By name, whether a tensor's values are rounding alone, which is not compared; see `Precision.rounding`."""
+        """Returns by name whether a tensor only contains rounding and is not compared; see `Precision.rounding`."""
         return {}
 
     def host(self) -> Any:
-        """What the host keeps beside the values of tensors: counts, settings, and which tensors they are."""
+        """Returns the state of the host besides the values of tensors: counts, settings, references to tensors."""
 
     def set_host(self, host: Any) -> None:
-        """Goes back to what `host` gave."""
+        """Restores a state that `host` returned."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """One call of a computation, in the two forms that have to give the same."""
+    """One call of a computation, in two forms that must give the same results."""
 
     function: Callable[[Tensors], Outputs]
-    """What is recorded: a function of inputs on the device, the same for all calls of one form."""
+    """Function to capture. It takes inputs on the device and is the same for all calls with the same signature."""
     inputs: Callable[[], Tensors]
-    """Those of this call, from anywhere. Called once, right before they are used."""
+    """Function that returns the inputs of this call, on any device. It is called once, right before they are used."""
     plain: Callable[[], Outputs]
-    """The same computation without a recording and without what prepares one."""
+    """The same computation without a CUDA graph and without preparations for one."""
     changes: Changes = field(default_factory=Changes)
+    """Side effects of the computation."""
     named: Callable[[Tensors], Tensors] = dict
-    """Results as they are compared and reported."""
+    """Function that converts results to the form in which they are compared and reported."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What differed most."""
+    """Largest difference between two computations."""
 
     name: str
+    """Name of the result or tensor that differs."""
     share: float
-    """Of the size of what the plain form gave or changed there."""
+    """Difference as a fraction of the size of the plain computation's result or change."""
     tolerance: float
 
 
 def precision_of(model: nn.Module, device: torch.device) -> Precision:
-    """That of a model's products and convolutions on a device."""
+    """Returns the tolerances for the precision of a model's products and convolutions on a device."""
     dtype = getattr(getattr(model, "config", None), "dtype", "float32")
     full = dtype == "float32" and torch.get_float32_matmul_precision() == "highest"
     if device.type == "cuda" and torch.backends.cudnn.allow_tf32:  # the default, for convolutions alone
@@ -104,19 +107,19 @@ def precision_of(model: nn.Module, device: torch.device) -> Precision:
 def compared(
     work: Work, other: Callable[[], Outputs], device: torch.device, precision: Precision
 ) -> tuple[Outputs, Difference | None]:
-    """Computes in both forms from the same state and random numbers; the host waits once, for the comparison.
+    """Runs both computations from the same state and random numbers, and compares them.
 
-    A copy of what they change is kept meanwhile.
+    The host waits once, for the comparison. Meanwhile there is a copy of all tensors that are changed.
 
     Args:
-        work: Of which the plain form is right.
-        other: The form to look at.
-        device: Where they compute.
-        precision: In which they compute.
+        work: Computation whose plain form is the reference.
+        other: Computation to check.
+        device: Device of both computations.
+        precision: Tolerances of the comparison.
 
     Returns:
-        What the other form gave, with its changes, and None; or, if it differs, what the plain form gave, with the
-        plain form's changes, and the largest difference.
+        If they agree, the results of `other`, with its side effects in place, and None. Otherwise the results of the
+        plain form, with its side effects in place, and the largest difference.
     """
     changes = work.changes
     random, host, tensors = RandomState(device), changes.host(), changes.tensors()
@@ -124,7 +127,7 @@ def compared(
     expected = {name: x.detach().clone() for name, x in work.plain().items()}
     plain_random, plain_host, plain_tensors = RandomState(device), changes.host(), changes.tensors()
     noise = {name: x for name, x in changes.noise(precision.rounding).items() if name in tensors}
-    # Back to the state before; what is kept from here on is what the plain form left.
+    # Restore the initial state; from here on `kept` holds what the plain form left.
     sizes = {name: _distance(kept[name], plain_tensors[name].to(x.device)) for name, x in tensors.items()}
     _exchange(tensors, plain_tensors, kept)
     changes.set_host(host)
@@ -149,19 +152,19 @@ def compared(
 
 
 def report(what: str, difference: Difference, device: torch.device) -> str:
-    """What the log says of a difference, with everything that helps to find its cause."""
+    """Returns the log message for a difference, with all information that helps to find its cause."""
     found = f"{difference.name} differs by {difference.share:.2g} of its size, more than {difference.tolerance:.2g}"
     if difference.name == _RANDOM:
         found = f"{difference.name} differs"
     return (
-        f"{what}, played back as a CUDA graph, does not give what it gives plainly: {found}. It is computed plainly "
-        "from here on: right, and slower. Please report this to the developers of worldflux, with the model's "
-        f"configuration and this: {circumstances(device)}."
+        f"{what}, replayed as a CUDA graph, does not match the plain computation: {found}. It runs without CUDA graphs "
+        "from now on, which is correct but slower. Please report this to the developers of worldflux, with the model's "
+        f"configuration and these versions: {circumstances(device)}."
     )
 
 
 def circumstances(device: torch.device) -> str:
-    """Versions and device, in one line."""
+    """Returns versions and device in one line."""
     try:
         version = metadata.version("worldflux")
     except metadata.PackageNotFoundError:  # a checkout that is not installed
@@ -173,7 +176,7 @@ def circumstances(device: torch.device) -> str:
 
 
 class RandomState:
-    """The states that torch's random streams have now, on the host and on a device."""
+    """Snapshot of torch's random number generators on the host and on a device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -182,13 +185,13 @@ class RandomState:
             self._states.append(torch.cuda.get_rng_state(device))
 
     def restore(self) -> None:
-        """Goes back to them."""
+        """Restores the snapshot."""
         torch.set_rng_state(self._states[0])
         if len(self._states) > 1:
             torch.cuda.set_rng_state(self._states[1], self._device)
 
     def __eq__(self, other: object) -> bool:
-        """Whether both give the same numbers."""
+        """Returns whether both snapshots give the same random numbers."""
         return isinstance(other, RandomState) and all(map(torch.equal, self._states, other._states))
 
     __hash__ = None  # type: ignore[assignment]
@@ -196,7 +199,7 @@ class RandomState:
 
 @torch.no_grad()
 def _exchange(tensors: Tensors, others: Tensors, kept: dict[str, Tensor]) -> None:
-    """Writes what is kept into tensors, and keeps what stood in `others`, which may be the same ones."""
+    """Writes `kept` into `tensors`, and stores the former values of `others`, which may be the same tensors, in it."""
     for name, x in tensors.items():
         value = others[name].detach().to(x.device, copy=True)
         x.copy_(kept[name])
@@ -204,7 +207,7 @@ def _exchange(tensors: Tensors, others: Tensors, kept: dict[str, Tensor]) -> Non
 
 
 def _largest(shares: Tensors, tolerance: float) -> Difference | None:
-    """The largest share of those that are too large; one that is no number is too large."""
+    """Returns the largest difference above the tolerance, or None if there is none. NaN counts as the largest."""
     if not shares:
         return None
     names, values = list(shares), torch.stack([*shares.values()]).tolist()
@@ -221,7 +224,7 @@ def _share(distance: Tensor, size: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _distance(one: Tensor, other: Tensor) -> Tensor:
-    """Root of the sum of squared differences; of whole numbers, root of how many differ. NaN equals NaN."""
+    """Computes the norm of the difference, for integers the root of how many entries differ. NaN equals NaN."""
     same = (one == other) | ((one != one) & (other != other))
     apart = one.float() - other.float() if one.is_floating_point() else torch.ones((), device=one.device)
     return torch.linalg.vector_norm(torch.where(same, 0.0, apart))
@@ -229,7 +232,7 @@ def _distance(one: Tensor, other: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _beyond_rounding(one: Tensor, other: Tensor) -> Tensor:
-    """The distance without what the precision of the values themselves may account for."""
+    """Computes the distance minus the part that rounding of the values themselves may account for."""
     if not one.is_floating_point():
         return _distance(one, other)
     rounding = _ROUNDINGS * torch.finfo(one.dtype).eps * torch.linalg.vector_norm(one.float())
@@ -238,6 +241,6 @@ def _beyond_rounding(one: Tensor, other: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _size(x: Tensor) -> Tensor:
-    """What distances of results are compared with."""
+    """Computes the size of a result with which distances are compared."""
     typical = torch.full((), x.numel() ** 0.5, device=x.device)
     return _TYPICAL * typical + torch.linalg.vector_norm(x.float()) if x.is_floating_point() else typical
