@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from typing import Any
 
@@ -38,8 +39,6 @@ _PACKAGES = (
     "rl_zoo3",
 )
 
-BACKENDS = ("egl", "osmesa", "glfw")
-
 _SECONDS = 60
 """Time limit for one frame; software rendering on a busy machine is slow."""
 
@@ -55,11 +54,12 @@ with mujoco.Renderer(model, 48, 64) as renderer:
 assert frame.shape == (48, 64, 3) and frame.max() > 0, "the frame is black"
 """
 
-_SYSTEM_PACKAGES = {
+BACKENDS = {
     "egl": "apt-get install libegl1 libgl1 libgl1-mesa-dri",
     "osmesa": "apt-get install libosmesa6",
     "glfw": "a display (DISPLAY is not set)",
 }
+"""OpenGL backends of MuJoCo, and what they need."""
 
 
 def packages() -> dict[str, str | None]:
@@ -111,8 +111,8 @@ def rendering() -> dict[str, str]:
     """
     if installed_version("mujoco") is None:
         return {}
-    started = {name: _start(name) for name in BACKENDS}
-    answers = {name: _answer(name, process) for name, process in started.items()}
+    with ThreadPoolExecutor() as pool:
+        answers = dict(zip(BACKENDS, pool.map(_render, BACKENDS), strict=True))
     said = " (set by MUJOCO_GL)" if os.environ.get("MUJOCO_GL") else ""
     return {**answers, "worldflux uses": f"{choose_backend() or 'the default of the system'}{said}"}
 
@@ -160,29 +160,21 @@ def _plain(package: str) -> str:
     return re.sub(r"[-_.]+", "-", package).lower()
 
 
-def _start(backend: str) -> subprocess.Popen[str]:
-    """Starts to render a frame."""
+def _render(backend: str) -> str:
+    """The result of rendering a frame in a process of its own."""
     environment = {**os.environ, "MUJOCO_GL": backend}
     environment.pop("PYOPENGL_PLATFORM", None)  # belongs to another backend
-    return subprocess.Popen(
-        [sys.executable, "-c", _FRAME], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-
-
-def _answer(backend: str, process: subprocess.Popen[str]) -> str:
-    """The result of rendering a frame."""
+    command = [sys.executable, "-c", _FRAME]
     try:
-        _, errors = process.communicate(timeout=_SECONDS)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_SECONDS)
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
         return f"no frame after {_SECONDS} seconds"
-    if process.returncode == 0:
+    if done.returncode == 0:
         return "works"
-    lines = [line for line in errors.splitlines() if line.strip()]
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
     said = lines[-1].strip()[:100] if lines else "nothing"
-    how = f"signal {-process.returncode}" if process.returncode < 0 else said
-    return f"does not work ({how}); it needs: {_SYSTEM_PACKAGES[backend]}"
+    how = f"signal {-done.returncode}" if done.returncode < 0 else said
+    return f"does not work ({how}); it needs: {BACKENDS[backend]}"
 
 
 def _cores() -> int:
