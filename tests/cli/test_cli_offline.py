@@ -101,17 +101,6 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_finished_run_says_so_and_takes_more_steps(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train-offline", "dreamerv3:tiny", "data.npz", *TINY, "--run", "run"]) == 0
-    capsys.readouterr()
-    assert main(["train-offline", "--resume", "run"]) == 0
-    again = "To continue it with more steps: worldflux train-offline --resume run --steps 24\n"
-    assert capsys.readouterr().out == f"run has finished its 12 steps. {again}"
-    assert main(["train-offline", "--resume", "run", "--steps", "14"]) == 0
-    assert capsys.readouterr().out.startswith("run: 14 gradient steps")
-    assert RunConfig.read(Path("run")).settings["steps"] == 14
-
-
 @pytest.mark.parametrize(
     ("args", "message"),
     [
