@@ -176,9 +176,9 @@ def test_a_run_knows_its_agents_and_its_environment(capsys: pytest.CaptureFixtur
     capsys.readouterr()
     for given, read in [
         (["run"], "run/best_agent.zip"),
-        (["run", "--newest"], "run/checkpoints"),
+        (["run", "--newest"], "run/checkpoints/step-00000020"),
         (["run/agent.zip"], "run/agent.zip"),
-        (["run/checkpoints"], "run/checkpoints"),
+        (["run/checkpoints"], "run/checkpoints/step-00000020"),
         (["run/checkpoints/step-00000020"], "run/checkpoints/step-00000020"),
     ]:
         found = result(capsys, *given, "--episodes", 1)

@@ -15,9 +15,8 @@ from helpers.envs import CountingEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from worldflux.agents import WorldFluxAgent
-from worldflux.cli.commands.imagine import _find_agent
 from worldflux.cli.main import main
-from worldflux.cli.runs import RunConfig
+from worldflux.cli.runs import RunConfig, saved_agent
 from worldflux.training import ReplayBuffer, open_loop
 
 
@@ -84,11 +83,8 @@ def test_a_checkpoint_and_the_directory_of_its_run_bring_their_replay_data(check
     RunConfig("train", "dreamerv3:tiny", "CartPole-v1", {}).write(run)
     newest = run / "checkpoints" / checkpoint.name
     newest.symlink_to(checkpoint)
-    assert tuple(_find_agent(path).path for path in (checkpoint, checkpoint.parent, run)) == (
-        checkpoint,
-        checkpoint,
-        newest,
-    )
+    found = [saved_agent(path, newest=True).path for path in (checkpoint, checkpoint.parent, run)]
+    assert found == [checkpoint, checkpoint, newest]
     assert main(["imagine", str(run), *SMALL, "-o", str(tmp_path / "out")]) == 0
     assert numbers(tmp_path / "out")["data"] == f"replay data of {checkpoint.name}"
     # The episodes of 9 steps do not reach six steps behind every context, those of 30 do.

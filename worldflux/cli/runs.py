@@ -231,7 +231,7 @@ def saved_agent(path: Path, *, newest: bool = False) -> Saved:
         raise ConfigurationError(f"There is no '{path}'. {_AGENT}")
     for place in (path, newest_checkpoint(path)):
         if place is not None and (place / "agent.json").is_file():
-            return Saved(path, True)
+            return Saved(place, True)
         if place is not None and _is_model(place):
             return Saved(place, False)
     raise ConfigurationError(f"{path} contains neither a checkpoint of an agent nor a model. {_AGENT}")
@@ -252,7 +252,7 @@ def _of_run(run: Path, newest: bool) -> Saved:
         if (run / BEST_AGENT_FILE).is_file() and not newest:
             return Saved(run / BEST_AGENT_FILE, True)
         if checkpoint is not None:
-            return Saved(run / CHECKPOINTS, True)
+            return Saved(checkpoint, True)
         raise ConfigurationError(f"{run} has no agent yet. Wait for the first checkpoint or evaluation of this run.")
     for place in (checkpoint, run / MODEL_DIRECTORY) if newest else (run / MODEL_DIRECTORY, checkpoint):
         if place is not None and _is_model(place):

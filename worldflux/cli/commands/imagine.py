@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -78,7 +77,7 @@ def imagine(
         raise ConfigurationError(f"Both {data} and --env {env} are given. Leave one of them out.")
     if options != _NO_OPTIONS and env is None:
         raise ConfigurationError(f"--{' --'.join(options.given())} go with --env. Add it, or leave them out.")
-    source = _find_agent(agent)
+    source = runs.saved_agent(agent, newest=True)  # checkpoints have replay data
     target = checked_path("--output", output, directory=True)  # before an environment may change the working directory
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -115,16 +114,6 @@ def imagine(
     return 0
 
 
-def _find_agent(path: Path) -> Saved:
-    """What to read. Of several checkpoints the newest is chosen, because it has replay data."""
-    from worldflux.training.checkpoint import newest_checkpoint
-
-    saved = runs.saved_agent(path, newest=True)
-    if not saved.path.is_dir() or (saved.path / "agent.json").is_file():
-        return saved
-    return replace(saved, path=newest_checkpoint(saved.path) or saved.path)
-
-
 def _shown(
     source: Saved, data: Path | None, env: str | None, options: EnvOptions, *, episodes: int, seed: int
 ) -> tuple[WorldModel, int | None, ReplayBuffer, str]:
@@ -134,18 +123,22 @@ def _shown(
     from worldflux.training import ReplayBuffer
 
     path = source.path
-    if data is None and env is None and not source.is_agent:
-        data = _data_of_run(path)
+    if data is None and env is None and not (source.is_agent and path.is_dir()):
+        remedy = f"Add recorded episodes (worldflux imagine {path} data.npz), or --env ENV to record some."
+        run = runs.run_of(path)
+        config = None if run is None else runs.RunConfig.read(run)
+        if config is None or (config.kind == "train") != source.is_agent:
+            raise ConfigurationError(f"{path} holds no replay data. {remedy}")
+        if source.is_agent:
+            env, options = environment_of(path, remedy)
+        else:
+            data = Path(config.task)
     if data is not None and not data.is_file():
         raise ConfigurationError(f"There is no file '{data}'. DATA is an .npz of worldflux collect.")
-    if data is None and env is None and not path.is_dir():
-        remedy = f"Add recorded episodes (worldflux imagine {path} data.npz), or --env ENV to record some."
-        if runs.run_of(path) is None:
-            raise ConfigurationError(f"{path} holds no replay data. {remedy}")
-        env, options = environment_of(path, remedy)
     if env is not None:
         player, buffer = _record(source, env, options, episodes, seed)
-        return player.model, _steps(source, player), buffer, f"{episodes} new episodes in {env}"
+        steps = player.num_timesteps if source.is_agent else None
+        return player.model, steps, buffer, f"{episodes} new episodes in {env}"
     if not source.is_agent:
         assert data is not None
         model = create_world_model(path, device="auto")
@@ -154,21 +147,6 @@ def _shown(
     if data is not None:
         return player.model, player.num_timesteps, ReplayBuffer.load(data, seed=seed), f"episodes of {data.name}"
     return player.model, player.num_timesteps, _replay_data(player, path, seed), f"replay data of {path.name}"
-
-
-def _steps(source: Saved, player: WorldFluxAgent) -> int | None:
-    return player.num_timesteps if source.is_agent else None
-
-
-def _data_of_run(path: Path) -> Path:
-    """The data that a model was trained on, according to its run."""
-    run = runs.run_of(path)
-    if run is None or (config := runs.RunConfig.read(run)).kind == "train":
-        raise ConfigurationError(
-            f"{path} holds no replay data. Add recorded episodes (worldflux imagine {path} data.npz), or --env ENV to "
-            "record some."
-        )
-    return Path(config.task)
 
 
 def _record(
