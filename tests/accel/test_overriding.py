@@ -204,7 +204,7 @@ def test_a_loss_that_comes_after_the_trainer_is_refused() -> None:
     model = model_of("tdmpc2")
     trainer = Trainer(model, TrainingConfig(**STEPS))
     model.loss = types.MethodType(lambda self, batch: TDMPC2.loss(self, batch), model)
-    with pytest.raises(TrainingError, match="another loss after its trainer was made"):
+    with pytest.raises(TrainingError, match="loss was replaced after its trainer was created"):
         trainer.train(filled(ReplayBuffer(1000, (3,), 1)))
 
 

@@ -1,6 +1,6 @@
-"""The one place where replayed rows are shifted to DreamerV3's own alignment.
+"""Conversion of replayed rows to DreamerV3's alignment, which happens only here.
 
-A replayed row holds what its action led to; DreamerV3 looks at what a step *arrived with*:
+A replayed row holds the results of its action, while a step of DreamerV3 holds the results of the previous action:
 
     row of the batch        t-1                    t
     obs                     o[t-1]                 o[t]
@@ -8,11 +8,11 @@ A replayed row holds what its action led to; DreamerV3 looks at what a step *arr
     rewards                 r[t-1]  ──────────►    reward on arriving at t
     terminations            d[t-1]  ──────────►    is_terminal of t
 
-Nothing crosses into a row that is the first of an episode.
+Nothing is shifted into the first row of an episode.
 
-The buffer keeps the last observation of an episode in a row of its own, which is what the last reward and the
-termination arrive at. A provider that gives the four documented fields alone has no such row: the step that ends an
-episode is followed directly by the first one of the next. There a row is put in between, marked as never seen.
+The buffer keeps the last observation of an episode in an additional row, at which the last reward and the termination
+arrive. A provider that only returns the four documented fields has no such row: the last step of an episode is directly
+followed by the first step of the next. In this case a row without an observation is inserted between them.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ from worldflux.replay.batch import Batch
 
 @dataclass(frozen=True)
 class ArrivalRows:
-    """A batch in DreamerV3's alignment."""
+    """Batch in DreamerV3's alignment."""
 
     obs: dict[str, Tensor]
-    """`[B, T, ...]` each"""
+    """Observations by key, `[B, T, ...]` each."""
     prev_actions: Tensor
-    """`[B, T, A]`"""
+    """Action that led to each step. `[B, T, A]`"""
     is_first: Tensor
-    """The recurrent state and the previous action are zeroed here. `[B, T]`"""
+    """True where the recurrent state and the previous action are set to zero. `[B, T]`"""
     rewards: Tensor
-    """`[B, T]`"""
+    """Reward on arriving at each step. `[B, T]`"""
     is_terminal: Tensor
-    """The episode terminated on arriving here. `[B, T]` float"""
+    """1 where the episode terminated on arriving, else 0. `[B, T]` float"""
     is_last: Tensor
-    """The episode ended here for any reason. `[B, T]` float"""
+    """1 where the episode ended for any reason, else 0. `[B, T]` float"""
     arrival_known: Tensor
-    """False where reward and termination on arrival lie before the window. `[B, T]`"""
+    """False where the reward and the termination on arrival lie before the window. `[B, T]`"""
     obs_mask: Tensor | None
-    """False where nothing was seen. `[B, T]`"""
+    """False where there is no observation; None if there always is. `[B, T]`"""
 
 
 def arrival_rows(batch: Batch, *, has_context: bool) -> ArrivalRows:
-    """Shifts a batch to DreamerV3's alignment.
+    """Converts a batch to DreamerV3's alignment.
 
     Args:
         batch: Windows of replayed rows. `[B, T, ...]`
-        has_context: The first row is only context: its stored latents and its action start the window, and the result
-            has one row less. Otherwise all rows are trained, the first one from the initial state; what that one
-            arrived with is unknown, unless it is the first of its episode.
+        has_context: Whether the first row is only context: its stored latents and its action initialise the window, and
+            the result has one row less. Otherwise all rows are trained, starting from the initial state; the reward and
+            termination on arriving at the first row are unknown, unless it is the first of its episode.
     """
     if batch.is_first is None:
         batch = with_final_rows(batch)

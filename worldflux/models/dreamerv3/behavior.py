@@ -1,4 +1,4 @@
-"""Losses of the actor and the critic, on imagined and on replayed steps."""
+"""Losses of the actor and the critic on imagined and replayed steps."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from worldflux.nn.distributions import PolicyDistribution, TwoHot
 
 @dataclass(frozen=True)
 class Imagined:
-    """A rollout of the policy in the model, without gradient; index 0 is the replayed state that it starts from."""
+    """Rollout of the policy in the model, without gradient. Index 0 is the replayed state from which it starts."""
 
     feat: Tensor
-    """`[N, H+1, F]`"""
+    """Features of the states. `[N, H+1, F]`"""
     actions: Tensor
-    """The one at index i was drawn at feature i. `[N, H+1, A]`"""
+    """Actions of the policy; the action at index i was drawn at feature i. `[N, H+1, A]`"""
 
 
 @dataclass(frozen=True)
@@ -31,53 +31,54 @@ class ReturnNorm:
     high: Tensor
     """95th percentile. `[]`"""
     limit: float
-    """The scale is never smaller, so that the noise of sparse rewards is not blown up."""
+    """Smallest value of the scale, which keeps the noise of sparse rewards from being amplified."""
 
     @property
     def scale(self) -> Tensor:
-        """What advantages are divided by. `[]`"""
+        """Scale by which advantages are divided. `[]`"""
         return (self.high - self.low).clamp(min=self.limit)
 
     def update(self, returns: Tensor, rate: float) -> ReturnNorm:
-        """The normaliser after seeing `returns`."""
+        """Returns the normaliser updated with `returns`."""
         low, high = update_percentiles(self.low, self.high, returns, rate)
         return ReturnNorm(low, high, self.limit)
 
 
 @dataclass(frozen=True)
 class ImaginationLosses:
-    """Losses of imagined steps and what they were computed from."""
+    """Losses of imagined steps, and the quantities from which they were computed."""
 
     actor: Tensor
-    """`[N, H]`"""
+    """Loss of the actor. `[N, H]`"""
     critic: Tensor
-    """`[N, H]`"""
+    """Loss of the critic. `[N, H]`"""
     returns: Tensor
-    """Lambda returns, in reward units. `[N, H]`"""
+    """Lambda returns in reward units. `[N, H]`"""
     weight: Tensor
-    """Probability that each step is reached, discount included. `[N, H+1]`"""
+    """Probability that each step is reached, including the discount. `[N, H+1]`"""
     advantage: Tensor
-    """After normalisation. `[N, H]`"""
+    """Normalised advantage. `[N, H]`"""
     entropy: Tensor
-    """Of the policy, in nats. `[N, H]`"""
+    """Entropy of the policy in nats. `[N, H]`"""
     norm: ReturnNorm
-    """After seeing these returns."""
+    """Normaliser updated with these returns."""
 
 
 def imagined_returns(
     reward: Tensor, cont: Tensor, bootstrap: Tensor, *, lam: float, discount: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Lambda returns of imagined rollouts and the weight of each step.
+    """Computes the lambda returns of imagined rollouts and the weight of each step.
 
     Args:
-        reward: Predicted at each feature. `[N, H+1]`
-        cont: Probability of going on, at each feature. `[N, H+1]`
+        reward: Predicted reward at each feature. `[N, H+1]`
+        cont: Probability that the episode continues at each feature. `[N, H+1]`
         bootstrap: Value at each feature. `[N, H+1]`
-        lam: Of the lambda return.
-        discount: 1 where `cont` already contains the discount, as in DreamerV3.
+        lam: Lambda of the lambda return.
+        discount: Discount per step; 1 if `cont` already contains it, as in DreamerV3.
 
     Returns:
-        Returns `[N, H]` and weights `[N, H+1]`. The weight of a step includes its own `cont`, as in the reference.
+        Returns `[N, H]` and weights `[N, H+1]`. The weight of a step includes its own `cont`, as in the reference
+        implementation.
     """
     weight = torch.cumprod(discount * cont, 1) / discount
     return lambda_return(reward, discount * cont, lam, bootstrap), weight
@@ -95,29 +96,29 @@ def imagination_losses(
     norm: ReturnNorm,
     entropy_scale: float,
 ) -> ImaginationLosses:
-    """REINFORCE with a normalised advantage for the actor; two-hot regression for the critic.
+    """Computes the actor loss (REINFORCE with a normalised advantage) and the critic loss (two-hot regression).
 
     Args:
-        returns: Targets. `[N, H]`
-        weight: `[N, H+1]`
-        baseline: What the returns are compared with: the values that they were bootstrapped from. `[N, H+1]`
-        critic: At each feature; `[N, H+1]`.
-        slow_value: The slow critic's values, towards which the critic is drawn. `[N, H+1]`
-        policy: At each feature; over `[N, H+1, A]`.
-        actions: Drawn at each feature. `[N, H+1, A]`
-        norm: The normaliser to use; already updated with `returns`.
+        returns: Lambda returns. `[N, H]`
+        weight: Weight of each step. `[N, H+1]`
+        baseline: Values from which the returns were bootstrapped, subtracted from them in the advantage. `[N, H+1]`
+        critic: Distribution of the critic at each feature, over `[N, H+1]`.
+        slow_value: Values of the slow critic, towards which the critic is regularised. `[N, H+1]`
+        policy: Distribution of the policy at each feature, over `[N, H+1, A]`.
+        actions: Action drawn at each feature. `[N, H+1, A]`
+        norm: Normaliser, already updated with `returns`.
         entropy_scale: Weight of the policy's entropy.
 
     Source: DreamerV3, arXiv:2301.04104, actor and critic learning.
     """
     step_weight = weight[:, :-1].detach()
     returns = returns.detach()
-    # Only the advantage is scaled. Targets stay in reward units, because the critic bootstraps from its own values.
+    # Only the advantage is scaled. The targets stay in reward units, because the critic bootstraps from its own values.
     advantage = ((returns - baseline[:, :-1]) / norm.scale).detach()
     entropy = policy.entropy()[:, :-1]
     log_prob = policy.log_prob(actions.detach())[:, :-1]
     actor = -step_weight * (log_prob * advantage + entropy_scale * entropy)
-    # The last feature has no return: any target will do there, its loss is cut off.
+    # The last feature has no return. Its target is arbitrary, because its loss is cut off.
     padded = F.pad(returns, (0, 1))
     critic_loss = step_weight * critic.loss(padded, slow_value.detach())[:, :-1]
     return ImaginationLosses(actor, critic_loss, returns, weight, advantage, entropy.detach(), norm)
@@ -134,20 +135,20 @@ def replay_critic_loss(
     discount: float,
     lam: float,
 ) -> tuple[Tensor, Tensor]:
-    """The critic's loss on replayed steps; its gradient goes on into the world model.
+    """Computes the critic's loss on replayed steps, whose gradient also reaches the world model.
 
     Args:
-        rewards: On arriving at each step. `[B, T]`
+        rewards: Reward on arriving at each step. `[B, T]`
         is_terminal: 1 where the episode terminated on arriving. `[B, T]`
         is_last: 1 where the episode ended. `[B, T]`
-        bootstrap: Imagined return from each step on. `[B, T]`
-        critic: At each replayed feature; `[B, T]`.
-        slow_value: `[B, T]`
-        discount: Per step.
-        lam: Of the lambda return.
+        bootstrap: Imagined return from each step onwards. `[B, T]`
+        critic: Distribution of the critic at each replayed feature, over `[B, T]`.
+        slow_value: Values of the slow critic. `[B, T]`
+        discount: Discount per step.
+        lam: Lambda of the lambda return.
 
     Returns:
-        Loss and targets, `[B, T-1]` each. The last row of an episode has no loss.
+        Loss and targets, `[B, T-1]` each. The loss is zero in the last row of an episode.
     """
     going_on = 1.0 - is_last
     targets = lambda_return(rewards, discount * (1.0 - is_terminal), lam, bootstrap.detach(), trace=going_on)

@@ -1,7 +1,7 @@
-"""Observations in, observations out: the encoder, the decoder and their losses.
+"""Encoder and decoder of observations, and the reconstruction losses.
 
-An observation is a dictionary here; a single tensor has the key "obs". Keys are used in sorted order: first all vectors
-(symlog, or one-hots as they are), then all images (joined on channels).
+Observations are dictionaries here; a single tensor has the key "obs". Keys are used in sorted order: first all vectors
+(transformed with symlog, except one-hot vectors), then all images (concatenated on the channel axis).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from worldflux.nn.transforms import symexp, symlog
 
 
 class ObservationLayout:
-    """Which keys are vectors, which are images, and how wide they are."""
+    """Keys and shapes of the vectors and images in an observation."""
 
     def __init__(self, config: DreamerV3Config) -> None:
         shapes = config.obs_shapes
@@ -32,7 +32,7 @@ class ObservationLayout:
 
     @property
     def image_channels(self) -> int:
-        """Channels of all images together."""
+        """Total number of channels of all images."""
         return sum(shape[0] for shape in self.images.values())
 
     @property
@@ -42,18 +42,20 @@ class ObservationLayout:
         return height, width
 
     def squash(self, key: str, value: Tensor) -> Tensor:
-        """A vector as the networks see it: symlog, unless it is one-hot or the configuration says otherwise."""
+        """Applies symlog to a vector, unless it is one-hot or the configuration disables it."""
         return value if key in self.classes or not self.use_symlog else symlog(value)
 
     def unsquash(self, key: str, value: Tensor) -> Tensor:
-        """Inverse of `squash` for predictions."""
+        """Converts predictions to the observation's units, the inverse of `squash`; one-hot logits become
+        probabilities.
+        """
         if key in self.classes:
             return torch.cat([part.softmax(-1) for part in value.split(self.classes[key], -1)], -1)
         return symexp(value) if self.use_symlog else value
 
 
 class Encoder(nn.Module):
-    """Observations to embeddings `[..., E]`."""
+    """Encoder of observations into embeddings of width E."""
 
     def __init__(self, config: DreamerV3Config) -> None:
         super().__init__()
@@ -67,13 +69,13 @@ class Encoder(nn.Module):
             self.out_features += self.cnn.out_features
 
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
-        """Maps `[N, ...]` for each key to `[N, E]`."""
+        """Maps observations, `[N, ...]` for each key, to embeddings `[N, E]`."""
         parts = []
         layout = self.layout
         if layout.vectors:
             vectors = [layout.squash(k, _flat(obs[k])) for k in layout.vectors]
             joined = torch.cat(vectors, -1)
-            # A missing observation may be marked by -inf and enters as zeros, as in the reference.
+            # A missing observation may be marked by -inf and is replaced by zeros, as in the reference implementation.
             parts.append(self.mlp(torch.where(joined.isneginf(), 0.0, joined)))
         if layout.images:
             images = torch.cat([obs[k] for k in layout.images], -3)
@@ -82,7 +84,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent states to observations, in the space in which the losses compare them."""
+    """Decoder of latent states into predicted observations, in the space in which the losses compare them."""
 
     def __init__(self, config: DreamerV3Config) -> None:
         super().__init__()
@@ -104,18 +106,18 @@ class Decoder(nn.Module):
             )
 
     def forward(self, deter: Tensor, stoch: Tensor) -> dict[str, Tensor]:
-        """Predictions: vectors in symlog space, one-hots as logits, images in [0, 1].
+        """Predicts observations: vectors in symlog space, logits for one-hot vectors, images in [0, 1].
 
         Args:
-            deter: `[N, D]`
-            stoch: `[N, S * C]`
+            deter: Deterministic part of the state. `[N, D]`
+            stoch: Flattened stochastic part of the state. `[N, S * C]`
 
         Returns:
-            `[N, ...]` for each key.
+            Predictions, `[N, ...]` for each key.
         """
         predictions: dict[str, Tensor] = {}
         if self.layout.vectors:
-            # The opposite order of the other heads' features, as in the reference.
+            # The order is the opposite of the other heads' features, as in the reference implementation.
             hidden = self.mlp(torch.cat([stoch, deter], -1))
             for key, layer in zip(self.layout.vectors, self.vectors, strict=True):
                 predictions[key] = layer(hidden).float()
@@ -125,9 +127,9 @@ class Decoder(nn.Module):
         return predictions
 
     def losses(self, predictions: Mapping[str, Tensor], obs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Reconstruction losses, summed over the entries of each observation. `[N]` for each key.
+        """Computes the reconstruction losses, summed over the entries of each observation. `[N]` for each key.
 
-        Squared errors without the factor one half; cross-entropy for one-hots.
+        They are squared errors without the factor one half, and cross-entropies for one-hot vectors.
         """
         losses = {}
         for key, predicted in predictions.items():
@@ -144,7 +146,7 @@ class Decoder(nn.Module):
         return losses
 
     def observations(self, predictions: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Predictions in the observations' own units; images stay floats in [0, 1]."""
+        """Converts predictions to the units and shapes of the observations; images stay floats in [0, 1]."""
         layout = self.layout
         vectors = {
             k: layout.unsquash(k, predictions[k]).unflatten(-1, layout.shapes[k] or (1,)) for k in layout.vectors
@@ -154,10 +156,10 @@ class Decoder(nn.Module):
 
 
 def _image_loss(predicted: Tensor, image: Tensor) -> Tensor:
-    """`[N, C, H, W]`, the image as bytes → `[N]`"""
+    """Computes the squared error between predictions and uint8 images, `[N, C, H, W]` each. `[N]`"""
     return (predicted - image.float() / 255.0).square().flatten(1).sum(-1)
 
 
 def _flat(vector: Tensor) -> Tensor:
-    """`[N, ...]` as float32 `[N, width]`; a number per row has width 1."""
+    """Flattens `[N, ...]` to float32 `[N, width]`; scalars have width 1."""
     return vector.float().reshape(len(vector), -1)

@@ -1,4 +1,4 @@
-"""What is read off the features `[deter, flat(stoch)]`: reward, continuation, policy and value."""
+"""Heads on the features `[deter, flat(stoch)]`: reward, continuation, policy and value."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from worldflux.nn.transforms import symexp_bins
 
 
 class TwoHotHead(nn.Module):
-    """An MLP whose output is a two-hot distribution over real numbers; starts at exactly 0."""
+    """MLP whose output is a two-hot distribution over real numbers, with an initial mean of exactly 0."""
 
     def __init__(self, in_features: int, units: int, layers: int, bins: int) -> None:
         super().__init__()
@@ -21,16 +21,16 @@ class TwoHotHead(nn.Module):
         self.bins: Tensor
 
     def forward(self, feat: Tensor) -> TwoHot:
-        """`[..., F]` → a distribution over `[...]`."""
+        """Maps features `[..., F]` to a distribution over `[...]`."""
         return self.output(self.mlp(feat))
 
     def output(self, hidden: Tensor) -> TwoHot:
-        """The distribution that the last hidden layer `[..., units]` gives."""
+        """Maps the last hidden layer `[..., units]` to the distribution."""
         return TwoHot(self.out(hidden), self.bins)
 
 
 class ContinueHead(nn.Module):
-    """An MLP whose output is the logit of the episode going on."""
+    """MLP whose output is the logit of the probability that the episode continues."""
 
     def __init__(self, in_features: int, units: int, layers: int) -> None:
         super().__init__()
@@ -38,30 +38,30 @@ class ContinueHead(nn.Module):
         self.out = Linear(self.mlp.out_features, 1)
 
     def forward(self, feat: Tensor) -> Tensor:
-        """`[..., F]` → logits `[...]`."""
+        """Maps features `[..., F]` to logits `[...]`."""
         return self.output(self.mlp(feat))
 
     def output(self, hidden: Tensor) -> Tensor:
-        """The logits that the last hidden layer `[..., units]` gives."""
+        """Maps the last hidden layer `[..., units]` to the logits."""
         return self.out(hidden).squeeze(-1).float()
 
 
 class Actor(nn.Module):
-    """The policy: normals for continuous actions, softmaxes for discrete ones.
+    """Policy with normal distributions for continuous actions and categorical ones for discrete actions.
 
     Args:
-        in_features: F
+        in_features: Width F of the features.
         units: Width of the hidden layers.
         layers: Number of hidden layers.
-        action_dim: A
-        classes: Widths of the softmaxes; empty for continuous actions.
+        action_dim: Number of action dimensions A.
+        classes: Number of classes of each categorical distribution; empty for continuous actions.
     """
 
     def __init__(self, in_features: int, units: int, layers: int, action_dim: int, classes: tuple[int, ...]) -> None:
         super().__init__()
         self.classes = classes
         self.mlp = MLP(in_features, units, layers)
-        # Small outputs: the first actions are centred and noisy, or nearly uniform.
+        # Outputs are small at first, so that initial actions are centred and noisy, or nearly uniform.
         if classes:
             self.logits = Linear(self.mlp.out_features, action_dim, scale=0.01)
         else:
@@ -69,18 +69,18 @@ class Actor(nn.Module):
             self.std = Linear(self.mlp.out_features, action_dim, scale=0.01)
 
     def forward(self, feat: Tensor) -> PolicyDistribution:
-        """`[..., F]` → a distribution over actions `[..., A]`."""
+        """Maps features `[..., F]` to a distribution over actions `[..., A]`."""
         return self.output(self.mlp(feat))
 
     def output(self, hidden: Tensor) -> PolicyDistribution:
-        """The distribution that the last hidden layer `[..., units]` gives."""
+        """Maps the last hidden layer `[..., units]` to the distribution."""
         if self.classes:
             return CategoricalPolicy(self.logits(hidden), self.classes)
         return NormalPolicy(self.mean(hidden), self.std(hidden))
 
 
 def give_by_stacks(*heads: nn.Module) -> bool:
-    """Whether `stacked_mlps` and each head's `output` give what calling the heads gives: nothing was replaced."""
+    """Returns whether `stacked_mlps` and each head's `output` may replace calls of the heads: nothing is overridden."""
     if are_plain(heads, TwoHotHead.forward, ContinueHead.forward, Actor.forward):
         return True
     return not steps_back("The joint computation of DreamerV3's heads", heads[0], ["forward, layers or hooks"])

@@ -1,7 +1,7 @@
-"""What DreamerV3 dies of, as numbers of one batch: tensors in, scalars out.
+"""Health metrics of DreamerV3, which detect known kinds of collapse from one batch.
 
-The thresholds come from measured runs. "Healthy" is what `dreamerv3:tiny` showed while it learned CartPole, Pendulum
-and a small task in pictures, from before the first gradient step on; "broken" are runs that were broken on purpose.
+The thresholds come from measured runs. "Healthy" values were measured while `dreamerv3:tiny` learned CartPole, Pendulum
+and a small task with images, starting before the first gradient step; "broken" runs were broken on purpose.
 """
 
 from __future__ import annotations
@@ -24,63 +24,63 @@ from worldflux.models.health import (
 from worldflux.nn.transforms import symlog
 
 DREAMERV3_THRESHOLDS: dict[str, Threshold] = {
-    # Healthy: at most 0.65, around the hundredth gradient step, and falling. Broken: 0.86 to 1 with an encoder that
-    # sees nothing, 1 with a KL loss weighted 1000 times.
+    # Healthy: at most 0.65, around the hundredth gradient step, and falling. Broken: 0.86 to 1 with an encoder without
+    # input, 1 with the KL loss multiplied by 1000.
     "kl_at_free_nats": Threshold(
         0.8,
         "above",
-        "The latents say nothing about what was seen: lower kl_free or loss_scales['kl'], raise "
-        "loss_scales['reconstruction'], and see whether observations reach the model at a useful scale.",
+        "The latents carry no information about the observations: lower kl_free or loss_scales['kl'], raise "
+        "loss_scales['reconstruction'], and check that observations reach the model at a useful scale.",
     ),
     # Healthy: 0, also with 32 classes. Broken: 0.6 to 1 with learning rates of 0.1 to 10, 0.95 with posterior logits
-    # 100 times as large.
+    # multiplied by 100.
     "unused_codes": Threshold(
         0.5,
         "above",
-        "The categorical latents always take the same few classes: start anew with a lower learning_rate, and keep "
-        "unimix above 0.",
+        "The categorical latents always take the same few classes: restart training with a lower learning_rate, and "
+        "keep unimix above 0.",
     ),
     # Healthy: 0. Broken: 1 with learning rates of 1 and 10.
     "constant_latents": Threshold(
         0.5,
         "above",
-        "The latents are the same whatever is seen: see whether the observations of the batch vary at all; if they do, "
-        "start anew with a lower learning_rate.",
+        "The latents do not depend on the observations: check whether the observations of the batch vary at all; if "
+        "they do, restart training with a lower learning_rate.",
     ),
-    # No policy can earn more. Healthy: at most 0.28, by an agent that had solved CartPole.
+    # No policy can earn more. Healthy: at most 0.28, for an agent that had solved CartPole.
     "value_over_rewards": Threshold(
         1.0,
         "above",
         "The critic promises more than the rewards can add up to: lower learning_rate or discount_horizon; if rewards "
-        "are rare, look at a larger batch first.",
+        "are rare, measure on a larger batch first.",
     ),
     # Healthy: 0. Broken: 1 with CartPole's rewards multiplied by 10^8.
     "values_at_edge": Threshold(0.05, "above", "Returns are too large for the critic's bins: scale the rewards down."),
-    # Healthy: from 1 down to 0.03, where a good policy for CartPole ends. Broken: 10^-16 with a learning rate of 0.1.
+    # Healthy: from 1 down to 0.03, the value of a good policy for CartPole. Broken: 10^-16 with a learning rate of 0.1.
     "policy_randomness": Threshold(
         0.001,
         "below",
-        "The policy always takes the same action and explores no more: raise entropy_scale or lower learning_rate.",
+        "The policy always takes the same action and no longer explores: raise entropy_scale or lower learning_rate.",
     ),
 }
-"""From where on each metric of DreamerV3 is bad; what each measures stands at `DreamerV3.health`."""
+"""Thresholds of DreamerV3's health metrics, which `DreamerV3.health` defines."""
 
 _LEAST_NATS = 0.1
-"""Latents that say less than this are dead, however few nats are free."""
+"""Information in nats below which latents count as collapsed, however few nats are free."""
 _USED = 0.01
-"""Share of an even probability, 1 / C, that a code has to get on average in order to count as used."""
+"""Average probability from which a code counts as used, as a fraction of the uniform probability 1 / C."""
 
 
 def health_metrics(parts: LossParts, config: DreamerV3Config, bins: Tensor) -> tuple[HealthMetric, ...]:
-    """The health metrics of one loss computation.
+    """Computes the health metrics from one computation of the losses.
 
     Args:
-        parts: What the losses were made of.
-        config: The model's.
-        bins: Of the critic, in reward units. `[n]`
+        parts: Losses and the quantities from which they were computed.
+        config: Configuration of the model.
+        bins: Bins of the critic in reward units. `[n]`
     """
     probs, behavior, mask = parts.posterior.probs, parts.behavior, parts.rows.obs_mask
-    # Where nothing was seen the posterior is the prior, which says nothing about either.
+    # Without an observation the posterior equals the prior, which says nothing about either of them.
     seen = torch.ones_like(parts.kl) if mask is None else mask.float()
     imagined, replayed = behavior.returns, parts.replay_returns
     edge = symlog(bins[-1])
@@ -92,7 +92,7 @@ def health_metrics(parts: LossParts, config: DreamerV3Config, bins: Tensor) -> t
         "value_over_rewards": value_over_rewards(
             imagined, torch.ones_like(imagined), bound, behavior.norm.scale / bound
         ),
-        # Replayed returns hold the real rewards, and are too few to be seen among the imagined ones.
+        # Replayed returns contain the real rewards, but are too few to matter in a joint average with imagined ones.
         "values_at_edge": torch.maximum(
             share_at_edge(imagined, torch.ones_like(imagined), edge),
             share_at_edge(replayed, torch.ones_like(replayed), edge),
@@ -103,16 +103,17 @@ def health_metrics(parts: LossParts, config: DreamerV3Config, bins: Tensor) -> t
 
 
 def share_at_free_nats(kl: Tensor, probs: Tensor, counted: Tensor, free_nats: float) -> Tensor:
-    """Share of steps whose latents carry no more than what is free.
+    """Computes the fraction of steps whose latents carry no more information than the free nats.
 
-    A step counts if neither the prior nor the batch's average would be a worse guess of its latents than the free nats
-    allow. The first alone is no illness: where the world is easy to predict, a good prior is always that close.
+    This is the case if the KL divergence of a step's posterior is within the free nats both from the prior and from the
+    average posterior of the batch. The first condition alone is not a problem: if the environment is easy to predict, a
+    good prior is always that close.
 
     Args:
-        kl: From the prior to the posterior. `[B, T]`
-        probs: Of the posterior. `[B, T, S, C]`
-        counted: 1 or 0. `[B, T]`
-        free_nats: Below this the KL costs nothing.
+        kl: KL divergence of the posterior from the prior. `[B, T]`
+        probs: Probabilities of the posterior. `[B, T, S, C]`
+        counted: 1 for steps that count, else 0. `[B, T]`
+        free_nats: KL divergence below which the loss is constant.
     """
     free = max(free_nats, _LEAST_NATS)
     mean = _mean_probs(probs, counted)
@@ -121,14 +122,15 @@ def share_at_free_nats(kl: Tensor, probs: Tensor, counted: Tensor, free_nats: fl
 
 
 def unused_codes(probs: Tensor, counted: Tensor, unimix: float) -> Tensor:
-    """Share of codes that no step of the batch uses, of those that could be spared: each latent needs one.
+    """Computes the fraction of codes that no step of the batch uses, among all but one code of each latent.
 
-    A code is used if the mean of its probabilities, without the unimix, is at least a hundredth of 1 / C.
+    One code of each latent is not counted, because every latent needs at least one. A code is used if its mean
+    probability, without the unimix, is at least a hundredth of 1 / C.
 
     Args:
-        probs: Of the posterior. `[B, T, S, C]`
-        counted: 1 or 0. `[B, T]`
-        unimix: Share of the uniform distribution in `probs`, which every code has anyway.
+        probs: Probabilities of the posterior. `[B, T, S, C]`
+        counted: 1 for steps that count, else 0. `[B, T]`
+        unimix: Weight of the uniform distribution in `probs`, which every code receives.
     """
     groups, classes = probs.shape[-2:]
     own = _mean_probs(probs, counted) - unimix / classes
@@ -137,12 +139,13 @@ def unused_codes(probs: Tensor, counted: Tensor, unimix: float) -> Tensor:
 
 
 def randomness(entropy: Tensor, lowest: float, highest: float) -> Tensor:
-    """Mean entropy, 0 for the least and 1 for the greatest that the policy can have.
+    """Computes the mean entropy, rescaled to 0 for the lowest and 1 for the highest possible entropy.
 
     Args:
-        entropy: In nats. `[...]`
-        lowest: Of a policy without any exploration.
-        highest: Of a policy without any preference; where it is no more than that, there is nothing to choose: 1.
+        entropy: Entropy of the policy in nats. `[...]`
+        lowest: Entropy of a policy without exploration.
+        highest: Entropy of a policy without preference. If it is not above `lowest`, there is no choice of actions, and
+            the result is 1.
     """
     if highest <= lowest:
         return torch.ones((), device=entropy.device)
@@ -150,6 +153,6 @@ def randomness(entropy: Tensor, lowest: float, highest: float) -> Tensor:
 
 
 def _mean_probs(probs: Tensor, counted: Tensor) -> Tensor:
-    """Mean over the steps that count. `[B, T, S, C]`, `[B, T]` → `[S, C]`"""
+    """Computes the mean over the steps that count. `[B, T, S, C]`, `[B, T]` → `[S, C]`"""
     weights = (counted / counted.sum().clamp(min=1.0))[..., None, None]
     return (weights * probs).sum((0, 1))

@@ -1,4 +1,4 @@
-"""One computation of DreamerV3's losses: the random draws that go into it, and everything that comes out."""
+"""Random draws and results of one computation of DreamerV3's losses."""
 
 from __future__ import annotations
 
@@ -14,33 +14,38 @@ from worldflux.nn.distributions import OneHot, PolicyDistribution
 
 @dataclass(frozen=True)
 class Draws:
-    """Random draws of one loss computation; given, they make it reproduce a recorded one."""
+    """Random draws of one computation of the losses. Passed to it, they reproduce a recorded computation."""
 
     stoch: Tensor
     """Classes of the posterior samples. `[B, T, S]`"""
     imagined_stoch: Tensor
     """Classes of the imagined samples; index 0 is not used. `[B * K, H+1, S]`"""
     imagined_actions: Tensor
-    """`[B * K, H+1, A]`"""
+    """Actions of the policy in imagination. `[B * K, H+1, A]`"""
 
 
 @dataclass(frozen=True)
 class LossParts:
-    """All losses before they are averaged, and what they were computed from."""
+    """All losses before averaging, and the quantities from which they were computed."""
 
     losses: dict[str, Tensor]
-    """Per step: `[B, T]`; with K steps to imagine from, actor and critic `[B, K]`, `"replay_critic"` `[B, K-1]`."""
+    """Losses per step `[B, T]`. With K start steps of imagination, those of the actor and the critic are `[B, K]`, and
+    `"replay_critic"` is `[B, K-1]`."""
     reconstruction: dict[str, Tensor]
-    """Of each observation key; their sum is `losses["reconstruction"]`. `[B, T]`"""
+    """Reconstruction loss of each observation key; the sum is `losses["reconstruction"]`. `[B, T]`"""
     rows: ArrivalRows
+    """Batch in DreamerV3's alignment."""
     observed: Observed
+    """Posterior states along the windows."""
     posterior: OneHot
-    """Over `[B, T, S, C]`"""
+    """Posterior distributions, over `[B, T, S, C]`."""
     kl: Tensor
-    """Before the free nats. `[B, T]`"""
+    """KL divergence before applying the free nats. `[B, T]`"""
     imagined: Imagined
+    """Imagined rollouts."""
     policy: PolicyDistribution
-    """At each imagined feature; over `[B * K, H+1, A]`"""
+    """Policy at each imagined feature, over `[B * K, H+1, A]`."""
     behavior: ImaginationLosses
+    """Losses of the imagined steps."""
     replay_returns: Tensor
-    """`[B, K-1]`"""
+    """Targets of the critic on replayed steps. `[B, K-1]`"""

@@ -1,4 +1,4 @@
-"""Returns and their normalisation: tensors in, tensors out."""
+"""Lambda returns and running percentiles for their normalisation."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor
 def lambda_return(
     reward: Tensor, discount: Tensor, lam: Tensor | float, bootstrap: Tensor, *, trace: Tensor | None = None
 ) -> Tensor:
-    """TD(lambda) targets, worked backwards from `target[T-1] = bootstrap[T-1]`:
+    """Computes TD(lambda) targets backwards from `target[T-1] = bootstrap[T-1]`:
 
         target[t] = reward[t+1] + discount[t+1] * ((1 - lam[t+1]) * bootstrap[t+1] + lam[t+1] * target[t+1])
 
-    Rewards and discounts stand at the step that they lead *to*; their first entries are not used.
+    Rewards and discounts are stored at the step that they lead *to*; their first entries are not used.
 
     Args:
-        reward: Received on arriving at each step. `[N, T]`
-        discount: Weight of everything from that step on; 0 where the episode terminated there. `[N, T]`
-        lam: 0 trusts the bootstrap after one step, 1 trusts the sequence to its end.
-        bootstrap: Estimate of the return from each step on. `[N, T]`
-        trace: Multiplies `lam` per step; 0 where the episode ends there. `[N, T]`
+        reward: Reward on arriving at each step. `[N, T]`
+        discount: Weight of everything from that step onwards; 0 where the episode terminated on arriving. `[N, T]`
+        lam: Lambda: 0 uses the bootstrap after one step, 1 uses the whole sequence.
+        bootstrap: Estimate of the return from each step onwards. `[N, T]`
+        trace: Factor on `lam` for each step; 0 where the episode ends. `[N, T]`
 
     Returns:
         Targets of the first T-1 steps. `[N, T-1]`
@@ -41,20 +41,20 @@ def lambda_return(
 
 
 def update_percentiles(low: Tensor, high: Tensor, values: Tensor, rate: float) -> tuple[Tensor, Tensor]:
-    """Running 5th and 95th percentiles, moved towards those of `values`; no bias correction.
+    """Moves running 5th and 95th percentiles towards those of `values`, without bias correction.
 
     Args:
         low: Running 5th percentile. `[]`
         high: Running 95th percentile. `[]`
-        values: Any shape.
-        rate: Share of the new percentiles.
+        values: Values of any shape.
+        rate: Weight of the new percentiles.
 
     Returns:
-        The new low and high, without gradient.
+        The updated `low` and `high`, without gradient.
 
     Source: DreamerV3, arXiv:2301.04104, return normalisation.
     """
-    # Made on the device: a tensor from Python numbers would be a copy that the host waits for.
+    # Created on the device: a tensor from Python numbers would require a copy for which the host waits.
     shares = torch.linspace(0.05, 0.95, 2, device=values.device)
     quantiles = torch.quantile(values.detach().float().flatten(), shares)
     return torch.lerp(low, quantiles[0], rate), torch.lerp(high, quantiles[1], rate)

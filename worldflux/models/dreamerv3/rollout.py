@@ -1,4 +1,4 @@
-"""The policy rolled out in the model, which is where the actor and the critic learn."""
+"""Rollouts of the policy in the model, on which the actor and the critic are trained."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from worldflux.models.dreamerv3.rssm import RSSM
 
 @torch.no_grad()
 def roll_out(rssm: RSSM, actor: Actor, deter: Tensor, stoch: Tensor, horizon: int, draws: Draws | None) -> Imagined:
-    """Imagines from replayed states, acting with the policy; without gradient.
+    """Rolls out the policy in the model from replayed states, without gradient.
 
     Args:
-        rssm: The model.
-        actor: The policy.
-        deter: `[N, D]`
-        stoch: `[N, S, C]`
-        horizon: H, steps.
-        draws: Replaces the random draws.
+        rssm: Sequence model.
+        actor: Policy.
+        deter: Deterministic part of the initial states. `[N, D]`
+        stoch: Stochastic part of the initial states. `[N, S, C]`
+        horizon: Number of steps H.
+        draws: Random draws to use instead of sampling.
     """
     if rssm.takes_fast_form(actor, forwards=[Actor.forward]):
         return Imagined(*fast.roll_out(rssm, actor, deter, stoch, horizon, draws))

@@ -1,4 +1,4 @@
-"""The recurrent state-space model: a block-diagonal GRU with categorical latents.
+"""Recurrent state-space model: a block-diagonal GRU with categorical latents.
 
 Source: DreamerV3, arXiv:2301.04104, and its reference implementation.
 """
@@ -21,25 +21,25 @@ class Observed(NamedTuple):
     """Posterior states along replayed windows."""
 
     deter: Tensor
-    """`[B, T, D]`"""
+    """Deterministic parts of the states. `[B, T, D]`"""
     stoch: Tensor
-    """Samples with straight-through gradients. `[B, T, S, C]`"""
+    """Samples of the latents with straight-through gradients. `[B, T, S, C]`"""
     logits: Tensor
     """Posterior logits. `[B, T, S, C]`"""
 
 
 class RSSM(nn.Module):
-    """Sequence model over `deter` `[B, D]` and one-hot `stoch` `[B, S, C]`.
+    """Sequence model whose states consist of `deter` `[B, D]` and one-hot `stoch` `[B, S, C]`.
 
     Args:
-        deter_dim: D, divisible by `blocks`.
+        deter_dim: Width D of the deterministic part; divisible by `blocks`.
         hidden_dim: Width of all hidden layers.
-        groups: S, categorical rows.
-        classes: C, classes of each row.
-        blocks: Blocks of the GRU.
-        unimix: Share of the uniform distribution in the latents' probabilities.
-        action_dim: A
-        embed_dim: E, width of the encoder's output.
+        groups: Number of categorical latents S.
+        classes: Number of classes C of each latent.
+        blocks: Number of blocks of the GRU.
+        unimix: Weight of the uniform distribution in the latents' probabilities.
+        action_dim: Number of action dimensions A.
+        embed_dim: Width E of the encoder's output.
     """
 
     def __init__(
@@ -69,38 +69,40 @@ class RSSM(nn.Module):
         self.prior_out = Linear(hidden_dim, stoch_dim)
         self.functions = fast.CompiledFunctions()
         self.fast = True
-        """False: the plain computations that the fast ones are tested against."""
+        """Whether the fast implementations may be used. False always uses the plain computations of this class."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "functions": fast.CompiledFunctions()}  # compiled functions stay in their process
 
     def takes_fast_form(self, *heads: nn.Module, forwards: Sequence[Callable[..., Any]] = ()) -> bool:
-        """Whether the forms in `fast/` may stand for the functions below: they are wanted, and nothing was replaced.
+        """Returns whether the implementations in `fast/` may replace the methods below.
+
+        They must be enabled, and nothing that they bypass may be overridden or hooked.
 
         Args:
-            *heads: Further modules whose weights the fast form reads.
-            forwards: The `forward` that each of them must have for that.
+            *heads: Further modules whose weights the fast implementation reads.
+            forwards: The `forward` methods that these modules must have.
         """
         return fast.applies(self, _STEPS, heads, forwards)
 
     def initial(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        """The zero state. `[B, D]`, `[B, S, C]`"""
+        """Returns the zero state. `[B, D]`, `[B, S, C]`"""
         weight = self.hidden_norm.scale
         return weight.new_zeros(batch_size, self.deter_dim), weight.new_zeros(batch_size, self.groups, self.classes)
 
     def dist(self, logits: Tensor) -> OneHot:
-        """The latent distribution of prior or posterior logits `[..., S, C]`."""
+        """Returns the distribution of the latents for prior or posterior logits `[..., S, C]`."""
         return OneHot(logits, self.unimix)
 
     # One step
 
     def core(self, deter: Tensor, stoch: Tensor, actions: Tensor) -> Tensor:
-        """One step of the recurrence.
+        """Computes one step of the recurrence.
 
         Args:
-            deter: `[B, D]`
-            stoch: `[B, S, C]`
-            actions: `[B, A]`; magnitudes above 1 are brought back to 1.
+            deter: Deterministic part of the state. `[B, D]`
+            stoch: Stochastic part of the state. `[B, S, C]`
+            actions: Actions; magnitudes above 1 are rescaled to 1. `[B, A]`
 
         Returns:
             The next `deter`. `[B, D]`
@@ -109,21 +111,21 @@ class RSSM(nn.Module):
             [self.deter_in(deter), self.stoch_in(stoch.flatten(1)), self.action_in(bounded(actions))], -1
         )
         pieces = deter.unflatten(-1, (self.blocks, -1))
-        pieces = torch.cat([pieces, shared.unsqueeze(1).expand(-1, self.blocks, -1)], -1)  # each block sees all of it
+        pieces = torch.cat([pieces, shared.unsqueeze(1).expand(-1, self.blocks, -1)], -1)  # input of each block
         gates = self.gates(self.hidden_norm(self.hidden(pieces.flatten(1))))
-        # Within each block the outputs are reset, candidate and update, one after the other.
+        # The outputs of each block are the reset gate, the candidate and the update gate, in this order.
         reset, candidate, update = gates.unflatten(-1, (self.blocks, 3, -1)).unbind(-2)  # [B, g, D/g] each
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
-        # The bias of -1 makes the cell remember at first.
+        # The bias of -1 favours keeping the old state initially.
         update = torch.sigmoid(update - 1.0)
         return torch.lerp(deter, candidate.flatten(1), update.flatten(1))
 
     def prior(self, deter: Tensor) -> Tensor:
-        """Logits of the latents expected without an observation. `[..., D]` → `[..., S, C]`"""
+        """Computes the logits of the latents without an observation. `[..., D]` → `[..., S, C]`"""
         return self.prior_out(self.prior_in(deter)).unflatten(-1, (self.groups, self.classes))
 
     def posterior(self, deter: Tensor, embed: Tensor) -> Tensor:
-        """Logits of the latents given what was seen. `[..., D]`, `[..., E]` → `[..., S, C]`"""
+        """Computes the logits of the latents given an embedding. `[..., D]`, `[..., E]` → `[..., S, C]`"""
         hidden = self.posterior_in(torch.cat([deter, embed], -1))
         return self.posterior_out(hidden).unflatten(-1, (self.groups, self.classes))
 
@@ -140,18 +142,18 @@ class RSSM(nn.Module):
         obs_mask: Tensor | None = None,
         draws: Tensor | None = None,
     ) -> Observed:
-        """Posterior states along replayed windows; gradients flow through the whole sequence.
+        """Computes posterior states along replayed windows, with gradients through the whole sequence.
 
-        Everything that does not depend on the recurrent state is computed for all time steps at once.
+        The fast implementation computes everything that does not depend on the recurrent state for all steps at once.
 
         Args:
-            deter: State before the first step. `[B, D]`
-            stoch: State before the first step. `[B, S, C]`
+            deter: Deterministic part of the state before the first step. `[B, D]`
+            stoch: Stochastic part of the state before the first step. `[B, S, C]`
             prev_actions: Action that led to each step. `[B, T, A]`
-            embed: Encoder output. `[B, T, E]`
-            is_first: Where true, the state and the previous action are zeroed first. `[B, T]`
-            obs_mask: Where false nothing was seen, and the prior takes the posterior's place. `[B, T]`
-            draws: Classes to use in place of sampling. `[B, T, S]`
+            embed: Output of the encoder. `[B, T, E]`
+            is_first: True where the state and the previous action are first set to zero. `[B, T]`
+            obs_mask: False where there is no observation and the prior replaces the posterior. `[B, T]`
+            draws: Classes to use instead of sampling. `[B, T, S]`
         """
         keep = 1.0 - is_first.to(deter.dtype).unsqueeze(-1)  # [B, T, 1]
         prev_actions = prev_actions * keep
@@ -179,20 +181,20 @@ class RSSM(nn.Module):
 
 
 _STEPS = (RSSM.core, RSSM.prior, RSSM.posterior, RSSM.dist)
-"""What the fast forms compute without calling it."""
+"""Methods that the fast implementations replace without calling them."""
 
 
 def kl_losses(posterior: OneHot, prior: OneHot, free_nats: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The two sides of the KL divergence with free nats; equal in value, different in gradient.
+    """Computes the two losses of the KL divergence with free nats, which have equal values but different gradients.
 
     Args:
-        posterior: `[..., S, C]`
-        prior: `[..., S, C]`
-        free_nats: Below this the loss is constant and has no gradient.
+        posterior: Posterior over `[..., S, C]`.
+        prior: Prior over `[..., S, C]`.
+        free_nats: Divergence below which the losses are constant and have no gradient.
 
     Returns:
         Dynamics loss `max(free, KL(sg(post) || prior))`, representation loss `max(free, KL(post || sg(prior)))`, and
-        the divergence itself without gradient. `[...]` each
+        the divergence itself without gradient, `[...]` each.
     """
     dynamics = posterior.detach().kl(prior)
     representation = posterior.kl(prior.detach())

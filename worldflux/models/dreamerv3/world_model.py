@@ -36,9 +36,9 @@ from worldflux.replay.batch import Batch, Observation
 
 
 class DreamerV3(WorldModel):
-    """The DreamerV3 agent's networks and losses.
+    """Networks and losses of the DreamerV3 agent.
 
-    States have `deter` `[B, D]`, `stoch` `[B, S, C]` (one-hot) and `logits` `[B, S, C]`.
+    States consist of `deter` `[B, D]`, `stoch` `[B, S, C]` (one-hot) and `logits` `[B, S, C]`.
     """
 
     config_class: ClassVar[type[DreamerV3Config]] = DreamerV3Config
@@ -72,18 +72,18 @@ class DreamerV3(WorldModel):
 
     @property
     def discount(self) -> float:
-        """Weight of the next step, `1 - 1 / discount_horizon`."""
+        """Discount per step, `1 - 1 / discount_horizon`."""
         return 1.0 - 1.0 / self.config.discount_horizon
 
     # States
 
     def initial_state(self, batch_size: int) -> State:
-        """The zero state, which every episode starts from."""
+        """Returns the zero state, from which every episode starts."""
         deter, stoch = self.rssm.initial(batch_size)
         return State({"deter": deter, "stoch": stoch, "logits": torch.zeros_like(stoch)})
 
     def encode(self, obs: Observation, *, deterministic: bool = False) -> State:
-        """State after the first observation of an episode `[B, ...]`."""
+        """Returns the state after the first observation of an episode `[B, ...]`."""
         batch = next(iter(self._observations(obs, leading=1).values())).shape[0]
         action = torch.zeros(batch, self.config.action_dim, device=self.device)
         is_first = torch.ones(batch, dtype=torch.bool, device=self.device)
@@ -98,14 +98,14 @@ class DreamerV3(WorldModel):
         is_first: Tensor | None = None,
         deterministic: bool = False,
     ) -> State:
-        """State after an action `[B, A]` and the observation `[B, ...]` that it led to; see `WorldModel.update`."""
+        """Returns the state after an action `[B, A]` and the resulting observation; see `WorldModel.update`."""
         deter, stoch = state["deter"], state["stoch"]
         tensors = self._observations(obs, leading=1, rows=len(deter))
         self._check_actions(action, len(deter))
         if is_first is not None:
             if is_first.shape != deter.shape[:1]:
                 raise ShapeMismatchError(f"is_first has shape {list(is_first.shape)}, expected [{len(deter)}].")
-            first = is_first.bool().unsqueeze(-1)  # whose state does not matter, NaN included
+            first = is_first.bool().unsqueeze(-1)  # the states of these rows are ignored, even NaN
             deter, stoch, action = (
                 deter.masked_fill(first, 0.0),
                 stoch.masked_fill(first.unsqueeze(-1), 0.0),
@@ -117,7 +117,7 @@ class DreamerV3(WorldModel):
         return self._state(deter, logits, deterministic)
 
     def transition(self, state: State, action: Tensor, *, deterministic: bool = False) -> State:
-        """State that the model expects after an action `[B, A]`."""
+        """Returns the state that the model predicts after an action `[B, A]`."""
         self._check_actions(action, len(state["deter"]))
         with self._autocast():
             deter = self.rssm.core(state["deter"], state["stoch"], action.float())
@@ -125,11 +125,11 @@ class DreamerV3(WorldModel):
         return self._state(deter, logits, deterministic)
 
     def decode(self, state: State) -> dict[str, Any]:
-        """What a state predicts.
+        """Returns predictions for a state.
 
         Returns:
-            `"obs"`: in the observation's own form, images as floats in [0, 1]; `"reward"`: received on arriving at the
-            state `[B]`; `"continue"`: probability that the episode goes on there, without the discount `[B]`.
+            `"obs"`: observation in its own structure, with images as floats in [0, 1]; `"reward"`: reward on arriving
+            at the state `[B]`; `"continue"`: probability that the episode continues there, without the discount `[B]`.
         """
         stoch = state["stoch"].flatten(-2)
         with self._autocast():
@@ -142,7 +142,7 @@ class DreamerV3(WorldModel):
         }
 
     def rollout(self, state: State, actions: Tensor, *, deterministic: bool = False) -> Trajectory:
-        """Open-loop prediction of a sequence of actions `[H, B, A]`, of at least one step."""
+        """Predicts the results of a sequence of at least one action `[H, B, A]` open loop."""
         if actions.ndim != 3 or len(actions) == 0:
             raise ShapeMismatchError(
                 f"actions have shape {list(actions.shape)}, expected [H, B, A] with H of at least 1."
@@ -154,33 +154,35 @@ class DreamerV3(WorldModel):
         return self._trajectory(states)
 
     def policy(self, state: State, deterministic: bool = False) -> Tensor:
-        """Actions of the actor `[B, A]`; continuous draws may leave [-1, 1], and the environment's side clips them."""
+        """Returns actions of the actor `[B, A]`. Samples of continuous actions may lie outside [-1, 1] and
+        are clipped before they reach the environment.
+        """
         with self._autocast():
             dist = self.actor(self.features(state))
         return dist.mode if deterministic else dist.sample()
 
     def value(self, state: State) -> Tensor:
-        """The critic's estimate, discounted by `discount` per step. `[B]`"""
+        """Returns the critic's estimate of the return, discounted by `discount` per step. `[B]`"""
         with self._autocast():
             return self.critic(self.features(state)).mean
 
     def features(self, state: State) -> Tensor:
-        """What the heads read: `[deter, flat(stoch)]`. `[..., F]`"""
+        """Returns the input of the heads, `[deter, flat(stoch)]`. `[..., F]`"""
         return _features(state["deter"], state["stoch"])
 
     # Learning
 
     def loss(self, batch: Batch) -> LossOutput:
-        """World-model, actor and critic losses of replayed windows.
+        """Computes the losses of the world model, the actor and the critic on replayed windows.
 
-        If the batch's extras hold the latents of its rows (`replay_extras`), the first row of each window is context:
-        its latents start the recurrence, and the others are trained. Otherwise all rows are trained from the initial
-        state.
+        If the extras of the batch contain the latents of its rows (`replay_extras`), the first row of each window is
+        context: its latents initialise the recurrence, and the other rows are trained. Otherwise all rows are trained,
+        starting from the initial state.
         """
         return self._reduce(self.loss_parts(batch))
 
     def loss_parts(self, batch: Batch, draws: Draws | None = None) -> LossParts:
-        """All losses before averaging; `draws` replaces the random draws."""
+        """Computes all losses before averaging; `draws` replaces the random draws."""
         self._observations(batch.obs, leading=2)
         self._check_actions(batch.actions, *batch.rewards.shape)
         has_context = "deter" in batch.extras
@@ -192,7 +194,7 @@ class DreamerV3(WorldModel):
     def _loss_parts(self, rows: ArrivalRows, deter: Tensor, stoch: Tensor, draws: Draws | None) -> LossParts:
         c = self.config
         B, T = rows.is_first.shape
-        K = min(c.imag_last or T, T)  # steps to imagine from
+        K = min(c.imag_last or T, T)  # number of steps from which imagination starts
 
         # World model
         flat_obs = {k: v.flatten(0, 1) for k, v in rows.obs.items()}
@@ -218,14 +220,14 @@ class DreamerV3(WorldModel):
         target = (1.0 - rows.is_terminal) * self.discount
         cont_loss = F.binary_cross_entropy_with_logits(self.continue_head(feat), target, reduction="none")
 
-        # Behaviour: policy and value losses reach the policy and the value only
+        # Behaviour: the losses of the policy and the value only reach the policy and the value
         with torch.no_grad():
             deter, stoch = observed.deter[:, -K:].flatten(0, 1), observed.stoch[:, -K:].flatten(0, 1)
             imagined = roll_out(self.rssm, self.actor, deter, stoch, c.imagination_horizon, draws)
-            by_step = imagined.feat.transpose(0, 1)  # [H+1, N, F], as it lies in memory
+            by_step = imagined.feat.transpose(0, 1)  # [H+1, N, F], the order in memory
             predicted = in_portions(self._predict, by_step.flatten(0, 1), size=PORTION).unflatten(0, by_step.shape[:2])
             reward, cont, slow_value = (x.t() for x in predicted.unbind(-1))
-        # Some versions of torch would take weights that autocast cached without gradient where they need one.
+        # Some versions of torch would reuse weights that autocast cached without gradient where gradients are needed.
         torch.clear_autocast_cache()
         if give_by_stacks(self.critic, self.actor):
             critic_hidden, actor_hidden = stacked_mlps([self.critic.mlp, self.actor.mlp], by_step)
@@ -233,7 +235,7 @@ class DreamerV3(WorldModel):
             policy = self.actor.output(actor_hidden.transpose(0, 1))
         else:
             critic, policy = self.critic(imagined.feat), self.actor(imagined.feat)
-        # The fast critic bootstraps; the slow one only holds it back.
+        # Returns are bootstrapped from the critic itself; the slow critic only regularises it.
         with torch.no_grad():
             baseline = critic.mean
         returns, weight = imagined_returns(reward, cont, baseline, lam=c.lambda_)
@@ -249,7 +251,7 @@ class DreamerV3(WorldModel):
             norm=norm,
             entropy_scale=c.entropy_scale,
         )
-        # The critic on replayed steps, bootstrapped from the imagined returns; trains the features as well
+        # The critic on replayed steps, bootstrapped from the imagined returns; this loss also trains the features
         replay_critic, replay_returns = replay_critic_loss(
             rewards=rows.rewards[:, -K:],
             is_terminal=rows.is_terminal[:, -K:],
@@ -284,20 +286,19 @@ class DreamerV3(WorldModel):
         )
 
     def loss_scale(self, name: str) -> float:
-        """Weight of a loss; `kl_balance` splits the KL's between the prior and the posterior."""
+        """Returns the weight of a loss; `kl_balance` divides that of the KL between the prior and the posterior."""
         scales, balance = self.config.loss_scales, self.config.kl_balance
         shares = {"dynamics": balance, "representation": 1.0 - balance}
         return scales["kl"] * shares[name] if name in shares else scales[name]
 
     def _reduce(self, parts: LossParts) -> LossOutput:
-        """Averages over all steps, weights and sums; adds what is logged."""
-        # Steps whose reward lies before the window or whose observation was never recorded do not count in the
-        # averages.
+        """Averages the losses over all steps, computes their weighted sum, and adds metrics for the log."""
+        # Averages exclude steps whose reward lies before the window or whose observation was not recorded.
         known = parts.rows.arrival_known.float().mean().clamp(min=1e-8)
         share = {"reward": known, "continue": known}
         if parts.rows.obs_mask is not None:
             share["reconstruction"] = parts.rows.obs_mask.float().mean().clamp(min=1e-8)
-        # A window of a single step has no replayed transition for the critic: the mean of nothing counts as 0.
+        # A window of a single step has no replayed transition for the critic, whose loss is then 0.
         means = {
             name: (loss.mean() if loss.numel() else loss.sum()) / share.get(name, 1.0)
             for name, loss in parts.losses.items()
@@ -320,28 +321,30 @@ class DreamerV3(WorldModel):
 
     @torch.no_grad()
     def health(self, batch: Batch) -> tuple[HealthMetric, ...]:
-        """What DreamerV3 dies of, measured on a batch; `models/dreamerv3/health.py` says where thresholds come from.
+        """Measures the health metrics of DreamerV3 on a batch; `models/dreamerv3/health.py` explains the thresholds.
 
-        - `kl_at_free_nats`, bad above 0.8: share of steps whose latents carry no more than the free nats.
-        - `unused_codes`, bad above 0.5: share of the latents' classes that no step uses.
-        - `constant_latents`, bad above 0.5: share of the categorical latents that do not vary over the batch.
+        - `kl_at_free_nats`, bad above 0.8: fraction of steps whose latents carry no more than the free nats.
+        - `unused_codes`, bad above 0.5: fraction of the latents' classes that no step uses.
+        - `constant_latents`, bad above 0.5: fraction of the categorical latents that are constant over the batch.
         - `value_over_rewards`, bad above 1: the critic's imagined targets (95th percentile of their magnitudes) or the
-          scale of returns, whichever is larger, over the batch's largest reward earned at every step for ever.
-        - `values_at_edge`, bad above 0.05: share of the critic's targets that its bins can hardly express; of imagined
-          and replayed ones, whichever is larger.
-        - `policy_randomness`, bad below 0.001: entropy of the policy, from the least possible (0) to the most (1).
+          scale of returns, whichever is larger, divided by the return of earning the batch's largest reward in every
+          step forever.
+        - `values_at_edge`, bad above 0.05: fraction of the critic's targets at the edge of its bins or beyond; the
+          larger one of imagined and replayed targets.
+        - `policy_randomness`, bad below 0.001: entropy of the policy, rescaled from the lowest possible (0) to the
+          highest (1).
         """
         return health_metrics(self.loss_parts(batch), self.config, self.critic.bins)
 
     def imagine(self, state: State, horizon: int) -> tuple[Trajectory, Tensor]:
-        """Open-loop prediction with the policy's own actions.
+        """Rolls out the policy in the model open loop.
 
         Args:
-            state: `[B, ...]`
-            horizon: H, steps.
+            state: Initial state. `[B, ...]`
+            horizon: Number of steps H.
 
         Returns:
-            What each action leads to, and the actions `[H, B, A]`.
+            The predicted trajectory, and the actions `[H, B, A]`.
         """
         states, actions = [], []
         for _ in range(horizon):
@@ -351,12 +354,12 @@ class DreamerV3(WorldModel):
         return self._trajectory(states), torch.stack(actions)
 
     def compile_functions(self) -> None:
-        """Compiles the steps of the recurrence, along windows and in imagination."""
+        """Compiles the steps of the recurrence along replayed windows and in imagination."""
         self.rssm.functions = self.rssm.functions.compiled()
 
     @property
     def optimizer_spec(self) -> OptimizerSpec:
-        """LaProp with adaptive gradient clipping, arXiv:2301.04104."""
+        """LaProp with adaptive gradient clipping, as in arXiv:2301.04104."""
         return OptimizerSpec(
             kind="laprop",
             learning_rate=self.config.learning_rate,
@@ -368,7 +371,7 @@ class DreamerV3(WorldModel):
 
     @torch.no_grad()
     def after_step(self, outputs: Sequence[LossOutput]) -> None:
-        """Commits the return normaliser and moves the slow critic towards the critic."""
+        """Updates the return normaliser and moves the slow critic towards the critic."""
         super().after_step(outputs)
         slow: list[Tensor] = list(self.slow_critic.parameters())
         fast: list[Tensor] = list(self.critic.parameters())
@@ -377,7 +380,7 @@ class DreamerV3(WorldModel):
     # Replay and acting
 
     def online_defaults(self) -> OnlineDefaults:
-        """The reference's numbers: train ratio 1024 on vectors and 256 on images, batches of 16 windows of 64."""
+        """Returns the reference's settings: train ratio 1024 for vectors and 256 for images, 16 windows of 64 steps."""
         return OnlineDefaults(
             train_ratio=256.0 if self.encoder.layout.images else 1024.0,
             batch_size=16,
@@ -388,13 +391,13 @@ class DreamerV3(WorldModel):
         )
 
     def replay_extras(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-        """The recurrent state: `deter` in half precision, `stoch` as class numbers from 1 (0: nothing stored)."""
+        """Returns the format of stored states: `deter` in half precision, `stoch` as classes from 1 (0: not stored)."""
         c = self.config
         classes = np.dtype(np.uint8 if c.stoch_classes < 256 else np.int32)
         return {"deter": ((c.deter_dim,), np.dtype(np.float16)), "stoch": ((c.stoch_discrete,), classes)}
 
     def extras_from_state(self, state: State) -> dict[str, Tensor]:
-        """What `replay_extras` stores for a state `[B, ...]`."""
+        """Returns the values of `replay_extras` for a state, `[B, ...]` each."""
         return self._extras(state["deter"], state["stoch"])
 
     def _extras(self, deter: Tensor, stoch: Tensor) -> dict[str, Tensor]:
@@ -402,9 +405,9 @@ class DreamerV3(WorldModel):
         return {"deter": deter.to(torch.float16), "stoch": (stoch.argmax(-1) + 1).to(dtype)}
 
     def _context(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The stored state of each window's first row. `[B, D]`, `[B, S, C]`"""
+        """Returns the stored state of each window's first row. `[B, D]`, `[B, S, C]`"""
         deter = batch.extras["deter"][:, 0].float()
-        # One class more, cut off again: rows without a stored state get the zero vector.
+        # Class 0 is encoded and cut off, so that rows without a stored state get the zero vector.
         stoch = F.one_hot(batch.extras["stoch"][:, 0].long(), self.config.stoch_classes + 1)[..., 1:].float()
         return deter, stoch
 
@@ -412,19 +415,19 @@ class DreamerV3(WorldModel):
 
     def _state(self, deter: Tensor, logits: Tensor, deterministic: bool) -> State:
         dist = self.rssm.dist(logits)
-        # A class is found in NaN, too: whoever reads the state shall see that there is none.
+        # Sampling also gives a class for NaN logits; adding them keeps the NaN visible in the state.
         stoch = torch.add(dist.mode if deterministic else dist.sample(), logits, alpha=0.0)
         return State({"deter": deter, "stoch": stoch, "logits": logits})
 
     def _trajectory(self, states: Sequence[State]) -> Trajectory:
-        """What the heads read off the states after each action; the discount is taken out of the continuation."""
+        """Returns the predictions of the heads for the states after each action, with continuation undiscounted."""
         stacked = State.stack(states)
         with self._autocast():
             reward, cont = self._reward_and_continue(self.features(stacked))
         return Trajectory(stacked, reward, (cont / self.discount).clamp(max=1.0))
 
     def _predict(self, feat: Tensor) -> Tensor:
-        """Reward, probability of going on, and the slow critic's value, at features `[N, F]`. `[N, 3]`"""
+        """Predicts reward, continuation probability and the slow critic's value for features `[N, F]`. `[N, 3]`"""
         heads: tuple[Any, ...] = (self.reward_head, self.continue_head, self.slow_critic)
         if give_by_stacks(*heads):
             hidden = stacked_mlps([head.mlp for head in heads], feat)
@@ -434,10 +437,10 @@ class DreamerV3(WorldModel):
         return torch.stack([reward.mean, torch.sigmoid(cont), value.mean], -1)
 
     def _reward_and_continue(self, feat: Tensor) -> tuple[Tensor, Tensor]:
-        """Reward and (discounted) probability of going on, at features `[..., F]`."""
+        """Predicts reward and (discounted) continuation probability for features `[..., F]`."""
         return self.reward_head(feat).mean, torch.sigmoid(self.continue_head(feat))
 
 
 def _features(deter: Tensor, stoch: Tensor) -> Tensor:
-    """`[..., D]`, `[..., S, C]` → `[..., D + S * C]`"""
+    """Concatenates `[..., D]` and the flattened `[..., S, C]` to `[..., D + S * C]`."""
     return torch.cat([deter, stoch.flatten(-2)], -1)

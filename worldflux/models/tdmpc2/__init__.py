@@ -1,1 +1,1 @@
-"""TD-MPC2: implicit world model, value ensemble and policy prior."""
+"""TD-MPC2: implicit world model, ensemble of value networks, and policy prior."""

@@ -1,16 +1,16 @@
-"""The one place where replayed rows become what TD-MPC2 learns from: starts with a few steps ahead of each.
+"""Conversion of replayed rows to TD-MPC2's windows, which happens only here: first states and the steps after them.
 
-A row of the buffer holds an observation, the action taken there and what it led to; the observation that it led to is
-in the next row. H steps thus need H+1 rows. The reference takes only windows that lie within one episode. Here a window
-may run over an episode's end, as it must where episodes are shorter than the horizon:
+A row of the buffer holds an observation, the action taken there and its results; the next observation is in the next
+row. H steps therefore need H+1 rows. The reference implementation only takes windows within one episode. Here a window
+may extend beyond the end of an episode, which is necessary if episodes are shorter than the horizon:
 
     row          0     1     2     3          H = 3
     obs          o1    o2    o0'   o1'        o2 is the last observation of its episode
     is_first     0     0     1     0
-    reached      1     1     0     0          rows that belong to the episode of row 0: states
-    steps           1     0     0             steps from one such row to the next: transitions
+    states       1     1     0     0          rows that belong to the episode of row 0
+    steps           1     0     0             transitions between such rows
 
-What is not reached counts in no loss. Within one episode everything is reached, and the losses are the reference's.
+Other rows and transitions count in no loss. Within one episode all of them count, and the losses equal the reference's.
 """
 
 from __future__ import annotations
@@ -27,44 +27,45 @@ from worldflux.replay.batch import Batch
 
 @dataclass(frozen=True)
 class Windows:
-    """Starts and the steps ahead of them, in TD-MPC2's own shapes: N windows of H steps."""
+    """Windows of H steps in TD-MPC2's own shapes; N is the number of windows."""
 
     obs: dict[str, Tensor]
-    """`[N, H+1, ...]` each"""
+    """Observations by key, `[N, H+1, ...]` each."""
     actions: Tensor
-    """`[N, H, A]`"""
+    """Actions. `[N, H, A]`"""
     rewards: Tensor
-    """`[N, H]`"""
+    """Rewards. `[N, H]`"""
     terminated: Tensor
-    """1 where the step ended the episode for good. `[N, H]` float"""
+    """1 where the step terminated the episode, else 0. `[N, H]` float"""
     steps: Tensor
-    """1 where the step lies within the start's episode. `[N, H]` float"""
+    """1 where the step belongs to the first row's episode, else 0. `[N, H]` float"""
     arrived: Tensor
-    """1 where moreover the observation after it was recorded. `[N, H]` float"""
+    """1 where also the observation after the step was recorded, else 0. `[N, H]` float"""
     states: Tensor
-    """1 where the row belongs to the start's episode and its observation was recorded. `[N, H+1]` float"""
+    """1 where the row belongs to the first row's episode and its observation was recorded, else 0. `[N, H+1]` float"""
     task: Tensor | None
     """Task of each window; None for a single task. `[N]` int64"""
 
     @property
     def targets(self) -> Tensor:
-        """1 where the value's target is known: nothing is bootstrapped from an unrecorded observation. `[N, H]`"""
+        """1 where the value's target is known, that is, not bootstrapped from an unrecorded observation. `[N, H]`"""
         return torch.where(self.terminated > 0, self.steps, self.arrived)
 
 
 def windows(batch: Batch, horizon: int, *, multitask: bool) -> Windows:
     """Cuts a batch into windows of `horizon` steps.
 
-    Longer rows of a batch give several windows, each starting where the one before it ends; what is left at the end
-    for less than a window is not used. With 50 rows and 3 steps these are 16.
+    Longer sequences of a batch give several windows, each starting where the previous one ends; a remainder that is too
+    short for a window is not used. 50 rows and 3 steps, for example, give 16 windows.
 
     Args:
-        batch: `[B, T, ...]` with T of at least `horizon + 1`; for several tasks, `extras["task"]` holds their numbers.
-        horizon: H
+        batch: Batch `[B, T, ...]` with T of at least `horizon + 1`. With several tasks, `extras["task"]` contains the
+            index of the task of each row.
+        horizon: Number of steps H in each window.
         multitask: Whether there are several tasks.
 
     Raises:
-        ShapeMismatchError: If the batch is too short, or has no tasks where there are several.
+        ShapeMismatchError: If the batch is too short, or if it has no tasks although there are several.
     """
     if batch.seq_len < horizon + 1:
         raise ShapeMismatchError(
@@ -73,7 +74,7 @@ def windows(batch: Batch, horizon: int, *, multitask: bool) -> Windows:
         )
     if multitask and "task" not in batch.extras:
         raise ShapeMismatchError(
-            "The batch has no extras['task'], expected each row's task [B, T], because the model has several."
+            "The batch has no extras['task'], expected the task of each row [B, T], because the model has several."
         )
     if batch.is_first is None:
         batch = with_final_rows(batch)
@@ -83,15 +84,15 @@ def windows(batch: Batch, horizon: int, *, multitask: bool) -> Windows:
     index = index + torch.arange(horizon + 1, device=batch.rewards.device)  # [count, H+1]
 
     def cut(x: Tensor) -> Tensor:
-        """`[B, T, ...]` → `[B * count, H+1, ...]`"""
+        """Cuts `[B, T, ...]` into `[B * count, H+1, ...]`."""
         return x[:, : horizon + 1] if count == 1 else x[:, index].flatten(0, 1)
 
-    # A row belongs to the start's episode until another one begins behind the start.
+    # A row belongs to the first row's episode until another episode begins.
     begun = cut(batch.is_first)[:, 1:].cumsum(1)
     steps = begun == 0
     seen = torch.ones_like(batch.is_first) if batch.obs_mask is None else batch.obs_mask
     seen = cut(seen)
-    steps = steps & seen[:, :1]  # nothing can be said of what follows an unknown start
+    steps = steps & seen[:, :1]  # nothing can be predicted from an unknown first state
     arrived = steps & seen[:, 1:]
     obs = batch.obs if isinstance(batch.obs, dict) else {"obs": batch.obs}
     task = None

@@ -1,4 +1,4 @@
-"""Observations in, latent states out; and, for pictures, back."""
+"""Encoder of observations into latent states, and an optional decoder."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from worldflux.nn.mish import MishMLP, NormedLinear, mish
 from worldflux.nn.transforms import simnorm
 
 MAX_SHIFT = 3
-"""Pixels that an image is shifted by at most, in each direction."""
+"""Largest shift of an image in pixels, in each direction."""
 
 
 class Encoder(nn.Module):
-    """Observations to latent states.
+    """Encoder of observations into latent states.
 
-    Each key has an encoder of its own, in sorted order: hidden layers for vectors, convolutions for images. What they
-    give is joined and brought to the latent width by one layer with LayerNorm and SimNorm. A single image whose
-    convolutions give as many numbers as the latent state needs no such layer, as in the reference.
+    Each key has its own encoder, in sorted order: hidden layers for vectors, convolutions for images. Their outputs are
+    concatenated and mapped to the latent width by one layer with LayerNorm and SimNorm. A single image needs no such
+    layer if its convolutions have as many outputs as the latent state, as in the reference implementation.
 
     Args:
-        config: Of the model.
-        task_dim: Width of what every vector encoder sees beside its observation; 0 for a single task.
+        config: Configuration of the model.
+        task_dim: Width of the task embedding that every vector encoder takes as additional input; 0 for a single task.
     """
 
     def __init__(self, config: TDMPC2Config, task_dim: int) -> None:
@@ -41,7 +41,7 @@ class Encoder(nn.Module):
         width = 0
         for key, shape in shapes.items():
             if key in self.image_keys:
-                # Beside other features those of an image would be too small to be heard.
+                # Without a norm, the features of an image would be negligible beside other features.
                 conv = ConvEncoder(shape, config.num_channels, normed=several)
                 self.parts.append(conv)
                 width += conv.out_features
@@ -53,12 +53,12 @@ class Encoder(nn.Module):
         self.project = None if direct else NormedLinear(width, config.latent_dim, self.simnorm)
 
     def forward(self, obs: Mapping[str, Tensor], task: Tensor | None, shift: Tensor | None) -> Tensor:
-        """Maps `[N, ...]` for each key to `[N, L]`.
+        """Maps observations, `[N, ...]` for each key, to latent states `[N, L]`.
 
         Args:
-            obs: Images uint8, the others any numbers.
-            task: Embedding of each row's task. `[N, E]`
-            shift: How far each row's images are moved, see `shifted`; None leaves them where they are. `[N, 2]`
+            obs: Observations: uint8 images, and vectors of any dtype.
+            task: Embedding of the task of each row. `[N, E]`
+            shift: Shift of the images of each row, see `shifted`; None does not shift them. `[N, 2]`
         """
         features = []
         for key, part in zip(self.keys, self.parts, strict=True):
@@ -73,19 +73,19 @@ class Encoder(nn.Module):
 
 
 def _hidden_layers(in_features: int, config: TDMPC2Config) -> nn.Module:
-    """All but the last layer of a vector encoder, which the encoders of all keys share."""
+    """Builds all layers of a vector encoder except for the last one, which the encoders of all keys share."""
     count = max(config.num_enc_layers - 1, 1)
     widths = [in_features] + [config.enc_dim] * count
     return nn.Sequential(*(NormedLinear(i, o) for i, o in pairwise(widths)))
 
 
 class ConvEncoder(nn.Module):
-    """Four convolutions with ReLU between them, flattened in the order (channel, row, column).
+    """Four convolutions with ReLU between them, whose output is flattened in the order (channel, row, column).
 
     Args:
-        shape: Of one image `[C, H, W]`.
-        channels: Of every convolution.
-        normed: End with a LayerNorm.
+        shape: Shape of one image `[C, H, W]`.
+        channels: Number of output channels of every convolution.
+        normed: Whether a LayerNorm follows.
     """
 
     KERNELS_AND_STRIDES = ((7, 2), (5, 2), (3, 2), (3, 1))
@@ -113,14 +113,14 @@ class ConvEncoder(nn.Module):
 
 
 def shifted(image: Tensor, shift: Tensor) -> Tensor:
-    """Moves each image by whole pixels; its edge pixels fill what becomes free. `[N, C, H, W]`
+    """Shifts each image by whole pixels and fills the gap with its edge pixels. `[N, C, H, W]`
 
-    The reference pads the image by 3 on each side, repeating its edge, and takes a window of the old size from there by
-    bilinear sampling at whole pixels, which differs from this by rounding only.
+    The reference implementation pads the image by 3 pixels on each side, repeating its edge, and samples a window of
+    the original size bilinearly at whole pixels, which differs from this only by rounding.
 
     Args:
-        image: `[N, C, H, W]`
-        shift: First column and first row of the window in the padded image, 0 to 6; 3 and 3 is the image itself.
+        image: Images to shift. `[N, C, H, W]`
+        shift: First column and first row of the window in the padded image, 0 to 6; 3 and 3 do not shift the image.
             `[N, 2]`
     """
     N, _, H, W = image.shape
@@ -128,12 +128,12 @@ def shifted(image: Tensor, shift: Tensor) -> Tensor:
     columns = (torch.arange(W, device=image.device) + start[:, :1]).clamp(0, W - 1)  # [N, W]
     rows = (torch.arange(H, device=image.device) + start[:, 1:]).clamp(0, H - 1)  # [N, H]
     each = torch.arange(N, device=image.device)[:, None, None]
-    # Indexed axes first, channels last: [N, H, W, C].
+    # Indexing puts the channels last: [N, H, W, C].
     return image.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 class Decoder(nn.Module):
-    """Latent states to observations, to look at what the model imagines; no part of the reference."""
+    """Decoder of latent states into observations, for examining predictions; it is not part of the reference."""
 
     def __init__(self, config: TDMPC2Config) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class Decoder(nn.Module):
         )
 
     def forward(self, latent: Tensor) -> dict[str, Tensor]:
-        """Maps `[N, L]` to `[N, ...]` for each key; images are floats in [0, 1]."""
+        """Maps latent states `[N, L]` to observations, `[N, ...]` for each key; images are floats in [0, 1]."""
         found = {}
         for (key, shape), part in zip(self.shapes.items(), self.parts, strict=True):
             output = part(latent).float()
@@ -156,7 +156,7 @@ class Decoder(nn.Module):
         return found
 
     def losses(self, predicted: Mapping[str, Tensor], obs: Mapping[str, Tensor]) -> Tensor:
-        """Mean squared error of each row, summed over the keys. `[N]`"""
+        """Computes the mean squared error of each row, summed over the keys. `[N]`"""
         total = []
         for key, prediction in predicted.items():
             target = obs[key].float() / 255.0 if key in self.image_keys else obs[key].float()
@@ -165,7 +165,7 @@ class Decoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """A small map of features, doubled three times and cut to the image's size. `[N, L]` → `[N, C, H, W]`"""
+    """Decoder of images: upsamples a small feature map three times and crops it. `[N, L]` → `[N, C, H, W]`"""
 
     def __init__(self, in_features: int, shape: tuple[int, ...], channels: int) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class ConvDecoder(nn.Module):
         self.out = nn.Conv2d(channels, out_channels, 3, padding=1)
 
     def forward(self, latent: Tensor) -> Tensor:
-        """Maps `[N, L]` to images in [0, 1]."""
+        """Maps latent states `[N, L]` to images in [0, 1]."""
         x = self.start(latent).unflatten(-1, (-1, *self.grid))
         for conv in self.convs:
             x = mish(conv(F.interpolate(x, scale_factor=2, mode="nearest")))

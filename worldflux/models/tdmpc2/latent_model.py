@@ -1,4 +1,4 @@
-"""TD-MPC2's networks and everything that they predict: all of the common interface but learning."""
+"""TD-MPC2's networks and their predictions: the common interface except for learning."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from worldflux.nn.transforms import simnorm, symexp, symlog_bins
 from worldflux.replay.batch import Observation
 
 _SAMPLED_MEMBERS = 2
-"""Value networks in each estimate."""
+"""Number of value networks in each estimate."""
 
 
 class LatentModel(WorldModel):
     """Encoder, dynamics, reward, termination, values and policy prior on one latent state.
 
-    States have `latent` `[B, L]`, and, where several tasks share the model, `task` `[B]`.
+    States consist of `latent` `[B, L]` and, if several tasks share the model, `task` `[B]`.
     """
 
     config_class: ClassVar[type[TDMPC2Config]] = TDMPC2Config
@@ -59,18 +59,18 @@ class LatentModel(WorldModel):
         self.register_buffer("bins", symlog_bins(c.num_bins, c.vmax), persistent=False)
         self.register_buffer("value_scale", torch.ones(()))
         if c.episodic:
-            # 1 from the first termination on that was learned from: until then the head's answers are not used.
+            # Set to 1 by the first termination in a trained batch; the head's predictions are not used before.
             self.register_buffer("termination_seen", torch.zeros(()))
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Device of the parameters."""
         return self.value_scale.device
 
     # States
 
     def initial_state(self, batch_size: int, *, task: Tensor | int = 0) -> State:
-        """A placeholder before any observation, of the given task or tasks `[B]`."""
+        """Returns a placeholder before any observation, for the given task or tasks `[B]`."""
         latent = torch.zeros(batch_size, self.config.latent_dim, device=self.device)
         return _state(latent, self._task(task, batch_size))
 
@@ -82,13 +82,13 @@ class LatentModel(WorldModel):
         task: Tensor | int = 0,
         shift: Tensor | None = None,
     ) -> State:
-        """State of an observation `[B, ...]`; it depends on nothing before it.
+        """Returns the state of an observation `[B, ...]`, which does not depend on earlier observations.
 
         Args:
-            obs: What is seen.
-            deterministic: Leave images where they are, instead of moving each at random as in training.
-            task: Number of the task, or of each row's `[B]`.
-            shift: How far images are moved, in place of a random draw; see `encoder.shifted`. `[B, 2]`
+            obs: Observation to encode.
+            deterministic: Whether to leave images unchanged instead of shifting each at random as in training.
+            task: Index of the task, or of the task of each row `[B]`.
+            shift: Shift of the images instead of a random one; see `encoder.shifted`. `[B, 2]`
         """
         tensors = self._observations(obs, leading=1)
         rows = len(next(iter(tensors.values())))
@@ -106,23 +106,23 @@ class LatentModel(WorldModel):
         is_first: Tensor | None = None,
         deterministic: bool = False,
     ) -> State:
-        """State of the new observation: TD-MPC2 does not remember. Of `state` only the task matters."""
+        """Returns the state of the new observation. TD-MPC2 has no memory, so only the task of `state` is used."""
         self._observations(obs, leading=1, rows=len(state["latent"]))
         self._check_actions(action, len(state["latent"]))
         return self.encode(obs, deterministic=deterministic, task=state.get("task", 0))
 
     def transition(self, state: State, action: Tensor, *, deterministic: bool = False) -> State:
-        """State that the model expects after an action `[B, A]`."""
+        """Returns the state that the model predicts after an action `[B, A]`."""
         self._check_actions(action, len(state["latent"]))
         task = state.get("task")
         return _state(self._next(state["latent"], action.float(), task), task)
 
     def decode(self, state: State) -> dict[str, Any]:
-        """What a state predicts; a reward needs an action as well, see `rollout`.
+        """Returns predictions for a state. Rewards also depend on the action, see `rollout`.
 
         Returns:
-            `"obs"` with a decoder, in the observation's own form, images as floats in [0, 1]; `"continue"` with a
-            termination head: probability that the episode goes on there `[B]`.
+            `"obs"` (with a decoder): observation in its own structure, with images as floats in [0, 1]; `"continue"`
+            (with a termination head): probability that the episode continues there `[B]`.
         """
         found: dict[str, Any] = {}
         if self.decoder is not None:
@@ -136,7 +136,7 @@ class LatentModel(WorldModel):
         return found
 
     def rollout(self, state: State, actions: Tensor, *, deterministic: bool = False) -> Trajectory:
-        """Open-loop prediction of a sequence of actions `[H, B, A]`, of at least one step."""
+        """Predicts the results of a sequence of at least one action `[H, B, A]` open loop."""
         if actions.ndim != 3 or len(actions) == 0:
             raise ShapeMismatchError(
                 f"actions have shape {list(actions.shape)}, expected [H, B, A] with H of at least 1."
@@ -153,34 +153,34 @@ class LatentModel(WorldModel):
         return Trajectory(_state(after, tasks), rewards, self._continues(after, tasks))
 
     def policy(self, state: State, deterministic: bool = False) -> Tensor:
-        """Actions of the policy prior; deterministic: its mean. `[B, A]`"""
+        """Returns actions of the policy prior, or if deterministic, its mean. `[B, A]`"""
         latent = state["latent"]
         shape = () if deterministic else (*latent.shape[:-1], self.config.action_dim)
         noise = torch.zeros(shape, device=latent.device) if deterministic else torch.randn(shape, device=latent.device)
         return self._policy(latent, state.get("task"), noise).action
 
     def q_values(self, state: State, action: Tensor) -> Tensor:
-        """Discounted reward from each state and action on, as every value network sees it. `[Q, B]`"""
+        """Returns the discounted return from each state and action, as estimated by every value network. `[Q, B]`"""
         self._check_actions(action, len(state["latent"]))
         return self._q(self.critics, self._inputs(state["latent"], state.get("task"), action.float()))
 
     def value(self, state: State) -> Tensor:
-        """Discounted reward from a state on, acting with the policy's mean; mean of all value networks. `[B]`"""
+        """Returns the discounted return of the policy's mean action, averaged over all value networks. `[B]`"""
         return self._final_value(state["latent"], state.get("task"), noise=None, members=None)
 
     @property
     def discount(self) -> float:
-        """Weight of the next step; of the first task, where there are several."""
+        """Discount per step; with several tasks, that of the first one."""
         return self.config.discounts[0]
 
-    # Planning: what the planner asks of a model that knows better than `rollout` and `value`
+    # Planning: the methods of `PlanningModel`
 
     def action_mask(self, state: State) -> Tensor | None:
-        """1 where a row's task has that action dimension, else 0; None for a single task. `[N, A]`"""
+        """Returns 1 where the task of a row has an action dimension, else 0; None for a single task. `[N, A]`"""
         return None if self.tasks is None else self.tasks.action_masks[state["task"]]
 
     def propose(self, state: State, noise: Tensor, *, deterministic: bool) -> Tensor:
-        """Actions of the policy with given standard normal noise. `[B, A]`"""
+        """Returns actions of the policy for given standard normal noise. `[B, A]`"""
         return self._policy(state["latent"], state.get("task"), noise).action
 
     def trajectory_value(
@@ -193,29 +193,28 @@ class LatentModel(WorldModel):
         noise: Tensor | None = None,
         members: Tensor | None = None,
     ) -> Tensor:
-        """What sequences of actions are worth: their discounted rewards and the value of the policy after them.
+        """Computes the values of sequences of actions: their discounted rewards and the value of the policy after them.
 
-        A step that is expected to terminate, with a probability above one half, ends the sequence: nothing after it
-        counts.
+        A step with a predicted probability of termination above one half ends the sequence; nothing after it counts.
 
         Args:
-            state: Where they start, once for all sequences of a row. `[N, ...]`
-            actions: `[H, N, S, A]`
-            discount: None takes the task's own.
-            deterministic: Without `noise` take the policy's mean, without `members` all value networks. Otherwise both
-                are drawn.
-            noise: Of the policy's action in the last state. `[N, S, A]`
-            members: Value networks whose mean judges the last state. `[2]`
+            state: Initial state, shared by all sequences of a row. `[N, ...]`
+            actions: Sequences of actions. `[H, N, S, A]`
+            discount: Discount per step; None uses that of the task.
+            deterministic: Whether to use the policy's mean without `noise`, and all value networks without `members`.
+                Otherwise missing ones are drawn.
+            noise: Noise of the policy's action in the last state. `[N, S, A]`
+            members: Indices of the value networks whose mean is the value of the last state. `[2]`
 
         Returns:
-            `[N, S]`
+            Values of the sequences. `[N, S]`
         """
         outlook = self.outlook(state, actions, discount=discount, deterministic=deterministic)
         return self.outlook_value(outlook, deterministic=deterministic, noise=noise, members=members)
 
     def outlook(self, state: State, actions: Tensor, *, discount: float | None, deterministic: bool) -> PartialReturn:
-        """What sequences of actions earn and where they lead; see `trajectory_value`."""
-        # The state and its task stand once in each row and broadcast with the sequences from there.
+        """Computes the partial returns of sequences of actions; see `trajectory_value`."""
+        # The state and its task have an axis of size 1 that broadcasts with the sequences.
         task = state["task"].unsqueeze(1) if "task" in state else None  # [N, 1]
         found = None
         if task is None and not overridden(self, _NEXT, _INPUTS):
@@ -236,7 +235,7 @@ class LatentModel(WorldModel):
             rewards = torch.cat([self._decoded(part) for part in parts])
         continues = None
         if self.termination_head is not None:
-            # A probability to end of one half still goes on; NaN stays NaN, which a comparison would hide.
+            # With a termination probability of exactly one half the episode continues. A comparison would hide NaN.
             continues = 1.0 - torch.round(1.0 - self._continues(after, task))
         weight = self._discount(task) if discount is None else discount
         earned, left = discounted_rewards(rewards, continues, weight)
@@ -245,7 +244,7 @@ class LatentModel(WorldModel):
     def outlook_value(
         self, outlook: PartialReturn, *, deterministic: bool, noise: Tensor | None = None, members: Tensor | None = None
     ) -> Tensor:
-        """What the sequences are worth together with the value of their last states; see `trajectory_value`."""
+        """Computes the values of sequences from their partial returns; see `trajectory_value`."""
         latent, task = outlook.state["latent"], outlook.state.get("task")
         if noise is None and not deterministic:
             noise = torch.randn(*latent.shape[:-1], self.config.action_dim, device=latent.device)
@@ -256,7 +255,10 @@ class LatentModel(WorldModel):
     def _final_value(
         self, latent: Tensor, task: Tensor | None, *, noise: Tensor | None, members: Tensor | None
     ) -> Tensor:
-        """Value of the policy from a latent on: its mean action without noise, the mean of all networks or some."""
+        """Computes the value of the policy's action at a latent, averaged over the given value networks (None: all).
+
+        Without `noise` the action is the policy's mean.
+        """
         sample = self._policy(latent, task, latent.new_zeros(()) if noise is None else noise)
         return self._q(self.critics, self._inputs(latent, task, sample.action), members).mean(0)
 
@@ -277,7 +279,7 @@ class LatentModel(WorldModel):
             return self.termination_head(*self._inputs(latent, task)).squeeze(-1).float()
 
     def _continues(self, latent: Tensor, task: Tensor | None) -> Tensor:
-        """Probability that the episode goes on at a latent; 1 as long as no termination was learned from. `[...]`"""
+        """Returns the probability that the episode continues at a latent; 1 before any termination was seen. `[...]`"""
         if self.termination_head is None:
             return torch.ones(latent.shape[:-1], device=latent.device)
         return 1.0 - self.termination_seen * torch.sigmoid(self._termination_logits(latent, task))
@@ -304,7 +306,7 @@ class LatentModel(WorldModel):
         dropout: Tensor | None = None,
         frozen: bool = False,
     ) -> Tensor:
-        """Values of the members asked for, at what `_inputs` makes of states and actions `[...]`. `[m, ...]`"""
+        """Computes the values of ensemble members for `_inputs` of states and actions `[...]`. `[m, ...]`"""
         shape = inputs[-1].shape[:-1]
         flat = [part.expand(*shape, part.shape[-1]).flatten(0, -2) for part in inputs]
         with self._autocast():
@@ -312,13 +314,13 @@ class LatentModel(WorldModel):
         return self._decoded(logits).unflatten(1, shape)
 
     def _decoded(self, logits: Tensor) -> Tensor:
-        """Expectation in symlog space, then symexp. `[..., K]` → `[...]`"""
+        """Computes the expectation in symlog space and applies symexp. `[..., K]` → `[...]`"""
         return symexp(TwoHot(logits, self.bins).mean)
 
     def _inputs(
         self, latent: Tensor, task: Tensor | None, action: Tensor | None = None, *, frozen_tasks: bool = False
     ) -> tuple[Tensor, ...]:
-        """What the networks see, side by side: latent, embedding of the task, action. `[..., p]` each"""
+        """Returns the inputs of the networks: latent, embedding of the task, and action, `[..., p]` each."""
         parts = [latent]
         if task is not None and self.tasks is not None:
             embedding = self.tasks(task)
@@ -330,7 +332,7 @@ class LatentModel(WorldModel):
     # Helpers
 
     def _task(self, task: Tensor | int, rows: int) -> Tensor | None:
-        """Number of each row's task `[B]`, or None where there is only one."""
+        """Returns the index of the task of each row `[B]`, or None if there is only one task."""
         if isinstance(task, int) and not 0 <= task < self.config.num_tasks:
             raise ConfigurationError(f"task is {task}, expected 0 to {self.config.num_tasks - 1}.")
         if self.tasks is None:
@@ -338,20 +340,20 @@ class LatentModel(WorldModel):
         return torch.as_tensor(task, dtype=torch.int64, device=self.device).expand(rows)
 
     def _discount(self, task: Tensor | None) -> Tensor | float:
-        """Weight of the next step: a number, or, where several tasks share the model, one for each entry."""
+        """Returns the discount per step: a number or, if several tasks share the model, one for each entry."""
         return self.discount if task is None or self.tasks is None else self.tasks.discounts[task]
 
     def _members(self) -> Tensor:
-        """Two different value networks, or the one that there is. `[m]`"""
+        """Draws the indices of two different value networks, or of one if there is only one. `[m]`"""
         count = self.config.num_q_networks
         return torch.rand(count, device=self.device).topk(min(_SAMPLED_MEMBERS, count)).indices
 
     def _shifts(self, *shape: int) -> Tensor:
-        """Random moves of images. `[..., 2]`"""
+        """Draws random shifts of images. `[..., 2]`"""
         return torch.randint(0, 2 * MAX_SHIFT + 1, (*shape, 2), device=self.device)
 
 
-# What a native rollout goes round, as defined here.
+# The methods that a native rollout bypasses, captured at import time so that overriding them is detected.
 _NEXT, _INPUTS = LatentModel._next, LatentModel._inputs
 
 

@@ -1,4 +1,4 @@
-"""One computation of TD-MPC2's losses: the random draws that go into it, and everything that comes out."""
+"""Random draws and results of one computation of TD-MPC2's losses."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ModelDraws:
-    """Random draws of the model's loss; given, they make it reproduce a recorded one. N windows of H steps."""
+    """Random draws of the model's loss for N windows of H steps. Passed to it, they reproduce a recorded result."""
 
     noise: Tensor
-    """Of the policy's actions in the value targets. `[N, H, A]`"""
+    """Noise of the policy's actions in the value targets. `[N, H, A]`"""
     members: Tensor
-    """Target networks of which the lower value is taken. `[2]`"""
+    """Indices of the target networks whose minimum is the target. `[2]`"""
     dropout: Tensor | None = None
-    """Factors for the first hidden layer of every value network. `[Q, N * H, mlp_dim]`"""
+    """Dropout factors in the first hidden layer of every value network. `[Q, N * H, mlp_dim]`"""
     shift: Tensor | None = None
-    """Moves of the images, see `encoder.shifted`. `[N, H+1, 2]`"""
+    """Shifts of the images, see `encoder.shifted`. `[N, H+1, 2]`"""
 
 
 @dataclass(frozen=True)
@@ -26,30 +26,30 @@ class PolicyDraws:
     """Random draws of the policy's loss."""
 
     noise: Tensor
-    """`[N, H+1, A]`"""
+    """Noise of the policy's actions. `[N, H+1, A]`"""
     members: Tensor
-    """Value networks of which the mean is taken. `[2]`"""
+    """Indices of the value networks whose mean is maximised. `[2]`"""
     dropout: Tensor | None = None
-    """Factors for the first hidden layer of those networks. `[2, N * (H+1), mlp_dim]`"""
+    """Dropout factors in the first hidden layer of those networks. `[2, N * (H+1), mlp_dim]`"""
 
 
 @dataclass(frozen=True)
 class ModelParts:
-    """What the model's loss is made of, before the losses are added up. N windows of H steps."""
+    """Individual losses of the model for N windows of H steps, and the quantities from which they were computed."""
 
     losses: dict[str, Tensor]
-    """Means over what counts, scalars."""
+    """Scalar losses, averaged over the steps that count."""
     latents: Tensor
-    """Encoding of each start and the predicted latents after it. `[N, H+1, L]`"""
+    """Encoding of each first observation, and the predicted latents after it. `[N, H+1, L]`"""
     next_latents: Tensor
     """Encodings of the observations after each step, without gradient. `[N, H, L]`"""
     targets: Tensor
-    """Of the values. `[N, H]`"""
+    """Targets of the values. `[N, H]`"""
     reward_logits: Tensor
-    """`[N, H, K]`"""
+    """Two-hot logits of the rewards. `[N, H, K]`"""
     value_logits: Tensor
-    """`[Q, N, H, K]`"""
+    """Two-hot logits of the values. `[Q, N, H, K]`"""
     termination_logits: Tensor | None
-    """`[N, H]`"""
+    """Logits of the termination head; None without one. `[N, H]`"""
     termination_seen: Tensor | None
-    """1 if a termination was learned from, in this batch or before. `[]`"""
+    """1 if this or an earlier batch contained a termination, else 0; None without a termination head. `[]`"""

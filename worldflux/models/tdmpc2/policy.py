@@ -1,4 +1,4 @@
-"""The policy prior: a normal distribution squashed by tanh."""
+"""Policy prior: a normal distribution squashed by tanh."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PolicySample:
-    """One draw of the policy in each row. What its loss needs is computed when asked for; a planner asks for none."""
+    """One sample of the policy in each row. Quantities that only the loss needs, not a planner, are computed lazily."""
 
     action: Tensor
-    """In [-1, 1]. `[..., A]`"""
+    """Action in [-1, 1]. `[..., A]`"""
     center: Tensor
-    """The action without noise, before squashing. `[..., A]`"""
+    """Action without noise, before squashing. `[..., A]`"""
     log_std: Tensor
-    """Before squashing. `[..., A]`"""
+    """Logarithm of the standard deviation before squashing. `[..., A]`"""
     noise: Tensor
-    """Standard normal, 0 in unused dimensions. `[..., A]`"""
+    """Standard normal noise, 0 in unused dimensions. `[..., A]`"""
     used: Tensor | int
     """Number of action dimensions that the row's task uses. `[...]`"""
 
     @property
     def mean(self) -> Tensor:
-        """The action without noise. `[..., A]`"""
+        """Action without noise. `[..., A]`"""
         return torch.tanh(self.center)
 
     @property
     def gaussian(self) -> Tensor:
         """Log-density before squashing. `[...]`"""
-        # An unused dimension has log_std 0 and noise 0 and still counts -log(2 pi) / 2, as in the reference.
+        # An unused dimension has log_std 0 and noise 0, but still contributes -log(2 pi) / 2, as in the reference.
         return (-0.5 * self.noise.square() - self.log_std - 0.5 * math.log(2.0 * math.pi)).sum(-1)
 
     @property
@@ -43,29 +43,29 @@ class PolicySample:
 
     @property
     def entropy(self) -> Tensor:
-        """One sample's estimate of the entropy, `-log_prob`. `[...]`"""
+        """Estimate of the entropy from one sample, `-log_prob`. `[...]`"""
         return -self.log_prob
 
     @property
     def scaled_entropy(self) -> Tensor:
-        """What the policy is rewarded for: the number of used action dimensions times minus the log-density before
-        squashing. `[...]`
+        """Entropy bonus of the policy: the negative log-density before squashing, multiplied by the number of used
+        action dimensions. `[...]`
         """
-        # The reference multiplies this by log_prob / (log_prob + 1e-8), which is 1 but for rounding.
+        # The reference multiplies this by log_prob / (log_prob + 1e-8), which is 1 up to rounding.
         return -self.used * self.gaussian
 
 
 def squashed_normal(
     raw: Tensor, noise: Tensor, *, log_std_min: float, log_std_max: float, mask: Tensor | None = None
 ) -> PolicySample:
-    """Reads the network's output as a squashed normal and draws from it.
+    """Samples from the squashed normal distribution that the network's output describes.
 
     Args:
-        raw: Means, then raw log-stds. `[..., 2A]`
-        noise: Standard normal. `[..., A]`
+        raw: Output of the network: means, then raw log-stds. `[..., 2A]`
+        noise: Standard normal noise. `[..., A]`
         log_std_min: Smallest log-std.
-        log_std_max: Largest one.
-        mask: 1 where the row's task uses an action dimension, else 0; None uses all. `[..., A]`
+        log_std_max: Largest log-std.
+        mask: 1 where the task of a row uses an action dimension, else 0; None uses all. `[..., A]`
 
     Source: TD-MPC2, arXiv:2310.16828, policy prior.
     """

@@ -1,4 +1,4 @@
-"""What tasks that share one model differ in: an embedding, the actions they use, their discount."""
+"""Properties of tasks that share one model: embedding, action dimensions and discount."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from worldflux.config import TDMPC2Config
 
 
 class Tasks(nn.Module):
-    """Learned embeddings of norm at most 1, action masks and discounts, by the number of the task."""
+    """Learned embeddings with norms of at most 1, action masks and discounts of all tasks, by the task's index."""
 
     discounts: Tensor
     action_masks: Tensor
@@ -24,24 +24,24 @@ class Tasks(nn.Module):
         self.register_buffer("discounts", torch.tensor(config.discounts), persistent=False)
 
     def forward(self, task: Tensor) -> Tensor:
-        """Embeddings of tasks `[N]`, as they are after `renormalize`. `[N, E]`
+        """Returns the embeddings of tasks `[N]`, rescaled as by `renormalize`. `[N, E]`
 
-        The gradient is that of the rescaled row, as if the stored one had been rescaled before.
+        The gradient treats the rescaled embedding as the parameter, as if it had been rescaled before.
         """
         rows = self.weight[task]
         return rows + (_limited(rows) - rows).detach()
 
     @torch.no_grad()
     def renormalize(self) -> None:
-        """Brings stored rows with a norm above 1 back to 1.
+        """Rescales embeddings with a norm above 1 to a norm of 1.
 
-        The reference does this whenever a row is looked up; here looking changes nothing.
+        The reference implementation does this whenever it looks up an embedding; here a lookup changes nothing.
         """
         self.weight.copy_(_limited(self.weight))
 
 
 def _limited(rows: Tensor) -> Tensor:
-    """Rows with a norm of at most 1."""
+    """Rescales rows with a norm above 1 to a norm of 1."""
     rows = rows.detach()
     norm = rows.norm(dim=-1, keepdim=True)
     return torch.where(norm > 1.0, rows / (norm + 1e-7), rows)

@@ -1,4 +1,4 @@
-"""TD-MPC2: the latent model behind the common interface, and how it learns.
+"""TD-MPC2: the latent model and its losses behind the common interface.
 
 Source: "TD-MPC2: Scalable, Robust World Models for Continuous Control", arXiv:2310.16828, and its reference
 implementation.
@@ -41,34 +41,34 @@ from worldflux.replay.batch import Batch
 
 
 class TDMPC2(LatentModel):
-    """TD-MPC2: the latent model and how it learns, in two phases.
+    """TD-MPC2 agent: the latent model and its losses, which are optimised in two phases.
 
-    The policy learns after everything else, on the latents of the same step and on the values that it left behind.
+    The policy is trained after everything else, on the latents of the same step and with the updated value networks.
     """
 
-    _functions: CompiledFunctions  # plain ones are the class's, compiled ones an instance's
+    _functions: CompiledFunctions  # plain functions on the class, compiled functions on an instance
 
     def compile_functions(self) -> None:
-        """Compiles the model's loss, the policy's values and a step of planning with `torch.compile`, each as a whole.
+        """Compiles the model's loss, the policy's values and a planning iteration with `torch.compile`, each fully.
 
-        What they draw at random comes from the compiler's own stream. Where a compiled function meets more shapes than
-        the compiler keeps (eight), further ones are computed plainly.
+        Compiled functions draw random numbers from the compiler's own generator. If a function is called with more
+        shapes than the compiler keeps (eight), further shapes are not compiled.
         """
         self._functions = compiled_functions()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what was compiled: copies and pickles compute plainly until they are asked to compile."""
+        """Returns the attributes without compiled functions; copies and pickles are not compiled."""
         return {name: value for name, value in vars(self).items() if name != "_functions"}
 
     @property
     def search_step(self) -> Callable[..., SearchResult]:
-        """An iteration of planning, compiled or not; `Planner` calls it."""
+        """Function for one iteration of planning, compiled or not, which `Planner` calls."""
         return self._functions.search_step
 
     def loss(self, batch: Batch) -> LossOutput:
-        """The losses of model, policy and decoder together; a step of the Trainer takes them one after the other.
+        """Computes the sum of the losses of model, policy and decoder, which the Trainer optimises one after the other.
 
-        The policy's part trains the policy only, the decoder's the decoder only, and the model's none of the two.
+        The policy's loss only trains the policy, the decoder's loss only the decoder, and the model's loss neither.
         """
         outputs: list[LossOutput] = []
         for phase in self._phases():
@@ -80,10 +80,11 @@ class TDMPC2(LatentModel):
         )
 
     def phases(self) -> list[Phase]:
-        """Model first; then the policy, on the latents of the model's step and on the values that it left behind.
+        """Returns the phases: first the model; then the policy, on the latents of the model's step and with the updated
+        value networks; then the decoder, if there is one.
 
-        Where a subclass or the model itself has a `loss` of its own, there is a single phase: the gradient of that
-        loss, with everybody's rates as otherwise.
+        If a subclass or the model itself overrides `loss`, there is a single phase with the gradient of that loss; all
+        parameters keep their learning rates.
         """
         phases = self._phases()
         if steps_back("TD-MPC2's gradient step in phases", self, overridden(self, _LOSS)):
@@ -94,8 +95,8 @@ class TDMPC2(LatentModel):
         def model_loss(batch: Batch, previous: Sequence[LossOutput]) -> LossOutput:
             if overridden(self, _LOSS):
                 raise TrainingError(
-                    "The model was given another loss after its trainer was made, whose phases do not call it. Give it "
-                    "its loss first, or derive a class from TDMPC2, and pass that model to the trainer or the agent."
+                    "The model's loss was replaced after its trainer was created, whose phases do not call it. Replace "
+                    "the loss first, or subclass TDMPC2, and pass that model to the trainer or the agent."
                 )
             return model.loss(batch, previous)
 
@@ -124,13 +125,13 @@ class TDMPC2(LatentModel):
         return phases
 
     def _called(self, name: str, *arguments: Any) -> Any:
-        """One of the hot functions, as it was compiled, or the method that somebody put in its place."""
+        """Calls one of the compiled functions, or the model's own method if it is overridden."""
         if overridden(self, getattr(CompiledFunctions(), name)):
             return getattr(self, name)(*arguments)
         return getattr(self._functions, name)(self, *arguments)
 
     def model_loss(self, batch: Batch, draws: ModelDraws | None = None) -> LossOutput:
-        """Loss of everything but the policy, on windows of `horizon + 1` rows; `draws` replaces the random draws."""
+        """Computes the loss of everything but the policy and the decoder; `draws` replaces the random draws."""
         w = self._windows(batch)
         parts = self.model_parts(w, draws)
         c = self.config
@@ -139,9 +140,9 @@ class TDMPC2(LatentModel):
         terms = {name: loss.detach() for name, loss in parts.losses.items()}
         updates: dict[str, Tensor] = {}
         if parts.termination_logits is not None and parts.termination_seen is not None:
-            # The head counts from the first termination on. Where none ever comes, the model learns as if it had no
-            # such head. The reference trains it from the start where it is told that episodes terminate, and stops
-            # with an error where it is not told.
+            # The head is trained from the first termination on. Without any termination, the model learns as if it had
+            # no such head. The reference trains the head from the start if it is told that episodes terminate, and
+            # otherwise stops with an error at a termination.
             total = total + c.termination_coef * parts.termination_seen * parts.losses["termination"]
             probability = torch.sigmoid(parts.termination_logits.detach()[:, -1])
             rate, score = termination_statistics(probability, w.terminated[:, -1], w.steps[:, -1])
@@ -153,15 +154,15 @@ class TDMPC2(LatentModel):
         return LossOutput(total, terms, updates=updates, carry=carry)
 
     def model_parts(self, w: Windows, draws: ModelDraws | None = None) -> ModelParts:
-        """Losses of the model on windows, and what they were computed from."""
+        """Computes the losses of the model on windows, and returns them with the quantities they were computed from."""
         N, H = w.rewards.shape
         if draws is None:
             draws = self.model_draws(N, H)
         tasks = None if w.task is None else w.task.unsqueeze(1).expand(N, H)
-        # Not within the same autocast: it may hand weights that it cast without gradient to what needs one.
+        # Outside of the following autocast, which could reuse weights cast without gradient where gradients are needed.
         next_latents, targets = self._targets(w, tasks, draws)
         with self._autocast():
-            # Latents, open loop from the first observation, with gradient all the way
+            # Latents: open loop from the first observation, with gradients through all steps
             first = {key: value[:, 0] for key, value in w.obs.items()}
             latents = [self._encode(first, w.task, None if draws.shift is None else draws.shift[:, 0])]
             for action in w.actions.unbind(1):
@@ -192,7 +193,7 @@ class TDMPC2(LatentModel):
 
     @torch.no_grad()
     def _targets(self, w: Windows, tasks: Tensor | None, draws: ModelDraws) -> tuple[Tensor, Tensor]:
-        """Latents of the observations after each step `[N, H, L]`, and the values' targets `[N, H]`."""
+        """Computes the latents of the observations after each step `[N, H, L]`, and the value targets `[N, H]`."""
         N, H = w.rewards.shape
         after = {key: value[:, 1:].flatten(0, 1) for key, value in w.obs.items()}
         flat_tasks = None if tasks is None else tasks.flatten()
@@ -203,11 +204,11 @@ class TDMPC2(LatentModel):
         return latents.float(), w.rewards + self._discount(tasks) * (1.0 - w.terminated) * future
 
     def policy_loss(self, model: LossOutput, draws: PolicyDraws | None = None) -> LossOutput:
-        """Loss of the policy on the latents that the model's loss went through; reaches the policy only.
+        """Computes the loss of the policy on the latents of the model's loss; its gradient only reaches the policy.
 
         Args:
-            model: What `model_loss` returned.
-            draws: Replaces the random draws.
+            model: Result of `model_loss`.
+            draws: Random draws to use instead of drawing them.
         """
         latents, states = model.carry["latents"], model.carry["states"]
         N, T = states.shape
@@ -215,7 +216,7 @@ class TDMPC2(LatentModel):
             draws = self.policy_draws(N, T)
         tasks = model.carry["task"].unsqueeze(1).expand(N, T) if "task" in model.carry else None
         value, scaled_entropy, entropy = self._called("policy_values", latents, tasks, draws)
-        # The scale follows the first states' values and is used as it is after that.
+        # The scale is updated with the values of the first states, and the updated scale is used.
         spread = value_range(value[:, 0], states[:, 0])
         scale = moved_scale(self.value_scale, spread, self.config.tau)
         gain = self.config.entropy_coef * scaled_entropy + value / scale
@@ -230,11 +231,11 @@ class TDMPC2(LatentModel):
         return LossOutput(loss, terms, updates={"value_scale": scale})
 
     def policy_values(self, latents: Tensor, tasks: Tensor | None, draws: PolicyDraws) -> tuple[Tensor, Tensor, Tensor]:
-        """Values of the policy's actions, its scaled entropy and its entropy. `[N, T]` each
+        """Computes the values of the policy's actions, its scaled entropy and its entropy, `[N, T]` each.
 
         Args:
-            latents: `[N, T, L]`
-            tasks: `[N, T]`
+            latents: Latent states. `[N, T, L]`
+            tasks: Index of the task of each state; None for a single task. `[N, T]`
             draws: Random draws.
         """
         with self._autocast():
@@ -244,7 +245,7 @@ class TDMPC2(LatentModel):
         return value, sample.scaled_entropy, sample.entropy
 
     def decoder_loss(self, batch: Batch, model: LossOutput) -> LossOutput:
-        """Loss of picturing the observations from the latents that the model's loss went through."""
+        """Computes the loss of decoding the observations from the latents of the model's loss."""
         assert self.decoder is not None
         w = self._windows(batch)
         obs = {key: value.flatten(0, 1) for key, value in w.obs.items()}
@@ -256,15 +257,16 @@ class TDMPC2(LatentModel):
 
     @torch.no_grad()
     def health(self, batch: Batch) -> tuple[HealthMetric, ...]:
-        """What TD-MPC2 dies of, measured on a batch; `models/tdmpc2/health.py` says where the thresholds come from.
+        """Measures the health metrics of TD-MPC2 on a batch; `models/tdmpc2/health.py` explains the thresholds.
 
-        - `saturated_groups`, bad above 0.25: share of the encodings' SimNorm groups that are one-hot.
-        - `constant_latents`, bad above 0.5: share of the SimNorm groups that do not vary over the batch.
-        - `value_over_rewards`, bad above 1: the values' targets (95th percentile of their magnitudes) or the running
-          scale, whichever is larger, over the batch's largest reward earned at every step for ever. Without a discount,
-          "for ever" is a full episode.
-        - `values_at_edge`, bad above 0.05: share of the values' targets that the bins can hardly express.
-        - `policy_randomness`, bad below 0.01: log-std of the policy, from the least possible (0) to the largest (1).
+        - `saturated_groups`, bad above 0.25: fraction of the encodings' SimNorm groups that are one-hot.
+        - `constant_latents`, bad above 0.5: fraction of the SimNorm groups that are constant over the batch.
+        - `value_over_rewards`, bad above 1: the targets of the values (95th percentile of their magnitudes) or the
+          running scale, whichever is larger, divided by the return of earning the batch's largest reward in every step
+          forever, or with a discount of 1, for a full episode.
+        - `values_at_edge`, bad above 0.05: fraction of the values' targets at the edge of the bins or beyond.
+        - `policy_randomness`, bad below 0.01: log-std of the policy, rescaled from the smallest possible (0) to the
+          largest (1).
         """
         w = self._windows(batch)
         parts = self.model_parts(w)
@@ -282,7 +284,7 @@ class TDMPC2(LatentModel):
         )
 
     def model_draws(self, windows: int, steps: int) -> ModelDraws:
-        """Random draws for the model's loss on `windows` windows of `steps` steps; dropout only in training."""
+        """Draws the random numbers of the model's loss for windows of `steps` steps; dropout only in training mode."""
         return ModelDraws(
             noise=torch.randn(windows, steps, self.config.action_dim, device=self.device),
             members=self._members(),
@@ -291,7 +293,7 @@ class TDMPC2(LatentModel):
         )
 
     def policy_draws(self, windows: int, states: int) -> PolicyDraws:
-        """Random draws for the policy's loss on `windows` windows of `states` states."""
+        """Draws the random numbers of the policy's loss for `windows` windows of `states` states."""
         members = self._members()
         return PolicyDraws(
             noise=torch.randn(windows, states, self.config.action_dim, device=self.device),
@@ -301,12 +303,12 @@ class TDMPC2(LatentModel):
 
     @property
     def optimizer_spec(self) -> OptimizerSpec:
-        """Adam, arXiv:2310.16828; `phases` say where the encoder's rate and the policy's eps differ."""
+        """Adam, as in arXiv:2310.16828. `phases` sets different values for the encoder's rate and the policy's eps."""
         return OptimizerSpec(kind="adam", learning_rate=self.config.learning_rate, grad_clip=self.config.grad_clip)
 
     @torch.no_grad()
     def after_step(self, outputs: Sequence[LossOutput]) -> None:
-        """Commits the value scale and moves the target networks towards the value networks."""
+        """Updates the value scale and moves the target networks towards the value networks."""
         super().after_step(outputs)
         if self.tasks is not None:
             self.tasks.renormalize()
@@ -317,9 +319,9 @@ class TDMPC2(LatentModel):
     # Replay and acting
 
     def online_defaults(self) -> OnlineDefaults:
-        """The reference's numbers: a gradient step on 256 windows for each environment step, after a random start.
+        """Returns the reference's settings: random actions at first, then one gradient step on 256 windows per step.
 
-        The start lasts for five episodes and at least 1000 steps, and as many gradient steps follow it at once.
+        The random actions last for five episodes, but at least 1000 steps, and are followed by as many gradient steps.
         """
         rows = self.config.horizon + 1
         return OnlineDefaults(
@@ -334,11 +336,11 @@ class TDMPC2(LatentModel):
         )
 
     def replay_extras(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-        """The number of the task beside each row, where there are several."""
+        """Returns the format of the task index that is stored with each row if there are several tasks."""
         return {} if self.tasks is None else {"task": ((), np.dtype(np.int64))}
 
     def extras_from_state(self, state: State) -> dict[str, Tensor]:
-        """What `replay_extras` stores for a state `[B, ...]`."""
+        """Returns the values of `replay_extras` for a state, `[B, ...]` each."""
         return {} if self.tasks is None else {"task": state["task"]}
 
     # Helpers
@@ -356,11 +358,11 @@ class TDMPC2(LatentModel):
 
 
 class CompiledFunctions(NamedTuple):
-    """TD-MPC2's hot functions."""
+    """TD-MPC2's functions that `compile_functions` compiles."""
 
     model_loss: Callable[..., LossOutput] = TDMPC2.model_loss
-    # Without the division by the running scale: compiled for a CPU (torch 2.13), a division by a tensor of one number
-    # behind these values gave wrong gradients.
+    # The division by the running scale is not included: compiled for a CPU (torch 2.13), a division of these values by
+    # a tensor with one element gave wrong gradients.
     policy_values: Callable[..., tuple[Tensor, Tensor, Tensor]] = TDMPC2.policy_values
     search_step: Callable[..., SearchResult] = search_step
 
@@ -371,7 +373,7 @@ _LOSS = TDMPC2.loss
 
 @cache
 def compiled_functions() -> CompiledFunctions:
-    """All of them compiled, for every model of this process."""
+    """Returns the compiled functions, which all models of this process share."""
     plain = CompiledFunctions()
     return CompiledFunctions(*(torch.compile(getattr(plain, name)) for name in plain._fields))
 
