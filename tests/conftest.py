@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from helpers.faults import Disk
 
 # Tests run on machines with few cores, often several at once; more threads make small models slower, not faster.
 torch.set_num_threads(1)
@@ -25,3 +26,9 @@ def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     seeds, default_rng = itertools.count(), np.random.default_rng
     monkeypatch.setattr(np.random, "default_rng", lambda seed=None: default_rng(next(seeds) if seed is None else seed))
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    """Records or refuses the calls that bring files to the disk and to their places."""
+    return Disk(monkeypatch)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from gymnasium import spaces
 from helpers.agents import SETTINGS, TINY, counting_envs, make_agent, rows_compared, trained_on, weights
 from helpers.envs import CountingEnv
+from helpers.faults import Disk
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
@@ -388,16 +388,14 @@ def test_a_float_that_is_whole_counts_steps() -> None:
 
 
 def test_a_file_is_on_the_disk_before_it_takes_the_place_of_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: WorldFluxAgent
+    tmp_path: Path, disk: Disk, trained: WorldFluxAgent
 ) -> None:
-    events: list[Any] = []
-    sync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: (events.append(os.fstat(handle).st_size), sync(handle)))
-    monkeypatch.setattr(os, "replace", lambda old, new: (events.append("replaced"), replace(old, new)))
+    calls = disk.recorded()
 
     trained.save(tmp_path / "agent.zip")
 
-    assert events == [(tmp_path / "agent.zip").stat().st_size, "replaced"]
+    file = (tmp_path / "agent.zip").stat().st_ino
+    assert calls == [("fsync", file), ("replace", file)]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from helpers.faults import Disk
 from helpers.killed import kill, start, wait_for
 from helpers.training import MemoryProvider, NoisyRegression
 
@@ -183,13 +184,6 @@ def test_the_command_line_says_the_same(
 # --- faults
 
 
-def refusing(number: int) -> Function[..., None]:
-    def refuse(*args: Any, **keywords: Any) -> None:
-        raise OSError(number, os.strerror(number))
-
-    return refuse
-
-
 WRITERS: dict[str, tuple[type[WorldFluxError], Function[[Any, Path], None]]] = {
     "save_pretrained": (CheckpointError, lambda agent, path: agent.model.save_pretrained(path)),
     "config.save": (ConfigurationError, lambda agent, path: agent.model.config.save(path)),
@@ -213,12 +207,12 @@ WRITERS: dict[str, tuple[type[WorldFluxError], Function[[Any, Path], None]]] = {
     ],
 )
 def test_what_cannot_be_written_is_an_error_of_ours_and_leaves_the_old(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agent: WorldFluxAgent, writer: str, number: int, words: str
+    tmp_path: Path, disk: Disk, agent: WorldFluxAgent, writer: str, number: int, words: str
 ) -> None:
     kind, write = WRITERS[writer]
     write(agent, tmp_path / "saved.zip")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    monkeypatch.setattr(os, "fsync", refusing(number))
+    disk.refuse(number, "fsync")
     with pytest.raises(kind, match=rf"saved\.zip could not be written: .*{words}.* unchanged"):
         write(agent, tmp_path / "saved.zip")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path != tmp_path / "saved.zip"} | {
@@ -237,11 +231,11 @@ def test_a_directory_is_replaced_though_another_writer_is_in_between(tmp_path: P
 
 
 def test_what_a_kill_has_left_where_nothing_can_be_written_is_an_error_of_ours(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: Trainer
+    tmp_path: Path, disk: Disk, trainer: Trainer
 ) -> None:
     trainer.save_checkpoint(tmp_path / "saved")
     (tmp_path / "saved").rename(tmp_path / ".saved.replaced")
-    monkeypatch.setattr(os, "rename", refusing(errno.EROFS))
+    disk.refuse(errno.EROFS, "rename")
     for read in (trainer.load_checkpoint, WorldFluxAgent.load):
         with pytest.raises(CheckpointError, match=r"was being replaced .* cannot be moved back from \.saved\.replaced"):
             read(tmp_path / "saved")
@@ -274,10 +268,9 @@ def test_a_disk_that_is_full_in_the_middle_of_the_optimiser_is_named(
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP])
 def test_a_file_system_without_rights_is_written_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agent: WorldFluxAgent, writer: str, number: int
+    tmp_path: Path, disk: Disk, agent: WorldFluxAgent, writer: str, number: int
 ) -> None:
-    for name in ("chmod", "fchmod"):
-        monkeypatch.setattr(os, name, refusing(number))
+    disk.refuse(number, "chmod", "fchmod")
     WRITERS[writer][1](agent, tmp_path / "saved.zip")
     assert (tmp_path / "saved.zip").exists()
 
@@ -329,11 +322,9 @@ def test_a_model_over_another_one_is_the_old_or_the_new_wherever_a_kill_comes(
     assert sorted(path.name for path in place.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
-def test_a_model_is_the_old_one_if_its_writer_dies_before_both_are_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_is_the_old_one_if_its_writer_dies_before_both_are_written(tmp_path: Path, disk: Disk) -> None:
     model(1.0).save_pretrained(tmp_path)
-    monkeypatch.setattr(os, "rename", refusing(errno.EIO))
+    disk.refuse(errno.EIO, "rename")
     with pytest.raises(CheckpointError, match="unchanged"):
         model(2.0, latent_dim=16).save_pretrained(tmp_path)
     assert all((p == 1).all() for p in create_world_model(tmp_path).parameters())

@@ -357,17 +357,9 @@ def test_observations_that_do_not_fit_are_refused_before_anything_is_written(tmp
     assert not list(tmp_path.iterdir())
 
 
-def test_a_checkpoint_is_on_the_disk_with_all_its_folders_before_it_gets_its_name(tmp_path, monkeypatch):
-    synced = []
-    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino))
-    path = tmp_path / "a"
-    rename = os.rename
-
-    def renamed(source, target):
-        files = [source, *source.rglob("*")]
-        assert len(files) == 5 and {file.stat().st_ino for file in files} <= set(synced)
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", renamed)
+def test_a_checkpoint_is_on_the_disk_with_all_its_folders_before_it_gets_its_name(tmp_path, disk):
+    calls, path = disk.recorded(), tmp_path / "a"
     save(ReplaySegments(filled()), path)
-    assert path.is_dir()
+    files = [path, *path.rglob("*")]
+    before = calls[: calls.index(("rename", path.stat().st_ino))]
+    assert len(files) == 5 and {("fsync", file.stat().st_ino) for file in files} <= set(before)

@@ -308,18 +308,15 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
     assert [entry.name for entry in target.parent.iterdir()] == ["run"]
 
 
-def test_files_are_on_the_disk_before_their_directory_takes_its_place(tmp_path, monkeypatch):
-    events: list[int | str] = []
-    sync, rename = os.fsync, os.rename
-    monkeypatch.setattr(os, "fsync", lambda handle: (events.append(os.fstat(handle).st_ino), sync(handle)))
-    monkeypatch.setattr(os, "rename", lambda old, new: (events.append("renamed"), rename(old, new)))
+def test_files_are_on_the_disk_before_their_directory_takes_its_place(tmp_path, disk):
+    calls = disk.recorded()
     with atomic_directory(tmp_path / "run") as beside:
         (beside / "deep").mkdir()
         (beside / "deep" / "a").write_text("1")
     run = tmp_path / "run"
-    written = {(run / "deep" / "a").stat().st_ino, (run / "deep").stat().st_ino, run.stat().st_ino}
-    before, after = set(events[: events.index("renamed")]), events[events.index("renamed") + 1 :]
-    assert before == written and after == [tmp_path.stat().st_ino]
+    written = {("fsync", path.stat().st_ino) for path in (run / "deep" / "a", run / "deep", run)}
+    renamed = calls.index(("rename", run.stat().st_ino))
+    assert set(calls[:renamed]) == written and calls[renamed + 1 :] == [("fsync", tmp_path.stat().st_ino)]
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):

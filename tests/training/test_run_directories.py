@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.faults import Disk
 from helpers.killed import kill, start, strays, wait_for
 from helpers.training import MemoryProvider, NoisyRegression
 from stable_baselines3.common.callbacks import BaseCallback, EveryNTimesteps
@@ -404,12 +405,9 @@ def test_an_agent_is_saved_whatever_other_callbacks_raise(tmp_path: Path, caplog
 
 @pytest.mark.parametrize("kind", ["trainer", "agent"])
 def test_a_save_that_fails_at_the_end_does_not_hide_what_ended_it(
-    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, kind: str, disk: Disk, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(handle: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
+    disk.refuse(errno.ENOSPC, "fsync")
     with pytest.raises(ConnectionError, match="the server is down"):
         if kind == "trainer":
             new_trainer(tmp_path, Down(5), every=100).train(MemoryProvider())
