@@ -1,7 +1,7 @@
 """`python -m worldflux.agents.zoo train ...` is `python -m rl_zoo3.train ...` with our two algorithms.
 
-rl_zoo3 reads its command line before it imports anything that a user names there, so somebody has to have imported
-`worldflux.agents.zoo` already.
+rl_zoo3 reads its command line before it imports anything that a user names there, so `worldflux.agents.zoo` has to be
+imported before.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import worldflux.agents.zoo  # noqa: F401
 
 COMMANDS = ("train", "enjoy", "record_video")
-"""What rl_zoo3 has to know an algorithm for; its plots read files only."""
+"""Modules of rl_zoo3 that have to know the algorithms; its plots only read files."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`WorldFluxAgent` in the form of SB3's own algorithms, which rl_zoo3 builds from a file of hyperparameters."""
+"""`WorldFluxAgent` with the arguments of SB3's algorithms, which rl_zoo3 builds from a file of hyperparameters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from worldflux.models.base import WorldModel
 
 
 class DivergedError(TrainingError, ValueError):
-    """Raised when a loss is not finite. rl_zoo3's search takes a `ValueError` for a trial to give up."""
+    """Raised when a loss is not finite. A `ValueError` makes rl_zoo3's search give up the trial."""
 
 
 class ZooAgent(WorldFluxAgent):
@@ -85,7 +85,7 @@ class ZooAgent(WorldFluxAgent):
 
     @classmethod
     def _with_family(cls, policy: Any) -> Any:
-        """A preset that is named without its family, with it; everything else as it is."""
+        """The full name of a preset that is given without its family; anything else unchanged."""
         full = f"{cls._family()}:{policy}"
         return full if isinstance(policy, str) and find_preset(full) else policy
 
@@ -113,7 +113,7 @@ class TDMPC2(ZooAgent):
 
 
 def _as_sb3_has_it(learning_rate: Any) -> Any:
-    """SB3's schedule in place of rl_zoo3's, because the file of an agent can hold it."""
+    """SB3's schedule in place of rl_zoo3's, because an agent's file can hold it."""
     if isinstance(learning_rate, SimpleLinearSchedule):
         return LinearSchedule(learning_rate.initial_value, 0.0, 1.0)
     return learning_rate

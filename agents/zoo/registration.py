@@ -1,4 +1,4 @@
-"""Tells rl_zoo3 of the two algorithms."""
+"""Registers the two algorithms with rl_zoo3."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from worldflux.agents.zoo.search import convert, sample_dreamerv3, sample_tdmpc2
 from worldflux.agents.zoo.upstream import ALGOS, HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER, exp_manager
 
 HYPERPARAMS = Path(__file__).parent / "hyperparams"
-"""Holds `dreamerv3.yml` and `tdmpc2.yml`, in rl_zoo3's format."""
+"""Folder of `dreamerv3.yml` and `tdmpc2.yml`, in rl_zoo3's format."""
 
 ALGORITHMS = {"dreamerv3": DreamerV3, "tdmpc2": TDMPC2}
 
@@ -25,15 +25,15 @@ def register() -> None:
     ALGOS.update(ALGORITHMS)
     HYPERPARAMS_SAMPLER.update(dreamerv3=sample_dreamerv3, tdmpc2=sample_tdmpc2)
     HYPERPARAMS_CONVERTER.update(dreamerv3=convert, tdmpc2=convert)
-    # Missing while exp_manager itself is imported and meets a custom_envs module that imports us. So it is in
-    # rl_zoo3.record_video, which reads no hyperparameters; rl_zoo3.train imports custom_envs first.
+    # The class is missing while exp_manager is being imported and imports a custom_envs module that imports this one.
+    # That happens in rl_zoo3.record_video, which reads no hyperparameters; rl_zoo3.train imports custom_envs first.
     manager: Any = getattr(exp_manager, "ExperimentManager", None)
     if manager is not None:
         manager.read_hyperparameters = _looking_here(manager.read_hyperparameters)
 
 
 def _looking_here(read: _Reader) -> _Reader:
-    """rl_zoo3's own reading, which without `--conf-file` looks only into a folder of its own package."""
+    """rl_zoo3's method, extended to our files: without `--conf-file` it only looks in a folder of its own package."""
 
     def read_hyperparameters(self: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         if self.algo in ALGORITHMS and Path(self.config) == _THEIRS / f"{self.algo}.yml":

@@ -1,4 +1,4 @@
-"""What rl_zoo3's search for hyperparameters (`train -optimize`) draws for the two algorithms."""
+"""Samplers of rl_zoo3's search for hyperparameters (`train -optimize`) for the two algorithms."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 def sample_dreamerv3(
     trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]
 ) -> dict[str, Any]:
-    """Settings of one trial; what is not drawn stays as in the file of hyperparameters. rl_zoo3 gives the arguments."""
+    """Settings of one trial; the others stay as in the file of hyperparameters. rl_zoo3 passes the arguments."""
     return convert(
         {
             "learning_rate": trial.suggest_float("learning_rate", 3e-5, 3e-3, log=True),
@@ -22,7 +22,7 @@ def sample_dreamerv3(
 
 
 def sample_tdmpc2(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
-    """The same for TD-MPC2."""
+    """Settings of one trial of TD-MPC2."""
     return convert(
         {
             "learning_rate": trial.suggest_float("learning_rate", 1e-4, 3e-3, log=True),

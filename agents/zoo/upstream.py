@@ -1,4 +1,4 @@
-"""What the other modules take from rl_zoo3."""
+"""Names that the other modules import from rl_zoo3."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Feeds readers with damaged and hostile files, and says what came of it.
+"""Feeds readers with damaged and hostile files, and reports the outcomes.
 
     python tests/fuzz/fuzz_readers.py --reader official-dreamerv3 --minutes 10 --seed 0
 
-Input n of a seed is always the same: `--first n --count 1` makes it again. Every input is read in a process of its own
-kind: one that may take a bounded amount of memory and of CPU time for each input, and whose death is noticed. A reader
-is right if it gives something or raises one of the errors that it may raise, for another reason than a lack of memory.
+Input n of a seed is always the same: `--first n --count 1` makes it again. Inputs are read in processes that may take a
+bounded amount of memory and of CPU time for each input, and whose death is noticed. A reader passes if it returns, or
+raises one of the errors that it may raise, for another reason than a lack of memory.
 
-A further reader is a further entry of `READERS`.
+To add a reader, add an entry to `READERS`.
 """
 
 from __future__ import annotations
@@ -50,23 +50,23 @@ from worldflux.training import ReplayBuffer
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 SECONDS = 20
-"""Of CPU time that one input may take."""
+"""CPU time that one input may take."""
 MEMORY = 2**30
 """Bytes that a process may take while it reads, above what it had before."""
 BATCH = 500
-"""Inputs that one process reads."""
+"""Number of inputs that one process reads."""
 SCRATCH = "/dev/shm" if os.path.isdir("/dev/shm") else None
-"""Where the inputs lie; in memory where that is possible."""
+"""Directory of the inputs; in memory where that is possible."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """One way into the library."""
+    """A reader of files, with valid inputs and their damage."""
 
     make: Callable[[Path], Path]
-    """Writes a good input into an empty directory and returns what `read` takes."""
+    """Writes a valid input into an empty directory and returns the path that `read` takes."""
     mutate: Callable[[random.Random, Path], None]
-    """Damages a copy of it, in place."""
+    """Damages a copy of the input, in place."""
     read: Callable[[Path], Any]
     allowed: tuple[type[BaseException], ...] = (CheckpointError,)
 
@@ -77,7 +77,7 @@ NUMBERS = (0, 1, 2, 127, 128, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 
 
 
 def some_number(rng: random.Random, size: int) -> bytes:
-    """A number in `size` bytes, often one that programs stumble over."""
+    """A number in `size` bytes, often one that is a common source of errors."""
     number = rng.choice(NUMBERS) if rng.random() < 0.7 else rng.getrandbits(8 * size)
     return (number % 2 ** (8 * size)).to_bytes(size, rng.choice(("little", "little", "big")))  # type: ignore[arg-type]
 
@@ -106,7 +106,7 @@ def damaged_bytes(rng: random.Random, data: bytes) -> bytes:
 
 
 def damage_file(rng: random.Random, path: Path) -> None:
-    """The same for a file."""
+    """Damages the bytes of a file."""
     path.write_bytes(damaged_bytes(rng, path.read_bytes()))
 
 
@@ -120,13 +120,13 @@ WORDS = (
 
 
 def split_pickle(data: bytes) -> list[bytes]:
-    """The pickle opcode by opcode, each with what belongs to it."""
+    """The opcodes of a pickle, each with its argument."""
     starts = [position for _, _, position in pickletools.genops(data)]
     return [data[start:end] for start, end in zip(starts, [*starts[1:], len(data)], strict=True)]
 
 
 def some_opcode(rng: random.Random) -> bytes:
-    """Any opcode, with something behind it that may belong to it."""
+    """A random opcode with a random argument."""
     opcode = rng.choice(pickletools.opcodes)
     code = opcode.code.encode("latin-1")
     if opcode.arg is None:
@@ -148,7 +148,7 @@ def some_opcode(rng: random.Random) -> bytes:
 
 
 def damaged_pickle(rng: random.Random, data: bytes) -> bytes:
-    """A pickle with one to six opcodes more, fewer, moved, or with other arguments."""
+    """A pickle with one to six opcodes added, removed, moved, or with other arguments."""
     try:
         opcodes = split_pickle(data)
     except ValueError:  # damaged before
@@ -195,7 +195,7 @@ VALUES: tuple[Any, ...] = (None, True, False, *TEXTS, *CONTAINERS, *FLOATS, *COU
 
 
 def places_in(value: Any) -> list[tuple[Any, Any]]:
-    """Every list and object in a value, each with one of its keys or indices; of long lists the beginning."""
+    """Every list and object in a value with each of its keys or indices; of long lists only the beginning."""
     if not isinstance(value, dict | list):
         return []
     keys: list[Any] = list(value) if isinstance(value, dict) else list(range(min(len(value), 20)))
@@ -203,7 +203,7 @@ def places_in(value: Any) -> list[tuple[Any, Any]]:
 
 
 def damaged_json(rng: random.Random, data: bytes) -> bytes:
-    """JSON with one to three values replaced, left out or put elsewhere; deep, long or double at times."""
+    """JSON with one to three values replaced, removed or moved; sometimes deep, long or with a key twice."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):  # damaged before
@@ -298,7 +298,7 @@ def make_agent_pkl(directory: Path) -> Path:
 
 
 def damage_agent_pkl(rng: random.Random, path: Path) -> None:
-    """On the level of opcodes in three of four cases, of bytes in the others."""
+    """Damages opcodes in three of four cases, bytes in the others."""
     data = path.with_name(f"agent{rng.choice((3, 4, 5))}.pkl").read_bytes()
     damage = damaged_pickle if rng.random() < 0.75 else damaged_bytes
     path.write_bytes(damage(rng, data))
@@ -313,7 +313,7 @@ def make_pt(directory: Path) -> Path:
 
 
 class Walk(gym.Env[Any, Any]):
-    """Ten steps and an end."""
+    """An environment with episodes of ten steps."""
 
     def __init__(self, family: str) -> None:
         self.observation_space = gym.spaces.Box(-1, 1, (4,), np.float32)
@@ -321,13 +321,13 @@ class Walk(gym.Env[Any, Any]):
         self.action_space = gym.spaces.Discrete(2) if discrete else gym.spaces.Box(-1, 1, (1,), np.float32)
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
-        """The beginning."""
+        """Begins an episode."""
         super().reset(seed=seed)
         self.steps = 0
         return np.zeros(4, np.float32), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """The next of ten steps."""
+        """Takes the next of ten steps."""
         self.steps += 1
         return np.full(4, self.steps / 10, np.float32), 1.0, False, self.steps >= 10, {}
 
@@ -339,7 +339,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def make_agent(family: str) -> WorldFluxAgent:
-    """A small one that has learned a little."""
+    """A small agent that has learned a little."""
     search = dict(num_samples=16, num_elites=4, num_pi_trajs=4, iterations=2) if family == "tdmpc2" else None
     agent = WorldFluxAgent(
         f"{family}:tiny",
@@ -365,7 +365,7 @@ def make_saved(directory: Path, family: str, kind: str) -> Path:
 
 
 def damage_directory(rng: random.Random, path: Path) -> None:
-    """One or two of the files in a directory, each in its own way; at times one is missing, or is a pipe."""
+    """Damages one or two of the files in a directory according to their kind, removes one, or makes it a pipe."""
     files = sorted(file for file in path.rglob("*") if file.is_file())
     for file in rng.sample(files, min(len(files), rng.choice((1, 1, 2)))):
         chance = rng.random()
@@ -382,7 +382,7 @@ def damage_directory(rng: random.Random, path: Path) -> None:
 
 
 def damage_agent(rng: random.Random, path: Path) -> None:
-    """The zip of an agent, the JSON in it, and the pickle in the archive in it."""
+    """Damages the zip of an agent, the JSON in it, or the pickle in the archive in it."""
 
     def damaged_archive(rng: random.Random, data: bytes) -> bytes:
         inner = path.with_name("inner")
@@ -394,7 +394,7 @@ def damage_agent(rng: random.Random, path: Path) -> None:
 
 
 def load_agent(path: Path, family: str, *, resume: bool) -> None:
-    """Loads, acts, and takes a gradient step, whatever the settings say of how many are due."""
+    """Loads an agent, acts, and takes a gradient step, whatever number the settings ask for."""
     refused = ""
     try:
         agent = WorldFluxAgent.load(path, Walk(family), device="cpu", resume=resume)
@@ -437,7 +437,7 @@ def make_run(directory: Path) -> Path:
 
 
 def load_run(path: Path) -> None:
-    """What `worldflux train --resume` and `worldflux plot` read of it."""
+    """Reads what `worldflux train --resume` and `worldflux plot` read of a run."""
     from_json(TrainSettings, RunConfig.read(path).settings, path / CONFIG_FILE)
     run = read_run(path)
     if run is not None:
@@ -448,7 +448,7 @@ OURS = (WorldFluxError, FileNotFoundError)
 
 
 def saved(family: str, kind: str) -> Reader:
-    """An entry of the table below."""
+    """An entry of `READERS`."""
     make = partial(make_saved, family=family, kind=kind)
     if kind == "model":
         return Reader(make, damage_directory, load_model, OURS)
@@ -492,7 +492,7 @@ def lacked_memory(error: BaseException | None) -> bool:
 
 
 def read_one(reader: Reader, good: Path, target: str, seed: str) -> str:
-    """What came of an input: `read`, `refused`, or what was wrong."""
+    """The outcome of an input: `read`, `refused`, or a description of the failure."""
     with tempfile.TemporaryDirectory(dir=SCRATCH) as directory:
         shutil.copytree(good, directory, dirs_exist_ok=True)
         path = Path(directory, target)
@@ -512,7 +512,7 @@ def read_one(reader: Reader, good: Path, target: str, seed: str) -> str:
 def read_batch(
     reader: Reader, good: Path, target: str, seed: int, numbers: range, until: float, state: mmap.mmap
 ) -> None:
-    """In a process of its own. `state` has the number of the input that is being read, and counts."""
+    """Reads inputs in a process of its own; `state` holds the number of the present input, and counts."""
     with open("/proc/self/statm") as file:
         size = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY,) * 2)
@@ -531,7 +531,7 @@ def read_batch(
 
 
 def fuzz(name: str, minutes: float, seed: int, first: int, count: int) -> bool:
-    """Reads inputs until the time is over or there are no more; True if nothing was wrong."""
+    """Reads inputs until the time is over or none is left; returns True if all passed."""
     reader = READERS[name]
     state = mmap.mmap(-1, 32)
     number, deaths = first, 0
