@@ -1,4 +1,4 @@
-"""Collecting: an environment and a policy become a replay buffer."""
+"""`collect` fills a replay buffer with what a policy does in an environment."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from worldflux.replay.buffer import ReplayBuffer
 from worldflux.validation import whole_number
 
 _FIRST_STEPS = 1000
-"""Steps of each environment that a buffer has room for before it grows."""
+"""The number of steps of each environment that a buffer has room for before it grows."""
 
 
 @runtime_checkable
 class Predictor(Protocol):
-    """What SB3's algorithms and `WorldFluxAgent` have in common."""
+    """The interface that SB3's algorithms and `WorldFluxAgent` have in common."""
 
     def predict(
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
     ) -> tuple[Any, Any]:
-        """Actions, and the state to hand in with the next observation."""
+        """Returns the actions, and the state to pass with the next observation."""
 
 
 Policy = Predictor | Callable[[Any], Any]
@@ -47,26 +47,29 @@ def collect(
     deterministic: bool = False,
     progress: bool = False,
 ) -> ReplayBuffer:
-    """A buffer with what a policy did in an environment.
+    """Collects the steps of a policy in an environment into a replay buffer.
 
         >>> collect("CartPole-v1", episodes=10, seed=0).save("cartpole.npz")
 
-    Each environment has a stream of its own in the buffer. Several environments share the episodes out evenly
-    beforehand, as SB3's `evaluate_policy` does: those that come first would be the short ones. Which of them has
-    made its share waits for the others, and what it does meanwhile is not stored.
+    Each environment has a stream of its own in the buffer. The episodes are shared out evenly among several
+    environments beforehand, as in SB3's `evaluate_policy`, because the first to end would be the short ones. An
+    environment that has made its share waits for the others, and what it does meanwhile is not stored.
 
     Args:
         env: An environment's name as in `make_env`, a Gymnasium environment, an SB3 `VecEnv` or a Gymnasium vector
             environment. It is reset first; one that was given stays open, somewhere in an episode.
         policy: An object with SB3's `predict`, or a function that gives the action for an observation; for a `VecEnv`
             or a vector environment, the actions for all observations. None acts at random.
-        steps: Transitions, at least; several environments may overshoot by fewer than there are. Episodes that are in
-            flight then are closed as truncated, with their last observation.
-        episodes: Complete episodes, exactly. Give this or `steps`.
-        capacity: Of the buffer, whose oldest transitions make room for newer ones; None keeps all.
-        seed: Of the environments, the random actions and the buffer's sampler.
-        deterministic: Passed on to `predict`.
-        progress: Show a bar, with tqdm.
+        steps: The least number of transitions; several environments may overshoot it by fewer than there are. Episodes
+            that are in flight then are closed as truncated, with their last observation.
+        episodes: The exact number of complete episodes. Give this or `steps`.
+        capacity: The capacity of the buffer, whose oldest transitions make room for newer ones; None keeps all.
+        seed: The seed of the environments, the random actions and the buffer's sampler.
+        deterministic: Whether `predict` is asked for deterministic actions.
+        progress: Whether to show a progress bar, with tqdm.
+
+    Returns:
+        The buffer.
 
     Raises:
         ConfigurationError: If an argument cannot be used.
@@ -120,7 +123,7 @@ def _collect(
     recorder = VecEpisodeRecorder(buffer, venv)
     left = None
     if episodes is not None:
-        # As SB3's evaluate_policy has it: where they do not share evenly, the last environments make one more.
+        # As in SB3's evaluate_policy, the last environments make one more where the episodes cannot be shared evenly.
         left = [(episodes + env) // n_envs for env in range(n_envs)]
     resting = [] if left is None else [env for env in range(n_envs) if not left[env]]
     obs, starts = venv.reset(), np.ones(n_envs, dtype=bool)
@@ -157,7 +160,7 @@ def _as_vec_env(env: Any) -> VecEnv:
 def _actor(
     venv: VecEnv, policy: Policy | None, seed: int | None, deterministic: bool, single: bool
 ) -> Callable[[Any, Array], Array]:
-    """What takes observations `[n_envs, ...]` and where episodes start `[n_envs]` to actions `[n_envs, ...]`."""
+    """A function from observations `[n_envs, ...]` and starts of episodes `[n_envs]` to actions `[n_envs, ...]`."""
     space = copy.deepcopy(venv.action_space)
     if policy is None:
         if seed is not None:

@@ -1,4 +1,4 @@
-"""Environments from their names."""
+"""Making environments from their names."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def make_env(name: str, **options: Any) -> gym.Env[Any, Any]:
 def _adapted(
     name: str, *, pixels: bool = False, size: Size | None = None, action_repeat: int = 1, **options: Any
 ) -> gym.Env[Any, Any]:
-    """An environment of Gymnasium with the options that the suites have of their own."""
+    """Makes an environment of Gymnasium with the options that those of the suites have themselves."""
     action_repeat = whole_number("action_repeat", action_repeat, 1)
     if pixels and options.setdefault("render_mode", "rgb_array") != "rgb_array":
         raise ConfigurationError(
@@ -83,14 +83,14 @@ def _adapted(
 
 
 def _made(gym_id: str, name: str, options: dict[str, Any]) -> gym.Env[Any, Any]:
-    """`gymnasium.make` with our errors; `name` is what the user asked for."""
+    """Calls `gymnasium.make` with our errors; `name` is what the user asked for."""
     with _our_errors(name):
         return gym.make(gym_id, **options)
 
 
 @contextmanager
 def _our_errors(name: str) -> Iterator[None]:
-    """Turns what making an environment raises into errors that say what to do."""
+    """Turns the errors of making an environment into errors that say what to do."""
     try:
         yield
     except WorldFluxError:
@@ -114,11 +114,11 @@ def _our_errors(name: str) -> Iterator[None]:
 
 
 def as_env(env: Any) -> gym.Env[Any, Any] | VecEnv:
-    """The environment that is meant: made from its name, or as it was given.
+    """Returns the environment that is meant: made from its name, or as it was given.
 
     Args:
         env: A name as in `make_env`, a Gymnasium environment, an SB3 `VecEnv` or a Gymnasium vector environment,
-            which becomes a `VecEnv`. One that is made here can be filmed if it knows how, as SB3 has it.
+            which becomes a `VecEnv`. One that is made here renders `rgb_array` if it can, as in SB3.
 
     Raises:
         ConfigurationError: If it is none of these, or cannot be made.
@@ -143,7 +143,7 @@ def as_env(env: Any) -> gym.Env[Any, Any] | VecEnv:
 
 
 def check_batches(env: gym.Env[Any, Any]) -> None:
-    """Makes sure that observations can be put together into arrays, which SB3's `VecEnv`s do.
+    """Makes sure that observations can be put together into arrays, as SB3's `VecEnv`s do.
 
     Raises:
         ConfigurationError: If they cannot; the message lists what is supported.
@@ -168,11 +168,12 @@ def make_vec_env(
 
     Args:
         name: As in `make_env`; or a function or class that makes one environment.
-        n_envs: Copies.
-        seed: The first copy's; the others count up from it. None leaves them to chance.
-        processes: One process for each copy, for environments that are slow to step or to render. They are started
-            without `fork`, which hangs MuJoCo's rendering, so a script needs `if __name__ == "__main__":`.
-        **options: As in `make_env`, the same for all.
+        n_envs: The number of copies.
+        seed: The seed of the first copy; the others count up from it. None leaves them to chance.
+        processes: Whether each copy has a process of its own, for environments that are slow to step or to render.
+            Processes are started without `fork`, which hangs MuJoCo's rendering, so a script needs
+            `if __name__ == "__main__":`.
+        **options: The options of `make_env`, the same for all copies.
 
     Raises:
         ConfigurationError: If an argument cannot be used, or the environment cannot be made.

@@ -28,15 +28,15 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Arrays = Array | dict[str, Array]
 
 SINGLE_KEY = "obs"
-"""Name under which `obs_classes` speaks of an observation that is one array, not a dictionary."""
+"""The key of an observation that is one array, not a dictionary."""
 
 _OBSERVATIONS_SUPPORTED = "Box, Discrete, MultiDiscrete, MultiBinary and a flat Dict of these"
 _LEAST_SIDE, _LEAST_SIDE_OF_NUMBERS = 16, 40
-"""Of what counts as a picture although it is not `uint8`: with at most four channels, and with any number or none."""
+"""The least sides of what counts as a picture although it is not `uint8`: with up to four channels, and otherwise."""
 _MOST_OPTIONS = 2**16
-"""Of a one-hot: more would be a quarter of a megabyte in every row, for numbers that hardly ever come twice."""
+"""The most options of one-hots: more would take a quarter of a megabyte per row, for numbers that rarely recur."""
 _MOST_FLATTENED = 2**20
-"""Numbers that nobody is told to make of parts of a space."""
+"""The most numbers of a space that the advice to flatten it is given for."""
 _ACTIONS_SUPPORTED = "Box with finite bounds, Discrete, MultiDiscrete and MultiBinary"
 
 
@@ -44,7 +44,7 @@ class OneHots:
     """Concatenated one-hot vectors for several choices, and back.
 
     Args:
-        classes: How many options each choice has.
+        classes: The number of options of each choice.
         starts: The number of the first option of each choice, as `Discrete(n, start=...)` has it.
     """
 
@@ -54,7 +54,7 @@ class OneHots:
         self._starts = np.asarray(starts, dtype=np.int64)
         self._sizes = np.asarray(classes, dtype=np.int64)
         self._offsets = np.concatenate([[0], np.cumsum(self._sizes)[:-1]]).astype(np.int64)
-        # Of each column of the one-hots: the choice that it belongs to, and the option that it stands for.
+        # For each column of the one-hots, the choice that it belongs to and the option that it stands for.
         self._choice = np.repeat(np.arange(len(classes)), self._sizes)
         self._option = np.arange(self.width) - (self._offsets - self._starts)[self._choice]
 
@@ -89,28 +89,25 @@ class OneHots:
 
 def _choices(space: spaces.Space[Any], name: str) -> OneHots | None:
     """The one-hot form of a space of whole numbers, or None for other spaces."""
-    width = 0
-    if isinstance(space, spaces.Discrete):
-        width = int(space.n)
-    elif isinstance(space, spaces.MultiDiscrete):
-        width = sum(int(n) for n in space.nvec.reshape(-1)) if space.nvec.size <= _MOST_OPTIONS else space.nvec.size
-    elif isinstance(space, spaces.MultiBinary):
-        width = 2 * int(np.prod(space.shape))
+    if isinstance(space, spaces.MultiBinary):
+        choices = int(np.prod(space.shape))
+        _check_width(space, name, 2 * choices)
+        return OneHots((2,) * choices, (0,) * choices)
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+        sizes = space.n if isinstance(space, spaces.Discrete) else space.nvec
+        classes = tuple(int(size) for size in np.ravel(sizes))
+        _check_width(space, name, sum(classes))
+        return OneHots(classes, tuple(int(start) for start in np.ravel(space.start)))
+    return None
+
+
+def _check_width(space: spaces.Space[Any], name: str, width: int) -> None:
     if width > _MOST_OPTIONS:
         raise ConfigurationError(
             f"{name} is a {type(space).__name__} space with {width:,} options, each of which would be a number of its "
             f"one-hots in every row, expected at most {_MOST_OPTIONS:,}. Give it as a Box of a few numbers instead, "
             "such as its digits or coordinates: gymnasium.wrappers.TransformObservation and TransformAction do that."
         )
-    if isinstance(space, spaces.Discrete):
-        return OneHots((int(space.n),), (int(space.start),))
-    if isinstance(space, spaces.MultiDiscrete):
-        starts = np.asarray(getattr(space, "start", np.zeros_like(space.nvec))).reshape(-1)
-        return OneHots(tuple(int(n) for n in space.nvec.reshape(-1)), tuple(int(start) for start in starts))
-    if isinstance(space, spaces.MultiBinary):
-        bits = int(np.prod(space.shape))
-        return OneHots((2,) * bits, (0,) * bits)
-    return None
 
 
 def _is_supported(space: spaces.Space[Any]) -> bool:
@@ -118,7 +115,7 @@ def _is_supported(space: spaces.Space[Any]) -> bool:
 
 
 def _other_form(space: spaces.Space[Any]) -> str:
-    """What to do about a space that is not supported, or has such parts."""
+    """Advice about a space that is not supported, or has such parts."""
     try:
         # The bounds of the flattened space are arrays of its size.
         too_large = _has_images(space) or spaces.utils.flatdim(space) > _MOST_FLATTENED
@@ -141,7 +138,7 @@ def _has_images(space: Any) -> bool:
 
 
 class _Leaf:
-    """Codec of one array of an observation: its library shape and dtype, and the check at the door."""
+    """The codec of one array of an observation: its shape and dtype in the library, and the checks of what comes in."""
 
     def __init__(self, space: spaces.Space[Any], name: str, whole: spaces.Space[Any]) -> None:
         if not _is_supported(space):
@@ -238,7 +235,7 @@ class _Leaf:
 
 
 def is_image(space: spaces.Box) -> bool:
-    """Whether numbers of a space are pixels."""
+    """Whether the numbers of a space are pixels."""
     if space.dtype != np.uint8:
         return False
     full_range = bool(np.all(space.low == 0) and np.all(space.high == 255))
@@ -246,7 +243,7 @@ def is_image(space: spaces.Box) -> bool:
 
 
 def _reject_other_images(space: spaces.Box, name: str) -> None:
-    """Flattening a picture of numbers would build an MLP over every pixel, which nobody wants."""
+    """Refuses pictures that are not `uint8`: flattened, they would get an MLP over every pixel, which nobody wants."""
     shape = space.shape
     if not _has_sides_of_a_picture(shape):
         return
@@ -268,7 +265,7 @@ def _reject_other_images(space: spaces.Box, name: str) -> None:
 
 
 def _as_pixels(space: spaces.Box) -> str:
-    """The wrapper that makes numbers those from 0 to 255, as code; without bounds they are taken for 0 to 1."""
+    """Code of a wrapper that scales numbers to pixels from 0 to 255; unbounded ones are taken to lie in 0 to 1."""
     low, high = float(space.low.min()), float(space.high.max())
     if not (np.isfinite([low, high]).all() and low < high):
         low, high = 0.0, 1.0
@@ -292,8 +289,8 @@ class ObservationCodec:
     """Turns observations of a Gymnasium space into the library's form.
 
     Attributes:
-        obs_shape: Shape of one observation in the library, or a dict of them.
-        obs_dtype: NumPy dtype, or a dict of them: `uint8` for images, `float32` for all else.
+        obs_shape: The shape of one observation in the library, or a dict of shapes.
+        obs_dtype: The NumPy dtype, or a dict of dtypes: `uint8` for images, `float32` for all else.
         obs_classes: For observations that became one-hots: the number of options of each choice. The key of an
             observation that is one array is `"obs"`.
 
@@ -324,7 +321,7 @@ class ObservationCodec:
         }
 
     def encode(self, obs: Any) -> Arrays:
-        """Library form of a batch of observations.
+        """The library form of a batch of observations.
 
         Args:
             obs: As the environments gave it, with a leading axis `[N, ...]` (a dict of such arrays for `Dict`).
@@ -341,7 +338,7 @@ class ObservationCodec:
         return encoded
 
     def encode_any(self, obs: Any) -> tuple[Arrays, bool]:
-        """Library form `[N, *obs_shape]` of one observation or a batch, and whether it was a batch."""
+        """The library form `[N, *obs_shape]` of one observation or a batch, and whether it was a batch."""
         if isinstance(obs, tuple) and len(obs) == 2 and isinstance(obs[1], Mapping):
             raise ShapeMismatchError(
                 "The observation is a tuple of two, expected the observation alone. Gymnasium's reset returns it with "
@@ -375,8 +372,8 @@ class ActionCodec:
 
     Attributes:
         action_type: `"continuous"`, `"discrete"` or `"multi_discrete"`.
-        action_dim: Width of an action vector in the library.
-        action_classes: Options of each choice; `()` for continuous actions.
+        action_dim: The width of an action vector in the library.
+        action_classes: The number of options of each choice; `()` for continuous actions.
 
     Args:
         space: The action space of a single environment.
@@ -423,10 +420,10 @@ class ActionCodec:
         return self._choices is None and (self._dtype.kind in "iu" or self._has_fixed)
 
     def to_env(self, actions: Array) -> Array:
-        """Actions for the environments.
+        """Turns actions into those of the environments.
 
         Args:
-            actions: Library form `[N, A]`; continuous ones are clipped to [-1, 1] here and nowhere else.
+            actions: The library form `[N, A]`; continuous ones are clipped to [-1, 1].
 
         Returns:
             `[N, *space.shape]` in the space's dtype.
@@ -442,7 +439,7 @@ class ActionCodec:
         return values.astype(self._dtype).reshape(len(actions), *self._shape)
 
     def from_env(self, actions: Any) -> Array:
-        """Library form of actions that somebody else chose, as they are carried out and stored.
+        """The library form of actions that somebody else chose, as they are carried out and stored.
 
         Continuous actions outside the space's bounds become the nearest ones inside, which is what environments execute
         that keep to their space.

@@ -11,15 +11,15 @@ from gymnasium import spaces
 from worldflux.errors import CheckpointError, ConfigurationError
 
 _MOST_NUMBERS = 2**24
-"""Of all boxes in a description. Bounds of so many take 0.3 GB; a picture of 1024 x 1024 has a fifth of them."""
+"""The most numbers of all boxes in a description. Their bounds take 0.3 GB; a 1024 x 1024 picture has a fifth."""
 _MOST_CHOICES = 2**22
-"""Of all one-hots in a description."""
+"""The most options of all choices in a description."""
 
 
 def space_to_json(space: spaces.Space[Any]) -> dict[str, Any]:
-    """What `space_from_json` builds an equal space from."""
+    """A description of a space, from which `space_from_json` builds an equal one."""
     if isinstance(space, spaces.Box):
-        # Of whole numbers, an infinite bound is stored as the least or greatest number, with a mark beside it.
+        # Spaces of whole numbers hold an infinite bound as the least or greatest number, with a mark beside it.
         low = _bound_to_json(space.low, ~space.bounded_below, -np.inf)
         high = _bound_to_json(space.high, ~space.bounded_above, np.inf)
         return {"type": "Box", "low": low, "high": high, "shape": list(space.shape), "dtype": str(space.dtype)}
@@ -61,7 +61,7 @@ def space_from_json(data: dict[str, Any]) -> spaces.Space[Any]:
 
 
 def _sizes(data: dict[str, Any]) -> tuple[int, int]:
-    """How many numbers and choices a described space has, before anything is made of it."""
+    """The numbers and the options of a described space, counted before anything is made of it."""
     kind = data["type"]
     if kind == "Dict":
         parts = [_sizes(part) for part in data["spaces"].values()]
@@ -72,11 +72,11 @@ def _sizes(data: dict[str, Any]) -> tuple[int, int]:
         return 0, int(data["n"])
     if kind == "MultiDiscrete":
         return 0, sum(_flat(data["nvec"]))
-    return 0, 2 * math.prod(_flat(data["n"] if "n" in data else data["shape"]))
+    return 0, 2 * math.prod(_flat(data["n"]))
 
 
 def _flat(sizes: Any) -> list[int]:
-    """Whole numbers, in lists or not."""
+    """The whole numbers in nested lists."""
     if isinstance(sizes, list):
         return [size for part in sizes for size in _flat(part)]
     if isinstance(sizes, bool) or not isinstance(sizes, int) or sizes < 0:
@@ -91,15 +91,12 @@ def _from_json(data: dict[str, Any]) -> spaces.Space[Any]:
         low, high = (_bound_from_json(data[name], shape, dtype) for name in ("low", "high"))
         return spaces.Box(low, high, shape, dtype)
     if kind == "Discrete":
-        return spaces.Discrete(data["n"], start=data["start"], dtype=data.get("dtype", "int64"))
+        return spaces.Discrete(data["n"], start=data["start"], dtype=data["dtype"])
     if kind == "MultiDiscrete":
         dtype = np.dtype(data["dtype"])
         return spaces.MultiDiscrete(data["nvec"], dtype=dtype, start=np.array(data["start"], dtype))
     if kind == "MultiBinary":
-        if "n" in data:
-            return spaces.MultiBinary(data["n"])
-        shape = data["shape"]  # in the first files of this format
-        return spaces.MultiBinary(shape[0] if len(shape) == 1 else shape)
+        return spaces.MultiBinary(data["n"])
     if kind == "Dict":
         # Pairs keep their order; a dictionary would be sorted.
         return spaces.Dict([(key, _from_json(part)) for key, part in data["spaces"].items()])
@@ -107,7 +104,7 @@ def _from_json(data: dict[str, Any]) -> spaces.Space[Any]:
 
 
 def _bound_to_json(bound: np.ndarray, is_infinite: np.ndarray, infinity: float) -> Any:
-    """One number for a bound that is the same everywhere (images), else a flat list; infinities as strings."""
+    """A bound as one number where it is the same everywhere (images), else as a flat list; infinities are strings."""
     values = bound.reshape(-1)
     marks = np.broadcast_to(is_infinite, bound.shape).reshape(-1)
     if values.size and np.all(values == values[0]) and np.all(marks == marks[0]):
@@ -122,7 +119,7 @@ def _number_to_json(value: Any) -> Any:
 
 
 def _bound_from_json(bound: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    """What `Box` takes for a bound: an array, or an infinite number."""
+    """A bound as `Box` takes it: an array, or an infinite number."""
     if isinstance(bound, str):
         return float(bound)
     if not isinstance(bound, list):

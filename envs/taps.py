@@ -1,4 +1,4 @@
-"""Listening at the methods of environments, which others hold and call, too."""
+"""Taps, which stand in the place of methods of environments and notice calls, whoever makes them."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ TapType = TypeVar("TapType", bound="Tap")
 
 
 class Tap:
-    """Stands in the place of a method of one object. Copies and pickles of the object take one of their own with them.
+    """Stands in the place of a method of one object; copies and pickles of the object have a tap of their own.
 
     Args:
-        method: That is called.
+        method: The method that is called.
     """
 
     def __init__(self, method: Callable[..., Any]) -> None:
         self.method = method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the method gives."""
+        """Calls the method."""
         return self.method(*args, **kwargs)
 
 
 def tapped(owner: Any, name: str, make: type[TapType], *arguments: Any) -> TapType:
-    """The tap at a method, put there unless one of the same kind is there already, which serves all who listen.
+    """Returns the tap at a method, put there unless one of the same kind, which serves everybody, is there already.
 
     Args:
-        owner: Of the method.
-        name: Of the method.
-        make: Kind of the tap, made from the method and `arguments`.
-        *arguments: What else it is made from.
+        owner: The owner of the method.
+        name: The name of the method.
+        make: The kind of tap, made from the method and `arguments`.
+        *arguments: Further arguments of `make`.
     """
     method = layer = getattr(owner, name)
     while isinstance(layer, Tap):
@@ -39,6 +39,6 @@ def tapped(owner: Any, name: str, make: type[TapType], *arguments: Any) -> TapTy
             return layer
         layer = layer.method
     tap = make(method, *arguments)
-    with suppress(AttributeError, TypeError):  # an engine's own object, which takes no attributes and is not heard
+    with suppress(AttributeError, TypeError):  # an object of an engine takes no attributes; its calls go unnoticed
         setattr(owner, name, tap)
     return tap

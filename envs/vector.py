@@ -1,4 +1,4 @@
-"""Gymnasium's vector environments: how they reset, and a face of SB3's `VecEnv` for them."""
+"""Gymnasium's vector environments: how they reset, and an adapter that makes them an SB3 `VecEnv`."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from worldflux.envs.spaces import Array
 from worldflux.errors import BufferError, ConfigurationError
 
 ENDED = "worldflux.ended"
-"""In the info of an episode's last step that is reported one step late: "terminated" or "truncated"."""
+"""The key in the info of an episode's last step if the end is reported one step late: "terminated" or "truncated"."""
 RESET_STEP = "worldflux.reset_step"
-"""In the info of the step that reports it: the environment was only reset."""
+"""The key in the info of the step that reports the end: the environment was only reset."""
 
 _PATIENCE = 10.0
-"""Seconds in which an environment is expected to finish a step that was interrupted."""
+"""The seconds in which an environment is expected to finish a step that was interrupted."""
 
 _NOT_TO_BE_CALLED = ("reset", "step", "close")
 
 
 def autoreset_mode(envs: VectorEnv[Any, Any, Any]) -> AutoresetMode:
-    """When a vector environment resets those whose episodes ended.
+    """The time at which a vector environment resets the environments whose episodes ended.
 
     Raises:
         ConfigurationError: If it does not say, or its steps cannot be followed.
@@ -73,7 +73,7 @@ def autoreset_mode(envs: VectorEnv[Any, Any, Any]) -> AutoresetMode:
 
 
 def innermost(venv: VecEnv) -> Any:
-    """What SB3's wrappers are around, which may be no `VecEnv`: games with many players, pools of environments."""
+    """The object inside SB3's wrappers, which may be no `VecEnv`: a game with many players, a pool of environments."""
     while isinstance(venv, VecEnvWrapper):
         venv = venv.venv
     return venv
@@ -88,7 +88,7 @@ def base_of(envs: VecEnv | VectorEnv[Any, Any, Any]) -> Any:
 
 
 def seed_envs(venv: VecEnv, seed: int) -> None:
-    """Seeds environments, for their next reset; warns where that cannot be done."""
+    """Seeds environments for their next reset; warns if they cannot be seeded."""
     try:
         venv.seed(seed)
     except AttributeError as error:
@@ -99,7 +99,7 @@ def seed_envs(venv: VecEnv, seed: int) -> None:
 
 
 def row_of(obs: Any, env: int) -> Any:
-    """One environment's part of batched observations, dictionaries and tuples of them included."""
+    """The observation of one environment in a batch, which may consist of dictionaries and tuples."""
     if isinstance(obs, dict):
         return {key: row_of(part, env) for key, part in obs.items()}
     if isinstance(obs, tuple):
@@ -111,7 +111,7 @@ def final_obs_in(infos: Mapping[str, Any], env: int) -> Any:
     """The last observation of an environment that was reset in the step of these infos.
 
     Raises:
-        BufferError: If it is not there.
+        BufferError: If the infos do not hold it.
     """
     finals = infos.get("final_obs")
     final = None if finals is None else row_of(finals, env)
@@ -124,7 +124,7 @@ def final_obs_in(infos: Mapping[str, Any], env: int) -> Any:
 
 
 def split_infos(infos: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
-    """A dictionary for each environment, with the entries that it has, from those of a vector environment."""
+    """The infos of a vector environment as a dictionary for each environment, with the entries that it has."""
     split: list[dict[str, Any]] = [{} for _ in range(count)]
     for key, values in infos.items():
         if key == "final_obs" or (key.startswith("_") and key[1:] in infos):
@@ -132,7 +132,7 @@ def split_infos(infos: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
         mask = infos.get(f"_{key}")
         if isinstance(values, Mapping):
             values = split_infos(values, count)
-        # Some vector environments say things that hold for all of them.
+        # Some vector environments add entries that hold for all environments.
         shared = not isinstance(values, list | tuple | np.ndarray) or len(values) != count
         for env in range(count) if mask is None else np.flatnonzero(mask):
             split[env][key] = values if shared else values[env]
@@ -140,10 +140,10 @@ def split_infos(infos: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
 
 
 def settle(venv: VecEnv) -> None:
-    """Clears away the answers of other processes that nobody fetched, because a step was interrupted.
+    """Discards the answers of other processes that nobody fetched because a step was interrupted.
 
-    The next answers would be taken for those to the next questions. How many are on their way cannot be seen, so each
-    process is asked something whose answer looks like no other one. Where no step was interrupted, nothing is done.
+    They would be taken for the answers to the next questions. How many are on their way cannot be seen, so each process
+    is asked something whose answer looks like no other one. Where no step was interrupted, nothing is done.
 
     Args:
         venv: The innermost `VecEnv`.
@@ -171,7 +171,7 @@ def _clear(pipes: Sequence[Any], question: tuple[str, Any], is_answer: Callable[
 
 
 class GymnasiumVecEnv(VecEnv):
-    """A Gymnasium vector environment as SB3's algorithms and `WorldFluxAgent` drive it.
+    """A Gymnasium vector environment as an SB3 `VecEnv`, for SB3's algorithms and `WorldFluxAgent`.
 
     Where it resets on the next step, an episode's end is reported one step late, because SB3 wants the next episode's
     first observation with it: the last step gives `done=False`, the last observation and the last reward; the step
@@ -182,10 +182,10 @@ class GymnasiumVecEnv(VecEnv):
     At an episode's end the info holds `episode`, as SB3's `Monitor` has it, unless the environment puts its own there.
 
     Attributes:
-        vector_env: What is driven.
+        vector_env: The Gymnasium vector environment.
 
     Args:
-        envs: To drive, in any autoreset mode. Nobody else may step it meanwhile.
+        envs: The vector environment, in any autoreset mode. Nobody else may step it meanwhile.
 
     Raises:
         ConfigurationError: If it is something else, or does not say how it resets.
@@ -276,14 +276,14 @@ class GymnasiumVecEnv(VecEnv):
         return self.vector_env.step(self._actions)
 
     def _report_resets(self, ends: dict[int, bool], vector_infos: dict[str, Any], infos: list[dict[str, Any]]) -> None:
-        """What SB3 wants to know of the environments that were reset in this step."""
+        """Puts into the infos what SB3 expects from environments that were reset in this step."""
         for env, cut in ends.items():
             self.reset_infos[env] = info = infos[env]
             infos[env] = dict(info.pop("final_info", info))
             self._report_end(infos[env], env, cut, final_obs_in(vector_infos, env))
 
     def _reset_ended(self, ends: dict[int, bool], obs: Any, infos: list[dict[str, Any]]) -> Any:
-        """Resets the environments whose episodes ended; the observations after that."""
+        """Resets the environments whose episodes ended, and returns the observations after that."""
         mask = np.zeros(self.num_envs, dtype=bool)
         for env, cut in ends.items():
             mask[env] = True
@@ -297,7 +297,7 @@ class GymnasiumVecEnv(VecEnv):
     def _report_late(
         self, ends: dict[int, bool], late: dict[int, dict[str, Any]], obs: Any, infos: list[dict[str, Any]]
     ) -> None:
-        """Reports the ends of the last step, and keeps those of this one for the next."""
+        """Reports the ends of the previous step, and keeps those of this one for the next."""
         for env, info in late.items():
             self.reset_infos[env], infos[env] = infos[env], info
         for env, cut in ends.items():
@@ -321,7 +321,7 @@ class GymnasiumVecEnv(VecEnv):
     # --- the environments in it
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """An attribute of each environment; where they cannot be reached, of the vector environment."""
+        """An attribute of each environment, or of the vector environment where single ones cannot be reached."""
         base, chosen = self.vector_env.unwrapped, list(self._get_indices(indices))
         if isinstance(base, SyncVectorEnv):
             return [base.envs[env].get_wrapper_attr(attr_name) for env in chosen]
@@ -357,8 +357,8 @@ class GymnasiumVecEnv(VecEnv):
         """Calls a method of environments.
 
         Raises:
-            ConfigurationError: If they cannot be reached, or in processes of their own, where only all of them can be
-                called, and `reset`, `step` and `close` cannot.
+            ConfigurationError: If they cannot be reached; in processes, also if not all of them are called, or if the
+                method is `reset`, `step` or `close`.
         """
         base, chosen = self.vector_env.unwrapped, list(self._get_indices(indices))
         if isinstance(base, SyncVectorEnv):
@@ -375,7 +375,7 @@ class GymnasiumVecEnv(VecEnv):
         return list(base.call(method_name, *method_args, **kwargs))
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: Any = None) -> list[bool]:
-        """Whether environments have a wrapper. What `Monitor` reports is in the infos, so they count as having it."""
+        """Whether environments have a wrapper. They count as having `Monitor`, because its reports are in the infos."""
         base, chosen = self.vector_env.unwrapped, list(self._get_indices(indices))
         if wrapper_class is Monitor:
             return [True] * len(chosen)
@@ -384,7 +384,7 @@ class GymnasiumVecEnv(VecEnv):
         return [False] * len(chosen)
 
     def get_images(self) -> Sequence[Array | None]:
-        """What each environment renders, if it was made for `rgb_array`."""
+        """The picture of each environment, if it was made for `rgb_array`."""
         if self.render_mode != "rgb_array":
             warnings.warn(f"The render mode is {self.render_mode}, but images need 'rgb_array'.", stacklevel=2)
             return [None] * self.num_envs

@@ -1,4 +1,4 @@
-"""Wrappers that Gymnasium does not have in this form: a counted action repeat, images resized wherever they are."""
+"""Wrappers that Gymnasium does not have in this form: a counted action repeat, and resizing of all images."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from gymnasium.wrappers import RepeatAction
 from worldflux.errors import ConfigurationError, MissingDependencyError
 
 Size = int | tuple[int, int]
-"""Side of a square, or height and width."""
+"""The side of a square, or height and width."""
 
 _MOST_CHANNELS = 4
-"""That OpenCV averages over areas at a time."""
+"""The number of channels that OpenCV averages over areas at a time."""
 
 
 class ActionRepeat(RepeatAction[Any, Any]):
-    """Repeats each action and sums the rewards; says how many frames a step takes.
+    """Repeats each action and sums the rewards; `action_repeat` says how many frames a step takes.
 
     `ActionRepeat(env, num_repeats)`, as Gymnasium's `RepeatAction`: so many steps of `env` for each step of the
     wrapper, and fewer where the episode ends.
@@ -29,26 +29,27 @@ class ActionRepeat(RepeatAction[Any, Any]):
 
     @property
     def action_repeat(self) -> int:
-        """Frames in a step, counted with the repeats of the wrapped environment."""
+        """The number of frames in a step, including the repeats of the wrapped environment."""
         return self.num_repeats * frames_per_step(self.env)
 
     @property
     def max_episode_steps(self) -> int | None:
-        """Steps after which an episode is cut, None without a limit."""
+        """The number of steps after which an episode is cut; None without a limit."""
         steps = max_episode_steps(self.env)
         return None if steps is None else -(-steps // self.num_repeats)
 
 
 def frames_per_step(env: gym.Env[Any, Any]) -> int:
-    """Frames (steps of the simulator) that one step of an environment takes, by its attribute `action_repeat`."""
+    """The number of frames (steps of the simulator) in one step, from the attribute `action_repeat`."""
     return stated_frames(env.get_wrapper_attr("action_repeat") if env.has_wrapper_attr("action_repeat") else None)
 
 
 def max_episode_steps(env: gym.Env[Any, Any]) -> int | None:
-    """Steps after which an environment cuts its episodes; None where it does not say.
+    """The number of steps after which an environment cuts its episodes; None where it does not say.
 
-    The smallest of all that it and its wrappers say, in an attribute of this name, in a specification, and in
-    Gymnasium's `TimeLimit`, which keeps it to itself and may stand around an environment that has no specification.
+    It is the smallest of all that the environment and its wrappers state: in an attribute of this name, in a
+    specification, and in Gymnasium's `TimeLimit`, which keeps it private and may wrap an environment that has no
+    specification.
     """
     stated: list[Any] = []
     layer: Any = env
@@ -60,7 +61,7 @@ def max_episode_steps(env: gym.Env[Any, Any]) -> int | None:
 
 
 LIMIT_NAMES = ("max_episode_steps", "_max_episode_steps")
-"""Attributes that hold a time limit."""
+"""The attributes that hold a time limit."""
 
 
 def stated_frames(repeat: Any) -> int:
@@ -74,7 +75,7 @@ def smallest_limit(stated: Iterable[Any]) -> int | None:
 
 
 def whole_steps(value: Any) -> int | None:
-    """A positive whole number of any type; None for whatever else people keep in an attribute of such a name."""
+    """A positive whole number of any type; None for whatever else an attribute of such a name may hold."""
     if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf or value % 1:
@@ -88,8 +89,8 @@ class ResizeImages(gym.ObservationWrapper[Any, Any, Any]):
     Pixels are averaged over areas, which is how both Atari protocols make their frames smaller.
 
     Args:
-        env: With at least one image: a `uint8` Box of three axes, of two, or of four (frames that are stacked).
-        size: Of the result.
+        env: An environment with at least one image: a `uint8` Box of three axes, of two, or of four (stacked frames).
+        size: The size of the resized images.
 
     Raises:
         ConfigurationError: If no observation is an image.
@@ -122,7 +123,7 @@ class ResizeImages(gym.ObservationWrapper[Any, Any, Any]):
         self._resize, self._interpolation = cv2.resize, cv2.INTER_AREA
 
     def observation(self, observation: Any) -> Any:
-        """The observation with its images resized; everything else is passed on."""
+        """Resizes the images of an observation; everything else is passed on."""
         if isinstance(self.observation_space, spaces.Dict):
             resized = {key: self._resized(observation[key], axis) for key, axis in self._heights.items()}
             return {**observation, **resized}
@@ -152,10 +153,10 @@ class ResizeImages(gym.ObservationWrapper[Any, Any, Any]):
 
 
 def checked_size(size: Any, name: str = "size") -> tuple[int, int]:
-    """Height and width, from one number or both.
+    """Height and width, from one number or two.
 
     Raises:
-        ConfigurationError: If it is neither.
+        ConfigurationError: If it is no such size.
     """
     sides = (size, size) if isinstance(size, int) else size
     if (
@@ -168,7 +169,7 @@ def checked_size(size: Any, name: str = "size") -> tuple[int, int]:
 
 
 def _height_axis(space: spaces.Space[Any]) -> int | None:
-    """Where an image's height is; None for what is no image. Channels are on the shortest side, as everywhere here."""
+    """The axis of an image's height, None for other spaces; the shortest of three axes has the channels."""
     if not isinstance(space, spaces.Box) or space.dtype != np.uint8 or len(space.shape) not in (2, 3, 4):
         return None
     if len(space.shape) == 2:

@@ -1,8 +1,8 @@
-"""The contract that an environment must keep so that what is learned from it is right, as a test that anybody can run.
+"""`check_env` tests the contract that an environment must keep so that what is learned from it is right.
 
-Gymnasium's and Stable-Baselines3's checkers look at spaces and at a few steps. What they leave out, and replay depends
-on, is checked here over whole episodes: arrays that change after they were handed over, last observations that belong
-to the next episode, seeds that do not repeat, actions at the bounds.
+Gymnasium's and Stable-Baselines3's checkers, which it calls, look at spaces and at a few steps. It checks over whole
+episodes what they leave out and replay depends on: arrays that change after they were handed over, last observations
+that belong to the next episode, seeds that do not repeat, actions at the bounds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import gymnasium as gym
 from gymnasium import spaces
 
 from worldflux.envs.checking.report import CheckReport, EnvironmentCheckError
-from worldflux.envs.checking.rollout import Inspection
+from worldflux.envs.checking.rollout import EnvChecker
 from worldflux.envs.checking.values import kind, one_line
 from worldflux.envs.make import make_env
 from worldflux.errors import ConfigurationError, WorldFluxError
@@ -39,9 +39,9 @@ def check_env(
 
     Args:
         env: A name as in `make_env`, a class or function that makes an environment, or an environment.
-        steps: Random actions to look at; long enough for an episode to end.
-        seed: Of the environment and of the actions.
-        render: Check the picture of the render mode "rgb_array", too.
+        steps: The number of random actions; enough for an episode to end.
+        seed: The seed of the environment and of the actions.
+        render: Whether to check the picture of the render mode "rgb_array", too.
 
     Returns:
         The checks that passed, and advice on what does not break the contract.
@@ -60,23 +60,23 @@ def check_env(
     except Exception as error:
         raise ConfigurationError(f"{name} cannot be made: {one_line(error)}.") from error
     _reject_no_environment(first, name)
-    inspection = Inspection(name, first, make, steps, seed)
+    checker = EnvChecker(name, first, make, steps, seed)
     try:
-        # Warnings of the environment's own checks would repeat, step by step, what the report says.
+        # Warnings of the environment's own wrappers would repeat, step by step, what the report says.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            inspection.run(render)
+            checker.run(render)
     finally:
         if made is None:
             first.close()
-    report = inspection.report()
+    report = checker.report()
     if not report.passed:
         raise EnvironmentCheckError(report)
     return report
 
 
 def _maker(env: Any, render: bool) -> tuple[Callable[[], gym.Env[Any, Any]], gym.Env[Any, Any] | None, str]:
-    """How to make the environment, itself if it was given, and what to call it."""
+    """A function that makes the environment, the environment itself if it was given, and its name."""
     if isinstance(env, str):
         options = {"render_mode": "rgb_array"} if render else {}
         return lambda: make_env(env, **options), None, env

@@ -1,4 +1,4 @@
-"""What `check_env` looks at, and what it found."""
+"""The names of the checks that `check_env` makes, and the report of their results."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ ORDER = (
     *(SPACES, MODELS, SAVED, RESET, OBSERVATIONS, REWARDS, FLAGS, LAST, KEPT, STORED),
     *(SEEDS, INSTANCES, ACTIONS, RENDERING, GYMNASIUM, SB3),
 )
-"""Of the checks in a report."""
+"""The order of the checks in a report."""
 
 
 class EnvironmentCheckError(WorldFluxError, AssertionError):
     """Raised when an environment breaks its contract; the message lists every check that failed.
 
     Attributes:
-        report: All checks, those that passed too.
+        report: The report, with the checks that passed, too.
     """
 
     def __init__(self, report: CheckReport) -> None:
@@ -54,23 +54,23 @@ class Check:
     """One point of the contract."""
 
     name: str
-    """What must hold."""
+    """The requirement."""
     passed: bool
-    """Whether it does."""
+    """Whether it is met."""
     detail: str = ""
-    """What was found; of a failed check, also what to do."""
+    """The finding; for a failed check, also what to do."""
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `check_env` found."""
+    """The results of `check_env`."""
 
     name: str
-    """The environment."""
+    """The name of the environment."""
     checks: tuple[Check, ...]
     """Every check that was made, in order."""
     advice: tuple[str, ...]
-    """What works, and could be better."""
+    """Remarks on what works and could be better."""
 
     @property
     def passed(self) -> bool:

@@ -1,4 +1,4 @@
-"""One environment under inspection: what is done with it, and what each check makes of that."""
+"""The checks of one environment: what is done with it, and what follows from that."""
 
 from __future__ import annotations
 
@@ -16,32 +16,12 @@ from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 from gymnasium.utils.env_checker import data_equivalence
 
 from worldflux.config import DreamerV3Config, TDMPC2Config
+from worldflux.envs.checking import report as names
 from worldflux.envs.checking.others import PlainNumbers, is_unimportant
-from worldflux.envs.checking.report import (
-    ACTIONS,
-    FLAGS,
-    GYMNASIUM,
-    INSTANCES,
-    KEPT,
-    LAST,
-    MODELS,
-    OBSERVATIONS,
-    ORDER,
-    RENDERING,
-    RESET,
-    REWARDS,
-    SAVED,
-    SB3,
-    SEEDS,
-    SPACES,
-    STORED,
-    Check,
-    CheckReport,
-)
+from worldflux.envs.checking.report import Check, CheckReport
 from worldflux.envs.checking.stored import limit_unlike, lost_in_float32, names_alike, saved_otherwise, stored_otherwise
 from worldflux.envs.checking.values import (
     extreme_actions,
-    has_time_limit,
     is_number,
     kind,
     mismatch,
@@ -51,29 +31,46 @@ from worldflux.envs.checking.values import (
     same_bytes,
 )
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
+from worldflux.envs.wrappers import max_episode_steps
 from worldflux.errors import ConfigurationError
 
 _KEPT_FOR = 8
-"""Observations that are watched for changes at a time; buffers that are used in turn have fewer."""
+"""The number of observations that are watched for changes at a time; buffers that are used in turn have fewer."""
 
 _SEED_HINT = " Call super().reset(seed=seed) in reset(), and draw all randomness from self.np_random."
 
 
 class _Step(NamedTuple):
-    """What a step gave; a reset gives an observation and nothing else."""
+    """The result of a step; a reset has an observation and nothing else."""
 
     observation: Any
     reward: Any = None
     terminated: Any = None
     truncated: Any = None
 
+    @property
+    def is_reset(self) -> bool:
+        return self.reward is None
+
+    @property
+    def is_over(self) -> bool:
+        return bool(self.terminated or self.truncated)
+
 
 class _StopRollout(Exception):
     """The environment cannot be stepped on; the reason has been noted."""
 
 
-class Inspection:
-    """Looks at one environment and notes what it finds."""
+class EnvChecker:
+    """Checks one environment and notes what it finds.
+
+    Args:
+        name: What the environment is called in the report.
+        env: The environment to check.
+        make: A function that makes another instance of it.
+        steps: The number of random actions.
+        seed: The seed of the environment and of the actions.
+    """
 
     def __init__(
         self, name: str, env: gym.Env[Any, Any], make: Callable[[], gym.Env[Any, Any]], steps: int, seed: int
@@ -86,8 +83,8 @@ class Inspection:
         self._actions = [self._action_space.sample() for _ in range(steps)]
 
     def report(self) -> CheckReport:
-        """What has been found."""
-        checks = tuple(self._results[name] for name in ORDER if name in self._results)
+        """The checks that were made and their results."""
+        checks = tuple(self._results[name] for name in names.ORDER if name in self._results)
         return CheckReport(self.name, checks, tuple(self._advice))
 
     def run(self, render: bool) -> None:
@@ -95,7 +92,7 @@ class Inspection:
         supported = self._check_spaces()
         trace = self._check_steps()
         if trace is not None:
-            self._check_repeats(SEEDS, self.env, trace)
+            self._check_repeats(names.SEEDS, self.env, trace)
             self._check_instances(trace)
             self._check_last_observation(trace)
             self._advise_on_episodes(trace)
@@ -105,61 +102,56 @@ class Inspection:
                 self._check_every_action()
             if render:
                 self._check_rendering()
-        with self._external(GYMNASIUM):
+        with self._external(names.GYMNASIUM):
             # Its other render modes open windows, and its closing makes instances that not every wrapper can.
             gymnasium_check_env(PlainNumbers(self.env), skip_render_check=True, skip_close_check=True)
         if supported:  # SB3's checker objects to the same spaces in words that are less to the point
             from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
-            with self._external(SB3):
-                sb3_check_env(PlainNumbers(self.env, keep_scalars=False), skip_render_check=True)
+            with self._external(names.SB3):
+                sb3_check_env(PlainNumbers(self.env), skip_render_check=True)
 
     def _fail(self, name: str, problem: str) -> None:
-        """Notes the first problem of a check."""
+        """Notes that a check failed; its first problem is kept."""
         if name not in self._results or self._results[name].passed:
             self._results[name] = Check(name, False, problem)
 
     def _pass(self, name: str, detail: str = "") -> None:
-        """Notes that a check found nothing, if it did."""
+        """Notes that a check passed, unless it has failed."""
         self._results.setdefault(name, Check(name, True, detail))
 
     def _judge(self, name: str, problem: str | None) -> None:
-        """Notes the outcome of a check that tells its problem."""
+        """Notes the result of a check that returns its problem."""
         if problem is None:
             self._pass(name)
         else:
             self._fail(name, problem)
 
-    def _advise(self, text: str) -> None:
-        self._advice.setdefault(text)
+    def _advise(self, text: str | None) -> None:
+        if text is not None:
+            self._advice.setdefault(text)
 
     # Spaces
 
     def _check_spaces(self) -> bool:
-        """Whether worldflux knows the spaces, and its models the shapes they become."""
+        """Whether worldflux supports the spaces, and its models take the shapes that they become."""
         try:
-            obs_codec = ObservationCodec(self._obs_space)
+            obs_codec, action_codec = ObservationCodec(self._obs_space), ActionCodec(self._action_space)
         except ConfigurationError as error:
-            self._fail(SPACES, str(error))
+            self._fail(names.SPACES, str(error))
             return False
-        try:
-            action_codec = ActionCodec(self._action_space)
-        except ConfigurationError as error:
-            self._fail(SPACES, str(error))
-            return False
-        self._pass(SPACES, f"observations {obs_codec.obs_shape}, actions ({action_codec.action_dim},) in the library")
+        shapes = f"observations {obs_codec.obs_shape}, actions ({action_codec.action_dim},) in the library"
+        self._pass(names.SPACES, shapes)
         self._check_models(obs_codec, action_codec)
-        self._judge(SAVED, saved_otherwise(self._obs_space, self._action_space))
-        alike = names_alike(self._obs_space)
-        if alike is not None:
-            self._advise(alike)
+        self._judge(names.SAVED, saved_otherwise(self._obs_space, self._action_space))
+        self._advise(names_alike(self._obs_space))
         for name, space in parts(self._obs_space):
             if isinstance(space, spaces.Box) and space.dtype == np.float64:
                 self._advise(f"The {name} is float64; float32 is what the library stores and half the size.")
         return True
 
     def _check_models(self, obs_codec: ObservationCodec, action_codec: ActionCodec) -> None:
-        """Whether a family takes the shapes; what the other one objects to is advice, if actions are for both."""
+        """Checks that a family takes the shapes; objections of the other are advice, if the actions are for both."""
         refusals: dict[str, str] = {}
         families: dict[str, type[DreamerV3Config | TDMPC2Config]] = {"DreamerV3": DreamerV3Config}
         if action_codec.action_type == "continuous":
@@ -177,47 +169,47 @@ class Inspection:
             except ConfigurationError as error:
                 refusals[family] = str(error)
         if len(refusals) == len(families):
-            self._fail(MODELS, refusals["DreamerV3"])
+            self._fail(names.MODELS, refusals["DreamerV3"])
             return
-        self._pass(MODELS, "" if not refusals else f"{' and '.join(families.keys() - refusals)} only")
+        self._pass(names.MODELS, "" if not refusals else f"{' and '.join(families.keys() - refusals)} only")
         for family, refusal in refusals.items():
             self._advise(f"{family} does not take these shapes: {refusal}")
 
     # Steps
 
     def _check_steps(self) -> list[_Step] | None:
-        """Plays the actions and looks at everything on the way; None if they could not all be played."""
+        """Plays the actions and looks at everything on the way; None if not all of them could be played."""
         try:
             trace = self._inspected_rollout()
         except _StopRollout:
             return None
-        for name in (RESET, OBSERVATIONS, REWARDS, FLAGS, LAST, KEPT):
+        for name in (names.RESET, names.OBSERVATIONS, names.REWARDS, names.FLAGS, names.LAST, names.KEPT):
             self._pass(name)
         return trace
 
     def _inspected_rollout(self) -> list[_Step]:
-        """What every reset and step gave, as copies."""
-        kept: deque[tuple[str, Any, Any]] = deque(maxlen=_KEPT_FOR)  # after what, the object given, a copy of it
+        """Copies of what every reset and step returned."""
+        kept: deque[tuple[str, Any, Any]] = deque(maxlen=_KEPT_FOR)  # origin, the object returned, a copy of it
         trace: list[_Step] = []
 
-        def keep(step: _Step, when: str) -> None:
+        def keep(step: _Step, origin: str) -> None:
             before = copy.deepcopy(step.observation)
-            kept.append((when, step.observation, before))
+            kept.append((origin, step.observation, before))
             trace.append(step._replace(observation=before))
 
         keep(self._reset(self.seed), "reset()")
         for t, action in enumerate(self._actions):
             step, info = self._step(action, t)
             keep(step, f"step {t}")
-            over = bool(step.terminated or step.truncated)
-            if over:
+            if step.is_over:
                 self._look_for_own_reset(info, t)
                 keep(self._reset(None), f"the reset after step {t}")
-            for when, given, before in kept:
+            for origin, given, before in kept:
                 if not same_bytes(given, before):
+                    later = " or the reset after it" if step.is_over else ""
                     self._fail(
-                        KEPT,
-                        f"The observation of {when} was changed by step {t}{' or the reset after it' if over else ''}. "
+                        names.KEPT,
+                        f"The observation of {origin} was changed by step {t}{later}. "
                         "Replay keeps what it is given: return a new array each time, for example obs.copy().",
                     )
         return trace
@@ -226,7 +218,7 @@ class Inspection:
         for key in ("final_obs", "final_observation", "terminal_observation"):
             if key in info:
                 self._fail(
-                    LAST,
+                    names.LAST,
                     f"The info of step {t}, which ended an episode, has '{key}': the environment resets itself, and "
                     "the observation is the next episode's. Return the last one of the episode that ended, and leave "
                     "the next one to reset().",
@@ -236,27 +228,29 @@ class Inspection:
         try:
             result = self.env.reset(seed=seed)
         except Exception as error:
-            self._fail(RESET, f"reset(seed={seed}) raised {one_line(error)}. It takes the keywords seed and options.")
+            problem = f"reset(seed={seed}) raised {one_line(error)}. It takes the keywords seed and options."
+            self._fail(names.RESET, problem)
             raise _StopRollout from error
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
-            self._fail(RESET, f"reset() returned {kind(result)}, expected (observation, info) with a dictionary info.")
+            problem = f"reset() returned {kind(result)}, expected (observation, info) with a dictionary info."
+            self._fail(names.RESET, problem)
             raise _StopRollout
         problem = mismatch(self._obs_space, result[0])
         if problem is not None:
-            self._fail(RESET, f"After reset(), {problem}")
+            self._fail(names.RESET, f"After reset(), {problem}")
         return _Step(result[0])
 
     def _step(self, action: Any, t: int) -> tuple[_Step, Mapping[str, Any]]:
-        """Steps, and looks at what came of it."""
+        """Steps, and checks everything that the step returned."""
         when, handed_over = f"step {t}", copy.deepcopy(action)
         try:
             result = self.env.step(handed_over)
         except Exception as error:
-            self._fail(OBSERVATIONS, f"The action {action!r} at {when} raised {one_line(error)}.")
+            self._fail(names.OBSERVATIONS, f"The action {action!r} at {when} raised {one_line(error)}.")
             raise _StopRollout from error
         if not isinstance(result, tuple) or len(result) != 5 or not isinstance(result[4], Mapping):
             self._fail(
-                OBSERVATIONS,
+                names.OBSERVATIONS,
                 f"step() returned {kind(result)}, expected (observation, reward, terminated, truncated, info) with "
                 "a dictionary info.",
             )
@@ -264,30 +258,30 @@ class Inspection:
         obs, reward, terminated, truncated, info = result
         if not same_bytes(handed_over, action):
             self._fail(
-                KEPT,
+                names.KEPT,
                 f"step() changed the action that it was given at {when} from {action!r} to {handed_over!r}. "
                 "Replay keeps actions: work on a copy.",
             )
         problem = mismatch(self._obs_space, obs)
         if problem is not None:
-            self._fail(OBSERVATIONS, f"At {when}, {problem}")
+            self._fail(names.OBSERVATIONS, f"At {when}, {problem}")
         if not is_number(reward):
-            self._fail(
-                REWARDS, f"The reward of {when} is {reward!r} ({kind(reward)}), expected one finite number: a float."
-            )
+            given = f"The reward of {when} is {reward!r} ({kind(reward)})"
+            self._fail(names.REWARDS, f"{given}, expected one finite number: a float.")
         for name, flag in (("terminated", terminated), ("truncated", truncated)):
             if not isinstance(flag, bool | np.bool_):
-                self._fail(FLAGS, f"{name} of {when} is {flag!r} ({kind(flag)}), expected True or False: bool(...).")
+                given = f"{name} of {when} is {flag!r} ({kind(flag)})"
+                self._fail(names.FLAGS, f"{given}, expected True or False: bool(...).")
             if np.ndim(flag) > 0:  # it cannot be told whether the episode is over
                 raise _StopRollout
         return _Step(obs, reward, terminated, truncated), info
 
     def _check_stored(self, trace: list[_Step]) -> None:
-        """Whether what was observed is found again in a replay buffer; what is no observation is not looked for."""
-        if all(self._results[name].passed for name in (RESET, OBSERVATIONS, REWARDS, KEPT)):
-            given = [(step.observation, step.reward) for step in trace]
-            problem = lost_in_float32(self._obs_space, given)
-            self._judge(STORED, problem or stored_otherwise(self.env, self._actions, self.seed))
+        """Checks that a replay buffer holds what was observed, if that was sound."""
+        sound = (names.RESET, names.OBSERVATIONS, names.REWARDS, names.KEPT)
+        if all(self._results[name].passed for name in sound):
+            problem = lost_in_float32(self._obs_space, [(step.observation, step.reward) for step in trace])
+            self._judge(names.STORED, problem or stored_otherwise(self.env, self._actions, self.seed))
 
     # Seeds
 
@@ -301,45 +295,38 @@ class Inspection:
             )
             return
         try:
-            self._check_repeats(INSTANCES, other, trace)
+            self._check_repeats(names.INSTANCES, other, trace)
         finally:
             other.close()
 
     def _check_repeats(self, name: str, env: gym.Env[Any, Any], trace: list[_Step]) -> None:
-        """Whether the same seed and actions bring the same again."""
+        """Checks that the same seed and actions bring the same again."""
         if env.spec is not None and env.spec.nondeterministic:
             self._advise("The environment is registered as not deterministic, so its seeds were not checked.")
             return
         again = self._replayed(env, self.seed, len(self._actions), name)
         if again is None:
             return
+        same = f"With seed {self.seed} and the same actions, "
         if len(again) != len(trace):
-            self._fail(name, f"With seed {self.seed} and the same actions, episodes ended at other steps.{_SEED_HINT}")
+            self._fail(name, f"{same}episodes ended at other steps.{_SEED_HINT}")
             return
         made = 0  # steps
         for before, now in zip(trace, again, strict=True):
-            made += before.reward is not None
+            made += not before.is_reset
             for field in _Step._fields:
                 one, other = getattr(before, field), getattr(now, field)
                 if not data_equivalence(one, other):
-                    when = (
-                        f"of step {made - 1}"
-                        if before.reward is not None
-                        else "after a reset"
-                        if made
-                        else "of reset()"
-                    )
-                    self._fail(
-                        name,
-                        f"With seed {self.seed} and the same actions, the {field} {when} is another one.{_SEED_HINT}",
-                    )
+                    after_reset = "after a reset" if made else "of reset()"
+                    when = after_reset if before.is_reset else f"of step {made - 1}"
+                    self._fail(name, f"{same}the {field} {when} is another one.{_SEED_HINT}")
                     return
                 if not data_equivalence(one, other, exact=True):
                     self._advise(f"With one seed, {field}s agree to five digits and not in every bit.")
         self._pass(name, f"over {len(self._actions)} steps")
 
     def _replayed(self, env: gym.Env[Any, Any], seed: int, steps: int, name: str) -> list[_Step] | None:
-        """The first of the actions once more, without a look at anything; None where that failed."""
+        """Plays the first of the actions once more without any checks; None where that failed."""
         try:
             trace = [_Step(copy.deepcopy(env.reset(seed=seed)[0]))]
             for action in self._actions[:steps]:
@@ -354,7 +341,7 @@ class Inspection:
 
     def _advise_on_seeds(self, trace: list[_Step]) -> None:
         few = min(10, len(self._actions))
-        other = self._replayed(self.env, self.seed + 1, few, SEEDS)
+        other = self._replayed(self.env, self.seed + 1, few, names.SEEDS)
         if other is not None and data_equivalence(other, trace[: len(other)]):
             self._advise(
                 f"Seeds {self.seed} and {self.seed + 1} bring the same. That is right for an environment without "
@@ -364,13 +351,13 @@ class Inspection:
     # Ends of episodes
 
     def _check_last_observation(self, trace: list[_Step]) -> None:
-        """Whether the step that ends an episode resets the environment already.
+        """Checks that the step that ends an episode does not reset the environment.
 
-        Seen from outside: a reset in place of that step gives the observation that the step gave. If it does so in
-        place of the step before, too, observations are drawn anew each time, and both are the same draw. Where all
-        episodes begin alike, or have a single step, that may be how the task is, and is advice only.
+        Seen from outside, such a step gives the observation that a reset in its place gives. If a reset in place of the
+        step before gives that step's observation, too, observations are drawn anew each time, and both are the same
+        draw. Where all episodes begin alike, or have a single step, the task itself may be so, and this is only advice.
         """
-        end = next((t for t, step in enumerate(trace) if step.terminated or step.truncated), None)
+        end = next((t for t, step in enumerate(trace) if step.is_over), None)
         if end is None or not self._resembles_reset(trace, end):
             return
         last, first = trace[end].observation, trace[0].observation
@@ -383,37 +370,31 @@ class Inspection:
         if end == 1 or data_equivalence(first, last, exact=True):
             self._advise(text)
         else:
-            self._fail(LAST, text)
+            self._fail(names.LAST, text)
 
     def _resembles_reset(self, trace: list[_Step], t: int) -> bool:
         """Whether a reset in place of the `t`-th step of the first episode gives the observation of that step."""
-        until = self._replayed(self.env, self.seed, t - 1, LAST)
+        until = self._replayed(self.env, self.seed, t - 1, names.LAST)
         if until is None or len(until) != t:
             return False
         return bool(data_equivalence(trace[t].observation, self.env.reset()[0], exact=True))
 
     def _advise_on_episodes(self, trace: list[_Step]) -> None:
-        lengths: list[int] = []  # of terminated episodes
-        length = longest = ended = 0
-        for step in trace:
-            if step.reward is None:  # a reset
-                length = 0
-                continue
-            length += 1
-            longest = max(longest, length)
-            if step.terminated and step.truncated:
-                self._advise("A step was terminated and truncated at once; it counts as terminated.")
-            if step.terminated and not step.truncated:
-                lengths.append(length)
-            ended += bool(step.terminated or step.truncated)
-        if len(lengths) >= 3 and len(set(lengths)) == 1 and len(lengths) == ended and lengths[0] > 1:
+        resets = [t for t, step in enumerate(trace) if step.is_reset]
+        episodes = [trace[start + 1 : end] for start, end in zip(resets, [*resets[1:], len(trace)], strict=True)]
+        if any(step.terminated and step.truncated for step in trace):
+            self._advise("A step was terminated and truncated at once; it counts as terminated.")
+        ended = [episode for episode in episodes if episode and episode[-1].is_over]
+        lengths = {len(episode) for episode in ended}
+        always_terminated = all(episode[-1].terminated and not episode[-1].truncated for episode in ended)
+        if len(ended) >= 3 and len(lengths) == 1 and always_terminated and lengths != {1}:
             self._advise(
-                f"Every episode was terminated after {lengths[0]} steps. A time limit is reported as truncated: what "
-                "lies beyond it is worth something."
+                f"Every episode was terminated after {lengths.pop()} steps. A time limit is reported as truncated: "
+                "what lies beyond it is worth something."
             )
-        for text in limit_unlike(self.env, longest):
+        for text in limit_unlike(self.env, max(map(len, episodes))):
             self._advise(text)
-        if not ended and not has_time_limit(self.env):
+        if not ended and max_episode_steps(self.env) is None:
             self._advise(
                 f"No episode ended within {len(self._actions)} steps, and no time limit was found. If nothing ends "
                 "episodes, use gymnasium.wrappers.TimeLimit."
@@ -423,22 +404,20 @@ class Inspection:
 
     def _check_every_action(self) -> None:
         """Steps with each option and with both ends of each bound, as the library hands them over."""
-        codec = ActionCodec(self._action_space)
-        for index, action in enumerate(extreme_actions(codec)):
+        over = True
+        for index, action in enumerate(extreme_actions(ActionCodec(self._action_space))):
             try:
-                if index == 0:
-                    self.env.reset(seed=self.seed)
-                _, _, terminated, truncated, _ = self.env.step(action)
-                if terminated or truncated:
-                    self.env.reset()
+                if over:
+                    self.env.reset(seed=None if index else self.seed)
+                over = any(self.env.step(action)[2:4])
             except Exception as error:
                 self._fail(
-                    ACTIONS,
+                    names.ACTIONS,
                     f"The action {action!r} raised {one_line(error)}. Everything in {self._action_space} must be "
                     "accepted, its bounds included.",
                 )
                 return
-        self._pass(ACTIONS)
+        self._pass(names.ACTIONS)
 
     def _check_rendering(self) -> None:
         if self.env.render_mode != "rgb_array":
@@ -446,25 +425,21 @@ class Inspection:
             return
         try:
             self.env.reset(seed=self.seed)
-            picture = self.env.render()
+            picture: Any = self.env.render()
         except Exception as error:
-            self._fail(RENDERING, f"render() raised {one_line(error)}.")
+            self._fail(names.RENDERING, f"render() raised {one_line(error)}.")
             return
-        if (
-            not isinstance(picture, np.ndarray)
-            or picture.dtype != np.uint8
-            or picture.ndim != 3
-            or picture.shape[2] != 3
-        ):
-            self._fail(RENDERING, f"render() gave {kind(picture)}, expected a uint8 array (height, width, 3).")
+        is_array = isinstance(picture, np.ndarray) and picture.dtype == np.uint8
+        if not is_array or picture.ndim != 3 or picture.shape[2] != 3:
+            self._fail(names.RENDERING, f"render() gave {kind(picture)}, expected a uint8 array (height, width, 3).")
             return
-        self._pass(RENDERING, f"{picture.shape[0]}x{picture.shape[1]}")
+        self._pass(names.RENDERING, f"{picture.shape[0]}x{picture.shape[1]}")
 
-    # The checkers that others wrote
+    # The checkers of Gymnasium and SB3
 
     @contextmanager
     def _external(self, name: str) -> Iterator[None]:
-        """Turns what another checker raises and warns of into lines of the report."""
+        """Turns the errors and warnings of another checker into lines of the report."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:

@@ -1,4 +1,4 @@
-"""What replay, files and logs make of an environment, compared with what it gave."""
+"""Comparisons of what an environment gave with what replay, files and logs make of it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from worldflux.errors import WorldFluxError
 from worldflux.replay.buffer import ReplayBuffer
 
 _TABLE_NAME = 20
-"""Characters of a key that SB3's tables have room for beside the name of a loss."""
+"""The number of characters of a key that fit into SB3's tables beside the name of a loss."""
 
 
 class _Witness(gym.Wrapper[Any, Any, Any, Any]):
@@ -48,8 +48,8 @@ def lost_in_float32(space: spaces.Space[Any], given: Iterable[tuple[Any, Any]]) 
     """What float32 cannot hold of observations and rewards; None if it holds all of them.
 
     Args:
-        space: Of the observations.
-        given: Observations of the space, each with the reward that came with it, or None after a reset.
+        space: The space of the observations.
+        given: Observations of the space, each with its reward, or None after a reset.
     """
     found: list[str] = []
     values = GivenValues(space, found.append)

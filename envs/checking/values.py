@@ -1,4 +1,4 @@
-"""Small questions about observations, actions and errors that an environment's check asks."""
+"""Helpers of `check_env`: what is wrong with a value, and how to show it in a message."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
 from worldflux.envs.spaces import ActionCodec
-from worldflux.envs.wrappers import max_episode_steps
 
 MOST_ACTIONS = 1000
-"""Of a space with more options, only so many are tried."""
+"""The largest number of options that are tried."""
 
 
 def parts(space: spaces.Space[Any]) -> list[tuple[str, spaces.Space[Any]]]:
-    """The arrays that an observation consists of, with what to call them."""
+    """The spaces of the arrays that an observation consists of, with their names for messages."""
     if isinstance(space, spaces.Dict):
         return [(f"observation '{key}'", part) for key, part in space.spaces.items()]
     return [("observation", space)]
@@ -57,7 +55,7 @@ def _array_mismatch(space: spaces.Space[Any], value: Any, name: str) -> str | No
 
 
 def extreme_actions(codec: ActionCodec) -> Iterator[Any]:
-    """Actions at both ends of all bounds together, or with each option of each choice."""
+    """Actions at both ends of all bounds at once, or with each option of each choice."""
     if codec.action_type == "continuous":
         rows = np.stack([np.full(codec.action_dim, value, np.float32) for value in (-1.0, 0.0, 1.0)])
     else:
@@ -66,11 +64,6 @@ def extreme_actions(codec: ActionCodec) -> Iterator[Any]:
         rows[:, starts] = 0.5  # the first option of each choice, unless another one is set
         rows[np.arange(len(rows)), np.arange(len(rows))] = 1.0
     yield from codec.to_env(rows)
-
-
-def has_time_limit(env: gym.Env[Any, Any]) -> bool:
-    """Whether an environment cuts its episodes after so many steps."""
-    return max_episode_steps(env) is not None
 
 
 def same_bytes(one: Any, other: Any) -> bool:
@@ -91,7 +84,7 @@ def is_number(value: Any) -> bool:
 
 
 def kind(value: Any) -> str:
-    """What a value is, in a few words."""
+    """A short description of a value."""
     if isinstance(value, np.ndarray):
         return f"an array {value.shape} of {value.dtype}"
     if isinstance(value, tuple):
@@ -100,12 +93,12 @@ def kind(value: Any) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Kind and message of an error."""
+    """The kind and the message of an error."""
     message = plain_text(error)
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def plain_text(message: Warning | BaseException | str) -> str:
-    """A message on one line, without the colours and the prefix that Gymnasium gives it."""
+    """A message on one line, without the colours and the prefix that Gymnasium adds."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(message))
     return " ".join(re.sub(r"^(WARN|ERROR): ", "", text).split()).rstrip(".")

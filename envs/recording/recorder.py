@@ -1,7 +1,7 @@
-"""Recorders: what environments gave for a step becomes a row of the replay buffer.
+"""Recorders, which turn the steps of environments into rows of the replay buffer; nothing else does.
 
-How observations, actions and rewards belong together is drawn in `ReplayBuffer`; here, and nowhere else, are the steps
-of environments turned into its rows. A step is in the buffer as soon as it was made, long before its episode ends.
+The alignment of observations, actions and rewards is drawn in `ReplayBuffer`. A step is in the buffer as soon as it was
+made, long before its episode ends.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from worldflux.replay.ring import TERMINATED, TRUNCATED
 _TERMINATED, _TRUNCATED = int(TERMINATED), int(TRUNCATED)
 
 _GIVEN_FINAL = "worldflux.given_final"
-"""In the info of an episode's last step: its last observation as it was before `VecNormalize`."""
+"""The key in the info of an episode's last step for its last observation before `VecNormalize`."""
 
 Ends = Sequence[tuple[int, int]]
 """The environments whose episodes a step ended, from the first to the last, with TERMINATED or TRUNCATED."""
@@ -201,14 +201,14 @@ class VecEpisodeRecorder(EpisodeRecorder):
     """Reads the steps of an SB3 `VecEnv`, which resets its environments itself.
 
     Under `VecNormalize`, rewards and observations are stored as they were before normalisation: its running statistics
-    move on, and what is stored must not depend on when it was.
+    move on, and what is stored must not depend on the time at which it was stored.
 
     Attributes:
-        steps: How many were stored, over all environments.
+        steps: The number of steps that were stored, over all environments.
 
     Args:
-        buffer: With `n_envs=venv.num_envs`.
-        venv: Outermost wrapper of what is stepped.
+        buffer: A buffer with `n_envs=venv.num_envs`.
+        venv: The outermost wrapper of what is stepped.
 
     Raises:
         ConfigurationError: If a space is not supported, the numbers of environments differ, wrappers outside
@@ -236,11 +236,11 @@ class VecEpisodeRecorder(EpisodeRecorder):
                 )
 
     def begin(self, obs: Any) -> None:
-        """The environments were reset to `obs` `[n_envs, ...]`; episodes in flight end there, truncated."""
+        """Notes that all environments were reset to `obs` `[n_envs, ...]`; episodes in flight end as truncated."""
         super().begin(self._unnormalized(obs))
 
     def interrupt(self) -> None:
-        """Ends the episodes in flight, and makes sure that the next answers are to the next questions."""
+        """Ends the episodes in flight, and discards answers of processes that nobody has fetched."""
         super().interrupt()
         settle(self._base)
 
@@ -294,7 +294,7 @@ class VecEpisodeRecorder(EpisodeRecorder):
         return self._normalize.get_original_obs() if self._normalize is not None and self._normalize.norm_obs else obs
 
     def _final(self, env: int, info: Mapping[str, Any]) -> Any:
-        """The observation before the reset, not normalised."""
+        """The observation before the reset, as it was before normalisation."""
         obs = info.get("terminal_observation")
         if obs is None:
             raise BufferError(
@@ -312,7 +312,7 @@ class VecEpisodeRecorder(EpisodeRecorder):
 
 
 class _GivenFinals(Tap):
-    """Keeps the last observations of episodes, below `VecNormalize`, which clips them and forgets what they were."""
+    """Keeps the last observations of episodes below `VecNormalize`, which clips them and forgets the original ones."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = self.method(*args, **kwargs)
@@ -344,7 +344,7 @@ def _normalization(venv: VecEnv) -> VecNormalize | None:
 
 
 def _at_rows(finals: Sequence[Any], envs: Sequence[int], like: Arrays) -> Arrays:
-    """Zeros as `like`, but for the rows of some environments, which have one of `finals` `[1, ...]` each."""
+    """Arrays as `like` with `finals` `[1, ...]` in the rows of their environments, and zeros elsewhere."""
     if isinstance(like, dict):
         spread: dict[str, Any] = {}
         for key, array in like.items():

@@ -22,22 +22,22 @@ _ADD = ReplayBuffer.add
 
 
 class StepCache:
-    """Keeps steps until there are many, or until somebody looks into the buffer, which does not see the difference.
+    """Keeps steps until there are many, or until somebody reads the buffer; for readers this makes no difference.
 
-    To find a step's rows in a buffer takes about as long as some environments need to make it, but little longer for
-    many steps. Here a step is checked and copied into the next row of arrays (environments may reuse theirs), and no
-    more.
+    Finding the rows of a step in a buffer takes about as long as some environments need for the step, but hardly longer
+    for many steps. So a step is only checked here, and copied into the next row of arrays (environments may reuse
+    theirs).
 
     Attributes:
-        streams: Of the buffer, to which nobody else writes; one for each environment.
-        is_resting: Whether no episode goes on, so that somebody else may have these streams.
+        streams: The streams of the buffer that nobody else writes to, one for each environment.
+        is_resting: Whether no episode is in flight, so that somebody else may have these streams.
         is_abandoned: Whether nobody will make another step.
 
     Args:
-        buffer: Where they go. If it stores observations in other dtypes than the codec's, or has an `add` of its own,
-            no step is taken.
-        obs_codec: Of the observations.
-        envs: Environments.
+        buffer: The buffer that receives the steps. If it stores observations in other dtypes than the codec's, or
+            overrides `add`, no step is taken.
+        obs_codec: The codec of the observations.
+        envs: The number of environments.
     """
 
     def __init__(self, buffer: ReplayBuffer, obs_codec: ObservationCodec, envs: int) -> None:
@@ -69,7 +69,7 @@ class StepCache:
         self._look_into_block()
 
     def _look_into_block(self) -> None:
-        """Makes the arrays that are parts of the block."""
+        """Makes the arrays that are views of parts of the block."""
         begin, lead = 0, self._block.shape[:2]
         self._lines = self._block.reshape(len(self._block), -1)
         for key, shape in self._floats.items():
@@ -82,15 +82,15 @@ class StepCache:
             self._vectors = self._obs[SINGLE_KEY]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """In a copy, each of these arrays would be one of its own."""
+        """Makes the views anew: in a copy, each would be an array of its own."""
         self.__dict__.update(state)
         self._look_into_block()
 
     def attach(self) -> None:
-        """Before episodes begin: makes sure that there is a stream for each environment.
+        """Makes sure that there is a stream for each environment, before episodes begin.
 
         Raises:
-            BufferError: If the buffer is too small for that, or has an `add` of its own, which others use now.
+            BufferError: If the buffer is too small for that, or overrides `add` and others use it now.
         """
         if not self._buffer.is_attached(self):
             self.streams = self._buffer.attach(self, self._flags.shape[1])
@@ -105,11 +105,11 @@ class StepCache:
 
     @property
     def is_in_order(self) -> bool:
-        """Whether the environments are those of `ReplayBuffer.add`, with the streams of the same numbers."""
+        """Whether the environments have the streams of the same numbers, as with `ReplayBuffer.add`."""
         return len(self.streams) == self._buffer.n_envs and bool((self.streams == np.arange(len(self.streams))).all())
 
     def rest(self) -> None:
-        """All episodes have ended, and none has begun."""
+        """Notes that all episodes have ended, and none has begun."""
         self.is_resting = True
 
     def detach(self) -> None:
@@ -119,18 +119,18 @@ class StepCache:
         self.rest()
 
     def abandon(self) -> None:
-        """Nobody will make another step; what is in flight ends when somebody else needs a stream."""
+        """Notes that nobody will make another step; episodes in flight end when somebody else needs a stream."""
         self.is_abandoned = True
 
     def limit(self, steps: int) -> None:
-        """Says how many steps may be held back from now on, at most."""
+        """Sets how many steps may be held back from now on."""
         self._most = max(1, min(self._most, steps))
 
     def end_episodes(self, env: int | None = None) -> None:
         """Ends the episodes in flight as truncated, with the observations after their last steps.
 
         Args:
-            env: Of this environment only; None for all of them.
+            env: The environment whose episode ends; None for all of them.
         """
         envs = np.arange(len(self.streams)) if env is None else np.array([env])
         if self._buffer.is_attached(self):
@@ -138,22 +138,22 @@ class StepCache:
 
     @property
     def obs(self) -> Arrays:
-        """The observations after the latest step, or those that were set since; a copy. `[n_envs, ...]`"""
+        """A copy of the observations after the latest step, or of those that were set since. `[n_envs, ...]`"""
         now = {key: array[self._count].copy() for key, array in self._obs.items()}
         return now if isinstance(self._obs_codec.obs_shape, dict) else now[SINGLE_KEY]
 
     def set_obs(self, obs: Arrays, envs: Any = ...) -> None:
-        """Environments were reset: `obs` `[n_envs, ...]` is what is seen now by those that `envs` picks."""
+        """Sets the observations `[n_envs, ...]` of the environments that `envs` picks, after a reset."""
         for key, array in _by_key(obs).items():
             self._obs[key][self._count][envs] = array[envs]
 
     def put(self, actions: Array, rewards: Array, next_obs: Any) -> bool:
-        """Takes a step, unless a number in it is not finite or it is not the usual array.
+        """Takes a step, unless a number in it is not finite or the rewards are no array of the usual form.
 
         Args:
-            actions: In the library's form. `[n_envs, A]`
-            rewards: `[n_envs]`
-            next_obs: What followed, as the environments gave it. `[n_envs, ...]`
+            actions: The actions in the library's form. `[n_envs, A]`
+            rewards: The rewards. `[n_envs]`
+            next_obs: The observations that followed, as the environments gave them. `[n_envs, ...]`
 
         Returns:
             Whether it was taken.
@@ -184,10 +184,10 @@ class StepCache:
         return True
 
     def encoded_final(self, obs: Any) -> Arrays:
-        """An observation before a reset in the library's form, for `mark`. `[1, ...]`
+        """The library's form of an observation before a reset, for `mark`. `[1, ...]`
 
         Raises:
-            ShapeMismatchError: If it is none of the space.
+            ShapeMismatchError: If it is no observation of the space.
         """
         if self._vectors is not None and type(obs) is np.ndarray and obs.shape == self._no_vector.shape:
             final = obs.astype(np.float32)
@@ -196,12 +196,12 @@ class StepCache:
         return self._obs_codec.encode_any(obs)[0]
 
     def mark(self, ends: Sequence[tuple[int, int]], finals: Sequence[Arrays] | None, skipped: Sequence[int]) -> None:
-        """Says more of the latest step, before the next is put.
+        """Adds to the latest step what else is known of it, before the next is put.
 
         Args:
             ends: The environments whose episodes it ended, from the first to the last, with TERMINATED or TRUNCATED.
-            finals: For each of them the observation before the reset, in the library's form `[1, ...]`; None if it is
-                in `next_obs`.
+            finals: For each of them the observation before the reset, in the library's form `[1, ...]`; None if
+                `next_obs` holds it.
             skipped: The environments that made no step.
         """
         flags = self._flags[self._count]

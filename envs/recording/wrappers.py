@@ -1,4 +1,4 @@
-"""Wrappers that record: whatever drives an environment, its episodes land in a replay buffer, complete and aligned.
+"""Wrappers that record the episodes of an environment in a replay buffer, whatever policy drives it.
 
 There is one for each kind of environment: `RecordEpisodes` for Gymnasium's, `VecRecordEpisodes` for SB3's `VecEnv`,
 `VectorRecordEpisodes` for Gymnasium's vector environments.
@@ -35,9 +35,10 @@ class RecordEpisodes(gym.Wrapper[Any, Any, Any, Any]):
         >>> env = RecordEpisodes(gymnasium.make("CartPole-v1"), buffer)
 
     Args:
-        env: To record.
-        buffer: Any number of environments may record into it by turns, each with a stream of its own from its reset
-            to the end of its episode, or until it is closed. Those that step in other processes cannot.
+        env: The environment to record.
+        buffer: The buffer that receives the steps. Any number of environments may record into it by turns, each with a
+            stream of its own from its reset to the end of its episode, or until it is closed. Those that step in other
+            processes cannot.
 
     Raises:
         ConfigurationError: If this is another kind of environment, a space is not supported, or the buffer is that of
@@ -54,7 +55,7 @@ class RecordEpisodes(gym.Wrapper[Any, Any, Any, Any]):
 
     @property
     def buffer(self) -> ReplayBuffer:
-        """Where the episodes go."""
+        """The buffer that receives the episodes."""
         return self._recorder.buffer
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -69,7 +70,7 @@ class RecordEpisodes(gym.Wrapper[Any, Any, Any, Any]):
         return obs, info
 
     def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
-        """Steps the environment and stores what came of it."""
+        """Steps the environment and stores the step."""
         checked = self._recorder.checked_actions(np.asarray(action)[None])
         try:
             obs, reward, terminated, truncated, info = self.env.step(action)
@@ -92,11 +93,11 @@ class RecordEpisodes(gym.Wrapper[Any, Any, Any, Any]):
 
 
 class VecRecordEpisodes(VecEnvWrapper):
-    """Records every episode of an SB3 `VecEnv`, whatever policy drives it; the twin of `RecordEpisodes`.
+    """Records every episode of an SB3 `VecEnv`, whatever policy drives it.
 
     Args:
-        venv: To record.
-        buffer: With `n_envs=venv.num_envs`. Others may record into it as well, with streams of their own.
+        venv: The environments to record.
+        buffer: A buffer with `n_envs=venv.num_envs`. Others may record into it as well, with streams of their own.
 
     Raises:
         ConfigurationError: If this is another kind of environment, a space is not supported, the numbers of
@@ -113,7 +114,7 @@ class VecRecordEpisodes(VecEnvWrapper):
 
     @property
     def buffer(self) -> ReplayBuffer:
-        """Where the episodes go."""
+        """The buffer that receives the episodes."""
         return self._recorder.buffer
 
     def reset(self) -> VecEnvObs:
@@ -136,7 +137,7 @@ class VecRecordEpisodes(VecEnvWrapper):
             raise
 
     def step_wait(self) -> VecEnvStepReturn:
-        """Waits for the step and stores what came of it."""
+        """Waits for the step and stores it."""
         assert self._actions is not None
         try:
             new_obs, rewards, dones, infos = self.venv.step_wait()
@@ -153,14 +154,14 @@ class VecRecordEpisodes(VecEnvWrapper):
 
 
 class VectorRecordEpisodes(VectorWrapper[Any, Any, Any, Any, Any]):
-    """Records every episode of a Gymnasium vector environment, in every autoreset mode; the twin of `RecordEpisodes`.
+    """Records every episode of a Gymnasium vector environment, in every autoreset mode.
 
-    The step in which an environment only resets itself (`AutoresetMode.NEXT_STEP`) is none of an episode and is not
+    A step in which an environment only resets itself (`AutoresetMode.NEXT_STEP`) belongs to no episode and is not
     stored. Resets through `options={"reset_mask": ...}` are understood.
 
     Args:
-        env: To record.
-        buffer: With `n_envs=env.num_envs`. Others may record into it as well, with streams of their own.
+        env: The vector environment to record.
+        buffer: A buffer with `n_envs=env.num_envs`. Others may record into it as well, with streams of their own.
 
     Raises:
         ConfigurationError: If this is another kind of environment, a space is not supported, the numbers of
@@ -176,7 +177,7 @@ class VectorRecordEpisodes(VectorWrapper[Any, Any, Any, Any, Any]):
 
     @property
     def buffer(self) -> ReplayBuffer:
-        """Where the episodes go."""
+        """The buffer that receives the episodes."""
         return self._recorder.buffer
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -197,7 +198,7 @@ class VectorRecordEpisodes(VectorWrapper[Any, Any, Any, Any, Any]):
         return obs, infos
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """Steps all environments and stores what came of it."""
+        """Steps all environments and stores the step."""
         checked = self._recorder.checked_actions(actions)
         try:
             obs, rewards, terminations, truncations, infos = self.env.step(actions)
@@ -221,7 +222,7 @@ _WRAPPERS = {
 
 
 def _check_kind(env: Any, expected: type) -> None:
-    """Names the right wrapper for the wrong kind of environment."""
+    """Raises an error that names the right wrapper for another kind of environment."""
     if isinstance(env, expected):
         return
     wanted, wrapper = _WRAPPERS[expected]

@@ -26,16 +26,16 @@ from worldflux.errors import ConfigurationError, MissingDependencyError, nearest
 
 @dataclass(frozen=True)
 class AtariProtocol:
-    """What the two benchmarks set differently."""
+    """The settings in which the two benchmarks differ."""
 
     screen_size: int
-    """Sides of the image in pixels."""
+    """The side of the image in pixels."""
     grayscale_obs: bool
-    """One channel of luminance instead of three of colour."""
+    """Whether observations have one channel of luminance instead of three of colour."""
     repeat_action_probability: float
-    """Chance, on each frame, that the game hears the previous action again (sticky actions)."""
+    """The chance, in each frame, that the game receives the previous action again (sticky actions)."""
     full_action_space: bool
-    """All 18 actions of the console instead of those that the game uses."""
+    """Whether all 18 actions of the console are offered instead of those that the game uses."""
 
 
 PROTOCOLS = {
@@ -46,7 +46,7 @@ PROTOCOLS = {
 }
 
 MAX_FRAMES = 108_000
-"""Frames of an episode in both protocols: 30 minutes of play."""
+"""The most frames of an episode in both protocols: 30 minutes of play."""
 
 
 class AtariFrames(AtariPreprocessing):
@@ -61,17 +61,17 @@ class AtariFrames(AtariPreprocessing):
 
     @property
     def action_repeat(self) -> int:
-        """Frames for each decision."""
+        """The number of frames for each decision."""
         return self.frame_skip
 
     @property
     def max_episode_steps(self) -> int | None:
-        """Most decisions in an episode, None without a limit. No-ops count as frames, so some end a little earlier."""
+        """The most decisions in an episode, None without a limit; no-ops count as frames, so some are shorter."""
         frames = int(self.ale.getInt("max_num_frames_per_episode"))
         return -(-frames // self.frame_skip) if frames > 0 else None
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Repeats the action, and stops early where the episode ends."""
+        """Repeats the action, and stops early if the episode ends."""
         total, terminated, truncated = 0.0, False, False
         info: dict[str, Any] = {}
         frames: list[Any] = []
@@ -127,16 +127,16 @@ def make_atari(
     the limit of frames is truncated, one whose game is over is terminated.
 
     Args:
-        game: Such as `"ms-pacman"`.
-        protocol: `"standard"` or `"100k"`; it gives the value of each option that is None.
-        screen_size: Sides of the image, or `(width, height)`. The models take 48 to 256 in multiples of 16.
-        frame_skip: Frames for each decision.
-        noop_max: Episodes begin with 1 to this many frames without an action; 0 starts at the game's own beginning.
-        grayscale_obs: One channel of luminance instead of three of colour.
-        terminal_on_life_loss: End the episode with each life. Neither protocol does.
-        repeat_action_probability: Of sticky actions, for each frame.
-        full_action_space: All 18 actions instead of those that the game uses.
-        max_num_frames_per_episode: Frames, no-ops included, after which an episode is truncated.
+        game: The game, such as `"ms-pacman"`.
+        protocol: The protocol, `"standard"` or `"100k"`; it gives the value of each option that is None.
+        screen_size: The side of the image, or `(width, height)`. The models take 48 to 256 in multiples of 16.
+        frame_skip: The number of frames for each decision.
+        noop_max: The most frames without an action with which an episode begins; 0 starts at the game's own beginning.
+        grayscale_obs: Whether observations have one channel of luminance instead of three of colour.
+        terminal_on_life_loss: Whether each lost life ends the episode. Neither protocol does so.
+        repeat_action_probability: The probability of sticky actions, for each frame.
+        full_action_space: Whether all 18 actions are offered instead of those that the game uses.
+        max_num_frames_per_episode: The number of frames, no-ops included, after which an episode is truncated.
         render_mode: `"rgb_array"` for the game's own picture, `"human"` for a window.
 
     Raises:

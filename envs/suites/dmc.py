@@ -1,4 +1,4 @@
-"""The tasks of DeepMind Control as Gymnasium environments, seen as numbers or as pictures."""
+"""The tasks of DeepMind Control as Gymnasium environments, observed as numbers or as pictures."""
 
 from __future__ import annotations
 
@@ -14,45 +14,46 @@ from gymnasium import spaces
 from worldflux.envs.suites import DMC_TASKS, rendering
 from worldflux.envs.wrappers import Size, checked_size
 from worldflux.errors import ConfigurationError, MissingDependencyError, ShapeMismatchError, nearest
+from worldflux.validation import whole_number
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _FAST_FLAGS = {"shadow": False, "reflection": False}
 
 _DRAWN_DOMAINS = ("lqr",)
-"""Whose model dm_control draws from the seed, too: the springs between the balls."""
+"""The domains whose model dm_control draws from the seed, too: the springs between the balls."""
 
 
 class DMCEnv(gym.Env[Array, Array], gym.utils.EzPickle):
     """A task of dm_control's suite.
 
-    An episode ends as *terminated* where the task says that nothing is worth anything beyond (dm_control's discount is
-    0; only `lqr` does so), and as *truncated* at the task's time limit. If the simulation diverges, which MuJoCo
-    answers by starting it over, the episode ends as truncated with the last observation before, and
+    An episode ends as *terminated* where dm_control's discount is 0, so that nothing beyond has a value (only in
+    `lqr`), and as *truncated* at the task's time limit. If the simulation diverges, which MuJoCo
+    answers by resetting it, the episode ends as truncated with the observation before, and
     `info["physics_error"]` says what happened.
 
     `reset(seed=n)` starts the same episodes as dm_control's own `suite.load(..., task_kwargs={"random": n})`.
     A pickled or copied environment is made anew from its arguments; the state of the simulation is not in it.
 
     Attributes:
-        observation_space: All entries of the task's observation in its order, flattened, a scalar as one number:
-            `float32 [n]`. With `pixels`: `uint8 [height, width, 3]`.
+        observation_space: The space of all entries of the task's observation in their order, flattened: `float32 [n]`.
+            With `pixels`: `uint8 [height, width, 3]`.
         action_space: The task's own bounds, `float32 [A]`. Actions outside are clipped, because rewards count the
             control that was asked for while MuJoCo applies the clipped one.
-        action_repeat: Control steps of the task in a step here.
-        max_episode_steps: Steps here until the time limit, or None for a task without one (`lqr`).
+        action_repeat: The number of the task's control steps in one step.
+        max_episode_steps: The number of steps until the time limit, or None for a task without one (`lqr`).
 
     Args:
         name: One of `worldflux.envs.suites.DMC_TASKS`, such as `"walker-walk"`.
-        pixels: Observe a picture instead of the task's numbers.
-        size: Of the observed picture, a number for a square or `(height, width)`. None: 64.
-        camera: Number or name in the task's model, -1 for the free camera. None is 2 for `quadruped`, whose camera 0
-            looks from far away, and 0 for all others, as the papers' implementations have it.
+        pixels: Whether to observe a picture instead of the task's numbers.
+        size: The size of the observed picture, a number for a square or `(height, width)`. None means 64.
+        camera: The number or name of a camera in the task's model, -1 for the free camera. None is 2 for `quadruped`,
+            whose camera 0 looks from far away, and 0 for all others, as in the papers' implementations.
         action_repeat: How often an action is applied. Rewards are summed; the end of the episode ends it early.
-        render_mode: `"rgb_array"` or None.
-        render_size: Of the pictures from `render()`, as `size`.
-        fast_rendering: Draw without shadows, reflections and multisampling, several times faster without a graphics
-            card. The pictures differ, so it is for tests and never for results.
+        render_mode: The render mode, `"rgb_array"` or None.
+        render_size: The size of the pictures from `render()`, as `size`.
+        fast_rendering: Whether to draw without shadows, reflections and multisampling, which is several times faster
+            without a graphics card. The pictures differ, so it is for tests and never for results.
 
     Raises:
         ConfigurationError: If there is no such task or camera, or a number is out of range.
@@ -89,8 +90,7 @@ class DMCEnv(gym.Env[Array, Array], gym.utils.EzPickle):
                 f"Unknown task '{name}' of DeepMind Control{nearest(name, DMC_TASKS)} "
                 "worldflux.envs.suites.DMC_TASKS lists all."
             )
-        if isinstance(action_repeat, bool) or not isinstance(action_repeat, int) or action_repeat < 1:
-            raise ConfigurationError(f"action_repeat is {action_repeat!r}, expected a whole number from 1 on.")
+        action_repeat = whole_number("action_repeat", action_repeat, 1)
         if render_mode not in (None, "rgb_array"):
             raise ConfigurationError(
                 f"render_mode is {render_mode!r}, expected 'rgb_array' or None. "
@@ -129,7 +129,7 @@ class DMCEnv(gym.Env[Array, Array], gym.utils.EzPickle):
             entries = self._dmc.observation_spec().values()
             numbers = sum(math.prod(entry.shape) for entry in entries)
             self.observation_space = spaces.Box(-np.inf, np.inf, (numbers,), np.float32)
-        self._obs: Array | None = None  # the latest of an episode that goes on
+        self._obs: Array | None = None  # the latest observation of an episode in flight
 
     @property
     def physics(self) -> Any:
@@ -147,14 +147,15 @@ class DMCEnv(gym.Env[Array, Array], gym.utils.EzPickle):
         """Starts an episode.
 
         Args:
-            seed: Restarts the task's random numbers; None draws on. All following episodes depend on it.
+            seed: The seed of the task's random numbers, from which all following episodes draw, too; None goes on with
+                the present ones.
             options: Not used.
 
         Returns:
             The first observation, and an empty dictionary.
 
         Raises:
-            ConfigurationError: If pictures are observed and cannot be drawn, as in `render()`.
+            ConfigurationError: If pictures are observed and cannot be drawn; see `render()`.
         """
         super().reset(seed=seed)
         self._obs = None
@@ -199,7 +200,7 @@ class DMCEnv(gym.Env[Array, Array], gym.utils.EzPickle):
         return obs, reward, terminated, truncated, {}
 
     def render(self) -> Any:
-        """A picture `uint8 [*render_size, 3]`; None, with a warning, if the environment has no `render_mode`.
+        """Draws a picture `uint8 [*render_size, 3]`; returns None, with a warning, without a `render_mode`.
 
         Raises:
             ConfigurationError: If this process was forked from one that had drawn, or the backend fails.
@@ -218,7 +219,7 @@ class DMCEnv(gym.Env[Array, Array], gym.utils.EzPickle):
         self._dmc = self._obs = None
 
     def _load(self, random: Any = None) -> Any:
-        """dm_control's `Environment`, with `random` for what it draws."""
+        """Loads dm_control's `Environment`, which draws its random numbers from `random`."""
         dmc = _load_task(*DMC_TASKS[self.name], random)
         # The frame buffer is made once, so it must be large enough for both sizes.
         visual = dmc.physics.model.vis
@@ -248,7 +249,7 @@ class DMCEnv(gym.Env[Array, Array], gym.utils.EzPickle):
             raise ConfigurationError(f"The environment '{self.name}' was closed. Make a new one.")
 
     def _control(self, action: Array) -> Array:
-        """The action as dm_control takes it, `float64 [A]` within the bounds."""
+        """The action in the form that dm_control takes, `float64 [A]` within the bounds."""
         try:
             control = np.asarray(action, dtype=np.float64)
         except (TypeError, ValueError) as error:
@@ -262,7 +263,7 @@ class DMCEnv(gym.Env[Array, Array], gym.utils.EzPickle):
         return np.clip(control, self._low, self._high)
 
     def _end_diverged(self, reward: float, message: str) -> tuple[Array, float, bool, bool, dict[str, Any]]:
-        # The observation now is that of MuJoCo's fresh start, which the action did not lead to.
+        # The observation after MuJoCo's reset is not what the action led to.
         last, self._obs = self._obs, None
         assert last is not None
         gym.logger.warn(f"The simulation of '{self.name}' diverged; the episode ends as truncated. {message}")
@@ -274,7 +275,7 @@ class DMCEnv(gym.Env[Array, Array], gym.utils.EzPickle):
         return np.concatenate([np.ravel(entry) for entry in entries.values()]).astype(np.float32)
 
     def _draw(self, size: tuple[int, int]) -> Array:
-        """A picture of the present state, `uint8 [*size, 3]`, as an array of its own."""
+        """Draws the present state into a new array `uint8 [*size, 3]`."""
         rendering.check_process()
         view = self._views.get(size)
         if view is None:
@@ -295,7 +296,7 @@ class DMCEnv(gym.Env[Array, Array], gym.utils.EzPickle):
 
 
 def drop_missing_fields(array_sizes: dict[str, dict[str, Any]], model: type, data: type) -> None:
-    """Takes the fields that the installed MuJoCo lacks out of dm_control's table of array sizes.
+    """Removes the fields that the installed MuJoCo lacks from dm_control's table of array sizes.
 
     dm_control's table is written for a version of MuJoCo, and it reads every field in it when a task is loaded.
     MuJoCo 4 no longer has some of them, which no task uses.
@@ -311,7 +312,7 @@ def drop_missing_fields(array_sizes: dict[str, dict[str, Any]], model: type, dat
 
 
 def _load_task(domain: str, task: str, random: Any) -> Any:
-    """A `dm_control.rl.control.Environment`, with the backend chosen before dm_control asks for it."""
+    """Loads a `dm_control.rl.control.Environment`, with the backend chosen before dm_control reads it."""
     rendering.choose_backend()
     try:
         import mujoco
@@ -336,10 +337,10 @@ def _physics_error() -> type[Exception]:
 
 @contextlib.contextmanager
 def _nothing_drawn(physics: Any) -> Iterator[None]:
-    """Keeps a task from making an OpenGL context of its own, which it may not need or not be allowed.
+    """Keeps a task from making an OpenGL context, which it may not need or may not be allowed to make.
 
-    `quadruped-escape` uploads its terrain at every start of an episode to the context, and makes one for it. The first
-    picture makes one too, and finds the terrain in the model.
+    `quadruped-escape` uploads its terrain to the context at the start of every episode, and makes one for it. The first
+    picture makes one as well, and finds the terrain in the model.
     """
     physics._make_rendering_contexts = lambda: None
     try:
@@ -349,7 +350,7 @@ def _nothing_drawn(physics: Any) -> Iterator[None]:
 
 
 def _words(seed: int) -> int | list[int]:
-    """A seed for NumPy's `RandomState`, which takes numbers of 32 bits, and a list of them for larger ones."""
+    """A seed for NumPy's `RandomState`, which takes a number of 32 bits or a list of them."""
     if seed < 2**32:
         return seed
     return [(seed >> shift) % 2**32 for shift in range(0, seed.bit_length(), 32)]

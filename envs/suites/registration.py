@@ -1,4 +1,4 @@
-"""The suites' tasks as Gymnasium ids, so that they can be made wherever an id is taken."""
+"""Registers the suites' tasks with Gymnasium, so that they can be made wherever an id is taken."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def register_suites() -> None:
 
 
 def suite_id(name: str) -> str | None:
-    """Gymnasium's id of "dmc/walker-walk", "atari/pong" or "atari100k/pong"; None for what is in no suite."""
+    """Gymnasium's id of "dmc/walker-walk", "atari/pong" or "atari100k/pong"; None for a name of no suite."""
     suite, _, task = name.partition("/")
     if suite not in _SUITES:
         return None

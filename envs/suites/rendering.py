@@ -1,8 +1,8 @@
-"""Which OpenGL backend MuJoCo draws with, chosen before dm_control is imported and reads it.
+"""The choice of the OpenGL backend that MuJoCo draws with, made before dm_control is imported and reads it.
 
 dm_control takes the backend from the environment variable `MUJOCO_GL` at its first import. Without it, it takes GLFW,
 which needs a display and fails at the first picture where there is none. Nothing is imported here but the standard
-library, so that worker processes can ask as their first act.
+library, so that worker processes can choose a backend before anything else.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _drawing_pid: int | None = None
 
 
 def choose_backend() -> str:
-    """The backend that MuJoCo will draw with; sets `MUJOCO_GL` for this process and its children.
+    """Chooses the backend that MuJoCo draws with, and sets `MUJOCO_GL` for this process and its children.
 
     A value that is set already stays, and so does what an imported dm_control has chosen. On Linux EGL comes first
     (it uses a graphics card where there is one), then OSMesa, then GLFW where a display is there. Where none of them
-    works, drawing is switched off and observations of the state work nevertheless. Other systems keep their default.
+    works, drawing is switched off; observations of the state work nevertheless. Other systems keep their default.
 
     Returns:
         `"egl"`, `"osmesa"`, `"glfw"`, `"off"`, whatever `MUJOCO_GL` says, or `""` for the system's default.
@@ -61,7 +61,7 @@ def choose_backend() -> str:
 
 
 def check_backend() -> None:
-    """Makes sure that the backend which dm_control has loaded can draw on this machine.
+    """Makes sure that the backend that dm_control has loaded can draw on this machine.
 
     Raises:
         MissingDependencyError: If there is no backend; the message names the system packages.
@@ -81,7 +81,7 @@ def check_backend() -> None:
 
 
 def check_process() -> None:
-    """Makes sure that this process may draw: MuJoCo's drawing hangs in a process forked from one that has drawn.
+    """Makes sure that this process may draw: drawing hangs in a process forked from one that has drawn.
 
     Raises:
         ConfigurationError: If it was forked after its parent had drawn.
@@ -105,7 +105,7 @@ def mark_drawing() -> None:
 
 
 def explain(problem: str, error: BaseException) -> ConfigurationError:
-    """An error for what went wrong inside dm_control or MuJoCo when they loaded or set up their backend."""
+    """An error for a failure inside dm_control or MuJoCo when they load or set up their backend."""
     return ConfigurationError(
         f"{problem} with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r}: {type(error).__name__}: {error} "
         f"Without MUJOCO_GL the backend is chosen by what works here. {_PACKAGES}"
@@ -117,7 +117,7 @@ def _has_display() -> bool:
 
 
 def _loads(libraries: tuple[str, ...]) -> bool:
-    """Whether one of several shared libraries is there."""
+    """Whether one of several shared libraries can be loaded."""
     for library in libraries:
         try:
             ctypes.CDLL(library)
@@ -128,9 +128,9 @@ def _loads(libraries: tuple[str, ...]) -> bool:
 
 
 def _egl_works() -> bool:
-    """Whether EGL can draw without a display: a device of it starts and has a configuration for desktop OpenGL.
+    """Whether EGL can draw without a display: one of its devices starts and has a configuration for desktop OpenGL.
 
-    libEGL is only a dispatcher, so its being there says little. The devices are those that dm_control will try.
+    libEGL is only a dispatcher, so its presence says little. The devices are those that dm_control will try.
     """
     if not _loads(_GL_LIBRARIES):
         return False
@@ -157,7 +157,7 @@ def _egl_works() -> bool:
     try:
         return any(_display_works(egl, display_of(_EGL_PLATFORM_DEVICE, device, None)) for device in candidates)
     finally:
-        egl.eglGetError()  # reading it clears it; dm_control takes a left-over error for its own
+        egl.eglGetError()  # reading the error clears it; dm_control would take it for its own
 
 
 def _display_works(egl: ctypes.CDLL, display: int | None) -> bool:
@@ -165,7 +165,7 @@ def _display_works(egl: ctypes.CDLL, display: int | None) -> bool:
     if not display:
         return False
     handle = ctypes.c_void_p(display)
-    # Only a display that runs has a vendor. It belongs to somebody, whose contexts would die with it.
+    # Only an initialised display has a vendor. Somebody uses it, and its contexts would die with it.
     in_use = egl.eglQueryString(handle, _EGL_VENDOR) is not None
     if not in_use and not egl.eglInitialize(handle, None, None):
         return False

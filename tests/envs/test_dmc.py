@@ -479,7 +479,7 @@ def test_without_dm_control_the_error_names_what_to_install(monkeypatch: pytest.
     ("name", "options", "message"),
     [
         ("walker-wlak", {}, "Unknown task 'walker-wlak' of DeepMind Control; did you mean 'walker-walk'"),
-        ("walker-walk", {"action_repeat": 0}, "action_repeat is 0, expected a whole number from 1 on"),
+        ("walker-walk", {"action_repeat": 0}, "action_repeat is 0, expected a whole number from 1"),
         ("walker-walk", {"action_repeat": 2.0}, "action_repeat is 2.0, expected a whole number"),
         ("walker-walk", {"size": (64, 64, 3)}, r"size is \(64, 64, 3\), expected a number of pixels such as"),
         ("walker-walk", {"size": 0}, "size is 0, expected a number of pixels"),

@@ -72,19 +72,6 @@ def test_a_space_comes_back_from_json_as_it_was(space: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("saved", "space"),
-    [
-        ({"type": "Discrete", "n": 3, "start": 1}, spaces.Discrete(3, start=1)),
-        ({"type": "MultiBinary", "shape": [4]}, spaces.MultiBinary(4)),
-        ({"type": "MultiBinary", "shape": [2, 2]}, spaces.MultiBinary([2, 2])),
-        ({"type": "Box", "low": "-inf", "high": 2.0, "shape": [2], "dtype": "float32"}, spaces.Box(-INF, 2, (2,))),
-    ],
-)
-def test_spaces_in_older_files_are_read(saved: dict[str, Any], space: spaces.Space[Any]) -> None:
-    assert space_from_json(saved) == space
-
-
-@pytest.mark.parametrize(
     ("observation_space", "action_space"),
     [
         (BOX, spaces.Discrete(3, dtype=np.int32)),

@@ -236,7 +236,7 @@ def test_unbounded_actions_say_how_bounds_are_set() -> None:
         (spaces.Discrete(10**9), "Discrete space with 1,000,000,000 options"),
         (spaces.Discrete(2**16 + 1), "Discrete space with 65,537 options"),
         (spaces.MultiDiscrete([10**9, 3]), "MultiDiscrete space with 1,000,000,003 options"),
-        (spaces.MultiDiscrete(np.full(10**5, 2)), "MultiDiscrete space with 100,000 options"),
+        (spaces.MultiDiscrete(np.full(10**5, 2)), "MultiDiscrete space with 200,000 options"),
         (spaces.MultiBinary(10**5), "MultiBinary space with 200,000 options"),
     ],
 )
