@@ -101,11 +101,19 @@ class EpisodeRecorder:
     def interrupt(self) -> None:
         """Ends the episodes in flight as truncated, with the observations after their last steps.
 
-        This is also due when a reset, a step or storing it has failed: nobody knows where the environments are then.
+        This is due when a reset, a step or storing it has failed: nobody knows where the environments are then.
         """
         if self._began:
             self._cache.end_episodes()
         self.finish()
+
+    def __enter__(self) -> None:
+        """Begins a block that resets or steps the environments."""
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Ends the episodes in flight if the block has failed."""
+        if kind is not None:
+            self.interrupt()
 
     def finish(self) -> None:
         """Notes that every episode has ended and that a reset is due."""
@@ -151,7 +159,7 @@ class EpisodeRecorder:
             skipped: The environments that made no step.
             extras: What the model wants stored beside the rows. `{name: [n_envs, ...]}`
         """
-        encoded = None if finals is None else [self._cache.encoded_final(final) for final in finals]
+        encoded = None if finals is None else [self.obs_codec.encode_any(final)[0] for final in finals]
         if not extras and self._cache.put(actions, rewards, next_obs):
             if ends or skipped:
                 self._cache.mark(ends, encoded, skipped)

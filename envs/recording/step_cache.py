@@ -65,7 +65,6 @@ class StepCache:
         self._rewards_shape = (envs,) if buffer.obs_dtype == obs_codec.obs_dtype and not self._own_add else None
         self._vectors: Array | None = None  # of observations that are plain vectors
         self._vectors_shape: tuple[int, ...] = (envs, *shapes.get(SINGLE_KEY, ()))
-        self._no_vector = np.zeros(self._vectors_shape[1:], np.float32)
         self._look_into_block()
 
     def _look_into_block(self) -> None:
@@ -182,18 +181,6 @@ class StepCache:
             return False
         self._count = row
         return True
-
-    def encoded_final(self, obs: Any) -> Arrays:
-        """The library's form of an observation before a reset, for `mark`. `[1, ...]`
-
-        Raises:
-            ShapeMismatchError: If it is no observation of the space.
-        """
-        if self._vectors is not None and type(obs) is np.ndarray and obs.shape == self._no_vector.shape:
-            final = obs.astype(np.float32)
-            if final.dot(self._no_vector) == 0.0:
-                return final[None]
-        return self._obs_codec.encode_any(obs)[0]
 
     def mark(self, ends: Sequence[tuple[int, int]], finals: Sequence[Arrays] | None, skipped: Sequence[int]) -> None:
         """Adds to the latest step what else is known of it, before the next is put.

@@ -60,28 +60,22 @@ class RecordEpisodes(gym.Wrapper[Any, Any, Any, Any]):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Resets the environment; an episode in flight ends as truncated."""
-        try:
+        with self._recorder:
             obs, info = self.env.reset(seed=seed, options=options)
             self._given.check_obs(obs)
             self._recorder.begin(obs)
-        except BaseException:
-            self._recorder.interrupt()
-            raise
         return obs, info
 
     def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
         """Steps the environment and stores the step."""
         checked = self._recorder.checked_actions(np.asarray(action)[None])
-        try:
+        with self._recorder:
             obs, reward, terminated, truncated, info = self.env.step(action)
             self._given.check_obs(obs)
             self._given.check_reward(reward)
             over = terminated or truncated
             ends = [(0, end_of(terminated))] if over else []
             self._recorder.add(checked, np.array(reward, np.float64).reshape(1), obs, ends)
-        except BaseException:
-            self._recorder.interrupt()
-            raise
         if over:
             self._recorder.finish()
         return obs, reward, terminated, truncated, info
@@ -119,32 +113,23 @@ class VecRecordEpisodes(VecEnvWrapper):
 
     def reset(self) -> VecEnvObs:
         """Resets all environments; episodes in flight end as truncated."""
-        try:
+        with self._recorder:
             obs = self.venv.reset()
             self._recorder.begin(obs)
-        except BaseException:
-            self._recorder.interrupt()
-            raise
         return obs
 
     def step_async(self, actions: Array) -> None:
         """Starts a step of all environments."""
         self._actions = self._recorder.checked_actions(actions)
-        try:
+        with self._recorder:
             self.venv.step_async(actions)
-        except BaseException:
-            self._recorder.interrupt()
-            raise
 
     def step_wait(self) -> VecEnvStepReturn:
         """Waits for the step and stores it."""
         assert self._actions is not None
-        try:
+        with self._recorder:
             new_obs, rewards, dones, infos = self.venv.step_wait()
             self._recorder.add_vec_step(self._actions, new_obs, rewards, dones, infos)
-        except BaseException:
-            self._recorder.interrupt()
-            raise
         return new_obs, rewards, dones, infos
 
     def close(self) -> None:
@@ -186,26 +171,20 @@ class VectorRecordEpisodes(VectorWrapper[Any, Any, Any, Any, Any]):
         mask = None if options is None else options.get("reset_mask")
         if mask is not None:
             self._recorder.check_begun()
-        try:
+        with self._recorder:
             obs, infos = self.env.reset(seed=seed, options=options)
             if mask is None:
                 self._recorder.begin(obs)
             else:
                 self._recorder.begin_some(obs, np.asarray(mask, dtype=bool))
-        except BaseException:
-            self._recorder.interrupt()
-            raise
         return obs, infos
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Steps all environments and stores the step."""
         checked = self._recorder.checked_actions(actions)
-        try:
+        with self._recorder:
             obs, rewards, terminations, truncations, infos = self.env.step(actions)
             self._recorder.add_vector_step(checked, obs, rewards, terminations, truncations, infos)
-        except BaseException:
-            self._recorder.interrupt()
-            raise
         return obs, rewards, terminations, truncations, infos
 
     def close(self, **kwargs: Any) -> None:

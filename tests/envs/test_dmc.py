@@ -15,9 +15,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+from stable_baselines3.common.vec_env import SubprocVecEnv
 
 from worldflux.envs.suites import DMC_BENCHMARK, DMC_TASKS, rendering
-from worldflux.envs.suites.dmc import DMCEnv, drop_missing_fields
+from worldflux.envs.suites.dmc import DMCEnv
 from worldflux.errors import ConfigurationError, MissingDependencyError, ShapeMismatchError
 
 SMALL_PIXELS: dict[str, Any] = {"pixels": True, "size": (24, 32), "fast_rendering": True}
@@ -399,40 +400,28 @@ def test_closing_frees_the_context_and_may_be_repeated() -> None:
 
 
 @pytest.mark.usefixtures("_drawing")
-def test_spawned_workers_draw_the_frames_of_a_single_environment() -> None:
+@pytest.mark.parametrize("kind", ["AsyncVectorEnv", "SubprocVecEnv"])
+def test_spawned_workers_draw_the_frames_of_a_single_environment(kind: str) -> None:
     make = functools.partial(DMCEnv, "cartpole-swingup", **SMALL_PIXELS)
     single = make()
     expected, rewards = episode(single, 4, seed=11)
+    actions = [np.stack([action, action]) for action in random_actions(single, 4)]
 
-    workers = gym.vector.AsyncVectorEnv([make, make], context="spawn")
-    try:
-        frames = [workers.reset(seed=11)[0]]
-        steps = [workers.step(np.stack([action, action])) for action in random_actions(single, 4)]
-        frames += [step[0] for step in steps]
-    finally:
-        workers.close()
-
-    np.testing.assert_array_equal(np.stack(frames)[:, 0], expected)
-    assert [float(step[1][0]) for step in steps] == rewards
-    assert np.any(np.stack(frames)[:, 1] != expected), "the second worker has its own seed"
-
-
-@pytest.mark.usefixtures("_drawing")
-def test_stable_baselines3_workers_draw_the_frames_of_a_single_environment() -> None:
-    vec_env = pytest.importorskip("stable_baselines3.common.vec_env")
-    make = functools.partial(DMCEnv, "cartpole-swingup", **SMALL_PIXELS)
-    single = make()
-    expected, _ = episode(single, 4, seed=11)
-
-    workers = vec_env.SubprocVecEnv([make], start_method="spawn")
-    try:
+    if kind == "AsyncVectorEnv":
+        workers: Any = gym.vector.AsyncVectorEnv([make, make], context="spawn")
+    else:
+        workers = SubprocVecEnv([make, make], start_method="spawn")
         workers.seed(11)
-        frames = [workers.reset()]
-        frames += [workers.step(action[None])[0] for action in random_actions(single, 4)]
+    try:
+        frames = [workers.reset(seed=11)[0] if kind == "AsyncVectorEnv" else workers.reset()]
+        steps = [workers.step(action) for action in actions]
     finally:
         workers.close()
 
-    np.testing.assert_array_equal(np.concatenate(frames), expected)
+    drawn = np.stack([*frames, *(step[0] for step in steps)])
+    np.testing.assert_array_equal(drawn[:, 0], expected)
+    assert np.any(drawn[:, 1] != expected), "the second worker has its own seed"
+    np.testing.assert_allclose([step[1][0] for step in steps], rewards, rtol=1e-6)
 
 
 def test_fields_that_the_installed_mujoco_lacks_are_dropped_before_a_task_is_loaded(
@@ -452,20 +441,6 @@ def test_fields_that_the_installed_mujoco_lacks_are_dropped_before_a_task_is_loa
     env.reset(seed=0)
     assert "no_such_field" not in sizes.array_sizes["mjmodel"] and "nor_this_one" not in sizes.array_sizes["mjdata"]
     assert {"qpos0", "geom_rgba"} <= set(sizes.array_sizes["mjmodel"]), "what is there stays"
-
-
-def test_only_missing_fields_are_dropped() -> None:
-    class Model:
-        body_mass: Any = None
-
-    class Data:
-        qpos: Any = None
-
-    array_sizes = {"mjmodel": {"body_mass": ("nbody",), "gone": ("nv",)}, "mjdata": {"gone": ("nv",), "qpos": ("nq",)}}
-
-    drop_missing_fields(array_sizes, Model, Data)
-
-    assert array_sizes == {"mjmodel": {"body_mass": ("nbody",)}, "mjdata": {"qpos": ("nq",)}}
 
 
 def test_without_dm_control_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,7 @@ def test_an_encoded_observation_does_not_change_with_the_array_that_was_given() 
     [
         (unbounded((4,)), np.zeros(3), r"observation has shape \(3,\), expected \(4,\) for one .* or \(n_envs, 4\)"),
         (unbounded((2,)), [np.nan, 0.0], "contains NaN or infinite values, expected finite numbers"),
+        (unbounded((2,), np.float64), [0, 1e39], r"observation holds 1e\+39, expected at most 3.4e\+38"),
         (unbounded((2,)), ["a", "b"], "has dtype <U1, expected numbers"),
         (unbounded((2,)), {"x": 0}, r"dictionary with keys \['x'\], expected an array"),
         (IMAGE, np.zeros((20, 24, 3), np.float32), "has dtype float32, expected uint8"),
@@ -138,6 +139,8 @@ def test_an_observation_that_does_not_fit_says_what_was_expected(space: Any, obs
         (spaces.Dict(inner=spaces.Dict(a=unbounded((1,)))), "observation 'inner' is a Dict space"),
         (spaces.Dict(), "empty Dict space"),
         (spaces.Box(0.0, 1.0, (64, 64, 3)), r"looks like an image \(64, 64, 3\) of floats, expected uint8"),
+        (spaces.Box(0, 1, (2, 64, 64, 3)), r"looks like an image \(2, 64, 64, 3\) of floats, expected uint8"),
+        (spaces.Box(0, 1, (64, 64, 3), np.int32), r"looks like an image \(64, 64, 3\) of int32, expected uint8"),
     ],
 )
 def test_an_unsupported_observation_space_names_those_that_are(space: Any, message: str) -> None:
@@ -216,18 +219,6 @@ def test_an_unsupported_action_space_names_those_that_are(space: Any, message: s
 def test_actions_of_another_shape_are_refused() -> None:
     with pytest.raises(ShapeMismatchError, match=r"actions have shape \(2, 3\), expected \(n_envs, 1\)"):
         ActionCodec(spaces.Box(-1.0, 1.0, (1,))).from_env(np.zeros((2, 3)))
-
-
-def test_stacked_pictures_of_numbers_that_are_no_bytes_are_refused_with_their_dtype() -> None:
-    for shape, dtype, kind in (((2, 64, 64, 3), np.float32, "floats"), ((64, 64, 3), np.int32, "int32")):
-        with pytest.raises(ConfigurationError, match=rf"looks like an image \(.*\) of {kind}, expected uint8"):
-            ObservationCodec(spaces.Box(0, 1, shape, dtype))
-
-
-def test_unbounded_actions_say_how_bounds_are_set() -> None:
-    space = unbounded((2,))
-    with pytest.raises(ConfigurationError, match=r"TransformAction\(env, lambda action: action, Box\(low, high"):
-        ActionCodec(space)
 
 
 @pytest.mark.parametrize(

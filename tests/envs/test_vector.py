@@ -18,7 +18,6 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
 
 from worldflux.envs.recording.wrappers import VecRecordEpisodes, VectorRecordEpisodes
-from worldflux.envs.step_counter import EnvWatch
 from worldflux.envs.vector import ENDED, RESET_STEP, GymnasiumVecEnv, autoreset_mode
 from worldflux.errors import BufferError, ConfigurationError
 from worldflux.replay.buffer import ReplayBuffer
@@ -233,33 +232,6 @@ def test_under_a_frame_stack_last_observations_are_the_stacked_ones() -> None:
     final = batch.obs[..., 6] == 3  # newest frame: the third step
     assert final.any() and batch.obs[final][:, 2].eq(2).all()
     assert not batch.rewards[final].any() and batch.terminations.sum() > 60
-
-
-def test_whoever_moves_the_environments_is_seen(workers: GymnasiumVecEnv) -> None:
-    inner = sync()
-    watch = EnvWatch(VecFrameStack(inner, 2))
-    for move in (
-        inner.reset,
-        inner.vector_env.reset,
-        lambda: inner.step(ACTION),
-        lambda: inner.vector_env.step(ACTION),
-        lambda: inner.env_method("reset", indices=[0]),
-        lambda: inner.vector_env.envs[1].step(ACTION[1]),  # type: ignore[attr-defined]
-    ):
-        watch.mark()
-        assert not watch.moved
-        move()
-        assert watch.moved
-    workers.reset()
-    watch = EnvWatch(workers)
-    workers.get_attr("env_id")
-    workers.env_method("plus", 1)
-    assert not watch.moved
-    workers.vector_env.step(ACTION)
-    assert watch.moved
-    watch.mark()
-    workers.reset()
-    assert watch.moved
 
 
 class SmallVectorEnv(VectorEnv[Any, Any, Any]):
