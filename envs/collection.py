@@ -175,7 +175,7 @@ def _actor(
         else:
             actions = [policy(row_of(obs, 0))] if single else policy(obs)
         array = np.asarray(actions)
-        # Functions tend to give Python numbers, and environments want their own dtype.
+        # Functions tend to return Python numbers, and environments expect the dtype of their space.
         fits = isinstance(space, gym.spaces.Box) or array.dtype.kind in "iub"
         return array.astype(space.dtype, copy=False) if fits else array
 

@@ -127,7 +127,7 @@ def as_env(env: Any) -> gym.Env[Any, Any] | VecEnv:
     if isinstance(env, str):
         try:
             return make_env(env, render_mode="rgb_array")
-        except ConfigurationError:  # its constructor has no render_mode; all else fails again
+        except ConfigurationError:  # its constructor may have no render_mode; any other problem occurs again
             return make_env(env)
     if isinstance(env, gym.vector.VectorEnv):
         return GymnasiumVecEnv(env)
@@ -188,7 +188,7 @@ def make_vec_env(
 
     def make_one() -> gym.Env[Any, Any]:
         if processes:
-            # Ctrl-C reaches all processes. This one ends the others; if it catches it, they go on.
+            # Ctrl-C reaches all processes. The main one ends the others; if it handles the interrupt, they go on.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         env = make_env(name, **options) if isinstance(name, str) else name()
         check_batches(env)

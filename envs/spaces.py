@@ -120,7 +120,7 @@ def _other_form(space: spaces.Space[Any]) -> str:
         # The bounds of the flattened space are arrays of its size.
         too_large = _has_images(space) or spaces.utils.flatdim(space) > _MOST_FLATTENED
         flat: Any = None if too_large else spaces.utils.flatten_space(space)
-    except (NotImplementedError, ValueError):  # a space of somebody's own, or nothing in it
+    except (NotImplementedError, ValueError):  # a custom space, or an empty one
         flat = None
     if isinstance(flat, spaces.Box):
         return "gymnasium.wrappers.FlattenObservation(env) makes one Box of everything."
@@ -193,7 +193,7 @@ class _Leaf:
         elif array.ndim == axes + 1 and array.shape[1:] == self.given_shape:
             batched = True
         elif self._other_layout is not None and array.shape in (self._other_layout, (len(array), *self._other_layout)):
-            # The environment was wrapped in VecTransposeImage and a user hands over what the bare one gave.
+            # The environment was wrapped in VecTransposeImage, and the image comes from the one without it.
             channels_last, batched = not channels_last, array.ndim == axes + 1
             array = array if batched else array[None]
         else:

@@ -56,7 +56,7 @@ def space_from_json(data: dict[str, Any]) -> spaces.Space[Any]:
                 f"{_MOST_CHOICES:,}"
             )
         return _from_json(data)
-    except Exception as error:  # what Gymnasium and NumPy make of invented numbers is not a closed list
+    except Exception as error:  # Gymnasium and NumPy raise all kinds of errors for invented numbers
         raise CheckpointError(f"The description of a space is damaged ({error!r}): {str(data)[:200]}.") from error
 
 
@@ -124,7 +124,7 @@ def _bound_from_json(bound: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -
         return float(bound)
     if not isinstance(bound, list):
         return np.full(shape, bound, dtype)
-    # For whole numbers Gymnasium understands infinities only where they come as floats.
+    # For spaces of whole numbers, Gymnasium takes infinities only as floats.
     as_floats = dtype.kind != "f" and any(isinstance(value, str) for value in bound)
     values = [float(value) if isinstance(value, str) else value for value in bound]
     return np.array(values, np.float64 if as_floats else dtype).reshape(shape)

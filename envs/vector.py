@@ -46,14 +46,14 @@ def autoreset_mode(envs: VectorEnv[Any, Any, Any]) -> AutoresetMode:
     except ValueError:
         raise ConfigurationError(
             f"{type(base).__name__} has metadata['autoreset_mode'] {given!r}, expected one of Gymnasium's "
-            "AutoresetMode: without it nobody knows what a step after an episode's end does."
+            "AutoresetMode: without it, the meaning of a step after the end of an episode is unknown."
         ) from None
     layer: Any = envs
     while layer is not base:
         if isinstance(layer, DictInfoToList):
             raise ConfigurationError(
-                "DictInfoToList gives infos in a form that has no last observations to be found. Leave it out, or put "
-                "it outside of what records."
+                "DictInfoToList turns infos into a form in which last observations cannot be found. Leave it out, or "
+                "put it outside of the recorder."
             )
         layer = layer.env
     batch = getattr(base, "batch_size", envs.num_envs)
@@ -167,7 +167,7 @@ def _clear(pipes: Sequence[Any], question: tuple[str, Any], is_answer: Callable[
             while pipe.poll(_PATIENCE) and not is_answer(pipe.recv()):
                 pass
     except (EOFError, OSError):
-        pass  # that process has ended, which is the next caller's error
+        pass  # that process has ended; the next call raises an error
 
 
 class GymnasiumVecEnv(VecEnv):
@@ -201,7 +201,7 @@ class GymnasiumVecEnv(VecEnv):
         self.autoreset_mode = autoreset_mode(envs)
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
         base = envs.unwrapped
-        self._copies = getattr(base, "copy", None) is True  # else the next step may write into the same arrays
+        self._copies = getattr(base, "copy", None) is True  # otherwise the next step may write into the same arrays
         self._is_async = envs is base and isinstance(base, AsyncVectorEnv)
         self._actions: Any = None
         self._stepping = False
@@ -326,7 +326,7 @@ class GymnasiumVecEnv(VecEnv):
         if isinstance(base, SyncVectorEnv):
             return [base.envs[env].get_wrapper_attr(attr_name) for env in chosen]
         if isinstance(base, AsyncVectorEnv):
-            # A worker that does not find an attribute dies of it.
+            # A worker that does not find an attribute ends.
             if not all(base.call("has_wrapper_attr", attr_name)):
                 raise AttributeError(f"The environments have no attribute {attr_name!r}.")
             values = base.call("get_wrapper_attr", attr_name)

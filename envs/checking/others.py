@@ -19,7 +19,7 @@ _UNIMPORTANT = (
     # The encoder is not SB3's, and numbers of any shape are flattened.
     "minimal resolution for an image",
     "has an unconventional shape",
-    # SB3's checker fails at observations that are a single number (2.7, `_check_obs`).
+    # SB3's checker fails at observations that are a single number (2.9, `_check_obs`).
     "Calling nonzero on 0d arrays",
     # These are reported by checks of our own.
     "It seems that your observation",

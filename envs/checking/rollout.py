@@ -103,9 +103,9 @@ class EnvChecker:
             if render:
                 self._check_rendering()
         with self._external(names.GYMNASIUM):
-            # Its other render modes open windows, and its closing makes instances that not every wrapper can.
+            # Checking other render modes opens windows; checking close() makes instances, which not every wrapper can.
             gymnasium_check_env(PlainNumbers(self.env), skip_render_check=True, skip_close_check=True)
-        if supported:  # SB3's checker objects to the same spaces in words that are less to the point
+        if supported:  # otherwise SB3's checker objects to the same spaces, less clearly
             from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
             with self._external(names.SB3):

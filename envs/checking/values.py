@@ -72,7 +72,7 @@ def same_bytes(one: Any, other: Any) -> bool:
         return one.keys() == other.keys() and all(same_bytes(one[key], other[key]) for key in one)
     if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
         return one.shape == other.shape and one.dtype == other.dtype and one.tobytes() == other.tobytes()
-    return True  # anything else cannot be changed in place, or is not supported
+    return True  # other values cannot be changed in place, or are not supported
 
 
 def is_number(value: Any) -> bool:

@@ -65,7 +65,7 @@ class EpisodeRecorder:
             raise ShapeMismatchError(
                 f"The buffer holds observations {buffer.obs_shape} and {buffer.action_dim} action numbers, expected "
                 f"{self.obs_codec.obs_shape} and {self.action_codec.action_dim} for this environment. "
-                "ObservationCodec and ActionCodec of worldflux.envs tell these numbers for any space."
+                "ObservationCodec and ActionCodec of worldflux.envs give these numbers for any space."
             )
         buffer.declare_actions(self.action_codec.action_type, self.action_codec.action_classes)
         self._began = False

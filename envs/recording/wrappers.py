@@ -167,7 +167,7 @@ class VectorRecordEpisodes(VectorWrapper[Any, Any, Any, Any, Any]):
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Resets all environments, or those of a `reset_mask`; their episodes in flight end as truncated."""
-        # Gymnasium takes it out of the dictionary.
+        # Gymnasium removes the mask from the dictionary.
         mask = None if options is None else options.get("reset_mask")
         if mask is not None:
             self._recorder.check_begun()

@@ -103,7 +103,7 @@ def register_ale() -> None:
             'Atari environments need ale-py. Install it with: pip install "worldflux[atari]".'
         ) from error
     gym.register_envs(ale_py)
-    # A static setting: made here, it also silences the banner of the first game.
+    # This setting is static, so it also silences the banner of the first game.
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
 
 
@@ -165,7 +165,7 @@ def make_atari(
         ale_id(atari_name(game)),
         # The passive checker would look at every frame, and the outermost environment is the one to check.
         disable_env_checker=True,
-        # Frames are pooled as they come: colours channel by channel, or the luminance that ALE's palette gives them.
+        # Frames are pooled as ALE gives them: colours channel by channel, or the luminance of its palette.
         obs_type="grayscale" if settings["grayscale_obs"] else "rgb",
         frameskip=1,
         repeat_action_probability=settings["repeat_action_probability"],

@@ -112,7 +112,7 @@ class DMCEnv(gym.Env[Array, Array], gym.utils.EzPickle):
         if pixels:
             rendering.check_backend()
         self._camera = _camera_number(self.physics, (2 if domain == "quadruped" else 0) if camera is None else camera)
-        control_steps = self._dmc._step_limit  # dm_control does not publish it
+        control_steps = self._dmc._step_limit  # dm_control has no public attribute for it
         self.max_episode_steps = (
             None if math.isinf(control_steps) else math.ceil(math.ceil(control_steps) / action_repeat)
         )
@@ -240,7 +240,7 @@ class DMCEnv(gym.Env[Array, Array], gym.utils.EzPickle):
     def _free(self) -> None:
         """Frees the simulation and its OpenGL context."""
         self._views.clear()
-        # A context that was inherited by a fork belongs to the parent, and freeing it here could hang.
+        # A context that was inherited through a fork belongs to the parent, and freeing it here could hang.
         if not rendering.drawn_before_fork():
             self._dmc.physics.free()
 

@@ -13,7 +13,7 @@ import sys
 
 from worldflux.errors import ConfigurationError, MissingDependencyError
 
-# The library PyOpenGL finds functions in, beside libEGL. libegl1 alone brings none of them on Debian.
+# PyOpenGL finds functions in one of these, beside libEGL. On Debian, libegl1 alone installs none of them.
 _GL_LIBRARIES = ("libOpenGL.so.0", "libGL.so.1", "libGLESv2.so.2")
 _OSMESA_LIBRARIES = ("libOSMesa.so", "libOSMesa.so.8", "libOSMesa.so.6")
 
@@ -22,7 +22,7 @@ _PACKAGES = (
     "or apt-get install libosmesa6 (for OSMesa)."
 )
 
-# Numbers of the EGL headers, as far as the probe needs them.
+# Constants of the EGL headers that the probe needs.
 _EGL_PLATFORM_DEVICE = 0x313F
 _EGL_VENDOR = 0x3053
 _EGL_DESKTOP_GL_CONFIG = (0x3040, 0x0008, 0x3033, 0x0001, 0x3025, 24, 0x3038)

@@ -1,4 +1,4 @@
-"""What error messages advise about spaces leads to an agent that can be built."""
+"""The advice in error messages about spaces leads to an agent that can be built."""
 
 import re
 from typing import Any
@@ -20,7 +20,7 @@ from worldflux.errors import ConfigurationError
 
 
 class Mission(spaces.Space[str]):
-    """Sentences, as MiniGrid has them: a space of its own that nothing can flatten."""
+    """A custom space of sentences, as in MiniGrid, which nothing can flatten."""
 
     def __init__(self) -> None:
         super().__init__(shape=None, dtype=str)
@@ -40,7 +40,7 @@ GRAPH = spaces.Graph(node_space=NUMBERS, edge_space=None)
 
 
 def followed(message: str, which: str, **names: Any) -> Any:
-    """What the call in a message gives that has `which` in its name."""
+    """The result of the call in a message that has `which` in its name."""
     begin = re.search(rf"(gymnasium\.wrappers|worldflux\.envs)\.{which}\(", message)
     assert begin is not None, f"no {which} in: {message}"
     depth, end = 0, begin.end() - 1

@@ -1,4 +1,4 @@
-"""Atari: the two protocols frame by frame, against the emulator stepped by hand."""
+"""The two Atari protocols agree, frame by frame, with the emulator stepped by hand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GAMES = ("pong", "ms-pacman", "breakout", "space-invaders", "montezuma-revenge",
 
 
 def emulator(game: str, *, grey: bool = False, sticky: float = 0.0, full: bool = False) -> gym.Env[Any, Any]:
-    """A game without any preprocessing: a step is a frame."""
+    """A game without any preprocessing, in which a step is a frame."""
     register_ale()
     return gym.make(
         ale_id(game),
@@ -40,7 +40,7 @@ def pooled(frames: list[np.ndarray], side: int) -> np.ndarray:
 
 
 def play(env: gym.Env[Any, Any], steps: int, *, seed: int = 0) -> list[Any]:
-    """What the same random actions bring: observations, rewards and flags, over as many episodes as it takes."""
+    """Observations, rewards and flags for the same random actions, over as many episodes as it takes."""
     actions = np.random.default_rng(7)
     trace: list[Any] = [env.reset(seed=seed)[0]]
     for _ in range(steps):

@@ -23,7 +23,7 @@ from worldflux.errors import ConfigurationError
 
 
 def changed(**parts: Callable[[Any], Any]) -> Maker:
-    """An environment whose fifth step gives something else for the named parts."""
+    """An environment whose fifth step returns something else for the named parts."""
 
     def fifth(self: Walk, result: Result) -> Result:
         named = dict(zip(("obs", "reward", "terminated", "truncated", "info"), result, strict=True))
@@ -65,7 +65,7 @@ class ResetsWithoutSeed(Walk):
 
 
 class ResetsTo(Walk):
-    """Gives a part of what a reset should give, or something else."""
+    """Returns from a reset what a function makes of the observation and the info."""
 
     def __init__(self, change: Callable[[Any, Any], Any]) -> None:
         super().__init__()
@@ -280,7 +280,7 @@ ALSO: dict[str, set[str]] = {
     "draws from NumPy in steps": {check.INSTANCES},
     "shows pictures of floats in uint8": {check.OBSERVATIONS},
 }
-"""The checks in which the same cause may show, too."""
+"""The checks in which the same fault may show, too."""
 
 
 @pytest.mark.parametrize("case", BROKEN)

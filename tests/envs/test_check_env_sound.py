@@ -33,7 +33,7 @@ def test_known_environments_are_sound(name: str) -> None:
 
 
 class Restarted(gym.Wrapper[Any, Any, Any, Any]):
-    """`CountingEnv` counts its episodes; a seed begins at the first again."""
+    """Starts the episodes of `CountingEnv` anew with a seed."""
 
     def reset(self, **options: Any) -> Any:
         if options.get("seed") is not None and isinstance(self.unwrapped, CountingEnv):
@@ -155,7 +155,7 @@ def never_end(_: Walk, result: Result) -> Result:
 
 
 def limited(**attributes: Any) -> Maker:
-    """Episodes of six steps, with what the environment states of their length."""
+    """An environment with episodes of six steps that states a time limit."""
     return lambda: Gives(numbers(np.float32), lambda t: np.array([t, 0], np.float32), **attributes)
 
 

@@ -1,4 +1,4 @@
-"""An environment and a policy become a buffer."""
+"""`collect` makes a buffer from an environment and a policy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODES = ("NextStep", "SameStep", "Disabled")
 
 
 def lengths_of(buffer: ReplayBuffer, path: Path) -> tuple[list[int], list[int], bool]:
-    """Of each episode the length and the stream, and whether all are complete."""
+    """The lengths and the streams of the episodes, and whether all of them are complete."""
     buffer.save(path)
     with np.load(path) as file:
         complete = bool(file["episode_starts"].all() and file["episode_ends"].all() and file["final_obs_mask"].all())

@@ -1,4 +1,4 @@
-"""DeepMind Control: the tasks' meaning survives the way to Gymnasium, and all of the benchmark's tasks run."""
+"""The tasks of DeepMind Control keep their meaning as Gymnasium environments, and those of the benchmark run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL_PIXELS: dict[str, Any] = {"pixels": True, "size": (24, 32), "fast_renderin
 
 @pytest.fixture(scope="module")
 def _drawing() -> None:
-    """What draws fails here where nothing can draw, with the names of the system packages to install."""
+    """Fails where nothing can draw, with the names of the system packages to install."""
     DMCEnv("pendulum-swingup").close()
     rendering.check_backend()
 

@@ -1,4 +1,4 @@
-"""What an environment gives and its space does not describe is refused before anybody casts it."""
+"""Values of an environment that its space does not describe are refused before anything casts them."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""Environments by their names, with the options that adapt them."""
+"""Environments are made from their names, with the options that adapt them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from worldflux.errors import ConfigurationError, MissingDependencyError
 
 
 class Painted(gym.Env[Any, Any]):
-    """Renders one colour, which the number of the step decides; its observation is that number."""
+    """Renders one colour, which depends on the number of the step; its observation is that number."""
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 10}
     observation_space = spaces.Box(0, 100, (1,), np.float32)
@@ -57,7 +57,7 @@ class Painted(gym.Env[Any, Any]):
 
 
 class Pictures(gym.Env[Any, Any]):
-    """Shows what it was made with, again and again."""
+    """Shows the observation that it was made with in every step."""
 
     action_space = spaces.Discrete(2)
 

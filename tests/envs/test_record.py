@@ -194,7 +194,7 @@ def test_a_reset_that_raises_ends_the_episodes_and_another_begins_new_ones(name:
 
 
 class OutOfRangeEnv(CountingEnv):
-    """Its third step gives a number that is none."""
+    """Returns NaN or an infinite number in its third step."""
 
     def __init__(self, what: str) -> None:
         super().__init__(lengths=(9,))
@@ -529,7 +529,7 @@ def test_a_buffer_that_does_not_fit_is_refused() -> None:
 
 
 class Paying(CountingEnv):
-    """Pays what it is told to, in whatever form."""
+    """Returns the reward that it was made with."""
 
     def __init__(self, reward: Any) -> None:
         super().__init__()

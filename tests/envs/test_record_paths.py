@@ -1,4 +1,4 @@
-"""The same seeded episodes through every path into the buffer."""
+"""The same seeded episodes are stored alike through every path into the buffer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Episode = dict[str, Any]
 
 
 def actions_for(obs: Any) -> np.ndarray[Any, Any]:
-    """What is done follows from what is seen, so that it is the same however often others reset in between."""
+    """Actions that depend on observations only, so that resets of other environments do not change them."""
     vector = obs["vector"] if isinstance(obs, dict) else obs
     return (vector[..., 0] * 1e6).astype(np.int64) % 3
 
@@ -33,7 +33,7 @@ def fresh_buffer(kind: str, n_envs: int = N_ENVS, capacity: int = 4000) -> Repla
 
 
 def true_episodes(kind: str, env_id: int) -> list[Episode]:
-    """What happened, written down by hand."""
+    """The episodes of an environment, written down step by step."""
     env = DiceEnv(kind)
     obs, _ = env.reset(seed=SEED + env_id)
     codec = ObservationCodec(env.observation_space)

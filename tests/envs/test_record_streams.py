@@ -1,4 +1,4 @@
-"""Several recorders with one buffer: each has a stream of its own, whatever the others do meanwhile."""
+"""Several recorders write into one buffer; each has a stream of its own, whatever the others do."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def recorders(buffer: ReplayBuffer, count: int) -> list[RecordEpisodes]:
 
 
 def step(env: Any, rng: np.random.Generator) -> bool:
-    """One step with a random action; a reset where the episode ended. Whether it did."""
+    """Makes a step with a random action, and a reset if the episode ended; returns whether it did."""
     _, _, terminated, truncated, _ = env.step(rng.uniform(0, 10, 1).astype(np.float32))
     if terminated or truncated:
         env.reset()
@@ -55,7 +55,7 @@ def is_seen(buffer: ReplayBuffer, seq_len: int) -> bool:
 
 
 def assert_complete(buffer: ReplayBuffer, seq_len: int = 4) -> None:
-    """Every window is rows of one environment that belong together, and every last observation is known."""
+    """Checks that every window has rows of one environment that belong together, and that no observation is missing."""
     batch = buffer.sample(300, seq_len)
     assert batch.obs_mask is None
     obs, actions, rewards, is_first = (
@@ -73,7 +73,7 @@ def assert_complete(buffer: ReplayBuffer, seq_len: int = 4) -> None:
 
 
 def episodes_in(buffer: ReplayBuffer, path: Path) -> dict[int, list[tuple[int, int]]]:
-    """By environment, its episodes with the steps of each, in the order in which they are stored."""
+    """The episodes of each environment and their lengths, in the order in which they are stored."""
     buffer.save(path / "episodes.npz")
     found: dict[int, list[tuple[int, int]]] = {}
     with np.load(path / "episodes.npz") as data:

@@ -1,4 +1,4 @@
-"""The OpenGL backend: chosen by what works, before dm_control asks, and never a hang."""
+"""The OpenGL backend is one that works, is chosen before dm_control is imported, and never hangs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NO_EGL = {"__EGL_VENDOR_LIBRARY_DIRS": "/nonexistent", "__EGL_VENDOR_LIBRARY_FIL
 
 @pytest.fixture
 def undecided(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A process in which nothing is chosen, nothing imported, nothing drawn; what it chooses is undone."""
+    """Makes the process look as if it had chosen no backend and drawn nothing; its choices are undone afterwards."""
     for variable in ("MUJOCO_GL", "PYOPENGL_PLATFORM", "DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.setenv(variable, "")
         monkeypatch.delenv(variable)
@@ -30,7 +30,7 @@ def undecided(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def python(code: str, **variables: str) -> tuple[str, str]:
-    """What a program prints and complains, in a process of its own without a display or a chosen backend."""
+    """The output and the errors of a program, run in a process without a display or a chosen backend."""
     chosen = ("MUJOCO_GL", "PYOPENGL_PLATFORM", "DISPLAY", "WAYLAND_DISPLAY")
     environment = {name: value for name, value in os.environ.items() if name not in chosen}
     result = subprocess.run(
@@ -115,7 +115,7 @@ def test_a_process_forked_from_one_that_has_drawn_may_not_draw(undecided: pytest
 
 @needs_linux
 def test_asking_egl_twice_gives_the_same_answer_and_disturbs_no_context() -> None:
-    """A display that is in use is not shut down by the question."""
+    """The probe does not shut down a display that is in use."""
     printed, complaints = python(
         "from worldflux.envs.suites import rendering; from worldflux.envs.suites.dmc import DMCEnv\n"
         "import numpy as np\n"

@@ -54,7 +54,7 @@ def boxes() -> list[spaces.Space[Any]]:
 
 
 def dicts() -> list[spaces.Space[Any]]:
-    """Dictionaries whose keys are not in the order of the alphabet."""
+    """Dictionaries whose keys are not in alphabetical order."""
     parts = OrderedDict(z=spaces.Discrete(2, dtype="uint8"), a=spaces.MultiBinary([4]), m=BOX)
     return [spaces.Dict(parts), spaces.Dict(OrderedDict(y=spaces.Dict(parts), b=spaces.MultiBinary(2)))]
 

@@ -1,4 +1,4 @@
-"""Codecs between Gymnasium spaces and the library's form."""
+"""Codecs translate between Gymnasium spaces and the library's form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time limits of environments: the smallest counts, and what is no number of steps does not."""
+"""The smallest time limit of an environment counts; values that are no number of steps are ignored."""
 
 from typing import Any
 

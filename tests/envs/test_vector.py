@@ -1,4 +1,4 @@
-"""Gymnasium's vector environments behind SB3's `VecEnv`."""
+"""`GymnasiumVecEnv` drives Gymnasium's vector environments as an SB3 `VecEnv`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ACTION = np.full((2, 1), 2.5, np.float32)
 
 
 class TalkativeEnv(CountingEnv):
-    """Says things in its infos, can be filmed, and takes options."""
+    """Has infos, renders pictures, and takes options."""
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
 
@@ -69,7 +69,7 @@ def workers() -> Iterator[GymnasiumVecEnv]:
 
 
 def visited(obs: Any) -> list[Any]:
-    """Episode and step of each environment's observation."""
+    """The episode and the step in the observation of each environment."""
     return np.asarray(obs)[:, 1:3].astype(int).tolist()
 
 
@@ -235,7 +235,7 @@ def test_under_a_frame_stack_last_observations_are_the_stacked_ones() -> None:
 
 
 class SmallVectorEnv(VectorEnv[Any, Any, Any]):
-    """What a vector environment that says little looks like."""
+    """A vector environment with as few attributes as possible."""
 
     def __init__(self, **metadata: Any) -> None:
         self.metadata = metadata

@@ -54,14 +54,14 @@ class Walk(gym.Env[Any, Any]):
         return np.array([self.x, self.t], np.float32)
 
     def before(self, action: Any) -> None:
-        """What happens to an action before it is taken."""
+        """Is called with the action before every step."""
 
     def every(self, result: Result) -> Any:
-        """What becomes of the result of every step."""
+        """Changes the result of every step."""
         return result
 
     def fifth(self, result: Result) -> Any:
-        """What becomes of the result of the fifth step of an episode."""
+        """Changes the result of the fifth step of an episode."""
         return result
 
 
@@ -76,5 +76,5 @@ def reset_itself(self: Walk, result: Result) -> Result:
 
 
 def numbers(dtype: Any = np.float64) -> spaces.Box:
-    """The space of two numbers from 0 on."""
+    """A space of two numbers from 0 to infinity."""
     return spaces.Box(0, np.inf, (2,), dtype)
