@@ -228,12 +228,12 @@ class EnvChecker:
         try:
             result = self.env.reset(seed=seed)
         except Exception as error:
-            problem = f"reset(seed={seed}) raised {one_line(error)}. It takes the keywords seed and options."
-            self._fail(names.RESET, problem)
+            hint = "It takes the keywords seed and options."
+            self._fail(names.RESET, f"reset(seed={seed}) raised {one_line(error)}. {hint}")
             raise _StopRollout from error
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
-            problem = f"reset() returned {kind(result)}, expected (observation, info) with a dictionary info."
-            self._fail(names.RESET, problem)
+            expected = "(observation, info) with a dictionary info"
+            self._fail(names.RESET, f"reset() returned {kind(result)}, expected {expected}.")
             raise _StopRollout
         problem = mismatch(self._obs_space, result[0])
         if problem is not None:

@@ -39,7 +39,8 @@ class VectorEpisodeRecorder(EpisodeRecorder):
         check_what_is_given(envs)
         self._mode = autoreset_mode(envs)
         self._any_action = envs.single_action_space.sample()
-        self._set_over(np.zeros(self.n_envs, np.bool_))
+        self._over: Array = np.zeros(self.n_envs, np.bool_)  # the episodes that have ended and whose reset is due
+        self._is_any_over = False
 
     def begin(self, obs: Any) -> None:
         """Notes that all environments were reset to `obs` `[n_envs, ...]`; episodes in flight end as truncated."""
@@ -104,7 +105,7 @@ class VectorEpisodeRecorder(EpisodeRecorder):
             infos: The infos, with `final_obs` where an environment was reset in the same step.
         """
         over = np.logical_or(terminations, truncations)
-        is_any_over = np.count_nonzero(over) > 0
+        is_any_over = bool(np.count_nonzero(over))
         skipped = self._over.nonzero()[0].tolist() if self._is_any_over else []
         ends = []
         if is_any_over:
@@ -117,5 +118,4 @@ class VectorEpisodeRecorder(EpisodeRecorder):
             self._over, self._is_any_over = over, is_any_over
 
     def _set_over(self, over: Array) -> None:
-        """Notes the environments whose episodes have ended and whose reset is due. `[n_envs]` bool"""
         self._over, self._is_any_over = over, bool(over.any())
