@@ -305,7 +305,7 @@ def test_what_no_agent_has_is_refused(keys: str, value: Any, message: str, place
     [
         {"type": "Discrete", "n": 10**9, "start": 0},
         {"type": "MultiDiscrete", "nvec": [10**9] * 2, "start": [0, 0], "dtype": "int64"},
-        {"type": "MultiBinary", "shape": [10**10]},
+        {"type": "MultiBinary", "n": 10**10},
         {"type": "Dict", "spaces": {str(key): {**BOX, "shape": [2**20]} for key in range(17)}},
     ],
 )

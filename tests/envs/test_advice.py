@@ -163,7 +163,9 @@ def single() -> DummyVecEnv:
 def test_advice_about_normalisation_within_a_stack_leads_to_a_buffer() -> None:
     with pytest.raises(ConfigurationError, match="Make VecNormalize the outermost wrapper, or pass norm_obs=False"):
         collect(VecFrameStack(VecNormalize(single()), 2), steps=4)
-    with pytest.raises(ConfigurationError, match=r"A single VecNormalize\(venv, norm_obs=True, norm_reward=True\)"):
+    with pytest.raises(
+        ConfigurationError, match=r"There are 2 VecNormalize .* A single VecNormalize\(venv, norm_obs=True"
+    ):
         collect(VecNormalize(VecNormalize(single(), norm_obs=False), norm_reward=False), steps=4)
 
     for venv in (

@@ -22,17 +22,17 @@ from stable_baselines3.common.vec_env import (
 
 from worldflux import WorldFluxAgent
 from worldflux.envs import ActionCodec, GymnasiumVecEnv, ObservationCodec, VecRecordEpisodes, collect
-from worldflux.errors import BufferError, ConfigurationError
+from worldflux.errors import BufferError
 from worldflux.training import ReplayBuffer
 
 FAR = 5000.1
-"""A value that only the last observation of an episode shows, and that any normalisation clips."""
+"""A value that appears only in the last observation of an episode, and that any normalisation clips."""
 
 LENGTH = 4
 
 
 class Far(gym.Env[Any, Any]):
-    """Shows the step, and 0 until an episode ends; every second one is truncated."""
+    """Shows the step, and a number that is 0 until an episode ends; every second episode is truncated."""
 
     action_space = spaces.Box(-1, 1, (1,), np.float32)
     observation_space: spaces.Space[Any] = spaces.Box(-np.inf, np.inf, (2,), np.float32)
@@ -162,13 +162,6 @@ def test_an_unknown_last_observation_is_refused_and_never_guessed() -> None:
     with pytest.raises(BufferError, match="known only as VecNormalize has clipped it, because a wrapper outside"):
         collect(NewInfos(VecNormalize(two())), steps=20)
     assert collect(NewInfos(VecNormalize(two(), norm_obs=False)), steps=20).num_transitions == 20
-
-
-def test_two_layers_of_normalisation_are_refused() -> None:
-    venv = VecNormalize(VecMonitor(VecNormalize(two(), norm_reward=False)), norm_obs=False)
-
-    with pytest.raises(ConfigurationError, match="There are 2 VecNormalize around these environments, expected one"):
-        collect(venv, steps=20)
 
 
 def test_a_layer_is_listened_to_once_however_many_record() -> None:
