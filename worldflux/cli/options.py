@@ -20,19 +20,13 @@ _NO_HINT = ""
 """Instead of tyro's hint about the default, for options whose text says what happens without them."""
 
 Number = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_NO_HINT)]
-"""An optional whole number."""
 Real = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=_NO_HINT)]
-"""An optional number."""
 DeviceName = Annotated[str | None, tyro.conf.arg(metavar="DEVICE", help_behavior_hint=_NO_HINT)]
-"""An optional device."""
 Directory = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint=_NO_HINT)]
-"""An optional directory."""
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint=_NO_HINT)]
-"""An optional file."""
 ModelName = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", help_behavior_hint=_NO_HINT)]
 """The model to train; left out to resume a run."""
 OptionalEnvName = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="ENV", help_behavior_hint=_NO_HINT)]
-"""An optional environment."""
 Fields = Annotated[
     tuple[str, ...], tyro.conf.arg(metavar="FIELD=VALUE", help_behavior_hint=_NO_HINT), tyro.conf.UseAppendAction
 ]

@@ -109,9 +109,7 @@ def load_official_dreamerv3(
     shapes = dict(obs_shape) if isinstance(obs_shape, Mapping) else obs_shape
     given = DreamerV3Config(model_name="official", obs_shape=shapes, action_dim=action_dim, action_type=action_type)
     if stoch_discrete is not None:
-        stoch_discrete = whole_number("stoch_discrete", stoch_discrete)
-        if stoch_discrete < 1:
-            raise ConfigurationError(f"stoch_discrete is {stoch_discrete}, expected at least 1.")
+        stoch_discrete = whole_number("stoch_discrete", stoch_discrete, 1)
     if isinstance(params_or_path, Mapping):
         where: object = "The checkpoint"
         with only_our_errors(where):
