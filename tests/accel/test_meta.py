@@ -136,7 +136,9 @@ def test_two_gradient_steps(case: str, full: bool, monkeypatch: pytest.MonkeyPat
         assert_there([p.grad for p in model.parameters() if p.grad is not None])
     assert_there(model.state_dict())
     for optimizer in trainer.optimizers:
-        assert_there([x for entry in optimizer.state.values() for name, x in entry.items() if name != "step"])
+        assert_there(
+            [x for entry in optimizer.state.values() for x in entry.values() if isinstance(x, Tensor) and x.dim()]
+        )
     assert_there(model.loss(batch))
 
 

@@ -24,7 +24,7 @@ from worldflux.models.planning import Planner, PlannerConfig
 from worldflux.training import Batch, Trainer, TrainingConfig, create_random_buffer
 from worldflux.training.captured_step import CapturedStep
 
-PLAIN_STEPS = 1 + WARM_UP_CALLS
+PLAIN_STEPS = WARM_UP_CALLS
 
 
 CONFIG = TrainingConfig(learning_rate=1e-3, warmup_steps=3, grad_clip=1.0, device="cpu")

@@ -288,10 +288,6 @@ class Captures:
         """Drops all recordings."""
         self._functions.clear()
 
-    def drop(self, form: Hashable) -> None:
-        """Drops the recording of a form."""
-        self._functions.pop(form, None)
-
     @property
     def recorded(self) -> int:
         """How many functions are played back by now."""

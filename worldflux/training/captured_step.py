@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,25 +15,13 @@ from worldflux.accel.guard import Changes, Tensors, Work
 from worldflux.accel.overriding import steps_back
 from worldflux.replay.batch import Batch
 from worldflux.training.gradient_step import GradientStep, Updated
-from worldflux.training.optim import Alike, CapturableOptimizer
+from worldflux.training.optim import CapturableOptimizer
 
 MAX_FORMS = 4
 """Forms of batches whose steps are recorded; each takes the memory of a step. Others are computed plainly."""
-_NUMBERS, _LOSSES = "numbers", "losses"
+_RATES, _LOSSES = "rates", "losses"
 _SQUARES = {"nu", "exp_avg_sq"}
 """What optimisers call their running means of squared gradients."""
-
-
-@dataclass
-class _Form:
-    """What is known of the steps on one form of batches."""
-
-    updated: list[Sequence[Alike]]
-    """What each optimiser updates."""
-    numbers: list[int] = field(default_factory=list)
-    """How many numbers each optimiser needs for that."""
-    losses: list[str] = field(default_factory=list)
-    """Their names."""
 
 
 class StepChanges(Changes):
@@ -47,7 +34,9 @@ class StepChanges(Changes):
         """Parameters, buffers, and what the optimisers keep of each parameter."""
         model, names = self._step.model, self._names()
         found = {name: p for p, name in names.items()} | dict(model.named_buffers())
-        for optimizer in self._step.optimizers:
+        for number, optimizer in enumerate(self._step.optimizers):
+            for place, group in enumerate(optimizer.param_groups):
+                found[f"updates of group {place} of optimiser {number}"] = group["updates"]
             for p, entries in optimizer.state.items():
                 found |= {f"{names[p]} ({key})": x for key, x in entries.items() if isinstance(x, Tensor)}
         return found
@@ -103,13 +92,13 @@ def _without_parameters(group: dict[str, Any]) -> dict[str, Any]:
 class CapturedStep:
     """Takes gradient steps like `GradientStep`, after the first few of a form of batches by playing back a recording.
 
-    Each of them is a step of the training, also those before the recording: the first is taken as without all this,
-    and shows which parameters get a gradient; some follow in which everything runs as it will be recorded.
+    Each of them is a step of the training, also those before the recording, in which everything runs as it will be
+    recorded.
 
-    What changes from step to step comes in as inputs: the batch, and the numbers of each optimiser's update (rates,
-    warm-up, bias corrections), which the host works out beforehand. Recordings are dropped, and made again, if a
-    parameter or buffer moves, is frozen or thawed, if an optimiser loads a state, or if a setting of its other than the
-    learning rate changes. Values that are written into the parameters, as `load_state_dict` does, change nothing.
+    What changes from step to step comes in as inputs: the batch, and the learning rate of each group of parameters.
+    Recordings are dropped, and made again, if a parameter or buffer moves, is frozen or thawed, if an optimiser loads a
+    state, or if a setting of its other than the learning rate changes. Values that are written into the parameters, as
+    `load_state_dict` does, change nothing.
 
     Args:
         step: The step to record. Its optimisers are `CapturableOptimizer`s.
@@ -129,7 +118,7 @@ class CapturedStep:
         self._prepare_optimizers(True)
         self._tensors = [*step.model.parameters(), *step.model.buffers()]
         self._states: list[object] = [None for _ in self._optimizers]
-        self._forms: dict[Hashable, _Form] = {}
+        self._loss_names: dict[Hashable, list[str]] = {}
 
     def __call__(self, batch: Batch) -> Updated:
         """Takes the step.
@@ -146,52 +135,44 @@ class CapturedStep:
         self._check()
         tensors = batch.named_tensors()
         key = signature_of(tensors)
-        form = self._forms.get(key)
         own = any(_has_own_step(optimizer) for optimizer in self._optimizers)
-        alike = form and all(o.are_alike(part) for o, part in zip(self._optimizers, form.updated, strict=True))
-        if form is None or own or not alike:
-            return self._first_step(key, batch)
-        if not self._captures.takes(key):
+        if own or not self._captures.takes(key):
             return self._plain_step(batch)
 
         def inputs() -> Tensors:
-            numbers = [optimizer.count(part) for optimizer, part in zip(self._optimizers, form.updated, strict=True)]
-            form.numbers = [len(part) for part in numbers]
-            return {**tensors, _NUMBERS: torch.tensor([*chain(*numbers)], dtype=torch.float32)}
+            rates = [float(group["lr"]) for optimizer in self._optimizers for group in optimizer.param_groups]
+            return {**tensors, _RATES: torch.tensor(rates, dtype=torch.float32)}
 
         def function(given: Tensors) -> dict[str, Tensor]:
-            parts = given[_NUMBERS].split(form.numbers)
-            return outputs_of(
-                self._step(
-                    batch.with_tensors(given),
-                    lambda index: self._optimizers[index].update(parts[index], form.updated[index]),
-                )
-            )
+            with self._rates_of(given[_RATES]):
+                return outputs_of(self._step(batch.with_tensors(given)))
 
         def plain() -> dict[str, Tensor]:
             self._prepare_optimizers(False)
             return outputs_of(self._plain_step(batch))
 
         def outputs_of(result: Updated) -> dict[str, Tensor]:
-            form.losses = list(result.losses)
+            self._loss_names[key] = list(result.losses)
             outputs = {_LOSSES: torch.stack([value.float() for value in result.losses.values()])}
             for index, extras in enumerate(result.extras):
                 outputs |= {f"{index}/{name}": value for name, value in extras.items()}
             return outputs
 
+        def losses_in(given: Tensors) -> dict[str, Tensor]:
+            return dict(zip(self._loss_names[key], given[_LOSSES].clone().unbind(), strict=True))
+
         def named(given: Tensors) -> Tensors:
-            return {**given, **dict(zip(form.losses, given[_LOSSES], strict=True))}
+            return {**given, **losses_in(given)}
 
         outputs = self._captures(key, Work(function, inputs, plain, self._changes, named))
         if self._captures.given_up:
             self._prepare_optimizers(False)
-        losses = dict(zip(form.losses, outputs[_LOSSES].clone().unbind(), strict=True))
         extras: list[dict[str, Tensor]] = [{} for _ in self._step.phases]
         for name, value in outputs.items():
             if name != _LOSSES:
                 index, _, extra = name.partition("/")
                 extras[int(index)][extra] = value
-        return Updated(losses, extras)
+        return Updated(losses_in(outputs), extras)
 
     def _plain_step(self, batch: Batch) -> Updated:
         return self._step(batch.to(self._device))
@@ -200,12 +181,18 @@ class CapturedStep:
         for optimizer in self._optimizers:
             optimizer.make_capturable(capturable)
 
-    def _first_step(self, key: Hashable, batch: Batch) -> Updated:
-        """A step as without recordings, which shows what steps on this form of batches update."""
-        self._captures.drop(key)
-        result = self._plain_step(batch)
-        self._forms[key] = _Form([optimizer.updated for optimizer in self._optimizers])
-        return result
+    @contextmanager
+    def _rates_of(self, rates: Tensor) -> Iterator[None]:
+        """Inside the block the optimisers find their learning rates on the device. `[groups]`"""
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        given = [group["lr"] for group in groups]
+        for group, rate in zip(groups, rates.unbind(), strict=True):
+            group["lr"] = rate
+        try:
+            yield
+        finally:
+            for group, rate in zip(groups, given, strict=True):
+                group["lr"] = rate
 
     def _check(self) -> None:
         """Drops the recordings if what they read besides their inputs is no longer what and where it was."""
@@ -215,13 +202,10 @@ class CapturedStep:
             for optimizer in self._optimizers
             for group in optimizer.param_groups
         ]
-        kept = self._captures.keep_while((places(self._tensors), settings))
-        loaded = any(state is not seen for state, seen in zip(states, self._states, strict=True))
-        if loaded:
+        self._captures.keep_while((places(self._tensors), settings))
+        if any(state is not seen for state, seen in zip(states, self._states, strict=True)):
             self._captures.clear()
             self._states = states
-        if loaded or not kept:
-            self._forms.clear()
 
 
 def _has_own_step(optimizer: CapturableOptimizer) -> bool:

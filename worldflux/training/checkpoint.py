@@ -32,14 +32,14 @@ OPTIMIZER_FILE = "optimizer.pt"
 TRAINER_FILE = "trainer.json"
 EXTRAS_FILE = "extras.safetensors"
 """What training on stored data had written beside its rows; only where there is such."""
-FORMAT = 1
-"""Of the files; a change that older versions cannot read raises it."""
+FORMAT = 2
+"""Version of the files' format; a change that older versions cannot read raises it."""
 
 LARGEST_STEP = 2**48
 """No run has so many steps."""
 
-_MOMENTS = {"laprop": ("mu", "nu"), "adam": ("exp_avg", "exp_avg_sq")}
-"""What each kind of optimiser remembers of a parameter, in its shape."""
+_STATES = {"laprop": ("start", "mu", "nu"), "adam": ("step", "exp_avg", "exp_avg_sq")}
+"""What each kind of optimiser remembers of a parameter: a count of updates, and tensors of the parameter's shape."""
 
 _NAME = re.compile(r"^step-\d{8,}$")
 
@@ -181,7 +181,8 @@ def check_progress(path: Path, progress: Any, device: torch.device) -> None:
         raise CheckpointError(f"{file} is not the progress of a Trainer. The file is damaged.")
     if progress["format"] != FORMAT:
         raise CheckpointError(
-            f"{path} has format {progress['format']}, this version reads {FORMAT}. Load it with a newer worldflux."
+            f"{path} has format {progress['format']}, this version reads {FORMAT}. Load it with the version of "
+            "worldflux that wrote it."
         )
     whole_number(f"{file}: step", progress["step"], 0, below=LARGEST_STEP, error=CheckpointError)
     if not isinstance(progress["sampler"], dict | None):
@@ -243,15 +244,15 @@ def read_optimizers(
                     f"{path} has optimisers for {found} parameters, and this model trains {expected}. "
                     "Freeze the same parameters as when it was saved."
                 )
-            taken = [_taken_over(archive, state, one, _MOMENTS[kind]) for state, one in zip(states, own, strict=True)]
+            taken = [_taken_over(archive, state, one, *_STATES[kind]) for state, one in zip(states, own, strict=True)]
     for state in taken if not allow_nonfinite else ():
         for index, entry in state["state"].items():
-            check_finite(f"{file}, parameter {index}", {name: entry[name] for name in _MOMENTS[kind]})
+            check_finite(f"{file}, parameter {index}", {name: entry[name] for name in _STATES[kind][1:]})
     return taken
 
 
 def _taken_over(
-    archive: TorchFile, state: dict[str, Any], optimizer: torch.optim.Optimizer, moments: Sequence[str]
+    archive: TorchFile, state: dict[str, Any], optimizer: torch.optim.Optimizer, count: str, *moments: str
 ) -> dict[str, Any]:
     """The state of an optimiser, with what the next update reads from a saved one.
 
@@ -262,22 +263,25 @@ def _taken_over(
     parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
     if [index for group in state["param_groups"] for index in group["params"]] != list(parameters):
         raise ValueError("its parameters are not in their order")
-    groups = [
-        {**group, "updates": int(_counted("updates", saved["updates"]))}
-        for group, saved in zip(own, state["param_groups"], strict=True)
-    ]
+    groups: list[dict[str, Any]] = []
+    updates: dict[int, int] = {}
+    for group, saved in zip(own, state["param_groups"], strict=True):
+        read = archive.tensors({"updates": saved["updates"]})
+        groups.append({**group, "updates": int(_counted("updates", read.get("updates", saved["updates"])))})
+        updates |= dict.fromkeys(saved["params"], groups[-1]["updates"])
     entries: dict[int, dict[str, Any]] = {}
     for index, entry in state["state"].items():
         for name in moments:
             if not isinstance(entry[name], StoredTensor) or entry[name].shape != tuple(parameters[index].shape):
                 raise ValueError(f"{name} of parameter {index} has not the shape {tuple(parameters[index].shape)}")
-        read = archive.tensors({name: entry[name] for name in ("step", *moments)})
+        read = archive.tensors({name: entry[name] for name in (count, *moments)})
         for name in moments:
             if not read[name].is_floating_point():
                 raise ValueError(f"{name} of parameter {index} is of type {read[name].dtype}")
-        step = read.get("step", entry["step"])
-        counted = _counted(f"step of parameter {index}", step)
-        entries[index] = {"step": counted, **{name: read[name] for name in moments}}  # in the order of a living state
+        counted = _counted(f"{count} of parameter {index}", read.get(count, entry[count]))
+        if int(counted) > updates[index]:
+            raise ValueError(f"{count} of parameter {index} is {int(counted)}, more than its {updates[index]} updates")
+        entries[index] = {count: int(counted), **{name: read[name] for name in moments}}  # ordered as while training
     return {"state": entries, "param_groups": groups}
 
 

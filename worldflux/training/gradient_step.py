@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,14 +45,8 @@ class GradientStep:
         self.optimizers = optimizers
         self.grad_clip = grad_clip
 
-    def __call__(self, batch: Batch, update: Callable[[int], None] | None = None) -> Updated:
-        """Takes the step.
-
-        Args:
-            batch: On the model's device.
-            update: Updates the parameters of the phase of that number from their gradients; None: its optimiser's
-                `step`.
-        """
+    def __call__(self, batch: Batch) -> Updated:
+        """Takes the step on a batch that is on the model's device."""
         if not self.model.training:
             self.model.train()
         # Of the whole model, because a phase's loss may reach parameters that it does not train.
@@ -60,16 +54,13 @@ class GradientStep:
         terms: dict[str, Tensor] = {}
         norms: list[Tensor] = []
         outputs: list[LossOutput] = []
-        for index, phase in enumerate(self.phases):
+        for phase, optimizer in zip(self.phases, self.optimizers, strict=True):
             for parameter in parameters:
                 parameter.grad = None
             output = as_loss_output(phase.loss(batch, outputs))
             output.loss.backward()
             norms.append(clip_by_global_norm(phase.trained, self.grad_clip))
-            if update is None:
-                self.optimizers[index].step()
-            else:
-                update(index)
+            optimizer.step()
             outputs.append(output)
             named = output.terms
             if len(self.phases) > 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -48,7 +48,8 @@ class LaProp(torch.optim.Optimizer):
         p  = p - lr * mu / (1 - b1^k)
 
     Against Adam, the momentum comes after the scaling: a single large gradient moves p by no more than a few rates.
-    Gradients are read and not changed. Tensors without a gradient are left alone and don't count the update.
+    Gradients are read and not changed. Tensors without a gradient are left alone; k counts the updates of a tensor's
+    group from the first one in which the tensor has a gradient.
 
     Args:
         params: Parameters, or groups of them with settings of their own; `rate_scale` is a factor on the rate.
@@ -65,8 +66,6 @@ class LaProp(torch.optim.Optimizer):
     Sources: LaProp, arXiv:2002.04839; AGC, arXiv:2102.06171; defaults of DreamerV3, arXiv:2301.04104.
     """
 
-    updated: Sequence[Alike] = ()  # of the class, because torch's copies of optimisers leave out what it does not know
-
     def __init__(
         self,
         params: Iterable[Any],
@@ -81,17 +80,10 @@ class LaProp(torch.optim.Optimizer):
         _check_settings(lr, betas, eps, warmup_steps, weight_decay)
         if agc is not None and not agc > 0:
             raise ConfigurationError(f"agc is {agc}, expected a ratio above 0, or None to turn clipping off.")
-        defaults = dict(
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            agc=agc,
-            warmup_steps=warmup_steps,
-            weight_decay=weight_decay,
-            rate_scale=1.0,
-            updates=0,
-        )
+        defaults = dict(lr=lr, betas=betas, eps=eps, agc=agc, weight_decay=weight_decay)
         super().__init__(params, defaults)
+        _add_warmup(self, warmup_steps)
+        self.make_capturable(False)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -107,36 +99,35 @@ class LaProp(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        updated: list[Alike] = []
         for group in self.param_groups:
-            group["updates"] += 1
-            lr = _rate(group)
-            # The bias corrections count a tensor's own updates, and tensors with one count are updated together.
-            same_age: defaultdict[int, list[Tensor]] = defaultdict(list)
+            rate = _next_rate(group)
+            updates = group["updates"] if group["capturable"] else int(group["updates"])
+            # Bias correction depends on a tensor's own updates; tensors that began together are updated together.
+            together: defaultdict[int, list[Tensor]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 state = self.state[p]
                 if not state:
-                    state["step"] = 0
+                    state["start"] = int(updates) - 1
                     state["mu"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                     state["nu"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                state["step"] += 1
-                same_age[state["step"]].append(p)
-            for k, params in same_age.items():
-                self._update(params, k, lr, group)
-            updated.append(list(same_age.values()))
-        self.updated = updated
+                together[state["start"]].append(p)
+            for start, params in together.items():
+                self._update(params, updates - start, rate, group)
         return loss
 
-    def _update(self, params: list[Tensor], k: int, lr: float, group: dict[str, Any]) -> None:
+    def _update(self, params: list[Tensor], k: int | Tensor, rate: float | Tensor, group: dict[str, Any]) -> None:
         """One update of tensors that are at their `k`-th."""
         mu = [self.state[p]["mu"] for p in params]
         nu = [self.state[p]["nu"] for p in params]
         beta1, beta2 = group["betas"]
         # g / (sqrt(nu / c) + eps) = sqrt(c) * g / (sqrt(nu) + sqrt(c) * eps): one pass over the tensors less.
-        root = math.sqrt(1 - beta2**k)
-        done = laprop(
+        square = _one_minus_power(beta2, k)
+        root = square.sqrt() if isinstance(square, Tensor) else math.sqrt(square)
+        eps, share = root * group["eps"], (1 - beta1) * root
+        keep, change = 1 - rate * group["weight_decay"], -rate / _one_minus_power(beta1, k)
+        if not group["capturable"] and laprop(
             params,
             [p.grad for p in params],  # type: ignore[misc]
             mu,
@@ -144,78 +135,44 @@ class LaProp(torch.optim.Optimizer):
             agc=group["agc"],
             least_norm=AGC_MIN_NORM,
             betas=group["betas"],
-            eps=root * group["eps"],
-            share=(1 - beta1) * root,
-            keep=1 - lr * group["weight_decay"],
-            rate=-lr / (1 - beta1**k),
-        )
-        if done:
+            eps=eps,
+            share=share,
+            keep=keep,
+            rate=change,
+        ):
             return
 
         grads = _clipped(params, group["agc"])
         torch._foreach_mul_(nu, beta2)
         torch._foreach_addcmul_(nu, grads, grads, value=1 - beta2)
-        scale = torch._foreach_sqrt(nu)
-        torch._foreach_add_(scale, root * group["eps"])
+        scale: Any = torch._foreach_sqrt(nu)
         torch._foreach_mul_(mu, beta1)
-        torch._foreach_addcdiv_(mu, grads, scale, value=(1 - beta1) * root)
-
-        if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(params, mu, alpha=-lr / (1 - beta1**k))
-
-    def make_capturable(self, capturable: bool = True) -> None:
-        """Nothing to do: the counts stay on the host."""
-
-    def are_alike(self, parameters: Sequence[Alike]) -> bool:
-        """Whether the parameters in each list have been updated equally often."""
-        return all(len({self.state[p]["step"] for p in params}) == 1 for alike in parameters for params in alike)
-
-    def count(self, parameters: Sequence[Alike]) -> list[float]:
-        """Counts an update; of each list `root * eps`, `(1 - b1) * root`, `1 - lr * decay` and `-lr / (1 - b1^k)`.
-
-        `root` is `sqrt(1 - b2^k)`, as in `step`.
-        """
-        numbers: list[float] = []
-        for group, alike in zip(self.param_groups, parameters, strict=True):
-            group["updates"] += 1
-            lr, (beta1, beta2) = _rate(group), group["betas"]
-            keep = 1 - lr * group["weight_decay"]
-            for params in alike:
-                k = int(self.state[params[0]]["step"]) + 1
-                for p in params:
-                    self.state[p]["step"] = k
-                root = math.sqrt(1 - beta2**k)
-                numbers += [root * group["eps"], (1 - beta1) * root, keep, -lr / (1 - beta1**k)]
-        return numbers
-
-    @torch.no_grad()
-    def update(self, numbers: Tensor, parameters: Sequence[Alike]) -> None:
-        """Carries the update out, in the same way as `step`."""
-        rows = iter(numbers.unflatten(0, (-1, 4)).unbind())
-        for group, alike in zip(self.param_groups, parameters, strict=True):
-            for params in alike:
-                self._update_with(params, next(rows), group)
-
-    def _update_with(self, params: list[Tensor], row: Tensor, group: dict[str, Any]) -> None:
-        """One update of tensors with the four numbers that `count` gave for them."""
-        eps, share, keep, rate = row.unbind()
-        grads = _clipped(params, group["agc"])
-        mu = [self.state[p]["mu"] for p in params]
-        nu = [self.state[p]["nu"] for p in params]
-        beta1, beta2 = group["betas"]
-        torch._foreach_mul_(nu, beta2)
-        torch._foreach_addcmul_(nu, grads, grads, value=1 - beta2)
-        scale = torch._foreach_sqrt(nu)
-        torch._foreach_add_(scale, eps, alpha=1)  # without alpha, torch reads the tensor as a number, and waits
-        part: Any = torch._foreach_div(grads, scale)
-        torch._foreach_mul_(part, share)
-        torch._foreach_mul_(mu, beta1)
-        torch._foreach_add_(mu, part)
+        if not group["capturable"]:
+            torch._foreach_add_(scale, eps)
+            torch._foreach_addcdiv_(mu, grads, scale, value=share)
+            if group["weight_decay"]:
+                torch._foreach_mul_(params, keep)
+            torch._foreach_add_(params, mu, alpha=change)
+            return
+        # The same with scalars on the device, which these functions take as factors only.
+        torch._foreach_mul_(scale, 1 / share)
+        torch._foreach_add_(scale, group["eps"] / (1 - beta1))
+        torch._foreach_addcdiv_(mu, grads, scale)
         if group["weight_decay"]:
             torch._foreach_mul_(params, keep)
-        change: Any = torch._foreach_mul(mu, rate)
-        torch._foreach_add_(params, change)
+        torch._foreach_add_(params, torch._foreach_mul(mu, change))
+
+    def make_capturable(self, capturable: bool = True) -> None:
+        """Makes `step` fit to be captured in a CUDA graph, or takes that back; see `_place_counts`."""
+        for group in self.param_groups:
+            group["capturable"] = capturable
+        _place_counts(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues from a saved state, also from one of an optimiser that counts on another device."""
+        capturable = self.param_groups[0]["capturable"]
+        super().load_state_dict(state_dict)
+        self.make_capturable(capturable)
 
 
 class Adam(torch.optim.AdamW):
@@ -233,8 +190,6 @@ class Adam(torch.optim.AdamW):
         ConfigurationError: If a setting is out of range.
     """
 
-    updated: Sequence[Alike] = ()
-
     def __init__(
         self,
         params: Iterable[Any],
@@ -247,10 +202,7 @@ class Adam(torch.optim.AdamW):
     ) -> None:
         _check_settings(lr, betas, eps, warmup_steps, weight_decay)
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)
-        for group in self.param_groups:
-            group.setdefault("warmup_steps", warmup_steps)
-            group.setdefault("rate_scale", 1.0)
-            group.setdefault("updates", 0)
+        _add_warmup(self, warmup_steps)
         self.make_capturable(False)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -262,66 +214,34 @@ class Adam(torch.optim.AdamW):
         Returns:
             What `closure` returned.
         """
-        rates = []
-        for group in self.param_groups:
-            group["updates"] += 1
-            rates.append(_rate(group))
-        result = self._step_at(rates, closure)
-        self.updated = [[[p for p in group["params"] if p.grad is not None]] for group in self.param_groups]
-        return result
-
-    def make_capturable(self, capturable: bool = True) -> None:
-        """Goes over to torch's fused kernel, which counts on the device, or back: one launch for a group's tensors."""
-        # torch warns of updates that are not recorded; the first ones never are.
-        self._warned_capturable_if_run_uncaptured = True
-        for group in self.param_groups:
-            # On a CPU one pass over each tensor in place of ten; elsewhere only recorded steps gain by it.
-            fused = capturable or all(p.dtype == torch.float32 and p.is_cpu for p in group["params"])
-            group.update(fused=fused, foreach=not fused, capturable=capturable)
-        self._place_counts()
-
-    def are_alike(self, parameters: Sequence[Alike]) -> bool:
-        """True: each parameter's updates are counted on the device."""
-        return True
-
-    def count(self, parameters: Sequence[Alike]) -> list[float]:
-        """Counts an update; of each group its rate. The bias corrections are worked out on the device."""
-        for group in self.param_groups:
-            group["updates"] += 1
-        return [_rate(group) for group in self.param_groups]
-
-    def update(self, numbers: Tensor, parameters: Sequence[Alike]) -> None:
-        """Carries the update out, on every parameter that has a gradient."""
-        self._step_at(list(numbers.unbind()))
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a saved state, also from one of an optimiser that counts elsewhere."""
-        forms = [{name: group[name] for name in ("fused", "foreach", "capturable")} for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, form in zip(self.param_groups, forms, strict=True):
-            group.update(form)
-        self._place_counts()
-
-    def _place_counts(self) -> None:
-        """Puts the counts of the parameters' updates where the kernels want them."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p in self.state:
-                    device = p.device if group["fused"] else torch.device("cpu")
-                    step = torch.as_tensor(self.state[p]["step"], dtype=torch.float32)
-                    self.state[p]["step"] = step.to(device)
-
-    def _step_at(self, rates: Sequence[float | Tensor], closure: Callable[[], Any] | None = None) -> Any:
-        """Torch's update, with a rate for each group."""
         full_rates = [group["lr"] for group in self.param_groups]
-        for group, rate in zip(self.param_groups, rates, strict=True):
-            group["lr"] = rate
+        for group in self.param_groups:
+            group["lr"] = _next_rate(group)
         try:
             return super().step(closure)
         finally:
             # group["lr"] is the common rate after the warm-up to everybody else: schedules set it, checkpoints keep it.
             for group, full_rate in zip(self.param_groups, full_rates, strict=True):
                 group["lr"] = full_rate
+
+    def make_capturable(self, capturable: bool = True) -> None:
+        """Changes to torch's fused kernel, which counts on the device, or back; see `_place_counts`."""
+        # torch warns of updates outside of a graph; the first ones always are.
+        self._warned_capturable_if_run_uncaptured = True
+        for group in self.param_groups:
+            # On a CPU one pass over each tensor in place of ten; elsewhere only captured steps gain by it.
+            fused = capturable or all(p.dtype == torch.float32 and p.is_cpu for p in group["params"])
+            group.update(fused=fused, foreach=not fused, capturable=capturable)
+            for state in (self.state[p] for p in group["params"] if p in self.state):
+                device = state["exp_avg"].device if fused else torch.device("cpu")
+                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).to(device)
+        _place_counts(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues from a saved state, also from one of an optimiser that counts on another device."""
+        capturable = self.param_groups[0]["capturable"]
+        super().load_state_dict(state_dict)
+        self.make_capturable(capturable)
 
 
 def build_optimizer(spec: OptimizerSpec, parameters: Iterable[nn.Parameter | ParameterGroup]) -> torch.optim.Optimizer:
@@ -383,9 +303,40 @@ def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float | No
     return norm
 
 
-def _rate(group: dict[str, Any]) -> float:
-    """Rate of a group's present update."""
-    return group["rate_scale"] * warmup_rate(group["lr"], group["updates"], group["warmup_steps"])
+def _add_warmup(optimizer: torch.optim.Optimizer, warmup_steps: int) -> None:
+    """Adds what the warm-up needs to each group: its length, a factor on the rate, and a count of updates."""
+    for group in optimizer.param_groups:
+        group.setdefault("warmup_steps", warmup_steps)
+        group.setdefault("rate_scale", 1.0)
+        group.setdefault("updates", torch.zeros((), dtype=torch.int64))
+
+
+def _place_counts(optimizer: torch.optim.Optimizer) -> None:
+    """Puts each group's count of updates on the CPU, or, if the group is capturable, on the device of its parameters.
+
+    A CUDA graph repeats kernels. So a captured update counts on the device, and works out there what depends on the
+    count: the warm-up and the bias corrections. Its learning rate may be a scalar on the device, too.
+    """
+    for group in optimizer.param_groups:
+        device = group["params"][0].device if group["capturable"] else torch.device("cpu")
+        group["updates"] = torch.as_tensor(group["updates"], dtype=torch.int64).to(device)
+
+
+def _next_rate(group: dict[str, Any]) -> float | Tensor:
+    """Counts an update of a group; its rate, which is a scalar on the device if the group is capturable."""
+    group["updates"].add_(1)
+    updates, warmup_steps = group["updates"], group["warmup_steps"]
+    if not group["capturable"]:
+        return group["rate_scale"] * warmup_rate(group["lr"], int(updates), warmup_steps)
+    warm = ((updates - 1) / warmup_steps).clamp(max=1.0) if warmup_steps else 1.0
+    return group["rate_scale"] * group["lr"] * warm
+
+
+def _one_minus_power(base: float, k: int | Tensor) -> Any:
+    """`1 - base^k`; on a device in a way that is exact in float32, too."""
+    if not isinstance(k, Tensor):
+        return 1 - base**k
+    return -torch.expm1(k * math.log(base)) if base > 0 else torch.ones((), device=k.device)
 
 
 def _clipped(params: list[Tensor], agc: float | None) -> Any:
@@ -416,41 +367,12 @@ def _check_settings(lr: float, betas: tuple[float, float], eps: float, warmup_st
         raise ConfigurationError(f"weight_decay is {weight_decay}, expected 0 (none) or more.")
 
 
-Alike = list[list[Tensor]]
-"""Parameters of a group, in lists of those that have been updated equally often."""
-
-
 @runtime_checkable
 class CapturableOptimizer(Protocol):
-    """An optimiser whose update can be recorded, in two halves: the host counts it, the device carries it out.
-
-    The two together do what `step` does, up to rounding.
-    """
+    """An optimiser whose `step` can be captured in a CUDA graph, with `group["lr"]` as a scalar on the device."""
 
     param_groups: list[dict[str, Any]]
     state: dict[Any, Any]
-    updated: Sequence[Alike]
-    """What the last `step` updated, by group."""
 
     def make_capturable(self, capturable: bool = True) -> None:
-        """Prepares for this kind of updates, or takes that back; `step` works in both cases."""
-
-    def are_alike(self, parameters: Sequence[Alike]) -> bool:
-        """Whether the parameters in each list have been updated equally often, so that they can be counted together."""
-        ...
-
-    def count(self, parameters: Sequence[Alike]) -> list[float]:
-        """Counts an update of these parameters, by group; they are alike.
-
-        Returns:
-            The numbers that this update needs.
-        """
-        ...
-
-    def update(self, numbers: Tensor, parameters: Sequence[Alike]) -> None:
-        """Carries the update out.
-
-        Args:
-            numbers: What `count` returned, on the device of the parameters. `[n]`
-            parameters: As given to `count`.
-        """
+        """Prepares for that, or takes it back; `step` works in both cases."""

@@ -65,6 +65,7 @@ def applies(parts: Sequence[Tensor]) -> bool:
         and _DISPATCH_DEPTH() == 0
         and not torch.jit.is_tracing()
         and not _GLOBAL_HOOKS()
+        and native.switched_on()
         and _library() is not None
     )
 
