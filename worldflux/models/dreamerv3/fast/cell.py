@@ -1,8 +1,8 @@
 """One step of the recurrent state-space model as plain functions of tensors, and their gradients.
 
-Training unrolls the cell in two places: along replayed windows (`scan.py`) and in imagination (`imagination.py`). Both
-use the functions here, which take the weights in the precision of the products and keep everything else in float32.
-What they compute is defined by `RSSM.core`, `RSSM.posterior` and `RSSM.prior`.
+Training unrolls the cell in two places: along replayed windows (`scan.py`) and in imagination (`imagine.py`). Both use
+the functions here, which take the weights in the precision of the products and keep everything else in float32. What
+they compute is defined by `RSSM.core`, `RSSM.posterior` and `RSSM.prior`.
 
 Notation: N rows, D width of the deterministic state in g blocks of w, h hidden width, S rows of C classes.
 """
@@ -34,7 +34,8 @@ class CoreWeights(NamedTuple):
     recurrent: Tensor
     """Block-diagonal part of the hidden layer, for the state itself. `[g, w, w]`"""
     dense: Tensor
-    """Dense part, for what was made of the state and the latents. `[2 * h, D]`"""
+    """Dense part, for what was made of the state and the latents, `[2 * h, D]`; in imagination also for what was made
+    of the action, `[3 * h, D]`."""
     hidden_scale: Tensor
     """`[D]`"""
     gates: Tensor
@@ -56,7 +57,7 @@ class PosteriorWeights(NamedTuple):
 
 
 class PriorWeights(NamedTuple):
-    """What turns the state alone into latents, where nothing was seen."""
+    """What turns the state alone into latents: in imagination, and where nothing was seen."""
 
     kernel: Tensor
     """`[h, D]`"""
@@ -86,9 +87,9 @@ class CoreSaved(NamedTuple):
     hidden_normed: Tensor
     hidden_inverse: Tensor
     inputs: Tensor
-    """Of the dense part. `[N, 2 * h]`"""
+    """Inputs of the dense part. `[N, 2 * h]`"""
     hidden: Tensor
-    """Of the gates. `[N, D]`"""
+    """Input of the gates. `[N, D]`"""
     reset: Tensor
     """`[g, N, w]`, as the following."""
     candidate_in: Tensor
@@ -113,7 +114,7 @@ class CoreGrads(NamedTuple):
 
 
 class PosteriorGrads(NamedTuple):
-    """The same of the posterior's layers."""
+    """Gradients with respect to what the posterior's layers gave."""
 
     logits: Tensor
     """`[N, S * C]`"""
@@ -149,8 +150,8 @@ class PriorGrads(NamedTuple):
 class PriorSaved(NamedTuple):
     """What the gradient of the prior goes back to."""
 
-    seen: Tensor
-    """1 where the posterior's latents were taken, 0 where the prior's were. `[N, 1]`"""
+    seen: Tensor | None
+    """1 where the posterior's latents were taken, 0 where the prior's were; None in imagination. `[N, 1]`"""
     deter: Tensor
     normed: Tensor
     inverse: Tensor
@@ -165,10 +166,10 @@ def linear(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
     return F.linear(x.to(kernel.dtype), kernel, bias).float()
 
 
-def normalise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """RMS norm without its scale, and the factor that it multiplied with. `[N, h]`, `[N, 1]`"""
+def normalise_(x: Tensor) -> tuple[Tensor, Tensor]:
+    """RMS norm without its scale in place of `x`, and the factor that it multiplied with. `[N, h]`, `[N, 1]`"""
     inverse = inverse_rms(x)
-    return x * inverse, inverse
+    return x.mul_(inverse), inverse
 
 
 def tanh(x: Tensor) -> Tensor:
@@ -176,28 +177,33 @@ def tanh(x: Tensor) -> Tensor:
     return torch.sigmoid(x + x) * 2.0 - 1.0 if x.device.type == "cpu" else torch.tanh(x)
 
 
-def core(w: CoreWeights, deter: Tensor, stoch: Tensor, action_part: Tensor) -> tuple[Tensor, CoreSaved]:
+def core(
+    w: CoreWeights, deter: Tensor, stoch: Tensor, added: Tensor, action: Tensor | None = None
+) -> tuple[Tensor, CoreSaved]:
     """The next deterministic state.
 
     Args:
         w: Weights.
         deter: `[N, D]`
         stoch: `[N, S * C]`
-        action_part: What the action adds to the hidden layer, bias included. `[N, D]`
+        added: What is added to the hidden layer: its bias, and what the action gives, unless that is computed here.
+            `[N, D]` or `[D]`
+        action: The action's layer, normalised and scaled: the last input of the dense part, before SiLU. `[N, h]`
     """
     blocks, kind = len(w.recurrent), w.recurrent.dtype
-    deter_normed, deter_inverse = normalise(linear(deter, w.deter_kernel, w.deter_bias))
-    stoch_normed, stoch_inverse = normalise(linear(stoch, w.stoch_kernel, w.stoch_bias))
-    inputs = F.silu(torch.cat([deter_normed * w.deter_scale, stoch_normed * w.stoch_scale], -1))
-    hidden = torch.bmm(blocked(deter, blocks).to(kind), w.recurrent)
-    hidden = joined(hidden).float() + torch.mm(inputs.to(kind), w.dense).float() + action_part
-    hidden_normed, hidden_inverse = normalise(hidden)
-    hidden = F.silu(hidden_normed * w.hidden_scale)
-    gates = torch.bmm(blocked(hidden, blocks).to(kind), w.gates).float() + w.gates_bias.view(blocks, 1, -1)
+    deter_normed, deter_inverse = normalise_(linear(deter, w.deter_kernel, w.deter_bias))
+    stoch_normed, stoch_inverse = normalise_(linear(stoch, w.stoch_kernel, w.stoch_bias))
+    parts = [deter_normed * w.deter_scale, stoch_normed * w.stoch_scale]
+    inputs = F.silu(torch.cat(parts if action is None else [*parts, action], -1), inplace=True)
+    hidden = torch.mm(inputs.to(kind), w.dense).float().add_(added)
+    blocked(hidden, blocks).add_(torch.bmm(blocked(deter, blocks).to(kind), w.recurrent))
+    hidden_normed, hidden_inverse = normalise_(hidden)
+    hidden = F.silu(hidden_normed * w.hidden_scale, inplace=True)
+    gates = torch.bmm(blocked(hidden, blocks).to(kind), w.gates).float().add_(w.gates_bias.view(blocks, 1, -1))
     reset, candidate_in, update = gates.chunk(3, -1)  # [g, N, w] each
-    reset = torch.sigmoid(reset)
+    reset.sigmoid_()
     candidate = tanh(reset * candidate_in)
-    update = torch.sigmoid(update - 1.0)  # the bias of -1 makes the cell remember at first
+    update.sub_(1.0).sigmoid_()  # the bias of -1 makes the cell remember at first
     new = joined(torch.lerp(blocked(deter, blocks), candidate, update))
     saved = CoreSaved(
         deter=deter,
@@ -258,25 +264,27 @@ def posterior(
     Returns:
         `[N, S, C]`
     """
-    normed, inverse = normalise(torch.mm(deter.to(w.kernel.dtype), w.kernel.t()).float() + embed_part)
-    hidden = F.silu(normed * w.scale)
+    normed, inverse = normalise_(torch.mm(deter.to(w.kernel.dtype), w.kernel.t()).float().add_(embed_part))
+    hidden = F.silu(normed * w.scale, inplace=True)
     logits = linear(hidden, w.out_kernel, w.out_bias).unflatten(-1, shape)
     return logits, PosteriorSaved(deter, normed, inverse, hidden, softmax(logits))
 
 
-def prior(w: PriorWeights, deter: Tensor, seen: Tensor, shape: tuple[int, int]) -> tuple[Tensor, PriorSaved]:
+def prior(
+    w: PriorWeights, deter: Tensor, shape: tuple[int, int], seen: Tensor | None = None
+) -> tuple[Tensor, PriorSaved]:
     """Logits of the latents expected without an observation, `[N, S, C]`.
 
     Args:
         w: Weights.
         deter: `[N, D]`
-        seen: Kept for the gradient. `[N, 1]`
         shape: S and C.
+        seen: Kept for the gradient. `[N, 1]`
     """
-    normed, inverse = normalise(linear(deter, w.kernel, w.bias))
-    hidden = F.silu(normed * w.scale)
-    inner_normed, inner_inverse = normalise(linear(hidden, w.inner_kernel, w.inner_bias))
-    inner_hidden = F.silu(inner_normed * w.inner_scale)
+    normed, inverse = normalise_(linear(deter, w.kernel, w.bias))
+    hidden = F.silu(normed * w.scale, inplace=True)
+    inner_normed, inner_inverse = normalise_(linear(hidden, w.inner_kernel, w.inner_bias))
+    inner_hidden = F.silu(inner_normed * w.inner_scale, inplace=True)
     logits = linear(inner_hidden, w.out_kernel, w.out_bias).unflatten(-1, shape)
     return logits, PriorSaved(seen, deter, normed, inverse, hidden, inner_normed, inner_inverse, inner_hidden)
 
@@ -300,7 +308,7 @@ def posterior_backward(w: PosteriorWeights, saved: PosteriorSaved, logits: Tenso
 
 
 def prior_backward(w: PriorWeights, saved: PriorSaved, logits: Tensor) -> tuple[Tensor, PriorGrads]:
-    """The same for the prior."""
+    """Gradient of the state `[N, D]`, and of what the prior's layers gave, from that of the logits `[N, S * C]`."""
     kind = w.kernel.dtype
     grad_inner = torch.mm(logits.to(kind), w.out_kernel).float()
     inner, inner_scales = norm_silu_backward(grad_inner, saved.inner_normed, saved.inner_inverse, w.inner_scale)

@@ -1,7 +1,6 @@
 """One step of imagination: the largest part of training, and without gradient.
 
-It computes what `RSSM.core` and `RSSM.prior` do. Here weights are cast and cut once for all steps, and results are
-worked on in place.
+It computes what `RSSM.core` and `RSSM.prior` do. Here weights are cast and cut once for all steps.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worldflux.models.dreamerv3.fast.cell import CoreWeights, linear, tanh
+from worldflux.models.dreamerv3.fast.cell import CoreWeights, PriorWeights, core, linear, normalise_, prior
 from worldflux.nn.distributions import inverse_cdf, softmax
-from worldflux.nn.layers import MLP, blocked, inverse_rms, joined
+from worldflux.nn.layers import MLP
 
 
 class Layer(NamedTuple):
@@ -32,15 +31,11 @@ class ImaginationWeights(NamedTuple):
     """What imagination needs of the parameters."""
 
     core: CoreWeights
+    """Its dense part takes the action, too."""
     action_in: Layer
-    dense: Tensor
-    """Part of the core's hidden layer that all blocks share, the action's included. `[3 * h, D]`"""
     hidden_bias: Tensor
-    """`[D]`"""
-    prior_in: tuple[Layer, ...]
-    prior_kernel: Tensor
-    """`[S * C, h]`"""
-    prior_bias: Tensor
+    """Bias of the core's hidden layer. `[D]`"""
+    prior: PriorWeights
     actor: tuple[Layer, ...]
 
 
@@ -53,21 +48,12 @@ def layers_of(mlp: MLP, kind: torch.dtype) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
-def hidden_layer(layer: Layer, x: Tensor) -> Tensor:
-    """Linear, norm, SiLU. `[N, in]` → float32 `[N, out]`"""
-    return norm_silu_(linear(x, layer.kernel, layer.bias), layer.scale)
-
-
-def hidden_layers(layers: tuple[Layer, ...], x: Tensor) -> Tensor:
-    """An MLP. `[N, in]` → float32 `[N, out]`"""
-    for layer in layers:
-        x = hidden_layer(layer, x)
+def hidden_layers(layers: Iterable[Layer], x: Tensor) -> Tensor:
+    """Linear layers with RMS norm and SiLU. `[N, in]` → float32 `[N, out]`"""
+    for kernel, bias, scale in layers:
+        normed, _ = normalise_(linear(x, kernel, bias))
+        x = F.silu(normed.mul_(scale), inplace=True)
     return x
-
-
-def norm_silu_(x: Tensor, scale: Tensor) -> Tensor:
-    """RMS norm and SiLU in place of `x` `[N, h]`, which nobody else may hold."""
-    return F.silu(x.mul_(inverse_rms(x)).mul_(scale), inplace=True)
 
 
 def imagine_step(
@@ -93,27 +79,10 @@ def imagine_step(
     Returns:
         `[N, D]` and one-hot `[N, S, C]`.
     """
-    deter = next_deter(w, deter, stoch.flatten(1), action)
-    logits = linear(hidden_layers(w.prior_in, deter), w.prior_kernel, w.prior_bias).view_as(stoch)
+    kernel, bias, scale = w.action_in
+    normed, _ = normalise_(linear(action, kernel, bias))
+    deter, _ = core(w.core, deter, stoch.flatten(1), w.hidden_bias, normed.mul_(scale))
+    logits, _ = prior(w.prior, deter, (stoch.shape[1], stoch.shape[2]))
     if classes is None:
         classes = inverse_cdf(softmax(logits).mul_(1.0 - unimix).add_(unimix / stoch.shape[-1]), noise)
     return deter, torch.zeros_like(logits).scatter_(-1, classes.unsqueeze(-1), 1.0)
-
-
-def next_deter(w: ImaginationWeights, deter: Tensor, stoch: Tensor, action: Tensor) -> Tensor:
-    """`RSSM.core` for those who need no gradient. `[N, D]`, `[N, S * C]`, `[N, A]` → `[N, D]`"""
-    core = w.core
-    blocks, kind = len(core.recurrent), core.recurrent.dtype
-    before = blocked(deter, blocks)
-    shared = [
-        hidden_layer(Layer(core.deter_kernel, core.deter_bias, core.deter_scale), deter),
-        hidden_layer(Layer(core.stoch_kernel, core.stoch_bias, core.stoch_scale), stoch),
-        hidden_layer(w.action_in, action),
-    ]
-    hidden = torch.addmm(w.hidden_bias, torch.cat(shared, -1).to(kind), w.dense).float()
-    blocked(hidden, blocks).add_(torch.bmm(before.to(kind), core.recurrent))
-    hidden = norm_silu_(hidden, core.hidden_scale)
-    gates = torch.bmm(blocked(hidden, blocks).to(kind), core.gates).float()
-    reset, candidate, update = gates.add_(core.gates_bias.view(blocks, 1, -1)).chunk(3, -1)
-    candidate = tanh(candidate.mul_(reset.sigmoid_()))
-    return joined(torch.lerp(before, candidate, update.sub_(1.0).sigmoid_()))

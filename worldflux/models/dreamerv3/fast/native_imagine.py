@@ -52,12 +52,11 @@ def imagine(
     model.widths, model.actor = ctypes.addressof(widths), ctypes.addressof(hidden)
     model.stoch_columns, model.actor_columns = (x.data_ptr() for x in columns)
     model.action_in = addresses(weights.action_in)
-    model.prior_in = addresses([tensor for layer in weights.prior_in for tensor in layer])
-    model.prior_out = addresses([weights.prior_kernel, weights.prior_bias])
+    model.prior_in, model.prior_out = addresses(weights.prior[:6]), addresses(weights.prior[6:])
     model.policy_out = addresses([outputs[0].weight, outputs[0].bias])
     if not parts:
         model.std_out = addresses([outputs[1].weight, outputs[1].bias])
-    model.dense, model.hidden_bias = weights.dense.data_ptr(), weights.hidden_bias.data_ptr()
+    model.hidden_bias = weights.hidden_bias.data_ptr()
 
     run = library()
     memory = new(min(N, ROWS) * run.imagine_memory(ctypes.byref(model)))

@@ -73,7 +73,7 @@ def observe_step(
     prior_saved = None
     if seen is not None:
         assert prior_weights is not None
-        expected, prior_saved = prior(prior_weights, deter, seen, shape)
+        expected, prior_saved = prior(prior_weights, deter, shape, seen)
         logits = torch.where(seen.unsqueeze(-1) > 0, logits, expected)
         saved = saved._replace(probs=softmax(logits))
     if classes is None:
@@ -102,7 +102,7 @@ def observe_step_backward(
     grad = latents_backward(saved.probs, grad_logits, (1.0 - unimix) * grad_stoch)
     prior_grads = None
     if prior_saved is not None:
-        assert prior_weights is not None
+        assert prior_weights is not None and prior_saved.seen is not None
         through, prior_grads = prior_backward(prior_weights, prior_saved, grad * (1.0 - prior_saved.seen))
         grad_deter, grad = grad_deter + through, grad * prior_saved.seen
     through, posterior_grads = posterior_backward(posterior_weights, saved, grad)

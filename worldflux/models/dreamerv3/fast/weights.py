@@ -21,8 +21,13 @@ if TYPE_CHECKING:
     from worldflux.models.dreamerv3.rssm import RSSM
 
 
-def of_core(rssm: RSSM) -> CoreWeights:
-    """Weights of the recurrence, matrices in autocast's precision."""
+def of_core(rssm: RSSM, *, with_action: bool = False) -> CoreWeights:
+    """Weights of the recurrence, matrices in autocast's precision.
+
+    Args:
+        rssm: The model.
+        with_action: Whether the dense part takes the action, too.
+    """
     kind = _precision(rssm)
     (deter_in,), (stoch_in,) = layers_of(rssm.deter_in, kind), layers_of(rssm.stoch_in, kind)
     return CoreWeights(
@@ -33,7 +38,7 @@ def of_core(rssm: RSSM) -> CoreWeights:
         stoch_bias=stoch_in.bias,
         stoch_scale=stoch_in.scale,
         recurrent=rssm.hidden.weight[:, : rssm.deter_dim // rssm.blocks].to(kind),
-        dense=_dense_kernel(rssm)[: 2 * len(deter_in.kernel)].to(kind),
+        dense=_dense_kernel(rssm)[: (3 if with_action else 2) * len(deter_in.kernel)].to(kind),
         hidden_scale=rssm.hidden_norm.scale,
         gates=rssm.gates.weight.to(kind),
         gates_bias=rssm.gates.bias,
@@ -63,13 +68,10 @@ def of_imagination(rssm: RSSM, actor: MLP) -> ImaginationWeights:
     """Weights of the core and the prior, and of the policy's hidden layers."""
     kind = _precision(rssm)
     return ImaginationWeights(
-        core=of_core(rssm),
+        core=of_core(rssm, with_action=True),
         action_in=layers_of(rssm.action_in, kind)[0],
-        dense=_dense_kernel(rssm).to(kind),
-        hidden_bias=rssm.hidden.bias.to(kind),
-        prior_in=layers_of(rssm.prior_in, kind),
-        prior_kernel=rssm.prior_out.weight.to(kind),
-        prior_bias=rssm.prior_out.bias.to(kind),
+        hidden_bias=rssm.hidden.bias,
+        prior=of_prior(rssm),
         actor=layers_of(actor, kind),
     )
 
