@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     )
     from worldflux.training.config import TrainingConfig
     from worldflux.training.data import create_random_buffer
-    from worldflux.training.trainer import Trainer, train
+    from worldflux.training.offline import train
+    from worldflux.training.trainer import Trainer
 
 __all__ = [
     "Batch",
@@ -60,6 +61,7 @@ __getattr__, __dir__ = lazy_exports(
         ],
         "worldflux.training.config": ["TrainingConfig"],
         "worldflux.training.data": ["create_random_buffer"],
-        "worldflux.training.trainer": ["Trainer", "train"],
+        "worldflux.training.offline": ["train"],
+        "worldflux.training.trainer": ["Trainer"],
     },
 )

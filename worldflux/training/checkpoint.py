@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -11,18 +12,20 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from worldflux.config import WorldModelConfig
 from worldflux.errors import CheckpointError, WorldFluxError
-from worldflux.files import reason, recover_directories, recover_directory
-from worldflux.models.base import WEIGHTS_FILE
-from worldflux.models.weights import check_finite, read_weights
+from worldflux.files import give_rights_of, reason, recover_directories, recover_directory
+from worldflux.models.base import CONFIG_FILE, WEIGHTS_FILE
+from worldflux.models.weights import check_finite, check_weights, read_weights
 from worldflux.pickles.torch_files import StoredTensor, TorchFile
 from worldflux.reading import only_our_errors, read_json
 from worldflux.training.randomness import decoded
@@ -153,11 +156,69 @@ def check_target(path: Path) -> None:
         raise CheckpointError(f"{path} exists and is no checkpoint. Choose another path or remove it.")
 
 
-def read_checkpoint(path: Path, *, allow_nonfinite: bool = False) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
-    """What the files of a checkpoint hold: the trainer's progress, the weights, the extras; not the optimisers' states.
+@dataclass(frozen=True)
+class SavedState:
+    """The content of a checkpoint that fits a trainer."""
+
+    progress: dict[str, Any]
+    """The content of `trainer.json`."""
+    weights: dict[str, Tensor]
+    """Parameters and buffers of the model."""
+    optimizers: list[dict[str, Any]]
+    """The state of each optimiser."""
+    extras: dict[str, Tensor]
+    """What training on stored data had written beside its rows."""
+
+
+def write_files(
+    directory: Path,
+    model: nn.Module,
+    kind: str,
+    optimizers: Sequence[torch.optim.Optimizer],
+    progress: dict[str, Any],
+    extras: dict[str, Tensor],
+) -> None:
+    """Writes the files of a checkpoint; `trainer.json` is the last.
+
+    Args:
+        directory: A directory that has no such files yet.
+        model: Its weights are saved, and its configuration, if it has one.
+        kind: Kind of the optimisers.
+        optimizers: The optimisers of the gradient step.
+        progress: Entries of `trainer.json`; the format and the time are added.
+        extras: What training on stored data has written beside its rows.
+    """
+    safetensors.torch.save_file(weights_on_cpu(model), directory / WEIGHTS_FILE)
+    config = getattr(model, "config", None)
+    if isinstance(config, WorldModelConfig):
+        (directory / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
+    elif config is not None and hasattr(config, "save"):
+        config.save(directory / CONFIG_FILE)
+    states = {"kind": kind, "states": [optimizer.state_dict() for optimizer in optimizers]}
+    with (directory / OPTIMIZER_FILE).open("wb") as file:  # given a path, torch would not say what went wrong
+        torch.save(states, file)
+    if extras:
+        safetensors.torch.save_file(extras, directory / EXTRAS_FILE)
+    progress = {"format": FORMAT, "saved_at": time_of_saving(directory.parent), **progress}
+    (directory / TRAINER_FILE).write_text(json.dumps(progress), encoding="utf-8")
+    for name in (WEIGHTS_FILE, EXTRAS_FILE):  # which safetensors makes readable to their owner alone
+        give_rights_of(directory / name, directory / TRAINER_FILE)
+
+
+def read_checkpoint(
+    path: Path,
+    model: nn.Module,
+    kind: str,
+    optimizers: Sequence[torch.optim.Optimizer],
+    device: torch.device,
+    *,
+    allow_nonfinite: bool = False,
+) -> SavedState:
+    """Reads a checkpoint and checks that a trainer with this model and these optimisers can continue from it.
 
     Raises:
-        CheckpointError: If a file is missing or cannot be read, or a weight is not finite and that is not allowed.
+        CheckpointError: If a file is missing or cannot be read, the content is that of another model or does not fit,
+            or a weight or a state of an optimiser is not finite and `allow_nonfinite` is not set.
     """
     recover_directory(path)
     names = (TRAINER_FILE, WEIGHTS_FILE, OPTIMIZER_FILE)
@@ -166,12 +227,14 @@ def read_checkpoint(path: Path, *, allow_nonfinite: bool = False) -> tuple[Any, 
         raise CheckpointError(f"{path} has no {missing[0]}. Pass a directory written by Trainer.save_checkpoint.")
     if missing:
         raise damaged(path, f"no {', '.join(missing)}")
-    return (
-        read_json(path / TRAINER_FILE, finite=False),  # what callbacks remember may be infinite
-        read_weights(path / WEIGHTS_FILE, allow_nonfinite=allow_nonfinite),
-        # What a model computed beside the rows is its own affair.
-        read_weights(path / EXTRAS_FILE, allow_nonfinite=True) if (path / EXTRAS_FILE).exists() else {},
-    )
+    progress = read_json(path / TRAINER_FILE, finite=False)  # what callbacks remember may be infinite
+    weights = read_weights(path / WEIGHTS_FILE, allow_nonfinite=allow_nonfinite)
+    # What a model computed beside the rows is its own affair.
+    extras = read_weights(path / EXTRAS_FILE, allow_nonfinite=True) if (path / EXTRAS_FILE).exists() else {}
+    check_progress(path, progress, device)
+    check_weights(path, weights, model.state_dict())
+    states = read_optimizers(path, kind, optimizers, allow_nonfinite=allow_nonfinite)
+    return SavedState(progress, weights, states, extras)
 
 
 def check_progress(path: Path, progress: Any, device: torch.device) -> None:

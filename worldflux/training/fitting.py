@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from worldflux.accel.overriding import overridden
 from worldflux.config import WorldModelConfig
 from worldflux.errors import BufferError, ConfigurationError, TrainingError
 from worldflux.replay.actions import ROUNDING, check_one_hots
 from worldflux.replay.batch import Batch
+from worldflux.replay.provider import SAMPLES
 from worldflux.replay.sampler import WindowSampler
 from worldflux.training.config import TrainingConfig
+from worldflux.training.gradient_step import OF_BATCH
 
 logger = logging.getLogger("worldflux.training")
 
@@ -87,6 +90,17 @@ def check_first_batch(model: nn.Module, batch: Batch, step: int) -> None:
             f"The batch's actions have values from {actions.min():g} to {actions.max():g}, expected -1 to 1 for "
             "continuous actions. Rescale them: 2 * (actions - low) / (high - low) - 1."
         )
+
+
+def inputs_to_watch(batch: Batch, buffer: Any, device: torch.device) -> dict[str, Tensor]:
+    """For `FiniteWatch`: 0 for each tensor of a batch whose values are finite, NaN for the others.
+
+    A buffer of this library stores no other values, so its batches give nothing to watch.
+    """
+    if isinstance(buffer, WindowSampler) and not overridden(buffer, *SAMPLES):
+        return {}
+    floats = {name: x for name, x in batch.named_tensors().items() if x.is_floating_point()}
+    return {f"{OF_BATCH}{name}": (x.detach().to(device) * 0).sum() for name, x in floats.items()}
 
 
 def check_batch(batch: Batch, step: int) -> None:

@@ -174,12 +174,26 @@ class WriteBack:
     def __init__(self) -> None:
         self._pending: list[tuple[Any, Tensor, dict[str, Tensor], Any]] = []
 
-    def push(self, buffer: Any, rows: Tensor, values: dict[str, Tensor]) -> None:
-        """Stores values `[B, T', ...]` at rows `[B, T']`; those from CUDA at the next `push` or `flush`.
+    def push(self, buffer: Any, batch: Batch, extras: Sequence[dict[str, Tensor]]) -> None:
+        """Stores the latents that a step computed anew beside the rows of its batch, if they came from there.
 
-        A buffer on the values' own device gets them at once.
+        Values on CUDA are stored at the next `push` or `flush`; a buffer on their own device gets them at once.
+
+        Args:
+            buffer: The source of the batch; None stores nothing.
+            batch: The batch of the step.
+            extras: `LossOutput.extras` of each phase, for the last T' rows. `[B, T', ...]` each
         """
         self.flush()
+        if buffer is None or batch.row_ids is None:
+            return
+        for named in extras:
+            values = {name: value for name, value in named.items() if name in batch.extras}
+            if values:
+                steps = next(iter(values.values())).shape[1]
+                self._send(buffer, batch.row_ids[:, -steps:], values)
+
+    def _send(self, buffer: Any, rows: Tensor, values: dict[str, Tensor]) -> None:
         there = getattr(buffer, "device", None)
         if all(not value.is_cuda or value.device == there for value in values.values()):
             buffer.update_extras(rows, values)

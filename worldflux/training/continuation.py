@@ -1,0 +1,116 @@
+"""What a run trains on, and from where in its data and random streams it continues."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from worldflux.errors import CheckpointError, ConfigurationError
+from worldflux.replay.provider import Batches, Resumable
+from worldflux.replay.sampler import WindowSampler
+from worldflux.training.randomness import seed_everything, set_random_state
+
+
+@runtime_checkable
+class Digestible(Protocol):
+    """Data that can be told from other data."""
+
+    def digest(self) -> str:
+        """A short text that other data would not have."""
+
+
+def checked_share(value: float) -> float:
+    """`value` as a share of a buffer, if it is a number between 0 and 1."""
+    if isinstance(value, bool) or not 0 < value < 1:
+        raise ConfigurationError(f"eval_data is {value!r}, expected a buffer, or a share between 0 and 1 to hold out.")
+    return float(value)
+
+
+def held_out(buffer: Any, share: float, *, seed: int, seq_len: int) -> tuple[Any, Any]:
+    """The two parts of a buffer: what to train on, and the share that is held out for evaluation."""
+    split = getattr(buffer, "split", None)
+    if not callable(split):
+        raise ConfigurationError(
+            f"eval_data is {share}, and {type(buffer).__name__} has no split(fraction, seed, seq_len) as ReplayBuffer "
+            "has. Pass a provider of its own as eval_data."
+        )
+    part, rest = split(share, seed=seed, seq_len=seq_len)
+    return rest, part
+
+
+class Continuation:
+    """The source of a trainer's batches, and the checkpoint that it continues from.
+
+    Attributes:
+        source: What the last batch came from; None before the first one.
+        digest: The digest of the data that `Trainer.train` was given, if it has one.
+        restored: What `trainer.json` of the checkpoint that was loaded last holds; None once a step was taken since.
+
+    Args:
+        device: Where the model is trained.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.source: Any = None
+        self.digest: str | None = None
+        self.restored: dict[str, Any] | None = None
+        self._device = device
+        self._extras: dict[str, Tensor] = {}
+
+    def load(self, progress: dict[str, Any], extras: dict[str, Tensor]) -> None:
+        """Continues the random streams of a checkpoint."""
+        set_random_state(progress["random"], self._device)
+        self.restored, self._extras = progress, extras
+
+    def check_data(self, data: Any, *, resume: bool) -> None:
+        """Raises a `CheckpointError` if a resumed run would go on with data other than those of the checkpoint."""
+        self.digest = data.digest() if isinstance(data, Digestible) else None
+        trained_on = self.restored.get("data") if self.restored is not None else None
+        if resume and trained_on is not None and trained_on != self.digest:
+            raise CheckpointError(
+                "The buffer holds other data than the one that the checkpoint was trained on, so the run cannot be "
+                "continued exactly. Pass the same data, or call load_checkpoint(directory) and train(buffer) without "
+                "resume to go on with these."
+            )
+
+    def start(self, source: Any, *, seed: int | None) -> None:
+        """Continues the random streams of a checkpoint in a source of batches, or starts those of a new run.
+
+        Args:
+            source: Where batches come from.
+            seed: The seed of a new run; None leaves the streams as they are.
+        """
+        self.source = source
+        if self.restored is not None:
+            # Once more, because the streams may have been used between loading and here (to build the buffer, say).
+            set_random_state(self.restored["random"], self._device)
+            if self.restored["sampler"] is not None and isinstance(source, Resumable):
+                source.set_rng_state(self.restored["sampler"])
+            if self._extras and isinstance(source, WindowSampler):
+                source.load_extras_state(self._extras)
+        elif seed is not None:
+            seed_everything(seed)
+            if callable(getattr(source, "seed", None)):
+                source.seed(seed)
+
+    def saved(
+        self, batches: Batches | None, callbacks: list[dict[str, Any]]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The entries of a checkpoint for the sampler, the data and the callbacks, and the extras of the data's rows.
+
+        Args:
+            batches: What hands out the batches while `Trainer.train` runs.
+            callbacks: The states of the callbacks.
+        """
+        if batches is not None:
+            sampler = batches.rng_state()
+        else:
+            sampler = self.source.rng_state() if isinstance(self.source, Resumable) else None
+        entries = {"sampler": sampler, "data": self.digest, "callbacks": callbacks}
+        if self.restored is not None and batches is None:  # a checkpoint that nothing has gone on from yet
+            return {name: self.restored.get(name, value) for name, value in entries.items()}, self._extras
+        # Extras of data that `train` was given; an agent stores its own.
+        stored = self.digest is not None and isinstance(self.source, WindowSampler)
+        return entries, self.source.extras_state() if stored else {}

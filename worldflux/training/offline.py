@@ -1,0 +1,81 @@
+"""Training on stored experience in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, TypeVar
+
+from torch import nn
+
+from worldflux.training.callbacks import Callback
+from worldflux.training.config import TrainingConfig
+from worldflux.training.trainer import Provider, Trainer
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def train(
+    model: ModelT,
+    buffer: Provider,
+    total_steps: int = 100_000,
+    batch_size: int = 16,
+    sequence_length: int = 50,
+    learning_rate: float = 3e-4,
+    *,
+    weight_decay: float = 0.0,
+    grad_clip: float = 100.0,
+    warmup_steps: int = 0,
+    log_interval: int = 100,
+    eval_interval: int = 1000,
+    save_interval: int = 10_000,
+    device: str = "auto",
+    seed: int = 42,
+    compile: bool | Literal["auto"] = "auto",
+    callbacks: Iterable[Callback] = (),
+    eval_data: Provider | float | None = None,
+    resume: bool = False,
+) -> ModelT:
+    """Trains a model on stored experience; `Trainer` in one call.
+
+        train(model, ReplayBuffer.load("walker.npz"), total_steps=50_000).save_pretrained("walker-model")
+
+    Args:
+        model: A `WorldModel`, or any `nn.Module` with `loss(batch)`. It is trained in place.
+        buffer: A `ReplayBuffer` or another provider of batches.
+        total_steps: This and the following up to `seed`: see `TrainingConfig`.
+        batch_size: Windows in each gradient step.
+        sequence_length: Time steps in each window.
+        learning_rate: Step size of the optimiser.
+        weight_decay: Decoupled weight decay.
+        grad_clip: Largest norm of all gradients together; 0 turns it off.
+        warmup_steps: Steps over which the rate rises from zero.
+        log_interval: Steps between checks of the losses.
+        eval_interval: Steps between evaluations on `eval_data`.
+        save_interval: Steps between checkpoints of a `CheckpointCallback` without an interval of its own.
+        device: "auto" takes CUDA if there is a device.
+        seed: Start of every random stream.
+        compile: Compile the model and record its gradient steps; "auto" does so on CUDA.
+        callbacks: Called in this order.
+        eval_data: Experience kept from training, or the share of the buffer to hold out.
+        resume: Go on from the newest checkpoint of the `CheckpointCallback` among `callbacks`.
+
+    Returns:
+        The same model, trained, on the device and in evaluation mode.
+    """
+    config = TrainingConfig(
+        total_steps=total_steps,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        grad_clip=grad_clip,
+        warmup_steps=warmup_steps,
+        log_interval=log_interval,
+        eval_interval=eval_interval,
+        save_interval=save_interval,
+        device=device,
+        seed=seed,
+        compile=compile,
+    )
+    Trainer(model, config, callbacks, eval_data=eval_data).train(buffer, resume=resume)
+    return model
