@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.small_models import value_of_sequences
 from torch import Tensor, nn
 
 from worldflux import WorldFluxAgent, create_world_model
 from worldflux.accel import native
 from worldflux.models.tdmpc2.world_model import TDMPC2
+from worldflux.nn.definitions import by_definition
 from worldflux.nn.distributions import TwoHot
-from worldflux.nn.fast import mish as nodes
 from worldflux.nn.fast import mlp as fast
 from worldflux.nn.mish import Ensemble, MishMLP, NormedLinear, mish
 from worldflux.nn.transforms import simnorm, symlog_bins
@@ -222,7 +223,7 @@ KINDS = ("plain end", "simnorm", "groups of four", "one layer", "ensemble", "mem
 @needs_a_compiler
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", ["between others", "one for all", "columns"])
-def test_outputs_and_gradients_are_those_of_the_definition(kind, rows, native_calls, monkeypatch):
+def test_outputs_and_gradients_are_those_of_the_definition(kind, rows, native_calls):
     net, options = random_net(kind)
     first = {
         "between others": torch.randn(6, 9)[:, 2:7],
@@ -234,9 +235,9 @@ def test_outputs_and_gradients_are_those_of_the_definition(kind, rows, native_ca
     with torch.no_grad():
         torch.testing.assert_close(net(*parts, **options), ours[0], rtol=0.0, atol=0.0)
     assert len(native_calls) == 2
-    monkeypatch.setattr(nodes, "applies", lambda x: False)
-
-    for mine, expected in zip(ours, output_and_gradients(net, parts, options), strict=True):
+    with by_definition():
+        defined = output_and_gradients(net, parts, options)
+    for mine, expected in zip(ours, defined, strict=True):
         torch.testing.assert_close(mine, expected, rtol=2e-5, atol=2e-5)
     assert len(native_calls) == 2
 
@@ -245,7 +246,7 @@ def test_outputs_and_gradients_are_those_of_the_definition(kind, rows, native_ca
 @pytest.mark.parametrize(
     "shapes", [((3, 1, 5), (3, 4, 2)), ((1, 1, 5), (2, 4, 2)), ((3, 4, 5), (3, 1, 2)), ((4, 5), (3, 4, 2))]
 )
-def test_inputs_that_stand_once_for_many_rows_are_broadcast(shapes, native_calls, monkeypatch):
+def test_inputs_that_stand_once_for_many_rows_are_broadcast(shapes, native_calls):
     net, _ = random_net("simnorm")
     parts = [torch.randn(*shape) for shape in shapes]
     with torch.no_grad():
@@ -253,21 +254,20 @@ def test_inputs_that_stand_once_for_many_rows_are_broadcast(shapes, native_calls
         assert len(native_calls) == 1
         lead = torch.broadcast_shapes(*(shape[:-1] for shape in shapes))
         joined = torch.cat([x.expand(*lead, -1) for x in parts], -1)
-        monkeypatch.setattr(nodes, "applies", lambda x: False)
-        torch.testing.assert_close(ours, net(joined))
+        with by_definition():
+            torch.testing.assert_close(ours, net(joined))
 
 
 @needs_a_compiler
-def test_extreme_numbers_come_out_as_in_the_definition(monkeypatch):
+def test_extreme_numbers_come_out_as_in_the_definition():
     layer = NormedLinear(1, 4)
     nn.init.ones_(layer.weight)
     layer.bias.data = torch.tensor([-3.0, 0.0, 1.0, 5.0])
     layer.norm.weight.data = torch.tensor([1e4, 100.0, 1e-30, 30.0])
     x = torch.tensor([[0.0], [0.5], [float("nan")], [-2.0]])
     ours = layer(x)
-    monkeypatch.setattr(nodes, "applies", lambda x: False)
-
-    torch.testing.assert_close(ours, layer(x), rtol=1e-4, atol=1e-6, equal_nan=True)
+    with by_definition():
+        torch.testing.assert_close(ours, layer(x), rtol=1e-4, atol=1e-6, equal_nan=True)
     assert ours[2].isnan().all() and not ours[[0, 1, 3]].isnan().any()
 
 
@@ -312,11 +312,11 @@ def tiny_model(kind: type[TDMPC2] = TDMPC2) -> TDMPC2:
     return model
 
 
-def value_of_sequences(model: TDMPC2) -> Tensor:
+def valued(model: TDMPC2) -> Tensor:
     state = model.encode(torch.linspace(-1, 1, 6).view(2, 3))
     actions = torch.linspace(-1, 1, 3 * 2 * 4 * 2).view(3, 2, 4, 2)
     with torch.no_grad():
-        return model.trajectory_value(state, actions, discount=None, deterministic=True)
+        return value_of_sequences(model, state, actions)
 
 
 @needs_a_compiler
@@ -324,11 +324,10 @@ def test_sequences_are_rolled_out_natively_and_valued_as_by_the_definition(monke
     model, calls = tiny_model(), []
     inner = fast.rollout
     monkeypatch.setattr(fast, "rollout", lambda *args: (calls.append(1), inner(*args))[1])
-    ours = value_of_sequences(model)
+    ours = valued(model)
     assert calls == [1]
-    monkeypatch.setattr(nodes, "applies", lambda x: False)
-
-    torch.testing.assert_close(ours, value_of_sequences(model), rtol=1e-4, atol=1e-5)
+    with by_definition():
+        torch.testing.assert_close(ours, valued(model), rtol=1e-4, atol=1e-5)
     assert calls == [1] and float(ours.std()) > 0.01
 
 
@@ -343,9 +342,9 @@ def test_a_model_with_dynamics_of_its_own_is_planned_with_as_written():
     model = tiny_model(Frozen)
     state = model.encode(torch.zeros(2, 3))
     with torch.no_grad():
-        outlook = model.outlook(state, torch.ones(3, 2, 4, 2), discount=None, deterministic=True)
+        partial = model.partial_return(state, torch.ones(3, 2, 4, 2), discount=None, deterministic=True)
 
-    assert torch.equal(outlook.state["latent"], state["latent"].unsqueeze(1).expand(2, 4, -1))
+    assert torch.equal(partial.state["latent"], state["latent"].unsqueeze(1).expand(2, 4, -1))
 
 
 @pytest.mark.parametrize("part", ["dynamics", "reward_head"])
@@ -353,7 +352,7 @@ def test_hooks_of_the_networks_are_called_while_planning(part):
     model, seen = tiny_model(), []
     getattr(model, part).register_forward_hook(lambda *args: seen.append(1))
 
-    value_of_sequences(model)
+    valued(model)
 
     assert len(seen) >= 2
 
@@ -375,14 +374,14 @@ def test_defaults_for_new_tensors_change_nothing(default, native_calls):
         output = net(*parts)
         grads = torch.autograd.grad((output * weights).sum(), [*net.parameters(), parts[0]])
         with torch.no_grad():
-            outlook = model.outlook(state, actions, discount=0.9, deterministic=True)
+            partial = model.partial_return(state, actions, discount=0.9, deterministic=True)
     finally:
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
 
     assert torch.equal(output, expected[0]) and len(native_calls) >= 2
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(grads, expected[1:], strict=True))
-    assert outlook.earned.dtype == torch.float32 and outlook.earned.device.type == "cpu"
+    assert partial.earned.dtype == torch.float32 and partial.earned.device.type == "cpu"
 
 
 @needs_a_compiler

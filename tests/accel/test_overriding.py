@@ -335,13 +335,13 @@ def test_a_subclass_that_says_how_it_is_planned_with_is_asked() -> None:
 
     class Mine(TDMPC2):
         value = counted(TDMPC2.value, [])  # type: ignore[assignment]
-        outlook_value = counted(TDMPC2.outlook_value, calls)  # type: ignore[assignment]
+        estimated_return = counted(TDMPC2.estimated_return, calls)  # type: ignore[assignment]
 
     model = model_of("tdmpc2").eval()
     model.__class__ = Mine
     planner = Planner(model, PlannerConfig(num_samples=8, num_elites=4, num_pi_trajs=2, iterations=2))
     planner.plan(model.encode(torch.zeros(2, 3)), planner.start(2))
-    assert calls == ["outlook_value"] * 2
+    assert calls == ["estimated_return"] * 2
 
 
 def test_a_norm_inside_tdmpc2s_layers_can_be_hooked() -> None:

@@ -16,7 +16,6 @@ from worldflux.config import DreamerV3Config, TDMPC2Config
 from worldflux.diagnostics.health import Health, check_health
 from worldflux.errors import ShapeMismatchError
 from worldflux.models.base import WorldModel
-from worldflux.models.dreamerv3 import health as dreamerv3_health
 from worldflux.models.dreamerv3.health import DREAMERV3_THRESHOLDS, share_at_free_nats, unused_codes
 from worldflux.models.dreamerv3.world_model import DreamerV3
 from worldflux.models.health import (
@@ -24,12 +23,12 @@ from worldflux.models.health import (
     Threshold,
     counted_mean,
     largest_reward,
+    randomness,
     read,
     share_at_edge,
     share_constant,
     value_over_rewards,
 )
-from worldflux.models.tdmpc2 import health as tdmpc2_health
 from worldflux.models.tdmpc2.health import TDMPC2_THRESHOLDS, saturated_groups, steps_that_count
 from worldflux.models.tdmpc2.world_model import TDMPC2
 from worldflux.nn.distributions import CategoricalPolicy, NormalPolicy
@@ -131,16 +130,15 @@ def test_randomness_runs_from_the_least_entropy_of_a_policy_to_the_greatest():
     sure = CategoricalPolicy(torch.tensor([[99.0, 0.0, 99.0, 0.0, 0.0]]), (2, 3))
     wide, narrow = (NormalPolicy(torch.zeros(1, 2), torch.full((1, 2), raw)) for raw in (99.0, -99.0))
     for policy, expected in ((even, 1.0), (sure, 0.0), (wide, 1.0), (narrow, 0.0)):
-        found = dreamerv3_health.randomness(policy.entropy(), *policy.entropy_range)
+        found = randomness(policy.entropy(), torch.ones(1), *policy.entropy_range)
         torch.testing.assert_close(found, torch.tensor(expected))
-    assert dreamerv3_health.randomness(torch.zeros(3), 0.0, 0.0) == 1.0  # a single action to choose from
+    assert randomness(torch.zeros(3), torch.ones(3), 0.0, 0.0) == 1.0  # a single action to choose from
 
 
-def test_randomness_of_tdmpc2_counts_used_action_dimensions_only():
+def test_randomness_counts_used_action_dimensions_only():
     log_std = torch.tensor([[[-10.0, 0.0], [2.0, 0.0]]])
     used = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
-    assert tdmpc2_health.randomness(log_std, used, -10.0, 2.0) == 0.5
-    assert tdmpc2_health.randomness(log_std, used, -1.0, -1.0) == 1.0
+    assert randomness(log_std, used, -10.0, 2.0) == 0.5
 
 
 def test_saturated_groups_are_those_with_one_number_above_99_percent():

@@ -6,6 +6,7 @@ import copy
 import pickle
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -17,8 +18,7 @@ from worldflux.models.base import LossOutput
 from worldflux.models.mppi import search_step
 from worldflux.models.planning import Planner, PlannerConfig
 from worldflux.models.tdmpc2.world_model import TDMPC2, CompiledFunctions
-from worldflux.nn.fast import mish as nodes
-from worldflux.nn.fast import mlp as fast
+from worldflux.nn.definitions import by_definition
 from worldflux.nn.fast.dropout import dropout_factors
 from worldflux.nn.mish import Ensemble, NormedLinear, linear
 from worldflux.training import Batch, Trainer, TrainingConfig
@@ -55,17 +55,14 @@ def small_batch(model: TDMPC2, seed: int = 1, windows: int = 8) -> Batch:
     )
 
 
-def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here on every layer is computed as `worldflux.nn.mish` defines it."""
-    monkeypatch.setattr(nodes, "applies", lambda x: False)
+@contextmanager
+def without_native_code() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLDFLUX_NATIVE", "0")
+        yield
 
 
-def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here on nothing is computed by native code."""
-    monkeypatch.setattr(fast, "_library", lambda: None)
-
-
-SLOWER = {"definition": plainly, "no compiler": without_a_compiler}
+SLOWER = {"definition": by_definition, "no native code": without_native_code}
 
 
 KINDS = {
@@ -85,10 +82,10 @@ def ten_updates(**fields) -> tuple[list[dict[str, Tensor]], TDMPC2]:
 
 @pytest.mark.parametrize("slower", SLOWER)
 @pytest.mark.parametrize("kind", KINDS)
-def test_ten_updates_are_the_plain_ones(kind, slower, monkeypatch):
+def test_ten_updates_are_the_plain_ones(kind, slower):
     found, model = ten_updates(**KINDS[kind])
-    SLOWER[slower](monkeypatch)
-    plain, expected = ten_updates(**KINDS[kind])
+    with SLOWER[slower]():
+        plain, expected = ten_updates(**KINDS[kind])
 
     for ours, theirs in zip(found, plain, strict=True):
         assert list(ours) == list(theirs)
@@ -104,7 +101,7 @@ def test_ten_updates_are_the_plain_ones(kind, slower, monkeypatch):
 @pytest.mark.parametrize("slower", SLOWER)
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_plans_are_the_plain_ones(kind, deterministic, slower, monkeypatch):
+def test_plans_are_the_plain_ones(kind, deterministic, slower):
     model = small_model(**KINDS[kind]).eval()
     if kind == "episodic":
         model.termination_seen.fill_(1.0)
@@ -122,9 +119,9 @@ def test_plans_are_the_plain_ones(kind, deterministic, slower, monkeypatch):
         return found
 
     found = plans()
-    SLOWER[slower](monkeypatch)
-
-    for ours, theirs in zip(found, plans(), strict=True):
+    with SLOWER[slower]():
+        expected = plans()
+    for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-4)
 
 
@@ -161,13 +158,13 @@ def layers() -> dict[str, tuple[torch.nn.Module, list[Tensor], dict]]:
 
 
 @pytest.mark.parametrize("case", list(layers()))
-def test_a_layer_and_its_gradients_are_the_plain_ones(case, monkeypatch):
+def test_a_layer_and_its_gradients_are_the_plain_ones(case):
     layer, inputs, options = layers()[case]
     output, grads = gradients(layer, inputs, **options)
     with torch.no_grad():
         torch.testing.assert_close(layer(*inputs, **options), output, rtol=1e-6, atol=1e-6)
-    plainly(monkeypatch)
-    expected, expected_grads = gradients(layer, inputs, **options)
+    with by_definition():
+        expected, expected_grads = gradients(layer, inputs, **options)
 
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(grads, expected_grads, strict=True):
@@ -175,7 +172,7 @@ def test_a_layer_and_its_gradients_are_the_plain_ones(case, monkeypatch):
 
 
 @pytest.mark.parametrize("case", list(layers()))
-def test_under_autocast_a_layer_multiplies_in_bfloat16(case, monkeypatch):
+def test_under_autocast_a_layer_multiplies_in_bfloat16(case):
     layer, inputs, options = layers()[case]
     exact, exact_grads = gradients(layer, inputs, **options)
     with torch.autocast("cpu", torch.bfloat16):

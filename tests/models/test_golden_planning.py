@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.golden_tdmpc2 import KINDS, Golden, assert_matches, golden, model
+from helpers.small_models import value_of_sequences
 from torch import Tensor
 
 from worldflux.models.planning import PlanDraws, Planner, PlannerConfig, PlanTrace
@@ -25,7 +26,8 @@ def test_sequences_of_actions_have_the_recorded_values(kind):
     actions = ref["value/actions"].unsqueeze(1)  # one row of 32 sequences
 
     with torch.no_grad():
-        values = built.trajectory_value(
+        values = value_of_sequences(
+            built,
             ref.state(ref["value/z"], task=0),
             actions,
             discount=None,

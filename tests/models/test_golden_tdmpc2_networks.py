@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.golden_tdmpc2 import KINDS, TOLERANCE, Golden, assert_matches, golden, model
+from helpers.small_models import value_of_sequences
 from torch import Tensor
 
 from worldflux.config import TDMPC2Config
@@ -137,7 +138,8 @@ def test_members_of_the_ensemble_are_evaluated_one_by_one_as_together():
 
 def test_values_of_action_sequences(ref):
     net, actions = model(ref.kind), ref["value/actions"]
-    found = net.trajectory_value(
+    found = value_of_sequences(
+        net,
         ref.state(ref["value/z"], task=0),
         actions.unsqueeze(1),  # [H, 1, 32, A]
         discount=None,
@@ -159,7 +161,7 @@ def test_rows_are_planned_for_as_if_alone():
     def values(rows: slice) -> Tensor:
         state = State({"latent": latents[rows], "task": torch.tensor([0, 1, 2])[rows]})
         several = actions.unsqueeze(1).expand(-1, len(state["latent"]), -1, -1) * net.action_mask(state).unsqueeze(1)
-        return net.trajectory_value(state, several, discount=None, deterministic=True)
+        return value_of_sequences(net, state, several)
 
     together = values(slice(0, 3))
     for row in range(3):

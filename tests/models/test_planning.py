@@ -53,13 +53,13 @@ class MaskedPointModel(PointModel):
     def propose(self, state: State, noise: Tensor, *, deterministic: bool) -> Tensor:
         return torch.tanh(noise)
 
-    def outlook(self, state, actions, *, discount, deterministic) -> PartialReturn:
+    def partial_return(self, state, actions, *, discount, deterministic) -> PartialReturn:
         places = state["place"].unsqueeze(1) + actions.cumsum(0)
         earned = -(places - self.goal).square().sum((0, -1))
         return PartialReturn(earned, torch.zeros_like(earned), State({"place": places[-1]}))
 
-    def outlook_value(self, outlook, *, deterministic, noise=None, members=None) -> Tensor:
-        return outlook.earned
+    def estimated_return(self, partial, *, deterministic, noise=None, members=None) -> Tensor:
+        return partial.earned
 
 
 def points(*places: tuple[float, float]) -> State:

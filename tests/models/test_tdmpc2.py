@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.small_models import value_of_sequences
 from torch import Tensor
 
 from worldflux import create_world_model, list_models
@@ -263,7 +264,7 @@ def test_a_sequence_that_terminates_is_worth_nothing_beyond():
     torch.nn.init.zeros_(model.termination_head.layers[-1].weight)
     torch.nn.init.constant_(model.termination_head.layers[-1].bias, 9.0)
     state, actions = model.encode(torch.randn(3, 4)), torch.rand(2, 3, 5, A)
-    found = model.trajectory_value(state, actions, discount=None, deterministic=True)
+    found = value_of_sequences(model, state, actions)
     rows = State({"latent": state["latent"].repeat_interleave(5, 0)})
     expected = model.rollout(rows, actions.flatten(1, 2)).rewards[0].unflatten(0, (3, 5))
     torch.testing.assert_close(found, expected)
@@ -273,7 +274,7 @@ def test_a_given_discount_replaces_the_models_own():
     model = tdmpc2()
     state, actions = model.encode(torch.randn(1, 4)), torch.rand(1, 1, 1, A)
     values = [
-        float(model.trajectory_value(state, actions, discount=discount, deterministic=True).detach())
+        float(value_of_sequences(model, state, actions, discount=discount, deterministic=True).detach())
         for discount in (None, model.discount, 0.5)
     ]
     assert values[0] == pytest.approx(values[1])

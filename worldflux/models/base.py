@@ -18,7 +18,7 @@ from worldflux.config import WorldModelConfig
 from worldflux.errors import CheckpointError, ShapeMismatchError
 from worldflux.files import checked_path, reading_together, replacing_together, writing
 from worldflux.models.health import HealthMetric
-from worldflux.models.weights import check_weights, parse_weights, read_weights
+from worldflux.models.weights import check_weights, read_weights
 from worldflux.nn.precision import autocast
 from worldflux.reading import InvalidJSONError, only_our_errors
 from worldflux.replay.batch import Batch, Observation
@@ -401,7 +401,12 @@ class WorldModel(nn.Module):
             cls._check_described(config, weights, directory / WEIGHTS_FILE)
             with torch.random.fork_rng(devices=[]):  # the initial weights are replaced
                 model = cls(config)
-            model._take_over(weights, directory / WEIGHTS_FILE)
+            try:
+                model.load_state_dict(weights)
+            except RuntimeError as error:
+                raise CheckpointError(
+                    f"{directory / WEIGHTS_FILE} does not fit the model's configuration. {error}"
+                ) from error
         return model
 
     @classmethod
@@ -422,27 +427,7 @@ class WorldModel(nn.Module):
         """Returns all parameters and buffers in the safetensors format."""
         return safetensors.torch.save({k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()})
 
-    def load_weights(self, data: bytes, *, source: object, allow_nonfinite: bool = False) -> None:
-        """Loads weights that `weights_bytes` returned.
-
-        Args:
-            data: Weights in the safetensors format.
-            source: Origin of the data, named in error messages.
-            allow_nonfinite: Whether to accept weights that are NaN or infinite.
-
-        Raises:
-            CheckpointError: If the data is damaged or not finite, or if names or shapes differ from the model's.
-        """
-        with only_our_errors(source):
-            self._take_over(parse_weights(data, source, allow_nonfinite=allow_nonfinite), source)
-
-    def _take_over(self, weights: Mapping[str, Tensor], source: object) -> None:
-        try:
-            self.load_state_dict(weights)
-        except RuntimeError as error:
-            raise CheckpointError(f"{source} does not fit the model's configuration. {error}") from error
-
-    # Helpers for subclasses: precision and checks of the inputs
+    # For the families: what they are given, and in which precision they compute
 
     def _autocast(self) -> AbstractContextManager[Any]:
         kind = self.config.dtype

@@ -110,6 +110,20 @@ def share_at_edge(targets: Tensor, counted: Tensor, limit: Tensor | float) -> Te
     return counted_mean((symlog(targets).abs() >= _EDGE * limit).float(), counted)
 
 
+def randomness(values: Tensor, counted: Tensor, lowest: float, highest: float) -> Tensor:
+    """Mean entropy or log standard deviation of a policy: 0 for the least and 1 for the greatest that it can have.
+
+    Args:
+        values: Entropies in nats, or log standard deviations. `[...]`
+        counted: 1 or 0. Broadcasts to `[...]`
+        lowest: Value of a policy without any exploration.
+        highest: Value of a policy without any preference. Where it is no greater, nothing can collapse: 1.
+    """
+    if highest <= lowest:
+        return torch.ones((), device=values.device)
+    return counted_mean((values - lowest) / (highest - lowest), counted)
+
+
 def largest_reward(rewards: Tensor) -> Tensor:
     """Computes the largest magnitude of a batch's rewards `[...]`, which is at least 1. `[]`
 

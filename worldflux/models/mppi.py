@@ -50,7 +50,9 @@ class PlanningModel(Protocol):
         `deterministic` is set.
         """
 
-    def outlook(self, state: State, actions: Tensor, *, discount: float | None, deterministic: bool) -> PartialReturn:
+    def partial_return(
+        self, state: State, actions: Tensor, *, discount: float | None, deterministic: bool
+    ) -> PartialReturn:
         """Computes the partial returns of sequences of actions.
 
         Args:
@@ -60,13 +62,13 @@ class PlanningModel(Protocol):
             deterministic: Whether to draw no random numbers.
         """
 
-    def outlook_value(
-        self, outlook: PartialReturn, *, deterministic: bool, noise: Tensor | None = None, members: Tensor | None = None
+    def estimated_return(
+        self, partial: PartialReturn, *, deterministic: bool, noise: Tensor | None = None, members: Tensor | None = None
     ) -> Tensor:
         """Computes the values of the sequences: their rewards plus the weighted values of their last states.
 
         Args:
-            outlook: Result of `outlook`.
+            partial: Result of `partial_return`.
             deterministic: Whether to draw no random numbers, but use the policy's mean action in the last state, and
                 all critics or fixed ones.
             noise: Noise of the policy's action in the last state; None draws it. `[N, S, A]`
@@ -122,7 +124,9 @@ class RolloutPlanning:
             return self.model.policy(state, deterministic=True) + self.spread * noise
         return self.model.policy(state)
 
-    def outlook(self, state: State, actions: Tensor, *, discount: float | None, deterministic: bool) -> PartialReturn:
+    def partial_return(
+        self, state: State, actions: Tensor, *, discount: float | None, deterministic: bool
+    ) -> PartialReturn:
         """Computes the rewards and the last state of one rollout of each sequence."""
         _, N, S, _ = actions.shape
         trajectory = self.model.rollout(repeated(state, N, S), actions.flatten(1, 2), deterministic=deterministic)
@@ -132,12 +136,12 @@ class RolloutPlanning:
         last = State({name: x.unflatten(0, (N, S)) for name, x in trajectory.states[-1].items()})
         return PartialReturn(earned.unflatten(0, (N, S)), after.unflatten(0, (N, S)), last)
 
-    def outlook_value(
-        self, outlook: PartialReturn, *, deterministic: bool, noise: Tensor | None = None, members: Tensor | None = None
+    def estimated_return(
+        self, partial: PartialReturn, *, deterministic: bool, noise: Tensor | None = None, members: Tensor | None = None
     ) -> Tensor:
         """Computes the values with `WorldModel.value`; `noise` and `members` are not used. `[N, S]`"""
-        last = State({name: x.flatten(0, 1) for name, x in outlook.state.items()})
-        return outlook.earned + outlook.weight * self.model.value(last).unflatten(0, outlook.earned.shape)
+        last = State({name: x.flatten(0, 1) for name, x in partial.state.items()})
+        return partial.earned + partial.weight * self.model.value(last).unflatten(0, partial.earned.shape)
 
 
 class Proposals(NamedTuple):
@@ -145,7 +149,7 @@ class Proposals(NamedTuple):
 
     actions: Tensor
     """Sequences of actions. `[H, N, K, A]`"""
-    outlook: PartialReturn
+    partial: PartialReturn
     """Partial returns of the sequences."""
 
 
@@ -190,18 +194,18 @@ def search_step(
         std: Standard deviation of the distribution. `[H, N, A]`
         mask: 1 where a row has an action dimension, else 0; None if all rows have all. `[N, A]`
         noise: Standard normal noise. `[H, N, S - K, A]`
-        value_noise: See `PlanningModel.outlook_value`.
-        members: See `PlanningModel.outlook_value`.
+        value_noise: See `PlanningModel.estimated_return`.
+        members: See `PlanningModel.estimated_return`.
         deterministic: Whether to draw no random numbers.
     """
     candidates = (mean.unsqueeze(2) + std.unsqueeze(2) * noise).clamp(-1.0, 1.0)
     if mask is not None:
         candidates = candidates * mask.unsqueeze(1)
-    outlook = model.outlook(state, candidates, discount=config.discount, deterministic=deterministic)
+    partial = model.partial_return(state, candidates, discount=config.discount, deterministic=deterministic)
     if proposals is not None:
         candidates = torch.cat([proposals.actions, candidates], 2)
-        outlook = PartialReturn.join([proposals.outlook, outlook])
-    values = model.outlook_value(outlook, deterministic=deterministic, noise=value_noise, members=members)
+        partial = PartialReturn.join([proposals.partial, partial])
+    values = model.estimated_return(partial, deterministic=deterministic, noise=value_noise, members=members)
     # A candidate with which the model diverges must neither be chosen nor affect the weights of the others, so NaN
     # counts as 0, as in the reference implementation.
     values = values.float()

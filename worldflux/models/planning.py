@@ -180,7 +180,9 @@ class Planner:
         """The model if it implements `PlanningModel` and no method that this bypasses is overridden, or a wrapper."""
         model = self.model
         if isinstance(model, PlanningModel):
-            replaced = newer_than(model, ("propose", "outlook", "outlook_value"), "rollout", "policy", "value")
+            replaced = newer_than(
+                model, ("propose", "partial_return", "estimated_return"), "rollout", "policy", "value"
+            )
             if not steps_back(f"The planning interface of {type(model).__name__}", model, replaced):
                 return model
         return RolloutPlanning(model, spread=self.config.min_std)
@@ -289,8 +291,8 @@ class Planner:
         chosen = torch.stack(actions).unflatten(1, (N, K))
         if mask is not None:
             chosen = chosen * mask.unsqueeze(1)
-        outlook = scorer.outlook(start, chosen, discount=self.config.discount, deterministic=deterministic)
-        return Proposals(chosen, outlook)
+        partial = scorer.partial_return(start, chosen, discount=self.config.discount, deterministic=deterministic)
+        return Proposals(chosen, partial)
 
     def _sample_draws(self, like: Tensor) -> PlanDraws:
         """Draws new random numbers from torch's generator for a plan of the shape of `like` `[N, H, A]`."""

@@ -25,17 +25,12 @@ def read_weights(path: Path, *, allow_nonfinite: bool = False) -> dict[str, Tens
             data = file.read()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-    return parse_weights(data, path, allow_nonfinite=allow_nonfinite)
-
-
-def parse_weights(data: bytes, source: object, *, allow_nonfinite: bool = False) -> dict[str, Tensor]:
-    """Parses the bytes of a safetensors file; see `read_weights`."""
     try:
         tensors = safetensors.torch.load(data)
     except Exception as error:  # safetensors raises its own Rust exception class
-        raise CheckpointError(f"{source} is not a readable safetensors file: {error}.") from error
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}.") from error
     if not allow_nonfinite:
-        check_finite(source, tensors)
+        check_finite(path, tensors)
     return tensors
 
 

@@ -16,6 +16,7 @@ from worldflux.models.health import (
     Threshold,
     counted_mean,
     largest_reward,
+    randomness,
     read,
     share_at_edge,
     share_constant,
@@ -97,7 +98,9 @@ def health_metrics(parts: LossParts, config: DreamerV3Config, bins: Tensor) -> t
             share_at_edge(imagined, torch.ones_like(imagined), edge),
             share_at_edge(replayed, torch.ones_like(replayed), edge),
         ),
-        "policy_randomness": randomness(behavior.entropy, *parts.policy.entropy_range),
+        "policy_randomness": randomness(
+            behavior.entropy, torch.ones_like(behavior.entropy), *parts.policy.entropy_range
+        ),
     }
     return read(values, DREAMERV3_THRESHOLDS)
 
@@ -136,20 +139,6 @@ def unused_codes(probs: Tensor, counted: Tensor, unimix: float) -> Tensor:
     own = _mean_probs(probs, counted) - unimix / classes
     unused = (own < _USED / classes).sum() * (counted.sum() > 0)
     return unused / max(groups * (classes - 1), 1)
-
-
-def randomness(entropy: Tensor, lowest: float, highest: float) -> Tensor:
-    """Computes the mean entropy, rescaled to 0 for the lowest and 1 for the highest possible entropy.
-
-    Args:
-        entropy: Entropy of the policy in nats. `[...]`
-        lowest: Entropy of a policy without exploration.
-        highest: Entropy of a policy without preference. If it is not above `lowest`, there is no choice of actions, and
-            the result is 1.
-    """
-    if highest <= lowest:
-        return torch.ones((), device=entropy.device)
-    return (entropy.mean() - lowest) / (highest - lowest)
 
 
 def _mean_probs(probs: Tensor, counted: Tensor) -> Tensor:

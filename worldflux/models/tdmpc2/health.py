@@ -15,6 +15,7 @@ from worldflux.models.health import (
     Threshold,
     counted_mean,
     largest_reward,
+    randomness,
     read,
     share_at_edge,
     share_constant,
@@ -126,17 +127,3 @@ def saturated_groups(latents: Tensor, counted: Tensor, dim: int) -> Tensor:
     """
     largest = latents.float().unflatten(-1, (-1, dim)).amax(-1)  # [N, T, G]
     return counted_mean((largest > _ONE_HOT).float(), counted.unsqueeze(-1))
-
-
-def randomness(log_std: Tensor, counted: Tensor, lowest: float, highest: float) -> Tensor:
-    """Computes the policy's mean log-std, rescaled to 0 for the smallest and 1 for the largest possible value.
-
-    Args:
-        log_std: Log-std of the policy before squashing. `[N, T, A]`
-        counted: 1 for entries that count, else 0. `[N, T, A]`
-        lowest: Smallest possible log-std.
-        highest: Largest possible log-std. If it is not above `lowest`, nothing can collapse, and the result is 1.
-    """
-    if highest <= lowest:
-        return torch.ones((), device=log_std.device)
-    return counted_mean((log_std - lowest) / (highest - lowest), counted)

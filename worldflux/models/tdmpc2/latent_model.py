@@ -183,38 +183,15 @@ class LatentModel(WorldModel):
         """Returns actions of the policy for given standard normal noise. `[B, A]`"""
         return self._policy(state["latent"], state.get("task"), noise).action
 
-    def trajectory_value(
-        self,
-        state: State,
-        actions: Tensor,
-        *,
-        discount: float | None,
-        deterministic: bool,
-        noise: Tensor | None = None,
-        members: Tensor | None = None,
-    ) -> Tensor:
-        """Computes the values of sequences of actions: their discounted rewards and the value of the policy after them.
+    def partial_return(
+        self, state: State, actions: Tensor, *, discount: float | None, deterministic: bool
+    ) -> PartialReturn:
+        """What sequences of actions `[H, N, S, A]` earn, and where they lead; `discount` None takes the task's own.
 
-        A step with a predicted probability of termination above one half ends the sequence; nothing after it counts.
-
-        Args:
-            state: Initial state, shared by all sequences of a row. `[N, ...]`
-            actions: Sequences of actions. `[H, N, S, A]`
-            discount: Discount per step; None uses that of the task.
-            deterministic: Whether to use the policy's mean without `noise`, and all value networks without `members`.
-                Otherwise missing ones are drawn.
-            noise: Noise of the policy's action in the last state. `[N, S, A]`
-            members: Indices of the value networks whose mean is the value of the last state. `[2]`
-
-        Returns:
-            Values of the sequences. `[N, S]`
+        A step that is expected to terminate, with a probability above one half, ends the sequence: nothing after it
+        counts.
         """
-        outlook = self.outlook(state, actions, discount=discount, deterministic=deterministic)
-        return self.outlook_value(outlook, deterministic=deterministic, noise=noise, members=members)
-
-    def outlook(self, state: State, actions: Tensor, *, discount: float | None, deterministic: bool) -> PartialReturn:
-        """Computes the partial returns of sequences of actions; see `trajectory_value`."""
-        # The state and its task have an axis of size 1 that broadcasts with the sequences.
+        # The state and its task stand once in each row and broadcast with the sequences from there.
         task = state["task"].unsqueeze(1) if "task" in state else None  # [N, 1]
         found = None
         if task is None and not overridden(self, _NEXT, _INPUTS):
@@ -241,16 +218,24 @@ class LatentModel(WorldModel):
         earned, left = discounted_rewards(rewards, continues, weight)
         return PartialReturn(earned, left, _state(after[-1], None if task is None else task.expand(earned.shape)))
 
-    def outlook_value(
-        self, outlook: PartialReturn, *, deterministic: bool, noise: Tensor | None = None, members: Tensor | None = None
+    def estimated_return(
+        self, partial: PartialReturn, *, deterministic: bool, noise: Tensor | None = None, members: Tensor | None = None
     ) -> Tensor:
-        """Computes the values of sequences from their partial returns; see `trajectory_value`."""
-        latent, task = outlook.state["latent"], outlook.state.get("task")
+        """What the sequences earn, and the value of the policy in their last states. `[N, S]`
+
+        Args:
+            partial: Result of `partial_return`.
+            deterministic: Without `noise` take the policy's mean, without `members` all value networks. Otherwise both
+                are drawn.
+            noise: Noise of the policy's action in the last state. `[N, S, A]`
+            members: Value networks whose mean judges the last state. `[2]`
+        """
+        latent, task = partial.state["latent"], partial.state.get("task")
         if noise is None and not deterministic:
             noise = torch.randn(*latent.shape[:-1], self.config.action_dim, device=latent.device)
         if members is None and not deterministic:
             members = self._members()
-        return outlook.earned + outlook.weight * self._final_value(latent, task, noise=noise, members=members)
+        return partial.earned + partial.weight * self._final_value(latent, task, noise=noise, members=members)
 
     def _final_value(
         self, latent: Tensor, task: Tensor | None, *, noise: Tensor | None, members: Tensor | None

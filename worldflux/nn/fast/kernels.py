@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from worldflux.accel import native
@@ -17,28 +18,39 @@ from worldflux.nn.definitions import fast_forms
 
 _LARGE, _FEW_THREADS = 2**18, 4
 _KINDS = (Tensor, torch.nn.Parameter)
+_GLOBAL_HOOKS: Callable[[], Any] = getattr(torch_module, "_has_any_global_hook", lambda: False)
 
 
 def kernels(*tensors: Tensor, elements: int = 0) -> Any:
     """Returns the compiled functions if they can be used for these tensors, otherwise None.
 
-    They require float32 tensors on a CPU, and that neither autocast, a compiler, tracing nor a dispatch mode is active.
-
     Args:
-        *tensors: Input tensors to check.
-        elements: Number of elements of the result. Large results are left to torch if it has many threads, because
-            torch parallelises everything, the kernels only the matrix products.
+        *tensors: Some of the inputs.
+        elements: Number of values to compute. Large ones are left to torch where it has many threads: it shares
+            everything among them, the kernels only the matrix products.
     """
     if elements > _LARGE and torch.get_num_threads() > _FEW_THREADS:
         return None
-    # The order matters: torch.compile cannot trace `fast_forms`.
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return None
-    if not native.switched_on() or not fast_forms():
-        return None
-    if not all(x.device.type == "cpu" and x.dtype == torch.float32 and type(x) in _KINDS for x in tensors):
-        return None
-    return None if is_in_torch_dispatch_mode() or torch.jit.is_tracing() else library()
+    return library() if native_code_applies(tensors) else None
+
+
+def native_code_applies(tensors: Iterable[Tensor]) -> bool:
+    """Whether native code may compute with these tensors.
+
+    It may on a CPU in float32, where neither autocast, a compiler, nor anything that watches or records torch's
+    operations is at work.
+    """
+    # In this order: a compiler cannot follow what asks for the forms.
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and fast_forms()
+        and native.switched_on()
+        and all(x.is_cpu and x.dtype is torch.float32 and type(x) in _KINDS for x in tensors)
+        and not is_in_torch_dispatch_mode()
+        and not torch.jit.is_tracing()
+        and not _GLOBAL_HOOKS()
+    )
 
 
 @cache

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from math import prod
 from pathlib import Path
@@ -19,16 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.modules import module as torch_module
 
 from worldflux.accel import native
-from worldflux.nn.fast import mish as nodes
+from worldflux.nn.fast.kernels import native_code_applies
 
 logger = logging.getLogger("worldflux.nn")
 
 PLAIN, MISH, SIMNORM = 0, 1, 2
-_DISPATCH_DEPTH: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
-_GLOBAL_HOOKS: Callable[[], Any] = getattr(torch_module, "_has_any_global_hook", lambda: False)
 
 
 class Layer(NamedTuple):
@@ -56,18 +53,8 @@ class _Library(NamedTuple):
 
 
 def applies(parts: Sequence[Tensor]) -> bool:
-    """Returns whether the native code supports these inputs: float32 on a CPU, and no active mode, hook or tracing."""
-    for x in parts:
-        if type(x) is not Tensor or x.dtype is not torch.float32 or not nodes.applies(x):
-            return False
-    return (
-        not torch.is_autocast_enabled("cpu")
-        and _DISPATCH_DEPTH() == 0
-        and not torch.jit.is_tracing()
-        and not _GLOBAL_HOOKS()
-        and native.switched_on()
-        and _library() is not None
-    )
+    """Whether the native code takes these inputs."""
+    return native_code_applies(parts) and _library() is not None
 
 
 def mlp(
