@@ -100,7 +100,7 @@ def pair(model: nn.Module, config: TrainingConfig = CONFIG) -> tuple[Trainer, Tr
 
 def recorded(trainer: Trainer) -> int:
     assert isinstance(trainer._take_step, CapturedStep)
-    return trainer._take_step._captures.recorded
+    return trainer._take_step._captures.count
 
 
 def state(trainer: Trainer) -> dict[str, Tensor]:
@@ -341,7 +341,7 @@ def test_a_capture_that_fails_leaves_everything_usable(
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "worldflux.training"):
         patch.setattr(CudaGraphCapturer, "warm_up", lambda self, function: (warm_up(self, function)[0], None))
         expected, found = run(plain, given), run(played, given)
-    assert len(caplog.messages) == 1 and "cannot be recorded as a CUDA graph" in caplog.messages[0]
+    assert len(caplog.messages) == 1 and "cannot be captured in a CUDA graph" in caplog.messages[0]
     for one, other in zip(expected, found, strict=True):
         assert_same(one, other)
     # Streams, random numbers, memory and further recordings work as before.
@@ -365,11 +365,11 @@ def test_a_capture_that_fails_leaves_everything_usable(
 # Recordings that are wrong
 
 
-class StaleRecorder(CudaGraphCapturer):
+class StaleCapturer(CudaGraphCapturer):
     """Its graphs read the inputs where nobody writes them any more."""
 
-    def record(self, function: Callable[[], Any]) -> Any:
-        found = super().record(function)
+    def capture(self, function: Callable[[], Any]) -> Any:
+        found = super().capture(function)
         captured = function.__self__  # type: ignore[attr-defined]
         captured.old, captured._inputs = captured._inputs, {name: x.clone() for name, x in captured._inputs.items()}
         return found
@@ -379,7 +379,7 @@ class StaleRecorder(CudaGraphCapturer):
 def test_a_step_recorded_wrongly_is_stepped_back_from(
     family: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(trainer_module, "CudaGraphCapturer", StaleRecorder)
+    monkeypatch.setattr(trainer_module, "CudaGraphCapturer", StaleCapturer)
     plain, played = pair(new(family))
     given = batches(plain.model, 10)
     with caplog.at_level(logging.WARNING, "worldflux.training"):
@@ -399,7 +399,7 @@ def test_a_step_recorded_wrongly_is_stepped_back_from(
 def test_actions_recorded_wrongly_are_stepped_back_from(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(acting_module, "CudaGraphCapturer", StaleRecorder)
+    monkeypatch.setattr(acting_module, "CudaGraphCapturer", StaleCapturer)
     plain, played = actors("dreamerv3:tiny", spaces.Box(-1, 1, (4,), np.float32), False)
     for one, other in zip(acted(plain, 3, False), acted(played, 3, False), strict=True):
         torch.testing.assert_close(one.actions, other.actions, rtol=1e-3, atol=1e-4)
@@ -518,7 +518,7 @@ def test_actions_played_back_equal_plain_ones(
         for one, other in zip(acted(plain, rows, deterministic), acted(played, rows, deterministic), strict=True):
             torch.testing.assert_close(dict(one.state), dict(other.state), rtol=1e-3, atol=1e-4)
             torch.testing.assert_close(one.actions, other.actions, rtol=1e-3, atol=1e-4)
-    assert played._captures is not None and played._captures.recorded == 4
+    assert played._captures is not None and played._captures.count == 4
 
 
 def test_acting_sees_the_weights_of_the_step_before_it() -> None:
@@ -531,7 +531,7 @@ def test_acting_sees_the_weights_of_the_step_before_it() -> None:
         trainer.step(batch)
         one, other = acted(plain, 2, True, count=1)[0], acted(played, 2, True, count=1)[0]
         torch.testing.assert_close(one.actions, other.actions, rtol=1e-4, atol=1e-5)
-    assert recorded(trainer) == 1 and played._captures is not None and played._captures.recorded == 2
+    assert recorded(trainer) == 1 and played._captures is not None and played._captures.count == 2
 
 
 # Whole agents
@@ -581,7 +581,7 @@ def test_an_agent_learns_from_end_to_end(family: str, storage: str | None, tmp_p
         agent.learn(60)
         assert agent._n_updates >= 30 and agent.trainer.step_count == agent._n_updates
         assert recorded(agent.trainer) == 1
-        assert agent.actor._captures is not None and agent.actor._captures.recorded == 2
+        assert agent.actor._captures is not None and agent.actor._captures.count == 2
         after = agent.model.state_dict()
         assert all(bool(torch.isfinite(value.float()).all()) for value in after.values())
         assert any(not torch.equal(before[name], value) for name, value in after.items())

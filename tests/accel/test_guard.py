@@ -140,7 +140,7 @@ def test_actions_recorded_wrongly_are_those_of_the_plain_actor(
         assert torch.equal(found.actions, expected.actions)
         assert all(torch.equal(found.state[name], expected.state[name]) for name in expected.state)
         assert found.plan is None or expected.plan is None or torch.equal(found.plan, expected.plan)
-    assert played._captures is not None and played._captures.recorded == 0
+    assert played._captures is not None and played._captures.count == 0
     (message,) = messages(caplog)
     assert message.startswith(f"Acting of {type(plain.model).__name__}, replayed as a CUDA graph")
 
@@ -171,8 +171,8 @@ def test_an_agent_learns_with_right_and_with_wrong_recordings(
     assert agent._n_updates > 10 and agent.actor._captures is not None
     found = [message.partition(" of ")[0] for message in messages(caplog)]
     if spoil is None:
-        assert found == [] and recorded(agent.trainer) >= 1 and agent.actor._captures.recorded == 2
+        assert found == [] and recorded(agent.trainer) >= 1 and agent.actor._captures.count == 2
     else:
         assert sorted(found) == ["Acting", "The gradient step"]
-        assert recorded(agent.trainer) == agent.actor._captures.recorded == 0
+        assert recorded(agent.trainer) == agent.actor._captures.count == 0
     assert all(bool(torch.isfinite(value.float()).all()) for value in agent.model.state_dict().values())

@@ -27,7 +27,7 @@ def assert_same(one: list[Memory], other: list[Memory]) -> None:
 
 def recorded(actor: Actor) -> int:
     assert actor._captures is not None
-    return actor._captures.recorded
+    return actor._captures.count
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

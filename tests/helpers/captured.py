@@ -61,7 +61,7 @@ def batches(count: int, length: int = 6, obs_shape: tuple[int, ...] = (4,)) -> l
 
 def recorded(trainer: Trainer) -> int:
     assert isinstance(trainer._take_step, CapturedStep)
-    return trainer._take_step._captures.recorded
+    return trainer._take_step._captures.count
 
 
 def set_rate(trainer: Trainer, rate: float) -> None:

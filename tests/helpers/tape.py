@@ -177,8 +177,8 @@ class SpoiledCapturer(TapeCapturer):
         super().__init__(device)
         self.spoil = spoil
 
-    def record(self, function: Callable[[], Any]) -> Any:
-        result = super().record(function)[1]
+    def capture(self, function: Callable[[], Any]) -> Any:
+        result = super().capture(function)[1]
         with suppress(KeyError):
             self.spoil(self.tapes[-1], function.__self__._inputs)  # type: ignore[attr-defined]
         return self.tapes[-1].play, result

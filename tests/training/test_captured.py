@@ -258,7 +258,7 @@ def test_a_model_that_waits_for_the_device_is_trained_plainly(
         for trainer in (plain, played):
             run(trainer, given)
     assert [record.message.split(":")[0] for record in caplog.records] == [
-        "The gradient step of Waiting cannot be recorded as a CUDA graph, so it is computed plainly"
+        "The gradient step of Waiting cannot be captured in a CUDA graph, so it is computed plainly"
     ]
     assert len(played.model.read) == 9  # type: ignore[arg-type]
     assert_same(state(plain), state(played))
@@ -272,7 +272,7 @@ def test_a_recording_that_fails_costs_no_step(
     def refuse(self: TapeCapturer, function: Any) -> Any:
         raise NotCapturable("no")
 
-    monkeypatch.setattr(TapeCapturer, "record", refuse)
+    monkeypatch.setattr(TapeCapturer, "capture", refuse)
     plain, played = both(captured, lambda: new("tdmpc2"))
     for trainer in (plain, played):
         run(trainer, batches(8))

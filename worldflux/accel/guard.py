@@ -1,8 +1,7 @@
-"""Comparison of each CUDA graph with the plain computation when it is replayed for the first time.
+"""The comparison of each CUDA graph with the plain computation, made when it is replayed for the first time.
 
-A CUDA graph repeats kernels on fixed memory. A graph that was captured incorrectly (it reads an input that is no longer
-written, draws the same noise each time, or leaves a tensor unchanged) runs as fast as a correct one, and nothing else
-would reveal the fault.
+A CUDA graph repeats kernels on memory. A wrong one (it reads an input that is not written any more, draws the same
+noise each time, leaves a tensor as it was) runs as fast as a right one, and nothing else would tell.
 """
 
 from __future__ import annotations
@@ -21,82 +20,83 @@ Tensors = Mapping[str, Tensor]
 Outputs = dict[str, Tensor]
 
 _TYPICAL = 0.1
-"""Lower bound of the average magnitude of results, because relative differences mean nothing around 0."""
+"""Least average magnitude that entries of results are taken to have: a share of something close to 0 says nothing."""
 _ROUNDINGS = 2.0
-"""Tolerance of values that are changed in place, in units in the last place, however small the change is."""
+"""Units in the last place by which a value that is changed in place may be off, however small the change is."""
 _RANDOM = "the state of the random numbers"
 
 
 class Precision(NamedTuple):
-    """Tolerances of the comparison.
+    """How far results may be apart.
 
-    Both computations run the same kernels, so that most results are equal to the last bit. Where kernels differ, sums
-    are rounded differently, by 6e-8 in float32 and 4e-3 in bfloat16. A random draw close to the boundary between two
-    classes may then give the other class, after which the rollouts differ. Steps of both families with another order of
-    summation (5th step, `tiny`, windows of 16) differed by up to 2e-5 in float32, and by up to 0.24 in bfloat16, where
-    some draws differ. A step on another batch differed by 0.9 or more, a step with other noise by 0.07 (TD-MPC2) and
-    1.5 (DreamerV3), and a tensor that is not updated differs by 1.
+    Both forms run the same kernels, so that most results are equal to the last bit. Where kernels differ, sums are
+    rounded differently, by 6e-8 in float32 and 4e-3 in bfloat16; and a class that is drawn close to the edge between
+    two classes may be the other one, after which a rollout takes another course. Steps of both families whose sums had
+    another order (5th step, `tiny`, windows of 16) were apart by up to 2e-5 in float32, and by up to 0.24 in bfloat16,
+    where some draws differ. A step on another batch was off by 0.9 and more, one with other noise by 0.07 (TD-MPC2)
+    and 1.5 (DreamerV3), and a tensor that is not updated by 1.
     """
 
     tolerance: float
-    """Largest distance, as a fraction of the size of the plain computation's result or change."""
+    """Largest distance, as a share of the size of what the plain form returned or changed."""
     rounding: float
-    """Fraction of the largest gradients of their layer below which gradients count as rounding. Some gradients are zero
-    mathematically, such as that of a bias which adds the same number to all inputs of a softmax. In such a case the
-    gradient of TD-MPC2's encoder was a ninety-thousandth of that of its layer."""
+    """Share of the largest gradient of a layer below which gradients come from rounding alone. Some gradients are 0 on
+    paper, such as that of a bias that adds the same to all inputs of a softmax; that of TD-MPC2's encoder was 1/90,000
+    of its layer's."""
 
 
 FULL, REDUCED = Precision(0.005, 1e-4), Precision(0.4, 1e-3)
-"""Tolerances in float32, and in bfloat16 or TF32."""
+"""Precision of float32, and of bfloat16 or TF32."""
 
 
 class Changes:
-    """Side effects of a computation, so that they can be undone. This base class describes one without side effects."""
+    """What a computation changes besides returning results, so that it can be undone. This class: nothing."""
 
     def tensors(self) -> Tensors:
         """Returns the tensors that are changed in place, by name."""
         return {}
 
     def noise(self, rounding: float) -> Tensors:
-        """Returns by name whether a tensor only contains rounding and is not compared; see `Precision.rounding`."""
+        """Tells by name whether a tensor holds rounding alone, which is not compared; see `Precision.rounding`."""
         return {}
 
     def host(self) -> Any:
-        """Returns the state of the host besides the values of tensors: counts, settings, references to tensors."""
+        """Returns what the host keeps besides the values of tensors: counts, settings, and references to tensors."""
 
     def set_host(self, host: Any) -> None:
-        """Restores a state that `host` returned."""
+        """Restores what `host` returned."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """One call of a computation, in two forms that must give the same results."""
+    """One call of a computation, in the two forms that have to give the same results."""
 
     function: Callable[[Tensors], Outputs]
-    """Function to capture. It takes inputs on the device and is the same for all calls with the same signature."""
+    """The function to capture: it takes inputs on the device, and is the same for all calls of one signature."""
     inputs: Callable[[], Tensors]
-    """Function that returns the inputs of this call, on any device. It is called once, right before they are used."""
+    """Returns the inputs of this call, on any device. Called once, right before they are used."""
     plain: Callable[[], Outputs]
-    """The same computation without a CUDA graph and without preparations for one."""
+    """The same computation without a graph and without what prepares one."""
     changes: Changes = field(default_factory=Changes)
-    """Side effects of the computation."""
+    """What the computation changes."""
     named: Callable[[Tensors], Tensors] = dict
-    """Function that converts results to the form in which they are compared and reported."""
+    """Maps results to the form in which they are compared and reported."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Largest difference between two computations."""
+    """The largest difference between two computations."""
 
     name: str
-    """Name of the result or tensor that differs."""
+    """Name of the tensor that differs."""
     share: float
-    """Difference as a fraction of the size of the plain computation's result or change."""
+    """Distance as a share of the size of what the plain form returned or changed there."""
     tolerance: float
+    """Largest share allowed."""
 
 
 def precision_of(model: nn.Module, device: torch.device) -> Precision:
-    """Returns the tolerances for the precision of a model's products and convolutions on a device."""
+    """Returns the precision of a model's products and convolutions on a device."""
     dtype = getattr(getattr(model, "config", None), "dtype", "float32")
     full = dtype == "float32" and torch.get_float32_matmul_precision() == "highest"
     if device.type == "cuda" and torch.backends.cudnn.allow_tf32:  # the default, for convolutions alone
@@ -107,19 +107,19 @@ def precision_of(model: nn.Module, device: torch.device) -> Precision:
 def compared(
     work: Work, other: Callable[[], Outputs], device: torch.device, precision: Precision
 ) -> tuple[Outputs, Difference | None]:
-    """Runs both computations from the same state and random numbers, and compares them.
+    """Computes in both forms from the same state and random numbers; the host waits once, for the comparison.
 
-    The host waits once, for the comparison. Meanwhile there is a copy of all tensors that are changed.
+    A copy of everything that they change is kept meanwhile.
 
     Args:
-        work: Computation whose plain form is the reference.
-        other: Computation to check.
-        device: Device of both computations.
-        precision: Tolerances of the comparison.
+        work: The computation; its plain form is taken to be right.
+        other: The form to check.
+        device: Device of the computation.
+        precision: Precision of the computation.
 
     Returns:
-        If they agree, the results of `other`, with its side effects in place, and None. Otherwise the results of the
-        plain form, with its side effects in place, and the largest difference.
+        If both agree, the results of the other form, whose changes stay, and None. Otherwise the results of the plain
+        form, whose changes stay, and the largest difference.
     """
     changes = work.changes
     random, host, tensors = RandomState(device), changes.host(), changes.tensors()
@@ -127,7 +127,7 @@ def compared(
     expected = {name: x.detach().clone() for name, x in work.plain().items()}
     plain_random, plain_host, plain_tensors = RandomState(device), changes.host(), changes.tensors()
     noise = {name: x for name, x in changes.noise(precision.rounding).items() if name in tensors}
-    # Restore the initial state; from here on `kept` holds what the plain form left.
+    # Back to the state before; from here on `kept` holds what the plain form left.
     sizes = {name: _distance(kept[name], plain_tensors[name].to(x.device)) for name, x in tensors.items()}
     _exchange(tensors, plain_tensors, kept)
     changes.set_host(host)
@@ -152,14 +152,14 @@ def compared(
 
 
 def report(what: str, difference: Difference, device: torch.device) -> str:
-    """Returns the log message for a difference, with all information that helps to find its cause."""
+    """Returns the log line about a difference, with everything that helps to find its cause."""
     found = f"{difference.name} differs by {difference.share:.2g} of its size, more than {difference.tolerance:.2g}"
     if difference.name == _RANDOM:
         found = f"{difference.name} differs"
     return (
-        f"{what}, replayed as a CUDA graph, does not match the plain computation: {found}. It runs without CUDA graphs "
-        "from now on, which is correct but slower. Please report this to the developers of worldflux, with the model's "
-        f"configuration and these versions: {circumstances(device)}."
+        f"{what}, replayed as a CUDA graph, does not give what it gives plainly: {found}. It is computed plainly from "
+        "here on, which is right but slower. Please report this to the developers of worldflux, with the model's "
+        f"configuration and this: {circumstances(device)}."
     )
 
 
@@ -176,7 +176,7 @@ def circumstances(device: torch.device) -> str:
 
 
 class RandomState:
-    """Snapshot of torch's random number generators on the host and on a device."""
+    """The states that torch's random generators have now, on the host and on a device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -185,13 +185,13 @@ class RandomState:
             self._states.append(torch.cuda.get_rng_state(device))
 
     def restore(self) -> None:
-        """Restores the snapshot."""
+        """Restores the states."""
         torch.set_rng_state(self._states[0])
         if len(self._states) > 1:
             torch.cuda.set_rng_state(self._states[1], self._device)
 
     def __eq__(self, other: object) -> bool:
-        """Returns whether both snapshots give the same random numbers."""
+        """Whether both would give the same numbers."""
         return isinstance(other, RandomState) and all(map(torch.equal, self._states, other._states))
 
     __hash__ = None  # type: ignore[assignment]
@@ -199,7 +199,7 @@ class RandomState:
 
 @torch.no_grad()
 def _exchange(tensors: Tensors, others: Tensors, kept: dict[str, Tensor]) -> None:
-    """Writes `kept` into `tensors`, and stores the former values of `others`, which may be the same tensors, in it."""
+    """Writes the kept values into tensors, and keeps those of `others`, which may be the same tensors."""
     for name, x in tensors.items():
         value = others[name].detach().to(x.device, copy=True)
         x.copy_(kept[name])
@@ -207,7 +207,7 @@ def _exchange(tensors: Tensors, others: Tensors, kept: dict[str, Tensor]) -> Non
 
 
 def _largest(shares: Tensors, tolerance: float) -> Difference | None:
-    """Returns the largest difference above the tolerance, or None if there is none. NaN counts as the largest."""
+    """Returns the largest share if it is too large; NaN is too large."""
     if not shares:
         return None
     names, values = list(shares), torch.stack([*shares.values()]).tolist()
@@ -224,7 +224,7 @@ def _share(distance: Tensor, size: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _distance(one: Tensor, other: Tensor) -> Tensor:
-    """Computes the norm of the difference, for integers the root of how many entries differ. NaN equals NaN."""
+    """Root of the sum of squared differences; for whole numbers, root of how many differ. NaN equals NaN."""
     same = (one == other) | ((one != one) & (other != other))
     apart = one.float() - other.float() if one.is_floating_point() else torch.ones((), device=one.device)
     return torch.linalg.vector_norm(torch.where(same, 0.0, apart))
@@ -232,7 +232,7 @@ def _distance(one: Tensor, other: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _beyond_rounding(one: Tensor, other: Tensor) -> Tensor:
-    """Computes the distance minus the part that rounding of the values themselves may account for."""
+    """The distance beyond what the precision of the values themselves accounts for."""
     if not one.is_floating_point():
         return _distance(one, other)
     rounding = _ROUNDINGS * torch.finfo(one.dtype).eps * torch.linalg.vector_norm(one.float())
@@ -241,6 +241,6 @@ def _beyond_rounding(one: Tensor, other: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _size(x: Tensor) -> Tensor:
-    """Computes the size of a result with which distances are compared."""
+    """The size with which distances of results are compared."""
     typical = torch.full((), x.numel() ** 0.5, device=x.device)
     return _TYPICAL * typical + torch.linalg.vector_norm(x.float()) if x.is_floating_point() else typical

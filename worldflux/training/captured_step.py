@@ -1,4 +1,4 @@
-"""Gradient steps that are recorded once and played back: forward, backward, clipping, optimisers and what follows."""
+"""Gradient steps captured in CUDA graphs: forward, backward, clipping, optimisers and what follows."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from worldflux.training.gradient_step import GradientStep, Updated
 from worldflux.training.optim import CapturableOptimizer
 
 MAX_FORMS = 4
-"""Forms of batches whose steps are recorded; each takes the memory of a step. Others are computed plainly."""
+"""Number of signatures of batches whose steps are captured; each takes the memory of a step."""
 _RATES, _LOSSES = "rates", "losses"
 _SQUARES = {"nu", "exp_avg_sq"}
-"""What optimisers call their running means of squared gradients."""
+"""Names that optimisers give to their running means of squared gradients."""
 
 
 class StepChanges(Changes):
@@ -31,7 +31,7 @@ class StepChanges(Changes):
         self._step = step
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters, buffers, and what the optimisers keep of each parameter."""
+        """Returns parameters, buffers, and what the optimisers keep for each group and each parameter."""
         model, names = self._step.model, self._names()
         found = {name: p for p, name in names.items()} | dict(model.named_buffers())
         for number, optimizer in enumerate(self._step.optimizers):
@@ -42,7 +42,7 @@ class StepChanges(Changes):
         return found
 
     def noise(self, rounding: float) -> dict[str, Tensor]:
-        """Parameters whose gradients are rounding alone, and their states: optimisers bring these to full size."""
+        """Finds parameters whose gradients are rounding alone, and their states: optimisers scale these up."""
         found: dict[str, Tensor] = {}
         names = self._names()
         for optimizer in self._step.optimizers:
@@ -58,13 +58,13 @@ class StepChanges(Changes):
         return found
 
     def _names(self) -> dict[Tensor, str]:
-        """Of all parameters, also of those that are trained and no part of the model."""
+        """Returns the names of all parameters, also of those that are trained but not part of the model."""
         names: dict[Tensor, str] = {p: name for name, p in self._step.model.named_parameters()}
         trained = (p for optimizer in self._step.optimizers for p in optimizer.state)
         return names | {p: f"parameter {number}" for number, p in enumerate(trained) if p not in names}
 
     def host(self) -> Any:
-        """Settings and states of the optimisers as they refer to numbers and tensors, and the gradients."""
+        """Returns settings and states of the optimisers with their references to tensors, and the gradients."""
         return (
             [
                 ([_without_parameters(g) for g in o.param_groups], {p: dict(entries) for p, entries in o.state.items()})
@@ -74,7 +74,7 @@ class StepChanges(Changes):
         )
 
     def set_host(self, host: Any) -> None:
-        """Goes back to what `host` gave."""
+        """Restores what `host` returned."""
         optimizers, gradients = host
         for optimizer, (settings, states) in zip(self._step.optimizers, optimizers, strict=True):
             for group, setting in zip(optimizer.param_groups, settings, strict=True):
@@ -90,26 +90,25 @@ def _without_parameters(group: dict[str, Any]) -> dict[str, Any]:
 
 
 class CapturedStep:
-    """Takes gradient steps like `GradientStep`, after the first few of a form of batches by playing back a recording.
+    """Takes gradient steps like `GradientStep`; after the first few on batches of a signature, it replays a graph.
 
-    Each of them is a step of the training, also those before the recording, in which everything runs as it will be
-    recorded.
+    The first few are steps of the training, too, in which everything runs as it will be captured.
 
-    What changes from step to step comes in as inputs: the batch, and the learning rate of each group of parameters.
-    Recordings are dropped, and made again, if a parameter or buffer moves, is frozen or thawed, if an optimiser loads a
-    state, or if a setting of its other than the learning rate changes. Values that are written into the parameters, as
-    `load_state_dict` does, change nothing.
+    What changes from step to step is passed as inputs: the batch, and the learning rate of each group of parameters.
+    Graphs are dropped and captured again if a parameter or buffer moves, is frozen or thawed, if an optimiser loads a
+    state, or if one of its settings other than the learning rate changes. Values that are written into the parameters,
+    as `load_state_dict` does, need no new graph.
 
     Args:
-        step: The step to record. Its optimisers are `CapturableOptimizer`s.
-        device: Where the model is.
-        recorder: Records it.
+        step: The step to capture. Its optimisers are `CapturableOptimizer`s.
+        device: Device of the model.
+        capturer: Captures the step.
     """
 
-    def __init__(self, step: GradientStep, device: torch.device, recorder: GraphCapturer) -> None:
+    def __init__(self, step: GradientStep, device: torch.device, capturer: GraphCapturer) -> None:
         self._step = step
         self._device = device
-        self._captures = Captures("The gradient step", step.model, device, recorder, MAX_FORMS)
+        self._captures = Captures("The gradient step", step.model, device, capturer, MAX_FORMS)
         self._changes = StepChanges(step)
         self._optimizers: list[CapturableOptimizer] = []
         for optimizer in step.optimizers:
@@ -124,11 +123,11 @@ class CapturedStep:
         """Takes the step.
 
         Args:
-            batch: On the device, or on the CPU.
+            batch: A batch on the device or on the CPU.
 
         Returns:
-            Losses that stay as they are, and extras that the next step may overwrite: copies of them have to be begun
-            before.
+            Losses that stay as they are, and extras that the next step may overwrite: copying them has to begin before
+            it.
         """
         if self._captures.given_up:
             return self._plain_step(batch)
@@ -195,7 +194,7 @@ class CapturedStep:
                 group["lr"] = rate
 
     def _check(self) -> None:
-        """Drops the recordings if what they read besides their inputs is no longer what and where it was."""
+        """Drops the graphs if what they read besides their inputs has changed or moved."""
         states: list[object] = [optimizer.state for optimizer in self._optimizers]
         settings = [
             [value for name, value in group.items() if name not in ("params", "lr", "updates")]
@@ -209,9 +208,9 @@ class CapturedStep:
 
 
 def _has_own_step(optimizer: CapturableOptimizer) -> bool:
-    """Whether somebody listens to the optimiser's steps or replaced them; schedulers of rates only count them."""
+    """Whether the optimiser's step was replaced or has hooks; schedulers of learning rates only count the steps."""
     step = vars(optimizer).get("step")
     changed = [name for name in ("pre", "post") if vars(optimizer)[f"_optimizer_step_{name}_hooks"]]
     if step is not None and not getattr(step, "_wrapped_by_lr_sched", False):
         changed.append("step")
-    return steps_back("A recording of gradient steps", optimizer, changed)
+    return steps_back("A CUDA graph of gradient steps", optimizer, changed)

@@ -63,8 +63,8 @@ class TrainingConfig:
     seed: int = 42
     """Start of every random stream of the run: Python, NumPy, torch and the buffer's sampler."""
     compile: bool | Literal["auto"] = "auto"
-    """On CUDA, play gradient steps back from a recording of their kernels and compile the model's hot functions; on a
-    CPU, compile these alone, which needs a C++ compiler. "auto": on CUDA only."""
+    """On CUDA, capture gradient steps in CUDA graphs and compile the model's hot functions; on a CPU, compile these
+    alone, which needs a C++ compiler. "auto": on CUDA only."""
 
     def __post_init__(self) -> None:
         for name, least in _COUNTS.items():
