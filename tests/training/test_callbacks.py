@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import inspect
 import logging
 import re
 import sys
@@ -59,18 +58,6 @@ def drive(callback: Callback, losses: list[float], log_interval: int = 1) -> int
         if callback.on_step_end(step, Losses({"loss": torch.tensor(loss)})) is False:
             return step
     return 0
-
-
-def test_the_documented_defaults():
-    def defaults(callback: type) -> dict[str, object]:
-        return {name: p.default for name, p in inspect.signature(callback).parameters.items()}
-
-    assert defaults(LoggingCallback) == {"log_interval": 100, "use_wandb": False}
-    assert list(defaults(EarlyStoppingCallback)) == ["monitor", "patience", "min_delta"]
-    assert EarlyStoppingCallback().monitor == "loss"
-    checkpoint = defaults(CheckpointCallback)
-    assert list(checkpoint) == ["output_dir", "save_interval", "max_checkpoints", "overwrite"]
-    assert checkpoint["save_interval"] == 10_000 and checkpoint["max_checkpoints"] == 5
 
 
 def test_losses_are_fetched_once_and_only_when_read(monkeypatch):

@@ -174,6 +174,7 @@ def assert_refused(directory: Path, message: str) -> None:
         ("step", -1, "step is -1"),
         ("step", 2.0, "step is 2.0"),
         ("step", True, "step is True"),
+        ("run", None, "is not the progress of a Trainer"),
         ("sampler", "x", "sampler is 'x'"),
         ("random", {}, "trainer.json: random is not the state"),
         ("random", [], "random is not the state"),
@@ -416,7 +417,7 @@ def test_what_somebody_else_has_removed_needs_no_removing(tmp_path):
 def test_looking_for_checkpoints_moves_nothing_that_is_none(tmp_path):
     for name in ("notes", ".notes.replaced", ".step-00000004.replaced"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / TRAINER_FILE).write_text("{}")
+        (tmp_path / name / TRAINER_FILE).write_text('{"run": "a"}')
     assert newest_checkpoint(tmp_path) == tmp_path / "step-00000004"
     assert {entry.name for entry in tmp_path.iterdir()} == {"notes", ".notes.replaced", "step-00000004"}
 

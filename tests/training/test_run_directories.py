@@ -113,26 +113,6 @@ def test_an_agent_goes_on_in_the_directory_of_its_run(tmp_path: Path) -> None:
     assert steps(tmp_path) == [6, 8]
 
 
-@pytest.mark.parametrize("begin", [train_anew, learn_anew])
-def test_what_an_older_version_saved_goes_on_and_is_not_overwritten(
-    tmp_path: Path, begin: Function[[Path], None]
-) -> None:
-    begin(tmp_path)
-    for checkpoint in checkpoints_in(tmp_path):
-        text = (checkpoint / TRAINER_FILE).read_text()
-        (checkpoint / TRAINER_FILE).write_text(text.replace('"run":', '"walk":'))
-    with pytest.raises(ConfigurationError, match="another run"):
-        begin(tmp_path)
-    if begin is train_anew:
-        trainer = new_trainer(tmp_path, keep=1)
-        trainer.config = TrainingConfig(**{**CONFIG.to_dict(), "total_steps": 8})
-        trainer.train(MemoryProvider(), resume=True)
-    else:
-        agent = WorldFluxAgent.load(tmp_path, "Pendulum-v1", device="cpu", resume=True)
-        agent.learn(2, AgentCheckpointCallback(tmp_path, 2, max_checkpoints=1), reset_num_timesteps=False)
-    assert steps(tmp_path) == [8]
-
-
 def test_another_run_is_replaced_on_request_once_there_is_something_in_its_place(tmp_path: Path) -> None:
     train_anew(tmp_path)
     before = steps(tmp_path)

@@ -31,7 +31,7 @@ def fresh_model(seed: int = 0) -> NoisyRegression:
     return NoisyRegression()
 
 
-class GraphCapturer(Callback):
+class Calls(Callback):
     def __init__(self, stop_at: int | None = None) -> None:
         self.stop_at = stop_at
         self.calls: list[str] = []
@@ -55,24 +55,6 @@ class GraphCapturer(Callback):
 
 
 # TrainingConfig
-
-
-def test_the_defaults_are_the_documented_ones():
-    assert TrainingConfig().to_dict() == {
-        "total_steps": 100_000,
-        "batch_size": 16,
-        "sequence_length": 50,
-        "learning_rate": 3e-4,
-        "weight_decay": 0.0,
-        "grad_clip": 100.0,
-        "warmup_steps": 0,
-        "log_interval": 100,
-        "eval_interval": 1000,
-        "save_interval": 10000,
-        "device": "auto",
-        "seed": 42,
-        "compile": "auto",
-    }
 
 
 def test_a_configuration_comes_back_from_its_file(tmp_path):
@@ -116,7 +98,7 @@ def test_a_cuda_device_that_is_not_there_is_refused_by_the_trainer():
 
 def run(change: dict, eval_data: MemoryProvider | None = None) -> tuple[Tensor, list[str], int]:
     """What a user can see of a run: the weights, the calls of a callback, and the rows sampled."""
-    recorder, provider, model = GraphCapturer(), MemoryProvider(), fresh_model()
+    recorder, provider, model = Calls(), MemoryProvider(), fresh_model()
     model.poison_at = 5 if "log_interval" in change else None
     config = replace(FAST, **change)
     try:
@@ -207,7 +189,7 @@ class Plain(nn.Module):
     ids=["tensor", "dict", "LossOutput"],
 )
 def test_any_module_with_a_loss_learns(form):
-    recorder = GraphCapturer()
+    recorder = Calls()
     config = replace(FAST, total_steps=60, learning_rate=3e-2)
     Trainer(Plain(form), config, [recorder]).train(MemoryProvider())
     early, late = (sum(x["loss"] for x in part) / 10 for part in (recorder.losses[:10], recorder.losses[-10:]))
@@ -296,7 +278,7 @@ def test_two_runs_with_one_seed_give_the_same_bits():
 
 
 def test_callbacks_are_called_in_order_and_told_how_far_training_goes():
-    recorder = GraphCapturer()
+    recorder = Calls()
     trainer = Trainer(fresh_model(), replace(FAST, eval_interval=2), eval_data=MemoryProvider(seed=1))
     trainer.add_callback(recorder)
     assert trainer.train(MemoryProvider(), num_steps=3) is trainer.model
@@ -306,7 +288,7 @@ def test_callbacks_are_called_in_order_and_told_how_far_training_goes():
 
 
 def test_a_callback_that_returns_false_stops_training_after_the_others_were_called():
-    first, second = GraphCapturer(stop_at=2), GraphCapturer()
+    first, second = Calls(stop_at=2), Calls()
     Trainer(fresh_model(), FAST, [first, second]).train(MemoryProvider())
     assert first.calls == second.calls == ["begin 0 to 6", "step 1", "step 2", "finished"]
 
@@ -321,7 +303,7 @@ def test_a_second_call_of_train_goes_on_with_other_batches():
 
 @pytest.mark.parametrize("num_steps", [2.5, "2", -1])
 def test_a_number_of_steps_that_is_none_is_refused_before_anything_happens(num_steps):
-    recorder, provider = GraphCapturer(), MemoryProvider()
+    recorder, provider = Calls(), MemoryProvider()
     trainer = Trainer(fresh_model(), FAST, [recorder])
     with pytest.raises(ConfigurationError, match=f"num_steps is {num_steps!r}, expected a whole number from 0"):
         trainer.train(provider, num_steps)
@@ -330,11 +312,11 @@ def test_a_number_of_steps_that_is_none_is_refused_before_anything_happens(num_s
 
 def test_only_callbacks_are_accepted():
     with pytest.raises(ConfigurationError, match=r"got type. Pass an instance, not a class"):
-        Trainer(fresh_model(), FAST, [GraphCapturer])
+        Trainer(fresh_model(), FAST, [Calls])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_name_and_first_step():
-    recorder, model = GraphCapturer(), fresh_model()
+    recorder, model = Calls(), fresh_model()
     model.poison_at = 3
     with pytest.raises(TrainingError, match=r"^noise is not finite at gradient step 3"):
         Trainer(model, replace(FAST, total_steps=50, log_interval=5), [recorder]).train(MemoryProvider())

@@ -1,11 +1,10 @@
-"""Checkpoints on disk: which there are, what is in them, and whether they fit."""
+"""Checkpoints on disk: finding, writing, reading and checking them."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import os
 import random
 import re
 import time
@@ -34,12 +33,12 @@ from worldflux.validation import whole_number
 OPTIMIZER_FILE = "optimizer.pt"
 TRAINER_FILE = "trainer.json"
 EXTRAS_FILE = "extras.safetensors"
-"""What training on stored data had written beside its rows; only where there is such."""
+"""File of what training on stored data has written beside its rows, if it has written anything."""
 FORMAT = 2
 """Version of the files' format; a change that older versions cannot read raises it."""
 
 LARGEST_STEP = 2**48
-"""No run has so many steps."""
+"""Upper bound of the steps of a run; more than any run has."""
 
 _STATES = {"laprop": ("start", "mu", "nu"), "adam": ("step", "exp_avg", "exp_avg_sq")}
 """What each kind of optimiser remembers of a parameter: a count of updates, and tensors of the parameter's shape."""
@@ -50,23 +49,23 @@ logger = logging.getLogger("worldflux.training")
 
 
 def checkpoint_name(step: int) -> str:
-    """Of the checkpoint of a step, in a directory of several."""
+    """Name of the checkpoint of a step in a directory of several."""
     return f"step-{step:08d}"
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
-    """The complete checkpoints in a directory, the one written last at the end.
+    """The complete checkpoints in a directory, in the order in which they were written.
 
-    They are ordered by when they were written and not by their steps: a new run into the directory of an older, longer
-    one goes on from its own.
+    They are not ordered by their steps, so that a new run in the directory of an older, longer one continues from its
+    own checkpoints.
     """
     return _sorted_out(directory)[0]
 
 
 def incomplete_in(directory: Path) -> dict[Path, str]:
-    """What is called like a checkpoint and does not say of which run it is, with what is the matter with it.
+    """Directories that are named like a checkpoint but do not say of which run they are, each with what is wrong.
 
-    That is what an interrupted copy leaves: whoever writes a checkpoint here writes the whole of it or nothing.
+    An interrupted copy leaves such a directory; this library writes a checkpoint whole or not at all.
     """
     return _sorted_out(directory)[1]
 
@@ -75,8 +74,8 @@ def newest_checkpoint(directory: Path, *, warn: bool = False) -> Path | None:
     """The complete checkpoint in a directory that was written last; None if there is none.
 
     Args:
-        directory: That holds them.
-        warn: Log what was passed over because it is incomplete.
+        directory: Directory of checkpoints.
+        warn: Whether to log which checkpoints were skipped because they are incomplete.
     """
     found, incomplete = _sorted_out(directory)
     newest = found[-1] if found else None
@@ -87,12 +86,12 @@ def newest_checkpoint(directory: Path, *, warn: bool = False) -> Path | None:
 
 
 def damaged(path: object, fault: object) -> CheckpointError:
-    """The error about a checkpoint of which something is missing or cannot be read."""
+    """The error for a checkpoint of which something is missing or cannot be read."""
     return CheckpointError(f"{path} is incomplete or damaged ({fault}). Load an earlier checkpoint of the run.")
 
 
 def _sorted_out(directory: Path) -> tuple[list[Path], dict[Path, str]]:
-    """The checkpoints in a directory in the order in which they were written, and what is none, with the reason."""
+    """The complete checkpoints of a directory in the order of writing, and the incomplete ones with the reason."""
     if not directory.is_dir():
         return [], {}
     recover_directories(directory, "step-*")
@@ -111,35 +110,27 @@ def _sorted_out(directory: Path) -> tuple[list[Path], dict[Path, str]]:
 
 
 def time_of_saving(directory: Path) -> float:
-    """The time, and behind that of all checkpoints in `directory`, however the clocks that they were written by differ.
+    """The current time, but later than that of all checkpoints in `directory`, whatever clocks they were written by.
 
-    A clock that was set back would otherwise make the newest checkpoint an old one, which is removed.
+    If a clock was set back, the newest checkpoint would otherwise count as an old one and be removed.
     """
     last = max((_saved_at(_progress(checkpoint) or {}) for checkpoint in checkpoints_in(directory)), default=0.0)
     return max(time.time(), math.nextafter(last, math.inf))
 
 
 def new_run() -> str:
-    """A name for a run that no other has. It is not drawn from the random streams of the run."""
+    """A unique name for a run, which is not drawn from the random streams of the run."""
     return uuid.uuid4().hex
 
 
-def run_of(checkpoint: Path, progress: Any = None) -> str:
-    """The name of the run that a checkpoint belongs to.
-
-    Those that older versions wrote have no name; of them, all in one directory count as one run.
-
-    Args:
-        checkpoint: The directory.
-        progress: What its `trainer.json` holds, if it was read already.
-    """
-    run = ((_progress(checkpoint) or {}) if progress is None else progress).get("run")
-    return run if isinstance(run, str) and run else os.path.realpath(checkpoint.parent)
+def run_of(checkpoint: Path) -> str:
+    """The name of the run that a checkpoint belongs to; empty if it cannot be read."""
+    return (_progress(checkpoint) or {"run": ""})["run"]
 
 
 @contextmanager
 def writing_checkpoint(path: Path) -> Iterator[None]:
-    """Turns what goes wrong while a checkpoint is written into a `CheckpointError`."""
+    """Turns errors while a checkpoint is written into a `CheckpointError`."""
     try:
         yield
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
@@ -151,7 +142,7 @@ def writing_checkpoint(path: Path) -> Iterator[None]:
 
 
 def check_target(path: Path) -> None:
-    """Raises a `CheckpointError` if a checkpoint would replace something that is none."""
+    """Raises a `CheckpointError` if a checkpoint would replace something that is not a checkpoint."""
     if path.exists() and not (path / TRAINER_FILE).is_file() and not (path.is_dir() and not any(path.iterdir())):
         raise CheckpointError(f"{path} exists and is no checkpoint. Choose another path or remove it.")
 
@@ -238,9 +229,9 @@ def read_checkpoint(
 
 
 def check_progress(path: Path, progress: Any, device: torch.device) -> None:
-    """Raises a `CheckpointError` unless a trainer can go on from this step and these random states."""
+    """Raises a `CheckpointError` unless a trainer can continue from this step and these random states."""
     file = path / TRAINER_FILE
-    if not isinstance(progress, dict) or not {"format", "step", "random", "sampler"} <= progress.keys():
+    if not isinstance(progress, dict) or not {"format", "step", "run", "random", "sampler"} <= progress.keys():
         raise CheckpointError(f"{file} is not the progress of a Trainer. The file is damaged.")
     if progress["format"] != FORMAT:
         raise CheckpointError(
@@ -286,11 +277,11 @@ def weights_on_cpu(model: nn.Module) -> dict[str, Tensor]:
 def read_optimizers(
     path: Path, kind: str, own: Sequence[torch.optim.Optimizer], *, allow_nonfinite: bool = False
 ) -> list[dict[str, Any]]:
-    """The states that optimisers go on from: of the saved ones what was counted and remembered, the rest is their own.
+    """Reads the states that optimisers continue from: saved counts and moments, with the optimisers' own settings.
 
     Raises:
-        CheckpointError: If they cannot be read, are of another kind or other parameters, or lack what the next update
-            needs; or a number is not finite, and that is not allowed.
+        CheckpointError: If the file cannot be read, holds optimisers of another kind or of other parameters, or lacks
+            what the next update needs; or if a number is not finite and `allow_nonfinite` is not set.
     """
     file = path / OPTIMIZER_FILE
     with only_our_errors(file):
@@ -300,7 +291,7 @@ def read_optimizers(
             if saved_kind != kind:
                 raise CheckpointError(f"{path} was trained with '{saved_kind}', and this model uses '{kind}'.")
             expected = [[len(group["params"]) for group in optimizer.param_groups] for optimizer in own]
-            most = 1 + max(len(expected), *map(len, expected))  # the same state may be there any number of times
+            most = 1 + max(len(expected), *map(len, expected))  # a file may repeat one state any number of times
             found = [[len(group["params"]) for group in state["param_groups"][:most]] for state in states[:most]]
             if found != expected:
                 raise CheckpointError(
@@ -317,10 +308,11 @@ def read_optimizers(
 def _taken_over(
     archive: TorchFile, state: dict[str, Any], optimizer: torch.optim.Optimizer, count: str, *moments: str
 ) -> dict[str, Any]:
-    """The state of an optimiser, with what the next update reads from a saved one.
+    """The state of an optimiser with the counts and moments of a saved one.
 
     Raises:
-        ValueError: If that is not there in the shapes of the parameters; or what Python raises for another structure.
+        ValueError: If they are missing or do not have the shapes of the parameters. Other structures raise whatever
+            Python raises.
     """
     own = optimizer.state_dict()["param_groups"]
     parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
@@ -349,7 +341,7 @@ def _taken_over(
 
 
 def _counted(name: str, value: Any) -> Any:
-    """A count of updates, as it was saved: a number, or a tensor with one."""
+    """A count of updates as it was saved: a number, or a tensor with one number."""
     is_one = isinstance(value, Tensor) and value.numel() == 1
     if isinstance(value, bool) or not (isinstance(value, int | float) or is_one):
         raise ValueError(f"{name} is no number")
@@ -367,9 +359,9 @@ def _saved_at(progress: dict[str, Any]) -> float:
 
 
 def _progress(checkpoint: Path) -> dict[str, Any] | None:
-    """What `trainer.json` holds; None where it cannot be read."""
+    """The content of `trainer.json`; None if it cannot be read or does not name its run."""
     try:
         progress = read_json(checkpoint / TRAINER_FILE, finite=False)
     except (FileNotFoundError, CheckpointError):
         return None
-    return progress if isinstance(progress, dict) else None
+    return progress if isinstance(progress, dict) and isinstance(progress.get("run"), str) else None

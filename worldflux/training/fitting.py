@@ -1,4 +1,4 @@
-"""Whether data fits a model, looked at once when training starts."""
+"""Checks, made once when training starts, that data and settings fit a model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger("worldflux.training")
 
 
 def check_kind(model: nn.Module, data: Any) -> None:
-    """Raises a `BufferError` if a buffer holds other actions than a world model takes, or lacks the tasks it has."""
+    """Raises a `BufferError` if a buffer's actions are not of the model's kind, or the model's tasks are missing."""
     config = getattr(model, "config", None)
     if not isinstance(config, WorldModelConfig) or not isinstance(data, WindowSampler):
         return
@@ -39,7 +39,7 @@ def check_kind(model: nn.Module, data: Any) -> None:
 
 
 def overruled_fields(model: nn.Module) -> list[str]:
-    """Fields of a model's configuration in whose place `TrainingConfig` has its own."""
+    """Names of the fields of a model's configuration that `TrainingConfig` overrules."""
     config, spec = getattr(model, "config", None), getattr(model, "optimizer_spec", None)
     if not isinstance(config, WorldModelConfig) or spec is None:
         return []
@@ -48,7 +48,7 @@ def overruled_fields(model: nn.Module) -> list[str]:
 
 
 def warn_of_overruled(model: nn.Module, training: TrainingConfig) -> None:
-    """Says which fields of a model's configuration were changed and change nothing in this training."""
+    """Warns of fields of a model's configuration that were changed but have no effect on this training."""
     for name in overruled_fields(model):
         own, ruling = getattr(model.config, name), getattr(training, name)
         if own not in (ruling, _usual(model.config, name)):  # type: ignore[arg-type]
@@ -62,7 +62,7 @@ def warn_of_overruled(model: nn.Module, training: TrainingConfig) -> None:
 
 
 def _usual(config: WorldModelConfig, name: str) -> Any:
-    """What a field is in the preset that a configuration comes from, or else in its family."""
+    """The value of a field in the preset that a configuration comes from, or else its default."""
     from_size = getattr(type(config), "from_size", None)
     try:
         return getattr(from_size(config.model_name), name) if from_size is not None else None
@@ -71,11 +71,11 @@ def _usual(config: WorldModelConfig, name: str) -> Any:
 
 
 def check_first_batch(model: nn.Module, batch: Batch, step: int) -> None:
-    """Looks at the values of a batch, which waits for the device.
+    """Checks the values of a batch, which waits for the device.
 
     Raises:
         TrainingError: If a number in it is not finite; it names the field.
-        BufferError: If its actions are not of the kind that a world model takes.
+        BufferError: If its actions are not of the kind that the world model takes.
     """
     check_batch(batch, step)
     config = getattr(model, "config", None)
@@ -83,7 +83,7 @@ def check_first_batch(model: nn.Module, batch: Batch, step: int) -> None:
         return
     actions = batch.actions.detach().float().flatten(0, -2).cpu().numpy()
     if config.action_classes:
-        taken = actions[actions.any(-1)]  # behind an episode's last step there is none
+        taken = actions[actions.any(-1)]  # after an episode's last step there is none
         check_one_hots("The batch's actions", taken, config.action_classes)
     elif actions.size and np.abs(actions).max() > 1 + ROUNDING:
         raise BufferError(
@@ -104,10 +104,10 @@ def inputs_to_watch(batch: Batch, buffer: Any, device: torch.device) -> dict[str
 
 
 def check_batch(batch: Batch, step: int) -> None:
-    """Looks for numbers that are not finite in a batch.
+    """Checks that all numbers in a batch are finite.
 
     Raises:
-        TrainingError: Names the field, and where.
+        TrainingError: If one is not; it names the field and the index.
     """
     for name, tensor in batch.named_tensors().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

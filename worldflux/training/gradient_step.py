@@ -1,4 +1,4 @@
-"""The gradient step itself: each phase's loss, its gradient and its optimiser, then what follows."""
+"""The gradient step itself: the loss, gradient and optimiser of each phase, then the model's `after_step`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from worldflux.training.optim import clip_by_global_norm
 
 @dataclass(frozen=True)
 class Updated:
-    """What a gradient step leaves behind besides a changed model; all without gradient."""
+    """The results of a gradient step besides the changed model, all without gradient."""
 
     losses: dict[str, Tensor]
     """Scalars: the loss terms, `"loss"` (the sum over the phases) and `"grad_norm"` before clipping."""
@@ -26,14 +26,14 @@ class Updated:
 
 
 class GradientStep:
-    """One update of a model, in training mode and on the device of the batch.
+    """Takes a gradient step of a model, in training mode and on the device of the batch.
 
-    Nothing in it depends on the values of tensors, and the host waits for nothing.
+    The operations do not depend on the values of tensors, and the host waits for nothing.
 
     Args:
-        model: Whose parameters they are.
-        phases: In order.
-        optimizers: Of each phase.
+        model: The model.
+        phases: The phases of a step, in order.
+        optimizers: The optimiser of each phase.
         grad_clip: Largest norm of the gradients of a phase; 0 turns clipping off.
     """
 
@@ -49,7 +49,7 @@ class GradientStep:
         """Takes the step on a batch that is on the model's device."""
         if not self.model.training:
             self.model.train()
-        # Of the whole model, because a phase's loss may reach parameters that it does not train.
+        # All parameters of the model, because a phase's loss may reach some that it does not train.
         parameters = list(self.model.parameters())
         terms: dict[str, Tensor] = {}
         norms: list[Tensor] = []
@@ -78,7 +78,7 @@ class GradientStep:
 
 
 def phases_of(model: nn.Module) -> list[Phase]:
-    """The model's own phases, or one of its `loss` over all that is trainable."""
+    """The model's own phases, or a single one of its `loss` over all trainable parameters."""
     if hasattr(model, "phases"):
         phases: list[Phase] = model.phases()  # type: ignore[operator]
         return phases
@@ -93,7 +93,7 @@ def phases_of(model: nn.Module) -> list[Phase]:
 
 
 def as_loss_output(result: Any) -> LossOutput:
-    """Whatever a `loss` may return, in one form. Entries of a dict that are no scalars are left out."""
+    """The result of any `loss` as a `LossOutput`. Entries of a dict that are not scalars are left out."""
     if isinstance(result, Tensor):
         result = LossOutput(result, {})
     elif isinstance(result, Mapping) and "loss" in result:
@@ -116,25 +116,25 @@ def as_loss_output(result: Any) -> LossOutput:
 
 
 def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
-    """A number or a tensor of one as a scalar on the device; Python's are written there, not copied."""
+    """A number, or a tensor of one number, as a scalar on the device; Python's numbers are filled in, not copied."""
     if isinstance(value, Tensor):
         return value.detach().to(device).reshape(())
     return torch.full((), value, device=device)
 
 
 OF_BATCH = "The batch's "
-"""How names of a batch's tensors begin in `FiniteWatch`."""
+"""Prefix of the names of a batch's tensors in `FiniteWatch`."""
 
 
 class FiniteWatch:
-    """Remembers on the device at which step each loss was not finite for the first time."""
+    """Records on the device at which step each loss was not finite for the first time."""
 
     def __init__(self) -> None:
         self._names: tuple[str, ...] = ()
         self._first: Tensor | None = None
 
     def see(self, step: int, losses: Mapping[str, Tensor]) -> None:
-        """Looks at the losses of a step without reading them."""
+        """Checks the losses of a step without reading them on the host."""
         values = torch.stack([value.float() for value in losses.values()])
         if self._first is None or self._names != tuple(losses):
             self.check()
@@ -144,7 +144,7 @@ class FiniteWatch:
         self._first.masked_fill_(bad_now, step)
 
     def check(self) -> None:
-        """Reads what was seen."""
+        """Raises a `TrainingError` if a loss was not finite. Waits for the device."""
         if self._first is None:
             return
         first_bad = {name: step for name, step in zip(self._names, self._first.tolist(), strict=True) if step}
@@ -158,7 +158,7 @@ class FiniteWatch:
                 f"{' and '.join(of_batch)} {'was' if len(of_batch) == 1 else 'were'} not finite at gradient step "
                 f"{step}. Look for where these data come from; the weights are lost."
             )
-        # The total and the gradient follow the term that went wrong.
+        # The total and the gradient are not finite because a term is not.
         for consequence in ("grad_norm", "loss"):
             if len(names) > 1 and consequence in names:
                 names.remove(consequence)
@@ -169,7 +169,7 @@ class FiniteWatch:
 
 
 class WriteBack:
-    """Carries values from the device to the buffer they belong to."""
+    """Writes latents that a step has computed back to the buffer that the batch came from."""
 
     def __init__(self) -> None:
         self._pending: list[tuple[Any, Tensor, dict[str, Tensor], Any]] = []
@@ -207,7 +207,7 @@ class WriteBack:
         self._pending.append((buffer, rows, copies, arrived))
 
     def flush(self) -> None:
-        """Stores what is still on its way."""
+        """Stores the values that are still being copied."""
         for buffer, rows, copies, arrived in self._pending:
             arrived.synchronize()
             buffer.update_extras(rows, copies)

@@ -1,4 +1,4 @@
-"""The global random streams of Python, NumPy and torch: started from a seed, saved, continued."""
+"""The global random streams of Python, NumPy and torch: seeding, saving and restoring them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """State of the global random streams of Python, NumPy and torch, as JSON can hold it.
+    """The state of the global random streams of Python, NumPy and torch in a form that JSON can hold.
 
     Args:
-        device: Its own stream is included if it is a CUDA device.
+        device: The stream of this device is included if it is a CUDA device.
     """
     version, words, gauss = random.getstate()
     legacy = np.random.get_state(legacy=False)
@@ -33,10 +33,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Continues the streams that `random_state` described.
-
-    A CUDA stream is continued where both it and the device are there.
-    """
+    """Restores the states that `random_state` returned; that of a CUDA device if both it and the device are there."""
     python, legacy, streams = decoded(state)
     random.setstate(python)
     np.random.set_state(legacy)
@@ -46,7 +43,7 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Starts the global random streams of Python, NumPy and torch (on every device)."""
+    """Seeds the global random streams of Python, NumPy and torch (on every device)."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -54,10 +51,10 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def keeping_random_streams(device: torch.device) -> Iterator[None]:
-    """Leaves the global random streams as they were before the block, whatever is drawn or seeded inside it.
+    """Restores the global random streams after the block, whatever is drawn or seeded inside it.
 
     Args:
-        device: Its own stream is kept if it is a CUDA device.
+        device: The stream of this device is restored, too, if it is a CUDA device.
     """
     python, legacy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -1,4 +1,4 @@
-"""Where a run saves its checkpoints, and how everything around a training ends."""
+"""The directory in which a run saves its checkpoints, and how everything around a training ends."""
 
 from __future__ import annotations
 
@@ -20,21 +20,20 @@ logger = logging.getLogger("worldflux.training")
 class CheckpointDirectory:
     """A directory for the checkpoints of one run, which no other run uses at the same time.
 
-    Every checkpoint says of which run it is; the name of a run stays when it is resumed. What other runs have saved in
-    the directory is not touched.
+    Every checkpoint names its run; a run keeps its name when it is resumed. Checkpoints of other runs are not touched.
 
     Attributes:
-        path: The directory, absolute.
-        max_checkpoints: How many of the run are kept.
-        overwrite: Whether checkpoints of other runs are removed, once this run has saved one.
+        path: Absolute path of the directory.
+        max_checkpoints: Number of checkpoints of the run to keep.
+        overwrite: Whether checkpoints of other runs are removed once this run has saved one.
 
     Args:
-        path: Made when a run begins, if it does not exist.
-        max_checkpoints: At least 1.
-        overwrite: Likewise.
+        path: The directory, which is created when a run begins.
+        max_checkpoints: Number of checkpoints to keep, at least 1.
+        overwrite: Whether to remove checkpoints of other runs.
 
     Raises:
-        ConfigurationError: If the number is below 1, or the path can be none of a directory.
+        ConfigurationError: If the number is below 1, or the path cannot be that of a directory.
     """
 
     def __init__(self, path: str | Path, max_checkpoints: int, overwrite: bool) -> None:
@@ -44,28 +43,28 @@ class CheckpointDirectory:
         self._held = ExitStack()
 
     def hold(self) -> None:
-        """Keeps other runs away until `release`.
+        """Reserves the directory for this run until `release`.
 
         Raises:
-            ConfigurationError: If one is there, or nothing can be written in the directory.
+            ConfigurationError: If another run uses it, or it cannot be written to.
         """
         self.release()
         self._held.enter_context(using(self.path))
 
     def release(self) -> None:
-        """Lets other runs in."""
+        """Lets other runs use the directory."""
         self._held.close()
 
     def check_owner(self, run: str, go_on: str) -> None:
-        """Makes sure that the checkpoints in the directory are those of a run.
+        """Checks that the checkpoints in the directory are those of a run.
 
         Args:
-            run: Its name.
-            go_on: What to do to go on with the run that is there.
+            run: Name of the run.
+            go_on: Advice, for the error message, on how to continue the run that is there.
 
         Raises:
-            ConfigurationError: If others are there, and are not to be overwritten; or what is called like a checkpoint
-                and is incomplete, over which the run could not save its own.
+            ConfigurationError: If there are checkpoints of other runs that are not to be overwritten, or an incomplete
+                one that the run could not replace with its own.
         """
         if self.overwrite:
             return
@@ -85,18 +84,18 @@ class CheckpointDirectory:
                 )
 
     def save(self, step: int, run: str, write: Callable[[Path], None]) -> Path:
-        """Saves a checkpoint, and removes those that are one too many.
+        """Saves a checkpoint and removes outdated ones.
 
         Args:
-            step: Names it.
-            run: Whose it is.
-            write: Writes it to a path.
+            step: Step that the checkpoint is named after.
+            run: Name of the run.
+            write: Function that writes the checkpoint to a path.
 
         Returns:
-            That path.
+            The path of the checkpoint.
         """
         path = self.path / checkpoint_name(step)
-        if path.is_symlink():  # what a link in there names is not for this run to change
+        if path.is_symlink():  # the target of a link is not for this run to change
             path.unlink()
         write(path)
         mine = []
@@ -113,10 +112,10 @@ class CheckpointDirectory:
 
 
 def call_all(functions: Iterable[Callable[[], None]]) -> None:
-    """Calls all functions that belong to the end of something, whatever one of them raises.
+    """Calls all functions that belong to the end of something, even if one of them raises an error.
 
-    Where an error is on its way already, it is that one which the caller will see, and theirs are logged; else the
-    first of theirs is raised.
+    If an error is being handled already, the caller will see that one, and errors of the functions are logged.
+    Otherwise the first of their errors is raised and the others are logged.
     """
     first = sys.exc_info()[1]
     raised: BaseException | None = None

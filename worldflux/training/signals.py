@@ -14,10 +14,10 @@ _NOTICE = b"\nStopping after this step, then saving. Press Ctrl-C again to stop 
 
 
 class StopRequest:
-    """Whether a signal has asked to stop.
+    """A request to stop, which is true once a signal has arrived.
 
     Attributes:
-        signal: Its number; None as long as none came.
+        signal: Number of the signal; None as long as there was none.
     """
 
     def __init__(self) -> None:
@@ -29,17 +29,18 @@ class StopRequest:
 
 @contextmanager
 def stopping_on_signals() -> Iterator[StopRequest]:
-    """Lets Ctrl-C and SIGTERM wait for the end of a step.
+    """Makes Ctrl-C and SIGTERM wait for the end of a step.
 
-    Inside the block the first of these signals only marks the request; a second one acts as it would without the
-    block. Whoever runs the steps looks at the request after each, saves and leaves the block, which then ends as the
-    signal asks: with `KeyboardInterrupt`, or with `SystemExit(143)` for SIGTERM, as shells and schedulers expect.
+    Inside the block the first of these signals only sets the request; a second one acts as it would without the
+    block. The code that runs the steps checks the request after each step, saves and leaves the block. The block then
+    ends as the signal asks: with `KeyboardInterrupt`, or with `SystemExit(143)` for SIGTERM, as shells and schedulers
+    expect.
 
-    The same signal may have ended processes that this one talks to, as Ctrl-C in a terminal does with environments in
-    processes of their own. That their pipes are closed then is no other error: the block ends as the signal asks.
+    The same signal may have ended processes that this one communicates with, as Ctrl-C in a terminal ends environments
+    in processes of their own. Errors about their closed pipes are then not reported: the block ends as the signal asks.
 
-    Handlers that a program has set itself are left alone, and so is everything outside of the main thread, where
-    Python allows no handlers.
+    Handlers that a program has set itself are kept, and nothing is changed outside of the main thread, where Python
+    allows no handlers.
 
     Yields:
         The request.

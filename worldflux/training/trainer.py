@@ -41,7 +41,6 @@ from worldflux.training.checkpoint import (
     new_run,
     newest_checkpoint,
     read_checkpoint,
-    run_of,
     write_files,
     writing_checkpoint,
 )
@@ -476,7 +475,7 @@ class Trainer:
         for optimizer, state in zip(self._optimizers, saved.optimizers, strict=True):
             optimizer.load_state_dict(state)
         self.step_count = saved.progress["step"]
-        self.run = run_of(path, saved.progress)
+        self.run = saved.progress["run"]
         self._watch = FiniteWatch()
         self._write_back = WriteBack()
         self._data.load(saved.progress, saved.extras)
