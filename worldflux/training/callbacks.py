@@ -1,12 +1,12 @@
-"""What happens around training steps: progress, logs, checkpoints, stopping early.
+"""Callbacks of `Trainer.train`: progress, logs, checkpoints, early stopping.
 
-Order of the calls in `Trainer.train`: `on_train_begin`; then for each gradient step `on_eval_end`, where an evaluation
-is due, and `on_step_end`; at last `on_train_end`, also when training ends with an error. Callbacks are called in the
-order in which they were added, all of them also when one asks to stop. Only a `CheckpointCallback` comes behind all
-others, so that a checkpoint has what they remember of the step.
+The order of the calls is: `on_train_begin`; then for each gradient step `on_eval_end`, where an evaluation is due, and
+`on_step_end`; finally `on_train_end`, also when training ends with an error. Callbacks are called in the order in which
+they were added, and all of them also when one asks to stop. Only a `CheckpointCallback` comes after all others, so that
+a checkpoint includes their states after the step.
 
-They may change the trainer: save and load checkpoints, add callbacks, take further steps, set `eval_data` and the rates
-of the optimisers.
+Callbacks may change the trainer: save and load checkpoints, add callbacks, take further steps, and set `eval_data` and
+the learning rates of the optimisers.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ logger = logging.getLogger("worldflux.training")
 
 
 class Losses(Mapping[str, float]):
-    """The losses of a step by name, fetched from the device at once when one is first read.
+    """The losses of a step by name, copied from the device together when one of them is first read.
 
-    A callback that looks at them only now and then costs nothing at the other steps. `losses.tensors` gives them as
-    they are, for arithmetic on the device.
+    A callback that reads them only occasionally costs nothing at the other steps. `losses.tensors` holds them as they
+    are, for arithmetic on the device.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -64,30 +64,31 @@ class Losses(Mapping[str, float]):
         return len(self.tensors)
 
     def __repr__(self) -> str:
-        """Names and numbers."""
+        """Names and values."""
         return f"Losses({dict(self)})"
 
 
 class Callback:
-    """Base of everything that takes part in training. Override what you need."""
+    """Base class of callbacks. Override the methods that you need."""
 
     def on_train_begin(self, trainer: Trainer) -> None:
         """Called once before the first step.
 
         Args:
-            trainer: Has `model`, `config`, `step_count` (steps done) and `target_step` (where this call will end).
+            trainer: The trainer, with `model`, `config`, `step_count` (steps done) and `target_step` (the last step of
+                this call).
         """
 
     def on_step_end(self, step: int, losses: Mapping[str, float]) -> bool | None:
         """Called after each gradient step.
 
         Args:
-            step: Gradient steps done, from 1.
-            losses: The model's loss terms, `"loss"`, which is what was differentiated, and `"grad_norm"`. Reading one
-                waits for the device.
+            step: Number of gradient steps done, from 1.
+            losses: The model's loss terms, `"loss"`, which was differentiated, and `"grad_norm"`. Reading one waits
+                for the device.
 
         Returns:
-            False to stop training; anything else goes on.
+            False to stop training; anything else continues it.
         """
         return None
 
@@ -95,28 +96,28 @@ class Callback:
         """Called after each evaluation.
 
         Args:
-            step: Gradient steps done.
-            metrics: Means of the loss terms over the evaluation batches, `"loss"` included.
+            step: Number of gradient steps done.
+            metrics: Means of the loss terms, including `"loss"`, over the evaluation batches.
         """
 
     def on_train_end(self, trainer: Trainer) -> None:
         """Called once after the last step.
 
         Args:
-            trainer: `trainer.finished` is False if an error or an interrupt ended the training; then
+            trainer: The trainer. `trainer.finished` is False if an error or an interrupt ended the training; then
                 `trainer.interrupted` tells whether it was a signal, which waits for the end of a step.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run has to remember when it is resumed, as JSON can hold it; empty for most callbacks."""
+        """The state to save in a checkpoint, in a form that JSON can hold; empty for most callbacks."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state_dict` gave; called behind `on_train_begin`, and only if that was not empty."""
+        """Restores a saved state; called after `on_train_begin`, and only if `state_dict` was not empty."""
 
 
 class ProgressCallback(Callback):
-    """Shows how far training is: a bar where tqdm is installed, else a line at each `log_interval` of the trainer."""
+    """Shows progress: a bar if tqdm is installed, otherwise a line at each `log_interval` of the trainer."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -134,7 +135,7 @@ class ProgressCallback(Callback):
             self._bar = tqdm(total=self._target, initial=trainer.step_count, unit="step", dynamic_ncols=True)
 
     def on_step_end(self, step: int, losses: Mapping[str, float]) -> None:
-        """Moves the bar, and shows the loss where it is read anyway."""
+        """Moves the bar, and shows the loss at the steps at which losses are read anyway."""
         due = step % self._interval == 0
         if self._bar is None:
             if due:
@@ -152,23 +153,23 @@ class ProgressCallback(Callback):
 
 
 class LoggingCallback(Callback):
-    """Logs losses, health and evaluations to the Python logger `worldflux.training` and to TensorBoard, also to wandb.
+    """Logs losses, health and evaluations to the Python logger `worldflux.training`, to TensorBoard, and to wandb.
 
-    The health (`Trainer.health`) stands under `health/`, and a value that goes beyond its limit is a warning. A program
-    that has not set up logging gets the lines on stderr.
+    Health metrics (`Trainer.health`) are logged under `health/`; a value beyond its threshold is logged as a warning. A
+    program that has not set up logging gets the lines on stderr.
 
     Attributes:
-        tensorboard_log: Directory for TensorBoard ("runs"), in which each training makes one of its own. Set it to None
-            to write none.
+        tensorboard_log: Directory for TensorBoard ("runs"), in which each training creates one of its own. None writes
+            no TensorBoard log.
 
     Args:
         log_interval: Steps between lines.
-        use_wandb: Log to Weights & Biases as well; into the run that is open, else into one opened here.
+        use_wandb: Log to Weights & Biases as well, in the run that is open or in one that is opened here.
 
     Raises:
         ConfigurationError: If `log_interval` is below 1.
-        MissingDependencyError: If `use_wandb` is set and wandb is not installed; when training begins, if tensorboard
-            is not, unless `tensorboard_log` is None.
+        MissingDependencyError: If `use_wandb` is set and wandb is not installed. When training begins, also if
+            tensorboard is not installed, unless `tensorboard_log` is None.
     """
 
     def __init__(self, log_interval: int = 100, use_wandb: bool = False) -> None:
@@ -181,7 +182,7 @@ class LoggingCallback(Callback):
         self._opened_run = False
         self._since: tuple[float, int] | None = None
         self._trainer: Trainer | None = None
-        self._problems: set[str] = set()  # which have been warned of
+        self._problems: set[str] = set()  # those that were bad at the last interval
 
     def on_train_begin(self, trainer: Trainer) -> None:
         """Starts the clock, and the wandb run if there is none."""
@@ -241,29 +242,29 @@ class LoggingCallback(Callback):
 
 
 class _ConfiguredInterval(int):
-    """The documented default of an interval; told apart from the same number given by the user."""
+    """The documented default of an interval, which differs from the same number given by the user."""
 
 
 class CheckpointCallback(Callback):
     """Saves checkpoints `output_dir/step-00010000`, each a directory for `Trainer.load_checkpoint`.
 
-    One more is saved when training ends between two intervals, whatever ends it: its last step, Ctrl-C, SIGTERM, or an
-    error in a callback or a provider of data. Nothing is saved once a loss is not finite: the newest checkpoint is a
-    good one, and `Trainer.train(buffer, resume=True)` goes on from it.
+    Another one is saved when training ends between two intervals, whatever ends it: its last step, Ctrl-C, SIGTERM, or
+    an error in a callback or a provider of data. Nothing is saved once a loss is not finite, so the newest checkpoint
+    is a good one, from which `Trainer.train(buffer, resume=True)` continues.
 
-    A directory belongs to one run. While a run is there, no other can begin; where another run has saved checkpoints,
-    training ends at once with a `ConfigurationError` that says what to do.
+    A directory belongs to one run. While a run uses it, no other can begin there; if another run has saved checkpoints
+    in it, training ends at once with a `ConfigurationError` that says what to do.
 
     Args:
-        output_dir: Made if it does not exist.
-        save_interval: Steps between checkpoints. If it is not given, `TrainingConfig.save_interval` rules, which is
-            10000 by default too.
-        max_checkpoints: How many of this run to keep in `output_dir`; the ones written longest ago are removed.
-        overwrite: Begin a new run where another one has saved checkpoints; they are removed once this run has saved one
-            of its own.
+        output_dir: Directory of the checkpoints; created if it does not exist.
+        save_interval: Steps between checkpoints. If it is not given, `TrainingConfig.save_interval` is used, whose
+            default is also 10000.
+        max_checkpoints: Number of checkpoints of this run to keep in `output_dir`; the oldest are removed.
+        overwrite: Begin a new run even if another one has saved checkpoints in the directory; they are removed once
+            this run has saved one of its own.
 
     Raises:
-        ConfigurationError: If a number is below 1, or `output_dir` can be no directory.
+        ConfigurationError: If a number is below 1, or `output_dir` cannot be a directory.
     """
 
     def __init__(
@@ -283,12 +284,12 @@ class CheckpointCallback(Callback):
 
     @property
     def output_dir(self) -> Path:
-        """Where the checkpoints are."""
+        """Directory of the checkpoints."""
         return self.directory.path
 
     @property
     def max_checkpoints(self) -> int:
-        """How many of the run are kept."""
+        """Number of checkpoints of the run that are kept."""
         return self.directory.max_checkpoints
 
     def on_train_begin(self, trainer: Trainer) -> None:
@@ -314,7 +315,7 @@ class CheckpointCallback(Callback):
         except TrainingError:
             if error is None:
                 raise
-            # What the training ended with says why; the newest checkpoint is a good one.
+            # The error that ended the training says why; the newest checkpoint is a good one.
         finally:
             self._trainer = None
 
@@ -328,13 +329,13 @@ class CheckpointCallback(Callback):
 class EarlyStoppingCallback(Callback):
     """Stops when a loss has not fallen for a while.
 
-    What is compared is the mean of the loss over each `TrainingConfig.log_interval`, or over `patience` steps if that
-    is shorter: single batches are too noisy, and reading every step would wait for the device.
+    It compares means of the loss over each `TrainingConfig.log_interval`, or over `patience` steps if that is shorter:
+    single batches are too noisy, and reading every step would wait for the device.
 
     Args:
-        monitor: Name of a loss; `"eval/<name>"` for one of the evaluation.
+        monitor: Name of a loss; `"eval/<name>"` for a loss of the evaluation.
         patience: Gradient steps without improvement after which to stop.
-        min_delta: By how much the loss has to fall to count as improved.
+        min_delta: Amount by which the loss has to fall to count as improved.
 
     Raises:
         ConfigurationError: If a number is out of range; during training, if there is no loss of that name.
@@ -353,7 +354,7 @@ class EarlyStoppingCallback(Callback):
         self._count = 0
 
     def on_train_begin(self, trainer: Trainer) -> None:
-        """Starts waiting anew; the best value so far stays."""
+        """Restarts the patience; the best value so far stays."""
         self._interval = min(trainer.config.log_interval, self.patience)
         self.best_step = trainer.step_count
         self._sum, self._count = 0.0, 0
@@ -364,7 +365,7 @@ class EarlyStoppingCallback(Callback):
             )
 
     def on_step_end(self, step: int, losses: Mapping[str, float]) -> bool:
-        """Compares every interval; False once the patience is spent."""
+        """Compares the mean of every interval; False once the patience has run out."""
         if not self.monitor.startswith("eval/"):
             values = losses.tensors if isinstance(losses, Losses) else losses
             self._sum = self._sum + self._pick(values, self.monitor)
@@ -383,15 +384,15 @@ class EarlyStoppingCallback(Callback):
             self._compare(step, self._pick(metrics, self.monitor.removeprefix("eval/")))
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value so far, how long ago it was, and the mean that is being taken."""
+        """The best value so far, its step, and the sum of the current interval."""
         best = self.best if math.isfinite(self.best) else None
         return {"best": best, "best_step": self.best_step, "sum": float(self._sum), "count": self._count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on waiting where the saved run did.
+        """Restores a saved state.
 
         Raises:
-            CheckpointError: If it is none of `state_dict`.
+            CheckpointError: If it is not a state of this callback.
         """
         best, total = (0.0 if state[name] is None else state[name] for name in ("best", "sum"))
         for name, value in (("best", best), ("sum", total)):
@@ -428,7 +429,7 @@ def _import_writer() -> Any:
 
 
 def _new_directory(parent: Path, name: str) -> Path:
-    """The first of `name_1`, `name_2`, ... that is not there yet."""
+    """The first of `name_1`, `name_2`, ... that does not exist yet."""
     number = 1
     while (parent / f"{name}_{number}").exists():
         number += 1

@@ -1,4 +1,4 @@
-"""TrainingConfig: how long, on what and how fast a model is trained."""
+"""The settings of `Trainer` and `train`."""
 
 from __future__ import annotations
 
@@ -31,37 +31,38 @@ _COUNTS = {
 class TrainingConfig:
     """Settings of `Trainer` and `train`, the same for every family of models.
 
-    A model brings the kind of its optimiser and that optimiser's own numbers; rate, warm-up, weight decay and clipping
-    are set here.
+    The model determines the kind of its optimiser and the optimiser's own numbers; the learning rate, warm-up, weight
+    decay and clipping are set here.
 
     Raises:
         ConfigurationError: If a value has the wrong type or is out of range.
     """
 
     total_steps: int = 100_000
-    """Gradient steps of the whole run, those before a checkpoint included."""
+    """Gradient steps of the whole run, including those before a checkpoint."""
     batch_size: int = 16
-    """Windows in each gradient step. More gives smoother gradients and costs linearly."""
+    """Windows in each gradient step. More windows give smoother gradients; the cost grows linearly."""
     sequence_length: int = 50
-    """Time steps in each window. Longer windows teach longer memory and cost linearly."""
+    """Time steps in each window. Longer windows teach longer memory; the cost grows linearly."""
     learning_rate: float = 3e-4
     """Step size of the optimiser after the warm-up."""
     weight_decay: float = 0.0
-    """Share of each weight, times the rate, that a step takes away (decoupled). Larger keeps weights smaller."""
+    """Decoupled weight decay: each step takes this share of a weight, times the learning rate, away from it. Larger
+    values keep weights smaller."""
     grad_clip: float = 100.0
     """Largest norm of all gradients together; larger gradients are scaled down to it. 0 or infinity turns it off."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from zero."""
     log_interval: int = 100
-    """Steps between the moments at which losses are read from the device, checked and shown."""
+    """Steps after which losses are read from the device, checked and shown."""
     eval_interval: int = 1000
-    """Steps between evaluations, where the trainer was given `eval_data`."""
+    """Steps between evaluations, if the trainer has `eval_data`."""
     save_interval: int = 10_000
     """Steps between checkpoints of a `CheckpointCallback` that was not given an interval of its own."""
     device: str = "auto"
     """Where to train: "cpu", "cuda", "cuda:1", ...; "auto" takes CUDA if there is a device."""
     seed: int = 42
-    """Start of every random stream of the run: Python, NumPy, torch and the buffer's sampler."""
+    """Seed of every random stream of the run: Python, NumPy, torch and the buffer's sampler."""
     compile: bool | Literal["auto"] = "auto"
     """On CUDA, capture gradient steps in CUDA graphs and compile the model's hot functions; on a CPU, compile these
     alone, which needs a C++ compiler. "auto": on CUDA only."""
@@ -82,11 +83,11 @@ class TrainingConfig:
             raise ConfigurationError(f"seed is {self.seed}, expected a whole number below 2**32, which NumPy can take.")
         object.__setattr__(self, "compile", checked_compile(self.compile))
         resolve_device(self.device, must_exist=False)
-        object.__setattr__(self, "device", str(self.device))  # a torch.device is none that JSON can hold
+        object.__setattr__(self, "device", str(self.device))  # JSON cannot hold a torch.device
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrainingConfig:
-        """Configuration from what `to_dict` returned; fields that are absent take their defaults.
+        """Makes a configuration of what `to_dict` returned; missing fields take their defaults.
 
         Raises:
             ConfigurationError: If a field is unknown or a value does not fit.
@@ -100,11 +101,11 @@ class TrainingConfig:
         return cls(**data)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field with its value, as JSON can hold it."""
+        """All fields with their values, in a form that JSON can hold."""
         return asdict(self)
 
     def save(self, path: str | Path) -> None:
-        """Writes the configuration to `path` as JSON, whole or not at all. Missing directories are made.
+        """Writes the configuration to `path` as JSON, whole or not at all. Missing directories are created.
 
         Raises:
             ConfigurationError: If it cannot be written.
@@ -113,12 +114,12 @@ class TrainingConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> TrainingConfig:
-        """Configuration that `save` wrote.
+        """Reads a configuration that `save` wrote.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ConfigurationError: If it is not a training configuration; if it is not even JSON, this is a
-                `json.JSONDecodeError`, too.
+            ConfigurationError: If it is not a training configuration. If it is not even JSON, the error is also a
+                `json.JSONDecodeError`.
         """
         path = checked_path("path", path)
         data = read_json(path, error=ConfigurationError, finite=False)  # grad_clip may be infinite

@@ -1,4 +1,4 @@
-"""A buffer of random data to try things with, and the two forms of provider under their documented names."""
+"""A buffer of random data to try things with, and the protocols of providers under their documented names."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def create_random_buffer(
     """A buffer of noise, for tests and for trying out a model's plumbing.
 
     Args:
-        capacity: Transitions to keep; the oldest episodes are dropped beyond it.
-        obs_shape: Of one observation; bytes for images, standard normal numbers else.
-        action_dim: Width of the action vectors, uniform in [-1, 1].
-        num_episodes: Episodes to make, each ended by a termination.
-        episode_length: Transitions of each.
-        seed: Of the data and of the buffer's sampler; None draws one.
-        storage: Where the rows lie, as for `ReplayBuffer`.
+        capacity: Number of transitions to keep; beyond it the oldest episodes are dropped.
+        obs_shape: Shape of one observation. Images are random bytes, vectors standard normal numbers.
+        action_dim: Width of the action vectors, which are uniform in [-1, 1].
+        num_episodes: Number of episodes, each ended by a termination.
+        episode_length: Number of transitions of each episode.
+        seed: Seed of the data and of the buffer's sampler; None draws one.
+        storage: Storage of the rows, as for `ReplayBuffer`.
 
     Raises:
         ConfigurationError: If a number is not whole or less than 1.
-        BufferError: If the machine has no room for it.
+        BufferError: If there is not enough memory.
     """
     for name, value in (("num_episodes", num_episodes), ("episode_length", episode_length)):
         whole_number(name, value, 1)

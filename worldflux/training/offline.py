@@ -35,29 +35,29 @@ def train(
     eval_data: Provider | float | None = None,
     resume: bool = False,
 ) -> ModelT:
-    """Trains a model on stored experience; `Trainer` in one call.
+    """Trains a model on stored experience, with a `Trainer` in one call.
 
         train(model, ReplayBuffer.load("walker.npz"), total_steps=50_000).save_pretrained("walker-model")
 
     Args:
         model: A `WorldModel`, or any `nn.Module` with `loss(batch)`. It is trained in place.
         buffer: A `ReplayBuffer` or another provider of batches.
-        total_steps: This and the following up to `seed`: see `TrainingConfig`.
+        total_steps: Gradient steps of the whole run. `TrainingConfig` describes this and the following settings.
         batch_size: Windows in each gradient step.
         sequence_length: Time steps in each window.
         learning_rate: Step size of the optimiser.
         weight_decay: Decoupled weight decay.
-        grad_clip: Largest norm of all gradients together; 0 turns it off.
-        warmup_steps: Steps over which the rate rises from zero.
+        grad_clip: Largest norm of all gradients together; 0 turns clipping off.
+        warmup_steps: Steps over which the learning rate rises from zero.
         log_interval: Steps between checks of the losses.
         eval_interval: Steps between evaluations on `eval_data`.
         save_interval: Steps between checkpoints of a `CheckpointCallback` without an interval of its own.
-        device: "auto" takes CUDA if there is a device.
-        seed: Start of every random stream.
-        compile: Compile the model and record its gradient steps; "auto" does so on CUDA.
-        callbacks: Called in this order.
-        eval_data: Experience kept from training, or the share of the buffer to hold out.
-        resume: Go on from the newest checkpoint of the `CheckpointCallback` among `callbacks`.
+        device: Device to train on; "auto" takes CUDA if there is a device.
+        seed: Seed of every random stream.
+        compile: Compile the model and capture its gradient steps in CUDA graphs; "auto" does so on CUDA.
+        callbacks: Callbacks, called in this order.
+        eval_data: Data for evaluation, or the share of the buffer to hold out.
+        resume: Continue from the newest checkpoint of the `CheckpointCallback` among `callbacks`.
 
     Returns:
         The same model, trained, on the device and in evaluation mode.

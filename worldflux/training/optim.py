@@ -1,7 +1,7 @@
 """Optimisers: LaProp with adaptive gradient clipping, Adam, and the warm-up that both share.
 
-Every update runs over whole lists of tensors (`torch._foreach_*`): a world model has about a hundred small tensors, and
-one kernel call for each of them and each operation would cost more than the arithmetic.
+Updates run over whole lists of tensors (`torch._foreach_*`): a world model has about a hundred small tensors, and a
+kernel call for each of them and each operation would cost more than the arithmetic.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from worldflux.models.base import OptimizerSpec, ParameterGroup, parameter_group
 from worldflux.nn.fast.laprop import laprop
 
 AGC_MIN_NORM = 1e-3
-"""Norm that adaptive clipping takes a smaller tensor to have, so that a tensor that starts at zero can leave it."""
+"""Least norm that adaptive clipping takes a tensor to have, so that one that starts at zero can leave it."""
 
 
 def warmup_rate(lr: float, update: int, warmup_steps: int) -> float:
@@ -32,7 +32,7 @@ def warmup_rate(lr: float, update: int, warmup_steps: int) -> float:
     Args:
         lr: Rate after the warm-up.
         update: Number of the update, from 1.
-        warmup_steps: Updates until the full rate, which update `warmup_steps + 1` is the first to have. 0: none.
+        warmup_steps: Number of updates before the first one at the full rate. 0: no warm-up.
     """
     return lr if warmup_steps == 0 else lr * min(1.0, (update - 1) / warmup_steps)
 
@@ -247,11 +247,11 @@ class Adam(torch.optim.AdamW):
 def build_optimizer(spec: OptimizerSpec, parameters: Iterable[nn.Parameter | ParameterGroup]) -> torch.optim.Optimizer:
     """The optimiser that a model's specification asks for.
 
-    Clipping by the norm of all gradients together (`spec.grad_clip`) is no part of it, see `clip_by_global_norm`.
+    It does not clip by the norm of all gradients together (`spec.grad_clip`); see `clip_by_global_norm`.
 
     Args:
-        spec: Kind and numbers.
-        parameters: What it updates; groups of them may have rates of their own.
+        spec: Kind and numbers of the optimiser.
+        parameters: Parameters to update; groups of them may have learning rates of their own.
 
     Raises:
         ConfigurationError: If the kind is unknown, a number is out of range, or there is nothing to update.
@@ -285,13 +285,13 @@ def build_optimizer(spec: OptimizerSpec, parameters: Iterable[nn.Parameter | Par
 
 @torch.no_grad()
 def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Norm of all gradients together, which are scaled down to `max_norm` where it is larger.
+    """Scales gradients down so that their common norm is at most `max_norm`, and returns the norm.
 
     Nothing is read by the host. A norm that is not finite makes every gradient NaN instead of hiding it.
 
     Args:
-        parameters: Those without a gradient are skipped.
-        max_norm: Largest norm allowed. None, 0 and infinity only measure.
+        parameters: Parameters; those without a gradient are skipped.
+        max_norm: Largest norm allowed. With None, 0 or infinity the norm is only measured.
 
     Returns:
         The norm before clipping, a scalar.
@@ -340,7 +340,7 @@ def _one_minus_power(base: float, k: int | Tensor) -> Any:
 
 
 def _clipped(params: list[Tensor], agc: float | None) -> Any:
-    """The gradients after adaptive clipping; those of the parameters are left as they are."""
+    """The gradients after adaptive clipping, which leaves the parameters' own gradients as they are."""
     grads: Any = [p.grad for p in params]
     if agc is None:
         return grads
@@ -354,7 +354,7 @@ def _clipped(params: list[Tensor], agc: float | None) -> Any:
 
 
 def _check_settings(lr: float, betas: tuple[float, float], eps: float, warmup_steps: int, weight_decay: float) -> None:
-    """Ranges that every optimiser here has."""
+    """Checks the settings that all optimisers here share."""
     if not (lr >= 0 and math.isfinite(lr)):
         raise ConfigurationError(f"The learning rate is {lr}, expected a finite number from 0.")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
