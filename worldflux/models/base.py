@@ -135,6 +135,7 @@ class ParameterGroup:
     """Parameters with their own learning rate."""
 
     parameters: list[nn.Parameter]
+    """The parameters of the group."""
     rate_scale: float = 1.0
     """Factor on the optimiser's learning rate."""
     eps: float | None = None
@@ -427,7 +428,7 @@ class WorldModel(nn.Module):
         """Returns all parameters and buffers in the safetensors format."""
         return safetensors.torch.save({k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()})
 
-    # For the families: what they are given, and in which precision they compute
+    # For the families: checks of their inputs, and the precision in which they compute
 
     def _autocast(self) -> AbstractContextManager[Any]:
         kind = self.config.dtype

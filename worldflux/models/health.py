@@ -28,6 +28,7 @@ class Threshold:
     """Limit of a health metric, and advice for values beyond it."""
 
     value: float
+    """The threshold."""
     bad: Literal["above", "below"]
     """Side of the threshold that is bad; the threshold itself is good."""
     advice: str
@@ -41,7 +42,9 @@ class HealthMetric:
     name: str
     """Name of the metric in the log, such as `kl_at_free_nats`."""
     value: float
+    """The measured value."""
     threshold: Threshold
+    """The threshold of the metric."""
 
     @property
     def is_bad(self) -> bool:

@@ -20,13 +20,13 @@ from worldflux.nn.layers import blocked, inverse_rms, joined, norm_silu_backward
 
 
 class CoreWeights(NamedTuple):
-    """What the recurrence needs of the parameters; matrices in the precision of the products."""
+    """Parameters of the recurrence; matrices in the precision of the products."""
 
     deter_kernel: Tensor
     """`[h, D]`"""
     deter_bias: Tensor
     deter_scale: Tensor
-    """Float32, as all scales. `[h]`"""
+    """Scale of the norm in float32, like all scales. `[h]`"""
     stoch_kernel: Tensor
     """`[h, S * C]`"""
     stoch_bias: Tensor
@@ -34,8 +34,8 @@ class CoreWeights(NamedTuple):
     recurrent: Tensor
     """Block-diagonal part of the hidden layer, for the state itself. `[g, w, w]`"""
     dense: Tensor
-    """Dense part, for what was made of the state and the latents, `[2 * h, D]`; in imagination also for what was made
-    of the action, `[3 * h, D]`."""
+    """Dense part, for the layers of the state and the latents, `[2 * h, D]`; in imagination also for that of the
+    action, `[3 * h, D]`."""
     hidden_scale: Tensor
     """`[D]`"""
     gates: Tensor
@@ -45,10 +45,10 @@ class CoreWeights(NamedTuple):
 
 
 class PosteriorWeights(NamedTuple):
-    """What turns the state and the observation into latents."""
+    """Parameters of the latents given the state and the observation."""
 
     kernel: Tensor
-    """Its part for the state. `[h, D]`"""
+    """Part of the first kernel for the state. `[h, D]`"""
     scale: Tensor
     """`[h]`"""
     out_kernel: Tensor
@@ -57,7 +57,7 @@ class PosteriorWeights(NamedTuple):
 
 
 class PriorWeights(NamedTuple):
-    """What turns the state alone into latents: in imagination, and where nothing was seen."""
+    """Parameters of the latents given the state alone: in imagination, and where nothing was observed."""
 
     kernel: Tensor
     """`[h, D]`"""
@@ -74,10 +74,10 @@ class PriorWeights(NamedTuple):
 
 
 class CoreSaved(NamedTuple):
-    """What the gradient of a step goes back to."""
+    """Values that the gradient of a step needs."""
 
     deter: Tensor
-    """Before the step. `[N, D]`"""
+    """State before the step. `[N, D]`"""
     stoch: Tensor
     """`[N, S * C]`"""
     deter_normed: Tensor
@@ -91,40 +91,40 @@ class CoreSaved(NamedTuple):
     hidden: Tensor
     """Input of the gates. `[N, D]`"""
     reset: Tensor
-    """`[g, N, w]`, as the following."""
+    """`[g, N, w]`, like the following."""
     candidate_in: Tensor
     candidate: Tensor
     update: Tensor
 
 
 class CoreGrads(NamedTuple):
-    """Gradients with respect to what the layers of a step gave, from which those of the weights are made."""
+    """Gradients with respect to the outputs of a step's layers, from which those of the weights are computed."""
 
     deter: Tensor
     """`[N, h]`"""
     deter_scales: Tensor
-    """What each row adds to the gradient of the norm's scale, as all with this ending. `[N, h]`"""
+    """Contribution of each row to the gradient of the norm's scale, like all fields with this ending. `[N, h]`"""
     stoch: Tensor
     stoch_scales: Tensor
     hidden: Tensor
-    """`[N, D]`; also what the action's part gets."""
+    """`[N, D]`; also the gradient of the action's part."""
     hidden_scales: Tensor
     gates: Tensor
     """`[g, N, 3 * w]`"""
 
 
 class PosteriorGrads(NamedTuple):
-    """Gradients with respect to what the posterior's layers gave."""
+    """Gradients with respect to the outputs of the posterior's layers."""
 
     logits: Tensor
     """`[N, S * C]`"""
     hidden: Tensor
-    """`[N, h]`; also what the embedding's part gets."""
+    """`[N, h]`; also the gradient of the embedding's part."""
     hidden_scales: Tensor
 
 
 class PosteriorSaved(NamedTuple):
-    """What the gradient of the posterior goes back to."""
+    """Values that the gradient of the posterior needs."""
 
     deter: Tensor
     normed: Tensor
@@ -135,7 +135,7 @@ class PosteriorSaved(NamedTuple):
 
 
 class PriorGrads(NamedTuple):
-    """Gradients with respect to what the prior's layers gave."""
+    """Gradients with respect to the outputs of the prior's layers."""
 
     logits: Tensor
     """`[N, S * C]`"""
@@ -148,7 +148,7 @@ class PriorGrads(NamedTuple):
 
 
 class PriorSaved(NamedTuple):
-    """What the gradient of the prior goes back to."""
+    """Values that the gradient of the prior needs."""
 
     seen: Tensor | None
     """1 where the posterior's latents were taken, 0 where the prior's were; None in imagination. `[N, 1]`"""
@@ -173,7 +173,7 @@ def normalise_(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tanh(x: Tensor) -> Tensor:
-    """Written with a sigmoid: torch's kernel for the CPU takes six times as long."""
+    """Hyperbolic tangent, on a CPU written with a sigmoid: torch's own kernel takes six times as long."""
     return torch.sigmoid(x + x) * 2.0 - 1.0 if x.device.type == "cpu" else torch.tanh(x)
 
 
@@ -186,9 +186,10 @@ def core(
         w: Weights.
         deter: `[N, D]`
         stoch: `[N, S * C]`
-        added: What is added to the hidden layer: its bias, and what the action gives, unless that is computed here.
+        added: Vector added to the hidden layer: the bias, and the contribution of the action unless `action` is given.
             `[N, D]` or `[D]`
-        action: The action's layer, normalised and scaled: the last input of the dense part, before SiLU. `[N, h]`
+        action: Output of the action's layer, normalised and scaled but before SiLU: the last input of the dense part.
+            `[N, h]`
     """
     blocks, kind = len(w.recurrent), w.recurrent.dtype
     deter_normed, deter_inverse = normalise_(linear(deter, w.deter_kernel, w.deter_bias))
@@ -225,7 +226,7 @@ def core(
 
 
 def core_backward(w: CoreWeights, saved: CoreSaved, grad: Tensor) -> tuple[Tensor, Tensor, CoreGrads]:
-    """Gradients of one step with respect to the state `[N, D]`, the latents `[N, S * C]`, and what the layers gave."""
+    """Gradients of one step with respect to the state `[N, D]`, the latents `[N, S * C]` and the layers' outputs."""
     blocks, kind = len(w.recurrent), w.recurrent.dtype
     grad_new = blocked(grad, blocks)
     grad_candidate = grad_new * saved.update
@@ -258,7 +259,7 @@ def posterior(
     Args:
         w: Weights.
         deter: `[N, D]`
-        embed_part: What the embedding adds to the first layer, bias included. `[N, h]`
+        embed_part: Contribution of the embedding to the first layer, including the bias. `[N, h]`
         shape: S and C.
 
     Returns:
@@ -300,7 +301,7 @@ def latents_backward(probs: Tensor, grad_logits: Tensor, grad_probs: Tensor) -> 
 
 
 def posterior_backward(w: PosteriorWeights, saved: PosteriorSaved, logits: Tensor) -> tuple[Tensor, PosteriorGrads]:
-    """Gradient of the state `[N, D]`, and of what the layers gave, from that of the logits `[N, S * C]`."""
+    """Gradients of the state `[N, D]` and of the layers' outputs, from that of the logits `[N, S * C]`."""
     kind = w.kernel.dtype
     grad_hidden = torch.mm(logits.to(kind), w.out_kernel).float()
     hidden, scales = norm_silu_backward(grad_hidden, saved.normed, saved.inverse, w.scale)
@@ -308,7 +309,7 @@ def posterior_backward(w: PosteriorWeights, saved: PosteriorSaved, logits: Tenso
 
 
 def prior_backward(w: PriorWeights, saved: PriorSaved, logits: Tensor) -> tuple[Tensor, PriorGrads]:
-    """Gradient of the state `[N, D]`, and of what the prior's layers gave, from that of the logits `[N, S * C]`."""
+    """Gradients of the state `[N, D]` and of the prior's layers' outputs, from that of the logits `[N, S * C]`."""
     kind = w.kernel.dtype
     grad_inner = torch.mm(logits.to(kind), w.out_kernel).float()
     inner, inner_scales = norm_silu_backward(grad_inner, saved.inner_normed, saved.inner_inverse, w.inner_scale)

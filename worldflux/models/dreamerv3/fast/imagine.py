@@ -1,6 +1,6 @@
-"""One step of imagination: the largest part of training, and without gradient.
+"""One step of imagination without gradient, which takes the largest part of training.
 
-It computes what `RSSM.core` and `RSSM.prior` do. Here weights are cast and cut once for all steps.
+It computes what `RSSM.core` and `RSSM.prior` define, with weights that are cast and cut once for all steps.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class Layer(NamedTuple):
     """`[out, in]`"""
     bias: Tensor
     scale: Tensor
-    """Of the norm, float32."""
+    """Scale of the norm, in float32."""
 
 
 class ImaginationWeights(NamedTuple):
-    """What imagination needs of the parameters."""
+    """Parameters that imagination needs."""
 
     core: CoreWeights
-    """Its dense part takes the action, too."""
+    """Parameters of the recurrence, whose dense part takes the action, too."""
     action_in: Layer
     hidden_bias: Tensor
     """Bias of the core's hidden layer. `[D]`"""
@@ -72,8 +72,8 @@ def imagine_step(
         deter: `[N, D]`
         stoch: `[N, S, C]`
         action: `[N, A]`, magnitudes up to 1.
-        noise: Uniform numbers that the latents are drawn with. `[N, S]`
-        classes: Latents to take, without noise. `[N, S]`
+        noise: Uniform numbers with which the latents are drawn. `[N, S]`
+        classes: Latents to use instead of drawing them. `[N, S]`
         unimix: Share of the uniform distribution.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The policy rolled out in the model in C; `worldflux.models.dreamerv3.rollout` is the same in torch."""
+"""The rollout of the policy in the model in C; `worldflux.models.dreamerv3.rollout` defines it in torch."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from worldflux.models.dreamerv3.heads import Actor
 from worldflux.nn.fast.kernels import addresses, library
 
 ROWS = 256
-"""Rows that are rolled out together: what a step makes of them stays in a core's cache."""
+"""Rows that are rolled out together, so that the results of a step stay in a core's cache."""
 
 
 def imagine(
     weights: ImaginationWeights, actor: Actor, deter: Tensor, stoch: Tensor, horizon: int, unimix: float
 ) -> tuple[Tensor, Tensor]:
-    """Features `[H+1, N, F]` and actions `[H+1, N, A]`; takes the random numbers that the form in torch takes.
+    """Features `[H+1, N, F]` and actions `[H+1, N, A]`; draws the same random numbers as the form in torch.
 
     Args:
-        weights: Of `actor`'s hidden layers, too.
-        actor: With one hidden layer at least.
+        weights: Parameters, including those of the actor's hidden layers.
+        actor: The policy, with at least one hidden layer.
         deter: `[N, D]`
         stoch: One-hot. `[N, S, C]`
         horizon: H

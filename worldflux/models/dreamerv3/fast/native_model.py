@@ -1,4 +1,4 @@
-"""The recurrence's weights as `worldflux/nn/fast/kernels.c` takes them."""
+"""The recurrence's weights in the form that `worldflux/nn/fast/kernels.c` takes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Model(ctypes.Structure):
 
     @classmethod
     def of(cls, core: CoreWeights, groups: int, classes: int, unimix: float) -> Model:
-        """What the recurrence needs; the tensors have to stay alive."""
+        """The fields that the recurrence needs; the tensors have to stay alive."""
         blocks, width, _ = core.recurrent.shape
         model = cls(
             D=blocks * width, g=blocks, h=len(core.deter_kernel), S=groups, C=classes, unimix=unimix,

@@ -1,6 +1,6 @@
 """The recurrence along replayed windows in C, as one autograd node.
 
-`worldflux.models.dreamerv3.fast.scan` is the same in torch, for every device and for windows with unseen observations.
+`worldflux.models.dreamerv3.fast.scan` is the same in torch, for all devices and for windows with missing observations.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class _Window(ctypes.Structure):
     ]
 
     def point(self, **tensors: Tensor | None) -> None:
-        """Sets fields to where contiguous tensors begin."""
+        """Sets fields to the addresses of contiguous tensors."""
         for name, tensor in tensors.items():
             setattr(self, name, None if tensor is None else tensor.data_ptr())
 
 
 class NativeScan(torch.autograd.Function):
-    """What `worldflux.models.dreamerv3.fast.scan.Scan` computes.
+    """Computes the same as `worldflux.models.dreamerv3.fast.scan.Scan`.
 
     Inputs: the unimix, the state before the first step `[N, D]` and `[N, S, C]`, then `[T, N, ...]` each `keep`,
     `action_part`, `embed_part`, `uniform`, `classes` (one of the last two is None), and the fields of `CoreWeights` and
@@ -93,7 +93,7 @@ class NativeScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Runs back, then makes the weights' gradients over all steps at once."""
+        """Goes backwards through the steps, then computes the weights' gradients over all steps at once."""
         saved = ctx.saved_tensors
         weights, given, kept = saved[:15], saved[15:22], saved[22:]
         model, window = _described(ctx.unimix, weights, (*given[:3], None, None, *given[3:]), kept)

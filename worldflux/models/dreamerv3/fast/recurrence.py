@@ -1,8 +1,8 @@
 """The fast forms of `RSSM.observe` and of `roll_out`, chosen here and nowhere else.
 
-There are two of each: C for CPUs (`native_scan`, `native_imagine`), and functions of tensors for every device, which
-can be compiled (`scan`, `imagine`). Both compute what `RSSM.core`, `prior`, `posterior` and `dist` define, and step
-back where one of these, a layer or a hook was replaced.
+There are two of each: C for CPUs (`native_scan`, `native_imagine`), and functions of tensors for all devices, which can
+be compiled (`scan`, `imagine`). Both compute what `RSSM.core`, `prior`, `posterior` and `dist` define, and are not used
+if one of these methods or a layer was replaced or hooked.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class CompiledFunctions(NamedTuple):
     policy: Callable[..., Any] = hidden_layers
 
     def compiled(self) -> CompiledFunctions:
-        """The same, compiled: a step becomes its products and a few kernels between them."""
+        """The same functions, compiled: a step becomes its products and a few kernels between them."""
         return CompiledFunctions(*(torch.compile(function, dynamic=False) for function in CompiledFunctions()))
 
 
@@ -51,9 +51,9 @@ def applies(
 
     Args:
         rssm: The model.
-        steps: Its methods that the fast forms do not call.
+        steps: Methods of the model that the fast forms do not call.
         heads: Further modules whose weights are read.
-        forwards: Of these.
+        forwards: The `forward` methods that these must have.
     """
     if not rssm.fast or not fast_forms():
         return False
@@ -80,12 +80,12 @@ def observe(
         rssm: The model.
         deter: State before the first step. `[B, D]`
         stoch: State before the first step. `[B, S, C]`
-        prev_actions: Zero where an episode begins. `[B, T, A]`
+        prev_actions: Previous actions, zero where an episode begins. `[B, T, A]`
         embed: `[B, T, E]`
-        keep: 0 where an episode begins, else 1. `[B, T, 1]`
-        obs_mask: `[B, T]`
-        noise: Uniform numbers that the latents are drawn with. `[T, B, S]`
-        draws: Classes to use in place of drawing. `[B, T, S]`
+        keep: 0 where an episode begins, otherwise 1. `[B, T, 1]`
+        obs_mask: False where nothing was observed. `[B, T]`
+        noise: Uniform numbers with which the latents are drawn. `[T, B, S]`
+        draws: Classes to use instead of drawing them. `[B, T, S]`
     """
     layer: Any = rssm.posterior_in.linears[0]
     embed_part = F.linear(embed, layer.weight[:, rssm.deter_dim :], layer.bias)  # [B, T, hidden]
@@ -113,7 +113,7 @@ def roll_out(
     if draws is None and given.actor and _takes_kernels(rssm, deter, stoch):
         feats, taken = native_imagine.imagine(given, actor, deter, stoch, horizon, rssm.unimix)
         return feats.transpose(0, 1), taken.transpose(0, 1)
-    # Each state is written where the heads will read it.
+    # Each state is written to where the heads will read it.
     feats = deter.new_empty(horizon + 1, len(deter), width + stoch[0].numel())
     actions: list[Tensor] = []
     for h, feat in enumerate(feats):
@@ -132,7 +132,7 @@ def roll_out(
 
 
 def _takes_kernels(rssm: RSSM, *states: Tensor) -> bool:
-    """Whether these states are computed in C; not where compiled functions are wanted."""
+    """Whether these states are computed in C; compiled functions take precedence."""
     return (
         rssm.functions == CompiledFunctions()
         and kernels(*states, rssm.gates.weight, elements=states[0].numel()) is not None

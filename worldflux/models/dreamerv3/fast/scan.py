@@ -1,8 +1,8 @@
 """The recurrence along replayed windows as one autograd node, with its gradient written out.
 
-What is computed is what `RSSM.observe` computes step by step with `core` and `posterior`. Left to autograd, each of
-64 steps would bring some fifty nodes, and a product for the gradient of every matrix. Here a step keeps only what its
-gradient needs, and the gradient of each matrix is one product over all steps, after the loop.
+It computes what `RSSM.observe` computes step by step with `core` and `posterior`. With autograd, each of 64 steps would
+add some fifty nodes, and a product for the gradient of every matrix. Here a step keeps only what its gradient needs,
+and the gradient of each matrix is one product over all steps, after the loop.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ def observe_step(
     """One step of a window: the next state, its latents `[N, S, C]` and their logits, and what the gradient needs.
 
     Args:
-        core_weights: Of the recurrence.
-        posterior_weights: Of the latents.
-        prior_weights: Of the latents where nothing was seen; needed with `seen` only.
+        core_weights: Parameters of the recurrence.
+        posterior_weights: Parameters of the posterior.
+        prior_weights: Parameters of the prior; needed only with `seen`.
         deter: `[N, D]`
         stoch: `[N, S, C]`
-        keep: 0 where an episode starts, else 1. `[N, 1]`
+        keep: 0 where an episode starts, otherwise 1. `[N, 1]`
         action_part: `[N, D]`
         embed_part: `[N, h]`
-        seen: 1, or 0 where the prior takes the posterior's place; None if everything was seen. `[N, 1]`
-        noise: Uniform numbers that the latents are drawn with. `[N, S]`
-        classes: Latents to take, without noise. `[N, S]`
+        seen: 1, or 0 where the prior takes the posterior's place; None if everything was observed. `[N, 1]`
+        noise: Uniform numbers with which the latents are drawn. `[N, S]`
+        classes: Latents to use instead of drawing them. `[N, S]`
         unimix: Share of the uniform distribution.
     """
     deter, core_saved = core(core_weights, deter * keep, stoch.flatten(1) * keep, action_part)
@@ -95,7 +95,7 @@ def observe_step_backward(
     grad_logits: Tensor,
     unimix: float,
 ) -> tuple[Tensor, Tensor, CoreGrads, PosteriorGrads, PriorGrads | None]:
-    """Gradients with respect to the state before the step, `[N, D]` and `[N, S, C]`, and to what the layers gave.
+    """Gradients with respect to the state before the step, `[N, D]` and `[N, S, C]`, and to the layers' outputs.
 
     The latents pass their gradient straight through to the probabilities that they were drawn from.
     """
@@ -169,7 +169,7 @@ class Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_deter: Tensor, grad_stoch: Tensor, grad_logits: Tensor) -> tuple[Tensor | None, ...]:
-        """Runs back, then makes the weights' gradients over all steps at once."""
+        """Goes backwards through the steps, then computes the weights' gradients over all steps at once."""
         before_deter, before_stoch = torch.zeros_like(grad_deter[0]), torch.zeros_like(grad_stoch[0])
         grads = []
         for t in reversed(range(len(ctx.keep))):
@@ -236,7 +236,7 @@ def _posterior_weight_grads(
 def _prior_weight_grads(
     saved: Sequence[PriorSaved], grads: Sequence[PriorGrads], weights: PriorWeights
 ) -> PriorWeights:
-    """Gradients of the weights of the prior, from the rows in which nothing was seen."""
+    """Gradients of the weights of the prior, from the rows in which nothing was observed."""
     kind = weights.kernel.dtype
     logits, inner, hidden = (_rows(grads, name) for name in ("logits", "inner", "hidden"))
     return PriorWeights(

@@ -1,7 +1,8 @@
-"""The weights of an `RSSM`, cut and cast as the fast forms take them; gradients flow through.
+"""The weights of an `RSSM`, cut and cast for the fast forms; gradients flow through.
 
-The hidden layer of block k sees `[deter_k, x0, x1, x2]`: only `deter_k` differs between blocks, so the kernel is a
-block-diagonal one for `deter` and a dense one for the rest; of that, `x2` depends on the action alone.
+The input of the hidden layer of block k is `[deter_k, x0, x1, x2]`: only `deter_k` differs between blocks, so the
+kernel consists of a block-diagonal part for `deter` and a dense part for the rest, of which `x2` depends on the action
+alone.
 """
 
 from __future__ import annotations
@@ -77,11 +78,11 @@ def of_imagination(rssm: RSSM, actor: MLP) -> ImaginationWeights:
 
 
 def action_part(rssm: RSSM, actions: Tensor) -> Tensor:
-    """What actions add to the hidden layer, its bias included; all that does not wait for the recurrence.
+    """The contribution of actions to the hidden layer, including its bias, which does not depend on the recurrence.
 
     Args:
         rssm: The model.
-        actions: `[..., A]`; magnitudes above 1 are brought back to 1.
+        actions: `[..., A]`; magnitudes above 1 are reduced to 1.
 
     Returns:
         `[..., D]`, float32.
@@ -91,10 +92,10 @@ def action_part(rssm: RSSM, actions: Tensor) -> Tensor:
 
 
 def _dense_kernel(rssm: RSSM) -> Tensor:
-    """The hidden layer's kernel for what all blocks see. `[3 * hidden, D]`"""
+    """The hidden layer's kernel for the inputs that all blocks share. `[3 * hidden, D]`"""
     return rssm.hidden.weight[:, rssm.deter_dim // rssm.blocks :].transpose(0, 1).flatten(1)
 
 
 def _precision(rssm: RSSM) -> torch.dtype:
-    """What matrices are multiplied in here."""
+    """The precision of matrix products."""
     return products(rssm.gates.weight.device)
