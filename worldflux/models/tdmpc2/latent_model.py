@@ -186,12 +186,12 @@ class LatentModel(WorldModel):
     def partial_return(
         self, state: State, actions: Tensor, *, discount: float | None, deterministic: bool
     ) -> PartialReturn:
-        """What sequences of actions `[H, N, S, A]` earn, and where they lead; `discount` None takes the task's own.
+        """Rewards and last states of sequences of actions `[H, N, S, A]`; `discount` None takes the task's own.
 
         A step that is expected to terminate, with a probability above one half, ends the sequence: nothing after it
         counts.
         """
-        # The state and its task stand once in each row and broadcast with the sequences from there.
+        # The state and its task are given once for each row and broadcast with its sequences.
         task = state["task"].unsqueeze(1) if "task" in state else None  # [N, 1]
         found = None
         if task is None and not overridden(self, _NEXT, _INPUTS):
@@ -221,7 +221,7 @@ class LatentModel(WorldModel):
     def estimated_return(
         self, partial: PartialReturn, *, deterministic: bool, noise: Tensor | None = None, members: Tensor | None = None
     ) -> Tensor:
-        """What the sequences earn, and the value of the policy in their last states. `[N, S]`
+        """Rewards of the sequences and the value of the policy in their last states. `[N, S]`
 
         Args:
             partial: Result of `partial_return`.
