@@ -22,6 +22,7 @@ from worldflux.envs.spaces import ActionCodec, ObservationCodec
 from worldflux.models.planning import Planner, PlannerConfig
 from worldflux.training import Batch, Trainer, TrainingConfig
 from worldflux.training import trainer as trainer_module
+from worldflux.training.optim import LaProp
 
 B, T, A = 2, 4, 2
 CAMERA = (3, 48, 48)
@@ -130,7 +131,10 @@ def test_two_gradient_steps(case: str, full: bool, monkeypatch: pytest.MonkeyPat
     config = TrainingConfig(device="meta", grad_clip=1.0, warmup_steps=2, weight_decay=0.1, compile=False)
     trainer = Trainer(model, config)
     batch = batch_for(model, full=full)
-    for _ in range(2):
+    for capturable in (False, True):  # states of optimisers are made in the first step
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, LaProp):  # Adam's fused kernel of torch does not know this device
+                optimizer.make_capturable(capturable)
         losses = trainer.step(batch)
         assert_there(dict(losses))
         assert_there([p.grad for p in model.parameters() if p.grad is not None])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +23,6 @@ from worldflux.nn.distributions import TwoHot
 from worldflux.nn.fast import mlp as fast
 from worldflux.nn.mish import Ensemble, MishMLP, NormedLinear, mish
 from worldflux.nn.transforms import simnorm, symlog_bins
-from worldflux.training import ReplayBuffer, train
 
 HAS_COMPILER = any(shutil.which(name) for name in ("gcc", "cc", "clang"))
 needs_a_compiler = pytest.mark.skipif(not HAS_COMPILER or native.sgemm() is None, reason="no C compiler or no BLAS")
@@ -139,22 +137,6 @@ def test_where_nothing_can_be_compiled_there_is_no_library(why, source, tmp_path
     assert not cache.exists() or not list(cache.iterdir())
 
 
-def test_switched_off_the_library_learns_and_plans_all_the_same(tmp_path):
-    script = (
-        "import torch\n"
-        "from worldflux import create_world_model\n"
-        "from worldflux.nn.fast import mlp\n"
-        "model = create_world_model('tdmpc2:tiny', obs_shape=(3,), action_dim=1)\n"
-        "model.value(model.encode(torch.zeros(2, 3))).sum().backward()\n"
-        "assert mlp._library() is None\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, "WORLDFLUX_NATIVE": "0"}, capture_output=True, text=True
-    )
-
-    assert done.returncode == 0, done.stderr
-
-
 # Entered
 
 
@@ -171,22 +153,6 @@ def test_learning_and_acting_go_through_native_code(native_calls):
     # Three layers each in the dynamics, the reward, the values and the policy; one each in the encoder.
     assert native_calls.count(3) > 10 * agent.trainer.step_count
     assert len(native_calls) > updates
-
-
-@needs_a_compiler
-def test_training_on_stored_data_goes_through_native_code(native_calls):
-    buffer = ReplayBuffer(1000, obs_shape=(3,), action_dim=1)
-    rng = np.random.default_rng(0)
-    buffer.add_episode(
-        obs=rng.standard_normal((51, 3)).astype(np.float32),
-        actions=rng.uniform(-1, 1, (50, 1)).astype(np.float32),
-        rewards=rng.random(50).astype(np.float32),
-        terminations=np.zeros(50, bool),
-    )
-    model = create_world_model("tdmpc2:tiny", obs_shape=(3,), action_dim=1, **SMALL)
-    train(model, buffer, total_steps=2, batch_size=4, sequence_length=4, device="cpu")
-
-    assert native_calls.count(3) >= 2 * 8
 
 
 # Right

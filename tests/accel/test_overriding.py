@@ -344,13 +344,6 @@ def test_a_subclass_that_says_how_it_is_planned_with_is_asked() -> None:
     assert calls == ["estimated_return"] * 2
 
 
-def test_a_norm_inside_tdmpc2s_layers_can_be_hooked() -> None:
-    model, calls = model_of("tdmpc2"), list[str]()
-    model.dynamics.layers[0].norm.register_forward_hook(lambda *_: calls.append("norm"))
-    train(model, filled(ReplayBuffer(1000, (3,), 1)), **STEPS)
-    assert len(calls) >= 3
-
-
 @pytest.mark.parametrize("family", ["dreamerv3", "tdmpc2"])
 def test_a_hook_on_any_module_is_called_in_each_gradient_step(family: str) -> None:
     trainer, buffer, silent = (

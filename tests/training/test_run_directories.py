@@ -82,14 +82,6 @@ def test_a_new_run_does_not_begin_where_another_has_saved(
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
-def test_a_used_directory_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    train_anew(tmp_path)
-    again = new_trainer(tmp_path, every=10_000)
-    with pytest.raises(ConfigurationError, match="another run"):
-        again.train(MemoryProvider())
-    assert again.step_count == 0
-
-
 def test_a_run_goes_on_in_its_own_directory(tmp_path: Path) -> None:
     trainer = new_trainer(tmp_path, keep=2)
     trainer.train(MemoryProvider(), 4)
