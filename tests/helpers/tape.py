@@ -116,7 +116,7 @@ class TapeCapturer:
         self.waits = tape.waits
         return result, f"it waits at {tape.waits[0]}" if tape.waits else None
 
-    def record(self, function: Callable[[], T]) -> tuple[Callable[[], None], T]:
+    def capture(self, function: Callable[[], T]) -> tuple[Callable[[], None], T]:
         """Returns the playback of a tape, and undoes its effects: a recording computes nothing."""
         random = torch.get_rng_state()
         with _on_tape() as tape:
