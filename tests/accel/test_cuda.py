@@ -403,7 +403,7 @@ def test_actions_recorded_wrongly_are_stepped_back_from(
     plain, played = actors("dreamerv3:tiny", spaces.Box(-1, 1, (4,), np.float32), False)
     for one, other in zip(acted(plain, 3, False), acted(played, 3, False), strict=True):
         torch.testing.assert_close(one.actions, other.actions, rtol=1e-3, atol=1e-4)
-    assert played._captures is not None and played._captures.recorded == 0
+    assert played._captures is not None and played._captures.count == 0
     assert len(caplog.messages) == 1 and "Acting of DreamerV3, replayed" in caplog.messages[0]
 
 
