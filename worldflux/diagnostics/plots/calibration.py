@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -106,7 +106,7 @@ def _plot_groups(axes: Axes, groups: Calibration, label: str) -> None:
     ends = np.abs(np.stack([groups.low[some], groups.high[some]]) - actual)
     # A group of one step has no interval.
     margins = np.where(np.isfinite(ends), ends, 0.0)
-    markers = {"markersize": 5, "markeredgecolor": "black", "markeredgewidth": 0.6}
+    markers: dict[str, Any] = {"markersize": 5, "markeredgecolor": "black", "markeredgewidth": 0.6}
     color = PREDICTED["color"]
     axes.errorbar(groups.predicted[some], actual, margins, fmt="o", label=label, color=color, capsize=2, **markers)
 
