@@ -17,8 +17,7 @@ def check_env(env: EnvName, *, steps: int = 200, seed: int = 0, render: bool = F
     """Check that an environment keeps the contract that training relies on.
 
     Args:
-        env: An id (CartPole-v1, dmc/walker-walk, atari/pong), or where to find your class: module:Class or
-            path.py:Class.
+        env: An id (CartPole-v1, dmc/walker-walk, atari/pong), or your class: module:Class or path.py:Class.
         steps: Number of random actions, enough for an episode to end.
         seed: Seed of the environment and of the actions.
         render: Check the rendered image, too.

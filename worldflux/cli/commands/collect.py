@@ -32,8 +32,7 @@ def collect(
     """Record a policy's episodes in a file that `worldflux.training.train` learns from.
 
     Args:
-        env: An id (CartPole-v1, dmc/walker-walk, atari/pong), or where to find your class: module:Class or
-            path.py:Class.
+        env: An id (CartPole-v1, dmc/walker-walk, atari/pong), or your class: module:Class or path.py:Class.
         output: The .npz file to write.
         steps: Number of environment steps to record, summed over all environments.
         episodes: Number of complete episodes to record, instead of --steps.

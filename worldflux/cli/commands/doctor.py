@@ -26,8 +26,7 @@ def doctor(
         env: An environment to check as well: an id, module:Class or path.py:Class.
         device: A device that has to work: cpu, cuda, cuda:1; auto accepts any.
         render: Check the rendered image of ENV, too.
-        check_device: Compare and time the plain and fast implementations of training and acting on this device (cpu,
-            cuda, ...). Takes about a minute.
+        check_device: A device (cpu, cuda, ...) on which to compare and time all implementations; takes a minute.
         json_output: Print JSON.
 
     Returns:

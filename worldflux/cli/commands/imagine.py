@@ -50,8 +50,7 @@ def imagine(
 
     Args:
         agent: A zip of WorldFluxAgent.save, a checkpoint, or the directory of a run or of a model (save_pretrained).
-        data: Recorded episodes, an .npz. If neither DATA nor --env is given: the replay data of the checkpoint, or the
-            data that a run of worldflux train-offline was trained on.
+        data: Recorded episodes, an .npz. Default: the checkpoint's replay data, or the data of the train-offline run.
         env: Record new episodes of the agent instead, in this environment (ENV of worldflux train).
         episodes: Number of episodes to record with --env.
         context: Number of rows of each window that the model sees.

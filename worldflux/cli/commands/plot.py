@@ -20,9 +20,13 @@ _FREE = ("seed", "device", "processes", "checkpoint_interval", "steps", "eval_in
 """Settings in which runs of one curve may differ, because learning does not depend on them."""
 _OF_THE_TASK = ("pixels", "size", "action_repeat")
 
+_Directories = Annotated[
+    tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name="dirs", metavar="DIR", help_behavior_hint="")
+]
+
 
 def plot(
-    directories: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name="dirs", metavar="DIR")],
+    directories: _Directories,
     *,
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = Path("learning_curves.png"),
     x: Literal["steps", "time"] = "steps",
@@ -35,9 +39,8 @@ def plot(
         directories: Directories of runs, or directories that contain runs, such as runs/.
         output: Image to write: .png, .pdf or .svg.
         x: Environment steps, or hours of training.
-        score: Scores of the evaluations or of the training episodes, whose actions are sampled. auto uses evaluations
-            if all runs have some.
-        reference: Also draw the scores that the model's authors have published for the same task, if there are any.
+        score: Scores of evaluations, or of training episodes (sampled actions). auto: evaluations, if all have some.
+        reference: Draw the scores that the model's authors have published for the same task.
 
     Returns:
         0

@@ -37,8 +37,7 @@ class TrainSettings(EnvOptions):
     learning_rate: Real = None
     """Learning rate of the optimizer. Default: the model's."""
     train_ratio: Real = None
-    """Replayed time steps per environment step. A larger ratio learns more from each step and takes longer. Default:
-    the model's."""
+    """Replayed time steps per environment step. Larger: learns more from each, takes longer. Default: the model's."""
     batch_size: Number = None
     """Number of windows in a batch. Default: the model's."""
     seq_len: Number = None
@@ -107,11 +106,9 @@ def train(
 
     Args:
         model: A preset (see worldflux models), or a directory of WorldModel.save_pretrained.
-        env: An id (CartPole-v1, dmc/walker-walk, atari/pong), or where to find your class: module:Class or
-            path.py:Class.
+        env: An id (CartPole-v1, dmc/walker-walk, atari/pong), or your class: module:Class or path.py:Class.
         run: Directory of the new run. Default: runs/<env>/<model>/<number>.
-        resume: Directory of a run to resume with the settings of its config.json. Only --steps and --device can be
-            changed.
+        resume: Directory of a run to resume with its own settings. Only --steps and --device can be changed.
         settings: All other options.
 
     Returns:

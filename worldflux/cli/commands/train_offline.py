@@ -53,8 +53,7 @@ class OfflineSettings:
     set: Fields = ()
     """Set a field of the model's configuration, such as --set action_type=discrete. May be repeated."""
     checkpoint_interval: Number = None
-    """Gradient steps between checkpoints. A checkpoint is also saved at the end, and on Ctrl-C and SIGTERM. Default:
-    10000."""
+    """Gradient steps between checkpoints, also saved at the end, and on Ctrl-C and SIGTERM. Default: 10000."""
     eval_interval: Number = None
     """Gradient steps between evaluations. Default: 1000."""
     log_interval: Number = None
@@ -106,8 +105,7 @@ def train_offline(
         model: A preset (see worldflux models), or a directory of WorldModel.save_pretrained.
         data: An .npz file of worldflux collect or of ReplayBuffer.save.
         run: Directory of the new run. Default: runs/<data>/<model>/<number>.
-        resume: Directory of a run to resume with the settings of its config.json. Only --steps and --device can be
-            changed.
+        resume: Directory of a run to resume with its own settings. Only --steps and --device can be changed.
         settings: All other options.
 
     Returns:
