@@ -105,7 +105,7 @@ def checked_model_kwargs(given: Any, learning_rate: Any, planner_kwargs: Mapping
     twice = sorted(set(given) & set(planner_kwargs or {}))
     if twice:
         raise ConfigurationError(
-            f"{', '.join(twice)} came in planner_kwargs, which rule, and in model_kwargs. Pass one of them."
+            f"{', '.join(twice)} is in planner_kwargs, which go first, and in model_kwargs. Pass one of them."
         )
     return dict(given)
 

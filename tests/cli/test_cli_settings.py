@@ -173,7 +173,7 @@ def test_an_agent_uses_or_refuses_what_it_is_given(caplog: pytest.LogCaptureFixt
     assert agent.learning_rate == 0.05 and agent.trainer.config.grad_clip == 3.0 and not caplog.messages
     for given, message in (
         ({"learning_rate": 1e-3, "model_kwargs": {**small, "learning_rate": 0.05}}, "learning_rate is a setting of"),
-        ({"planner_kwargs": {"iterations": 2}, "model_kwargs": {"iterations": 3}}, "iterations came in planner_kwargs"),
+        ({"planner_kwargs": {"iterations": 2}, "model_kwargs": {"iterations": 3}}, "iterations is in planner_kwargs"),
         ({"model_kwargs": {"device": "cuda"}}, "Pass device to WorldFluxAgent itself"),
     ):
         with pytest.raises(ConfigurationError, match=message):
