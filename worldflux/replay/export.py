@@ -129,6 +129,7 @@ class ReplayFile:
             truncated = self._column(limits[0], np.bool_)
 
         self._finals: dict[str, StoredArray] = {}
+        self._lengths: np.ndarray
         if any(name in file.names for name in _EPISODE_ARRAYS):
             file.require(_EPISODE_ARRAYS)
             self.n_envs = self._number("n_envs")
