@@ -156,6 +156,15 @@ def test_a_header_that_asks_for_less_or_more_than_there_is_is_refused(place: Pat
         load(place, zipped(members))
 
 
+def test_the_checksum_of_an_array_without_rows_is_compared_too(place: Path) -> None:
+    empty = {name: documented()[name][:0] for name in ("obs", "actions", "rewards", "dones")}
+    data = bytearray(bytes_of(documented(**empty)))
+    assert len(load(place, bytes(data))) == 0
+    data[data.index(b"(0,), }") + 7] = ord("\t")  # another kind of space in a header
+    with pytest.raises(BufferError, match="cannot be read: Bad CRC-32"):
+        load(place, bytes(data))
+
+
 # Made-up arrays
 
 NAMES = (*with_table(), "obs/a", "obs/b", "obs_shape/a", "final_obs/a", "other")
