@@ -11,10 +11,8 @@ import pickle
 import struct
 import tracemalloc
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -51,12 +49,6 @@ def members_of(data: bytes) -> dict[str, bytes]:
 def npy(header: str, data: bytes = b"") -> bytes:
     """An `.npy` member with a header of one's own."""
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header) + 1) + header.encode() + b"\n" + data
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_waiting_for_the_disk() -> Iterator[None]:
-    with mock.patch("os.fsync"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -32,13 +32,6 @@ from worldflux.replay import ring as row_store
 from worldflux.replay.buffer import ReplayBuffer
 from worldflux.replay.checkpoint import ReplaySegments
 
-
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch):
-    """It would take most of the time, and no power fails here."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
 # --- exactness
 
 operations = st.lists(
@@ -187,6 +180,13 @@ def test_observations_that_are_one_array_come_back(tmp_path, shape, dtype):
     assert content(loaded) == content(buffer)
 
 
+def assert_read(buffer, path, **arguments):
+    """The checkpoint gives what the buffer holds once its episodes in flight have ended."""
+    loaded, _ = read(path, **arguments)
+    buffer.end_episodes()
+    assert content(loaded) == content(buffer)
+
+
 # --- what a checkpoint costs
 
 
@@ -212,9 +212,7 @@ def test_a_checkpoint_writes_only_the_rows_since_the_last_one_and_links_the_othe
     shutil.rmtree(tmp_path / "a")
     shutil.rmtree(tmp_path / "b")
     assert (tmp_path / "c" / "replay" / "rows-000000.npz").stat().st_nlink == 1
-    loaded, _ = read(tmp_path / "c", capacity=4000)
-    buffer.end_episodes()
-    assert content(loaded) == content(buffer)
+    assert_read(buffer, tmp_path / "c", capacity=4000)
 
 
 def test_segments_of_rows_that_were_dropped_are_not_in_the_next_checkpoint(tmp_path):
@@ -228,9 +226,7 @@ def test_segments_of_rows_that_were_dropped_are_not_in_the_next_checkpoint(tmp_p
     # The newest 20 rows of each stream are 28 to 47, and the last one is of an episode in flight.
     assert segment_names(tmp_path / "5") == [f"rows-00000{i}.npz" for i in (3, 4, 5)]
     assert buffer.stored()[0].begin.tolist() == [28, 28]
-    loaded, _ = read(tmp_path / "5")
-    buffer.end_episodes()
-    assert content(loaded) == content(buffer)
+    assert_read(buffer, tmp_path / "5")
 
 
 def test_small_segments_are_joined_so_that_there_are_never_many(tmp_path, monkeypatch):
@@ -270,9 +266,7 @@ def test_rows_that_were_dropped_are_not_written_again(tmp_path, monkeypatch):
     old, new = state_of(tmp_path / "3")["segments"]
     assert (old["first"], old["end"]) == ([23, 4], [23, 23])
     assert (new["first"], new["end"]) == ([29, 23], [48, 23])
-    loaded, _ = read(tmp_path / "3")
-    buffer.end_episodes()
-    assert content(loaded) == content(buffer)
+    assert_read(buffer, tmp_path / "3")
 
 
 def test_after_reading_new_segments_get_new_names(tmp_path):
@@ -300,9 +294,7 @@ def test_large_segments_are_split_and_never_written_again(tmp_path, monkeypatch)
         save(log, tmp_path / name)
         assert segment_names(tmp_path / name)[:6] == segment_names(tmp_path / "a")
         assert len(segment_names(tmp_path / name)) == 7
-    loaded, _ = read(tmp_path / "e", capacity=2000)
-    buffer.end_episodes()
-    assert content(loaded) == content(buffer)
+    assert_read(buffer, tmp_path / "e", capacity=2000)
 
 
 # --- trouble on the way
@@ -322,9 +314,7 @@ def test_a_write_that_fails_leaves_the_segments_and_the_old_checkpoint_as_they_w
     read(tmp_path / "a")
     save(log, tmp_path / "b")
     assert segment_names(tmp_path / "b")[0] == before[0]
-    loaded, _ = read(tmp_path / "b")
-    buffer.end_episodes()
-    assert content(loaded) == content(buffer)
+    assert_read(buffer, tmp_path / "b")
 
 
 def test_a_file_that_somebody_put_in_the_place_of_a_segment_is_not_linked(tmp_path):
@@ -335,9 +325,7 @@ def test_a_file_that_somebody_put_in_the_place_of_a_segment_is_not_linked(tmp_pa
     save(ReplaySegments(other), tmp_path / "a")  # another run that saves to the same place
     save(log, tmp_path / "b")
     assert segment_names(tmp_path / "b") == ["rows-000001.npz"] and segment_names(tmp_path / "a") == ["rows-000000.npz"]
-    loaded, _ = read(tmp_path / "b")
-    buffer.end_episodes()
-    assert content(loaded) == content(buffer)
+    assert_read(buffer, tmp_path / "b")
 
 
 def test_a_checkpoint_may_be_saved_over_the_last_one(tmp_path):

@@ -17,12 +17,6 @@ from worldflux.replay.checkpoint import ReplaySegments
 from worldflux.replay.npz import NpzFile, write_npz
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch):
-    """It would take most of the time, and no power fails here."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
 @pytest.mark.parametrize(
     "changes, message",
     [
