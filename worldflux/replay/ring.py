@@ -306,11 +306,11 @@ class RingStorage:
 
         The other arguments are those of `add_steps`, without the axis of the streams.
         """
-        ended = np.append(0, np.cumsum(flags > STEP))
-        most = self.most_steps
+        most, ended = self.most_steps, 0
         for start in range(0, len(flags), most):
             part = slice(start, start + most), None
-            ends = slice(ended[start], ended[min(start + most, len(flags))])
+            ends = slice(ended, ended + np.count_nonzero(flags[part] > STEP))
+            ended = ends.stop
             self.add_steps(
                 {key: array[part] for key, array in obs.items()},
                 actions[part],
