@@ -35,13 +35,13 @@ def faults(**variables: str) -> list[str]:
 
 
 @pytest.mark.skipif(not GLIBC, reason="only glibc is told to keep memory")
-def test_a_second_step_takes_no_new_pages_from_the_system():
+def test_a_second_step_needs_no_new_memory_pages():
     told, kept = faults()
     assert told == "True"
     assert int(kept) < 100
 
 
 @pytest.mark.skipif(not GLIBC, reason="only glibc is told to keep memory")
-def test_the_users_own_settings_of_the_allocator_stand():
+def test_allocator_settings_of_the_user_are_kept():
     told, _ = faults(MALLOC_ARENA_MAX="2")
     assert told == "False"

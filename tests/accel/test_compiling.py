@@ -34,13 +34,13 @@ def install(name: str, directory: Path) -> None:
     (directory / name).chmod(0o755)
 
 
-def test_auto_compiles_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_compiles_only_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "_missing", lambda device: None)
     assert [compiles(setting, CPU) for setting in ("auto", True, False)] == [False, True, False]
     assert [compiles(setting, CUDA) for setting in ("auto", True, False)] == [True, True, False]
 
 
-def test_on_a_cpu_it_needs_a_cpp_compiler_and_headers(bare: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_compiling_for_a_cpu_needs_a_cpp_compiler_and_headers(bare: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"needs a C\+\+ compiler \(such as g\+\+\) for cpu.*compile='auto'"):
         compiles(True, CPU)
     assert not compiles("auto", CPU) and not compiles(False, CPU)
@@ -52,7 +52,7 @@ def test_on_a_cpu_it_needs_a_cpp_compiler_and_headers(bare: pytest.MonkeyPatch, 
         compiles(True, CPU)
 
 
-def test_on_cuda_it_needs_triton_and_a_c_compiler(
+def test_compiling_for_cuda_needs_triton_and_a_c_compiler(
     bare: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(ConfigurationError, match="needs Triton for cuda"):
@@ -79,7 +79,7 @@ def test_the_trainer_compiles_world_models_when_asked_to(monkeypatch: pytest.Mon
     assert compiled == [model]
 
 
-def test_a_model_has_nothing_to_compile_unless_it_says_so() -> None:
+def test_by_default_a_model_compiles_nothing() -> None:
     model = create_world_model("tdmpc2:tiny", obs_shape=(3,), action_dim=1)
     before = set(vars(model))
     WorldModel.compile_functions(model)

@@ -140,7 +140,7 @@ def waiting_is_an_error() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ten_updates_played_back_equal_ten_plain_ones(family: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_ten_replayed_updates_equal_ten_plain_ones(family: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "worldflux.training"):
         plain, played = pair(new(family))
         given = batches(plain.model, 10)
@@ -153,7 +153,7 @@ def test_ten_updates_played_back_equal_ten_plain_ones(family: str, caplog: pytes
 
 
 @pytest.mark.parametrize("family", ["dreamerv3", "tdmpc2", "dreamerv3 pixels"])
-def test_bfloat16_is_played_back(family: str) -> None:
+def test_bfloat16_steps_are_replayed(family: str) -> None:
     plain, played = pair(new(family, dtype="bfloat16"))
     given = batches(plain.model, 10)
     expected, found = run(plain, given), run(played, given)
@@ -176,7 +176,7 @@ def test_a_compiled_model_is_recorded_and_learns(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["dreamerv3", "tdmpc2"])
-def test_a_recorded_step_makes_the_host_wait_for_nothing(family: str) -> None:
+def test_the_host_does_not_wait_in_a_recorded_step(family: str) -> None:
     trainer = pair(new(family))[1]
     given = batches(trainer.model, PLAIN_STEPS + 4)
     run(trainer, given[: PLAIN_STEPS + 1])
@@ -376,7 +376,7 @@ class StaleCapturer(CudaGraphCapturer):
 
 
 @pytest.mark.parametrize("family", ["dreamerv3", "tdmpc2", "dreamerv3 pixels"])
-def test_a_step_recorded_wrongly_is_stepped_back_from(
+def test_a_wrongly_recorded_step_is_discarded(
     family: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(trainer_module, "CudaGraphCapturer", StaleCapturer)
@@ -396,7 +396,7 @@ def test_a_step_recorded_wrongly_is_stepped_back_from(
             assert {float(entry["step"]) for entry in optimizer.state.values()} == {10.0}
 
 
-def test_actions_recorded_wrongly_are_stepped_back_from(
+def test_wrongly_recorded_actions_are_discarded(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(acting_module, "CudaGraphCapturer", StaleCapturer)
@@ -407,7 +407,7 @@ def test_actions_recorded_wrongly_are_stepped_back_from(
     assert len(caplog.messages) == 1 and "Acting of DreamerV3, replayed" in caplog.messages[0]
 
 
-def test_the_forms_of_this_device_compute_the_same() -> None:
+def test_all_implementations_agree_on_this_device() -> None:
     found = check_device(DEVICE)
     assert found["works"], [row["problems"] for row in found["rows"]]
     assert all({"plain", "fast", "captured"} <= set(row["milliseconds"]) for row in found["rows"])
@@ -418,7 +418,7 @@ def test_the_forms_of_this_device_compute_the_same() -> None:
 
 @pytest.mark.parametrize("storage", [None, DEVICE])
 @pytest.mark.parametrize("family", ["dreamerv3", "tdmpc2"])
-def test_training_on_a_buffer_is_the_same_played_back(family: str, storage: str | None) -> None:
+def test_training_from_a_buffer_is_the_same_with_replayed_steps(family: str, storage: str | None) -> None:
     trainers = pair(new(family), replace(CONFIG, total_steps=12))
     stored = []
     for trainer in trainers:
@@ -434,7 +434,7 @@ def test_training_on_a_buffer_is_the_same_played_back(family: str, storage: str 
         assert (drawn[0] == drawn[1]).float().mean() > 0.98
 
 
-def test_copies_make_the_host_wait_for_nothing() -> None:
+def test_the_host_does_not_wait_for_copies() -> None:
     buffer, there = data(new("dreamerv3")), data(new("dreamerv3"), DEVICE)
     for one in (buffer, there):
         one.sample(4, 7, DEVICE)
@@ -453,7 +453,7 @@ def test_copies_make_the_host_wait_for_nothing() -> None:
         assert torch.equal(value.cpu().flatten(0, 1)[index], expected[name].flatten(0, 1)[index]), (name, rows)
 
 
-def test_what_comes_back_is_what_was_there() -> None:
+def test_copies_to_the_host_and_back_are_exact() -> None:
     tensors = {
         "a": torch.arange(6, device=DEVICE).reshape(2, 3),
         "b": torch.ones(2, dtype=torch.bfloat16, device=DEVICE),
@@ -510,7 +510,7 @@ def acted(actor: Actor, rows: int, deterministic: bool, count: int = 10) -> list
     ],
     ids=["dreamerv3", "dreamerv3 pixels", "tdmpc2 plans", "tdmpc2"],
 )
-def test_actions_played_back_equal_plain_ones(
+def test_replayed_actions_equal_plain_ones(
     preset: str, obs: spaces.Space[Any], plans: bool, deterministic: bool
 ) -> None:
     plain, played = actors(preset, obs, plans)
@@ -573,7 +573,7 @@ AGENTS: dict[str, Callable[..., WorldFluxAgent]] = {
 
 @pytest.mark.parametrize("storage", [None, DEVICE])
 @pytest.mark.parametrize("family", AGENTS)
-def test_an_agent_learns_from_end_to_end(family: str, storage: str | None, tmp_path: Path) -> None:
+def test_an_agent_learns_end_to_end(family: str, storage: str | None, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module, "compiles", lambda setting, device: False)
         agent = AGENTS[family](buffer_storage=storage)

@@ -55,28 +55,28 @@ DOORS: dict[str, Callable[[Any, Path], Any]] = {
 
 
 @pytest.mark.parametrize("device", UNSUPPORTED, ids=str)
-def test_a_device_that_nothing_computes_on_is_an_error(device: Any) -> None:
+def test_an_unsupported_device_is_an_error(device: Any) -> None:
     count = torch.cuda.device_count()
     message = rf"device is '{device}', which worldflux does not support.* torch sees {count} here\. Use device='auto'"
     with pytest.raises(ConfigurationError, match=message):
         resolve_device(device)
 
 
-def test_the_first_cuda_device_that_is_not_there_is_an_error() -> None:
+def test_the_first_missing_cuda_device_is_an_error() -> None:
     count = torch.cuda.device_count()
     with pytest.raises(ConfigurationError, match=rf"device is 'cuda:{count}', but torch sees {count} CUDA devices"):
         resolve_device(f"cuda:{count}")
 
 
 @pytest.mark.parametrize("device", UNKNOWN, ids=repr)
-def test_what_is_no_device_is_an_error(device: Any) -> None:
+def test_an_invalid_device_name_is_an_error(device: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"device is .*, expected 'auto', 'cpu', 'cuda' or 'cuda:<index>'"):
         resolve_device(device)
 
 
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("device", ["mps", "cuda:97"])
-def test_every_door_says_what_there_is(door: str, device: str, tmp_path: Path) -> None:
+def test_every_function_with_a_device_names_the_available_devices(door: str, device: str, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigurationError, match=rf"device is '{device}'.* torch sees \d+ .*Use device='auto' or 'cpu'"
     ):
@@ -89,7 +89,7 @@ def test_an_agent_needs_a_device_with_values() -> None:
     assert create_world_model("dreamerv3:tiny", device="meta").device.type == "meta"
 
 
-def test_the_command_line_says_it_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_command_line_reports_the_device_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     assert main(["train", "dreamerv3:tiny", "CartPole-v1", "--steps", "10", "--run", run, "--device", "mps"]) == 2
     assert capsys.readouterr().err.count("device is 'mps'") == 1

@@ -50,7 +50,7 @@ STEPS: dict[str, Spoil] = {
 
 @pytest.mark.parametrize("fault", STEPS)
 @pytest.mark.parametrize("family", ["dreamerv3", "tdmpc2"])
-def test_a_step_recorded_wrongly_leaves_the_bits_of_the_plain_run(
+def test_a_wrongly_recorded_step_gives_the_results_of_the_plain_run(
     family: str, fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     with monkeypatch.context() as patch:
@@ -81,7 +81,7 @@ def test_a_step_recorded_wrongly_leaves_the_bits_of_the_plain_run(
 
 
 @pytest.mark.parametrize("family", ["dreamerv3", "tdmpc2"])
-def test_the_comparison_is_no_step_of_the_training(
+def test_the_comparison_is_not_an_additional_training_step(
     family: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The compared step leaves what the recording gave once, and the random numbers of one step."""
@@ -127,7 +127,7 @@ PLANS = {"states of the recording": stale("state/latent"), "plans of the recordi
         *(("tdmpc2:tiny", True, fault) for fault in ("observations of the recording", *PLANS)),
     ],
 )
-def test_actions_recorded_wrongly_are_those_of_the_plain_actor(
+def test_wrongly_recorded_actions_give_the_results_of_the_plain_actor(
     preset: str, plans: bool, fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     spoil = {**ACTIONS, **PLANS}[fault]

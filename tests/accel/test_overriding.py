@@ -120,7 +120,7 @@ def test_an_agent_learns_from_its_buffers_own_sample(kind: Any, family: str) -> 
     assert buffer.calls == agent._n_updates > 3
 
 
-def test_parts_of_a_buffer_with_a_sample_of_its_own_are_refused() -> None:
+def test_parts_of_a_buffer_that_overrides_sample_are_rejected() -> None:
     with pytest.raises(ConfigurationError, match=r"Numbers has its own sample\(\), which the parts .* pass evaluation"):
         train(model_of("tdmpc2"), filled(Numbers(1000, (3,), 1)), **STEPS, eval_data=0.3)
 
@@ -163,7 +163,7 @@ def frozen(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("family", ["dreamerv3", "tdmpc2"])
-def test_a_loss_of_ones_own_is_what_training_follows(family: str) -> None:
+def test_training_uses_an_overridden_loss(family: str) -> None:
     model = frozen(model_of(family))
     before = {name: value.clone() for name, value in model.named_parameters() if value.requires_grad}
     train(model, filled(ReplayBuffer(1000, (3,), 1)), **STEPS, grad_clip=0.0)
@@ -174,7 +174,7 @@ def test_a_loss_of_ones_own_is_what_training_follows(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["dreamerv3", "tdmpc2"])
-def test_a_loss_that_was_assigned_to_the_model_is_what_training_follows(family: str, told: Any) -> None:
+def test_training_uses_a_loss_assigned_to_the_model(family: str, told: Any) -> None:
     model, calls = model_of(family), []
 
     def loss(self: Any, batch: Batch) -> Any:
@@ -187,7 +187,7 @@ def test_a_loss_that_was_assigned_to_the_model_is_what_training_follows(family: 
     assert ("TD-MPC2's gradient step in phases" in str(told())) is (family == "tdmpc2")
 
 
-def test_tdmpc2_with_a_loss_of_its_own_keeps_everybodys_rates_and_moves_its_scale() -> None:
+def test_tdmpc2_with_an_overridden_loss_keeps_all_learning_rates_and_updates_its_scale() -> None:
     model = model_of("tdmpc2")
     model.loss = types.MethodType(lambda self, batch: TDMPC2.loss(self, batch), model)
     trainer = Trainer(model, TrainingConfig(**STEPS))
@@ -200,7 +200,7 @@ def test_tdmpc2_with_a_loss_of_its_own_keeps_everybodys_rates_and_moves_its_scal
     assert float(model.value_scale) < 5.0
 
 
-def test_a_loss_that_comes_after_the_trainer_is_refused() -> None:
+def test_a_loss_replaced_after_creating_the_trainer_is_rejected() -> None:
     model = model_of("tdmpc2")
     trainer = Trainer(model, TrainingConfig(**STEPS))
     model.loss = types.MethodType(lambda self, batch: TDMPC2.loss(self, batch), model)
@@ -314,7 +314,7 @@ def test_a_head_can_be_replaced(name: str, way: str) -> None:
 
 @pytest.mark.parametrize("name", ["rollout", "policy", "value"])
 @pytest.mark.parametrize("way", ["subclass", "instance"])
-def test_tdmpc2_plans_with_a_method_of_its_own(name: str, way: str, told: Any) -> None:
+def test_tdmpc2_plans_with_its_overridden_methods(name: str, way: str, told: Any) -> None:
     model, calls = model_of("tdmpc2").eval(), list[str]()
     planner = Planner(model, PlannerConfig(num_samples=8, num_elites=4, num_pi_trajs=2, iterations=2))
     own = counted(getattr(TDMPC2, name), calls)
@@ -330,7 +330,7 @@ def test_tdmpc2_plans_with_a_method_of_its_own(name: str, way: str, told: Any) -
     assert f"The planning interface of {kind} is not used: {kind} has its own {name}" in told()[0]
 
 
-def test_a_subclass_that_says_how_it_is_planned_with_is_asked() -> None:
+def test_planning_methods_of_a_subclass_are_called() -> None:
     calls: list[str] = []
 
     class Mine(TDMPC2):
@@ -397,7 +397,7 @@ def test_an_agents_own_predict_chooses_the_actions_that_it_learns_from(family: s
     assert stored.shape == (16, 6, 1) and np.all(newest == np.float32(0.75))
 
 
-def test_nothing_is_said_where_nothing_was_replaced(told: Any) -> None:
+def test_nothing_is_logged_if_nothing_is_overridden(told: Any) -> None:
     for family in ("dreamerv3", "tdmpc2"):
         train(model_of(family), filled(ReplayBuffer(1000, (3,), 1)), **STEPS)
         WorldFluxAgent(model_of(family), "Pendulum-v1", **AGENT).learn(50)

@@ -16,7 +16,7 @@ def test_arrays_come_back_as_they_are_and_bfloat16_as_float32() -> None:
     assert found["b"].tolist() == [0.5, 3.0] and found["b"].dtype == np.float32
 
 
-def test_a_tensor_that_is_there_is_not_copied() -> None:
+def test_a_tensor_on_the_target_device_is_not_copied() -> None:
     tensor = torch.ones(3)
     assert to_device(tensor, torch.device("cpu")) is tensor
     assert to_device(tensor, torch.device("meta")).is_meta

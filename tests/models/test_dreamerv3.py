@@ -147,7 +147,7 @@ def test_deterministic_calls_use_no_random_numbers():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_a_row_that_is_first_forgets_what_was_before():
+def test_a_row_with_is_first_ignores_its_previous_state():
     model = build()
     obs = observations(model, 2)
     fresh = model.encode(obs, deterministic=True)
@@ -177,7 +177,7 @@ def test_what_comes_before_an_episode_start_has_no_effect_on_its_losses():
             assert not torch.equal(outcomes[0].losses[name][:, :2], outcomes[1].losses[name][:, :2]), name
 
 
-def test_a_batch_of_the_four_documented_fields_alone():
+def test_a_batch_with_only_the_four_documented_fields_is_trained():
     """The reward before the window is unknown and does not count; the last reward of an episode arrives unseen."""
     model = build()
     terminations = torch.zeros(2, 5, dtype=torch.bool)
@@ -199,7 +199,7 @@ def test_a_batch_of_the_four_documented_fields_alone():
     torch.testing.assert_close(model._reduce(parts).terms["reward"], mean.detach())
 
 
-def test_rows_without_an_observation_teach_reward_and_not_reconstruction():
+def test_rows_without_an_observation_train_reward_but_not_reconstruction():
     model = build()
     mask = torch.ones(2, 5, dtype=torch.bool)
     mask[:, 4] = False
@@ -219,7 +219,7 @@ def test_rows_without_an_observation_teach_reward_and_not_reconstruction():
     torch.testing.assert_close(outcomes[0].kl[:, 4], torch.zeros(2), atol=1e-6, rtol=0)
 
 
-def test_stored_latents_start_the_window_and_come_back_refreshed():
+def test_stored_latents_initialise_the_window_and_are_returned_updated():
     model = build()
     T = 5
     extras = {
@@ -253,7 +253,7 @@ def test_short_windows_and_few_starts_have_finite_losses(length, imag_last):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-def test_imagination_from_the_last_steps_equals_those_steps_of_all():
+def test_imagination_from_the_last_steps_equals_that_from_all_steps():
     few, every = build(imag_last=2), build()
     torch.nn.init.normal_(few.critic.out.weight)
     every.load_state_dict(few.state_dict())
@@ -383,7 +383,7 @@ def test_state_is_an_immutable_mapping_that_indexes_all_tensors():
         state["a"] = torch.zeros(1)
 
 
-def test_imagining_with_the_policy_gives_actions_and_what_they_lead_to():
+def test_imagining_with_the_policy_returns_actions_and_their_trajectory():
     model = build("vector", "discrete")
     torch.nn.init.normal_(model.reward_head.out.weight)
     state = model.encode(observations(model, 2))
@@ -394,7 +394,7 @@ def test_imagining_with_the_policy_gives_actions_and_what_they_lead_to():
     torch.testing.assert_close(trajectory.rewards[2], decoded, rtol=1e-5, atol=1e-5)  # of some millions
 
 
-def test_modes_reach_every_module_and_call_those_that_have_their_own():
+def test_training_mode_reaches_every_module_and_calls_overridden_train_methods():
     class Frozen(torch.nn.Linear):
         def train(self, mode=True):
             return super().train(False)

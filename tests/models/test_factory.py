@@ -108,7 +108,7 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
         create_world_model("dreamerv3:tiny", device="gpu")
 
 
-def test_the_directory_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_directory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigurationError) as raised:
         create_world_model("my-run")
@@ -118,7 +118,7 @@ def test_the_directory_that_is_not_there_is_named(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("spec", ["", None, 3, b"dreamerv3:tiny"])
-def test_what_is_no_name_at_all_is_an_unknown_model(spec: object) -> None:
+def test_a_spec_that_is_not_a_name_is_an_unknown_model(spec: object) -> None:
     with pytest.raises(ConfigurationError, match=f"^Unknown model {spec!r}.* list_models\\(\\) shows"):
         create_world_model(spec)  # type: ignore[call-overload]
 
@@ -129,7 +129,7 @@ def test_the_automatic_device_is_the_gpu_where_there_is_one() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_there_is_an_error() -> None:
+def test_a_missing_device_is_an_error() -> None:
     with pytest.raises(ConfigurationError, match="torch sees 0 CUDA devices"):
         create_world_model("dreamerv3:tiny", device="cuda")
 
@@ -151,7 +151,7 @@ def test_a_saved_directory_gives_back_the_model(saved: tuple[Path, DreamerV3]) -
         assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
 
 
-def test_a_saved_model_takes_fields_that_leave_its_weights_alone(saved: tuple[Path, DreamerV3]) -> None:
+def test_a_saved_model_accepts_fields_that_do_not_affect_its_weights(saved: tuple[Path, DreamerV3]) -> None:
     directory, model = saved
     again = create_world_model(directory, learning_rate=1e-3, imagination_horizon=5)
     assert isinstance(again.config, DreamerV3Config)
@@ -160,7 +160,7 @@ def test_a_saved_model_takes_fields_that_leave_its_weights_alone(saved: tuple[Pa
     assert torch.equal(again.state_dict()["actor.mean.weight"], model.state_dict()["actor.mean.weight"])
 
 
-def test_a_saved_model_refuses_what_contradicts_it(saved: tuple[Path, DreamerV3]) -> None:
+def test_a_saved_model_rejects_contradicting_fields(saved: tuple[Path, DreamerV3]) -> None:
     directory, _ = saved
     with pytest.raises(ConfigurationError, match=r"obs_shape is \(5,\), but the model in .*walker was made for \(4,\)"):
         create_world_model(directory, obs_shape=(5,))
@@ -172,7 +172,7 @@ def test_a_saved_model_refuses_what_contradicts_it(saved: tuple[Path, DreamerV3]
         create_world_model(directory, learning_rte=1.0)
 
 
-def test_a_directory_that_is_no_complete_model_is_a_checkpoint_error(saved: tuple[Path, DreamerV3]) -> None:
+def test_an_incomplete_model_directory_is_a_checkpoint_error(saved: tuple[Path, DreamerV3]) -> None:
     directory, _ = saved
     with pytest.raises(CheckpointError, match=r"is a directory of models\. Pass the model of one .*walker'\)\."):
         create_world_model(directory.parent)

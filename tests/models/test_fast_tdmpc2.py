@@ -188,7 +188,7 @@ def test_under_autocast_a_layer_multiplies_in_bfloat16(case):
         torch.testing.assert_close(ours, theirs, rtol=0.1, atol=0.05 * float(theirs.abs().max() + 1))
 
 
-def test_inputs_that_stand_once_for_many_rows_are_broadcast():
+def test_inputs_that_repeat_for_many_rows_are_broadcast():
     generator = torch.Generator().manual_seed(0)
     state, action = torch.randn(3, 1, 4, generator=generator), torch.randn(3, 6, 2, generator=generator)
     weight, bias = torch.randn(5, 6, generator=generator), torch.randn(5, generator=generator)
@@ -200,7 +200,7 @@ def test_inputs_that_stand_once_for_many_rows_are_broadcast():
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.3])
-def test_dropout_takes_every_place_equally_often(rate):
+def test_dropout_is_uniform_over_positions(rate):
     torch.manual_seed(0)
     zeros = sum((dropout_factors((40, 50), rate, torch.device("cpu")) == 0).float() for _ in range(1000))
 
@@ -214,7 +214,7 @@ def test_dropout_takes_every_place_equally_often(rate):
     torch.testing.assert_close(factors.unique(), torch.tensor([0.0, 1 / (1 - rate)]))
 
 
-def test_dropout_of_no_rate_keeps_everything():
+def test_dropout_of_rate_zero_keeps_everything():
     assert torch.equal(dropout_factors((3, 4), 0.0, torch.device("cpu")), torch.ones(3, 4))
 
 
@@ -264,7 +264,7 @@ def test_nothing_in_a_plan_waits_for_the_device(kind, deterministic):
     assert actions.shape == (2, 2)
 
 
-def test_the_watch_over_waiting_works():
+def test_the_check_for_waiting_detects_waiting():
     with NoWaiting(), pytest.raises(AssertionError, match="waits for the device"):
         bool(torch.ones(()) > 0)
     with NoWaiting(), pytest.raises(AssertionError, match="waits for the device"):

@@ -56,7 +56,7 @@ def test_two_hot_of_zero_logits_is_exactly_zero(ref):
     assert_matches(zeros.loss(ref["twohot/target"]), ref["twohot/zero_loss"])
 
 
-def test_several_targets_cost_the_sum_of_their_losses(ref):
+def test_the_loss_of_several_targets_is_the_sum_of_their_losses(ref):
     dist, target = TwoHot(ref["twohot/logits"], ref["twohot/bins"]), ref["twohot/target"]
     other = target.flip(0)
     torch.testing.assert_close(dist.loss(target, other), dist.loss(target) + dist.loss(other))

@@ -75,7 +75,7 @@ def test_termination_statistics():
         assert_matches(torch.stack(found), torch.stack([rate, f1]))
 
 
-def test_statistics_of_what_counts_are_those_of_a_smaller_batch():
+def test_statistics_with_a_mask_equal_those_of_a_smaller_batch():
     ref = golden("episodic")
     prob, terminated = ref["termstat/prob"][0, :, 0], ref["termstat/terminated"][0, :, 0]
     counted = (torch.arange(12) < 7).float()
@@ -85,7 +85,7 @@ def test_statistics_of_what_counts_are_those_of_a_smaller_batch():
     )
 
 
-def test_step_weights_are_a_weighted_mean_over_what_counts():
+def test_step_weights_give_a_weighted_mean_over_steps_that_count():
     everything = step_weights(torch.ones(2, 3), 0.5)
     torch.testing.assert_close(everything, torch.tensor([[1.0, 0.5, 0.25]]).expand(2, 3) / 6)
     part = step_weights(torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]), 0.5)

@@ -154,7 +154,7 @@ def test_values_of_action_sequences(ref):
         assert 0.1 < float((trajectory.continues < 0.5).float().mean()) < 0.5
 
 
-def test_rows_are_planned_for_as_if_alone():
+def test_each_row_of_sequences_is_evaluated_independently():
     ref = golden("multitask")
     net, latents, actions = model("multitask"), ref["fwd/z"][0, :3], ref["value/actions"]
 
@@ -168,7 +168,7 @@ def test_rows_are_planned_for_as_if_alone():
         torch.testing.assert_close(together[row : row + 1], values(slice(row, row + 1)))
 
 
-def test_the_task_embedding_has_a_norm_of_at_most_one_without_changing_when_looked_at():
+def test_task_embeddings_have_norms_of_at_most_one_and_lookups_do_not_change_them():
     ref = golden("multitask")
     net = model("multitask")
     stored = ref["sd/_task_emb.weight"]

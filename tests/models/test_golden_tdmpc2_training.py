@@ -237,7 +237,7 @@ def left_over(ref: Golden, net: TDMPC2, model_output: LossOutput, update: int) -
 
 
 @pytest.mark.parametrize("group", ["upd", "clip"])
-def test_several_tasks_agree_for_all_updates_given_what_the_reference_leaves_over(group):
+def test_several_tasks_agree_given_the_references_leftover_gradient(group):
     """There the policy's gradient for the task embedding is added to the next update's; here it is by hand."""
     ref = golden("multitask")
     net = model("multitask")
@@ -273,7 +273,7 @@ def test_several_tasks_agree_for_all_updates_given_what_the_reference_leaves_ove
 # Where gradients go
 
 
-def test_no_loss_reaches_what_it_does_not_train(ref):
+def test_no_loss_reaches_parameters_that_it_does_not_train(ref):
     net = model(ref.kind)
     batch = ref.batch("in/")
     reached = {name.split(".")[0] for name in gradients(net, net.model_loss(batch, ref.model_draws("upd0/")).loss)}
@@ -288,7 +288,7 @@ def test_no_loss_reaches_what_it_does_not_train(ref):
 
 
 @pytest.mark.parametrize("name", ["consistency", "reward", "value", "termination"])
-def test_each_loss_of_the_model_reaches_the_networks_that_it_went_through(name):
+def test_each_loss_of_the_model_reaches_the_networks_that_produce_it(name):
     ref = golden("episodic")
     net = model("episodic")
     parts = net.model_parts(net._windows(ref.batch("in/")), ref.model_draws("upd0/"))

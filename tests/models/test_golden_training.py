@@ -31,7 +31,7 @@ def full_parts(ref: Golden, model):
     return model._loss_parts(ref.rows(), ref["in/carry/deter"], ref["in/carry/stoch"], ref.draws("full/"))
 
 
-def test_rows_are_shifted_to_what_each_step_arrived_with(ref):
+def test_rows_are_converted_to_the_references_alignment(ref):
     rows, expected = arrival_rows(ref.batch(), has_context=True), ref.rows()
     for name in ("is_first", "rewards", "is_terminal", "is_last", "arrival_known"):
         assert torch.equal(getattr(rows, name), getattr(expected, name)), name

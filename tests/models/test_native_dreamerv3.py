@@ -165,7 +165,7 @@ def test_a_gradient_that_is_not_finite_makes_its_tensor_nan() -> None:
 
 
 @needs_compiler
-def test_the_kernels_keep_out_of_other_precisions_and_recorders() -> None:
+def test_the_kernels_are_not_used_in_other_precisions_or_dispatch_modes() -> None:
     x = torch.zeros(2)
     assert kernels.kernels(x) is not None
     assert kernels.kernels(x.double()) is None and kernels.kernels(x.to("meta")) is None
@@ -175,7 +175,7 @@ def test_the_kernels_keep_out_of_other_precisions_and_recorders() -> None:
         assert kernels.kernels(x) is None
 
 
-def test_without_a_compiler_everything_is_computed_by_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_compiler_torch_computes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(native, "load", native.load.__wrapped__)

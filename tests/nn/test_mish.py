@@ -19,7 +19,7 @@ def test_mish_and_its_gradient_are_torchs_own():
     torch.testing.assert_close(ours.grad, theirs.grad.float(), rtol=5e-6, atol=1e-7)
 
 
-def test_an_ensemble_is_its_members_side_by_side():
+def test_an_ensemble_equals_its_separate_members():
     torch.manual_seed(0)
     together = Ensemble(3, 5, [8, 8], 4)
     for p in together.parameters():

@@ -22,7 +22,7 @@ def nudged(logits: torch.Tensor, column: int, ulps: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("column", [0, 1, 250, 254])
-def test_a_pair_that_differs_by_a_rounding_counts_as_equal(dtype, column):
+def test_a_pair_that_differs_by_rounding_counts_as_equal(dtype, column):
     logits = torch.full((2, 255), 3.0, dtype=dtype)
     logits[1, 127 + 9] = 12.0  # e^9 times the weight of each of the others: 8103 / (8103 + 254) of symexp(20 / 127 * 9)
     moved = nudged(logits, column, 1)
@@ -82,7 +82,7 @@ def test_the_gradient_is_that_of_the_plain_mean():
         torch.testing.assert_close(TwoHot(logits, BINS).mean, dist.mean.detach(), rtol=1e-5, atol=1e-5)
 
 
-def test_transposing_keeps_what_counts_as_rounding():
+def test_transposing_keeps_the_tolerance_for_rounding():
     logits = nudged(torch.full((2, 3, 255), 3.0, dtype=torch.bfloat16), 254, 1)
     assert torch.equal(TwoHot(logits, BINS).t().mean, torch.zeros(3, 2))
 
@@ -97,7 +97,7 @@ def test_autocast_does_not_round_the_mean():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_far_bins_that_nothing_trained_add_nothing_to_what_the_models_predict(dtype):
+def test_untrained_far_bins_do_not_affect_predictions(dtype):
     """The last bit of one far weight, in every head that DreamerV3 takes a mean of and in TD-MPC2's."""
     dreamer = create_world_model("dreamerv3:tiny", obs_shape=(4,), action_dim=2, dtype=dtype)
     for head in (dreamer.reward_head, dreamer.critic, dreamer.slow_critic):
