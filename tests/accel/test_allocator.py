@@ -1,4 +1,4 @@
-"""Memory that is freed is there for the next step."""
+"""Freed memory is kept for the next step."""
 
 from __future__ import annotations
 

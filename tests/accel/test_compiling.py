@@ -1,4 +1,4 @@
-"""The setting `compile`: what it needs, and what it says where that is missing."""
+"""The setting `compile`: its requirements, and the messages if they are missing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """A machine that has no compilers and no Triton, but Python's header files."""
+    """Simulates a machine with Python's header files, but without compilers and Triton."""
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -1,4 +1,4 @@
-"""What only a GPU can show: gradient steps and actions as CUDA graphs, copies that the host does not wait for."""
+"""Tests that need a GPU: gradient steps and actions as CUDA graphs, and copies for which the host does not wait."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def new(family: str, **changes: Any) -> WorldModel:
 
 
 def data(model: nn.Module, storage: str | None = None) -> ReplayBuffer:
-    """Noise in the shapes of a model, with room for what it stores beside the rows."""
+    """Returns a batch of noise for a model, with entries for its replay extras."""
     config, extras = model.config, model.replay_extras()  # type: ignore[operator]
     random = create_random_buffer(300, config.obs_shape, config.action_dim, 12, 20, seed=0)
     buffer = ReplayBuffer(300, config.obs_shape, config.action_dim, extras=extras, seed=0, storage=storage)
@@ -85,7 +85,7 @@ def batches(model: nn.Module, count: int) -> list[Batch]:
 
 
 def made(model: nn.Module, config: TrainingConfig = CONFIG, *, compiled: bool = False) -> Trainer:
-    """A trainer; its steps are recorded if `config` says so, the model is compiled if `compiled` says so, too."""
+    """Returns a trainer, whose steps are recorded as `config` says, with a compiled model if `compiled` is set."""
     with pytest.MonkeyPatch.context() as patch:
         if not compiled:
             patch.setattr(trainer_module, "compiles", lambda setting, device: False)
@@ -93,7 +93,7 @@ def made(model: nn.Module, config: TrainingConfig = CONFIG, *, compiled: bool = 
 
 
 def pair(model: nn.Module, config: TrainingConfig = CONFIG) -> tuple[Trainer, Trainer]:
-    """A plain trainer, and one whose steps are recorded, of equal models."""
+    """Returns a plain trainer and one whose steps are recorded, with equal models."""
     other = copy.deepcopy(model)
     return made(model, replace(config, compile=False)), made(other, replace(config, compile=True))
 
@@ -119,7 +119,7 @@ def run(trainer: Trainer, given: list[Batch], seed: int = 1) -> list[dict[str, T
 
 
 def assert_same(one: Any, other: Any, rtol: float = 5e-3, atol: float = 2e-4) -> None:
-    """Up to what other kernels round differently; a single update moves most weights by 1e-3."""
+    """Checks equality up to different rounding of kernels; one update changes most weights by 1e-3."""
     assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(
@@ -159,7 +159,7 @@ def test_bfloat16_steps_are_replayed(family: str) -> None:
     expected, found = run(plain, given), run(played, given)
     assert recorded(played) == 1
     assert all(p.dtype == torch.float32 for p in played.model.parameters())
-    # The first steps are the same computation; later ones drift apart by bfloat16's rounding.
+    # The first steps are the same computation; later ones diverge by the rounding of bfloat16.
     for one, other in zip(expected[:3], found[:3], strict=True):
         assert_same(one, other, rtol=5e-2, atol=5e-2)
     assert all(bool(torch.isfinite(value)) for losses in found for value in losses.values())
@@ -240,7 +240,7 @@ def test_a_checkpoint_is_continued(family: str, tmp_path: Path) -> None:
     other = pair(new(family))[1]
     for again in (trainer, other):  # one with recordings, one without
         again.load_checkpoint(tmp_path / "checkpoint")
-        for optimizer in again.optimizers:  # the schedule's rate, which a checkpoint leaves to the configuration
+        for optimizer in again.optimizers:  # the rate of the schedule, which is not part of a checkpoint
             for group in optimizer.param_groups:
                 group["lr"] = 1e-3 * (1 - 7 / 50)
         for one, losses in zip(expected, [dict(again.step(batch)) for batch in given], strict=True):
@@ -302,7 +302,7 @@ def test_weights_loaded_in_place_are_trained_on_from() -> None:
 
 
 class Waiting(NoisyRegression):
-    """Reads a value in its loss."""
+    """Model that reads a value in its loss."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -366,7 +366,7 @@ def test_a_capture_that_fails_leaves_everything_usable(
 
 
 class StaleCapturer(CudaGraphCapturer):
-    """Its graphs read the inputs where nobody writes them any more."""
+    """Captures graphs that read their inputs from memory that is no longer written."""
 
     def capture(self, function: Callable[[], Any]) -> Any:
         found = super().capture(function)
@@ -468,11 +468,11 @@ def test_copies_to_the_host_and_back_are_exact() -> None:
 
 
 def actors(preset: str, obs: spaces.Space[Any], plans: bool) -> tuple[Actor, Actor]:
-    """One that acts plainly and one that is recorded, with equal models."""
+    """Returns an actor without and one with recordings, with equal models."""
     torch.manual_seed(0)
     codec = ObservationCodec(obs)
     model = create_world_model(preset, obs_shape=codec.obs_shape, action_dim=2, **SIZES[preset])
-    for p in model.parameters():  # heads that begin at zero would make every plan alike
+    for p in model.parameters():  # with heads that start at zero all plans would be equal
         nn.init.normal_(p, std=0.3)
     found = []
     for captured in (False, True):
@@ -538,7 +538,7 @@ def test_acting_sees_the_weights_of_the_step_before_it() -> None:
 
 
 class Dice(gym.Env[Any, Any]):
-    """Random numbers, in episodes of eight steps."""
+    """Environment with random observations and rewards, and episodes of eight steps."""
 
     observation_space = spaces.Box(-1, 1, (4,), np.float32)
 
@@ -611,5 +611,5 @@ def test_gradient_steps_are_queued_before_the_environment_steps(monkeypatch: pyt
     monkeypatch.setattr(agent.trainer, "step", lambda *args: (order.append("t"), step(*args))[1])
     monkeypatch.setattr(Dice, "step", lambda self, action: (order.append("e"), env_step(self, action))[1])
     agent.learn(40)
-    learning = "".join(order).lstrip("e").lstrip("t")  # behind the random start and what it owes
+    learning = "".join(order).lstrip("e").lstrip("t")  # after the random start and its gradient steps
     assert learning.count("a") >= 10 and "ae" not in learning and "ta" not in learning.rstrip("t")

@@ -1,4 +1,4 @@
-"""Devices that this machine does not have, or that nothing here computes on, at every door that takes one."""
+"""Missing and unsupported devices in every function that takes a device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recordings that were made wrong: found when they are played back for the first time, and stepped back from."""
+"""Wrong recordings are detected when they are replayed for the first time, and are discarded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def moments(trainer: Trainer) -> list[Tensor]:
-    """All that a trainer's optimisers keep."""
+    """Returns all state of a trainer's optimisers."""
     return [
         torch.as_tensor(value)
         for optimizer in trainer.optimizers
@@ -84,13 +84,13 @@ def test_a_wrongly_recorded_step_gives_the_results_of_the_plain_run(
 def test_the_comparison_is_not_an_additional_training_step(
     family: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The compared step leaves what the recording gave once, and the random numbers of one step."""
+    """The compared step has the effect of one step of the recording, and draws the random numbers of one step."""
     monkeypatch.setattr(trainer_module, "captures", lambda setting, device, model: True)
     monkeypatch.setattr(trainer_module, "CudaGraphCapturer", TapeCapturer)
     played = Trainer(new(family), CONFIG)
     given = batches(PLAIN_STEPS + 2)
     run(played, given[:PLAIN_STEPS])
-    other = copy.deepcopy(played)  # has no recordings: this step is its first one, and plain
+    other = copy.deepcopy(played)  # has no recordings, so this step is its first one and runs without them
     ends, steps = [], []
     for trainer in (played, other):
         run(trainer, given[PLAIN_STEPS : PLAIN_STEPS + 1], seed=2)
@@ -104,7 +104,7 @@ def test_the_comparison_is_not_an_additional_training_step(
     assert set(steps[0]) == {PLAIN_STEPS + 1}
     counts = [[int(x) for x in moments(trainer) if x.dim() == 0] for trainer in (played, other)]
     assert counts[0] == counts[1] != []
-    # What is played back from here on writes the gradients that the parameters show.
+    # Steps that are replayed from here on write the gradients of the parameters.
     before = [None if p.grad is None else p.grad.clone() for p in played.model.parameters()]
     run(played, given[-1:], seed=3)
     shown = [p.grad for p in played.model.parameters()]
@@ -134,7 +134,7 @@ def test_wrongly_recorded_actions_give_the_results_of_the_plain_actor(
     plain, played = actors(preset, "vector", plans, monkeypatch)
     monkeypatch.setattr(acting_module, "CudaGraphCapturer", lambda device: SpoiledCapturer(device, spoil))
     played = copy.deepcopy(played)
-    with by_definition():  # tapes see the operations of torch alone, and others round differently
+    with by_definition():  # tapes only record operations of torch; native code rounds differently
         both = zip(acted(played, 3, False), acted(plain, 3, False), strict=True)
     for found, expected in both:
         assert torch.equal(found.actions, expected.actions)

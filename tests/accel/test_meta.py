@@ -1,5 +1,6 @@
-"""Everything that runs on a device, on torch's `meta` device: there is no memory, so reading a value is an error, and
-an operation that mixes tensors of two devices is one, too.
+"""Training and acting on torch's `meta` device, which has no memory.
+
+Reading a value is an error, and so is an operation that mixes tensors of two devices.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ aten = torch.ops.aten
 
 
 class OneDevice(TorchDispatchMode):
-    """Looks at each operation; some of torch's do not mind on `meta` what they refuse on CUDA."""
+    """Checks the devices of each operation, because some operations mix `meta` with others but not CUDA."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim() > 0]
@@ -75,7 +76,7 @@ def new(case: str) -> WorldModel:
 
 
 def noise(model: WorldModel, *leading: int) -> Any:
-    """An observation."""
+    """Returns an observation."""
     found = {
         key: torch.zeros(*leading, *shape, dtype=torch.uint8 if len(shape) == 3 else torch.float32, device=META)
         for key, shape in model.config.obs_shapes.items()
@@ -84,7 +85,7 @@ def noise(model: WorldModel, *leading: int) -> Any:
 
 
 def batch_for(model: WorldModel, *, full: bool) -> Batch:
-    """With every optional field, or without any."""
+    """Returns a batch with all optional fields, or without any."""
     flags = torch.zeros(B, T, dtype=torch.bool, device=META)
     extras = {
         name: torch.zeros(B, T, *shape, dtype=torch.from_numpy(np.zeros(0, dtype)).dtype, device=META)
@@ -103,7 +104,7 @@ def batch_for(model: WorldModel, *, full: bool) -> Batch:
 
 
 def assert_there(found: Any, name: str = "") -> None:
-    """All tensors in dictionaries, states, tuples and data classes are on the device."""
+    """Checks that all tensors in dictionaries, states, tuples and data classes are on the device."""
     tensors: list[Tensor] = []
 
     def collect(x: Any) -> None:
@@ -125,7 +126,7 @@ def assert_there(found: Any, name: str = "") -> None:
     ("case", "full"), [*((case, True) for case in CASES), ("dreamerv3 vector", False), ("tdmpc2 vector", False)]
 )
 def test_two_gradient_steps(case: str, full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    # It looks at the values of a trainer's first batch, and there are none.
+    # This check reads the values of a trainer's first batch, which has none.
     monkeypatch.setattr(trainer_module, "check_first_batch", lambda model, batch, step: None)
     model = new(case)
     config = TrainingConfig(device="meta", grad_clip=1.0, warmup_steps=2, weight_decay=0.1, compile=False)
@@ -179,7 +180,7 @@ def test_states_and_predictions(case: str) -> None:
 @pytest.mark.parametrize("plans", [True, False], ids=["plans", "policy"])
 @pytest.mark.parametrize("case", [case for case in CASES if "tasks" not in case])
 def test_acting(case: str, plans: bool) -> None:
-    """What an agent does between two environment steps, on observations that come from the host."""
+    """Acts like an agent between two environment steps, with observations from the host."""
     model = new(case)
     planner = None
     if plans and model.config.action_type == "continuous":

@@ -1,4 +1,4 @@
-"""Native code: built where it is used, kept on disk, entered by training, and never in the way of what a user wrote."""
+"""Native code: compilation, cache, use in training and acting, and overridden or hooked layers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SMALL = dict(latent_dim=16, hidden_dim=16, mlp_dim=16, enc_dim=16, num_q_network
 
 @pytest.fixture
 def native_calls(monkeypatch) -> list[int]:
-    """Grows with every MLP that is computed natively: its number of layers."""
+    """Returns a list to which every native computation of an MLP appends its number of layers."""
     calls: list[int] = []
     inner = fast.mlp
 
@@ -46,7 +46,7 @@ def native_calls(monkeypatch) -> list[int]:
     return calls
 
 
-# Building
+# Compiling
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_changed_source_is_compiled_anew(source, tmp_path):
 
 
 @needs_a_compiler
-def test_a_cache_that_cannot_be_written_is_done_without(source, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_not_used(source, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("WORLDFLUX_CACHE", str(tmp_path / "file" / "below"))
 
@@ -90,7 +90,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(source, tmp_path, monkey
 
 
 @needs_a_compiler
-def test_without_a_home_there_is_a_library_all_the_same(source, monkeypatch):
+def test_a_library_is_compiled_without_a_home_directory(source, monkeypatch):
     monkeypatch.delenv("WORLDFLUX_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
 
@@ -104,11 +104,11 @@ def test_without_a_home_there_is_a_library_all_the_same(source, monkeypatch):
 
 @needs_a_compiler
 @pytest.mark.parametrize("size", [0, 3000])
-def test_a_library_that_was_cut_short_is_compiled_again(size, source, tmp_path):
+def test_a_truncated_library_is_compiled_again(size, source, tmp_path):
     native.load.__wrapped__(source)
     (built,) = (tmp_path / "cache").iterdir()
     content = built.read_bytes()
-    built.unlink()  # the library that is loaded already keeps its file
+    built.unlink()  # the loaded library keeps its file
     built.write_bytes(content[:size])
 
     script = (
@@ -116,14 +116,16 @@ def test_a_library_that_was_cut_short_is_compiled_again(size, source, tmp_path):
         "from worldflux.accel import native\n"
         f"assert native.load(Path({str(source)!r})).answer is not None\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)  # it may die of a signal
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True
+    )  # it may be killed by a signal
 
     assert done.returncode == 0, done.stderr
     assert [path.read_bytes() for path in (tmp_path / "cache").iterdir()] == [content]
 
 
 @pytest.mark.parametrize("why", ["no compiler", "switched off", "damaged source"])
-def test_where_nothing_can_be_compiled_there_is_no_library(why, source, tmp_path, monkeypatch):
+def test_no_library_is_loaded_if_nothing_can_be_compiled(why, source, tmp_path, monkeypatch):
     if why == "no compiler":
         monkeypatch.setenv("PATH", str(tmp_path))
         monkeypatch.delenv("CC", raising=False)
@@ -137,11 +139,11 @@ def test_where_nothing_can_be_compiled_there_is_no_library(why, source, tmp_path
     assert not cache.exists() or not list(cache.iterdir())
 
 
-# Entered
+# Use in training and acting
 
 
 @needs_a_compiler
-def test_learning_and_acting_go_through_native_code(native_calls):
+def test_learning_and_acting_use_native_code(native_calls):
     agent = WorldFluxAgent(
         "tdmpc2:tiny", "Pendulum-v1", learning_starts=20, batch_size=4, seed=0, device="cpu", model_kwargs=SMALL
     )
@@ -155,7 +157,7 @@ def test_learning_and_acting_go_through_native_code(native_calls):
     assert len(native_calls) > updates
 
 
-# Right
+# Results
 
 
 def random_net(kind: str) -> tuple[nn.Module, dict]:
@@ -212,7 +214,7 @@ def test_outputs_and_gradients_are_those_of_the_definition(kind, rows, native_ca
 @pytest.mark.parametrize(
     "shapes", [((3, 1, 5), (3, 4, 2)), ((1, 1, 5), (2, 4, 2)), ((3, 4, 5), (3, 1, 2)), ((4, 5), (3, 4, 2))]
 )
-def test_inputs_that_stand_once_for_many_rows_are_broadcast(shapes, native_calls):
+def test_inputs_that_repeat_for_many_rows_are_broadcast(shapes, native_calls):
     net, _ = random_net("simnorm")
     parts = [torch.randn(*shape) for shape in shapes]
     with torch.no_grad():
@@ -225,7 +227,7 @@ def test_inputs_that_stand_once_for_many_rows_are_broadcast(shapes, native_calls
 
 
 @needs_a_compiler
-def test_extreme_numbers_come_out_as_in_the_definition():
+def test_extreme_numbers_give_the_results_of_the_definition():
     layer = NormedLinear(1, 4)
     nn.init.ones_(layer.weight)
     layer.bias.data = torch.tensor([-3.0, 0.0, 1.0, 5.0])
@@ -298,13 +300,13 @@ def test_sequences_are_rolled_out_natively_and_valued_as_by_the_definition(monke
 
 
 class Frozen(TDMPC2):
-    """A model of a user, in which actions change nothing."""
+    """User's model whose dynamics ignore the actions."""
 
     def _next(self, latent: Tensor, action: Tensor, task: Tensor | None) -> Tensor:
         return latent.expand(*action.shape[:-1], -1)
 
 
-def test_a_model_with_dynamics_of_its_own_is_planned_with_as_written():
+def test_planning_uses_overridden_dynamics():
     model = tiny_model(Frozen)
     state = model.encode(torch.zeros(2, 3))
     with torch.no_grad():
@@ -361,11 +363,11 @@ def test_a_blas_that_gives_wrong_results_is_not_used(caplog):
     assert "gives wrong results" in caplog.text
 
 
-# Not in the way
+# Overridden and hooked layers
 
 
 class Doubled(NormedLinear):
-    """A layer of a user."""
+    """User's layer."""
 
     def forward(self, *parts: Tensor) -> Tensor:
         return 2.0 * super().forward(*parts)
@@ -388,7 +390,7 @@ def other_activation(net: MishMLP, seen: list) -> None:
 
 
 class OtherNorm(nn.LayerNorm):
-    """A norm of a user."""
+    """User's norm."""
 
     seen: list
 
@@ -414,7 +416,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_a_user_changed_is_computed_as_written(change):
+def test_changed_layers_are_computed_as_written(change):
     net, _ = random_net("plain end")
     assert isinstance(net, MishMLP)
     seen: list[int] = []
@@ -425,7 +427,7 @@ def test_what_a_user_changed_is_computed_as_written(change):
     assert seen == [1]
 
 
-def test_groups_that_do_not_fit_are_an_error_as_in_the_definition():
+def test_invalid_group_sizes_are_an_error_as_in_the_definition():
     net = MishMLP(7, [24], 30, partial(simnorm, dim=8))
 
     with pytest.raises(RuntimeError, match="30"):
@@ -444,7 +446,7 @@ def test_hooks_on_all_modules_are_called():
     assert seen.count(NormedLinear) == 2
 
 
-def test_whoever_watches_operations_sees_the_products():
+def test_dispatch_modes_see_the_matrix_products():
     from torch.utils.flop_counter import FlopCounterMode
 
     net, _ = random_net("plain end")
@@ -454,7 +456,7 @@ def test_whoever_watches_operations_sees_the_products():
     assert counter.get_total_flops() == 2 * 6 * (7 * 24 + 24 * 24 + 24 * 5)
 
 
-def test_a_traced_network_holds_its_operations():
+def test_a_traced_network_contains_its_operations():
     net, _ = random_net("plain end")
     x = torch.randn(6, 7)
     with torch.no_grad():
@@ -463,7 +465,7 @@ def test_a_traced_network_holds_its_operations():
         torch.testing.assert_close(traced(x), net(x))
 
 
-def test_a_traced_two_hot_mean_holds_its_operations():
+def test_a_traced_two_hot_mean_contains_its_operations():
     bins = symlog_bins(5, 2.0)
     with torch.no_grad():
         traced = torch.jit.trace(lambda logits: TwoHot(logits, bins).mean, (torch.zeros(6, 5),))

@@ -1,4 +1,4 @@
-"""What a user overrides is called: no fast path goes round a method of theirs, a hook or a layer."""
+"""Overridden methods, hooks and replaced layers are always called; no fast path bypasses them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ AGENT = dict(batch_size=2, seq_len=6, train_ratio=6, learning_starts=40, buffer_
 
 @pytest.fixture(autouse=True)
 def told(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
-    """What the log says of fast paths that are not taken."""
+    """Returns a function that returns the log messages about fast paths that are not taken."""
     _say.cache_clear()
     with caplog.at_level(logging.INFO, logger="worldflux"):
         yield lambda: [record.message for record in caplog.records if "is not used" in record.message]
@@ -148,7 +148,7 @@ def test_recorders_store_through_a_buffers_own_add(told: Any) -> None:
 
 
 def frozen(model: Any) -> Any:
-    """A model whose loss is worth nothing: training must leave it alone."""
+    """Returns a model with a constant loss, which training must not change."""
     plain = type(model).loss
 
     class Frozen(type(model)):  # type: ignore[misc]
@@ -240,7 +240,7 @@ def test_the_recurrence_can_be_replaced_in_training_and_imagination(name: str, w
         setattr(model.rssm, name, types.MethodType(own, model.rssm))
     with mock.patch.object(RSSM, name, own if way == "class" else getattr(RSSM, name)):
         train(model, filled(ReplayBuffer(1000, (3,), 1)), **STEPS)
-    once_in_all = {"prior": 1, "dist": 2}.get(name, 0)  # for the divergence, over all rows together
+    once_in_all = {"prior": 1, "dist": 2}.get(name, 0)  # for the divergence, once for all rows
     imagined = 0 if name == "posterior" else 3
     observed = 0 if name == "prior" else 6
     assert len(calls) >= 3 * (observed + imagined + once_in_all)
@@ -280,7 +280,7 @@ def test_hooks_of_every_kind_in_the_recurrence_are_called(kind: str) -> None:
 
 
 class Low(nn.Module):
-    """A layer with a low-rank addition, as in LoRA."""
+    """Layer with a low-rank addition, as in LoRA."""
 
     def __init__(self, base: Linear) -> None:
         super().__init__()
@@ -324,7 +324,7 @@ def test_tdmpc2_plans_with_its_overridden_methods(name: str, way: str, told: Any
         setattr(model, name, types.MethodType(own, model))
     state = model.encode(torch.zeros(2, 3))
     planner.plan(state, planner.start(2))
-    # Along the policy's rollouts (3 steps, 2 between them), and for each set of candidates.
+    # For the policy's rollouts (3 steps with 2 transitions), and for each set of candidates.
     assert len(calls) == {"rollout": 2 + 1 + 2, "policy": 3, "value": 2}[name]
     kind = type(model).__name__
     assert f"The planning interface of {kind} is not used: {kind} has its own {name}" in told()[0]
@@ -352,7 +352,7 @@ def test_a_hook_on_any_module_is_called_in_each_gradient_step(family: str) -> No
         [],
     )
     for name, module in trainer.model.named_modules():
-        if type(module).forward in (nn.Module.forward, nn.ModuleList.forward):  # it only holds others
+        if type(module).forward in (nn.Module.forward, nn.ModuleList.forward):  # a container of other modules
             continue
         calls: list[int] = []
         handle = module.register_forward_hook(lambda *_, calls=calls: calls.append(1))
@@ -391,7 +391,7 @@ class Noisy(WorldFluxAgent):
 def test_an_agents_own_predict_chooses_the_actions_that_it_learns_from(family: str) -> None:
     agent = Noisy(model_of(family), "Pendulum-v1", **{**AGENT, "learning_starts": 0}, planner=None)
     agent.learn(60)
-    assert agent.asked >= 50  # TD-MPC2 begins at random
+    assert agent.asked >= 50  # TD-MPC2 starts with random actions
     stored = agent.replay_buffer.sample(16, 6).actions
     newest = agent.replay_buffer.stored()[0].actions[50:59]
     assert stored.shape == (16, 6, 1) and np.all(newest == np.float32(0.75))

@@ -1,4 +1,4 @@
-"""Copies between host and device, as far as a machine without a GPU shows them; test_cuda.py has the rest."""
+"""Copies between host and device that can be tested without a GPU; `test_cuda.py` contains the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DreamerV3 behind the common interface: every kind of observation and action, files, isolation, odd batches."""
+"""DreamerV3 behind the common interface: all kinds of observations and actions, files, isolation, unusual batches."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def build(observation: str = "vector", action: str = "continuous", **overrides) 
 
 
 def observations(model: DreamerV3, *leading: int):
-    """Random observations of the model's kind with the given leading axes."""
+    """Returns random observations for the model with the given leading axes."""
     made = {}
     for key, shape in model.config.obs_shapes.items():
         if len(shape) == 3:
-            # One shade per image: what a few steps of training can learn to tell apart.
+            # Each image has one brightness, which a few training steps suffice to distinguish.
             shade = torch.randint(0, 256, (*leading, 1, 1, 1), dtype=torch.uint8)
             made[key] = shade.expand(*leading, *shape).contiguous()
         elif key in model.config.obs_classes:
@@ -178,14 +178,14 @@ def test_what_comes_before_an_episode_start_has_no_effect_on_its_losses():
 
 
 def test_a_batch_with_only_the_four_documented_fields_is_trained():
-    """The reward before the window is unknown and does not count; the last reward of an episode arrives unseen."""
+    """The reward before the window is unknown and does not count; the last reward of an episode has no observation."""
     model = build()
     terminations = torch.zeros(2, 5, dtype=torch.bool)
     terminations[0, 1] = True
     rewards = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0], [6.0, 7.0, 8.0, 9.0, 10.0]])
     data = Batch(observations(model, 2, 5), actions(model, 2, 5), rewards, terminations)
     parts = model.loss_parts(data)
-    # Rows of the first window: o0, o1 (its action ends the episode), never seen, p0, p1; p2 is pushed out.
+    # Rows of the first window: o0, o1 (its action ends the episode), no observation, p0, p1; p2 is shifted out.
     assert parts.rows.is_first.tolist() == [[True, False, False, True, False], [True, False, False, False, False]]
     assert parts.rows.rewards.tolist() == [[0.0, 1.0, 2.0, 0.0, 3.0], [0.0, 6.0, 7.0, 8.0, 9.0]]
     assert parts.rows.is_terminal.tolist() == [[0.0, 0.0, 1.0, 0.0, 0.0], [0.0] * 5]
@@ -230,7 +230,7 @@ def test_stored_latents_initialise_the_window_and_are_returned_updated():
     deter, stoch = model._context(data)
     assert torch.equal(deter, torch.full((2, 32), 0.25))
     assert stoch[0].argmax(-1).tolist() == [0, 1, 0, 3]
-    assert stoch[0].sum(-1).tolist() == [1, 1, 0, 1]  # 0 stands for a row whose latents were never stored
+    assert stoch[0].sum(-1).tolist() == [1, 1, 0, 1]  # the third row has no stored latents
     output = model.loss(data)
     assert output.extras["deter"].shape == (2, T - 1, 32)
     assert output.extras["deter"].dtype == torch.float16

@@ -1,4 +1,4 @@
-"""Models by name, from saved directories, and of families that users register."""
+"""Creating models by name, from saved directories, and for registered families."""
 
 from __future__ import annotations
 
@@ -225,6 +225,6 @@ def test_registering_refuses_taken_names_and_wrong_classes() -> None:
         register_model("mine", ThirdPartyConfig, ThirdPartyModel, sizes={"small": {}}, aliases={"m": "mine:smal"})
     assert not any(name.startswith("mine") for name in list_models())
     register_model("mine", ThirdPartyConfig, ThirdPartyModel)
-    register_model("mine", ThirdPartyConfig, ThirdPartyModel)  # a notebook cell that runs twice
+    register_model("mine", ThirdPartyConfig, ThirdPartyModel)  # as when a notebook cell runs twice
     with pytest.raises(ConfigurationError, match="'mine' is ThirdPartyModel already"):
         register_model("mine", ThirdPartyConfig, AnotherModel)

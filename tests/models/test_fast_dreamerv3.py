@@ -1,4 +1,4 @@
-"""DreamerV3's fast computations against the plain ones that define them."""
+"""DreamerV3's fast implementations compared with their plain definitions."""
 
 from __future__ import annotations
 

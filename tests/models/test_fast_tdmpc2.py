@@ -1,4 +1,4 @@
-"""TD-MPC2's fast paths: equal to the plain ones that define them, and nothing in them waits for the device."""
+"""TD-MPC2's fast implementations equal their plain definitions and never wait for the device."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SEARCH = dict(num_samples=48, num_elites=8, num_pi_trajs=6, iterations=3)
 
 
 def small_model(**fields) -> TDMPC2:
-    """With heads that say something: fresh ones answer 0 to everything."""
+    """Creates a small model with random output layers, because new ones give 0 for every input."""
     torch.manual_seed(0)
     settings = {"obs_shape": (5,), "action_dim": 2, **SMALL, **fields}
     model = create_world_model("tdmpc2:tiny", **settings)
@@ -137,7 +137,7 @@ def gradients(layer: torch.nn.Module, inputs: list[Tensor], **options) -> tuple[
 
 
 def layers() -> dict[str, tuple[torch.nn.Module, list[Tensor], dict]]:
-    """A layer, its inputs of which the second one needs no gradient, and further arguments."""
+    """Returns a layer, its inputs, of which the second needs no gradient, and further arguments."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -222,14 +222,14 @@ def test_dropout_of_rate_zero_keeps_everything():
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails where a device would have to tell the host something, and where the host would make a tensor's content."""
+    """Fails if the host would have to wait for a device, or if the host creates the content of a tensor."""
 
     WAITS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "lift_fresh")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__.split(".")[0].strip("_")
         assert name not in {wait.strip("_") for wait in self.WAITS}, f"{func} waits for the device"
-        # Boolean indices select as many numbers as are true.
+        # The size of the result of boolean indexing depends on the values of the mask.
         if name in ("index", "index_put", "index_put_impl"):
             assert not any(x is not None and x.dtype == torch.bool for x in args[1]), f"{func} with a mask"
         return func(*args, **(kwargs or {}))
@@ -256,7 +256,7 @@ def test_nothing_in_a_plan_waits_for_the_device(kind, deterministic):
     model = small_model(**KINDS[kind]).eval()
     planner = Planner(model, PlannerConfig.from_model(model.config, **SEARCH))
     state, plan = model.encode(torch.zeros(2, 5)), planner.start(2)
-    planner.plan(state, plan, deterministic=deterministic)  # fixed noise is made once, on the host
+    planner.plan(state, plan, deterministic=deterministic)  # creates the fixed noise on the host once
 
     with NoWaiting():
         actions, _ = planner.plan(state, plan, is_first=torch.ones(2).bool(), deterministic=deterministic)
@@ -277,7 +277,7 @@ def test_the_check_for_waiting_detects_waiting():
 
 
 def compiled_without_a_compiler() -> CompiledFunctions:
-    """Traced for the compiler, as a whole, and computed by torch: seconds instead of minutes, and no C++ needed."""
+    """Traces each function completely but runs it eagerly, which takes seconds instead of minutes and needs no C++."""
     return CompiledFunctions(*(torch.compile(cell, fullgraph=True, backend="eager") for cell in CompiledFunctions()))
 
 
@@ -289,7 +289,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def updates_with_given_draws(model: TDMPC2, count: int) -> list[LossOutput]:
-    """What the cells return; a compiler may draw in another order, so everything random is handed to them."""
+    """Returns the outputs of updates with given random draws, because a compiler may draw in another order."""
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-4)
     outputs = []
     for seed in range(count):
@@ -342,7 +342,7 @@ def test_plans_are_traced_as_a_whole_and_equal_the_plain_ones(fresh_compiler):
 def test_a_compiled_model_is_stored_and_copied_as_a_plain_one(tmp_path):
     model = small_model()
     names = list(model.state_dict())
-    model.compile_functions()  # compiles nothing before the first call
+    model.compile_functions()  # nothing is compiled before the first call
     model.compile_functions()
 
     assert model._functions != CompiledFunctions() and model.search_step is model._functions.search_step

@@ -1,4 +1,4 @@
-"""DreamerV3's transforms, returns and actor-critic losses against the reference."""
+"""DreamerV3's transforms, returns and actor-critic losses compared with the reference implementation."""
 
 import numpy as np
 import pytest
@@ -90,7 +90,7 @@ def test_lambda_returns_with_terminations_and_cuts(ref):
 
 
 def test_lambda_return_worked_by_hand():
-    """lambda 0.5, discount 0.5 and a termination on arriving at the last step of the second row."""
+    """Lambda is 0.5, the discount is 0.5, and the second row terminates on arriving at its last step."""
     reward = torch.tensor([[9.0, 1.0, 2.0], [9.0, 4.0, 8.0]])
     discount = torch.tensor([[9.0, 0.5, 0.5], [9.0, 0.5, 0.0]])
     bootstrap = torch.tensor([[9.0, 2.0, 4.0], [9.0, 2.0, 4.0]])
@@ -115,7 +115,7 @@ def test_return_normaliser_over_six_updates(ref):
 def policy_of(ref: Golden, prefix: str):
     if ref.kind == "proprio":
         mean, std = ref[f"{prefix}in/mean"], ref[f"{prefix}in/std"]
-        # The arrays are the distribution's own parameters; the inverse gives what the network would have to return.
+        # The arrays contain parameters of the distribution; the inverse gives the corresponding network outputs.
         raw_std = torch.logit((std.double() - 0.1) / 0.9) - 2.0
         raw = [torch.atanh(mean.double()).requires_grad_(), raw_std.requires_grad_()]
         return NormalPolicy(*raw), raw

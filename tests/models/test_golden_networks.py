@@ -1,4 +1,4 @@
-"""DreamerV3's networks against the reference: encoder, recurrent core, latents, decoder, heads, acting."""
+"""DreamerV3's networks compared with the reference: encoder, recurrent core, latents, decoder, heads, acting."""
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def test_core_with_its_intermediate_values(ref):
     deter, stoch, actions = ref["core/deter"], ref["core/stoch"], ref.actions("core/action/action")
     assert_matches(actions, ref["core/action_vec"])
     assert_matches(rssm.core(deter, stoch, actions), ref["core/out"])
-    # The core never builds the hidden layer's input; here it is put together to check the layers on the way.
+    # The input of the hidden layer is built here to check the intermediate layers.
     scaled = actions / actions.abs().clamp(min=1)
     shared = torch.cat([rssm.deter_in(deter), rssm.stoch_in(stoch.flatten(1)), rssm.action_in(scaled)], -1)
     pieces = deter.unflatten(-1, (8, -1))
@@ -186,7 +186,7 @@ def test_critic_and_slow_critic(ref):
 
 
 def test_three_acting_steps(ref):
-    """From the zero state, with the recorded samples; the action of a step is the previous action of the next."""
+    """Starts from the zero state and uses the recorded samples; each action is the previous action of the next step."""
     model = ref.model()
     n = ref["policy/0/is_first"].shape[0]
     state, action = model.initial_state(n), torch.zeros(n, model.config.action_dim)
@@ -204,12 +204,12 @@ def test_three_acting_steps(ref):
 
 
 def test_initialisation_has_the_reference_scale(ref):
-    """Standard deviations and largest magnitudes of a fresh model, tensor by tensor in the reference's order."""
+    """Compares standard deviations and largest magnitudes of each tensor of a new model, in the reference's order."""
     model = type(ref.model())(ref.model().config)
     names = sorted(n for n in ref.under("p/") if n.split("/")[0] in ("con", "dec", "dyn", "enc", "pol", "rew", "val"))
     from worldflux.interop.dreamerv3 import official_to_state_dict
 
-    # Marking every official tensor with its index tells which of ours it becomes.
+    # Filling every official tensor with its index shows to which of our tensors it corresponds.
     marks = official_to_state_dict({n: np.full_like(ref.arrays[f"p/{n}"], i) for i, n in enumerate(names)}, model)
     fresh = model.state_dict()
     checked = 0

@@ -1,4 +1,4 @@
-"""The planner and the value of action sequences against the reference's recorded plans."""
+"""The planner and the values of action sequences compared with recorded plans of the reference implementation."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ def test_a_plan_follows_the_recorded_one(kind, case):
 
 
 def test_recorded_plans_are_the_same_as_rows_of_one_batch():
-    """Every case of the state file at once: each row has its own observation, past, and noise."""
+    """Plans all cases of the state file in one batch; each row has its own observation, previous plan and noise."""
     ref, built = golden("state"), model("state")
     cases = [f"plan/{case}/" for kind, case in CASES if kind == "state"]
     draws = [_draws(ref, case) for case in cases]
-    # Which critics judge is common to all rows, so each case is compared with itself alone, judged by the first's.
+    # All rows use the same critics, so each case is compared with its own plan with the critics of the first case.
     members = draws[0].members
 
     def plan(rows: list[int]) -> tuple[Tensor, Tensor]:
@@ -104,12 +104,12 @@ def _config(ref: Golden) -> PlannerConfig:
 
 
 def _how_to_encode(ref: Golden, prefix: str) -> dict[str, Any]:
-    """The task and the shift of images, where the case has them."""
+    """Returns the task and the shift of images of a case that has them."""
     return {name: ref[prefix + name].long() for name in ("task", "shift") if prefix + name in ref}
 
 
 def _draws(ref: Golden, prefix: str) -> PlanDraws:
-    """The recorded draws, of one row."""
+    """Returns the recorded draws of one row."""
     return PlanDraws(
         policy=ref[f"{prefix}prior_eps"].unsqueeze(1),
         actions=ref[f"{prefix}action_noise"].unsqueeze(2),

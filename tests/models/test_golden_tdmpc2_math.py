@@ -1,4 +1,4 @@
-"""TD-MPC2's transforms, two-hot values, value scale and statistics against the reference."""
+"""TD-MPC2's transforms, two-hot values, value scale and statistics compared with the reference implementation."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""TD-MPC2's networks against the reference: each network, values of action sequences, fresh weights."""
+"""TD-MPC2's networks compared with the reference: each network, values of action sequences, initial weights."""
 
 import numpy as np
 import pytest
@@ -188,7 +188,7 @@ def test_discounts_follow_from_the_episode_lengths():
     assert model("episodic").discount == pytest.approx(0.98)
 
 
-# Fresh networks
+# New networks
 
 FRESH = {
     "init_state": dict(obs_shape=(24,)),
@@ -204,7 +204,7 @@ def test_initialisation_has_the_reference_scale(group):
     torch.manual_seed(0)
     net = TDMPC2(TDMPC2Config(**FRESH[group]))
     names = [name for name in init.under(f"{group}/") if not name.startswith("_detach")]
-    # Marking every official tensor with its index tells which of ours it becomes.
+    # Filling every official tensor with its index shows to which of our tensors it corresponds.
     marks = official_to_state_dict(
         {
             name: torch.full([int(n) for n in init[f"{group}_shape/{name}"]], float(index))

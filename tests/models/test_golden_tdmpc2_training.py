@@ -1,4 +1,4 @@
-"""TD-MPC2's losses, gradients and full updates against the reference, and where gradients must not go."""
+"""TD-MPC2's losses, gradients and full updates compared with the reference, and which parameters gradients reach."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from worldflux.training.optim import build_optimizer, clip_by_global_norm
 from worldflux.training.trainer import Trainer
 
 PARAMETER_TOLERANCE = 5e-5
-"""Absolute, as a learning step is 3e-4 in size."""
+"""Absolute tolerance of weights; one update changes them by 3e-4."""
 
 
 @pytest.fixture(params=KINDS)
@@ -23,10 +23,10 @@ def ref(request: pytest.FixtureRequest) -> Golden:
 
 
 def updates_of(ref: Golden) -> int:
-    """How many of the recorded updates our trainer reproduces.
+    """Returns how many of the recorded updates our trainer reproduces.
 
-    In the reference the policy's gradient for the task embedding is left over and added to the next update's; ours is
-    not, so that several tasks agree for one update.
+    In the reference the policy's gradient of the task embedding remains and is added to that of the next update. Ours
+    does not do this, so with several tasks only the first update agrees.
     """
     return 3 if ref.kind in ("state", "episodic") else 1
 
@@ -36,7 +36,7 @@ def batch_of(ref: Golden, update: int):
 
 
 def carried(ref: Golden, latents: Tensor) -> LossOutput:
-    """The model's part of a step, for the policy's loss on given latents `[T, B, L]`."""
+    """Returns an output of the model's loss that carries the given latents `[T, B, L]` to the policy's loss."""
     latents = latents.transpose(0, 1)
     carry = {"latents": latents, "states": torch.ones(latents.shape[:2])}
     if ref.task is not None:
@@ -45,7 +45,7 @@ def carried(ref: Golden, latents: Tensor) -> LossOutput:
 
 
 def gradients(net: TDMPC2, loss: Tensor) -> dict[str, Tensor]:
-    """Gradient of every parameter; those that the loss does not reach are missing."""
+    """Returns the gradient of every parameter that the loss reaches."""
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(loss, list(named.values()), allow_unused=True, retain_graph=True)
     return {name: g for name, g in zip(named, found, strict=True) if g is not None}
@@ -125,7 +125,7 @@ def test_policy_loss_on_the_first_networks(ref):
     assert_matches(torch.stack([g.norm() for g in actual.values()]).norm(), ref["pi0/grad_norm"], tolerance)
     if ref.kind != "pixels":
         check_gradients(ref, actual, "pi0/grad/")
-    # The policy's own Adam step
+    # The Adam step of the policy
     phase = net.phases()[1]
     output.loss.backward()
     clip_by_global_norm(phase.trained, 20.0)
@@ -135,7 +135,7 @@ def test_policy_loss_on_the_first_networks(ref):
 
 
 class Replayed:
-    """A trainer whose model takes its random numbers from the recorded updates, one after the other."""
+    """Returns a trainer whose model takes its random numbers from the recorded updates, one after the other."""
 
     def __init__(self, ref: Golden, grad_clip: float) -> None:
         self.ref = ref
@@ -226,7 +226,7 @@ def test_clipped_gradients_of_the_first_update(ref):
 
 
 def left_over(ref: Golden, net: TDMPC2, model_output: LossOutput, update: int) -> Tensor:
-    """Gradient of the policy's loss for the task embedding, from which our `policy_loss` is isolated."""
+    """Computes the policy loss's gradient of the task embedding, which our `policy_loss` does not propagate."""
     draws = ref.policy_draws(f"upd{update}/")
     latents, tasks = model_output.carry["latents"], ref.task.unsqueeze(1).expand(-1, 4)
     sample = net._policy(latents, tasks, draws.noise)
@@ -238,7 +238,7 @@ def left_over(ref: Golden, net: TDMPC2, model_output: LossOutput, update: int) -
 
 @pytest.mark.parametrize("group", ["upd", "clip"])
 def test_several_tasks_agree_given_the_references_leftover_gradient(group):
-    """There the policy's gradient for the task embedding is added to the next update's; here it is by hand."""
+    """Adds the policy's gradient of the task embedding to the next update, as the reference does implicitly."""
     ref = golden("multitask")
     net = model("multitask")
     clip = 20.0 if group == "upd" else float(ref["clip/grad_clip_norm"])

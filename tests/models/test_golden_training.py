@@ -1,4 +1,4 @@
-"""DreamerV3's complete loss, its gradients and four train steps against the reference."""
+"""DreamerV3's complete loss, its gradients and four training steps compared with the reference implementation."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def ref(request: pytest.FixtureRequest) -> Golden:
 
 
 def full_parts(ref: Golden, model):
-    """The loss on `in/*`; the recorded samples are given."""
+    """Computes the losses of the batch `in/*` with the recorded samples."""
     return model._loss_parts(ref.rows(), ref["in/carry/deter"], ref["in/carry/stoch"], ref.draws("full/"))
 
 
@@ -96,13 +96,13 @@ def test_gradient_of_the_total_for_every_tensor(ref):
 
 
 def test_each_loss_reaches_exactly_the_tensors_it_should(ref):
-    """Norm of the gradient of each loss for each tensor; exact zeros show what is isolated from what."""
+    """Compares the norms of each loss's gradients; exact zeros show which tensors a loss does not reach."""
     model = ref.model()
     parts = full_parts(ref, model)
     names = sorted(n for n in ref.under("p/") if n.split("/")[0] in TRAINED)
     terms = sorted([*LOSS_NAMES.values(), *parts.reconstruction])
     ours = {v: k for k, v in LOSS_NAMES.items()}
-    # Which of our tensors each official one is: its values are replaced by its index.
+    # Filling every official tensor with its index shows to which of our tensors it corresponds.
     marks = official_to_state_dict({n: np.full_like(ref.arrays[f"p/{n}"], i) for i, n in enumerate(names)}, model)
     for row, term in enumerate(terms):
         loss = parts.losses[ours[term]] if term in ours else parts.reconstruction[term]
@@ -115,7 +115,7 @@ def test_each_loss_reaches_exactly_the_tensors_it_should(ref):
 
 
 def train_steps(ref: Golden, steps: range, params: str = "p/", optimizer_state=None):
-    """The reference's train steps with its recorded samples; yields the model after each."""
+    """Performs the reference's training steps with its recorded samples, and yields the model after each step."""
     model = ref.model(params)
     rate, warmup = (float(x) for x in ref["train/lr_warmup"])
     spec = model.optimizer_spec

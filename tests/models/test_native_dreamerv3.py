@@ -1,4 +1,4 @@
-"""The kernels in C against the torch code that defines them, and what happens where they cannot be had."""
+"""The kernels in C compared with the torch code that defines them, and behaviour without the kernels."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def build(**overrides: Any) -> DreamerV3:
 
 
 def both(monkeypatch: pytest.MonkeyPatch, function: Callable[[], Any]) -> tuple[Any, Any]:
-    """What a function gives without the kernels and with them."""
+    """Returns the results of a function without and with the kernels."""
     found = []
     for switch in ("0", "1"):
         monkeypatch.setenv(SWITCH, switch)
@@ -145,7 +145,7 @@ def test_laprop_equals_its_form_in_torch(agc: float | None, monkeypatch: pytest.
         parameters[2].data.zero_()
         optimizer = LaProp(parameters, lr=1e-2, agc=agc, warmup_steps=3, weight_decay=0.1)
         for step in range(10):
-            for i, parameter in enumerate(parameters):  # the third one counts fewer updates than the others
+            for i, parameter in enumerate(parameters):  # the third parameter has had fewer updates than the others
                 parameter.grad = None if i == 2 and step % 2 else torch.randn_like(parameter) * 10.0 ** (step % 4 - 2)
             optimizer.step()
         state = [optimizer.state[p][name] for p in parameters for name in ("mu", "nu")]

@@ -1,4 +1,4 @@
-"""The planner: on problems with known optima, row by row, from one step to the next, and in DreamerV3's latents."""
+"""The planner on problems with known optima, for several rows, over several steps, and in DreamerV3's latent space."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL = dict(num_samples=64, num_elites=8, num_pi_trajs=4)
 
 
 class PointModel(WorldModel):
-    """A point that moves by its action and pays the squared distance to a goal; the policy runs the wrong way."""
+    """Point that moves by its action, with the negative squared distance to a goal as reward and a bad policy."""
 
     discount = 0.9
 
@@ -43,7 +43,7 @@ class PointModel(WorldModel):
 
 
 class MaskedPointModel(PointModel):
-    """The same with the methods of `PlanningModel`: its second action dimension does not exist in even rows."""
+    """Point model with the methods of `PlanningModel`, whose second action dimension does not exist in even rows."""
 
     def action_mask(self, state: State) -> Tensor:
         mask = torch.ones_like(state["place"])
@@ -73,12 +73,12 @@ def planner(model: WorldModel | None = None, **fields) -> Planner:
 PLACES = points((0.0, 0.0), (0.9, -0.2), (-4.0, 3.0), (0.3, -0.6))
 
 
-# What it finds
+# Results of the search
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_the_best_action_of_a_quadratic_problem_is_found(deterministic):
-    """With the paper's numbers, and twice its iterations so that the spread has come down."""
+    """Uses the paper's settings with twice the iterations, so that the standard deviation becomes small."""
     model = PointModel()
     search = Planner(model, PlannerConfig(iterations=12, min_std=0.01))
 
@@ -88,7 +88,7 @@ def test_the_best_action_of_a_quadratic_problem_is_found(deterministic):
     torch.testing.assert_close(actions, model.best_action(PLACES), atol=0.05, rtol=0.0)
 
 
-def test_more_iterations_come_closer():
+def test_more_iterations_come_closer_to_the_optimum():
     model = PointModel()
 
     def error(iterations: int) -> float:
@@ -101,7 +101,7 @@ def test_more_iterations_come_closer():
     assert errors[0] > 1.5 * errors[1] > 3.0 * errors[2]
 
 
-def test_a_good_policy_is_followed_where_sampling_alone_would_not_get_there():
+def test_a_good_policy_is_followed_where_sampling_alone_fails():
     model = PointModel()
     model.policy = lambda state, deterministic=False: model.best_action(state)
 
@@ -138,7 +138,7 @@ def test_the_discount_of_the_configuration_replaces_the_models_own():
     assert (first[0.5] > first[None]).all()
 
 
-# How the distribution is fitted
+# Fitting the distribution
 
 
 def one_iteration(model: WorldModel, draws: PlanDraws, previous: Tensor, state: State, **fields):
@@ -150,10 +150,10 @@ def one_iteration(model: WorldModel, draws: PlanDraws, previous: Tensor, state: 
 
 @pytest.mark.parametrize(("gumbel", "chosen"), [(0.1, 0.3), (0.2, -0.1)])
 def test_one_iteration_worked_by_hand(gumbel, chosen):
-    """One row, one step, one action dimension that counts: values -(a - 0.3)^2 twice (reward and value)."""
+    """Plans one row and one step; only one action dimension matters, with reward and value -(a - 0.3)^2 each."""
     model = PointModel()
     model.discount = 1.0
-    # Candidates 0.3, -0.1, 1 (clipped from 2) and -1; the second dimension is at its best everywhere.
+    # Candidates 0.3, -0.1, 1 (clipped from 2) and -1; the second dimension is optimal in all of them.
     noise = torch.tensor([[0.3, -0.6], [-0.1, -0.6], [2.0, -0.6], [-1.0, -0.6]]) / 2.0
     draws = PlanDraws(
         policy=torch.zeros(1, 1, 0, 2),
@@ -167,13 +167,13 @@ def test_one_iteration_worked_by_hand(gumbel, chosen):
         model, draws, start, points((0.0, 0.0)), horizon=1, num_samples=4, num_elites=2, temperature=0.5, max_std=2.0
     )
 
-    # The elites are the first two, worth 0 and -0.32: weights softmax(0, -0.16) = 0.539915, 0.460085.
+    # The elites are the first two, with values 0 and -0.32: weights softmax(0, -0.16) = 0.539915, 0.460085.
     torch.testing.assert_close(trace.values[0], torch.tensor([0.0, -0.32, -0.98, -3.38]))
     assert trace.elites.tolist() == [[0, 1]]
     torch.testing.assert_close(trace.weights, torch.tensor([[0.539915, 0.460085]]))
     torch.testing.assert_close(mean[0, 0], torch.tensor([0.115966, -0.6]))
     torch.testing.assert_close(trace.std[0, 0], torch.tensor([0.199362, 0.05]))
-    # The log weights are 0.16 apart, so the Gumbel number chooses; noise of the final spread is added.
+    # The log weights differ by 0.16, so the Gumbel noise decides; noise with the final standard deviation is added.
     torch.testing.assert_close(actions, torch.tensor([[chosen + 0.199362, -0.65]]))
 
 
@@ -206,7 +206,7 @@ def test_values_that_are_not_numbers_count_as_zero():
     assert all(torch.isfinite(trace.std).all() and torch.isfinite(trace.weights).all() for trace in traces)
 
 
-def test_a_model_that_knows_no_value_or_no_action_has_chosen_nothing():
+def test_actions_are_nan_if_all_values_or_the_policys_actions_are_nan():
     class Lost(PointModel):
         lost_in = "value"
 
@@ -253,10 +253,10 @@ def test_masked_dimensions_stay_zero_and_the_others_reach_the_goal():
     torch.testing.assert_close(actions[:, 0], model.best_action(PLACES)[:, 0], atol=0.25, rtol=0.0)
 
 
-# From one step to the next
+# Several steps
 
 
-def test_the_next_plan_starts_one_step_on_and_episodes_start_from_nothing():
+def test_the_next_plan_is_shifted_by_one_step_and_reset_with_each_episode():
     # Without noise the only candidate is the starting mean itself.
     draws = PlanDraws(torch.zeros(3, 1, 0, 2), torch.zeros(1, 3, 2, 1, 2), torch.zeros(1, 1), None)
     previous = torch.arange(12.0).reshape(2, 3, 2) / 12.0
@@ -292,7 +292,7 @@ def test_deterministic_planning_uses_no_random_numbers_and_changes_no_state(mode
     first = search.plan(PLACES, search.start(4), deterministic=True)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    search.plan(PLACES, search.start(4))  # a draw in between
+    search.plan(PLACES, search.start(4))  # draws random numbers in between
     again = planner(model).plan(PLACES, search.start(4), deterministic=True)
 
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
@@ -312,8 +312,8 @@ def test_each_row_is_planned_on_its_own():
     torch.testing.assert_close(same, same[:1].expand(3, 2))
 
 
-def test_a_critic_that_says_the_same_of_everything_gives_the_same_action_alone_and_in_a_batch():
-    """A fresh TD-MPC2 is such a model: its reward and value heads start at zero."""
+def test_ties_give_the_same_action_alone_and_in_a_batch():
+    """All candidates have the same value under a new TD-MPC2, whose reward and value heads start at zero."""
 
     class Fresh(PointModel):
         def rollout(self, state: State, actions: Tensor, *, deterministic: bool = False) -> Trajectory:
@@ -345,7 +345,7 @@ def test_sampled_plans_differ_between_rows_and_follow_the_seed():
     assert actions.abs().max() <= 1.0
 
 
-def test_the_deterministic_plan_is_never_worse_than_the_policy_by_the_models_own_account():
+def test_the_deterministic_plan_has_at_least_the_value_of_the_policy():
     model = PointModel()
     traces: list[PlanTrace] = []
     search = planner(model, iterations=1)
@@ -360,7 +360,7 @@ def test_the_deterministic_plan_is_never_worse_than_the_policy_by_the_models_own
     earned, weight = discounted_rewards(trajectory.rewards, trajectory.continues, 0.9)
     value = earned + weight * model.value(trajectory.states[-1])
     torch.testing.assert_close(traces[0].values[:, 0], value)
-    # Its other trajectories differ from it, or it would count several times among the elites.
+    # The policy's other trajectories must differ from it, or they would count several times among the elites.
     assert (traces[0].values[:, 1 : SMALL["num_pi_trajs"]] != value.unsqueeze(1)).all()
     assert (traces[0].values.amax(1) >= value).all()
 
@@ -380,7 +380,7 @@ def dreamer(**fields) -> DreamerV3:
     small = dict(deter_dim=32, hidden_dim=16, units=16, stoch_discrete=4, stoch_classes=4, blocks=4, bins=15)
     model = DreamerV3(DreamerV3Config(**{"obs_shape": (5,), "action_dim": 2, **small, **fields}))
     for head in (model.reward_head, model.critic):
-        nn.init.normal_(head.out.weight, std=0.5)  # fresh heads say 0 to everything
+        nn.init.normal_(head.out.weight, std=0.5)  # new heads give 0 for every input
     return model.eval()
 
 
@@ -423,7 +423,7 @@ def test_dreamerv3_plans_from_its_prior_with_random_draws_too():
 @pytest.mark.parametrize(
     "space", [dict(action_type="discrete"), dict(action_type="multi_discrete", action_classes=(1, 1))]
 )
-def test_one_hot_actions_are_refused_with_the_way_out(space):
+def test_discrete_actions_are_rejected_with_a_remedy(space):
     with pytest.raises(ConfigurationError, match=r"planning needs continuous actions.*planner=None"):
         planner(PointModel(**space))
 

@@ -1,4 +1,4 @@
-"""TD-MPC2 beyond the reference: ends of episodes, short ones, every kind of observation, several tasks, files."""
+"""TD-MPC2 beyond the reference: ends of episodes, short episodes, all kinds of observations, several tasks, files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ A = 2
 def tdmpc2(obs_shape=(4,), *, filled: bool = True, **fields) -> TDMPC2:
     torch.manual_seed(0)
     model = TDMPC2(TDMPC2Config(**{"obs_shape": obs_shape, "action_dim": A, **SMALL, **fields}))
-    if filled:  # fresh heads say 0 to everything
+    if filled:  # new heads give 0 for every input
         for head in (model.reward_head, model.critics, model.target_critics):
             torch.nn.init.normal_(head.layers[-1].weight, std=0.3)
     return model.eval()
@@ -75,7 +75,7 @@ def gradient(model: TDMPC2, loss: Tensor) -> Tensor:
 # Ends of episodes inside windows
 
 
-def test_what_follows_an_episodes_end_changes_nothing():
+def test_rows_after_the_end_of_an_episode_do_not_affect_the_losses():
     model = tdmpc2(episodic=True)
     ends = dict(is_first=flags([0, 0, 1, 0], [0] * 4, [0, 1, 0, 0], [0, 0, 0, 1]))
     batch = random_batch(**ends)
@@ -98,7 +98,7 @@ def test_what_follows_an_episodes_end_changes_nothing():
     torch.testing.assert_close(policies[0], policies[1])
 
 
-def test_a_window_with_one_step_of_an_episode_is_a_window_of_one_step():
+def test_a_window_with_one_valid_step_equals_a_window_of_one_step():
     long, short = tdmpc2(), tdmpc2(horizon=1)
     batch = random_batch(is_first=flags(*[[0, 0, 1, 0]] * 4))
     cut = replace(
@@ -122,13 +122,13 @@ def test_masks_of_a_window_by_hand():
     )
     w = windows(batch, 3, multitask=False)
     assert w.steps.tolist() == [[1, 0, 0], [1, 1, 1], [0, 0, 0]]
-    # The observation after the termination was not recorded: the value's target needs none, the latent's does.
+    # The observation after the termination was not recorded. The value's target does not need it, the latent's does.
     assert w.arrived.tolist() == [[0, 0, 0], [1, 1, 0], [0, 0, 0]]
     assert w.targets.tolist() == [[1, 0, 0], [1, 1, 1], [0, 0, 0]]
     assert w.states.tolist() == [[1, 0, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0]]
 
 
-def test_an_unrecorded_start_teaches_nothing():
+def test_windows_with_an_unrecorded_first_observation_have_zero_loss():
     model = tdmpc2()
     batch = random_batch(obs_mask=flags(*[[0, 1, 1, 1]] * 4))
     output = model.loss(batch)
@@ -141,11 +141,11 @@ def test_windows_that_start_at_last_observations_give_finite_losses():
     model = tdmpc2(episodic=True)
     output = model.loss(random_batch(is_first=flags(*[[0, 1, 0, 0]] * 4)))
     assert output.terms["consistency"] == output.terms["value"] == output.terms["reward"] == 0.0
-    # Policies are learned there, too.
+    # The policy is also trained there.
     assert output.terms["policy"] != 0.0 and torch.isfinite(output.loss)
 
 
-def test_batches_of_the_four_documented_fields_get_the_rows_that_last_rewards_arrive_at():
+def test_batches_with_only_the_four_documented_fields_get_final_rows():
     model = tdmpc2(episodic=True)
     ends = flags(*[[0, 1, 0, 0]] * 4)
     four = replace(random_batch(), terminations=ends, is_first=None)
@@ -164,7 +164,7 @@ def test_batches_of_the_four_documented_fields_get_the_rows_that_last_rewards_ar
     torch.testing.assert_close(model.model_loss(four, draws(4)).loss, model.model_loss(full, draws(4)).loss)
 
 
-def test_a_termination_ends_its_own_steps_target():
+def test_the_target_of_a_terminated_step_is_its_reward():
     model = tdmpc2()
     ended = flags(*[[0, 1, 0, 0]] * 4)
     parts = [
@@ -177,7 +177,7 @@ def test_a_termination_ends_its_own_steps_target():
     assert (parts[0].targets[:, 1] != rewards[:, 1]).all()
 
 
-def test_long_windows_are_cut_one_after_the_other():
+def test_long_windows_are_cut_into_consecutive_ones():
     model = tdmpc2()
     batch = random_batch(B=2, T=12, is_first=torch.rand(2, 12) < 0.2)
     starts = [(row, start) for row in range(2) for start in (0, 3, 6)]
@@ -193,13 +193,13 @@ def test_long_windows_are_cut_one_after_the_other():
     assert len(windows(random_batch(B=16, T=50), 3, multitask=False).rewards) == 256
 
 
-def test_batches_shorter_than_a_window_are_refused():
+def test_batches_shorter_than_a_window_are_rejected():
     with pytest.raises(ShapeMismatchError, match=r"has 3 rows in each window, expected at least horizon \+ 1 = 4"):
         tdmpc2().loss(random_batch(T=3))
 
 
 def test_episodes_shorter_than_the_horizon_are_learned():
-    """One step each, with a reward that depends on the action: reward and value are known after some steps."""
+    """Episodes have one step and a reward that depends on the action; reward and value are learned after some steps."""
     rng = np.random.default_rng(0)
     buffer = ReplayBuffer(400, (1,), A, seed=0)
     for _ in range(200):
@@ -225,7 +225,7 @@ def test_episodes_shorter_than_the_horizon_are_learned():
 # Terminations
 
 
-def test_the_termination_head_counts_from_the_first_termination_on(tmp_path: Path):
+def test_the_termination_head_is_used_from_the_first_termination_on(tmp_path: Path):
     model = tdmpc2(episodic=True)
     trainer = Trainer(model, TrainingConfig(device="cpu", grad_clip=20.0))
     before = [p.clone() for p in model.termination_head.parameters()]
@@ -241,7 +241,7 @@ def test_the_termination_head_counts_from_the_first_termination_on(tmp_path: Pat
     assert float(TDMPC2.from_pretrained(tmp_path).termination_seen) == 1.0
 
 
-def test_without_a_termination_the_head_changes_no_other_networks_learning():
+def test_without_a_termination_the_head_does_not_affect_other_networks():
     outcomes = []
     for episodic in (False, True):
         model = tdmpc2(episodic=episodic, dropout=0.0)
@@ -257,7 +257,7 @@ def test_without_a_termination_the_head_changes_no_other_networks_learning():
         torch.testing.assert_close(outcomes[1][name], value, msg=name)
 
 
-def test_a_sequence_that_terminates_is_worth_nothing_beyond():
+def test_rewards_after_a_predicted_termination_do_not_count():
     model = tdmpc2(episodic=True)
     model.termination_seen.fill_(1.0)
     torch.nn.init.zeros_(model.termination_head.layers[-1].weight)
@@ -284,7 +284,7 @@ def test_a_given_discount_replaces_the_models_own():
 # Observations
 
 
-def test_a_state_depends_on_the_observation_alone():
+def test_a_state_only_depends_on_the_observation():
     model, obs = tdmpc2(), torch.randn(3, 4)
     state = model.update(model.initial_state(3), torch.rand(3, A), obs, is_first=torch.tensor([True, False, True]))
     assert torch.equal(state["latent"], model.encode(obs)["latent"])
@@ -303,7 +303,7 @@ OBSERVATIONS = [
 
 
 @pytest.mark.parametrize("obs_shape", OBSERVATIONS, ids=str)
-def test_every_kind_of_observation_is_learned_from_and_pictured(obs_shape):
+def test_every_kind_of_observation_is_trained_on_and_decoded(obs_shape):
     model = tdmpc2(obs_shape, use_decoder=True)
     trainer = Trainer(model, TrainingConfig(device="cpu", grad_clip=20.0))
     before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -325,7 +325,7 @@ def test_the_order_of_the_keys_does_not_matter():
     assert torch.equal(model.encode(obs)["latent"], model.encode(dict(sorted(obs.items())))["latent"])
 
 
-def test_images_are_moved_at_random_unless_asked_not_to():
+def test_images_are_shifted_randomly_unless_deterministic():
     model, image = tdmpc2((3, 64, 64)), random_obs((3, 64, 64), 2)
     still = [model.encode(image, deterministic=True)["latent"] for _ in range(2)]
     assert torch.equal(*still)
@@ -334,7 +334,7 @@ def test_images_are_moved_at_random_unless_asked_not_to():
     assert not torch.equal(still[0], model.encode(image)["latent"])
 
 
-def test_a_moved_image_repeats_its_edge():
+def test_a_shifted_image_repeats_its_edge():
     image = torch.arange(12).reshape(1, 1, 3, 4)
     moved = shifted(image, torch.tensor([[MAX_SHIFT + 1, MAX_SHIFT - 2]]))
     assert moved[0, 0].tolist() == [[1, 2, 3, 3], [1, 2, 3, 3], [1, 2, 3, 3]]
@@ -344,12 +344,12 @@ def test_a_moved_image_repeats_its_edge():
 
 
 @pytest.mark.parametrize("shape", [(9, 64, 64), (3, 64, 64)])
-def test_a_single_image_is_the_latent_itself_where_its_features_are_as_wide(shape):
+def test_features_of_a_single_image_of_latent_width_are_not_projected(shape):
     assert tdmpc2(shape, num_channels=1).encoder.project is None
     assert tdmpc2(shape).encoder.project is not None
 
 
-def test_the_decoder_learns_beside_the_model_without_influence():
+def test_the_decoder_is_trained_without_affecting_the_model():
     model = tdmpc2(use_decoder=True)
     batch = random_batch()
     output = model.model_loss(batch, draws(4))
@@ -362,7 +362,7 @@ def test_the_decoder_learns_beside_the_model_without_influence():
     assert "reconstruction" not in Trainer(tdmpc2(), TrainingConfig(device="cpu")).step(batch)
 
 
-def test_what_does_not_fit_the_model_is_refused():
+def test_inputs_that_do_not_fit_the_model_are_rejected():
     model = tdmpc2()
     state = model.encode(torch.randn(2, 4))
     for call, message in (
@@ -380,7 +380,7 @@ def test_what_does_not_fit_the_model_is_refused():
 # Learning
 
 
-def test_the_encoder_learns_at_its_own_rate():
+def test_the_encoder_has_its_own_learning_rate():
     model = tdmpc2()
     before = {name: p.clone() for name, p in model.named_parameters()}
     Trainer(model, TrainingConfig(device="cpu", learning_rate=1e-3, grad_clip=20.0)).step(random_batch())
@@ -388,13 +388,13 @@ def test_the_encoder_learns_at_its_own_rate():
     def moved(name: str) -> float:
         return float((dict(model.named_parameters())[name] - before[name]).detach().abs().max())
 
-    # Adam's first step is the rate, whatever the gradient.
+    # The size of Adam's first step is the learning rate, whatever the gradient.
     assert moved("encoder.project.weight") == pytest.approx(3e-4, rel=0.01)
     assert moved("dynamics.layers.0.weight") == pytest.approx(1e-3, rel=0.01)
     assert moved("critics.layers.2.bias") == pytest.approx(1e-3, rel=0.01)
 
 
-def test_dropout_acts_in_training_only():
+def test_dropout_only_applies_in_training():
     model = tdmpc2(dropout=0.25)
     assert model.model_draws(4, 3).dropout is None and model.policy_draws(4, 4).dropout is None
     factors = model.train().model_draws(40, 3).dropout
@@ -402,7 +402,7 @@ def test_dropout_acts_in_training_only():
     torch.testing.assert_close(factors.unique(), torch.tensor([0.0, 4 / 3]))
     assert float(factors.mean()) == pytest.approx(1.0, abs=0.05)
     assert model.policy_draws(4, 4).dropout.shape == (2, 16, 16)
-    # Values that are asked for have none.
+    # Values outside of the losses use no dropout.
     state, action = model.encode(torch.randn(2, 4)), torch.rand(2, A)
     assert torch.equal(model.q_values(state, action), model.q_values(state, action))
 
@@ -478,7 +478,7 @@ def test_tasks_differ_in_embedding_actions_and_discount():
     assert trajectory.states["task"].tolist() == [[0, 1, 2]]
 
 
-def test_several_tasks_learn_from_a_buffer_that_knows_them(tmp_path: Path):
+def test_several_tasks_are_trained_from_a_buffer_with_task_indices(tmp_path: Path):
     model = tdmpc2(**TASKS)
     buffer = ReplayBuffer(200, (4,), A, n_envs=3, extras=model.replay_extras(), seed=0)
     rng = np.random.default_rng(0)
@@ -503,14 +503,14 @@ def test_several_tasks_learn_from_a_buffer_that_knows_them(tmp_path: Path):
     assert torch.equal(again.tasks.weight, model.tasks.weight) and again.config == model.config
 
 
-def test_a_batch_without_tasks_is_refused_by_a_model_of_several():
+def test_a_multitask_model_rejects_a_batch_without_tasks():
     with pytest.raises(ShapeMismatchError, match=r"no extras\['task'\]"):
         tdmpc2(**TASKS).loss(random_batch())
     with pytest.raises(ConfigurationError, match="task is 3, expected 0 to 2"):
         tdmpc2(**TASKS).encode(torch.randn(1, 4), task=3)
 
 
-# By name
+# Presets
 
 
 def test_presets_are_made_and_saved_by_name(tmp_path: Path):
@@ -539,7 +539,7 @@ def test_every_listed_size_is_as_large_as_its_name_says():
     assert "tdmpc2" in listed["tdmpc2:5m"]["aliases"]
 
 
-def test_the_online_numbers_are_one_gradient_step_for_each_environment_step():
+def test_the_online_defaults_are_one_gradient_step_per_environment_step():
     defaults = tdmpc2(episode_length=500).online_defaults()
     assert defaults.train_ratio is None  # one gradient step for each environment step
     assert (defaults.batch_size, defaults.seq_len, defaults.buffer_size) == (256, 4, 1_000_000)

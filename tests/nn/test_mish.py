@@ -1,4 +1,4 @@
-"""Layers with Mish: the activation's own formula and gradient, and an ensemble against separate networks."""
+"""Layers with Mish: the activation and its gradient, and ensembles compared with separate networks."""
 
 import torch
 import torch.nn.functional as F

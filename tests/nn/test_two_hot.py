@@ -1,4 +1,4 @@
-"""Means of two-hot distributions: what rounding adds to them, and what it must not take away."""
+"""Means of two-hot distributions: rounding must not affect them, and the tolerance for it must not hide differences."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ WORTH = float(BINS[-1])  # 4.85e8
 
 
 def nudged(logits: torch.Tensor, column: int, ulps: int) -> torch.Tensor:
-    """The logits with one column moved up by so many of its units in the last place."""
+    """Returns the logits with one column increased by a number of units in the last place."""
     moved = logits.clone()
     for _ in range(ulps):
         moved[..., column] = torch.nextafter(moved[..., column], torch.tensor(torch.inf, dtype=moved.dtype))
@@ -28,7 +28,7 @@ def test_a_pair_that_differs_by_rounding_counts_as_equal(dtype, column):
     moved = nudged(logits, column, 1)
     expected = torch.tensor([0.0, (8103.08 - 1) / (8103.08 + 254) * np.expm1(180 / 127)], dtype=torch.float64)
     torch.testing.assert_close(TwoHot(moved, BINS).mean.double(), expected, rtol=1e-5, atol=0.0)
-    # Counted, the difference would be worth more than the values themselves.
+    # Without the exception, the difference would contribute more than the values themselves.
     plain = torch.softmax(moved.float().double(), -1) @ BINS.double()
     assert (plain - expected).abs()[0] > 0.1
 
@@ -98,7 +98,7 @@ def test_autocast_does_not_round_the_mean():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_untrained_far_bins_do_not_affect_predictions(dtype):
-    """The last bit of one far weight, in every head that DreamerV3 takes a mean of and in TD-MPC2's."""
+    """Changes the last bit of one far weight in every two-hot head of DreamerV3 and TD-MPC2."""
     dreamer = create_world_model("dreamerv3:tiny", obs_shape=(4,), action_dim=2, dtype=dtype)
     for head in (dreamer.reward_head, dreamer.critic, dreamer.slow_critic):
         with torch.no_grad():
