@@ -12,28 +12,14 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
-from helpers.envs import CountingEnv, assert_rows_belong_together
+from helpers.envs import CountingEnv
+from helpers.recorded import ENDINGS, assert_belongs_together, buffer_for_counting, everything
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from worldflux.envs import RecordEpisodes, VecRecordEpisodes, VectorRecordEpisodes, collect
 from worldflux.envs.vector import GymnasiumVecEnv
 from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError
-from worldflux.replay.batch import Batch
 from worldflux.replay.buffer import ReplayBuffer
-
-ENDINGS = dict(lengths=(3, 1, 4), ends=("terminate", "truncate", "both"))
-
-
-def buffer_for_counting(n_envs: int = 1, capacity: int = 1000) -> ReplayBuffer:
-    return ReplayBuffer(capacity, (4,), 1, n_envs=n_envs, seed=0)
-
-
-def everything(buffer: ReplayBuffer, rows: int) -> Batch:
-    """The first `rows` rows of the only stream, in order."""
-    while True:
-        batch = buffer.sample(1, rows)
-        if batch.row_ids[0, 0] == 0:
-            return batch
 
 
 def drive(env: gym.Env[Any, Any], steps: int) -> None:
@@ -60,7 +46,7 @@ def test_every_kind_of_ending_is_recorded_as_it_happened() -> None:
     assert batch.truncations[0].nonzero().flatten().tolist() == [4]
     assert batch.is_first[0].nonzero().flatten().tolist() == [0, 4, 6]
     assert batch.obs_mask is None
-    assert_rows_belong_together(batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy())
+    assert_belongs_together(batch)
     assert (buffer.num_episodes, buffer.num_transitions) == (3, 8)
 
 
@@ -132,65 +118,6 @@ def test_a_step_that_raises_leaves_nothing_behind() -> None:
     env.reset()
     env.step(np.array([1.0], np.float32))
     assert everything(buffer, rows=4).is_first[0].tolist() == [True, False, False, True]
-
-
-def recorded_together(name: str, buffer: ReplayBuffer, **options: Any) -> Any:
-    """Two counting environments, the second with options, behind one of the recording wrappers."""
-    makers = [lambda: CountingEnv(**ENDINGS), lambda: CountingEnv(**ENDINGS, **options)]
-    if name == "VecEnv":
-        return VecRecordEpisodes(DummyVecEnv(makers), buffer)
-    if name == "face":
-        return VecRecordEpisodes(GymnasiumVecEnv(SyncVectorEnv(makers)), buffer)
-    return VectorRecordEpisodes(SyncVectorEnv(makers, autoreset_mode=name), buffer)
-
-
-PATHS = ("VecEnv", "face", "NextStep", "SameStep", "Disabled")
-
-
-@pytest.mark.parametrize("name", PATHS)
-def test_where_one_of_several_raises_nothing_of_that_step_is_stored(name: str) -> None:
-    buffer = buffer_for_counting(n_envs=2)
-    env = recorded_together(name, buffer, raise_at=2)
-    env.reset()
-    actions = np.full((2, 1), 2.5, np.float32)
-    for _ in range(2):
-        env.step(actions)
-    with pytest.raises(KeyboardInterrupt):
-        env.step(actions)
-
-    assert (buffer.num_transitions, buffer.num_episodes) == (4, 2)
-    batch = buffer.sample(50, 3)
-    assert batch.obs[:, :, 2].tolist() == [[0, 1, 2]] * 50 and batch.truncations[:, 1].all()
-    with pytest.raises(BufferError, match=r"Call env.reset\(\) first"):
-        env.step(actions)
-    env.reset()
-    env.step(actions)
-    batch = buffer.sample(50, 4)
-    assert batch.is_first[batch.row_ids[:, 0] < 2].tolist()[:9] == [[True, False, False, True]] * 9
-    assert_rows_belong_together(batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy())
-
-
-@pytest.mark.parametrize("name", PATHS)
-def test_a_reset_that_raises_ends_the_episodes_and_another_begins_new_ones(name: str) -> None:
-    buffer = buffer_for_counting(n_envs=2)
-    env = recorded_together(name, buffer)
-    first = env.envs[0] if name == "VecEnv" else (env.vector_env if name == "face" else env.env).envs[0]
-    env.reset()
-    env.step(np.ones((2, 1), np.float32))
-    reset, first.reset = first.reset, "not callable"
-    with pytest.raises(TypeError):
-        env.reset()
-    assert buffer.num_episodes == 2
-    with pytest.raises(BufferError, match=r"Call env.reset\(\) first"):
-        env.step(np.ones((2, 1), np.float32))
-    first.reset = reset
-    env.reset()
-    env.step(np.ones((2, 1), np.float32))
-    batch = buffer.sample(50, 3)
-    assert (
-        buffer.num_transitions == 4
-        and batch.is_first[batch.row_ids[:, 0] < 2].tolist()[:9] == [[True, False, True]] * 9
-    )
 
 
 class OutOfRangeEnv(CountingEnv):
@@ -308,7 +235,7 @@ def test_an_interrupt_between_the_answers_of_processes_leaves_them_usable(kind: 
 
     assert made == 4 and len(buffer) > made + 8
     batch = buffer.sample(100, 2)
-    assert_rows_belong_together(batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy())
+    assert_belongs_together(batch)
 
 
 def test_an_action_that_is_none_is_refused_before_the_environment_moves() -> None:
@@ -357,119 +284,7 @@ def test_what_is_recorded_is_a_copy() -> None:
             array[...] = 77 if array.dtype != bool else True
     batch = buffer.sample(50, 5)
     assert buffer.num_transitions == 10 and batch.obs.max() < 77 and batch.rewards.max() < 300
-    assert_rows_belong_together(batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy())
-
-
-@pytest.mark.parametrize("name", PATHS)
-def test_whoever_looks_in_the_middle_changes_nothing(name: str) -> None:
-    batches = []
-    for look_every in (1, 7, 10_000):
-        buffer = buffer_for_counting(n_envs=2, capacity=700)
-        env = recorded_together(name, buffer)
-        env.reset()
-        seen = 0
-        for step in range(600):
-            _, _, terminations, truncations, *_ = env.step(np.full((2, 1), step % 9 + 1.0, np.float32))
-            if name == "Disabled" and (terminations | truncations).any():
-                env.reset(options={"reset_mask": terminations | truncations})
-            if step % look_every == 0:
-                assert len(buffer) >= seen
-                seen = len(buffer)
-        buffer.seed(0)
-        batches.append(buffer.sample(200, 6))
-        assert len(buffer) == 700
-    for batch in batches[1:]:
-        for part in ("row_ids", "obs", "actions", "rewards", "terminations", "truncations", "is_first"):
-            np.testing.assert_array_equal(getattr(batch, part), getattr(batches[0], part))
-    first = batches[0]
-    compared = assert_rows_belong_together(
-        first.obs.numpy(), first.actions.numpy(), first.rewards.numpy(), first.is_first.numpy()
-    )
-    assert compared > 500
-
-
-def test_a_vector_environment_that_resets_nothing_itself_must_be_reset_where_episodes_ended() -> None:
-    buffer = buffer_for_counting(n_envs=2)
-    env = recorded_together("Disabled", buffer)
-    with pytest.raises(BufferError, match="No episode has begun: call reset"):
-        env.reset(options={"reset_mask": np.array([True, False])})
-    env.reset()
-    for _ in range(3):
-        env.step(np.ones((2, 1), np.float32))
-    with pytest.raises(BufferError, match=r"environments \[0, 1\] have ended. Reset them with options="):
-        env.step(np.ones((2, 1), np.float32))
-    env.reset(options={"reset_mask": np.array([True, False])})
-    with pytest.raises(BufferError, match=r"environments \[1\] have ended"):
-        env.step(np.ones((2, 1), np.float32))
-    env.reset(options={"reset_mask": np.array([False, True])})
-    env.step(np.ones((2, 1), np.float32))
-    assert (buffer.num_transitions, buffer.num_episodes) == (8, 4)  # their second episodes have one step
-
-
-@pytest.mark.parametrize("mode", ["NextStep", "SameStep", "Disabled"])
-def test_a_reset_of_some_environments_cuts_only_their_episodes(mode: str) -> None:
-    buffer = buffer_for_counting(n_envs=2)
-    makers = [lambda: CountingEnv(lengths=(9,)), lambda: CountingEnv(lengths=(2, 9))]
-    env = VectorRecordEpisodes(SyncVectorEnv(makers, autoreset_mode=mode, copy=False), buffer)
-    env.reset()
-    actions = np.full((2, 1), 2.5, np.float32)
-    for _ in range(2):
-        env.step(actions)
-    # The first is in flight, the second's episode has just ended.
-    mask = {"NextStep": [True, False], "SameStep": [True, False], "Disabled": [True, True]}[mode]
-    env.reset(options={"reset_mask": np.array(mask)})
-    assert buffer.num_episodes == 2
-    for _ in range(3):
-        env.step(actions)
-    batch = buffer.sample(100, 5)
-    assert_rows_belong_together(batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy())
-    assert batch.truncations.sum() > 10 and batch.terminations.sum() > 10
-    # Where it resets on the next step, one of the second's three steps was that.
-    assert buffer.num_transitions == {"NextStep": 9, "SameStep": 10, "Disabled": 10}[mode]
-    final = (batch.obs[..., 1] == 0) & (batch.obs[..., 2] == 2)
-    assert final.any() and batch.obs_mask is None and not batch.rewards[final].any()
-
-
-def test_actions_that_are_ignored_may_be_anything() -> None:
-    makers = [lambda: CountingEnv(lengths=(1,), action_space=spaces.Discrete(2)), lambda: CountingEnv(lengths=(9,))]
-    makers[1] = lambda: CountingEnv(lengths=(9,), action_space=spaces.Discrete(2))
-    buffer = ReplayBuffer(100, (4,), 2, n_envs=2, seed=0)
-    env = VectorRecordEpisodes(SyncVectorEnv(makers), buffer)
-    env.reset()
-    env.step(np.array([1, 1]))
-    env.step(np.array([-5, 1]))  # the first only resets
-    with pytest.raises(ShapeMismatchError, match="values between -5 and 1"):
-        env.step(np.array([-5, 1]))
-    env.step(np.array([0, 1]))
-    assert (buffer.num_transitions, buffer.num_episodes) == (5, 2)
-
-
-def test_the_atari_vector_environment_is_recorded() -> None:
-    ale_vector = pytest.importorskip("ale_py.vector_env")
-    for mode in ("NextStep", "SameStep"):
-        envs = ale_vector.AtariVectorEnv(
-            "breakout", 2, max_num_frames_per_episode=60, autoreset_mode=mode, img_height=20, img_width=20, stack_num=2
-        )
-        buffer = ReplayBuffer(200, (2, 20, 20), 4, n_envs=2, seed=0)
-        env = VectorRecordEpisodes(envs, buffer)
-        try:
-            obs, _ = env.reset(seed=1)
-            seen, ended = [obs], []
-            for step in range(40):
-                obs, _, terminations, truncations, _ = env.step(np.array([step % 4, 1]))
-                seen.append(obs)
-                ended.append(terminations | truncations)
-            recorded = buffer.num_episodes  # those in flight end when the environments are closed
-        finally:
-            env.close()
-        ends = np.array(ended)[:, 0]
-        first = int(ends.argmax())
-        assert ends.sum() >= 2 and recorded == np.sum(ended)
-        assert buffer.num_transitions == 80 - (np.sum(np.array(ended)[:-1]) if mode == "NextStep" else 0)
-        window = everything(buffer, rows=first + 2)
-        if window.row_ids[0, 0] == 0:
-            np.testing.assert_array_equal(window.obs[0, : first + 1], [obs[0] for obs in seen[: first + 1]])
-            assert window.truncations[0].nonzero().flatten().tolist() == [first]
+    assert_belongs_together(batch)
 
 
 def test_the_wrong_wrapper_names_the_right_one() -> None:
@@ -512,9 +327,7 @@ def test_under_normalisation_rewards_and_observations_are_stored_as_they_were() 
     batch = buffer.sample(64, 6)
 
     assert np.abs(np.concatenate(seen)).max() < 11  # the policy saw normalised numbers
-    compared = assert_rows_belong_together(
-        batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy()
-    )
+    compared = assert_belongs_together(batch)
     assert compared > 100
     np.testing.assert_allclose(batch.actions[batch.rewards > 0], -0.5)
 

@@ -14,6 +14,7 @@ import pytest
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 from helpers.agents import make_agent
 from helpers.envs import CountingEnv, assert_rows_belong_together
+from helpers.recorded import buffer_for_counting
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
@@ -27,10 +28,6 @@ from worldflux.training import ReplayBuffer
 ACTION = np.array([5.0], np.float32)
 LENGTHS = ((4, 7), (3,), (6, 1, 2))
 ENDS = ("terminate", "truncate", "both")
-
-
-def buffer_for_counting(capacity: int = 1000, **options: Any) -> ReplayBuffer:
-    return ReplayBuffer(capacity, (4,), 1, seed=0, **options)
 
 
 def counting(env_id: int) -> CountingEnv:

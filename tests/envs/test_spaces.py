@@ -186,7 +186,8 @@ def test_bounds_are_mapped_to_minus_one_and_one_and_actions_outside_are_clipped_
 def test_an_axis_without_a_choice_is_zero_in_the_library() -> None:
     codec = ActionCodec(spaces.Box(np.array([3.0], np.float32), np.array([3.0], np.float32)))
 
-    assert codec.from_env(np.array([[3.0]])) == 0 and codec.to_env(np.array([[0.7]])) == 3
+    assert codec.from_env(np.array([[3.0]])) == 0 and codec.from_env(np.array([[3.5]])) == 0
+    assert codec.to_env(np.array([[0.7]])) == 3
 
 
 def test_whole_number_boxes_are_rounded() -> None:
