@@ -38,7 +38,7 @@ from worldflux.training.optim import Adam
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 DEVICE = "cuda"
-PLAIN_STEPS = 1 + WARM_UP_CALLS
+PLAIN_STEPS = WARM_UP_CALLS
 CONFIG = TrainingConfig(
     learning_rate=1e-3, warmup_steps=3, grad_clip=1.0, batch_size=4, sequence_length=7, device=DEVICE
 )

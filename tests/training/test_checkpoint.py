@@ -170,6 +170,7 @@ def assert_refused(directory: Path, message: str) -> None:
 @pytest.mark.parametrize(
     ("keys", "value", "message"),
     [
+        ("format", 1, "has format 1, this version reads 2. Load it with the version of worldflux that wrote it"),
         ("step", "x", "trainer.json: step is 'x', expected a whole number from 0"),
         ("step", -1, "step is -1"),
         ("step", 2.0, "step is 2.0"),
