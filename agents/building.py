@@ -11,11 +11,12 @@ import torch
 from stable_baselines3.common.vec_env import VecEnv
 
 from worldflux.agents.collecting import max_vec_episode_steps
+from worldflux.config import PlannerConfig
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
 from worldflux.errors import ConfigurationError, ShapeMismatchError
 from worldflux.factory import create_world_model, find_preset
 from worldflux.models.base import WorldModel
-from worldflux.models.planning import Planner, PlannerConfig
+from worldflux.models.planning import Planner
 
 logger = logging.getLogger("worldflux")
 

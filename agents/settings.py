@@ -12,10 +12,10 @@ import torch
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 
 from worldflux.accel.compilation import checked_compile
+from worldflux.config import PlannerConfig
 from worldflux.errors import ConfigurationError, nearest
 from worldflux.files import checked_path
 from worldflux.models.base import WorldModel
-from worldflux.models.planning import PlannerConfig
 from worldflux.replay.backends import lasting_place
 from worldflux.validation import finite_number, whole_number
 

@@ -26,10 +26,11 @@ from worldflux.agents import WorldFluxAgent
 from worldflux.agents import acting as acting_module
 from worldflux.agents.acting import Actor, Memory
 from worldflux.cli.device_check import check_device
+from worldflux.config import PlannerConfig
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
 from worldflux.errors import TrainingError
 from worldflux.models.base import LossOutput
-from worldflux.models.planning import Planner, PlannerConfig
+from worldflux.models.planning import Planner
 from worldflux.training import Batch, ReplayBuffer, Trainer, TrainingConfig, create_random_buffer
 from worldflux.training import trainer as trainer_module
 from worldflux.training.captured_step import CapturedStep

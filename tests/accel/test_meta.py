@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 from worldflux import State, WorldModel, create_world_model
 from worldflux.agents.acting import Actor
+from worldflux.config import PlannerConfig
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
-from worldflux.models.planning import Planner, PlannerConfig
+from worldflux.models.planning import Planner
 from worldflux.training import Batch, Trainer, TrainingConfig
 from worldflux.training import trainer as trainer_module
 from worldflux.training.optim import LaProp

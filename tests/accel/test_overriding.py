@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from worldflux import WorldFluxAgent, create_world_model
 from worldflux.accel.overriding import _say
+from worldflux.config import PlannerConfig
 from worldflux.envs import RecordEpisodes
 from worldflux.errors import ConfigurationError, TrainingError
 from worldflux.models.dreamerv3.rssm import RSSM
 from worldflux.models.dreamerv3.world_model import DreamerV3
-from worldflux.models.planning import Planner, PlannerConfig
+from worldflux.models.planning import Planner
 from worldflux.models.tdmpc2.world_model import TDMPC2
 from worldflux.nn.layers import Linear
 from worldflux.training import Batch, BatchRequest, ReplayBuffer, Trainer, TrainingConfig, train

@@ -20,10 +20,11 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from worldflux import create_world_model
 from worldflux.agents import WorldFluxAgent
 from worldflux.agents.collecting import max_vec_episode_steps
+from worldflux.config import PlannerConfig
 from worldflux.envs import make_env, make_vec_env
 from worldflux.errors import ConfigurationError, ShapeMismatchError
 from worldflux.interop import load_official_tdmpc2
-from worldflux.models.planning import Planner, PlannerConfig
+from worldflux.models.planning import Planner
 from worldflux.models.tdmpc2.world_model import TDMPC2
 
 OFFICIAL = Path(__file__).parent.parent / "golden" / "tdmpc2_state_official.pt"

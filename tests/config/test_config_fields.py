@@ -14,9 +14,9 @@ import torch
 from helpers.field_cases import Case, check_field, check_no_entry_is_left_over, every_field, same
 
 from worldflux import ShapeMismatchError, WorldFluxAgent, create_world_model
-from worldflux.config import DreamerV3Config, TDMPC2Config, WorldModelConfig
+from worldflux.config import DreamerV3Config, PlannerConfig, TDMPC2Config, WorldModelConfig
 from worldflux.models.dreamerv3.world_model import DreamerV3
-from worldflux.models.planning import Planner, PlannerConfig
+from worldflux.models.planning import Planner
 from worldflux.models.tdmpc2.world_model import TDMPC2
 from worldflux.training import Batch, Trainer, TrainingConfig
 

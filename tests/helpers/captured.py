@@ -19,8 +19,9 @@ from worldflux import WorldModel, create_world_model
 from worldflux.accel.cuda_graphs import WARM_UP_CALLS
 from worldflux.agents import acting as acting_module
 from worldflux.agents.acting import Actor, Memory
+from worldflux.config import PlannerConfig
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
-from worldflux.models.planning import Planner, PlannerConfig
+from worldflux.models.planning import Planner
 from worldflux.training import Batch, Trainer, TrainingConfig, create_random_buffer
 from worldflux.training.captured_step import CapturedStep
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from worldflux import create_world_model
+from worldflux.config import PlannerConfig
 from worldflux.models.base import LossOutput
 from worldflux.models.mppi import search_step
-from worldflux.models.planning import Planner, PlannerConfig
+from worldflux.models.planning import Planner
 from worldflux.models.tdmpc2.world_model import TDMPC2, CompiledFunctions
 from worldflux.nn.definitions import by_definition
 from worldflux.nn.fast.dropout import dropout_factors

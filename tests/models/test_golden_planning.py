@@ -10,7 +10,8 @@ from helpers.golden_tdmpc2 import KINDS, Golden, assert_matches, golden, model
 from helpers.small_models import value_of_sequences
 from torch import Tensor
 
-from worldflux.models.planning import PlanDraws, Planner, PlannerConfig, PlanTrace
+from worldflux.config import PlannerConfig
+from worldflux.models.planning import PlanDraws, Planner, PlanTrace
 
 TOLERANCE = 2e-4
 CASES = [

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from worldflux.config import DreamerV3Config, TDMPC2Config, WorldModelConfig
+from worldflux.config import DreamerV3Config, PlannerConfig, TDMPC2Config, WorldModelConfig
 from worldflux.errors import ConfigurationError, ShapeMismatchError
 from worldflux.models.base import State, Trajectory, WorldModel
 from worldflux.models.dreamerv3.world_model import DreamerV3
 from worldflux.models.mppi import PartialReturn, discounted_rewards
-from worldflux.models.planning import PlanDraws, Planner, PlannerConfig, PlanTrace
+from worldflux.models.planning import PlanDraws, Planner, PlanTrace
 
 GOAL = torch.tensor([0.3, -0.6])
 SMALL = dict(num_samples=64, num_elites=8, num_pi_trajs=4)

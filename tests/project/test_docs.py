@@ -19,8 +19,8 @@ import pytest
 import worldflux
 from worldflux import DreamerV3Config, TDMPC2Config, WorldFluxAgent, WorldModel, list_models
 from worldflux.agents.settings import AgentSettings
+from worldflux.config import PlannerConfig
 from worldflux.errors import MissingDependencyError
-from worldflux.models.planning import PlannerConfig
 from worldflux.training import ReplayBuffer, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -2,6 +2,7 @@
 
 from worldflux.config.base import DynamicsType, LatentType, WorldModelConfig
 from worldflux.config.dreamerv3 import DREAMERV3_SIZES, DreamerV3Config
+from worldflux.config.planner import PlannerConfig
 from worldflux.config.tdmpc2 import TDMPC2_SIZES, TDMPC2Config
 from worldflux.validation import ObsShape
 
@@ -11,6 +12,7 @@ __all__ = [
     "DynamicsType",
     "LatentType",
     "ObsShape",
+    "PlannerConfig",
     "TDMPC2_SIZES",
     "TDMPC2Config",
     "WorldModelConfig",

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from worldflux.config import PlannerConfig
 from worldflux.models.base import State, WorldModel
-
-if TYPE_CHECKING:
-    from worldflux.models.planning import PlannerConfig
 
 
 @dataclass(frozen=True)
