@@ -265,7 +265,7 @@ def text_of(figure: Any) -> str:
     return "\n".join([figure.get_suptitle(), *titles])
 
 
-def test_courses_show_what_was_recorded_and_predicted_until_the_episode_ends() -> None:
+def test_time_series_show_what_was_recorded_and_predicted_until_the_episode_ends() -> None:
     rewards = torch.tensor([[[3.0, 3, 3, 3], [4, 4, 4, 4]]])
     earned = torch.arange(float(LENGTH)).expand(2, -1)
     found = vectors(rewards=rewards, earned=earned, is_first=after(2))
@@ -368,7 +368,7 @@ def test_pictures_say_what_cannot_be_known() -> None:
     assert [axes.get_ylabel() for axes in made["imagination"].axes] == ["reward"]
     assert "The model has no decoder" in text_of(made["imagination"])
     assert "The model has no decoder: states are compared" in text_of(made["errors"])
-    assert "4 steps, 0 terminations: their prediction cannot be judged" in text_of(made["continues"])
+    assert "4 steps, 0 terminations: predictions of them cannot be judged" in text_of(made["continues"])
     assert "the model is certain that the episode goes on" in text_of(made["continues"])
     assert "every one of 4 steps earned 0" in text_of(made["rewards"])
 

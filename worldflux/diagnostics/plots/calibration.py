@@ -48,8 +48,8 @@ def draw_rewards(found: OpenLoop, title: str = "") -> Figure:
             linewidths=0.1,
         )
         cells.set_clim(0.2, max(float(cells.get_array().max()), 10.0))  # a single step is grey, not white
-        figure.colorbar(cells, ax=left, label="steps in a cell").ax.set_ylim(1, None)
-        left.plot(extent, extent, label="right", **COMPARED)
+        figure.colorbar(cells, ax=left, label="steps per cell").ax.set_ylim(1, None)
+        left.plot(extent, extent, label="perfect prediction", **COMPARED)
         _plot_groups(left, reward_calibration(found), "tenths of the steps, by prediction: mean, 95 %")
         left.set(xlim=extent, ylim=extent, xlabel="predicted reward", ylabel="earned reward")
         legend_below(left)
@@ -70,31 +70,31 @@ def _reward_remark(predicted: np.ndarray, earned: np.ndarray) -> str:
 
 
 def draw_continues(found: OpenLoop, title: str = "") -> Figure:
-    """Share of steps after which episodes went on, against the predicted probability, and both over the horizon."""
+    """Plots how often episodes continued against the predicted probability, and both over the horizon."""
     predicted = at_steps(found, found.continues.mean(0))
     terminations = int(len(predicted) - at_steps(found, found.went_on).sum())
     groups = continue_calibration(found)
     figure = new_figure(9.6, 4.9)
     parts = figure.subplot_mosaic([["shares", "means"], ["counts", "means"]], height_ratios=(3, 1))
     shares, counts, means = parts["shares"], parts["counts"], parts["means"]
-    shares.plot((0, 1), (0, 1), label="right", **COMPARED)
+    shares.plot((0, 1), (0, 1), label="perfect prediction", **COMPARED)
     _plot_groups(shares, groups, "steps with similar predictions: share, 95 %")
-    shares.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="share that went on", xticklabels=[])
+    shares.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="share that continued", xticklabels=[])
     edges = np.linspace(0, 1, len(groups.counts) + 1)
     bars = counts.bar(edges[:-1], groups.counts, width=np.diff(edges), align="edge", color="0.6", edgecolor="white")
     counts.bar_label(bars, [str(count) if count else "" for count in groups.counts], fontsize=7, padding=1)
-    counts.set(xlim=(-0.02, 1.02), xlabel="predicted probability that the episode goes on", ylabel="steps")
+    counts.set(xlim=(-0.02, 1.02), xlabel="predicted probability that the episode continues", ylabel="steps")
     if groups.counts.any():  # a logarithmic axis has no place for zeros alone
         counts.set(yscale="log", ylim=(0.7, 30 * int(groups.counts.max())))
     # These axes are lower than others, so that the legend needs a larger distance.
     counts.legend(*shares.get_legend_handles_labels(), **{**BELOW, "bbox_to_anchor": (0.5, -0.75)})
-    _plot_means(means, found, found.went_on, found.continues.mean(0), "went on", has_band=False)
-    means.set(ylabel="probability of going on", ylim=(-0.02, 1.02))
+    _plot_means(means, found, found.went_on, found.continues.mean(0), "continued", has_band=False)
+    means.set(ylabel="probability of continuing", ylim=(-0.02, 1.02))
     remark = f"{len(predicted)} steps, {terminations} terminations"
     if not terminations:
-        remark += ": their prediction cannot be judged"
+        remark += ": predictions of them cannot be judged"
     if len(predicted) and predicted.min() == 1:
-        remark += "; the model is certain that the episode goes on after each"
+        remark += "; the model is certain that the episode continues after each"
     set_title(figure, title, remark)
     return figure
 
