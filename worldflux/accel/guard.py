@@ -20,29 +20,29 @@ Tensors = Mapping[str, Tensor]
 Outputs = dict[str, Tensor]
 
 _TYPICAL = 0.1
-"""Least average magnitude that entries of results are taken to have: a share of something close to 0 says nothing."""
+"""Lower bound of the average magnitude of results, because relative differences mean nothing around 0."""
 _ROUNDINGS = 2.0
-"""Units in the last place by which a value that is changed in place may be off, however small the change is."""
+"""Tolerance of values that are changed in place, in units in the last place, however small the change is."""
 _RANDOM = "the state of the random numbers"
 
 
 class Precision(NamedTuple):
-    """How far results may be apart.
+    """Tolerances of the comparison.
 
-    Both forms run the same kernels, so that most results are equal to the last bit. Where kernels differ, sums are
-    rounded differently, by 6e-8 in float32 and 4e-3 in bfloat16; and a class that is drawn close to the edge between
-    two classes may be the other one, after which a rollout takes another course. Steps of both families whose sums had
-    another order (5th step, `tiny`, windows of 16) were apart by up to 2e-5 in float32, and by up to 0.24 in bfloat16,
-    where some draws differ. A step on another batch was off by 0.9 and more, one with other noise by 0.07 (TD-MPC2)
-    and 1.5 (DreamerV3), and a tensor that is not updated by 1.
+    Both computations run the same kernels, so that most results are equal to the last bit. Where kernels differ, sums
+    are rounded differently, by 6e-8 in float32 and 4e-3 in bfloat16. A random draw close to the boundary between two
+    classes may then give the other class, after which the rollouts differ. Steps of both families with another order of
+    summation (5th step, `tiny`, windows of 16) differed by up to 2e-5 in float32, and by up to 0.24 in bfloat16, where
+    some draws differ. A step on another batch differed by 0.9 or more, a step with other noise by 0.07 (TD-MPC2) and
+    1.5 (DreamerV3), and a tensor that is not updated differs by 1.
     """
 
     tolerance: float
-    """Largest distance, as a share of the size of what the plain form returned or changed."""
+    """Largest distance, as a fraction of the size of the plain computation's result or change."""
     rounding: float
-    """Share of the largest gradient of a layer below which gradients come from rounding alone. Some gradients are 0 on
-    paper, such as that of a bias that adds the same to all inputs of a softmax; that of TD-MPC2's encoder was 1/90,000
-    of its layer's."""
+    """Fraction of a layer's largest gradient below which gradients count as rounding. Some gradients are zero
+    mathematically, such as that of a bias that adds the same number to all inputs of a softmax; that of TD-MPC2's
+    encoder was 1/90,000 of its layer's."""
 
 
 FULL, REDUCED = Precision(0.005, 1e-4), Precision(0.4, 1e-3)
@@ -50,14 +50,14 @@ FULL, REDUCED = Precision(0.005, 1e-4), Precision(0.4, 1e-3)
 
 
 class Changes:
-    """What a computation changes besides returning results, so that it can be undone. This class: nothing."""
+    """Side effects of a computation, so that they can be undone. This base class describes one without side effects."""
 
     def tensors(self) -> Tensors:
         """Returns the tensors that are changed in place, by name."""
         return {}
 
     def noise(self, rounding: float) -> Tensors:
-        """Tells by name whether a tensor holds rounding alone, which is not compared; see `Precision.rounding`."""
+        """Returns by name whether a tensor only contains rounding and is not compared; see `Precision.rounding`."""
         return {}
 
     def host(self) -> Any:
@@ -69,18 +69,18 @@ class Changes:
 
 @dataclass(frozen=True)
 class Work:
-    """One call of a computation, in the two forms that have to give the same results."""
+    """One call of a computation, in two forms that must give the same results."""
 
     function: Callable[[Tensors], Outputs]
-    """The function to capture: it takes inputs on the device, and is the same for all calls of one signature."""
+    """Function to capture. It takes inputs on the device and is the same for all calls with the same signature."""
     inputs: Callable[[], Tensors]
-    """Returns the inputs of this call, on any device. Called once, right before they are used."""
+    """Function that returns the inputs of this call, on any device. It is called once, right before they are used."""
     plain: Callable[[], Outputs]
-    """The same computation without a graph and without what prepares one."""
+    """The same computation without a CUDA graph and without preparations for one."""
     changes: Changes = field(default_factory=Changes)
-    """What the computation changes."""
+    """Side effects of the computation."""
     named: Callable[[Tensors], Tensors] = dict
-    """Maps results to the form in which they are compared and reported."""
+    """Function that converts results to the form in which they are compared and reported."""
 
 
 @dataclass(frozen=True)
@@ -107,15 +107,15 @@ def precision_of(model: nn.Module, device: torch.device) -> Precision:
 def compared(
     work: Work, other: Callable[[], Outputs], device: torch.device, precision: Precision
 ) -> tuple[Outputs, Difference | None]:
-    """Computes in both forms from the same state and random numbers; the host waits once, for the comparison.
+    """Runs both computations from the same state and random numbers, and compares them.
 
-    A copy of everything that they change is kept meanwhile.
+    The host waits once, for the comparison. Meanwhile there is a copy of all tensors that are changed.
 
     Args:
-        work: The computation; its plain form is taken to be right.
-        other: The form to check.
-        device: Device of the computation.
-        precision: Precision of the computation.
+        work: Computation whose plain form is the reference.
+        other: Computation to check.
+        device: Device of both computations.
+        precision: Tolerances of the comparison.
 
     Returns:
         If both agree, the results of the other form, whose changes stay, and None. Otherwise the results of the plain
@@ -157,9 +157,9 @@ def report(what: str, difference: Difference, device: torch.device) -> str:
     if difference.name == _RANDOM:
         found = f"{difference.name} differs"
     return (
-        f"{what}, replayed as a CUDA graph, does not give what it gives plainly: {found}. It is computed plainly from "
-        "here on, which is right but slower. Please report this to the developers of worldflux, with the model's "
-        f"configuration and this: {circumstances(device)}."
+        f"{what}, replayed as a CUDA graph, does not match the plain computation: {found}. It runs without CUDA graphs "
+        "from now on, which is correct but slower. Please report this to the developers of worldflux, with the model's "
+        f"configuration and these versions: {circumstances(device)}."
     )
 
 
@@ -191,7 +191,7 @@ class RandomState:
             torch.cuda.set_rng_state(self._states[1], self._device)
 
     def __eq__(self, other: object) -> bool:
-        """Whether both would give the same numbers."""
+        """Returns whether both would give the same random numbers."""
         return isinstance(other, RandomState) and all(map(torch.equal, self._states, other._states))
 
     __hash__ = None  # type: ignore[assignment]

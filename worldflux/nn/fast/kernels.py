@@ -35,12 +35,12 @@ def kernels(*tensors: Tensor, elements: int = 0) -> Any:
 
 
 def native_code_applies(tensors: Iterable[Tensor]) -> bool:
-    """Whether native code may compute with these tensors.
+    """Returns whether native code may compute with these tensors.
 
-    It may on a CPU in float32, where neither autocast, a compiler, nor anything that watches or records torch's
-    operations is at work.
+    It requires float32 tensors on a CPU, and that no autocast, compiler, tracing, dispatch mode or global module hook
+    is active.
     """
-    # In this order: a compiler cannot follow what asks for the forms.
+    # The order matters: torch.compile cannot trace `fast_forms`.
     return (
         not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
