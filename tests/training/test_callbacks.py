@@ -199,6 +199,19 @@ def test_early_stopping_can_watch_the_evaluation():
     assert trainer.step_count == 3 and callback.best_step == 1
 
 
+def test_callbacks_of_one_type_continue_from_their_own_states(tmp_path):
+    def watching() -> list[EarlyStoppingCallback]:
+        return [EarlyStoppingCallback("loss", patience=100), EarlyStoppingCallback("fit", patience=100)]
+
+    first, second = watching(), watching()
+    trained(*first, steps=4).save_checkpoint(tmp_path / "saved")
+    resumed = Trainer(NoisyRegression(), FAST, second)
+    resumed.load_checkpoint(tmp_path / "saved")
+    resumed.train(MemoryProvider(), 0)
+    assert [callback.best for callback in second] == [callback.best for callback in first]
+    assert first[0].best != first[1].best
+
+
 def test_early_stopping_names_the_losses_there_are():
     with pytest.raises(ConfigurationError, match=r"'lost', .*did you mean 'loss'.* There are: fit, noise, loss"):
         trained(EarlyStoppingCallback("lost"))
