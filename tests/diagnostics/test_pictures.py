@@ -369,7 +369,7 @@ def test_pictures_say_what_cannot_be_known() -> None:
     assert "The model has no decoder" in text_of(made["imagination"])
     assert "The model has no decoder: states are compared" in text_of(made["errors"])
     assert "4 steps, 0 terminations: predictions of them cannot be judged" in text_of(made["continues"])
-    assert "the model is certain that the episode goes on" in text_of(made["continues"])
+    assert "the model is certain that the episode continues" in text_of(made["continues"])
     assert "every one of 4 steps earned 0" in text_of(made["rewards"])
 
 
