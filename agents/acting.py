@@ -14,12 +14,13 @@ from torch import Tensor
 from worldflux.accel.cuda_graphs import Captures, CudaGraphCapturer, places, signature_of
 from worldflux.accel.guard import Tensors, Work
 from worldflux.accel.transfers import to_device, to_host
-from worldflux.envs.spaces import SINGLE_KEY, ActionCodec, Array, Arrays, ObservationCodec
+from worldflux.envs.spaces import ActionCodec, Array, Arrays, ObservationCodec
 from worldflux.errors import ShapeMismatchError, TrainingError
 from worldflux.models.base import State, WorldModel
 from worldflux.models.finite import first_not_finite, largest, weights_of
 from worldflux.models.planning import Planner
 from worldflux.replay.batch import Observation
+from worldflux.validation import SINGLE_KEY
 
 MAX_FORMS = 8
 """Forms of acting that are recorded: observing and acting, at random or not, for each number of environments."""

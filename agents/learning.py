@@ -11,13 +11,13 @@ from stable_baselines3.common.logger import HumanOutputFormat, Logger
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
-from worldflux.envs.spaces import SINGLE_KEY
 from worldflux.errors import ConfigurationError
 from worldflux.models.base import OnlineDefaults
 from worldflux.replay.batch import Batch, Observation
 from worldflux.replay.buffer import ReplayBuffer
 from worldflux.replay.provider import sample_from
 from worldflux.training.trainer import Trainer
+from worldflux.validation import SINGLE_KEY
 
 CHECK_INTERVAL = 100
 """Gradient steps between checks that all losses were finite, and of the health. A check waits for the device."""

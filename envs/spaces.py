@@ -23,12 +23,11 @@ import numpy as np
 from gymnasium import spaces
 
 from worldflux.errors import ConfigurationError, ShapeMismatchError
+from worldflux.validation import SINGLE_KEY
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Arrays = Array | dict[str, Array]
 
-SINGLE_KEY = "obs"
-"""The key of an observation that is one array, not a dictionary."""
 
 _OBSERVATIONS_SUPPORTED = "Box, Discrete, MultiDiscrete, MultiBinary and a flat Dict of these"
 _LEAST_SIDE, _LEAST_SIDE_OF_NUMBERS = 16, 40

@@ -14,6 +14,9 @@ from worldflux.errors import ConfigurationError, WorldFluxError, nearest
 ObsShape = tuple[int, ...] | dict[str, tuple[int, ...]]
 """Shape of one observation without batch or time, or one such shape per key."""
 
+SINGLE_KEY = "obs"
+"""Key that stands for an observation that is a single array, where observations are kept by key."""
+
 RESIZE_OR_FLATTEN = (
     "Resize it, to 64x64 for example: worldflux.envs.ResizeImages(env, 64). If it is no picture but the cells of a "
     "grid, gymnasium.wrappers.FlattenObservation(env) makes a vector of it."

@@ -9,10 +9,11 @@ import numpy as np
 from gymnasium import spaces
 
 from worldflux.accel.overriding import overridden, steps_back
-from worldflux.envs.spaces import SINGLE_KEY, Array, Arrays, ObservationCodec
+from worldflux.envs.spaces import Array, Arrays, ObservationCodec
 from worldflux.errors import BufferError, ShapeMismatchError
 from worldflux.replay.buffer import ReplayBuffer
 from worldflux.replay.ring import STEP
+from worldflux.validation import SINGLE_KEY
 
 MOST_STEPS = 256
 MOST_BYTES = 4 * 2**20

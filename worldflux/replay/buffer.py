@@ -19,10 +19,10 @@ from worldflux.replay.export import ReplayFile, write_replay
 from worldflux.replay.npz import NpzFile
 from worldflux.replay.ring import RingStorage
 from worldflux.replay.sampler import Drawn, Runs, WindowSampler
-from worldflux.replay.spec import SINGLE, TransitionSpec
+from worldflux.replay.spec import TransitionSpec
 from worldflux.replay.streams import RecordedStreams
 from worldflux.replay.views import ReplayPart, split
-from worldflux.validation import ObsShape, whole_number
+from worldflux.validation import SINGLE_KEY, ObsShape, whole_number
 
 
 class ReplayBuffer(RecordedStreams, WindowSampler):
@@ -358,7 +358,7 @@ class ReplayBuffer(RecordedStreams, WindowSampler):
             shapes = {key: obs.shape[1:] for key, obs in data.obs.items()}
             buffer = cls(
                 data.capacity if capacity is None else capacity,
-                shapes if data.is_dict else shapes[SINGLE],
+                shapes if data.is_dict else shapes[SINGLE_KEY],
                 data.action_dim,
                 obs_dtype={key: data.dtype_of(key) for key in data.obs},
                 n_envs=data.n_envs if n_envs is None else n_envs,

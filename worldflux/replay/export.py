@@ -16,7 +16,8 @@ from worldflux.files import writing
 from worldflux.replay.actions import Classes, as_executed, declared_classes, described, judged_classes, rescaled
 from worldflux.replay.npz import OTHER_NAMES, ArrayChunks, NpzFile, StoredArray, gathered, rows_per_chunk, write_npz
 from worldflux.replay.ring import FINAL, FIRST, STEP, TERMINATED, TRUNCATED, UNSEEN, RingStorage
-from worldflux.replay.spec import SINGLE, all_finite, checked, image_line, obs_shapes
+from worldflux.replay.spec import all_finite, checked, image_line, obs_shapes
+from worldflux.validation import SINGLE_KEY
 
 logger = logging.getLogger("worldflux.training")
 
@@ -80,7 +81,7 @@ class ReplayFile:
         capacity: Transitions that the buffer kept at most.
         n_envs: Number of its streams.
         action_dim: Width of an action vector.
-        is_dict: Whether observations are dictionaries; if not, `obs` has the one key `SINGLE`.
+        is_dict: Whether observations are dictionaries; if not, `obs` has the one key `SINGLE_KEY`.
         obs: Observations by key. `[N, ...]` each
         action_classes: Sizes of the actions' one-hots; None where it cannot be told what kind they are.
 
@@ -106,7 +107,7 @@ class ReplayFile:
         self._file = file
         keys = [name.removeprefix("obs/") for name in file.names if name.startswith("obs/")]
         self.is_dict = bool(keys) and "obs" not in file.names
-        keys = keys if self.is_dict else [SINGLE]
+        keys = keys if self.is_dict else [SINGLE_KEY]
         file.require(self._name(part, key) for part in ("obs", "obs_shape") for key in keys)
         file.require(_REQUIRED)
 

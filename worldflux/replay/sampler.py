@@ -16,8 +16,8 @@ from worldflux.replay.actions import Classes, check_fits
 from worldflux.replay.backends import DeviceArray, RowArray
 from worldflux.replay.batch import Batch, BatchRequest
 from worldflux.replay.ring import FINAL, FIRST, TERMINATED, TRUNCATED, UNSEEN, RingStorage
-from worldflux.replay.spec import SINGLE, TransitionSpec, as_numpy
-from worldflux.validation import whole_number
+from worldflux.replay.spec import TransitionSpec, as_numpy
+from worldflux.validation import SINGLE_KEY, whole_number
 
 DEFAULT_SEQ_LEN = 50
 
@@ -299,7 +299,7 @@ class WindowSampler:
         else:
             ids = drawn.rows * n + drawn.stream[:, None]
         return Batch(
-            obs=obs if self._form.is_dict else obs[SINGLE],
+            obs=obs if self._form.is_dict else obs[SINGLE_KEY],
             actions=windows.copy(store.actions),
             rewards=rewards,
             terminations=terminations,

@@ -11,20 +11,24 @@ import torch
 
 from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError
 from worldflux.replay.actions import Classes, as_executed
-from worldflux.validation import ObsShape, clean_sizes, has_channels_last, warn_of_missing_channels, whole_number
+from worldflux.validation import (
+    SINGLE_KEY,
+    ObsShape,
+    clean_sizes,
+    has_channels_last,
+    warn_of_missing_channels,
+    whole_number,
+)
 
 _BRIGHT = 127
 """Float images with larger values are taken for those from 0 to 255 that were resized or blurred."""
-
-SINGLE = "obs"
-"""Key of an observation that is one array."""
 
 
 class TransitionSpec:
     """Shapes and dtypes of a row of a replay buffer, with checks of what users pass.
 
     Attributes:
-        is_dict: Whether observations are dictionaries; if not, `shapes` and `dtypes` have the one key `SINGLE`.
+        is_dict: Whether observations are dictionaries; if not, `shapes` and `dtypes` have the one key `SINGLE_KEY`.
         shapes: Shape of one observation, by key.
         dtypes: Dtype in which observations are stored, by key.
         action_dim: Width of an action vector.
@@ -54,7 +58,7 @@ class TransitionSpec:
         self.action_dim = whole_number("action_dim", action_dim, 1)
         self.action_classes = action_classes
         self.is_dict = isinstance(obs_shape, Mapping)
-        self.shapes = obs_shapes(obs_shape if isinstance(obs_shape, Mapping) else {SINGLE: obs_shape})
+        self.shapes = obs_shapes(obs_shape if isinstance(obs_shape, Mapping) else {SINGLE_KEY: obs_shape})
         for key, shape in self.shapes.items():
             warn_of_missing_channels(f"obs_shape['{key}']" if self.is_dict else "obs_shape", shape)
         self.extras = extras_spec(extras)
@@ -63,12 +67,12 @@ class TransitionSpec:
     @property
     def obs_shape(self) -> ObsShape:
         """Shape of one observation, or a dict of them."""
-        return dict(self.shapes) if self.is_dict else self.shapes[SINGLE]
+        return dict(self.shapes) if self.is_dict else self.shapes[SINGLE_KEY]
 
     @property
     def obs_dtype(self) -> np.dtype | dict[str, np.dtype]:
         """Dtype in which observations are stored, or a dict of them."""
-        return dict(self.dtypes) if self.is_dict else self.dtypes[SINGLE]
+        return dict(self.dtypes) if self.is_dict else self.dtypes[SINGLE_KEY]
 
     def checked_obs(
         self, name: str, obs: Any, lead: tuple[int, ...], rows: np.ndarray | None = None

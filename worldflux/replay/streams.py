@@ -175,7 +175,7 @@ class RecordedStreams:
         """Stores several steps from a writer that has checked everything: arrays of the stored dtypes, and finite.
 
         Args:
-            obs: Observations by key; the key of an observation that is one array is `SINGLE`. `[K, S, ...]`
+            obs: Observations by key; the key of an observation that is one array is `SINGLE_KEY`. `[K, S, ...]`
             actions: `[K, S, A]`
             rewards: `[K, S]`
             flags: As for `RingStorage.add_steps`. `[K, S]`
