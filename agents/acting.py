@@ -73,11 +73,11 @@ class Memory:
 
 
 class Actor:
-    """Turns observations into actions. It keeps nothing that a later call depends on: all that is in the `Memory`.
+    """Turns observations into actions. It keeps no state between calls: everything is in the `Memory`.
 
-    On CUDA both halves are recorded and played back, for each number of environments. They run in the order in which
-    they and gradient steps are asked for, on the same stream: an action is chosen with the weights of the last step
-    before it, never with those of half a step.
+    On CUDA, observing and choosing are captured as CUDA graphs and replayed, for each number of environments. They run
+    on the same stream as gradient steps and in the order of the calls, so that an action is always chosen with the
+    weights after the last whole gradient step.
 
     Args:
         model: The model that acts.
@@ -111,7 +111,7 @@ class Actor:
         self._set_up_captures()
 
     def _set_up_captures(self) -> None:
-        """Begins without recordings, which belong to one actor: a copy makes its own."""
+        """Starts without CUDA graphs, which belong to one actor: a copy captures its own."""
         self._captures: Captures | None = None
         self._tensors: list[Tensor] = [*self.model.parameters(), *self.model.buffers()]
         if self._captured:
@@ -189,10 +189,10 @@ class Actor:
     def _run(
         self, key: Hashable, function: Callable[[Tensors], dict[str, Tensor]], inputs: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The outputs of a function for inputs on any device, in evaluation mode; played back where it is recorded."""
+        """Calls a function in evaluation mode with inputs from any device, or replays its CUDA graph."""
 
         def evaluated(given: Tensors) -> dict[str, Tensor]:
-            # Here, because a recording needs no mode, and changing it takes longer than to play back a small policy.
+            # The mode is set here because a replay does not need it, and setting it takes longer than a small policy.
             if self.model.training:
                 self.model.eval()
             return function(given)

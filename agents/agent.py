@@ -79,9 +79,8 @@ class WorldFluxAgent(SavedAgent):
         verbose: 0 is silent, 1 prints what is logged.
         device: "auto" takes CUDA if there is a device.
         seed: Seed of Python, NumPy, torch, the environments and the sampler.
-        compile: On CUDA, play gradient steps and actions back from recordings of their kernels and compile the model's
-            hot functions; on a CPU, only compile these functions, which needs a C++ compiler. "auto" does so on CUDA
-            only.
+        compile: On CUDA, capture gradient steps and actions as CUDA graphs and compile the model's hot functions; on a
+            CPU, only compile these functions, which requires a C++ compiler. "auto" does so on CUDA only.
 
     Raises:
         ConfigurationError: If a name, a setting or a space cannot be used.

@@ -239,7 +239,7 @@ def test_a_checkpoint_is_continued(family: str, tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "checkpoint")
     expected = [dict(trainer.step(batch)) for batch in given]
     other = pair(new(family))[1]
-    for again in (trainer, other):  # one with recordings, one without
+    for again in (trainer, other):  # one with CUDA graphs, one without
         again.load_checkpoint(tmp_path / "checkpoint")
         for optimizer in again.optimizers:  # the rate of the schedule, which is not part of a checkpoint
             for group in optimizer.param_groups:
@@ -345,7 +345,7 @@ def test_a_capture_that_fails_leaves_everything_usable(
     assert len(caplog.messages) == 1 and "cannot be captured in a CUDA graph" in caplog.messages[0]
     for one, other in zip(expected, found, strict=True):
         assert_same(one, other)
-    # Streams, random numbers, memory and further recordings work as before.
+    # Streams, random numbers, memory and further captures work as before.
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     torch.manual_seed(3)
     first = torch.rand(8, device=DEVICE)

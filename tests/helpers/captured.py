@@ -1,4 +1,4 @@
-"""Trainers and actors whose steps are recorded and played back by a tape in place of a CUDA graph."""
+"""Trainers and actors whose steps are captured and replayed by a tape in place of a CUDA graph."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ class TapeCapturer:
         return result, f"it waits at {tape.waits[0]}" if tape.waits else None
 
     def capture(self, function: Callable[[], T]) -> tuple[Callable[[], None], T]:
-        """Returns the playback of a tape, and undoes its effects: a recording computes nothing."""
+        """Returns the replay of a tape, and undoes its effects: capturing computes nothing."""
         random = torch.get_rng_state()
         with _on_tape() as tape:
             result = function()
@@ -126,7 +126,7 @@ class TapeCapturer:
         if tape.waits:
             raise NotCapturable(f"it waits at {tape.waits[0]}")
         for x in tree_leaves(result):
-            x.fill_(0)  # what a recording returns is not there before it is played back
+            x.fill_(0)  # outputs of a captured function exist only after a replay
         self.tapes.append(tape)
         return tape.play, result
 
@@ -171,7 +171,7 @@ def the_same_draws_again(tape: Any, inputs: dict[str, Tensor]) -> None:
 
 
 class SpoiledCapturer(TapeCapturer):
-    """Makes recordings that are wrong in one way, if they contain what is to be spoiled."""
+    """Captures tapes that are wrong in one way, if they contain the operation that is to be spoiled."""
 
     def __init__(self, device: torch.device, spoil: Spoil) -> None:
         super().__init__(device)
