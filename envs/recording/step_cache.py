@@ -65,7 +65,8 @@ class StepCache:
         self._own_add = steps_back("Storing several steps at a time", buffer, overridden(buffer, _ADD))
         self._rewards_shape = (envs,) if buffer.obs_dtype == obs_codec.obs_dtype and not self._own_add else None
         self._vectors: Array | None = None  # of observations that are plain vectors
-        self._vectors_shape: tuple[int, ...] = (envs, *shapes.get(SINGLE_KEY, ()))
+        vector = shapes.get(SINGLE_KEY, ())
+        self._vector_shapes = [(envs, *vector), vector] if envs == 1 else [(envs, *vector)]
         self._look_into_block()
 
     def _look_into_block(self) -> None:
@@ -166,7 +167,7 @@ class StepCache:
         if self._count == self._most:
             self.hand_over()
         row = self._count + 1
-        if self._vectors is not None and type(next_obs) is np.ndarray and next_obs.shape == self._vectors_shape:
+        if self._vectors is not None and type(next_obs) is np.ndarray and next_obs.shape in self._vector_shapes:
             self._vectors[row] = next_obs  # the commonest form, at a fraction of the time
         else:
             for key, array in _by_key(self._obs_codec.encode_any(next_obs)[0]).items():
