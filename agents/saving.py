@@ -17,6 +17,7 @@ from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 from stable_baselines3.common.utils import check_for_correct_spaces, get_system_info
 
 from worldflux.accel.device import resolve_device
+from worldflux.accel.randomness import keeping_random_streams
 from worldflux.agents.archive import (
     LOOP_COUNTERS,
     PLACES,
@@ -44,7 +45,6 @@ from worldflux.reading import only_our_errors
 from worldflux.replay.buffer import ReplayBuffer
 from worldflux.replay.checkpoint import REPLAY_FOLDER, ReplaySegments
 from worldflux.training.checkpoint import check_target, new_run, writing_checkpoint
-from worldflux.training.randomness import keeping_random_streams
 
 logger = logging.getLogger("worldflux")
 

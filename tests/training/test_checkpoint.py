@@ -19,12 +19,12 @@ import safetensors.torch
 import torch
 from helpers.training import MemoryProvider, NoisyRegression
 
+from worldflux.accel.randomness import random_state, set_random_state
 from worldflux.errors import CheckpointError
 from worldflux.files import atomic_directory, recover_directory, remove_directory
 from worldflux.replay.buffer import ReplayBuffer
 from worldflux.training import Trainer, TrainingConfig
 from worldflux.training.checkpoint import TRAINER_FILE, newest_checkpoint
-from worldflux.training.randomness import random_state, set_random_state
 
 CONFIG = TrainingConfig(
     total_steps=8, batch_size=3, sequence_length=4, learning_rate=1e-2, warmup_steps=5, device="cpu"

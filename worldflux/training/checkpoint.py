@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from worldflux.accel.randomness import decoded
 from worldflux.config import WorldModelConfig
 from worldflux.errors import CheckpointError, WorldFluxError
 from worldflux.files import give_rights_of, reason, recover_directories, recover_directory
@@ -27,7 +28,6 @@ from worldflux.models.base import CONFIG_FILE, WEIGHTS_FILE
 from worldflux.models.weights import check_finite, check_weights, read_weights
 from worldflux.pickles.torch_files import StoredTensor, TorchFile
 from worldflux.reading import only_our_errors, read_json
-from worldflux.training.randomness import decoded
 from worldflux.validation import whole_number
 
 OPTIMIZER_FILE = "optimizer.pt"

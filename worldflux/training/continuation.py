@@ -7,10 +7,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from worldflux.accel.randomness import seed_everything, set_random_state
 from worldflux.errors import CheckpointError, ConfigurationError
 from worldflux.replay.provider import Batches, Resumable
 from worldflux.replay.sampler import WindowSampler
-from worldflux.training.randomness import seed_everything, set_random_state
 
 
 @runtime_checkable

@@ -17,6 +17,7 @@ from worldflux.accel.allocator import keep_freed_memory
 from worldflux.accel.compilation import captures, compiles
 from worldflux.accel.cuda_graphs import CudaGraphCapturer
 from worldflux.accel.device import resolve_device
+from worldflux.accel.randomness import random_state
 from worldflux.diagnostics.health import Health, check_health
 from worldflux.errors import ConfigurationError, TrainingError
 from worldflux.files import atomic_directory, checked_path, remove_leftovers
@@ -56,7 +57,6 @@ from worldflux.training.gradient_step import (
     phases_of,
 )
 from worldflux.training.optim import build_optimizer
-from worldflux.training.randomness import random_state
 from worldflux.training.signals import StopRequest, stopping_on_signals
 from worldflux.validation import whole_number
 

@@ -70,9 +70,9 @@ def evaluate(
     Returns:
         0
     """
+    from worldflux.accel.randomness import seed_everything
     from worldflux.agents.settings import AgentSettings
     from worldflux.cli.video import VideoFile, check_target
-    from worldflux.training.randomness import seed_everything
     from worldflux.validation import whole_number
 
     whole_number("episodes", episodes, 1)

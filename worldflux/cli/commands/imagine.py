@@ -152,8 +152,8 @@ def _record(
     source: Saved, env: str, options: EnvOptions, episodes: int, seed: int
 ) -> tuple[WorldFluxAgent, ReplayBuffer]:
     """Loads the agent and records new episodes, with sampled actions as in training."""
+    from worldflux.accel.randomness import seed_everything
     from worldflux.envs.collection import collect
-    from worldflux.training.randomness import seed_everything
 
     made = make_environment(env, options, film=False)
     try:

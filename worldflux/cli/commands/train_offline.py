@@ -177,9 +177,9 @@ def _build_model(model: str, buffer: ReplayBuffer, settings: OfflineSettings) ->
     Raises:
         ConfigurationError: If a field of --set is unknown, does not fit the data, or would have no effect.
     """
+    from worldflux.accel.randomness import seed_everything
     from worldflux.factory import create_world_model, find_preset
     from worldflux.training.fitting import overruled_fields
-    from worldflux.training.randomness import seed_everything
 
     fields = model_fields(settings.set)
     for name, reason in _DECIDED_ELSEWHERE.items():
