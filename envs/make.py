@@ -183,7 +183,8 @@ def make_vec_env(
         raise ConfigurationError(f"name is {name!r}, expected an environment's name, or a function that makes one.")
     if not isinstance(name, str) and options:
         raise ConfigurationError(
-            f"The options {sorted(options)} go with a name, but a function was given. Let it use them itself."
+            f"The options {sorted(options)} apply to environments given by name, but a class or function was "
+            "given. Leave them out, and set them in the class or function itself."
         )
 
     def make_one() -> gym.Env[Any, Any]:

@@ -192,7 +192,7 @@ def test_a_run_knows_its_agents_and_its_environment(capsys: pytest.CaptureFixtur
     ("args", "message"),
     [
         (["nowhere"], "There is no 'nowhere'. AGENT is a zip"),
-        (["AGENT"], "does not belong to a run, so that its environment is unknown. Add ENV"),
+        (["AGENT"], "does not belong to a run, so its environment is unknown. Add ENV"),
         (["AGENT", "CartPole-v1"], "The agent has observations (2,), and CartPole-v1 has (4,)"),
         (["AGENT", ENV, "--episodes", "0"], "episodes is 0"),
         (["AGENT", ENV, "--seed", "-1"], "seed is -1"),

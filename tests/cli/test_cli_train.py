@@ -271,7 +271,7 @@ def test_a_checkpoint_belongs_to_its_run() -> None:
         (["dreamerv3:tiny", CORRIDOR, "--eval-episodes", "0"], "eval_episodes is 0"),
         (["dreamerv3:tiny", CORRIDOR, "--checkpoint-interval", "0"], "checkpoint_interval is 0"),
         (["dreamerv3:tiny", CORRIDOR, "--n-envs", "0"], "n_envs is 0"),
-        (["dreamerv3:tiny", CORRIDOR, "--pixels"], "The options ['pixels'] go with a name"),
+        (["dreamerv3:tiny", CORRIDOR, "--pixels"], "The options ['pixels'] apply to environments given by name"),
         (["dreamerv3:tiny", CORRIDOR, "--batch-size", "0"], "batch_size is 0"),
         (["dreamerv3:tiny", CORRIDOR, "--device", "tpu"], "device is 'tpu'"),
         (["tdmpc2:tiny", CORRIDOR], "TD-MPC2 plans over continuous actions"),

@@ -334,7 +334,7 @@ def test_observations_that_cannot_be_batched_say_what_is_supported(space: Any) -
         ("CartPole-v1", {"n_envs": True}, "n_envs is True, expected a whole number from 1"),
         ("CartPole-v1", {"seed": -1}, "seed is -1, expected a whole number from 0"),
         ("CartPole-v1", {"seed": 1.5}, "seed is 1.5, expected a whole number from 0"),
-        (CountingEnv, {"size": 64}, r"\['size'\] go with a name"),
+        (CountingEnv, {"size": 64}, r"\['size'\] apply to environments given by name"),
     ],
 )
 def test_arguments_of_several_that_cannot_be_used_are_named(env: Any, options: dict[str, Any], message: str) -> None:

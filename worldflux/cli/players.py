@@ -71,7 +71,7 @@ def environment_of(path: Path, remedy: str) -> tuple[str, EnvOptions]:
     """
     run = runs.run_of(path)
     if run is None:
-        raise ConfigurationError(f"{path} does not belong to a run, so that its environment is unknown. {remedy}")
+        raise ConfigurationError(f"{path} does not belong to a run, so its environment is unknown. {remedy}")
     config = RunConfig.read(run)
     if config.kind != "train":
         raise ConfigurationError(f"{path} was trained without an environment. {remedy}")

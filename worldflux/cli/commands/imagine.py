@@ -75,7 +75,9 @@ def imagine(
     if data is not None and env is not None:
         raise ConfigurationError(f"Both {data} and --env {env} are given. Leave one of them out.")
     if options != _NO_OPTIONS and env is None:
-        raise ConfigurationError(f"--{' --'.join(options.given())} go with --env. Add it, or leave them out.")
+        raise ConfigurationError(
+            f"--{' --'.join(options.given())} can only be used with --env. Add it, or leave them out."
+        )
     source = runs.saved_agent(agent, newest=True)  # checkpoints have replay data
     target = checked_path("--output", output, directory=True)  # before an environment may change the working directory
     try:
@@ -207,7 +209,11 @@ def _report(errors: dict[str, PredictionError], written: list[Path], *, pictured
     for name, error in errors.items():
         if name.startswith(("obs", "reward")) or (not pictured and name.startswith("state")):
             ratio = overall_ratio(error)
-            compared = f"{ratio:.3g} of the error of 'nothing changes'" if isfinite(ratio) else "nothing changed"
+            compared = (
+                f"{ratio:.3g} of the error of 'nothing changes'"
+                if isfinite(ratio)
+                else "the recorded values never change"
+            )
             first, last = (f"{error.model.mean[step]:.3g}" for step in (0, -1))
             print(f"{name}: error {first} one step ahead and {last} {len(error.ratio)} steps ahead; {compared}")
     if not pictured:
