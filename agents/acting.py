@@ -23,7 +23,8 @@ from worldflux.replay.batch import Observation
 from worldflux.validation import SINGLE_KEY
 
 MAX_FORMS = 8
-"""Forms of acting that are recorded: observing and acting, at random or not, for each number of environments."""
+"""Largest number of CUDA graphs. Observing and acting, deterministic or not, have one each for every number of
+environments."""
 
 PredictState = tuple[np.ndarray, ...]
 """The `state` that `predict` returns and takes: the arrays of a `Memory`, in the order of `Memory.tensors`."""
@@ -31,14 +32,14 @@ PredictState = tuple[np.ndarray, ...]
 
 @dataclass(frozen=True)
 class Memory:
-    """What is remembered from one observation to the next, for N environments."""
+    """Everything that acting carries from one observation to the next, for N environments."""
 
     state: State
     """State of the model. `[N, ...]`"""
     actions: Tensor
     """Last actions, in the library's form. `[N, A]`"""
     plan: Tensor | None
-    """Means of the planner; None where there is no planner. `[N, H, A]`"""
+    """Means of the planner; None if there is no planner. `[N, H, A]`"""
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name: the state's in the order of their names, the actions, the plan."""
@@ -84,7 +85,7 @@ class Actor:
         obs_codec: Codec of the environment's observations.
         action_codec: Codec of the environment's actions.
         planner: Chooses the actions in place of the model's policy.
-        captured: Whether to record.
+        captured: Whether to capture CUDA graphs.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What an agent is made of: a model with its trainer, actor and replay buffer, built for an environment."""
+"""The parts of an agent: a model with its trainer, actor and replay buffer, built for an environment."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ _CHANGEABLE = ("learning_rate", "train_ratio", "tensorboard_log", "verbose")
 
 
 class AgentBase(BaseAlgorithm):
-    """The part of `WorldFluxAgent` that builds it, and keeps what was built in order; its files and its loop follow."""
+    """Base class of `WorldFluxAgent` that builds its parts and keeps them consistent.
+
+    `SavedAgent` adds the files, and `WorldFluxAgent` the training loop.
+    """
 
     policy: WorldModel  # type: ignore[assignment]
     learning_rate: Rate
@@ -83,7 +86,7 @@ class AgentBase(BaseAlgorithm):
         settings = AgentSettings(**given).with_lasting_paths()
         made: Any = None if env is None else as_env(env)
         if made is not None:
-            # Before SB3's own assertions: these name what is supported.
+            # These raise errors that name the supported spaces, unlike the assertions of SB3's constructor below.
             ObservationCodec(made.observation_space)
             ActionCodec(made.action_space)
         super().__init__(
@@ -239,7 +242,7 @@ class AgentBase(BaseAlgorithm):
 
     @property
     def replay_buffer(self) -> ReplayBuffer | None:
-        """What was collected; None until there is an environment."""
+        """Replay buffer of the collected steps; None until there is an environment."""
         return self._replay_buffer
 
     @replay_buffer.setter
@@ -292,7 +295,7 @@ class AgentBase(BaseAlgorithm):
 
         Args:
             env: As for the constructor.
-            force_reset: False leaves the environment that is set already as it is, so that
+            force_reset: False leaves an environment that is already set as it is, so that
                 `learn(..., reset_num_timesteps=False)` goes on with the episodes in flight. Another one is always
                 reset.
         """
@@ -310,7 +313,7 @@ class AgentBase(BaseAlgorithm):
             self._collector.close()
         self._collector, self._last_obs = None, None
 
-    # --- what SB3's constructor sets and this library counts elsewhere
+    # --- counters that SB3's constructor sets, and that are kept elsewhere here
 
     @property
     def _n_updates(self) -> int:

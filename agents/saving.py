@@ -55,7 +55,7 @@ _SAVED = ("model", "policy", "trainer", "lr_schedule", "_current_progress_remain
 
 
 class SavedAgent(AgentBase):
-    """The part of `WorldFluxAgent` that reads and writes."""
+    """Base class of `WorldFluxAgent` that adds saving, loading and resuming."""
 
     _segments: ReplaySegments | None = None
     """The replay data's files, once a checkpoint holds some of them."""

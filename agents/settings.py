@@ -20,14 +20,14 @@ from worldflux.replay.backends import lasting_place
 from worldflux.validation import finite_number, whole_number
 
 _COUNTS = {"batch_size": 1, "seq_len": 1, "buffer_size": 1, "learning_starts": 0, "seed": 0}
-"""The least number of each count that may also be None."""
+"""Smallest value of each count. None is allowed as well."""
 
 PLANNERS = ("auto", "mppi", None)
 
 
 @dataclass(frozen=True)
 class AgentSettings:
-    """Settings as described in `WorldFluxAgent`; None stands for the number of the model's family.
+    """Settings as described in `WorldFluxAgent`; None stands for the default of the model's family.
 
     Numbers of NumPy and torch become Python's.
 
@@ -77,7 +77,7 @@ class AgentSettings:
         if self.planner not in PLANNERS:
             raise ConfigurationError(
                 f"planner is {self.planner!r}, expected 'mppi' to plan, None to act with the policy, or 'auto' for the "
-                "family's own way."
+                "family's default."
             )
         if self.planner_kwargs is not None:
             checked["planner_kwargs"] = _planner_fields(self.planner_kwargs)
@@ -94,7 +94,7 @@ class AgentSettings:
             object.__setattr__(self, name, value)
 
     def with_lasting_paths(self) -> AgentSettings:
-        """The same settings with absolute paths, which stay when the working directory changes.
+        """The same settings with absolute paths, which stay valid when the working directory changes.
 
         Raises:
             ConfigurationError: If a path cannot be that of a directory.
@@ -107,7 +107,7 @@ class AgentSettings:
         )
 
     def with_defaults(self, model: WorldModel, n_envs: int) -> AgentSettings:
-        """The same settings with the numbers of the model's family in place of None."""
+        """The same settings with the defaults of the model's family in place of None."""
         defaults = model.online_defaults()
         own = {"learning_rate": model.optimizer_spec.learning_rate, **vars(defaults)}
         taken = {name: own[name] for name, value in vars(self).items() if value is None and name in own}

@@ -31,11 +31,13 @@ Arrays = Array | dict[str, Array]
 
 _OBSERVATIONS_SUPPORTED = "Box, Discrete, MultiDiscrete, MultiBinary and a flat Dict of these"
 _LEAST_SIDE, _LEAST_SIDE_OF_NUMBERS = 16, 40
-"""The least sides of what counts as a picture although it is not `uint8`: with up to four channels, and otherwise."""
+"""Smallest sides of an array that counts as an image although it is not `uint8`: with up to four channels, and
+otherwise."""
 _MOST_OPTIONS = 2**16
-"""The most options of one-hots: more would take a quarter of a megabyte per row, for numbers that rarely recur."""
+"""Largest number of options of one-hots: more would take a quarter of a megabyte per row, for numbers that rarely
+recur."""
 _MOST_FLATTENED = 2**20
-"""The most numbers of a space that the advice to flatten it is given for."""
+"""Largest size of a space for which flattening is advised."""
 _ACTIONS_SUPPORTED = "Box with finite bounds, Discrete, MultiDiscrete and MultiBinary"
 
 

@@ -1,7 +1,7 @@
 """The comparison of each CUDA graph with the plain computation, made when it is replayed for the first time.
 
 A CUDA graph repeats kernels on memory. A wrong one (it reads an input that is not written any more, draws the same
-noise each time, leaves a tensor as it was) runs as fast as a right one, and nothing else would tell.
+noise each time, leaves a tensor as it was) runs as fast as a right one, and nothing else would reveal it.
 """
 
 from __future__ import annotations

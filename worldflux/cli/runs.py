@@ -86,7 +86,7 @@ class RunConfig:
             raise ConfigurationError(f"{what}. Pass a directory that worldflux train has written.")
         data = read_json(path, finite=False)
         if data.pop("run") != FORMAT:
-            raise CheckpointError(f"{path} was written by another version of worldflux. Use a newer version.")
+            raise CheckpointError(f"{path} was written by another version of worldflux. Use that version.")
         types = {"kind": str, "model": str, "task": str, "settings": dict, "frames_per_step": int}
         types |= {"command": str, "versions": dict, "started": str}
         for name, expected in types.items():

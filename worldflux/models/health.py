@@ -114,13 +114,14 @@ def share_at_edge(targets: Tensor, counted: Tensor, limit: Tensor | float) -> Te
 
 
 def randomness(values: Tensor, counted: Tensor, lowest: float, highest: float) -> Tensor:
-    """Mean entropy or log standard deviation of a policy: 0 for the least and 1 for the greatest that it can have.
+    """Computes the mean entropy or log standard deviation of a policy, scaled from its minimum (0) to its maximum (1).
 
     Args:
         values: Entropies in nats, or log standard deviations. `[...]`
-        counted: 1 or 0. Broadcasts to `[...]`
+        counted: 1 for values that count, else 0; broadcasts to `[...]`.
         lowest: Value of a policy without any exploration.
-        highest: Value of a policy without any preference. Where it is no greater, nothing can collapse: 1.
+        highest: Value of a policy without any preference. If it is not above `lowest`, the policy cannot collapse, and
+            the result is 1.
     """
     if highest <= lowest:
         return torch.ones((), device=values.device)

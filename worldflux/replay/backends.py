@@ -78,19 +78,19 @@ RowArray = np.ndarray | DeviceArray
 
 
 class Storage:
-    """A place for arrays of rows; this one is memory, which the system hands out as rows are written."""
+    """A place that stores arrays of rows. This class stores them in memory, which is taken as rows are written."""
 
     place: str | Path | torch.device = "memory"
-    """The place as `ReplayBuffer(storage=...)` was given it."""
+    """The place, as given to `ReplayBuffer(storage=...)`."""
     takes_all_at_once = False
-    """Whether arrays take their bytes when they are made, not when they are first written to."""
+    """Whether arrays take their space when they are created, not when they are first written to."""
 
     def budget(self) -> Budget:
-        """What is free there now."""
+        """The space that is free now."""
         return Budget(free_memory(), "this machine", "memory", "storage='<directory>' to keep it on disk")
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> RowArray:
-        """A new array.
+        """Creates an array of zeros.
 
         Raises:
             BufferError: If there is no room for it.
@@ -99,11 +99,11 @@ class Storage:
 
 
 class DiskStorage(Storage):
-    """Arrays in files that are mapped into memory, of which the system keeps there what it has room for.
+    """Arrays in files that are mapped into memory; the system keeps as much of them in memory as it has room for.
 
-    They are room to work in and no record: a file has no name (on Windows: it is removed when it is closed), so that
-    nothing is left of it when the buffer or its process is gone, however that ended, and any number of buffers can
-    share a directory. All of it is reserved at once, so that a disk that is too small is noticed then.
+    The files are working space and not meant to be kept. They have no names (on Windows, they are removed when they are
+    closed), so nothing is left of them once the buffer or its process is gone, even if it was killed, and any number of
+    buffers can share a directory. All of the space is reserved at once, so a disk that is too small is noticed then.
 
     Args:
         directory: Created if it is missing, and not removed.
@@ -123,11 +123,11 @@ class DiskStorage(Storage):
             raise BufferError(f"The directory '{directory}' of the replay buffer cannot be made: {error}") from error
 
     def budget(self) -> Budget:
-        """What is free on the disk."""
+        """The space that is free on the disk."""
         return Budget(free_disk(self.place), f"'{self.place}'", "disk space", "a directory on another disk")
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> RowArray:
-        """A new array in a file of its own."""
+        """Creates an array of zeros in a file of its own."""
         size = math.prod(shape) * dtype.itemsize
         try:
             with tempfile.TemporaryFile(dir=self.place) as file:
@@ -139,7 +139,7 @@ class DiskStorage(Storage):
 
 
 class DeviceStorage(Storage):
-    """Arrays in a device's memory, where batches are gathered without a detour.
+    """Arrays in the memory of a device, where batches are gathered as well.
 
     Args:
         device: A device of torch.
@@ -155,11 +155,11 @@ class DeviceStorage(Storage):
         self.place = resolve_device(device)
 
     def budget(self) -> Budget:
-        """What is free on the device."""
+        """The memory that is free on the device."""
         return Budget(free_device_memory(self.place), f"'{self.place}'", "memory", "storage='memory'")
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> RowArray:
-        """A new array in a tensor."""
+        """Creates an array of zeros in a tensor."""
         if dtype.kind == "u" and dtype.itemsize > 1:  # of these, torch cannot write single rows
             raise ConfigurationError(
                 f"An array of dtype {dtype} cannot be stored on '{self.place}'. Use a signed dtype, or uint8."
@@ -194,7 +194,7 @@ def storage_at(place: StoragePlace) -> Storage:
 
 
 def lasting_place(name: str, place: str | os.PathLike[str] | torch.device) -> str:
-    """The same place as text; a directory's is its absolute path, which stays when the working directory changes.
+    """The place as text; a directory becomes an absolute path, which stays valid when the working directory changes.
 
     Args:
         name: Name of the argument in errors.
@@ -220,14 +220,14 @@ def _reserve(file: int, size: int) -> None:
 
 @dataclass(frozen=True)
 class Budget:
-    """What is free in one place, and what an error says if that is too little."""
+    """The free space of one place, and the parts of the error message if it is too small."""
 
     free: int | None
-    """Free bytes; None where the system does not tell, and nothing is refused then."""
+    """Number of free bytes. None if the system does not report it; then nothing is refused."""
     holder: str
     """Subject of the error's sentence, such as "this machine"."""
     kind: str
-    """Kind of room that it has, such as "memory"."""
+    """Kind of space, such as "memory"."""
     remedy: str
     """Remedy besides a smaller capacity, as the end of a sentence."""
 
@@ -236,7 +236,7 @@ class Budget:
 
         Args:
             needed: Number of bytes.
-            what: What takes them, as the beginning of the error's sentence.
+            what: Subject of the error's sentence, which takes these bytes.
             fits: The capacity that would fit; 0 if none does.
 
         Raises:
@@ -262,11 +262,11 @@ def human(count: int) -> str:
 def free_memory(root: Path = Path("/")) -> int | None:
     """Bytes that this process can still take without swapping: what the machine has, or its container if that is less.
 
-    Memory in which the system only caches files counts as free. Where there is no `/proc` (macOS), all of the machine's
-    memory is given; None where the system does not tell (Windows).
+    Memory in which the system only caches files counts as free. Without `/proc` (macOS), all of the machine's memory is
+    returned, and None if the system does not report that either (Windows).
 
     Args:
-        root: Directory of `proc` and `sys`; tests have their own.
+        root: Directory that contains `proc` and `sys`; tests pass their own.
     """
     found = [*_machine_memory(root), *_container_memory(root)]
     if found:
@@ -286,7 +286,7 @@ def free_disk(directory: Path) -> int:
 def free_device_memory(device: torch.device) -> int | None:
     """Bytes that torch can still take on a device: what is free there, and what torch holds there unused.
 
-    None for a device that does not tell.
+    None for a device that does not report it.
     """
     if device.type == "cpu":
         return free_memory()
@@ -333,6 +333,6 @@ def _lines(path: Path) -> list[str]:
 
 
 def _rounded_down(count: int) -> int:
-    """A number with all but its first two digits 0: what is free changes from moment to moment."""
+    """A number rounded down to two digits, because the free space changes from moment to moment."""
     unit = 10 ** max(0, len(str(count)) - 2)
     return count // unit * unit

@@ -1,4 +1,4 @@
-"""What a model learns from: one batch of windows of experience, and the request for one.
+"""Batches of windows of experience, from which models learn, and requests for them.
 
 This module imports nothing but torch, so that models can name `Batch` without importing the rest of `replay`.
 """
@@ -37,19 +37,19 @@ class Batch:
     """Actions taken at `obs`: continuous ones in [-1, 1], discrete ones one-hot (several: concatenated).
     `[B, T, A]` float32"""
     rewards: Tensor
-    """What `actions` earned. `[B, T]` float32"""
+    """Rewards of `actions`. `[B, T]` float32"""
     terminations: Tensor
     """Whether the step ended the episode for good: beyond it the future is worth 0. `[B, T]` bool"""
     truncations: Tensor | None = None
     """Whether the step was cut from outside (a time limit): the next observation is bootstrapped. `[B, T]` bool"""
     is_first: Tensor | None = None
-    """Whether the row starts an episode: recurrent state and previous action are reset. Where it is given, the last
-    observation of an episode has a row of its own; without it, a step that ends one is followed by the next one's
-    first. `[B, T]`"""
+    """Whether the row starts an episode: recurrent state and previous action are reset. If it is given, the last
+    observation of an episode has a row of its own; otherwise the row after the last step of an episode is the first of
+    the next one. `[B, T]` bool"""
     obs_mask: Tensor | None = None
-    """False where no observation was recorded (`obs` is zero there); None if all were. `[B, T]` bool"""
+    """False where no observation was recorded (`obs` is zero there); None if all were recorded. `[B, T]` bool"""
     extras: dict[str, Tensor] = field(default_factory=dict)
-    """What the model stored beside each row, by name. `[B, T, ...]`"""
+    """Values that the model stored with each row, by name. `[B, T, ...]`"""
     row_ids: Tensor | None = None
     """The rows' ids for `ReplayBuffer.update_extras`; stays on the CPU. `[B, T]` int64"""
 
@@ -96,7 +96,7 @@ class Batch:
     def to(self, device: str | torch.device, *, non_blocking: bool = False) -> Batch:
         """The same batch on `device`; `row_ids` stay on the CPU, where the buffer reads them.
 
-        Copies to CUDA are only begun: the host does not wait for what is queued there.
+        Copies to CUDA are only queued: the host does not wait for the device.
 
         Args:
             device: The device.
@@ -109,20 +109,20 @@ class Batch:
         return self._with_each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """The same batch in memory from which a CUDA device copies by itself; `row_ids` are left alone."""
+        """The same batch in pinned memory, which a CUDA device copies by itself; `row_ids` stay as they are."""
         return self._with_each(Tensor.pin_memory)
 
     def tensors(self) -> list[Tensor]:
-        """All its tensors but `row_ids`."""
+        """All tensors except `row_ids`."""
         return list(self.named_tensors().values())
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """The same by name: of its field, or `"<field>/<key>"` where that is a dictionary."""
+        """The same tensors by name: that of their field, or `"<field>/<key>"` if the field is a dictionary."""
         parts = ((name if key is None else f"{name}/{key}", x) for name, key, x in self._parts() if name != "row_ids")
         return dict(parts)
 
     def with_tensors(self, tensors: Mapping[str, Tensor], row_ids: Tensor | None = None) -> Batch:
-        """A batch of the same fields that holds other tensors, by the names of `named_tensors`."""
+        """A batch with the same fields and other tensors, given by the names of `named_tensors`."""
         changed: dict[str, Any] = {"extras": {}, "row_ids": row_ids}
         for name, key, _ in self._parts():
             if name != "row_ids":
@@ -133,7 +133,7 @@ class Batch:
         return Batch(**changed)
 
     def _parts(self) -> Iterator[tuple[str, str | None, Tensor]]:
-        """Each tensor with its field, and its key where that is a dictionary."""
+        """Each tensor with the name of its field, and its key if the field is a dictionary."""
         for name, value in self.__dict__.items():
             if isinstance(value, dict):
                 yield from ((name, key, tensor) for key, tensor in value.items())
@@ -150,11 +150,11 @@ def _part(name: str, key: str | None) -> str:
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """What to sample, for providers of the form `sample(request) -> Batch`."""
+    """Description of the batch to sample, for providers of the form `sample(request) -> Batch`."""
 
     batch_size: int
     """Number of windows, `B`."""
     seq_len: int | None = None
-    """Rows of each window, `T`; None leaves it to the provider."""
+    """Number of rows of each window, `T`; None leaves it to the provider."""
     device: str | torch.device = "cpu"
-    """Where the batch is wanted."""
+    """Device of the batch."""

@@ -57,7 +57,7 @@ class Segment:
     checksum: int
     """`NpzFile.checksum` of the file."""
     identity: tuple[int, int, int]
-    """What tells the file from every other that was ever in its place; hard links to it share it."""
+    """Value that distinguishes the file from every other that was ever at its path; hard links to it share it."""
 
 
 class ReplaySegments:
@@ -79,8 +79,8 @@ class ReplaySegments:
     `JOINED` small segments, and on average a save rewrites no more than a small segment's worth of rows.
 
     Extras are stored as they were when their segment was written. Training rewrites those of rows all over the buffer,
-    and storing them anew would cost all of it at each checkpoint; after a resumption they are refreshed as their rows
-    are replayed, as always. Two resumptions from one checkpoint start from the same bytes.
+    and storing them again would write the whole buffer at each checkpoint. After a resumption they are refreshed as
+    their rows are replayed, as always. Two resumptions from one checkpoint start from the same bytes.
 
     Attributes:
         buffer: The buffer.

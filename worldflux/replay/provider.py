@@ -1,4 +1,4 @@
-"""Batches on their way: while one trains, the next is sampled and copied to the device."""
+"""Providers of batches, and sampling ahead: while one batch trains, the next is sampled and copied to the device."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class BatchRequestProvider(Protocol):
     """
 
     def sample(self, request: BatchRequest) -> Batch:
-        """The batch that was asked for. `[B, T, ...]`."""
+        """The requested batch. `[B, T, ...]`."""
         ...
 
 
@@ -49,9 +49,9 @@ def sample_from(
 
     Args:
         provider: A provider whose `sample` takes a `BatchRequest`, or the three arguments below.
-        batch_size: Windows, `B`.
-        seq_len: Rows of each, `T`; None leaves it to the provider.
-        device: Where the batch is wanted; it is moved there if the provider did not.
+        batch_size: Number of windows, `B`.
+        seq_len: Number of rows of each window, `T`; None leaves it to the provider.
+        device: Device of the batch, which is moved there if the provider did not do so.
         **options: Further arguments, for providers whose `sample` takes them.
 
     Raises:

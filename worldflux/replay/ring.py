@@ -20,7 +20,7 @@ FINAL = np.uint8(8)
 UNSEEN = np.uint8(16)
 """A final row whose observation was never recorded."""
 STEP = np.uint8(32)
-"""Marks a step on its way into the store, which leaves the bit out."""
+"""Marks a step that is being added; the bit itself is not stored."""
 
 _CHUNK_BYTES = 16 * 2**20
 """Bytes of rows that are copied at once."""
@@ -46,7 +46,7 @@ class RingStorage:
         n_envs: Number of streams.
         obs: Shape and dtype of each observation.
         action_dim: Width of an action vector.
-        extras: Shape and dtype of what else is stored beside each row.
+        extras: Shape and dtype of each further array that is stored with the rows.
         storage: Where the arrays are stored, except for the flags, which are always in memory.
 
     Raises:

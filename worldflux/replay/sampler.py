@@ -36,16 +36,18 @@ class Drawn(NamedTuple):
 
 
 class Runs:
-    """Runs of rows to draw windows from, which go on from one run to the next of its stream as if nothing lay between.
+    """Runs of rows from which windows are drawn.
+
+    A window may continue from one run to the next of the same stream, as if there were no rows between them.
 
     Args:
-        begin: The first row of each run; those of one stream in their order. `[K]`
-        end: The row after its last. `[K]`
-        stream: The stream of each run, ascending. None: run k is all of stream k. `[K]`
+        begin: First row of each run; the runs of one stream are in order. `[K]`
+        end: Row after the last one of each run. `[K]`
+        stream: Stream of each run, ascending. If None, run k is all of stream k. `[K]`
     """
 
     def __init__(self, begin: np.ndarray, end: np.ndarray, stream: np.ndarray | None = None) -> None:
-        # All rows are counted on from run to run; that number is a row's position.
+        # The position of a row is its number when the rows of all runs are counted consecutively.
         rows = end - begin
         self._stream, self._until = stream, rows.cumsum()
         self._row_of_position = end - self._until
@@ -65,7 +67,7 @@ class Runs:
         return self._windows(seq_len)[0]
 
     def draw(self, rng: np.random.Generator, count: int, seq_len: int) -> Drawn:
-        """`count` windows, uniformly and with replacement."""
+        """Draws `count` windows uniformly and with replacement."""
         total, until, position_of_window = self._windows(seq_len)
         window = rng.integers(total, size=count)
         stream = until.searchsorted(window, side="right")
@@ -80,7 +82,10 @@ class Runs:
         return drawn._replace(rows=positions + self._row_of_position[self._until.searchsorted(positions, side="right")])
 
     def _windows(self, seq_len: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """The number of windows; that up to the end of each stream; what makes a window's number its first position."""
+        """The number of windows, the same up to the end of each stream, and the offset of each stream.
+
+        The offset is added to the number of a window to obtain its first position.
+        """
         if seq_len not in self._counted:
             windows = np.maximum(self._rows - (seq_len - 1), 0)
             until = windows.cumsum()
@@ -92,7 +97,7 @@ class WindowSampler:
     """A provider of batches of windows for `Trainer`.
 
     Args:
-        form: What a row looks like.
+        form: Shapes and dtypes of a row.
         seed: Seed of the sampler; None draws one.
 
     Raises:
@@ -140,7 +145,7 @@ class WindowSampler:
         check_fits("The replay buffer", np.asarray(rows.actions[steps]), self._form.action_classes, classes)
 
     def digest(self) -> str:
-        """A short text that differs from that of other data; the extras have no part in it."""
+        """A short text that differs for different data; the extras are not included."""
         return self._rows.digest()
 
     def sample(
@@ -241,7 +246,7 @@ class WindowSampler:
         """Continues the random numbers from what `rng_state` returned.
 
         Raises:
-            BufferError: If it is something else; the sampler is as before then.
+            BufferError: If it is anything else. The sampler is then unchanged.
         """
         rng = np.random.default_rng()
         try:

@@ -1,4 +1,4 @@
-"""What a row looks like: arrays that users pass become NumPy of its shapes and dtypes, or an error says why not."""
+"""The shapes and dtypes of a row, and the conversion of what users pass to NumPy arrays of these, with checks."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class TransitionSpec:
         shapes: Shape of one observation, by key.
         dtypes: Dtype in which observations are stored, by key.
         action_dim: Width of an action vector.
-        action_classes: Kind of the actions; None where nobody has named it.
-        extras: Shape and dtype of what else is stored beside a row, by name.
+        action_classes: Kind of the actions; None if it was not given.
+        extras: Shape and dtype of each further array that is stored with the rows, by name.
 
     Args:
         obs_shape: As for `ReplayBuffer`.
         action_dim: As for `ReplayBuffer`.
         obs_dtype: As for `ReplayBuffer`.
         extras: As for `ReplayBuffer`.
-        action_classes: Kind of the actions; None where nobody has named it.
+        action_classes: Kind of the actions; None if it was not given.
 
     Raises:
         ConfigurationError: If an argument is out of its range.

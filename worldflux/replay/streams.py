@@ -1,4 +1,4 @@
-"""Streams of rows: steps and episodes on their way in, checked, and who may write to which stream."""
+"""Streams of rows: checking and adding steps and episodes, and which recorder may write to which stream."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class StepWriter(Protocol):
 
 
 class RecordedStreams:
-    """The rows of a replay buffer while they are recorded: what `ReplayBuffer` is without sampling and files.
+    """The part of `ReplayBuffer` that records rows, without sampling and files.
 
     Args:
         capacity: Transitions to keep, over all streams.
         n_envs: Environments that `add` receives, each with a stream.
-        form: What a row looks like.
+        form: Shapes and dtypes of a row.
         storage: Storage of the rows.
     """
 
@@ -72,7 +72,7 @@ class RecordedStreams:
 
     @property
     def capacity(self) -> int:
-        """Transitions that it keeps at most."""
+        """Largest number of transitions that are kept."""
         return self._capacity
 
     @property

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 class ReplayPart(WindowSampler):
     """Some rows of a `ReplayBuffer`, in its memory; a provider like the buffer. `ReplayBuffer.split` makes it.
 
-    Its random numbers are its own: those of the buffer's sampler stay where they are.
+    It draws random numbers of its own and does not advance those of the buffer's sampler.
 
     Args:
         source: The buffer.
-        begin: The first row of each run of rows; those of one stream in their order. `[K]`
-        end: The row after its last. `[K]`
-        stream: The stream of each run, ascending. `[K]`
+        begin: First row of each run of rows; the runs of one stream are in order. `[K]`
+        end: Row after the last one of each run. `[K]`
+        stream: Stream of each run, ascending. `[K]`
         seed: Seed of the sampler.
     """
 

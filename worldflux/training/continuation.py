@@ -15,10 +15,10 @@ from worldflux.replay.sampler import WindowSampler
 
 @runtime_checkable
 class Digestible(Protocol):
-    """Data that can be told from other data."""
+    """Data with a digest, by which different data are distinguished."""
 
     def digest(self) -> str:
-        """A short text that other data would not have."""
+        """A short text that differs for different data."""
 
 
 def checked_share(value: float) -> float:
@@ -44,9 +44,9 @@ class Continuation:
     """The source of a trainer's batches, and the checkpoint that it continues from.
 
     Attributes:
-        source: What the last batch came from; None before the first one.
+        source: Source of the last batch; None before the first one.
         digest: The digest of the data that `Trainer.train` was given, if it has one.
-        restored: What `trainer.json` of the checkpoint that was loaded last holds; None once a step was taken since.
+        restored: Content of `trainer.json` of the checkpoint that was loaded last; None after the next step.
 
     Args:
         device: Where the model is trained.
