@@ -103,7 +103,8 @@ def _our_errors(name: str) -> Iterator[None]:
     except (DependencyNotInstalled, ImportError) as error:
         raise MissingDependencyError(f"Environment '{name}' needs a package that is not installed: {error}") from error
     except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
+        # Python says "takes no arguments" of a class without an `__init__`.
+        if not any(words in str(error) for words in ("unexpected keyword argument", "takes no arguments")):
             raise
         raise ConfigurationError(f"Environment '{name}' does not take one of these options: {error}.") from error
     except Error as error:

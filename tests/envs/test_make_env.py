@@ -370,6 +370,20 @@ def test_an_environment_is_taken_as_it_is_and_a_name_is_made() -> None:
     assert as_env("CartPole-v1").unwrapped.spec.id == "CartPole-v1"
 
 
+class Bare(gym.Env[Any, Any]):
+    """An environment without a constructor."""
+
+    observation_space = spaces.Box(0, 1, (1,), np.float32)
+    action_space = spaces.Discrete(2)
+
+
+def test_an_environment_without_a_constructor_is_made_from_its_name() -> None:
+    gym.register("WorldFluxTests/Bare-v0", Bare)
+    assert isinstance(as_env("WorldFluxTests/Bare-v0").unwrapped, Bare)
+    with pytest.raises(ConfigurationError, match=r"'WorldFluxTests/Bare-v0' does not take one of these options"):
+        make_env("WorldFluxTests/Bare-v0", render_mode="rgb_array")
+
+
 def test_a_vector_environment_of_gymnasium_becomes_a_vec_env() -> None:
     envs = as_env(gym.make_vec("CartPole-v1", 3, vectorization_mode="sync"))
     assert envs.num_envs == 3 and envs.reset().shape == (3, 4)
