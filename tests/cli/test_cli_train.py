@@ -139,11 +139,12 @@ def test_a_finished_run_says_so_and_takes_more_steps(capsys: pytest.CaptureFixtu
     assert train(*SHORT, "--run", "run") == 0
     before = Path("run/agent.zip").read_bytes()
     capsys.readouterr()
-    assert main(["train", "--resume", "run"]) == 0
-    assert capsys.readouterr() == (
-        "run has finished its 60 steps. To continue it with more steps: worldflux train --resume run --steps 120\n",
-        "",
-    )
+    for steps in ([], ["--steps", "40"]):
+        assert main(["train", "--resume", "run", *steps]) == 0
+        assert capsys.readouterr() == (
+            "run has finished its 60 steps. To continue it with more steps: worldflux train --resume run --steps 120\n",
+            "",
+        )
     assert Path("run/agent.zip").read_bytes() == before
     assert main(["train", "--resume", "run", "--steps", "80"]) == 0
     assert capsys.readouterr().out.startswith("run: 80 steps")

@@ -132,8 +132,8 @@ def _resume(work: type[Work], directory: Path, given: Any) -> int:
     done = runs.newest_step(directory)
     if done is not None and done >= settings.steps and (directory / work.result).exists():
         print(
-            f"{shown} has finished its {settings.steps} steps. To continue it with more steps: "
-            f"worldflux {work.command} --resume {shown} --steps {2 * settings.steps}"
+            f"{shown} has finished its {done} steps. To continue it with more steps: "
+            f"worldflux {work.command} --resume {shown} --steps {2 * done}"
         )
         return 0
     with ExitStack() as resources:
