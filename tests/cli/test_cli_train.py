@@ -19,6 +19,7 @@ from worldflux.cli.options import model_fields
 from worldflux.cli.run_callbacks import Evaluations, Progress
 from worldflux.cli.runs import Evaluation, RunConfig, find_runs, read_evaluations, run_of, write_evaluations
 from worldflux.errors import CheckpointError, ConfigurationError
+from worldflux.locks import using
 from worldflux.training.checkpoint import checkpoints_in
 
 CORRIDOR = "helpers.envs:Corridor"
@@ -150,6 +151,15 @@ def test_a_finished_run_says_so_and_takes_more_steps(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out.startswith("run: 80 steps")
     assert RunConfig.read(Path("run")).settings["steps"] == 80
     assert [row.step for row in read_evaluations(Path("run/evaluations.csv"))] == [20, 40, 60, 80]
+
+
+def test_a_run_that_another_process_trains_is_not_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(*SHORT, "--run", "run") == 0
+    with using(Path("run")):
+        # As if that process removed the checkpoint while it is read.
+        (checkpoints_in(Path("run/checkpoints"))[-1] / "config.json").unlink()
+        assert main(["train", "--resume", "run", "--steps", "80"]) == 2
+    assert "run is in use" in capsys.readouterr().err
 
 
 def test_what_a_kill_left_behind_the_checkpoint_is_done_again() -> None:

@@ -137,8 +137,9 @@ def _resume(work: type[Work], directory: Path, given: Any) -> int:
         )
         return 0
     with ExitStack() as resources:
-        made = work(config.model, config.task, settings, directory, resources)
+        # Before anything is loaded: another process that trains this run replaces its checkpoints.
         resources.enter_context(using(directory))
+        made = work(config.model, config.task, settings, directory, resources)
         replace(config, settings=asdict(settings)).write(directory)
         if done is None:
             print(f"worldflux: {shown} has no checkpoint yet, so it starts from the beginning", file=sys.stderr)
