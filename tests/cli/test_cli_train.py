@@ -175,6 +175,20 @@ def test_what_a_kill_left_behind_the_checkpoint_is_done_again() -> None:
     assert 0 < again[3].seconds - rows[-1].seconds < 600
 
 
+def test_a_result_of_fewer_steps_that_a_kill_left_is_written_again() -> None:
+    assert train(*SHORT, "--run", "run") == 0
+    result = Path("run/agent.zip")
+    finished, old = result.stat(), result.read_bytes()
+    assert main(["train", "--resume", "run", "--steps", "80"]) == 0
+    new = WorldFluxAgent.load(result)
+    result.write_bytes(old)  # as if the process had been killed after the last checkpoint
+    os.utime(result, ns=(finished.st_atime_ns, finished.st_mtime_ns))
+    assert main(["train", "--resume", "run"]) == 0
+    again = WorldFluxAgent.load(result)
+    assert again.num_timesteps == new.num_timesteps == 80
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), new.model.parameters(), strict=True))
+
+
 def test_a_run_without_a_checkpoint_begins_anew(capsys: pytest.CaptureFixture[str]) -> None:
     assert train(*SHORT, "--run", "run") == 0
     for checkpoint in checkpoints_in(Path("run/checkpoints")):

@@ -130,7 +130,7 @@ def _resume(work: type[Work], directory: Path, given: Any) -> int:
     settings = from_json(work.settings_type, config.settings, directory / runs.CONFIG_FILE)
     settings = replace(settings, **_changes(given, directory)).resolved()
     done = runs.newest_step(directory)
-    if done is not None and done >= settings.steps and (directory / work.result).exists():
+    if done is not None and done >= settings.steps and runs.has_result(directory, work.result):
         print(
             f"{shown} has finished its {done} steps. To continue it with more steps: "
             f"worldflux {work.command} --resume {shown} --steps {2 * done}"

@@ -196,6 +196,17 @@ def newest_step(directory: Path) -> int | None:
     return None if newest is None else int(newest.name.removeprefix("step-"))
 
 
+def has_result(directory: Path, name: str) -> bool:
+    """Whether a run has written its result after its newest checkpoint.
+
+    A run that was resumed with more steps and killed before its end still has the result of fewer steps.
+    """
+    from worldflux.training.checkpoint import newest_checkpoint
+
+    newest, result = newest_checkpoint(directory / CHECKPOINTS), directory / name
+    return result.exists() and (newest is None or result.stat().st_mtime_ns >= newest.stat().st_mtime_ns)
+
+
 @dataclass(frozen=True)
 class Saved:
     """A saved agent, or a saved model that can act."""
