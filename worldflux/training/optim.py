@@ -37,7 +37,23 @@ def warmup_rate(lr: float, update: int, warmup_steps: int) -> float:
     return lr if warmup_steps == 0 else lr * min(1.0, (update - 1) / warmup_steps)
 
 
-class LaProp(torch.optim.Optimizer):
+class _Capturable(torch.optim.Optimizer):
+    """Base of the optimisers here, which keep counting where they do when they load a state."""
+
+    def make_capturable(self, capturable: bool = True) -> None:
+        """Prepares `step` for being captured in a CUDA graph, or takes that back; see `_place_counts`."""
+        for group in self.param_groups:
+            group["capturable"] = capturable
+        _place_counts(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues from a saved state, also from one of an optimiser that counts on another device."""
+        capturable = self.param_groups[0]["capturable"]
+        super().load_state_dict(state_dict)
+        self.make_capturable(capturable)
+
+
+class LaProp(_Capturable):
     """LaProp with adaptive gradient clipping (AGC), as DreamerV3 uses it.
 
     Update k of a tensor p with gradient g:
@@ -162,20 +178,8 @@ class LaProp(torch.optim.Optimizer):
             torch._foreach_mul_(params, keep)
         torch._foreach_add_(params, torch._foreach_mul(mu, change))
 
-    def make_capturable(self, capturable: bool = True) -> None:
-        """Makes `step` fit to be captured in a CUDA graph, or takes that back; see `_place_counts`."""
-        for group in self.param_groups:
-            group["capturable"] = capturable
-        _place_counts(self)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues from a saved state, also from one of an optimiser that counts on another device."""
-        capturable = self.param_groups[0]["capturable"]
-        super().load_state_dict(state_dict)
-        self.make_capturable(capturable)
-
-
-class Adam(torch.optim.AdamW):
+class Adam(_Capturable, torch.optim.AdamW):
     """torch's AdamW with the warm-up of `warmup_rate`; without weight decay it is Adam.
 
     Args:
@@ -231,17 +235,11 @@ class Adam(torch.optim.AdamW):
         for group in self.param_groups:
             # On a CPU one pass over each tensor in place of ten; elsewhere only captured steps gain by it.
             fused = capturable or all(p.dtype == torch.float32 and p.is_cpu for p in group["params"])
-            group.update(fused=fused, foreach=not fused, capturable=capturable)
+            group.update(fused=fused, foreach=not fused)
             for state in (self.state[p] for p in group["params"] if p in self.state):
                 device = state["exp_avg"].device if fused else torch.device("cpu")
                 state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).to(device)
-        _place_counts(self)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues from a saved state, also from one of an optimiser that counts on another device."""
-        capturable = self.param_groups[0]["capturable"]
-        super().load_state_dict(state_dict)
-        self.make_capturable(capturable)
+        super().make_capturable(capturable)
 
 
 def build_optimizer(spec: OptimizerSpec, parameters: Iterable[nn.Parameter | ParameterGroup]) -> torch.optim.Optimizer:
