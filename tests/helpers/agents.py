@@ -10,7 +10,8 @@ import torch
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from helpers.envs import CountingEnv, assert_rows_belong_together
+from helpers.envs import CountingEnv
+from helpers.recorded import assert_belongs_together
 from worldflux.agents import WorldFluxAgent
 from worldflux.training import Batch
 
@@ -60,10 +61,7 @@ def weights(agent: Any) -> torch.Tensor:
 def rows_compared(agent: WorldFluxAgent, batch_size: int = 200, seq_len: int = 5) -> int:
     """Checks windows of an agent that acted in `CountingEnv`s; returns the number of compared pairs of rows."""
     assert agent.replay_buffer is not None
-    batch = agent.replay_buffer.sample(batch_size, seq_len)
-    return assert_rows_belong_together(
-        batch.obs.numpy(), batch.actions.numpy(), batch.rewards.numpy(), batch.is_first.numpy()
-    )
+    return assert_belongs_together(agent.replay_buffer.sample(batch_size, seq_len))
 
 
 def trained_on(agent: WorldFluxAgent) -> list[Batch]:

@@ -190,9 +190,7 @@ def make_directory(run: Path | None, task: str, model: str, root: Path) -> Path:
 
 def newest_step(directory: Path) -> int | None:
     """The step of a run's newest checkpoint; None if it has no checkpoint."""
-    from worldflux.training.checkpoint import newest_checkpoint
-
-    newest = newest_checkpoint(directory / CHECKPOINTS)
+    newest = _newest(directory)
     return None if newest is None else int(newest.name.removeprefix("step-"))
 
 
@@ -201,10 +199,15 @@ def has_result(directory: Path, name: str) -> bool:
 
     A run that was resumed with more steps and killed before its end still has the result of fewer steps.
     """
+    newest, result = _newest(directory), directory / name
+    return result.exists() and (newest is None or result.stat().st_mtime_ns >= newest.stat().st_mtime_ns)
+
+
+def _newest(run: Path) -> Path | None:
+    """The newest checkpoint of a run; None if it has no checkpoint."""
     from worldflux.training.checkpoint import newest_checkpoint
 
-    newest, result = newest_checkpoint(directory / CHECKPOINTS), directory / name
-    return result.exists() and (newest is None or result.stat().st_mtime_ns >= newest.stat().st_mtime_ns)
+    return newest_checkpoint(run / CHECKPOINTS)
 
 
 @dataclass(frozen=True)
@@ -256,9 +259,7 @@ _AGENT = (
 
 def _of_run(run: Path, newest: bool) -> Saved:
     """The agent or model that a run has saved."""
-    from worldflux.training.checkpoint import newest_checkpoint
-
-    checkpoint = newest_checkpoint(run / CHECKPOINTS)
+    checkpoint = _newest(run)
     if RunConfig.read(run).kind == "train":
         if (run / BEST_AGENT_FILE).is_file() and not newest:
             return Saved(run / BEST_AGENT_FILE, True)
