@@ -93,7 +93,9 @@ def test_the_version_is_stated_once() -> None:
 def test_the_core_needs_seven_packages() -> None:
     names = {line.split(">")[0] for line in PROJECT["project"]["dependencies"]}
     assert names == {"torch", "numpy", "gymnasium", "stable-baselines3", "safetensors", "opencv-python", "tyro"}
-    assert {"dmc", "atari", "wandb", "minari", "hub", "dev"} <= set(PROJECT["project"]["optional-dependencies"])
+    assert {"extra", "dmc", "atari", "wandb", "zoo", "plot", "docs", "dev"} <= set(
+        PROJECT["project"]["optional-dependencies"]
+    )
 
 
 def test_what_the_developers_install_is_pinned() -> None:
