@@ -103,7 +103,7 @@ class AgentBase(BaseAlgorithm):
         vars(self).update(vars(settings))
         self._replay_buffer: ReplayBuffer | None = None
         self._model_source = model
-        self._model_kwargs = checked_model_kwargs(model_kwargs, learning_rate, settings.planner_kwargs)
+        self._model_kwargs = checked_model_kwargs(model_kwargs, settings)
         self._collector: Collector | None = None  # while the episodes in flight are known
         self._random_started = False
         if _init_setup_model:

@@ -11,6 +11,7 @@ import torch
 from stable_baselines3.common.vec_env import VecEnv
 
 from worldflux.agents.collecting import max_vec_episode_steps
+from worldflux.agents.settings import AgentSettings
 from worldflux.config import PlannerConfig
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
 from worldflux.errors import ConfigurationError, ShapeMismatchError
@@ -83,7 +84,11 @@ def build_planner(model: WorldModel, planner: str | None, overrides: Mapping[str
     return Planner(model, PlannerConfig.from_model(model.config, **(overrides or {})))
 
 
-def checked_model_kwargs(given: Any, learning_rate: Any, planner_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+_BOTH = ("learning_rate", "train_ratio", "seq_len")
+"""Settings of an agent whose defaults are fields of the model's configuration."""
+
+
+def checked_model_kwargs(given: Any, settings: AgentSettings) -> dict[str, Any]:
     """`model_kwargs` as a dictionary; the configuration itself checks the fields.
 
     Raises:
@@ -98,12 +103,13 @@ def checked_model_kwargs(given: Any, learning_rate: Any, planner_kwargs: Mapping
         )
     if "device" in given:
         raise ConfigurationError(f"model_kwargs has device={given['device']!r}. Pass device to WorldFluxAgent itself.")
-    if learning_rate is not None and "learning_rate" in given:
-        raise ConfigurationError(
-            "learning_rate is a setting of the agent and a field of model_kwargs, where it would change nothing. "
-            "Pass one of them."
-        )
-    twice = sorted(set(given) & set(planner_kwargs or {}))
+    for name in _BOTH:
+        if getattr(settings, name) is not None and name in given:
+            raise ConfigurationError(
+                f"{name} is a setting of the agent and a field of model_kwargs, where it would change nothing. "
+                "Pass one of them."
+            )
+    twice = sorted(set(given) & set(settings.planner_kwargs or {}))
     if twice:
         raise ConfigurationError(
             f"{', '.join(twice)} is in planner_kwargs, which go first, and in model_kwargs. Pass one of them."

@@ -68,7 +68,11 @@ TASKS = {
         {"train_ratio": 64, "seq_len": 16, "learning_rate": 1e-3},
     ),
     "pendulum": Task(
-        "Pendulum-v1", lambda: gym.make("Pendulum-v1"), 10_000, -250.0, {"train_ratio": 64, "seq_len": 16}
+        "Pendulum-v1",
+        lambda: gym.make("Pendulum-v1"),
+        10_000,
+        -250.0,
+        {"train_ratio": 64, "seq_len": 16, "learning_rate": 4e-4},
     ),
     "pixelseek": Task(
         "PixelSeek (64x64 pixels)",
@@ -114,7 +118,13 @@ TASKS = {
         lambda: make_env("atari100k/boxing"),
         9_000,
         None,
-        {"train_ratio": 32, "batch_size": 8, "seq_len": 16, "model_kwargs": {"cnn_depth": 4}},
+        {
+            "train_ratio": 32,
+            "batch_size": 8,
+            "seq_len": 16,
+            "learning_rate": 4e-4,
+            "model_kwargs": {"cnn_depth": 4},
+        },
     ),
 }
 

@@ -125,8 +125,6 @@ def main(
         "dreamerv3:tiny",
         ENV,
         train_ratio=train_ratio,
-        seq_len=16,
-        learning_rate=1e-3,
         learning_starts=learning_starts,
         seed=seed,
         verbose=1,

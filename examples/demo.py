@@ -160,7 +160,7 @@ def main() -> dict[str, Any]:
     torch.set_num_threads(1)
 
     env = make_vec_env(ENV, n_envs=4)
-    agent = WorldFluxAgent("dreamerv3:tiny", env, train_ratio=64, seq_len=16, learning_rate=1e-3, seed=options.seed)
+    agent = WorldFluxAgent("dreamerv3:tiny", env, seed=options.seed)
     progress = Progress(options.steps)
     evaluation_env = Monitor(gym.make(ENV))
     evaluation_env.reset(seed=20_000 + options.seed)

@@ -39,9 +39,7 @@ def main(
         agent = WorldFluxAgent.load(run, env, resume=True)
         print(f"resuming after {agent.num_timesteps} steps")
     except FileNotFoundError:  # no checkpoint yet
-        agent = WorldFluxAgent(
-            "dreamerv3:tiny", env, train_ratio=train_ratio, seq_len=16, learning_rate=1e-3, seed=0, verbose=1
-        )
+        agent = WorldFluxAgent("dreamerv3:tiny", env, train_ratio=train_ratio, seed=0, verbose=1)
     saving = AgentCheckpointCallback(run, save_interval, verbose=1)
     return agent.learn(total - agent.num_timesteps, saving, reset_num_timesteps=False)
 

@@ -485,7 +485,7 @@ def test_dreamerv3_starts_to_learn_with_one_batch_of_rows(n_envs: int, given: in
 
 
 def test_settings_that_are_not_given_are_the_familys_own() -> None:
-    agent = WorldFluxAgent("dreamerv3:tiny", "CartPole-v1", device="cpu")
+    agent = WorldFluxAgent("dreamerv3:reference-1m", "CartPole-v1", device="cpu")
     defaults = agent.model.online_defaults()
 
     assert (agent.train_ratio, agent.batch_size, agent.seq_len) == (1024, 16, 64)
@@ -493,6 +493,20 @@ def test_settings_that_are_not_given_are_the_familys_own() -> None:
     assert agent.learning_rate == agent.model.optimizer_spec.learning_rate
     assert agent.learning_starts == 16 * 64 + 64
     assert agent.schedule.env_steps_per_update == 1
+
+
+def test_the_preset_for_laptops_trains_less_often_unless_it_is_told_otherwise(tmp_path: Path) -> None:
+    agent = WorldFluxAgent("dreamerv3:tiny", "CartPole-v1", device="cpu")
+    assert (agent.train_ratio, agent.batch_size, agent.seq_len, agent.learning_rate) == (64, 16, 16, 1e-3)
+    assert (agent.schedule.env_steps_per_update, agent.learning_starts) == (4, 16 * 16 + 16)
+
+    agent.model.save_pretrained(tmp_path / "model")  # whose configuration has the ratio, too
+    assert WorldFluxAgent(tmp_path / "model", "CartPole-v1", device="cpu").train_ratio == 64
+    given = {"train_ratio": 1024, "seq_len": 64, "learning_rate": 4e-4}
+    told = WorldFluxAgent("dreamerv3:tiny", "CartPole-v1", device="cpu", **given)
+    assert {name: getattr(told, name) for name in given} == given
+    with pytest.raises(ConfigurationError, match="train_ratio is a setting of the agent and a field of model_kwargs"):
+        WorldFluxAgent("dreamerv3:tiny", "CartPole-v1", train_ratio=1, model_kwargs={"train_ratio": 2})
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,11 @@ def trained_by_an_agent(config: WorldModelConfig) -> Any:
     return agent.model.state_dict()
 
 
+def training_of_an_agent(config: WorldModelConfig) -> Any:
+    agent = WorldFluxAgent(make(config), Still(), device="cpu")
+    return agent.train_ratio, agent.seq_len
+
+
 def fits_one_hot_observations(config: WorldModelConfig) -> bool:
     try:
         agent_of(config, Still(one_hot=True))
@@ -181,6 +186,8 @@ DREAMERV3 = {
     "deter_dim": Case(32, shapes),
     "stoch_dim": Case(99, None),
     "warmup_steps": Case(0, trained_by_an_agent),
+    "train_ratio": Case(32.0, training_of_an_agent),
+    "seq_len": Case(16, training_of_an_agent),
     "stoch_discrete": Case(3, shapes),
     "stoch_classes": Case(5, shapes),
     "blocks": Case(2, shapes),

@@ -51,6 +51,11 @@ class DreamerV3Config(WorldModelConfig):
     """Adaptive gradient clipping: largest ratio of the gradient norm to the norm of a tensor. Smaller clips more."""
     warmup_steps: int = 1000
     """Gradient steps over which an agent's learning rate rises from zero."""
+    train_ratio: float | None = None
+    """Replayed time steps per environment step, unless an agent is given another ratio. None stands for the paper's:
+    1024 for vectors, 256 for images."""
+    seq_len: int = 64
+    """Trained time steps in each window, unless an agent is given another length."""
 
     stoch_discrete: int = 32
     """Number of categorical variables in the stochastic state."""
@@ -135,6 +140,7 @@ class DreamerV3Config(WorldModelConfig):
         "return_norm_rate",
         "return_norm_limit",
         "slow_critic_rate",
+        "seq_len",
     )
     _not_negative: ClassVar[tuple[str, ...]] = ("kl_free", "entropy_scale", "imag_last", "warmup_steps")
     _shares: ClassVar[tuple[str, ...]] = ("unimix", "kl_balance", "lambda_", "return_norm_rate", "slow_critic_rate")
@@ -190,6 +196,9 @@ class DreamerV3Config(WorldModelConfig):
                 f"cnn_kernels is {self.cnn_kernels}, expected four odd sizes, one per stage, such as (5, 5, 5, 5)."
             )
         self._require_bins("bins")
+        if self.train_ratio is not None:
+            self._set("train_ratio", finite_number("train_ratio", self.train_ratio))
+            self._require("train_ratio", self.train_ratio >= 0, "0 or more, or None")
         self._require("discount_horizon", self.discount_horizon > 1, "more than 1 step")
         self._require_multiple("deter_dim", self.deter_dim, "blocks", self.blocks)
         if self.image_keys:
@@ -227,7 +236,13 @@ def _size(deter: int, groups: int, classes: int, hidden: int, units: int, depth:
 
 
 DREAMERV3_SIZES: dict[str, Mapping[str, int | float]] = {
-    "tiny": {**_size(256, 16, 8, 64, 64, 8), "learning_rate": 4e-4, "warmup_steps": 100},
+    "tiny": {
+        **_size(256, 16, 8, 64, 64, 8),
+        "learning_rate": 1e-3,
+        "warmup_steps": 100,
+        "train_ratio": 64.0,
+        "seq_len": 16,
+    },
     "size12m": _size(2048, 16, 16, 256, 360, 20),
     "size25m": _size(4096, 32, 16, 512, 248, 16, blocks=16),
     "size50m": _size(4096, 32, 32, 640, 512, 48),
@@ -245,8 +260,9 @@ DREAMERV3_SIZES: dict[str, Mapping[str, int | float]] = {
 
 `size*` have the documented recurrent state, latents and hidden width; `units`, `cnn_depth` and `blocks` are chosen so
 that the number of parameters is nearest to the name. `reference-*` are the authors' own dimensions, in which the hidden
-width and `units` are an eighth of the recurrent state, and the classes and `cnn_depth` a 128th. `tiny` is for laptops,
-with a larger learning rate and a shorter warm-up, which runs of some thousand gradient steps need.
+width and `units` are an eighth of the recurrent state, and the classes and `cnn_depth` a 128th. `tiny` is for laptops:
+it trains less often and on shorter windows, with a larger learning rate and a shorter warm-up, because its runs have a
+few thousand gradient steps.
 """
 
 

@@ -24,6 +24,8 @@ _DECIDED_ELSEWHERE = {
     "device": "--device sets the device to train on",
     "obs_shape": "the data has its shape of observations",
     "action_dim": "the data has its width of actions",
+    "train_ratio": "it is the ratio of an agent that learns in an environment",
+    "seq_len": "--seq-len sets the length of the windows",
 }
 """Fields of a model's configuration that --set cannot change, with what decides about them."""
 

@@ -380,11 +380,15 @@ class DreamerV3(WorldModel):
     # Replay and acting
 
     def online_defaults(self) -> OnlineDefaults:
-        """Returns the reference's settings: train ratio 1024 for vectors and 256 for images, 16 windows of 64 steps."""
+        """Returns the reference's settings: train ratio 1024 for vectors and 256 for images, 16 windows of 64 steps.
+
+        The configuration may have another ratio and length, as that of the preset `tiny` does.
+        """
+        ratio = self.config.train_ratio
         return OnlineDefaults(
-            train_ratio=256.0 if self.encoder.layout.images else 1024.0,
+            train_ratio=ratio if ratio is not None else 256.0 if self.encoder.layout.images else 1024.0,
             batch_size=16,
-            seq_len=64,
+            seq_len=self.config.seq_len,
             buffer_size=1_000_000,
             learning_starts=None,
             fresh_windows=True,
