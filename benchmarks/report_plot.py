@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 from report_data import Experiment, Task
 
-from worldflux.errors import MissingDependencyError
+from worldflux.errors import MissingDependencyError, install_hint
 
 try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 except ImportError as error:
-    raise MissingDependencyError(
-        'The plot requires matplotlib. Install it with: pip install "worldflux[plot]".'
-    ) from error
+    raise MissingDependencyError(f"The plot requires matplotlib. Install it with: {install_hint('plot')}.") from error
 
 _COLUMNS = 4
 _LEAST_SHARE = 0.2

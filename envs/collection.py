@@ -15,7 +15,7 @@ from worldflux.envs.make import as_env, check_batches, make_env
 from worldflux.envs.recording.recorder import VecEpisodeRecorder
 from worldflux.envs.spaces import ActionCodec, Array, ObservationCodec
 from worldflux.envs.vector import row_of, seed_envs
-from worldflux.errors import ConfigurationError, MissingDependencyError
+from worldflux.errors import ConfigurationError, MissingDependencyError, install_hint
 from worldflux.replay.buffer import ReplayBuffer
 from worldflux.validation import whole_number
 
@@ -187,6 +187,6 @@ def _bar(goal: int, unit: str) -> Any:
         from tqdm import tqdm
     except ImportError as error:
         raise MissingDependencyError(
-            'The progress bar needs tqdm. Install it with: pip install "worldflux[extra]".'
+            f"The progress bar needs tqdm. Install it with: {install_hint('extra')}."
         ) from error
     return tqdm(total=goal, unit=f" {unit}")

@@ -36,6 +36,34 @@ class MissingDependencyError(WorldFluxError, ImportError):
     """Raised when an optional package is required but not installed; the message names the extra to install."""
 
 
+def install_hint(extra: str) -> str:
+    """Returns the command that installs an extra of worldflux from where worldflux itself was installed.
+
+    That is a checkout (`pip install "/home/ann/worldflux[dmc]"`), a repository or file that pip was given the address
+    of, or, where pip recorded no address, the package index. All messages get the command from here.
+
+    Args:
+        extra: Name of the extra, or several names separated by commas.
+    """
+    import json  # here, because every process imports this module
+    from importlib import metadata
+    from urllib.parse import urlparse
+    from urllib.request import url2pathname
+
+    try:
+        # pip writes this file (PEP 610) unless the package came from an index.
+        origin = json.loads(metadata.distribution("worldflux").read_text("direct_url.json") or "{}")
+    except (metadata.PackageNotFoundError, ValueError):
+        origin = {}
+    url = str(origin.get("url", ""))
+    if "dir_info" in origin and url.startswith("file:"):
+        return f'pip install "{url2pathname(urlparse(url).path)}[{extra}]"'
+    if "vcs_info" in origin:
+        commit = origin["vcs_info"].get("requested_revision") or origin["vcs_info"].get("commit_id")
+        url = f"{origin['vcs_info'].get('vcs', 'git')}+{url}{f'@{commit}' if commit else ''}"
+    return f'pip install "worldflux[{extra}]{f" @ {url}" if url else ""}"'
+
+
 def nearest(name: str, options: Iterable[str]) -> str:
     """Returns the end of an "Unknown ..." sentence: `"; did you mean 'x'?"`, or `"."` if no option is similar.
 

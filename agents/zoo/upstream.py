@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from worldflux.errors import MissingDependencyError
+from worldflux.errors import MissingDependencyError, install_hint
 
 try:
     from rl_zoo3 import exp_manager
@@ -10,7 +10,7 @@ try:
     from rl_zoo3.utils import ALGOS, SimpleLinearSchedule
 except ImportError as error:
     raise MissingDependencyError(
-        f'worldflux.agents.zoo needs rl_zoo3 ({error}). Install it with: pip install "worldflux[zoo]".'
+        f"worldflux.agents.zoo needs rl_zoo3 ({error}). Install it with: {install_hint('zoo')}."
     ) from error
 
 __all__ = ["ALGOS", "HYPERPARAMS_CONVERTER", "HYPERPARAMS_SAMPLER", "SimpleLinearSchedule", "exp_manager"]

@@ -21,7 +21,7 @@ from gymnasium.error import DependencyNotInstalled
 from gymnasium.wrappers import AtariPreprocessing
 
 from worldflux.envs.suites import ATARI_57, ale_id, atari_name
-from worldflux.errors import ConfigurationError, MissingDependencyError, nearest
+from worldflux.errors import ConfigurationError, MissingDependencyError, install_hint, nearest
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def register_ale() -> None:
         import ale_py
     except ImportError as error:
         raise MissingDependencyError(
-            'Atari environments need ale-py. Install it with: pip install "worldflux[atari]".'
+            f"Atari environments need ale-py. Install it with: {install_hint('atari')}."
         ) from error
     gym.register_envs(ale_py)
     # This setting is static, so it also silences the banner of the first game.

@@ -13,7 +13,7 @@ from gymnasium import spaces
 
 from worldflux.envs.suites import DMC_TASKS, rendering
 from worldflux.envs.wrappers import Size, checked_size
-from worldflux.errors import ConfigurationError, MissingDependencyError, ShapeMismatchError, nearest
+from worldflux.errors import ConfigurationError, MissingDependencyError, ShapeMismatchError, install_hint, nearest
 from worldflux.validation import whole_number
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -321,7 +321,7 @@ def _load_task(domain: str, task: str, random: Any) -> Any:
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
             f"The tasks of DeepMind Control need dm-control (no module named '{error.name}'). "
-            'Install it with: pip install "worldflux[dmc]".'
+            f"Install it with: {install_hint('dmc')}."
         ) from error
     except Exception as error:  # a backend that does not load can raise anything
         raise rendering.explain("dm_control cannot be imported", error) from error

@@ -14,6 +14,7 @@ from helpers.tape import SpoiledCapturer, TapeCapturer, stale
 from worldflux.agents import acting
 from worldflux.cli import device_check, diagnosis
 from worldflux.cli.main import main
+from worldflux.errors import install_hint
 from worldflux.models.dreamerv3.rssm import RSSM, Observed
 from worldflux.nn.definitions import by_definition
 
@@ -121,7 +122,7 @@ def test_what_is_missing_comes_with_the_command_that_installs_it(
     monkeypatch.setattr(diagnosis, "installed_version", lambda name: None if name in gone else known(name))
     found = report(capsys)
     for name, extra in gone.items():
-        assert found["missing"][name] == (f'pip install "worldflux[{extra}]"' if extra else f"pip install {name}")
+        assert found["missing"][name] == (install_hint(extra) if extra else f"pip install {name}")
     assert "torch" not in found["missing"]
     assert found["rendering"] == {}  # without MuJoCo
 

@@ -17,6 +17,7 @@ from worldflux.cli.main import main
 from worldflux.cli.run_callbacks import run_logger
 from worldflux.cli.runs import Evaluation, RunConfig, write_evaluations
 from worldflux.envs.suites import ATARI_100K, DMC_DREAMERV3_PROPRIO, DMC_DREAMERV3_VISION, DMC_TASKS, DMC_TDMPC2
+from worldflux.errors import install_hint
 
 
 @pytest.fixture(autouse=True)
@@ -270,4 +271,5 @@ def test_a_missing_matplotlib_names_the_extra(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     run("some", {10: 1.0})
     assert main(["plot", "runs"]) == 2
-    assert 'worldflux plot needs matplotlib. Install it with: pip install "worldflux[plot]".' in capsys.readouterr().err
+    hint = install_hint("plot")
+    assert f"worldflux plot needs matplotlib. Install it with: {hint}." in capsys.readouterr().err

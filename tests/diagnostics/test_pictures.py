@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import cv2
@@ -22,7 +23,7 @@ from worldflux.diagnostics.open_loop import OpenLoop
 from worldflux.diagnostics.plots import figures
 from worldflux.diagnostics.plots.frames import as_animated_png, film, longest_windows, tiles, visible
 from worldflux.diagnostics.plots.horizon import draw_errors
-from worldflux.errors import MissingDependencyError, TrainingError
+from worldflux.errors import MissingDependencyError, TrainingError, install_hint
 from worldflux.models.base import State
 from worldflux.training import Batch
 
@@ -395,5 +396,5 @@ def test_dictionaries_have_both_kinds_of_pictures_and_images_their_names() -> No
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(MissingDependencyError, match=r'pip install "worldflux\[plot\]"'):
+    with pytest.raises(MissingDependencyError, match=re.escape(install_hint("plot"))):
         figures(vectors(), vectors().errors())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import warnings
@@ -15,7 +16,7 @@ from gymnasium.utils.env_checker import check_env, data_equivalence
 
 from worldflux.envs.suites import ATARI_57, ATARI_100K, ale_id
 from worldflux.envs.suites.atari import PROTOCOLS, AtariFrames, make_atari, register_ale
-from worldflux.errors import ConfigurationError, MissingDependencyError
+from worldflux.errors import ConfigurationError, MissingDependencyError, install_hint
 
 pytest.importorskip("ale_py")
 
@@ -302,7 +303,7 @@ def test_what_cannot_be_made_is_a_configuration_error(options: dict[str, Any], m
 
 def test_without_ale_py_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ale_py", None)
-    with pytest.raises(MissingDependencyError, match=r'pip install "worldflux\[atari\]"'):
+    with pytest.raises(MissingDependencyError, match=re.escape(install_hint("atari"))):
         make_atari("pong")
 
 

@@ -6,6 +6,7 @@ import copy
 import functools
 import hashlib
 import pickle
+import re
 import subprocess
 import sys
 from typing import Any
@@ -19,7 +20,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv
 
 from worldflux.envs.suites import DMC_BENCHMARK, DMC_TASKS, rendering
 from worldflux.envs.suites.dmc import DMCEnv
-from worldflux.errors import ConfigurationError, MissingDependencyError, ShapeMismatchError
+from worldflux.errors import ConfigurationError, MissingDependencyError, ShapeMismatchError, install_hint
 
 SMALL_PIXELS: dict[str, Any] = {"pixels": True, "size": (24, 32), "fast_rendering": True}
 
@@ -446,7 +447,7 @@ def test_fields_that_the_installed_mujoco_lacks_are_dropped_before_a_task_is_loa
 def test_without_dm_control_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "dm_control", None)
 
-    with pytest.raises(MissingDependencyError, match=r'\'dm_control\'.*pip install "worldflux\[dmc\]"'):
+    with pytest.raises(MissingDependencyError, match="'dm_control'.*" + re.escape(install_hint("dmc"))):
         DMCEnv("walker-walk")
 
 

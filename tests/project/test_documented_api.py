@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import worldflux
 import worldflux.training
 from worldflux import create_world_model
 from worldflux.config import DreamerV3Config, TDMPC2Config, WorldModelConfig
-from worldflux.errors import ConfigurationError, MissingDependencyError, ShapeMismatchError, TrainingError
+from worldflux.errors import ConfigurationError, MissingDependencyError, ShapeMismatchError, TrainingError, install_hint
 from worldflux.models.base import LossOutput
 from worldflux.training import (
     Batch,
@@ -503,7 +504,7 @@ def test_tensorboard_that_is_not_installed_is_named_with_its_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     buffer, named = ReplayBuffer.load(trajectories), dict(total_steps=1, batch_size=2, sequence_length=8, device="cpu")
-    with pytest.raises(MissingDependencyError, match=r'pip install "worldflux\[extra\]"'):
+    with pytest.raises(MissingDependencyError, match=re.escape(install_hint("extra"))):
         train(small("tdmpc2:5m"), buffer, **named, callbacks=[LoggingCallback()])
     logs = LoggingCallback()
     logs.tensorboard_log = None

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import worldflux
+from worldflux.errors import install_hint
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -107,3 +111,39 @@ def test_what_the_developers_install_is_pinned() -> None:
         named += extra
     wanted = {line.split(">")[0].split("[")[0] for line in named} - {"worldflux"}
     assert wanted <= pinned
+
+
+@pytest.mark.parametrize(
+    ("origin", "command"),
+    [
+        ({"url": "file:///home/ann/my%20code", "dir_info": {}}, 'pip install "/home/ann/my code[dmc]"'),
+        ({"url": "file:///src", "dir_info": {"editable": True}}, 'pip install "/src[dmc]"'),
+        (
+            {"url": "https://host/w.git", "vcs_info": {"vcs": "git", "requested_revision": "dev", "commit_id": "a1"}},
+            'pip install "worldflux[dmc] @ git+https://host/w.git@dev"',
+        ),
+        (
+            {"url": "file:///tmp/worldflux.whl", "archive_info": {}},
+            'pip install "worldflux[dmc] @ file:///tmp/worldflux.whl"',
+        ),
+        (None, 'pip install "worldflux[dmc]"'),  # from an index
+    ],
+)
+def test_the_command_that_installs_an_extra_installs_it_from_where_worldflux_came_from(
+    origin: dict[str, Any] | None, command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    info = tmp_path / "worldflux-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Name: worldflux\nVersion: 0\n")
+    if origin is not None:
+        (info / "direct_url.json").write_text(json.dumps(origin))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert install_hint("dmc") == command
+
+
+def test_no_file_advises_to_install_worldflux_from_an_index() -> None:
+    advised = re.compile(r"""pip install[^\n`#()]*[ "']worldflux(?:[\[ "'@]|$)""", re.M)
+    for folder in ("worldflux", "envs", "agents", "examples", "benchmarks", "docs"):
+        for path in [*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.md"), *ROOT.glob("*.md")]:
+            if path != ROOT / "worldflux" / "errors.py":  # where such commands come from
+                assert not advised.findall(path.read_text(encoding="utf-8")), path

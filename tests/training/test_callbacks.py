@@ -16,7 +16,7 @@ from helpers.training import MemoryProvider, NoisyRegression
 
 from worldflux import create_world_model
 from worldflux.diagnostics.health import Health
-from worldflux.errors import ConfigurationError, MissingDependencyError, TrainingError
+from worldflux.errors import ConfigurationError, MissingDependencyError, TrainingError, install_hint
 from worldflux.models.health import HealthMetric, Threshold
 from worldflux.training import (
     Callback,
@@ -119,7 +119,7 @@ def test_wandb_gets_the_same_numbers_and_a_run_opened_here_is_closed(monkeypatch
 
 def test_wandb_that_is_not_installed_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(MissingDependencyError, match=r'pip install "worldflux\[wandb\]"'):
+    with pytest.raises(MissingDependencyError, match=re.escape(install_hint("wandb"))):
         LoggingCallback(use_wandb=True)
 
 

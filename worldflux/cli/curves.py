@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from worldflux.cli.runs import EVALUATIONS_FILE, LOGS, RunConfig, read_evaluations
-from worldflux.errors import CheckpointError, MissingDependencyError
+from worldflux.errors import CheckpointError, MissingDependencyError, install_hint
 from worldflux.reading import open_regular
 
 Score = tuple[float, float, float]
@@ -172,7 +172,7 @@ try:
     from matplotlib.ticker import EngFormatter
 except ImportError as error:
     raise MissingDependencyError(
-        'worldflux plot needs matplotlib. Install it with: pip install "worldflux[plot]".'
+        f"worldflux plot needs matplotlib. Install it with: {install_hint('plot')}."
     ) from error
 
 _COLUMNS = 3

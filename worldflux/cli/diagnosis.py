@@ -14,7 +14,7 @@ from typing import Any
 from worldflux.cli.commands.check_env import check_report
 from worldflux.cli.runs import installed_version
 from worldflux.envs.suites.rendering import choose_backend
-from worldflux.errors import WorldFluxError
+from worldflux.errors import WorldFluxError, install_hint
 
 _PACKAGES = (
     "worldflux",
@@ -135,7 +135,7 @@ def missing(versions: dict[str, str | None]) -> dict[str, str]:
     """The command that installs each missing package, through the extra of worldflux it belongs to if there is one."""
     extras = _extras()
     return {
-        name: f'pip install "worldflux[{extras[_plain(name)]}]"' if _plain(name) in extras else f"pip install {name}"
+        name: install_hint(extras[_plain(name)]) if _plain(name) in extras else f"pip install {name}"
         for name, version in versions.items()
         if version is None
     }

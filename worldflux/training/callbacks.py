@@ -22,7 +22,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from worldflux.errors import CheckpointError, ConfigurationError, MissingDependencyError, TrainingError, nearest
+from worldflux.errors import (
+    CheckpointError,
+    ConfigurationError,
+    MissingDependencyError,
+    TrainingError,
+    install_hint,
+    nearest,
+)
 from worldflux.files import checked_path
 from worldflux.training.saving import CheckpointDirectory
 from worldflux.validation import whole_number
@@ -422,8 +429,8 @@ def _import_writer() -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise MissingDependencyError(
-            "LoggingCallback writes TensorBoard logs, which needs tensorboard. Install it with: pip install "
-            '"worldflux[extra]"; or set its attribute tensorboard_log to None.'
+            "LoggingCallback writes TensorBoard logs, which needs tensorboard. Install it with: "
+            f"{install_hint('extra')}; or set its attribute tensorboard_log to None."
         ) from error
     return SummaryWriter
 
@@ -441,6 +448,6 @@ def _import_wandb() -> Any:
         import wandb
     except ImportError as error:
         raise MissingDependencyError(
-            'LoggingCallback(use_wandb=True) needs wandb. Install it with: pip install "worldflux[wandb]".'
+            f"LoggingCallback(use_wandb=True) needs wandb. Install it with: {install_hint('wandb')}."
         ) from error
     return wandb

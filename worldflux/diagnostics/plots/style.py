@@ -9,7 +9,7 @@ import numpy as np
 
 from worldflux.diagnostics.calibration import HIGH, LOW
 from worldflux.diagnostics.open_loop import HorizonError, OpenLoop
-from worldflux.errors import MissingDependencyError
+from worldflux.errors import MissingDependencyError, install_hint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +37,7 @@ def new_figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError(
-            f'Plots need matplotlib, which cannot be imported: {error}. pip install "worldflux[plot]".'
+            f"Plots need matplotlib, which cannot be imported: {error}. Install it with: {install_hint('plot')}."
         ) from error
     return Figure(figsize=(width, height), layout="constrained", dpi=DPI)
 
