@@ -88,6 +88,7 @@ OPTIONS = {
     "collect": ("ENV", "--output", "--seed INT", "--policy STR"),
     "train-offline": ("MODEL DATA", "--resume DIR", "--eval-share FLOAT", "--set FIELD=VALUE"),
     "models": ("--json",),
+    "envs": ("PATTERN", "--all-versions", "--json"),
     "check-env": ("ENV", "--steps INT", "--seed INT", "--render"),
     "doctor": ("ENV", "--device STR", "--check-device DEVICE", "--json"),
 }

@@ -13,6 +13,7 @@ import tyro
 from worldflux.cli.commands.check_env import check_env
 from worldflux.cli.commands.collect import collect
 from worldflux.cli.commands.doctor import doctor
+from worldflux.cli.commands.envs import envs
 from worldflux.cli.commands.eval import evaluate
 from worldflux.cli.commands.imagine import imagine
 from worldflux.cli.commands.models import models
@@ -29,6 +30,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "collect": collect,
     "train-offline": train_offline,
     "models": models,
+    "envs": envs,
     "check-env": check_env,
     "doctor": doctor,
 }
