@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,11 @@ from gymnasium import spaces
 from gymnasium.vector import SyncVectorEnv, VectorEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
+from worldflux.envs.processes import naming_the_ended
 from worldflux.envs.spaces import Array, is_image
 from worldflux.envs.taps import Tap, tapped
 from worldflux.envs.vector import base_of
-from worldflux.errors import ShapeMismatchError
+from worldflux.errors import ShapeMismatchError, WorkerError
 
 _LARGE = 8192.0
 """The number from which on float32 only tells apart steps of a thousandth and more."""
@@ -250,10 +252,15 @@ class _CheckedStep(_CheckedReset):
 
 
 class _HeardRemote:
-    """The pipe to a process of `SubprocVecEnv`, which keeps the answer to a step or a reset until it is checked."""
+    """The pipe to a process of `SubprocVecEnv`, which keeps the answer to a step or a reset until it is checked.
 
-    def __init__(self, remote: Any, given: GivenValues) -> None:
-        self._remote, self._given = remote, given
+    Once the process has ended, sending and receiving raise a `WorkerError`, but closing does not.
+    """
+
+    def __init__(self, remote: Any, given: GivenValues, number: int, process: Any) -> None:
+        self._remote, self._given, self._processes = remote, given, {number: process}
+        # Forked processes hold the ends of each other's pipes, which therefore stay open when one of them ends.
+        self._sentinel = process.sentinel if type(process).__name__ == "ForkProcess" else None
         self._asked = ""
         self._heard: Any = None
 
@@ -262,10 +269,24 @@ class _HeardRemote:
 
     def send(self, message: Any) -> None:
         self._asked = message[0]
-        self._remote.send(message)
+        try:
+            with naming_the_ended(self._processes):
+                self._remote.send(message)
+        except WorkerError:
+            if self._asked != "close":
+                raise
 
     def recv(self) -> Any:
-        answer = self._remote.recv()
+        if not self._asked:  # SB3 fetches the answer to a step that failed once more before it closes the processes
+            return None
+        try:
+            with naming_the_ended(self._processes):
+                if self._sentinel is not None and self._remote not in wait([self._remote, self._sentinel]):
+                    raise EOFError
+                answer = self._remote.recv()
+        except WorkerError:
+            self._asked = ""
+            raise
         if self._asked in ("step", "reset"):
             self._heard = answer
         return answer
@@ -316,7 +337,10 @@ def check_what_is_given(envs: VecEnv | VectorEnv[Any, Any, Any]) -> None:
     base = base_of(envs)
     if isinstance(base, SubprocVecEnv):
         if not isinstance(base.remotes[0], _HeardRemote):
-            base.remotes = tuple(_HeardRemote(remote, GivenValues(base.observation_space)) for remote in base.remotes)
+            base.remotes = tuple(
+                _HeardRemote(remote, GivenValues(base.observation_space), number, process)
+                for number, (remote, process) in enumerate(zip(base.remotes, base.processes, strict=True))
+            )
         for name in ("reset", "step_wait"):
             tapped(base, name, _CheckedAnswers, base.remotes)
     elif isinstance(base, DummyVecEnv | SyncVectorEnv):

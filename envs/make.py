@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,8 +10,9 @@ import gymnasium as gym
 from gymnasium.error import DependencyNotInstalled, Error, NameNotFound, NamespaceNotFound, VersionNotFound
 from gymnasium.wrappers import AddRenderObservation
 from stable_baselines3.common.env_util import make_vec_env as sb3_make_vec_env
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
+from worldflux.envs.processes import ProcessVecEnv
 from worldflux.envs.spaces import ObservationCodec
 from worldflux.envs.suites.atari import register_ale
 from worldflux.envs.suites.registration import register_suites, suite_id, suite_names
@@ -178,6 +177,7 @@ def make_vec_env(
 
     Raises:
         ConfigurationError: If an argument cannot be used, or the environment cannot be made.
+        WorkerError: If a process ended before it had made its environment.
     """
     n_envs, seed = whole_number("n_envs", n_envs, 1), None if seed is None else whole_number("seed", seed, 0)
     if not isinstance(name, str) and not callable(name):
@@ -189,20 +189,8 @@ def make_vec_env(
         )
 
     def make_one() -> gym.Env[Any, Any]:
-        if processes:
-            # Ctrl-C reaches all processes. The main one ends the others; if it handles the interrupt, they go on.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
         env = make_env(name, **options) if isinstance(name, str) else name()
         check_batches(env)
         return env
 
-    if not processes:
-        return sb3_make_vec_env(make_one, n_envs=n_envs, seed=seed, vec_env_cls=DummyVecEnv)
-    methods = multiprocessing.get_all_start_methods()
-    return sb3_make_vec_env(
-        make_one,
-        n_envs=n_envs,
-        seed=seed,
-        vec_env_cls=SubprocVecEnv,
-        vec_env_kwargs={"start_method": "forkserver" if "forkserver" in methods else "spawn"},
-    )
+    return sb3_make_vec_env(make_one, n_envs=n_envs, seed=seed, vec_env_cls=ProcessVecEnv if processes else DummyVecEnv)

@@ -19,6 +19,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
+from worldflux.envs.processes import naming_the_ended
 from worldflux.envs.spaces import Array
 from worldflux.errors import BufferError, ConfigurationError
 
@@ -203,6 +204,7 @@ class GymnasiumVecEnv(VecEnv):
         base = envs.unwrapped
         self._copies = getattr(base, "copy", None) is True  # otherwise the next step may write into the same arrays
         self._is_async = envs is base and isinstance(base, AsyncVectorEnv)
+        self._processes = dict(enumerate(base.processes)) if isinstance(base, AsyncVectorEnv) else {}
         self._actions: Any = None
         self._stepping = False
         self._late: dict[int, dict[str, Any]] = {}  # infos of ended episodes that the next step reports
@@ -226,7 +228,8 @@ class GymnasiumVecEnv(VecEnv):
                 "The options differ between environments, but a Gymnasium vector environment takes the same for all."
             )
         # Gymnasium counts up from the first environment's seed as SB3 does.
-        obs, infos = self.vector_env.reset(seed=self._seeds[0], options=self._options[0] or None)
+        with naming_the_ended(self._processes):
+            obs, infos = self.vector_env.reset(seed=self._seeds[0], options=self._options[0] or None)
         self.reset_infos = split_infos(infos, self.num_envs)
         self._reset_seeds()
         self._reset_options()
@@ -237,7 +240,8 @@ class GymnasiumVecEnv(VecEnv):
     def step_async(self, actions: Array) -> None:
         """Starts a step of all environments."""
         if self._is_async:
-            self.vector_env.step_async(actions)  # type: ignore[attr-defined]
+            with naming_the_ended(self._processes):
+                self.vector_env.step_async(actions)  # type: ignore[attr-defined]
         self._actions, self._stepping = actions, True
 
     def step_wait(self) -> VecEnvStepReturn:
@@ -271,9 +275,10 @@ class GymnasiumVecEnv(VecEnv):
 
     def _finish_step(self) -> tuple[Any, Array, Array, Array, dict[str, Any]]:
         self._stepping = False
-        if self._is_async:
-            return self.vector_env.step_wait()  # type: ignore[attr-defined]
-        return self.vector_env.step(self._actions)
+        with naming_the_ended(self._processes):
+            if self._is_async:
+                return self.vector_env.step_wait()  # type: ignore[attr-defined]
+            return self.vector_env.step(self._actions)
 
     def _report_resets(self, ends: dict[int, bool], vector_infos: dict[str, Any], infos: list[dict[str, Any]]) -> None:
         """Puts into the infos what SB3 expects from environments that were reset in this step."""

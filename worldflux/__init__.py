@@ -20,6 +20,7 @@ from worldflux.errors import (
     MissingDependencyError,
     ShapeMismatchError,
     TrainingError,
+    WorkerError,
     WorldFluxError,
 )
 from worldflux.lazy import lazy_exports
@@ -44,6 +45,7 @@ __all__ = [
     "State",
     "TDMPC2Config",
     "TrainingError",
+    "WorkerError",
     "WorldFluxAgent",
     "WorldFluxError",
     "WorldModel",

@@ -32,6 +32,10 @@ class TrainingError(WorldFluxError, RuntimeError):
     """Raised when training or acting cannot continue, for example at the first loss or action that is not finite."""
 
 
+class WorkerError(WorldFluxError, ConnectionError):
+    """Raised when the process of an environment has ended; the message gives the cause if it is known."""
+
+
 class MissingDependencyError(WorldFluxError, ImportError):
     """Raised when an optional package is required but not installed; the message names the extra to install."""
 
