@@ -9,19 +9,19 @@ from typing import Any
 from worldflux.errors import WorldFluxError
 
 SPACES = "spaces are supported"
-MODELS = "models take their shapes"
-SAVED = "spaces survive saving"
-RESET = "reset gives an observation of the space"
-OBSERVATIONS = "steps give observations of the space"
+MODELS = "models accept the shapes"
+SAVED = "spaces can be saved and loaded"
+RESET = "reset returns an observation of the space"
+OBSERVATIONS = "steps return observations of the space"
 REWARDS = "rewards are finite numbers"
 FLAGS = "terminated and truncated are booleans"
 LAST = "episodes end with their own last observation"
-KEPT = "what was handed over is not changed later"
-STORED = "replay holds what was observed"
-SEEDS = "a seed repeats what happens"
-INSTANCES = "two instances with one seed agree"
+KEPT = "returned arrays are not changed later"
+STORED = "the replay buffer holds what was observed"
+SEEDS = "the same seed gives the same episode"
+INSTANCES = "two instances with the same seed agree"
 ACTIONS = "every action of the space is accepted"
-RENDERING = "render gives pictures"
+RENDERING = "render returns images"
 GYMNASIUM = "Gymnasium's checker"
 SB3 = "Stable-Baselines3's checker"
 
@@ -51,7 +51,7 @@ class EnvironmentCheckError(WorldFluxError, AssertionError):
 
 @dataclass(frozen=True)
 class Check:
-    """One point of the contract."""
+    """One check of an environment."""
 
     name: str
     """The requirement."""
@@ -70,11 +70,11 @@ class CheckReport:
     checks: tuple[Check, ...]
     """Every check that was made, in order."""
     advice: tuple[str, ...]
-    """Remarks on what works and could be better."""
+    """Recommendations that are not requirements."""
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed."""
+        """Whether all checks passed."""
         return all(check.passed for check in self.checks)
 
     def __str__(self) -> str:

@@ -132,7 +132,7 @@ def test_check_env_prints_each_check_and_succeeds(capsys: pytest.CaptureFixture[
     assert main(["check-env", "CartPole-v1", "--steps", "50"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "CartPole-v1"
-    assert "  ok      a seed repeats what happens: over 50 steps" in lines
+    assert "  ok      the same seed gives the same episode: over 50 steps" in lines
     assert len(lines) == 16
 
 

@@ -1,4 +1,4 @@
-"""What a run trains on, and from where in its data and random streams it continues."""
+"""The data of a run, and the random streams and checkpoint from which it continues."""
 
 from __future__ import annotations
 
@@ -18,18 +18,26 @@ class Digestible(Protocol):
     """Data with a digest, by which different data are distinguished."""
 
     def digest(self) -> str:
-        """A short text that differs for different data."""
+        """Returns a short text that differs for different data."""
 
 
 def checked_share(value: float) -> float:
-    """`value` as a share of a buffer, if it is a number between 0 and 1."""
+    """Returns a share of a buffer as a float.
+
+    Raises:
+        ConfigurationError: If it is not a number between 0 and 1.
+    """
     if isinstance(value, bool) or not 0 < value < 1:
         raise ConfigurationError(f"eval_data is {value!r}, expected a buffer, or a share between 0 and 1 to hold out.")
     return float(value)
 
 
 def held_out(buffer: Any, share: float, *, seed: int, seq_len: int) -> tuple[Any, Any]:
-    """The two parts of a buffer: what to train on, and the share that is held out for evaluation."""
+    """Splits a buffer into a training part and a part that is held out for evaluation.
+
+    Returns:
+        The training part and the held-out part.
+    """
     split = getattr(buffer, "split", None)
     if not callable(split):
         raise ConfigurationError(
@@ -49,7 +57,7 @@ class Continuation:
         restored: Content of `trainer.json` of the checkpoint that was loaded last; None after the next step.
 
     Args:
-        device: Where the model is trained.
+        device: Device on which the model is trained.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -60,31 +68,31 @@ class Continuation:
         self._extras: dict[str, Tensor] = {}
 
     def load(self, progress: dict[str, Any], extras: dict[str, Tensor]) -> None:
-        """Continues the random streams of a checkpoint."""
+        """Restores the random streams of a checkpoint."""
         set_random_state(progress["random"], self._device)
         self.restored, self._extras = progress, extras
 
     def check_data(self, data: Any, *, resume: bool) -> None:
-        """Raises a `CheckpointError` if a resumed run would go on with data other than those of the checkpoint."""
+        """Raises a `CheckpointError` if a resumed run would continue with other data than the checkpoint."""
         self.digest = data.digest() if isinstance(data, Digestible) else None
         trained_on = self.restored.get("data") if self.restored is not None else None
         if resume and trained_on is not None and trained_on != self.digest:
             raise CheckpointError(
-                "The buffer holds other data than the one that the checkpoint was trained on, so the run cannot be "
-                "continued exactly. Pass the same data, or call load_checkpoint(directory) and train(buffer) without "
-                "resume to go on with these."
+                "The buffer holds other data than the checkpoint was trained on, so the run cannot be continued "
+                "exactly. Pass the same data, or call load_checkpoint(directory) and train(buffer) without resume to "
+                "continue with the new data."
             )
 
     def start(self, source: Any, *, seed: int | None) -> None:
         """Continues the random streams of a checkpoint in a source of batches, or starts those of a new run.
 
         Args:
-            source: Where batches come from.
-            seed: The seed of a new run; None leaves the streams as they are.
+            source: Source of the batches.
+            seed: Seed of a new run; None leaves the streams as they are.
         """
         self.source = source
         if self.restored is not None:
-            # Once more, because the streams may have been used between loading and here (to build the buffer, say).
+            # Again, because random numbers may have been drawn since the checkpoint was loaded (to build a buffer).
             set_random_state(self.restored["random"], self._device)
             if self.restored["sampler"] is not None and isinstance(source, Resumable):
                 source.set_rng_state(self.restored["sampler"])
@@ -101,7 +109,7 @@ class Continuation:
         """The entries of a checkpoint for the sampler, the data and the callbacks, and the extras of the data's rows.
 
         Args:
-            batches: What hands out the batches while `Trainer.train` runs.
+            batches: Iterator of batches while `Trainer.train` runs, otherwise None.
             callbacks: The states of the callbacks.
         """
         if batches is not None:
@@ -109,8 +117,8 @@ class Continuation:
         else:
             sampler = self.source.rng_state() if isinstance(self.source, Resumable) else None
         entries = {"sampler": sampler, "data": self.digest, "callbacks": callbacks}
-        if self.restored is not None and batches is None:  # a checkpoint that nothing has gone on from yet
+        if self.restored is not None and batches is None:  # no step has been taken since the checkpoint was loaded
             return {name: self.restored.get(name, value) for name, value in entries.items()}, self._extras
-        # Extras of data that `train` was given; an agent stores its own.
+        # Only the extras of data that `train` was given; an agent saves those of its own buffer.
         stored = self.digest is not None and isinstance(self.source, WindowSampler)
         return entries, self.source.extras_state() if stored else {}
