@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ast
-import builtins
 import importlib
 import inspect
 import re
-import textwrap
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.pages import DOCS, PAGES, ROOT, blocks, prose
 
 import worldflux
 from worldflux import DreamerV3Config, TDMPC2Config, WorldFluxAgent, WorldModel, list_models
@@ -23,9 +22,6 @@ from worldflux.config import PlannerConfig
 from worldflux.errors import MissingDependencyError
 from worldflux.training import ReplayBuffer, Trainer
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 PUBLIC = (
     "worldflux",
     "worldflux.agents",
@@ -48,17 +44,6 @@ FILES = ("zip", "json", "safetensors", "md", "pkl")
 """Endings of file names such as agent.zip, which are no attributes."""
 
 page_by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    """The code blocks of a page, including those in lists."""
-    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```", page.read_text(encoding="utf-8"), re.M | re.S)
-    return [textwrap.dedent(code) for _, code in found]
-
-
-def prose(page: Path) -> str:
-    """A page without its code blocks."""
-    return re.sub(r"^( *)```.*?^\1```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
 
 
 def public_names() -> dict[str, Any]:
@@ -95,17 +80,14 @@ def calls(page: Path) -> Iterator[ast.Call]:
 
 
 @page_by_page
+def test_nothing_is_left_to_be_filled_in(page: Path) -> None:
+    marks = re.findall(r"@@\w*@@|\b(?:TODO|TBD|FIXME|XXX)\b|(?i:lorem ipsum)", page.read_text(encoding="utf-8"))
+    assert not marks
+
+
+@page_by_page
 def test_python_blocks_are_python_and_what_they_import_from_worldflux_exists(page: Path) -> None:
     known_names(page)
-
-
-@pytest.mark.parametrize("code", blocks(ROOT / "README.md", "python"))
-def test_python_blocks_of_the_readme_import_what_they_use(code: str) -> None:
-    nodes = list(ast.walk(ast.parse(code)))
-    imported = {alias.asname or alias.name for node in nodes for alias in getattr(node, "names", [])}
-    assigned = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    used = {node.id for node in nodes if isinstance(node, ast.Name)}
-    assert used - imported - assigned <= vars(builtins).keys()
 
 
 @page_by_page
@@ -231,6 +213,18 @@ def test_what_the_api_pages_describe_exists() -> None:
         except ModuleNotFoundError:
             module, _, attribute = name.rpartition(".")
             assert hasattr(importlib.import_module(module), attribute), name
+
+
+def test_the_api_pages_show_no_bases_that_they_do_not_describe() -> None:
+    text = api_pages()
+    for name, options in re.findall(r"^::: (\S+)\n((?: {4}.*\n)*)", text, re.M):
+        module, _, attribute = name.rpartition(".")
+        described = getattr(importlib.import_module(module), attribute, None)
+        if not isinstance(described, type) or "show_bases: false" in options:
+            continue
+        for base in described.__bases__:
+            if base.__module__.startswith("worldflux"):
+                assert re.search(rf"^::: (worldflux\S*\.{base.__name__}|{base.__module__})$", text, re.M), (name, base)
 
 
 @pytest.mark.parametrize("module", PUBLIC)

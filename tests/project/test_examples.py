@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tyro
 
-from worldflux import CheckpointError, WorldFluxAgent
+from worldflux import CheckpointError, WorldFluxAgent, create_world_model, factory
 from worldflux.envs import check_env
 
 EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
@@ -149,7 +149,15 @@ def test_resume_begins_anew_where_a_kill_left_no_checkpoint_and_stops_at_a_damag
         module.main(tmp_path / "run", total=40, train_ratio=0)
 
 
-@pytest.mark.parametrize("name", ["custom_environment", "load_and_evaluate", "record_video", "resume"])
+def test_a_family_of_your_own_plans_with_what_it_has_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factory, "_families", dict(factory._families))
+    mean = example("custom_model").main(steps=520, episodes=1, horizon=2, candidates=16)
+    assert -2_000.0 < mean < 0.0
+    model = create_world_model("dynamics:large", obs_shape=(3,), action_dim=1)
+    assert model.network[0].out_features == 512
+
+
+@pytest.mark.parametrize("name", ["custom_environment", "custom_model", "load_and_evaluate", "record_video", "resume"])
 def test_help_of_an_example_describes_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     main = example(name).main
     with pytest.raises(SystemExit) as ended:
