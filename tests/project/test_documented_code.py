@@ -7,7 +7,6 @@ run in their order and in one folder, so a file that one of them loads has to co
 from __future__ import annotations
 
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-from helpers.pages import DOCS, ROOT, blocks
+from helpers.pages import DOCS, ROOT, blocks, example
 from stable_baselines3.common.callbacks import BaseCallback
 
 from worldflux import factory
@@ -104,7 +103,7 @@ def files_of(page: str) -> dict[str, Any]:
     if page == "custom_environment":
         return {"MyEnv": MyEnv}
     if page == "custom_model":
-        runpy.run_path(str(ROOT / "examples" / "custom_model.py"))  # the page includes it
+        example("custom_model", again=True)  # the page includes it
     if page == "resume":
         collect(make_env("dmc/walker-walk"), steps=120).save("walker.npz")
     if page == "differences_from_sb3":

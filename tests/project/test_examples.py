@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import cv2
 import gymnasium as gym
 import numpy as np
 import pytest
 import tyro
+from helpers.pages import example
 
 from worldflux import CheckpointError, WorldFluxAgent, create_world_model, factory
 from worldflux.envs import check_env
-
-EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
-
-
-def example(name: str) -> ModuleType:
-    """An example as a module. It is imported once: what it registers with Gymnasium is not registered again."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +136,7 @@ def test_resume_begins_anew_where_a_kill_left_no_checkpoint_and_stops_at_a_damag
 
 def test_a_family_of_your_own_plans_with_what_it_has_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(factory, "_families", dict(factory._families))
-    mean = example("custom_model").main(steps=520, episodes=1, horizon=2, candidates=16)
+    mean = example("custom_model", again=True).main(steps=520, episodes=1, horizon=2, candidates=16)
     assert -2_000.0 < mean < 0.0
     model = create_world_model("dynamics:large", obs_shape=(3,), action_dim=1)
     assert model.network[0].out_features == 512
