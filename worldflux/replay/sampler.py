@@ -25,14 +25,14 @@ _FLAGS = np.array([TERMINATED, TRUNCATED, FIRST, UNSEEN])[:, None, None]
 
 
 class Drawn(NamedTuple):
-    """Windows of rows of one stream each: consecutive ones, or with other rows left out between them."""
+    """Windows of rows. The rows of a window come from one stream and are consecutive, unless `rows` lists them."""
 
     stream: np.ndarray
-    """`[B]`"""
+    """Stream of each window. `[B]`"""
     first: np.ndarray
-    """The first row of each window. `[B]`"""
+    """First row of each window. `[B]`"""
     rows: np.ndarray | None = None
-    """All rows; None where they follow the first one without a gap. `[B, T]`"""
+    """All rows; None if they are consecutive in every window. `[B, T]`"""
 
 
 class Runs:
@@ -82,9 +82,11 @@ class Runs:
         return drawn._replace(rows=positions + self._row_of_position[self._until.searchsorted(positions, side="right")])
 
     def _windows(self, seq_len: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """The number of windows, the same up to the end of each stream, and the offset of each stream.
+        """Counts the windows.
 
-        The offset is added to the number of a window to obtain its first position.
+        Returns:
+            The number of windows, its cumulative sum over the streams, and the offset of each stream, which is added to
+            the number of a window to obtain its first position.
         """
         if seq_len not in self._counted:
             windows = np.maximum(self._rows - (seq_len - 1), 0)
@@ -112,11 +114,11 @@ class WindowSampler:
 
     @property
     def _rows(self) -> RingStorage:
-        """The store that holds the rows now."""
+        """Storage that currently holds the rows."""
         raise NotImplementedError
 
     def _runs(self, rows: RingStorage) -> Runs:
-        """The rows that are sampled from."""
+        """Runs of rows from which windows are drawn."""
         raise NotImplementedError
 
     def num_windows(self, seq_len: int) -> int:
@@ -145,26 +147,26 @@ class WindowSampler:
         check_fits("The replay buffer", np.asarray(rows.actions[steps]), self._form.action_classes, classes)
 
     def digest(self) -> str:
-        """A short text that differs for different data; the extras are not included."""
+        """Returns a short text that differs for different data; extras are not included."""
         return self._rows.digest()
 
     def sample(
         self, batch_size: int | BatchRequest, seq_len: int | None = None, device: str | torch.device = "cpu"
     ) -> Batch:
-        """A batch of windows; arguments and errors are those of `ReplayBuffer.sample`."""
+        """Draws a batch of windows; arguments and errors are those of `ReplayBuffer.sample`."""
         return self._sample(batch_size, seq_len, device)
 
     def sample_ahead(
         self, batch_size: int | BatchRequest, seq_len: int | None = None, device: str | torch.device = "cpu"
     ) -> Batch:
-        """`sample` without the extras, for sampling before they are up to date; `extras_of` gives them later.
+        """Draws a batch without its extras, before they are up to date; `extras_of` returns them later.
 
         It can run in a thread of its own while another one calls `update_extras` or `extras_of`.
         """
         return self._sample(batch_size, seq_len, device, with_extras=False)
 
     def extras_of(self, rows: Any) -> dict[str, Tensor]:
-        """What is stored beside rows now, zero for those that have been overwritten.
+        """Returns the extras that are currently stored with rows, and zeros for rows that have been overwritten.
 
         Args:
             rows: `Batch.row_ids`. `[B, T]`
@@ -183,9 +185,9 @@ class WindowSampler:
         return extras
 
     def update_extras(self, rows: Any, values: Mapping[str, Any]) -> None:
-        """Stores what a model computed beside the rows of a batch; rows overwritten since then are left out.
+        """Stores values that a model computed with the rows of a batch, except for rows overwritten since then.
 
-        Where windows overlap, the values of the last one stay. Tensors on the storage's own device do not leave it.
+        If windows overlap, the values of the last one are kept. Tensors on the storage's own device do not leave it.
 
         Args:
             rows: `Batch.row_ids` or a part of it. `[B, T]`
@@ -211,22 +213,24 @@ class WindowSampler:
                 store.extras[name][at[stored]] = checked[stored]
 
     def extras_state(self) -> dict[str, Tensor]:
-        """What is stored beside all rows, for a checkpoint. `{name: [N, ...]}`"""
+        """Returns the extras of all rows, for a checkpoint. `{name: [N, ...]}`"""
         store = self._rows
         return {name: torch.from_numpy(array[store.stored_at()]) for name, array in store.extras.items()}
 
     def load_extras_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restores what `extras_state` returned, beside the same rows.
+        """Restores the extras that `extras_state` returned, for the same rows.
 
         Raises:
-            BufferError: If its shapes are not those of the extras stored here.
+            BufferError: If the shapes differ from those of the stored extras.
         """
         store = self._rows
         at = store.stored_at()
         expected = {name: (len(at), *array.shape[1:]) for name, array in store.extras.items()}
         found = {name: tuple(values.shape) for name, values in state.items()}
         if found != expected:
-            raise BufferError(f"These extras have shapes {found}, expected {expected} for what is stored here.")
+            raise BufferError(
+                f"These extras have shapes {found}, expected {expected} for the rows that are stored here."
+            )
         for name, values in state.items():
             store.extras[name][at] = as_numpy(name, values)
 
@@ -243,7 +247,7 @@ class WindowSampler:
         return dict(self._rng.bit_generator.state)
 
     def set_rng_state(self, state: Mapping[str, Any]) -> None:
-        """Continues the random numbers from what `rng_state` returned.
+        """Restores a state of the random numbers that `rng_state` returned.
 
         Raises:
             BufferError: If it is anything else. The sampler is then unchanged.
@@ -295,7 +299,7 @@ class WindowSampler:
                 obs[key] = obs[key].float()
         rewards = windows.copy(store.rewards)
         flags = ((windows.copy_numpy(store.flags) ^ UNSEEN) & _FLAGS) != 0
-        # There is no mask where everything was seen: a model need not compute what it would have expected there.
+        # Without a mask, a model does not have to compute predictions for unseen observations.
         kept = flags[:-1] if flags[-1].all() else flags
         terminations, truncations, is_first, *masks = to_device(torch.from_numpy(kept), rewards.device).unbind()
         n = len(store.base)
