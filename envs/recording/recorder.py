@@ -1,7 +1,7 @@
-"""Recorders, which turn the steps of environments into rows of the replay buffer; nothing else does.
+"""Recorders, the only place where steps of environments become rows of the replay buffer.
 
-The alignment of observations, actions and rewards is drawn in `ReplayBuffer`. A step is in the buffer as soon as it was
-made, long before its episode ends.
+`ReplayBuffer` shows how observations, actions and rewards are aligned. A step is stored as soon as it was made, before
+its episode ends.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Ends = Sequence[tuple[int, int]]
 
 
 class EpisodeRecorder:
-    """Writes the steps of environments that move together into a buffer.
+    """Writes the steps of environments that are stepped together into a buffer.
 
     Attributes:
         buffer: The buffer that receives the steps.
@@ -75,7 +75,7 @@ class EpisodeRecorder:
 
     @property
     def is_in_order(self) -> bool:
-        """Whether the environments have the streams of the same numbers, as with `ReplayBuffer.add`."""
+        """Whether environment i writes to stream i of the buffer, as with `ReplayBuffer.add`."""
         return self._began and self._cache.is_in_order
 
     @property
@@ -101,14 +101,14 @@ class EpisodeRecorder:
     def interrupt(self) -> None:
         """Ends the episodes in flight as truncated, with the observations after their last steps.
 
-        This is due when a reset, a step or storing it has failed: nobody knows where the environments are then.
+        Call it after a reset, a step or storing a step has failed, because the environments are in an unknown state.
         """
         if self._began:
             self._cache.end_episodes()
         self.finish()
 
     def __enter__(self) -> None:
-        """Begins a block that resets or steps the environments."""
+        """Enters a block that resets or steps the environments."""
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Ends the episodes in flight if the block has failed."""
@@ -121,19 +121,19 @@ class EpisodeRecorder:
         self._cache.rest()
 
     def close(self) -> None:
-        """Ends the episodes in flight, and leaves the streams to others."""
+        """Ends the episodes in flight and releases the streams."""
         self.interrupt()
         self._cache.detach()
 
     def checked_actions(self, actions: Any) -> Array:
-        """A copy of the actions that are about to be executed, in the library's form, for `add`.
+        """Returns a copy of the actions that are about to be executed, in the library's form, for `add`.
 
         Raises:
             BufferError: If no episode has begun.
-            ShapeMismatchError: If these are no actions of the space.
+            ShapeMismatchError: If they are not actions of the space.
         """
         if not self._began:
-            raise BufferError("step() was called where no episode has begun. Call env.reset() first.")
+            raise BufferError("step() was called before an episode began. Call env.reset() first.")
         return self.action_codec.from_env(actions)
 
     def add(
@@ -157,7 +157,7 @@ class EpisodeRecorder:
             finals: For each of `ends` the observation after this step, before the reset, as the environment gave it.
                 None if `next_obs` holds them.
             skipped: The environments that made no step.
-            extras: What the model wants stored beside the rows. `{name: [n_envs, ...]}`
+            extras: Values of the model to store with the rows. `{name: [n_envs, ...]}`
         """
         encoded = None if finals is None else [self.obs_codec.encode_any(final)[0] for final in finals]
         if not extras and self._cache.put(actions, rewards, next_obs):
