@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -81,16 +82,16 @@ def test_help_comes_at_once_without_loading_anything_heavy(args: list[str]) -> N
 
 
 OPTIONS = {
-    "train": ("MODEL ENV", "--resume DIR", "--seed INT", "--set FIELD=VALUE", "--eval-interval INT"),
-    "eval": ("AGENT ENV", "--episodes INT", "--video FILE", "--json", "--pixels"),
-    "imagine": ("AGENT", "DATA", "--env ENV", "--horizon INT", "--windows INT", "--seed INT", "--output", "--pixels"),
-    "plot": ("DIR", "--output FILE", "--x {steps,time}", "--no-reference"),
-    "collect": ("ENV", "--output", "--seed INT", "--policy STR"),
-    "train-offline": ("MODEL DATA", "--resume DIR", "--eval-share FLOAT", "--set FIELD=VALUE"),
+    "train": ("[MODEL] [ENV]", "--resume DIR", "--seed INT", "--set FIELD=VALUE", "--eval-interval INT"),
+    "eval": ("AGENT [ENV]", "--episodes INT", "--video FILE", "--json", "--pixels"),
+    "imagine": ("AGENT", "[DATA]", "--env ENV", "--horizon INT", "--windows INT", "--seed INT", "--output", "--pixels"),
+    "plot": ("DIR ...", "--output FILE", "--x {steps,time}", "--no-reference"),
+    "collect": ("ENV", "--output", "--seed INT", "--policy POLICY"),
+    "train-offline": ("[MODEL] [DATA]", "--resume DIR", "--eval-share FLOAT", "--set FIELD=VALUE"),
     "models": ("--json",),
     "envs": ("PATTERN", "--all-versions", "--json"),
     "check-env": ("ENV", "--steps INT", "--seed INT", "--render"),
-    "doctor": ("ENV", "--device STR", "--check-device DEVICE", "--json"),
+    "doctor": ("[ENV]", "--device DEVICE", "--check-device DEVICE", "--json"),
 }
 
 
@@ -106,7 +107,8 @@ def test_help_names_every_command_and_option(command: str, capsys: pytest.Captur
     assert f"usage: worldflux {command} " in text
     for option in OPTIONS[command]:
         assert option in text
-    assert "None" not in text  # a default that says nothing
+    assert "None" not in text and "default: False" not in text and "default: True" not in text  # say nothing
+    assert max(map(len, text.splitlines()[1:])) <= 80
     purpose = text.splitlines()[2]
     assert " ".join(purpose.split()[:4]) in " ".join(top.split())
 
@@ -122,10 +124,43 @@ def test_help_of_a_command_builds_no_parser_of_another(monkeypatch: pytest.Monke
 
 
 def test_unknown_commands_and_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for args in (["colect", "CartPole-v1"], ["check-env", "CartPole-v1", "--step", "3"], ["check-env"]):
+    assert main(["colect", "CartPole-v1"]) == 2
+    message = "There is no command 'colect'; did you mean 'collect'? worldflux --help lists all commands."
+    assert capsys.readouterr() == ("", f"worldflux: {message}\n")
+    for args in (["check-env", "CartPole-v1", "--step", "3"], ["check-env"], ["--verbose"]):
         with pytest.raises(SystemExit, match="2"):
             main(args)
     assert "--steps" in capsys.readouterr().err  # the nearest option
+
+
+def test_no_arguments_show_how_to_begin(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("usage: worldflux COMMAND")
+    examples = [line.split() for line in err.splitlines() if line.startswith("  worldflux ")]
+    assert [words[1] for words in examples] == ["train", "eval"]
+
+
+def test_the_versions_and_python_m(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    import worldflux
+
+    expected = f"worldflux {worldflux.__version__} (torch {torch.__version__}, Python {platform.python_version()})\n"
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == expected
+    done = subprocess.run([sys.executable, "-m", "worldflux", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == expected
+
+
+def test_counts_may_be_written_as_people_write_them(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for steps, expected in (("2e1", 20), ("1_0", 10), ("15", 15)):
+        assert main(["collect", "coin_env.py:Coin", "-o", "data.npz", "--overwrite", "--steps", steps]) == 0
+        assert ReplayBuffer.load(own / "data.npz").num_transitions == expected
+    for steps in ("1.5", "many", "inf", "nan"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["collect", "coin_env.py:Coin", "-o", "other.npz", "--steps", steps])
+        assert f"'{steps}' is not a whole number, such as" in capsys.readouterr().err
 
 
 def test_check_env_prints_each_check_and_succeeds(capsys: pytest.CaptureFixture[str]) -> None:

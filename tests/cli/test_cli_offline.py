@@ -55,7 +55,7 @@ def test_a_model_is_trained_and_saved(capsys: pytest.CaptureFixture[str]) -> Non
     assert (list(losses), list(kept)) == ([4, 8, 12], [6, 12])
     assert out == f"{run}: 12 gradient steps, loss {kept[12]:.4g} on the held-out steps.\n"
     assert f"step 12/12  loss {losses[12]:.4g}, {kept[12]:.4g} on the held-out steps" in err
-    assert err.count("\n") == 1 + 12  # no redrawn bar
+    assert err.count("\n") == 1 + 12 + 1  # no redrawn bar
     config = create_world_model(str(run / "model")).config
     assert (config.obs_shape, config.action_dim, config.action_type) == ((3,), 2, "discrete")
     assert [path.name for path in checkpoints_in(run / "checkpoints")] == ["step-00000012"]

@@ -115,7 +115,7 @@ def test_runs_of_one_curve_differ_in_seeds_only(capsys: pytest.CaptureFixture[st
     assert lines == [
         "CartPole-v1  dreamerv3:tiny, set default, train_ratio default: 2 runs, last evaluation scores 3, 4",
         "CartPole-v1  dreamerv3:tiny, set units=8, train_ratio 64.0: 2 runs, last evaluation scores 9, 9",
-        "CartPole-v1  tdmpc2:tiny: 1 runs, last evaluation scores 1",
+        "CartPole-v1  tdmpc2:tiny: 1 run, last evaluation score 1",
     ]
     x, y = drawn["plots"]["dreamerv3:tiny, set default, train_ratio default (2 seeds)"]
     np.testing.assert_allclose((x, y), ([10, 20], [1.0, 3.5]))
@@ -215,8 +215,8 @@ def test_known_numbers_of_the_published_scores() -> None:
     ("args", "message"),
     [
         (["empty"], "There is no run in empty. Pass a directory that worldflux train has written."),
-        (["runs/none"], "None of these 1 runs has training scores yet"),
-        (["runs/some", "--score", "training"], "None of these 1 runs has training scores yet"),
+        (["runs/none"], "There are no training scores yet in 1 run. Nothing is drawn."),
+        (["runs/some", "--score", "training"], "There are no training scores yet in 1 run. Nothing is drawn."),
         (["runs/offline"], "There is no run of worldflux train among these directories"),
         (["runs/some", "-o", "curves.txt"], "curves.txt cannot be written, expected a .png, .pdf or .svg"),
         (["runs/some", "-o", "nowhere/curves.png"], "nowhere/curves.png cannot be written"),
@@ -238,7 +238,7 @@ def test_links_that_lead_back_are_followed_once(capsys: pytest.CaptureFixture[st
     for name in ("a", "b"):
         Path("runs", name).symlink_to(".")
     assert main(["plot", "runs"]) == 0
-    assert capsys.readouterr().out.startswith("CartPole-v1  dreamerv3:tiny: 1 runs, last evaluation scores 1\n")
+    assert capsys.readouterr().out.startswith("CartPole-v1  dreamerv3:tiny: 1 run, last evaluation score 1\n")
 
 
 def test_a_log_is_written_over_nothing(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_runs_without_scores_are_left_out(capsys: pytest.CaptureFixture[str]) ->
     assert main(["plot", "runs", "--score", "evaluation"]) == 0
     out, err = capsys.readouterr()
     assert err == "worldflux: runs/none has no evaluation scores yet\n"
-    assert out.startswith("CartPole-v1  dreamerv3:tiny: 1 runs, last evaluation scores 1\n")
+    assert out.startswith("CartPole-v1  dreamerv3:tiny: 1 run, last evaluation score 1\n")
 
 
 def test_a_missing_matplotlib_names_the_extra(

@@ -175,7 +175,7 @@ def test_plot_draws_runs_and_says_what_else_is_none(
 ) -> None:
     pytest.importorskip("matplotlib")
     out = ["-o", str(tmp_path / "curves.png")]
-    assert "1 runs" in said(["plot", str(saved / "run"), *out], capsys, 0)
+    assert "1 run," in said(["plot", str(saved / "run"), *out], capsys, 0)
     assert "offline was trained without an environment and has no scores" in said(["plot", str(saved), *out], capsys, 0)
     error = said(["plot", str(saved / "offline"), *out], capsys, 2)
     assert f"has losses in place of scores. tensorboard --logdir {saved / 'offline' / 'logs'}" in error

@@ -65,7 +65,8 @@ def test_a_run_has_a_directory_with_all_that_it_left(capsys: pytest.CaptureFixtu
     assert {"eval/mean_reward", "rollout/ep_rew_mean", "time/total_timesteps", "train/loss"} <= set(header)
     logged = [json.loads(line) for line in (run / "logs" / "progress.json").read_text().splitlines()]
     assert [row["eval/mean_reward"] for row in logged if "eval/mean_reward" in row] == [row.score for row in rows]
-    assert err.count("\n") == 1 + 20 + 3  # where, a line for each twentieth, and the evaluations: no redrawn bar
+    assert err.count("\n") == 1 + 20 + 3 + 1  # where, twentieths, evaluations, what comes next: no redrawn bar
+    assert err.endswith(f"worldflux: next: worldflux eval {run}, worldflux plot {run}, worldflux imagine {run}\n")
     assert f"{run}, seed 3, a gradient step every 2 environment steps" in err
 
 
@@ -151,6 +152,37 @@ def test_a_finished_run_says_so_and_takes_more_steps(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out.startswith("run: 80 steps")
     assert RunConfig.read(Path("run")).settings["steps"] == 80
     assert [row.step for row in read_evaluations(Path("run/evaluations.csv"))] == [20, 40, 60, 80]
+
+
+def test_a_run_that_is_made_shorter_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patched:
+        stop_at(34, signal.SIGINT, patched)
+        assert train(*SHORT, "--run", "run") == 130
+    assert main(["train", "--resume", "run", "--steps", "20"]) == 0
+    out, err = capsys.readouterr()
+    assert "worldflux: --steps 20 makes the run shorter: it ends at step 34 instead of 60\n" in err
+    assert out.startswith("run: 34 steps")
+
+
+def test_a_tiny_run_is_evaluated_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("--steps", "12", "--eval-episodes", "1", "--run", "run") == 0
+    assert [(row.step, row.episodes) for row in read_evaluations(Path("run/evaluations.csv"))] == [(12, 1)]
+    assert " over 1 episode, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text"),
+    [
+        ("16", "2 gradient steps per environment step"),
+        ("8", "1 gradient step per environment step"),
+        ("0", "no grad"),
+    ],
+)
+def test_the_rate_of_gradient_steps_is_told_in_words(ratio: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("--steps", "2", "--eval-interval", "0", "--train-ratio", ratio) == 0
+    assert f", {text}" in capsys.readouterr().err
 
 
 def test_a_run_that_another_process_trains_is_not_loaded(capsys: pytest.CaptureFixture[str]) -> None:

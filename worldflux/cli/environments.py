@@ -18,7 +18,7 @@ from worldflux.errors import ConfigurationError, nearest
 if TYPE_CHECKING:
     import gymnasium as gym
 
-EnvName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ENV")]
+EnvName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ENV", help_behavior_hint="")]
 """The argument of `find_environment`."""
 
 _WHERE = re.compile(r"(?P<module>[^:]+|[A-Za-z]:[^:]+):(?P<name>[A-Za-z_]\w*)")

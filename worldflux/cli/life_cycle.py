@@ -40,6 +40,8 @@ class Work(ABC):
     """Arguments of an example command."""
     settings_type: ClassVar[type[Any]]
     """Dataclass of the command's options."""
+    next_commands: ClassVar[tuple[str, ...]]
+    """Commands for a finished run, without `worldflux`, in which `{run}` stands for its directory."""
     result: ClassVar[str]
     """Name of the entry in the run's directory that is written when the run has finished."""
 
@@ -145,6 +147,9 @@ def _resume(work: type[Work], directory: Path, given: Any) -> int:
             print(f"worldflux: {shown} has no checkpoint yet, so it starts from the beginning", file=sys.stderr)
         else:
             print(f"worldflux: resuming at step {done} of {settings.steps}", file=sys.stderr)
+            if settings.steps < config.settings.get("steps", 0):
+                end = f"at step {max(done, settings.steps)} instead of {config.settings['steps']}"
+                print(f"worldflux: --steps {settings.steps} makes the run shorter: it ends {end}", file=sys.stderr)
         return _train(made, directory)
 
 
@@ -182,4 +187,6 @@ def _train(work: Work, directory: Path) -> int:
         return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 130
     work.save(directory / work.result)
     print(f"{shown}: {result}.")
+    again = [f"worldflux {text.format(run=shlex.quote(str(shown)))}" for text in work.next_commands]
+    print(f"worldflux: next: {', '.join(again)}", file=sys.stderr)
     return 0

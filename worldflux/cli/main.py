@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import select
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +21,8 @@ from worldflux.cli.commands.models import models
 from worldflux.cli.commands.plot import plot
 from worldflux.cli.commands.train import train
 from worldflux.cli.commands.train_offline import train_offline
-from worldflux.errors import WorldFluxError
+from worldflux.cli.runs import installed_version
+from worldflux.errors import ConfigurationError, WorldFluxError, nearest
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "train": train,
@@ -34,6 +36,17 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "check-env": check_env,
     "doctor": doctor,
 }
+
+
+_TYRO = (tyro.conf.FlagCreatePairsOff,)
+
+_FIRST_HELP = """usage: worldflux COMMAND ...
+
+Train an agent, then watch what it has learned:
+  worldflux train tdmpc2:tiny Pendulum-v1 --steps 5000
+  worldflux eval runs/Pendulum-v1/tdmpc2-tiny/1 --video pendulum.mp4
+
+worldflux --help lists all commands, and worldflux train --help the options of one."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -65,20 +78,40 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _run(given: list[str]) -> int:
     """Runs the command named by the arguments."""
-    chosen = given[0] if given else None
+    if not given:
+        print(_FIRST_HELP, file=sys.stderr)
+        return 2
+    name, *rest = given
+    if name == "--version":
+        print(_version())
+        return 0
     try:
+        if name in COMMANDS:
+            return tyro.cli(COMMANDS[name], prog=f"worldflux {name}", args=rest, config=_TYRO)
+        if not name.startswith("-"):
+            raise ConfigurationError(
+                f"There is no command '{name}'{nearest(name, COMMANDS)} worldflux --help lists all commands."
+            )
         return tyro.extras.subcommand_cli_from_dict(
-            {name: command if name == chosen else _named(command) for name, command in COMMANDS.items()},
+            {name: _named(command) for name, command in COMMANDS.items()},
             prog="worldflux",
-            description="World models on any Gymnasium environment.",
+            description="World models on any Gymnasium environment. worldflux --version prints the versions.",
             args=given,
-            config=(tyro.conf.FlagCreatePairsOff,),
+            config=_TYRO,
         )
     except WorldFluxError as error:
         print("worldflux:", *str(error).split(), file=sys.stderr)  # on one line
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _version() -> str:
+    """The versions of worldflux, torch and Python."""
+    return (
+        f"worldflux {installed_version('worldflux') or 'not installed'} "
+        f"(torch {installed_version('torch') or 'not installed'}, Python {platform.python_version()})"
+    )
 
 
 def _silence_closed_pipes() -> bool:

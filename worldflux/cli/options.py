@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from worldflux.errors import CheckpointError, ConfigurationError, nearest
 
@@ -19,25 +21,68 @@ SettingsT = TypeVar("SettingsT")
 _NO_HINT = ""
 """Instead of tyro's hint about the default, for options whose text says what happens without them."""
 
-Number = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_NO_HINT)]
+
+def _whole_number(words: Sequence[str]) -> int:
+    """Parses an integer, which may be written as 100000, 100_000 or 1e5."""
+    text = words[0]
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not number.is_integer():
+        raise ValueError(f"{text!r} is not a whole number, such as 100000, 100_000 or 1e5")
+    return int(number)
+
+
+_WHOLE_NUMBER: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="INT",
+    instance_from_str=_whole_number,
+    is_instance=lambda value: value is None or isinstance(value, int),
+    str_from_instance=lambda value: [str(value)],
+)
+
+Count = Annotated[int, _WHOLE_NUMBER]
+Number = Annotated[int | None, _WHOLE_NUMBER, tyro.conf.arg(help_behavior_hint=_NO_HINT)]
+Numbers = Annotated[tuple[Count, ...], tyro.conf.arg(metavar="INT ...", help_behavior_hint=_NO_HINT)]
 Real = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=_NO_HINT)]
-DeviceName = Annotated[str | None, tyro.conf.arg(metavar="DEVICE", help_behavior_hint=_NO_HINT)]
+Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint=_NO_HINT)]
+DeviceName = Annotated[str, tyro.conf.arg(metavar="DEVICE")]
+OptionalDeviceName = Annotated[str | None, tyro.conf.arg(metavar="DEVICE", help_behavior_hint=_NO_HINT)]
 Directory = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint=_NO_HINT)]
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint=_NO_HINT)]
-ModelName = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", help_behavior_hint=_NO_HINT)]
+ModelName = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]", help_behavior_hint=_NO_HINT)]
 """The model to train; left out to resume a run."""
-OptionalEnvName = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="ENV", help_behavior_hint=_NO_HINT)]
+OptionalEnvName = Annotated[
+    str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[ENV]", help_behavior_hint=_NO_HINT)
+]
+AgentPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="AGENT", help_behavior_hint=_NO_HINT)]
+Json = Annotated[bool, tyro.conf.arg(name="json", help_behavior_hint=_NO_HINT)]
 Fields = Annotated[
     tuple[str, ...], tyro.conf.arg(metavar="FIELD=VALUE", help_behavior_hint=_NO_HINT), tyro.conf.UseAppendAction
 ]
 """Fields of the model's configuration: `--set hidden_dim=64 --set entropy_scale=3e-3`."""
 
 
+def option(name: str) -> str:
+    """The option of the command line for a field of the settings: `--eval-interval`."""
+    return "--" + name.replace("_", "-")
+
+
+def counted(number: float, thing: str) -> str:
+    """A number with its noun, in the plural unless it is one: `3 episodes`."""
+    return f"{number:.12g} {thing}{'' if number == 1 else 's'}"
+
+
 @dataclass(frozen=True)
 class EnvOptions:
     """How an environment that is given by its id is made. Your own classes take none of these options."""
 
-    pixels: bool = False
+    pixels: Flag = False
     """Observe rendered images of the environment instead of its state."""
     size: Number = None
     """Side of the observed images in pixels. Default: 64, or what the Atari protocol defines."""
@@ -49,11 +94,11 @@ class EnvOptions:
         return {item.name: value for item in fields(EnvOptions) if (value := getattr(self, item.name)) != item.default}
 
 
-def check_writable(option: str, output: Path, directory: Path) -> None:
+def check_writable(changeable: str, output: Path, directory: Path) -> None:
     """Raises a `ConfigurationError` if nothing can be written to a directory; permissions alone do not tell.
 
     Args:
-        option: Option that the user can change.
+        changeable: Option that the user can change.
         output: The file or directory that will be written.
         directory: Where to write.
     """
@@ -61,7 +106,9 @@ def check_writable(option: str, output: Path, directory: Path) -> None:
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        raise ConfigurationError(f"{output} cannot be written: {error.strerror}. Choose another {option}.") from error
+        raise ConfigurationError(
+            f"{output} cannot be written: {error.strerror}. Choose another {changeable}."
+        ) from error
 
 
 def model_fields(given: Iterable[str]) -> dict[str, Any]:
@@ -93,11 +140,10 @@ def as_arguments(settings: Any) -> str:
     """The options for these settings, quoted for a shell."""
     words: list[str] = []
     for name, value in changed(settings).items():
-        option = "--" + name.replace("_", "-")
         if name == "set":
             words += [word for text in value for word in ("--set", text)]
         else:
-            words += [option] if value is True else [option, str(value)]
+            words += [option(name)] if value is True else [option(name), str(value)]
     return shlex.join(words)
 
 

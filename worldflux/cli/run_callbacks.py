@@ -16,6 +16,7 @@ from stable_baselines3.common.logger import Logger, make_output_format
 from stable_baselines3.common.vec_env import VecEnv
 
 from worldflux.agents import WorldFluxAgent
+from worldflux.cli.options import counted
 from worldflux.cli.runs import (
     BEST_AGENT_FILE,
     EVALUATIONS_FILE,
@@ -120,7 +121,7 @@ class Progress(BaseCallback):
         infos = self.model.ep_info_buffer
         if not infos:
             return ""
-        return f"score {np.mean([info['r'] for info in infos]):.4g} (mean of {len(infos)} episodes)  "
+        return f"score {np.mean([info['r'] for info in infos]):.4g} (mean of {counted(len(infos), 'episode')})  "
 
 
 class Evaluations(BaseCallback):
@@ -193,7 +194,8 @@ class Evaluations(BaseCallback):
         self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
         self.logger.dump(self.num_timesteps)
         best = "the best so far" if improved else f"the best is {self.best.score:g}" if self.best else ""
-        self.say(f"step {row.step}  evaluation: {row.score:.4g} ± {row.std:.3g} over {row.episodes} episodes, {best}")
+        over = counted(row.episodes, "episode")
+        self.say(f"step {row.step}  evaluation: {row.score:.4g} ± {row.std:.3g} over {over}, {best}")
 
     def _go_on(self, *args: Any) -> None:
         if self.model.stopping:  # a user who waits for the end of the step should not wait for many episodes

@@ -6,6 +6,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from worldflux.cli.environments import EnvName, find_environment
+from worldflux.cli.options import Count, Flag
 
 if TYPE_CHECKING:
     from worldflux.envs.checking.report import CheckReport
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 _STYLES = {"ok": "green", "failed": "bold red", "advice": "yellow"}
 
 
-def check_env(env: EnvName, *, steps: int = 200, seed: int = 0, render: bool = False) -> int:
+def check_env(env: EnvName, *, steps: Count = 200, seed: Count = 0, render: Flag = False) -> int:
     """Check that an environment keeps the contract that training relies on.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from worldflux.cli.environments import EnvName, find_environment
-from worldflux.cli.options import Number, check_writable
+from worldflux.cli.options import Count, Flag, Number, check_writable, counted
 from worldflux.cli.players import load_player
 from worldflux.cli.runs import Saved, saved_agent
 from worldflux.errors import ConfigurationError
@@ -21,15 +21,15 @@ RANDOM = "random"
 def collect(
     env: EnvName,
     *,
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")],
     steps: Number = None,
     episodes: Number = None,
-    policy: str = RANDOM,
-    n_envs: int = 1,
+    policy: Annotated[str, tyro.conf.arg(metavar="POLICY")] = RANDOM,
+    n_envs: Count = 1,
     seed: Number = None,
-    overwrite: bool = False,
+    overwrite: Flag = False,
 ) -> int:
-    """Record a policy's episodes in a file that `worldflux.training.train` learns from.
+    """Record a policy's episodes in a file for worldflux train-offline.
 
     Args:
         env: An id (CartPole-v1, dmc/walker-walk, atari/pong), or your class: module:Class or path.py:Class.
@@ -65,7 +65,7 @@ def collect(
     finally:
         envs.close()
     buffer.save(target)
-    print(f"{output}: {buffer.num_transitions} steps of {buffer.num_episodes} episodes.")
+    print(f"{output}: {counted(buffer.num_transitions, 'step')} of {counted(buffer.num_episodes, 'episode')}.")
     return 0
 
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-
-from worldflux.cli.options import DeviceName, OptionalEnvName
+from worldflux.cli.options import DeviceName, Flag, Json, OptionalDeviceName, OptionalEnvName
 
 
 def doctor(
     env: OptionalEnvName = None,
     *,
-    device: str = "auto",
-    render: bool = False,
-    check_device: DeviceName = None,
-    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    device: DeviceName = "auto",
+    render: Flag = False,
+    check_device: OptionalDeviceName = None,
+    json_output: Json = False,
 ) -> int:
     """Report what works on this machine, what is missing, and the command that installs it.
 

@@ -15,7 +15,7 @@ import tyro
 
 from worldflux.cli import runs
 from worldflux.cli.environments import find_environment
-from worldflux.cli.options import EnvOptions, File, OptionalEnvName
+from worldflux.cli.options import AgentPath, Count, EnvOptions, File, Flag, Json, OptionalEnvName, counted
 from worldflux.cli.players import environment_of, load_player
 from worldflux.errors import ConfigurationError, MissingDependencyError
 from worldflux.files import checked_path
@@ -41,16 +41,16 @@ class Episode:
 
 
 def evaluate(
-    agent: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="AGENT")],
+    agent: AgentPath,
     env: OptionalEnvName = None,
     *,
-    episodes: int = 10,
-    seed: int = 0,
-    stochastic: bool = False,
-    newest: bool = False,
+    episodes: Count = 10,
+    seed: Count = 0,
+    stochastic: Flag = False,
+    newest: Flag = False,
     video: File = None,
-    video_episodes: int = 1,
-    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    video_episodes: Count = 1,
+    json_output: Json = False,
     options: Annotated[EnvOptions, tyro.conf.arg(name="")] = _NO_OPTIONS,
 ) -> int:
     """Play episodes with a saved agent, and print its scores.
@@ -209,7 +209,7 @@ def _report(
         print(json.dumps(result if video is None else {**result, "video": str(video)}))
         return
     actions = "sampled" if stochastic else "most likely"
-    print(f"{agent} in {env}: {len(played)} episodes, {actions} actions, seed {seed}")
+    print(f"{agent} in {env}: {counted(len(played), 'episode')}, {actions} actions, seed {seed}")
     for name, values in (("score", scores), ("length", lengths)):
         low, high = min(values), max(values)
         print(f"  {name:<7} mean {fmean(values):<10.6g} std {pstdev(values):<10.4g} min {low:<10.6g} max {high:.6g}")

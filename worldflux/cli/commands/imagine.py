@@ -11,7 +11,7 @@ import tyro
 
 from worldflux.cli import runs
 from worldflux.cli.commands.eval import make_environment
-from worldflux.cli.options import EnvOptions, Number, check_writable
+from worldflux.cli.options import AgentPath, Count, EnvOptions, Number, check_writable, counted
 from worldflux.cli.players import environment_of, load_player
 from worldflux.cli.runs import Saved
 from worldflux.errors import ConfigurationError, ShapeMismatchError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from worldflux.models.base import WorldModel
     from worldflux.training import ReplayBuffer
 
-_Data = Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA", help_behavior_hint="")]
+_Data = Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[DATA]", help_behavior_hint="")]
 _Env = Annotated[str | None, tyro.conf.arg(metavar="ENV", help_behavior_hint="")]
 
 WINDOWS, IMAGE_WINDOWS = 256, 32
@@ -32,21 +32,21 @@ _NO_OPTIONS = EnvOptions()
 
 
 def imagine(
-    agent: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="AGENT")],
+    agent: AgentPath,
     data: _Data = None,
     *,
     env: _Env = None,
-    episodes: int = 10,
-    context: int = 5,
-    horizon: int = 45,
+    episodes: Count = 10,
+    context: Count = 5,
+    horizon: Count = 45,
     windows: Number = None,
-    shown: int = 4,
+    shown: Count = 4,
     samples: Number = None,
-    seed: int = 0,
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("imagination"),
+    seed: Count = 0,
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="DIR")] = Path("imagination"),
     options: Annotated[EnvOptions, tyro.conf.arg(name="")] = _NO_OPTIONS,
 ) -> int:
-    """Plot what a saved agent imagines: it sees the start of recorded windows and predicts the rest from the actions.
+    """Plot what a saved agent predicts for recorded actions, and what happened.
 
     Args:
         agent: A zip of WorldFluxAgent.save, a checkpoint, or the directory of a run or of a model (save_pretrained).
@@ -99,7 +99,8 @@ def imagine(
     found = open_loop(model, buffer.sample(count, context + horizon), context=context, samples=samples, seed=seed)
     check_finite(found)
     errors = found.errors()
-    title = f"{model.config.model_type}{'' if steps is None else f' after {steps} steps'}; {described}"
+    after = "" if steps is None else f" after {counted(steps, 'step')}"
+    title = f"{model.config.model_type}{after}; {described}"
     with writing(output, ConfigurationError), directory_beside(target / "imagination") as beside:
         images = image_keys(found)
         for key in images:
@@ -139,7 +140,7 @@ def _shown(
     if env is not None:
         player, buffer = _record(source, env, options, episodes, seed)
         steps = player.num_timesteps if source.is_agent else None
-        return player.model, steps, buffer, f"{episodes} new episodes in {env}"
+        return player.model, steps, buffer, f"{counted(episodes, 'new episode')} in {env}"
     if not source.is_agent:
         assert data is not None
         model = create_world_model(path, device="auto")
@@ -215,6 +216,7 @@ def _report(errors: dict[str, PredictionError], written: list[Path], *, pictured
                 else "the recorded values never change"
             )
             first, last = (f"{error.model.mean[step]:.3g}" for step in (0, -1))
-            print(f"{name}: error {first} one step ahead and {last} {len(error.ratio)} steps ahead; {compared}")
+            ahead = counted(len(error.ratio), "step")
+            print(f"{name}: error {first} one step ahead and {last} {ahead} ahead; {compared}")
     if not pictured:
         print("The model has no decoder: latent states are compared instead of observations.")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
 
-import tyro
+from worldflux.cli.options import Json
 
 
-def models(*, json_output: Annotated[bool, tyro.conf.arg(name="json")] = False) -> int:
+def models(*, json_output: Json = False) -> int:
     """List the presets that MODEL can be.
 
     Args:

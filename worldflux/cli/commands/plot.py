@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from worldflux.cli import runs
+from worldflux.cli.options import Flag, counted
 from worldflux.errors import ConfigurationError
 from worldflux.files import checked_path, path_beside, writing
 
@@ -21,7 +22,7 @@ _FREE = ("seed", "device", "processes", "checkpoint_interval", "steps", "eval_in
 _OF_THE_TASK = ("pixels", "size", "action_repeat")
 
 _Directories = Annotated[
-    tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name="dirs", metavar="DIR", help_behavior_hint="")
+    tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name="dirs", metavar="DIR ...", help_behavior_hint="")
 ]
 
 
@@ -31,7 +32,7 @@ def plot(
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = Path("learning_curves.png"),
     x: Literal["steps", "time"] = "steps",
     score: Literal["auto", "evaluation", "training"] = "auto",
-    reference: bool = True,
+    no_reference: Flag = False,
 ) -> int:
     """Draw learning curves of runs, with mean and interval over seeds.
 
@@ -40,7 +41,7 @@ def plot(
         output: Image to write: .png, .pdf or .svg.
         x: Environment steps, or hours of training.
         score: Scores of evaluations, or of training episodes (sampled actions). auto: evaluations, if all have some.
-        reference: Draw the scores that the model's authors have published for the same task.
+        no_reference: Leave out the scores that the model's authors have published for the same task.
 
     Returns:
         0
@@ -59,15 +60,17 @@ def plot(
         if run not in with_scores:
             print(f"worldflux: {run.directory} has no {kind} scores yet", file=sys.stderr)
     if not with_scores:
-        raise ConfigurationError(f"None of these {len(found)} runs has {kind} scores yet. Nothing is drawn.")
+        raise ConfigurationError(f"There are no {kind} scores yet in {counted(len(found), 'run')}. Nothing is drawn.")
     tasks = _grouped(with_scores)
     with writing(output, ConfigurationError), path_beside(output) as beside:
-        draw(tasks, beside, x=x, kind=kind, reference=reference and x == "steps")
+        draw(tasks, beside, x=x, kind=kind, reference=x == "steps" and not no_reference)
         beside.replace(output)
     for task, curves in tasks.items():
         for curve in curves:
             last = [run.scores(kind)[-1][2] for run in curve.runs]
-            print(f"{task}  {curve.label}: {len(last)} runs, last {kind} scores {', '.join(f'{s:.4g}' for s in last)}")
+            shown = ", ".join(f"{score:.4g}" for score in last)
+            plural = "" if len(last) == 1 else "s"
+            print(f"{task}  {curve.label}: {len(last)} run{plural}, last {kind} score{plural} {shown}")
     print(output)
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,11 +14,28 @@ import tyro
 from worldflux.cli import runs
 from worldflux.cli.environments import find_environment, is_own_code, lasting_name
 from worldflux.cli.life_cycle import Work, start_or_resume
-from worldflux.cli.options import Directory, EnvOptions, Fields, ModelName, Number, OptionalEnvName, Real, model_fields
+from worldflux.cli.options import (
+    Count,
+    DeviceName,
+    Directory,
+    EnvOptions,
+    Fields,
+    Flag,
+    ModelName,
+    Number,
+    OptionalEnvName,
+    Real,
+    counted,
+    model_fields,
+)
 from worldflux.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import VecEnv
+
+
+_LEAST_EVAL_INTERVAL = 100
+"""Smallest number of environment steps between evaluations if none is given; a run that is shorter has one."""
 
 
 @dataclass(frozen=True)
@@ -26,18 +44,19 @@ class TrainSettings(EnvOptions):
 
     steps: Number = None
     """Environment steps of the whole run, summed over all environments. Default: 100000."""
-    n_envs: int = 1
+    n_envs: Count = 1
     """Number of environments that are stepped together."""
-    processes: bool = False
+    processes: Flag = False
     """Run each environment in its own process; the agent trains while they step."""
     seed: Number = None
     """Seed for all random number generators. If omitted, a random seed is drawn and stored in config.json."""
-    device: str = "auto"
+    device: DeviceName = "auto"
     """Device to train on: cpu, cuda, cuda:1; auto uses the GPU if there is one."""
     learning_rate: Real = None
     """Learning rate of the optimizer. Default: the model's."""
     train_ratio: Real = None
-    """Replayed time steps per environment step. Larger: learns more from each, takes longer. Default: the model's."""
+    """Replayed time steps per environment step. Larger values learn more from each step, and take longer. Default: the
+    model's."""
     batch_size: Number = None
     """Number of windows in a batch. Default: the model's."""
     seq_len: Number = None
@@ -50,11 +69,11 @@ class TrainSettings(EnvOptions):
     """How actions are chosen: mppi plans them, none takes the policy's, auto does what the model's paper does."""
     set: Fields = ()
     """Set a field of the model's configuration, such as --set hidden_dim=64. May be repeated."""
-    checkpoint_interval: int = 10_000
+    checkpoint_interval: Count = 10_000
     """Environment steps between checkpoints. A checkpoint is also saved at the end, and on Ctrl-C and SIGTERM."""
     eval_interval: Number = None
-    """Environment steps between evaluations; 0 disables them. Default: a twentieth of the steps."""
-    eval_episodes: int = 5
+    """Environment steps between evaluations; 0 disables them. Default: a twentieth of the steps, at least 100."""
+    eval_episodes: Count = 5
     """Number of episodes in each evaluation."""
 
     def resolved(self) -> TrainSettings:
@@ -68,7 +87,9 @@ class TrainSettings(EnvOptions):
         from worldflux.validation import whole_number
 
         steps = whole_number("steps", 100_000 if self.steps is None else self.steps, 1)
-        interval = max(steps // 20, 1) if self.eval_interval is None else self.eval_interval
+        interval = self.eval_interval
+        if interval is None:
+            interval = max(steps // 20, min(steps, _LEAST_EVAL_INTERVAL))
         return replace(
             self,
             steps=steps,
@@ -105,7 +126,7 @@ def train(
     """Train an agent in an environment, or resume a run that was stopped.
 
     Args:
-        model: A preset (see worldflux models), or a directory of WorldModel.save_pretrained.
+        model: A preset (see worldflux models), or a directory written by save_pretrained. Left out with --resume.
         env: An id (CartPole-v1, dmc/walker-walk, atari/pong), or your class: module:Class or path.py:Class.
         run: Directory of the new run. Default: runs/<env>/<model>/<number>.
         resume: Directory of a run to resume with its own settings. Only --steps and --device can be changed.
@@ -122,6 +143,7 @@ class AgentTraining(Work):
 
     command, argument, example = "train", "ENV", "dreamerv3:size12m CartPole-v1"
     settings_type, result = TrainSettings, runs.AGENT_FILE
+    next_commands = ("eval {run}", "plot {run}", "imagine {run}")
 
     def __init__(self, model: str, task: str, settings: TrainSettings, run: Path | None, resources: ExitStack) -> None:
         from worldflux.agents import WorldFluxAgent
@@ -143,7 +165,12 @@ class AgentTraining(Work):
     def describe(self) -> str:
         """Names the seed and the rate of gradient steps."""
         every = self._agent.schedule.env_steps_per_update
-        return f"seed {self._settings.seed}, a gradient step every {every:g} environment steps"
+        rate = f"a gradient step every {every:g} environment steps"
+        if every == inf:
+            rate = "no gradient steps (--train-ratio 0)"
+        elif every <= 1:
+            rate = f"{counted(round(1 / every, 2), 'gradient step')} per environment step"
+        return f"seed {self._settings.seed}, {rate}"
 
     def train(self, directory: Path) -> str:
         """Trains, evaluates and saves checkpoints."""

@@ -12,7 +12,7 @@ import tyro
 
 from worldflux.cli import runs
 from worldflux.cli.life_cycle import Work, start_or_resume
-from worldflux.cli.options import Directory, Fields, ModelName, Number, Real, model_fields
+from worldflux.cli.options import Count, DeviceName, Directory, Fields, ModelName, Number, Real, model_fields
 from worldflux.errors import BufferError, ConfigurationError
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ class OfflineSettings:
     """Gradient steps of the whole run. Default: 100000."""
     eval_share: float = 0.1
     """Share of the episodes that is held out for evaluations; 0 trains on all of them."""
-    seed: int = 42
+    seed: Count = 42
     """Seed for all random number generators."""
-    device: str = "auto"
+    device: DeviceName = "auto"
     """Device to train on: cpu, cuda, cuda:1; auto uses the GPU if there is one."""
     learning_rate: Real = None
     """Learning rate of the optimizer. Default: 3e-4."""
@@ -95,7 +95,7 @@ _DEFAULTS = OfflineSettings()
 
 def train_offline(
     model: ModelName = None,
-    data: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA", help_behavior_hint="")] = None,
+    data: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[DATA]", help_behavior_hint="")] = None,
     *,
     run: Directory = None,
     resume: Directory = None,
@@ -104,7 +104,7 @@ def train_offline(
     """Train a world model on recorded steps, or resume a run that was stopped.
 
     Args:
-        model: A preset (see worldflux models), or a directory of WorldModel.save_pretrained.
+        model: A preset (see worldflux models), or a directory written by save_pretrained. Left out with --resume.
         data: An .npz file of worldflux collect or of ReplayBuffer.save.
         run: Directory of the new run. Default: runs/<data>/<model>/<number>.
         resume: Directory of a run to resume with its own settings. Only --steps and --device can be changed.
@@ -121,6 +121,7 @@ class OfflineTraining(Work):
 
     command, argument, example = "train-offline", "DATA", "tdmpc2:5m walker.npz"
     settings_type, result = OfflineSettings, runs.MODEL_DIRECTORY
+    next_commands = ("imagine {run}", "eval {run} ENV")
 
     def __init__(
         self, model: str, task: str, settings: OfflineSettings, run: Path | None, resources: ExitStack
