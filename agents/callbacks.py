@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import KVWriter
 
 from worldflux.agents.agent import WorldFluxAgent
+from worldflux.agents.settings import SETTINGS
 from worldflux.errors import ConfigurationError, TrainingError
+from worldflux.tracking import Tracker, find_tracker
 from worldflux.training.saving import CheckpointDirectory
 from worldflux.validation import whole_number
 
@@ -113,3 +119,103 @@ class AgentCheckpointCallback(BaseCallback):
         self._saved_at = self.num_timesteps
         if self.verbose:
             print(f"saved {path}")
+
+
+class TrackerOutput(KVWriter):
+    """Passes what SB3's `Logger` writes to an experiment tracker.
+
+    Args:
+        tracker: A tracker that was started.
+    """
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker = tracker
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        """Logs the numbers among the values, except those that exclude this tracker by its name."""
+        numbers = {
+            name: float(value)
+            for name, value in key_values.items()
+            if isinstance(value, int | float | np.number) and self.tracker.package not in (key_excluded.get(name) or ())
+        }
+        self.tracker.log(numbers, step)
+
+    def close(self) -> None:
+        """Does nothing, because the tracker is finished by whoever started it."""
+
+
+class TrackingCallback(BaseCallback):
+    """Logs a run of an agent to Weights & Biases or MLflow: its settings, and all that it logs.
+
+        agent.learn(100_000, TrackingCallback("wandb", project="walker"))
+
+    If a run of the tool is open in this process (`wandb.init`, `mlflow.start_run`), that run is used and stays open.
+    Otherwise a run is opened when `learn` begins and closed when it ends; the next call of `learn` continues it.
+
+    Attributes:
+        run_id: Id of the run; None before `learn`, unless one was given.
+
+    Args:
+        tracker: `"wandb"` or `"mlflow"`.
+        project: Project of W&B, or experiment of MLflow. None takes it from the environment variables of the tool, or
+            else "worldflux".
+        name: Name of the run; None leaves it to the tool.
+        tags: Tags of the run.
+        config: Settings to show with the run, in addition to those of the agent and its model.
+        run_id: Id of an earlier run to continue.
+
+    Raises:
+        ConfigurationError: If there is no such tracker, or it cannot start a run.
+        MissingDependencyError: If its package is not installed.
+    """
+
+    model: WorldFluxAgent
+
+    def __init__(
+        self,
+        tracker: str,
+        *,
+        project: str | None = None,
+        name: str | None = None,
+        tags: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
+        run_id: str | None = None,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(verbose)
+        self._tracker = find_tracker(tracker)(project=project, name=name, tags=tags, run_id=run_id)
+        self._config = dict(config or {})
+        self._output = TrackerOutput(self._tracker)
+
+    @property
+    def run_id(self) -> str | None:
+        """Id of the run; None before `learn`, unless one was given."""
+        return self._tracker.run_id
+
+    def _init_callback(self) -> None:
+        if not isinstance(self.model, WorldFluxAgent):
+            raise ConfigurationError(
+                f"TrackingCallback logs a WorldFluxAgent, got {type(self.model).__name__}. "
+                "Use wandb.integration.sb3 for the algorithms of stable-baselines3."
+            )
+
+    def _on_training_start(self) -> None:
+        agent = self.model
+        settings = {name: getattr(agent, name) for name in SETTINGS}
+        self._tracker.start({**settings, "model": agent.model.config.to_dict(), **self._config})
+        agent.at_end_of_learn(self._end)
+        self.logger.output_formats.append(self._output)
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _end(self) -> None:
+        """Logs the last episodes and closes the run, whatever has ended `learn`."""
+        error = sys.exc_info()[1]
+        try:
+            if error is None:
+                self.model.dump_logs()
+        finally:
+            self.logger.output_formats.remove(self._output)
+            stopped = isinstance(error, KeyboardInterrupt | SystemExit) or self.model.stopping
+            self._tracker.finish("stopped" if stopped else "finished" if error is None else "failed")

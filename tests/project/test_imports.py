@@ -22,6 +22,7 @@ LAYERS = (
     ("worldflux.locks",),
     ("worldflux.pickles",),
     ("worldflux.validation",),
+    ("worldflux.tracking",),
     ("worldflux.accel",),
     ("worldflux.nn",),
     ("worldflux.config",),

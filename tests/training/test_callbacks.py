@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.trackers import FakeWandb
 from helpers.training import MemoryProvider, NoisyRegression
 
 from worldflux import create_world_model
@@ -105,16 +106,12 @@ def test_logging_writes_every_loss_at_its_interval_and_every_evaluation(caplog):
 
 
 def test_wandb_gets_the_same_numbers_and_a_run_opened_here_is_closed(monkeypatch):
-    logged, finished = [], []
-    wandb = SimpleNamespace(
-        run=None,
-        init=lambda project, config: logged.append(config["seed"]),
-        log=lambda metrics, step: logged.append((step, set(metrics) >= {"loss", "fit"})),
-        finish=lambda exit_code: finished.append(exit_code),
-    )
+    wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     trained(LoggingCallback(log_interval=5, use_wandb=True))
-    assert logged == [42, (5, True), (10, True)] and finished == [0]
+    (run,) = wandb.runs
+    assert (run.project, run.config["seed"], run.ended) == ("worldflux", 42, 0)
+    assert [(row["global_step"], set(row) >= {"loss", "fit"}) for row in run.rows] == [(5, True), (10, True)]
 
 
 def test_wandb_that_is_not_installed_is_named_with_its_extra(monkeypatch):

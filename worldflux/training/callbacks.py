@@ -31,6 +31,7 @@ from worldflux.errors import (
     nearest,
 )
 from worldflux.files import checked_path
+from worldflux.tracking import WandbTracker
 from worldflux.training.saving import CheckpointDirectory
 from worldflux.validation import whole_number
 
@@ -182,11 +183,10 @@ class LoggingCallback(Callback):
     def __init__(self, log_interval: int = 100, use_wandb: bool = False) -> None:
         self.log_interval = whole_number("log_interval", log_interval, 1)
         self.use_wandb = use_wandb
-        self._wandb: Any = _import_wandb() if use_wandb else None
+        self._tracker = WandbTracker() if use_wandb else None
         self.tensorboard_log: str | Path | None = "runs"
         self._begun_in = checked_path("the working directory", ".")
         self._writer: Any = None
-        self._opened_run = False
         self._since: tuple[float, int] | None = None
         self._trainer: Trainer | None = None
         self._problems: set[str] = set()  # those that were bad at the last interval
@@ -197,9 +197,8 @@ class LoggingCallback(Callback):
             logger.addHandler(logging.StreamHandler())
             logger.setLevel(logging.INFO)
         self._trainer = trainer
-        if self._wandb is not None and self._wandb.run is None:
-            self._wandb.init(project="worldflux", config=trainer.config.to_dict())
-            self._opened_run = True
+        if self._tracker is not None:
+            self._tracker.start(trainer.config.to_dict())
         if self.tensorboard_log is not None:
             name = type(trainer.model).__name__.lower()
             parent = checked_path("tensorboard_log", self.tensorboard_log, within=self._begun_in, directory=True)
@@ -226,9 +225,8 @@ class LoggingCallback(Callback):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        if self._opened_run:
-            self._wandb.finish(exit_code=0 if trainer.finished else 1)
-            self._opened_run = False
+        if self._tracker is not None:
+            self._tracker.finish("finished" if trainer.finished else "stopped" if trainer.interrupted else "failed")
 
     def _health(self, step: int) -> dict[str, float]:
         assert self._trainer is not None, "on_train_begin comes first"
@@ -244,8 +242,8 @@ class LoggingCallback(Callback):
         if self._writer is not None:
             for name, value in metrics.items():
                 self._writer.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(metrics, step=step)
+        if self._tracker is not None:
+            self._tracker.log(metrics, step)
 
 
 class _ConfiguredInterval(int):
@@ -441,13 +439,3 @@ def _new_directory(parent: Path, name: str) -> Path:
     while (parent / f"{name}_{number}").exists():
         number += 1
     return parent / f"{name}_{number}"
-
-
-def _import_wandb() -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"LoggingCallback(use_wandb=True) needs wandb. Install it with: {install_hint('wandb')}."
-        ) from error
-    return wandb
