@@ -46,6 +46,7 @@ def collect(
     seed: int | None = None,
     deterministic: bool = False,
     progress: bool = False,
+    callback: Callable[[int], bool | None] | None = None,
 ) -> ReplayBuffer:
     """Collects the steps of a policy in an environment into a replay buffer.
 
@@ -67,6 +68,9 @@ def collect(
         seed: The seed of the environments, the random actions and the buffer's sampler.
         deterministic: Whether `predict` is asked for deterministic actions.
         progress: Whether to show a progress bar, with tqdm.
+        callback: Called after each step with the number of transitions collected so far, or of complete episodes if
+            `episodes` is given. If it returns False, collecting stops, and the episodes in flight are closed as
+            truncated.
 
     Returns:
         The buffer.
@@ -91,7 +95,8 @@ def collect(
         if seed is not None:
             seed_envs(venv, seed)
         single = not isinstance(env, VecEnv | VectorEnv)
-        return _collect(venv, _actor(venv, policy, seed, deterministic, single), steps, episodes, capacity, seed, bar)
+        act = _actor(venv, policy, seed, deterministic, single)
+        return _collect(venv, act, steps, episodes, capacity, seed, bar, callback)
     finally:
         if bar is not None:
             bar.close()
@@ -107,6 +112,7 @@ def _collect(
     capacity: int | None,
     seed: int | None,
     bar: Any,
+    callback: Callable[[int], bool | None] | None,
 ) -> ReplayBuffer:
     n_envs = venv.num_envs
     obs_codec, action_codec = ObservationCodec(venv.observation_space), ActionCodec(venv.action_space)
@@ -146,6 +152,10 @@ def _collect(
             resting = [env for env in range(n_envs) if not left[env]]
         if bar is not None:
             bar.update(recorder.steps - before if left is None else len(ended))
+        if callback is not None:
+            done = recorder.steps if left is None or episodes is None else episodes - sum(left)
+            if callback(done) is False:
+                break
     recorder.close()
     return buffer
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -89,7 +90,7 @@ OPTIONS = {
     "collect": ("ENV", "--output", "--seed INT", "--policy POLICY"),
     "train-offline": ("[MODEL] [DATA]", "--resume DIR", "--eval-share FLOAT", "--set FIELD=VALUE"),
     "models": ("--json",),
-    "envs": ("PATTERN", "--all-versions", "--json"),
+    "envs": ("[PATTERN]", "--all-versions", "--json"),
     "check-env": ("ENV", "--steps INT", "--seed INT", "--render"),
     "doctor": ("[ENV]", "--device DEVICE", "--check-device DEVICE", "--json"),
 }
@@ -273,6 +274,35 @@ def test_collect_acts_with_a_saved_agent(tmp_path: Path) -> None:
     assert by_agent >= 30
 
 
+def test_collect_shows_its_progress(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["collect", "coin_env.py:Coin", "-o", "coin.npz", "--episodes", "3", "--n-envs", "2"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[:2] for line in lines] == [["episode", "2/3"], ["episode", "3/3"]]
+    assert main(["collect", "CartPole-v1", "-o", "a.npz", "--steps", "200", "--pixels", "--size", "16"]) == 0
+    assert capsys.readouterr().err.count(" steps/s\n") == 20
+    assert ReplayBuffer.load("a.npz").obs_shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_collect_keeps_what_it_has_when_it_is_stopped(
+    number: signal.Signals, status: int, own: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from worldflux.cli.run_callbacks import ProgressLines
+
+    def is_due(self: ProgressLines, step: int) -> bool:
+        if step == 14:
+            os.kill(os.getpid(), number)
+        return False
+
+    monkeypatch.setattr(ProgressLines, "is_due", is_due)
+    assert main(["collect", "coin_env.py:Coin", "-o", "coin.npz", "--steps", "100"]) == status
+    out, err = capfd.readouterr()
+    assert out == "coin.npz: 14 steps of 2 episodes.\n"
+    assert err.endswith("worldflux: stopped early; the last episode of each environment is cut short\n")
+    buffer = ReplayBuffer.load(own / "coin.npz")
+    assert (buffer.num_transitions, buffer.num_episodes) == (14, 2)
+
+
 def test_collect_replaces_a_file_only_on_request(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (own / "data.npz").write_bytes(b"precious")
     args = ["collect", "coin_env.py:Coin", "-o", "data.npz", "--steps", "20"]
@@ -286,8 +316,11 @@ def test_collect_replaces_a_file_only_on_request(own: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["-o", "data.npz"], "steps"),
-        (["-o", "data.npz", "--steps", "10", "--episodes", "2"], "steps"),
+        (["-o", "data.npz"], "Give either --steps or --episodes"),
+        (["-o", "data.npz", "--steps", "10", "--episodes", "2"], "Give either --steps or --episodes"),
+        (["-o", "data.npz", "--steps", "0"], "steps is 0, expected a whole number from 1"),
+        (["-o", "data.txt", "--steps", "10"], "data.txt ends in '.txt', expected .npz: data.npz."),
+        (["-o", "data", "--steps", "10"], "data has no ending, expected .npz: data.npz."),
         (["-o", "nowhere/data.npz", "--steps", "10"], "There is no directory 'nowhere' for data.npz"),
         (["-o", "data.npz", "--steps", "10", "--policy", "rando"], "There is no file 'rando'. --policy is 'random'"),
         (["-o", "data.npz", "--steps", "10", "--n-envs", "0"], "n_envs is 0"),

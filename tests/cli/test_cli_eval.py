@@ -185,7 +185,7 @@ def test_a_run_knows_its_agents_and_its_environment(capsys: pytest.CaptureFixtur
         assert (found["agent"], found["env"], found["lengths"]) == (read, "Pendulum-v1", [4])  # 200 / 50
     assert result(capsys, "run", "Pendulum-v1", "--episodes", 1)["lengths"] == [200]
     assert main(["eval", "run", "--pixels"]) == 2
-    assert "--pixels go with ENV" in capsys.readouterr().err
+    assert "--pixels: options of an environment need ENV" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

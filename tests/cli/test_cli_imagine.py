@@ -148,7 +148,7 @@ def test_what_cannot_be_drawn_is_refused_in_a_sentence(
         (archive, data, "--env", "CartPole-v1"): "Leave one of them out",
         (archive, "--env", "CartPole-v1"): "The agent has actions",
         (archive, "--env", "Pendulum-v1"): "The agent has observations (4,), and Pendulum-v1 has (3,)",
-        (archive, data, "--size", "32"): "--size can only be used with --env",
+        (archive, data, "--size", "32"): "--size: options of an environment need --env",
         (archive, data, "--horizon", "0"): "horizon is 0, expected a whole number from 1",
         (archive, data, "--horizon", "500"): "no window fits",
         (archive, data, "-o", "file"): "--output is 'file', which is a file, expected a directory",

@@ -113,7 +113,7 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(
         (["dreamerv3:tiny", "data.npz", "--steps", "0"], "total_steps is 0"),
         (["dreamerv3:tiny", "data.npz", "--eval-share", "2"], "eval_data is 2.0"),
         (["dreamerv3:tiny", "data.npz", "--set", "unit=8"], "did you mean 'units'?"),
-        (["dreamerv3:tiny", "data.npz", "--resume", "run"], "--resume takes the MODEL, DATA and directory"),
+        (["dreamerv3:tiny", "data.npz", "--resume", "run"], "--resume takes the MODEL, DATA and all other settings"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_leaves_no_directory(

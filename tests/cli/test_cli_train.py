@@ -158,7 +158,7 @@ def test_a_run_that_is_made_shorter_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patched:
-        stop_at(34, signal.SIGINT, patched)
+        stop_at(33, signal.SIGINT, patched)
         assert train(*SHORT, "--run", "run") == 130
     assert main(["train", "--resume", "run", "--steps", "20"]) == 0
     out, err = capsys.readouterr()
@@ -328,13 +328,13 @@ def test_a_checkpoint_belongs_to_its_run() -> None:
         (["dreamerv3:tiny", CORRIDOR, "--eval-episodes", "0"], "eval_episodes is 0"),
         (["dreamerv3:tiny", CORRIDOR, "--checkpoint-interval", "0"], "checkpoint_interval is 0"),
         (["dreamerv3:tiny", CORRIDOR, "--n-envs", "0"], "n_envs is 0"),
-        (["dreamerv3:tiny", CORRIDOR, "--pixels"], "The options ['pixels'] apply to environments given by name"),
+        (["dreamerv3:tiny", CORRIDOR, "--pixels"], "--pixels: helpers.envs:Corridor is your own code"),
         (["dreamerv3:tiny", CORRIDOR, "--batch-size", "0"], "batch_size is 0"),
         (["dreamerv3:tiny", CORRIDOR, "--device", "tpu"], "device is 'tpu'"),
         (["tdmpc2:tiny", CORRIDOR], "TD-MPC2 plans over continuous actions"),
         (["--resume", "nowhere"], "There is no 'nowhere'. Pass a directory that worldflux train has written."),
         (["--resume", "."], ". is not the directory of a run"),
-        (["dreamerv3:tiny", CORRIDOR, "--resume", "."], "--resume takes the MODEL, ENV and directory"),
+        (["dreamerv3:tiny", CORRIDOR, "--resume", "."], "--resume takes the MODEL, ENV and all other settings"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_leaves_no_directory(

@@ -94,9 +94,10 @@ def test_the_version_is_stated_once() -> None:
     assert f"\nversion: {worldflux.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
-def test_the_core_needs_seven_packages() -> None:
+def test_the_core_needs_eight_packages() -> None:
     names = {line.split(">")[0] for line in PROJECT["project"]["dependencies"]}
-    assert names == {"torch", "numpy", "gymnasium", "stable-baselines3", "safetensors", "opencv-python", "tyro"}
+    expected = {"torch", "numpy", "gymnasium", "stable-baselines3", "safetensors", "opencv-python", "tyro", "pyyaml"}
+    assert names == expected
     assert {"extra", "dmc", "atari", "wandb", "zoo", "plot", "docs", "dev"} <= set(
         PROJECT["project"]["optional-dependencies"]
     )

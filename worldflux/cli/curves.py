@@ -42,6 +42,7 @@ class Run:
         parts = ["pixels"] if options.get("pixels") else []
         parts += [f"size {options['size']}"] if options.get("size") else []
         parts += [f"action repeat {options['action_repeat']}"] if options.get("action_repeat") else []
+        parts += options.get("env_kwargs", ())
         return " ".join([self.config.task, *parts])
 
     @property

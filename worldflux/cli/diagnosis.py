@@ -33,6 +33,7 @@ _PACKAGES = (
     "rich",
     "matplotlib",
     "wandb",
+    "mlflow",
     "minari",
     "h5py",
     "huggingface-hub",

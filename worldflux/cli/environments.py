@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from worldflux.errors import ConfigurationError, nearest
+from worldflux.cli.options import EnvOptions
+from worldflux.errors import ConfigurationError, WorldFluxError, nearest
 
 if TYPE_CHECKING:
     import gymnasium as gym
+    from stable_baselines3.common.vec_env import VecEnv
 
 EnvName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ENV", help_behavior_hint="")]
 """The argument of `find_environment`."""
@@ -105,3 +110,154 @@ def lasting_name(text: str) -> str:
     if found is None or not found["module"].endswith(".py"):
         return text
     return f"{Path(found['module']).resolve()}:{found['name']}"
+
+
+def make_environment(name: str, options: EnvOptions, render_mode: str | None = None) -> gym.Env[Any, Any]:
+    """Makes one environment.
+
+    Args:
+        name: ENV of the command line.
+        options: Its options.
+        render_mode: "rgb_array" for an environment that is filmed, "human" for one that is shown in a window.
+
+    Raises:
+        ConfigurationError: If it cannot be made, filmed or shown.
+    """
+    from worldflux.envs.make import check_batches, make_env
+
+    make, arguments = _constructor(name, options)
+    with _constructor_errors(name, options):
+        if render_mode is None:
+            env = make_env(make, **arguments) if isinstance(make, str) else make(**arguments)
+        elif isinstance(make, str):
+            env = _rendering_id(make, arguments, render_mode)
+        else:
+            env = _rendering(make, arguments, render_mode)
+    check_batches(env)
+    if render_mode is not None and env.render_mode != render_mode:
+        env.close()
+        purpose = "filmed" if render_mode == "rgb_array" else "shown"
+        raise ConfigurationError(
+            f"{name} cannot be {purpose}: its render_mode is {env.render_mode!r}, expected {render_mode!r}. "
+            "A class of your own has to take render_mode in its constructor and store it."
+        )
+    return env
+
+
+def make_environments(
+    name: str,
+    options: EnvOptions,
+    n_envs: int,
+    *,
+    seed: int | None,
+    processes: bool = False,
+    render: bool = False,
+) -> VecEnv:
+    """Makes several environments that are stepped together.
+
+    Args:
+        name: ENV of the command line.
+        options: Its options.
+        n_envs: Number of environments.
+        seed: Seed of the first one.
+        processes: Run each of them in its own process.
+        render: Show the first one in a window.
+
+    Raises:
+        ConfigurationError: If they cannot be made, or shown.
+    """
+    from worldflux.envs.make import make_vec_env
+
+    make, arguments = _constructor(name, options)
+    if not render:
+        with _constructor_errors(name, options):
+            if isinstance(make, str):
+                return make_vec_env(make, n_envs, seed=seed, processes=processes, **arguments)
+            return make_vec_env(partial(make, **arguments), n_envs, seed=seed, processes=processes)
+    if processes:
+        raise ConfigurationError("--render shows an environment of this process. Leave out --processes.")
+    shown = iter([True])
+
+    def make_next() -> gym.Env[Any, Any]:
+        if not next(shown, False):
+            return make_environment(name, options)
+        return _without_mode(make_environment(name, options, "human"))
+
+    envs = make_vec_env(make_next, n_envs, seed=seed)
+    open_window(envs, name)
+    return envs
+
+
+def open_window(env: gym.Env[Any, Any] | VecEnv, name: str) -> None:
+    """Resets an environment that is shown, so that its window opens, or fails before anything else begins.
+
+    Raises:
+        ConfigurationError: If it cannot be shown.
+    """
+    try:
+        env.reset()
+    except Exception as error:
+        env.close()
+        raise ConfigurationError(f"{name} cannot be shown in a window: {error}. Leave out --render.") from error
+
+
+def _constructor(name: str, options: EnvOptions) -> tuple[str | Callable[..., gym.Env[Any, Any]], dict[str, Any]]:
+    """The id, class or function that makes an environment, and its arguments."""
+    found, of_ids = find_environment(name), options.of_ids()
+    if not isinstance(found, str) and of_ids:
+        given = EnvOptions(**of_ids).shown()
+        raise ConfigurationError(
+            f"{given}: {name} is your own code, and these options go with an id. "
+            "Arguments of its constructor are given with --env-kwargs KEY=VALUE."
+        )
+    return found, {**of_ids, **options.arguments()}
+
+
+def _without_mode(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+    """The environment without its render mode, which SB3 expects to be the same in all environments."""
+    from gymnasium import Wrapper
+
+    class WithoutMode(Wrapper[Any, Any, Any, Any]):
+        render_mode = None
+
+    return WithoutMode(env)
+
+
+def _rendering_id(name: str, arguments: dict[str, Any], render_mode: str) -> gym.Env[Any, Any]:
+    """An environment that is given by its id and renders."""
+    from worldflux.envs.make import make_env
+
+    if not (render_mode == "human" and arguments.get("pixels")):
+        return make_env(name, render_mode=render_mode, **arguments)
+    from gymnasium.wrappers import HumanRendering
+
+    # Observing images needs the mode rgb_array.
+    return HumanRendering(make_env(name, render_mode="rgb_array", **arguments))
+
+
+def _rendering(
+    make: Callable[..., gym.Env[Any, Any]], arguments: dict[str, Any], render_mode: str
+) -> gym.Env[Any, Any]:
+    """An environment of the user's own that renders, if its constructor takes `render_mode`."""
+    if "render_mode" not in inspect.signature(make).parameters:
+        return make(**arguments)
+    modes = (getattr(make, "metadata", None) or {}).get("render_modes", ())
+    if render_mode == "human" and "human" not in modes and "rgb_array" in modes:
+        from gymnasium.wrappers import HumanRendering
+
+        return HumanRendering(make(render_mode="rgb_array", **arguments))
+    return make(render_mode=render_mode, **arguments)
+
+
+@contextmanager
+def _constructor_errors(name: str, options: EnvOptions) -> Iterator[None]:
+    """Tells in one line what a constructor says about the arguments that the user gave."""
+    try:
+        yield
+    except WorldFluxError:
+        raise
+    except Exception as error:
+        if not options.env_kwargs:  # a mistake in the environment's own code, which a traceback locates
+            raise
+        given = " ".join(f"--env-kwargs {text}" for text in options.env_kwargs)
+        raise ConfigurationError(f"{name} cannot be made with {given}: {type(error).__name__}: {error}") from error

@@ -5,19 +5,26 @@ from __future__ import annotations
 import shlex
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from worldflux.cli import runs
-from worldflux.cli.options import as_arguments, changed, from_json
+from worldflux.cli.config_file import write_settings
+from worldflux.cli.options import as_arguments, changed, counted, from_json
 from worldflux.cli.runs import RunConfig
-from worldflux.errors import ConfigurationError
+from worldflux.cli.tracked import RunTracking
+from worldflux.errors import ConfigurationError, WorldFluxError
 from worldflux.files import checked_path
 from worldflux.locks import using
+from worldflux.validation import whole_number
 
-CHANGEABLE = ("steps", "device")
+if TYPE_CHECKING:
+    from stable_baselines3.common.logger import KVWriter
+
+CHANGEABLE = ("steps", "device", "render")
 """Settings that may be changed when a run is resumed."""
 
 
@@ -42,6 +49,10 @@ class Work(ABC):
     """Dataclass of the command's options."""
     next_commands: ClassVar[tuple[str, ...]]
     """Commands for a finished run, without `worldflux`, in which `{run}` stands for its directory."""
+    next_for_several: ClassVar[tuple[str, ...]] = ()
+    """Commands for several finished runs, in which `{run}` stands for all of their directories."""
+    score_name: ClassVar[str]
+    """Name of the score in the summary of several seeds."""
     result: ClassVar[str]
     """Name of the entry in the run's directory that is written when the run has finished."""
 
@@ -51,6 +62,8 @@ class Work(ABC):
     """The task, named so that it can be found from every working directory."""
     frames_per_step: int = 1
     """Frames of the environment in each step."""
+    score: float | None = None
+    """Score of the last evaluation, once there is one."""
 
     @abstractmethod
     def __init__(self, model: str, task: str, settings: Any, run: Path | None, resources: ExitStack) -> None: ...
@@ -60,11 +73,12 @@ class Work(ABC):
         """The line that is printed when the training begins."""
 
     @abstractmethod
-    def train(self, directory: Path) -> str:
+    def train(self, directory: Path, outputs: Sequence[KVWriter]) -> str:
         """Trains until the run has all of its steps.
 
         Args:
             directory: Directory of the run.
+            outputs: What the log is written to besides its files.
 
         Returns:
             One line about the result.
@@ -76,25 +90,36 @@ class Work(ABC):
 
 
 def start_or_resume(
-    work: type[Work], model: str | None, task: str | None, run: Path | None, resume: Path | None, given: Any
+    work: type[Work],
+    model: str | None,
+    task: str | None,
+    given: Any,
+    *,
+    run: Path | None,
+    seeds: tuple[int, ...],
+    config: Path | None,
+    resume: Path | None,
 ) -> int:
-    """Starts a new run, or resumes one.
+    """Starts one or several new runs, or resumes one.
 
     Args:
         work: What the run does.
         model: MODEL of the command line; None to resume a run.
         task: Task of the command line; None to resume a run.
-        run: Directory of the new run; None for the next free one.
-        resume: Directory of the run that is resumed; None for a new run.
         given: Options of the command line.
+        run: Directory of the new run; None for the next free one.
+        seeds: Seeds of several runs, one after the other; empty for a single run.
+        config: File that the other arguments were read from.
+        resume: Directory of the run that is resumed; None for a new run.
 
     Returns:
         The exit status: 0, 130 after Ctrl-C, 143 after SIGTERM.
     """
     if resume is not None:
-        if not (model is task is run is None):
+        if config is not None or seeds or not (model is task is run is None):
             raise ConfigurationError(
-                f"--resume takes the MODEL, {work.argument} and directory from the run. Leave them out."
+                f"--resume takes the MODEL, {work.argument} and all other settings from the run. Leave MODEL, "
+                f"{work.argument}, --run, --seeds and --config out."
             )
         return _resume(work, checked_path("--resume", resume), given)
     if model is None or task is None:
@@ -105,24 +130,121 @@ def start_or_resume(
     # Paths are resolved before an environment can change the working directory.
     root = checked_path("the directory of runs", runs.ROOT)
     run = None if run is None else checked_path("--run", run)
+    if seeds:
+        return _start_several(work, model, task, given, run, root, seeds)
     runs.check_free(run)
+    return _start(work, model, task, given, run, root).status
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """How a run has ended."""
+
+    status: int
+    """Exit status."""
+    directory: Path
+    """Directory of the run, as it is printed."""
+    score: float | None
+    """Score of the last evaluation; None if there was none."""
+
+
+def _start(
+    work: type[Work], model: str, task: str, given: Any, run: Path | None, root: Path, *, alone: bool = True
+) -> _Outcome:
     settings = given.resolved()
+    tracking = RunTracking(settings.track, settings.track_project)
     with ExitStack() as resources:
         made = work(model, task, settings, None, resources)
         directory = runs.make_directory(run, made.title, model, root)
         resources.enter_context(using(directory))
         runs.check_free(directory)
-        RunConfig(
-            kind=work.command,
-            model=model,
-            task=made.task,
-            settings=asdict(settings),
-            frames_per_step=made.frames_per_step,
-            command=f"worldflux {work.command} {shlex.join([model, task])} {as_arguments(settings)}",
-            versions=runs.versions(),
-            started=runs.now(),
-        ).write(directory)
-        return _train(made, directory)
+        _write_settings(
+            made,
+            directory,
+            RunConfig(
+                kind=work.command,
+                model=model,
+                task=made.task,
+                settings=asdict(settings),
+                frames_per_step=made.frames_per_step,
+                command=f"worldflux {work.command} {shlex.join([model, task])} {as_arguments(settings)}",
+                versions=runs.versions(),
+                started=runs.now(),
+            ),
+            settings,
+        )
+        status = _train(made, directory, tracking, alone=alone)
+        return _Outcome(status, runs.shown(directory), made.score)
+
+
+def _start_several(
+    work: type[Work], model: str, task: str, given: Any, run: Path | None, root: Path, seeds: tuple[int, ...]
+) -> int:
+    """Starts a run for each seed, one after the other, and prints a summary of their scores."""
+    if given.seed != work.settings_type().seed:
+        raise ConfigurationError("--seed and --seeds are both given. Leave one of them out.")
+    for seed in seeds:
+        if seeds.count(seed) > 1:
+            raise ConfigurationError(f"--seeds has {seed} more than once, and two such runs would be the same.")
+        whole_number("seeds", seed, 0, below=2**32)
+    places = {seed: None if run is None else run / f"seed-{seed}" for seed in seeds}
+    for place in places.values():
+        runs.check_free(place)
+    done: dict[int, _Outcome] = {}
+    for number, (seed, place) in enumerate(places.items()):
+        print(f"worldflux: seed {seed}, run {number + 1} of {len(seeds)}", file=sys.stderr)
+        try:
+            outcome = _start(work, model, task, replace(given, seed=seed), place, root, alone=False)
+        except BaseException as error:
+            if done or not isinstance(error, WorldFluxError):  # otherwise nothing has begun
+                _tell_left(work, model, task, given, run, seeds[number + 1 :])
+            raise
+        if outcome.status:
+            _tell_left(work, model, task, given, run, seeds[number + 1 :])
+            return outcome.status
+        done[seed] = outcome
+    _summarize(work, done)
+    return 0
+
+
+def _tell_left(work: type[Work], model: str, task: str, given: Any, run: Path | None, left: tuple[int, ...]) -> None:
+    """Says how the runs of the remaining seeds are started."""
+    if not left:
+        return
+    seeds = " ".join(map(str, left))
+    where = [] if run is None else ["--run", str(runs.shown(run))]
+    words = [work.command, shlex.join([model, task, *where]), as_arguments(given), "--seeds", seeds]
+    again = " ".join(word for word in words if word)
+    plural = "" if len(left) == 1 else "s"
+    print(f"worldflux: not started: seed{plural} {seeds}. Start with: worldflux {again}", file=sys.stderr)
+
+
+def _summarize(work: type[Work], done: dict[int, _Outcome]) -> None:
+    """Prints the last score of each seed and their mean."""
+    from statistics import fmean, pstdev
+
+    scores = [outcome.score for outcome in done.values() if outcome.score is not None]
+    if len(scores) == len(done) and len(done) > 1:
+        print(f"{work.score_name} of {len(done)} seeds: mean {fmean(scores):.6g}, std {pstdev(scores):.4g}")
+    for seed, outcome in done.items():
+        score = "no evaluation" if outcome.score is None else f"{outcome.score:<10.6g}"
+        print(f"  seed {seed:<6} {score} {outcome.directory}")
+    _tell_next(work, [outcome.directory for outcome in done.values()])
+
+
+def _tell_next(work: Work | type[Work], directories: list[Path]) -> None:
+    """Names the commands for finished runs."""
+    shown = shlex.join(map(str, directories))
+    texts = work.next_commands if len(directories) == 1 else work.next_for_several
+    if texts:
+        commands = ", ".join(f"worldflux {text.format(run=shown)}" for text in texts)
+        print(f"worldflux: next: {commands}", file=sys.stderr)
+
+
+def _write_settings(work: Work, directory: Path, config: RunConfig, settings: Any) -> None:
+    """Writes the settings of a run for `--config` and for `--resume`."""
+    write_settings(directory, work.command, work.argument.lower(), config.model, config.task, settings)
+    config.write(directory)
 
 
 def _resume(work: type[Work], directory: Path, given: Any) -> int:
@@ -134,15 +256,16 @@ def _resume(work: type[Work], directory: Path, given: Any) -> int:
     done = runs.newest_step(directory)
     if done is not None and done >= settings.steps and runs.has_result(directory, work.result):
         print(
-            f"{shown} has finished its {done} steps. To continue it with more steps: "
+            f"{shown} has finished its {counted(done, 'step')}. To continue it with more steps: "
             f"worldflux {work.command} --resume {shown} --steps {2 * done}"
         )
         return 0
+    tracking = RunTracking(settings.track, settings.track_project)
     with ExitStack() as resources:
         # Before anything is loaded: another process that trains this run replaces its checkpoints.
         resources.enter_context(using(directory))
         made = work(config.model, config.task, settings, directory, resources)
-        replace(config, settings=asdict(settings)).write(directory)
+        _write_settings(made, directory, replace(config, settings=asdict(settings)), settings)
         if done is None:
             print(f"worldflux: {shown} has no checkpoint yet, so it starts from the beginning", file=sys.stderr)
         else:
@@ -150,7 +273,7 @@ def _resume(work: type[Work], directory: Path, given: Any) -> int:
             if settings.steps < config.settings.get("steps", 0):
                 end = f"at step {max(done, settings.steps)} instead of {config.settings['steps']}"
                 print(f"worldflux: --steps {settings.steps} makes the run shorter: it ends {end}", file=sys.stderr)
-        return _train(made, directory)
+        return _train(made, directory, tracking)
 
 
 def _changes(given: Any, directory: Path) -> dict[str, Any]:
@@ -166,17 +289,25 @@ def _changes(given: Any, directory: Path) -> dict[str, Any]:
             f"{', '.join(fixed)}: a resumed run keeps the settings of {runs.shown(directory / runs.CONFIG_FILE)}; only "
             "--steps and --device can be changed. Start a new run for other settings."
         )
-    return changes
+    return {**changes, **({"render": given.render} if hasattr(given, "render") else {})}
 
 
-def _train(work: Work, directory: Path) -> int:
-    """Trains and saves the result. If the training ends early, says how the run is resumed."""
+def _train(work: Work, directory: Path, tracking: RunTracking, *, alone: bool = True) -> int:
+    """Trains and saves the result. If the training ends early, says how the run is resumed.
+
+    Args:
+        work: What the run does.
+        directory: Directory of the run.
+        tracking: Experiment trackers of the run.
+        alone: Whether to name the commands that follow; several runs name them at their end.
+    """
     shown = runs.shown(directory)
     print(f"worldflux: {shown}, {work.describe()}", file=sys.stderr)
     try:
-        result = work.train(directory)
+        result = work.train(directory, tracking.start(directory))
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        tracking.finish("stopped" if stopped else "failed")
         step = runs.newest_step(directory)
         if stopped or step is not None:
             state = "nothing has been saved yet" if step is None else f"saved at step {step}"
@@ -185,8 +316,9 @@ def _train(work: Work, directory: Path) -> int:
         if not stopped:
             raise
         return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 130
+    tracking.finish("finished")
     work.save(directory / work.result)
     print(f"{shown}: {result}.")
-    again = [f"worldflux {text.format(run=shlex.quote(str(shown)))}" for text in work.next_commands]
-    print(f"worldflux: next: {', '.join(again)}", file=sys.stderr)
+    if alone:
+        _tell_next(work, [shown])
     return 0

@@ -7,7 +7,9 @@ import platform
 import select
 import sys
 from collections.abc import Callable, Sequence
-from typing import TextIO
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
 
 import tyro
 
@@ -19,8 +21,9 @@ from worldflux.cli.commands.eval import evaluate
 from worldflux.cli.commands.imagine import imagine
 from worldflux.cli.commands.models import models
 from worldflux.cli.commands.plot import plot
-from worldflux.cli.commands.train import train
-from worldflux.cli.commands.train_offline import train_offline
+from worldflux.cli.commands.train import TrainSettings, train
+from worldflux.cli.commands.train_offline import OfflineSettings, train_offline
+from worldflux.cli.config_file import path_in, read_settings
 from worldflux.cli.runs import installed_version
 from worldflux.errors import ConfigurationError, WorldFluxError, nearest
 
@@ -39,6 +42,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 
 _TYRO = (tyro.conf.FlagCreatePairsOff,)
+_TASKS: dict[str, tuple[str, Any]] = {"train": ("env", TrainSettings()), "train-offline": ("data", OfflineSettings())}
+"""The commands with `--config`: the name of their task in the file, and their options."""
 
 _FIRST_HELP = """usage: worldflux COMMAND ...
 
@@ -87,7 +92,8 @@ def _run(given: list[str]) -> int:
         return 0
     try:
         if name in COMMANDS:
-            return tyro.cli(COMMANDS[name], prog=f"worldflux {name}", args=rest, config=_TYRO)
+            command, markers = _configured(name, rest)
+            return tyro.cli(command, prog=f"worldflux {name}", args=rest, config=markers)
         if not name.startswith("-"):
             raise ConfigurationError(
                 f"There is no command '{name}'{nearest(name, COMMANDS)} worldflux --help lists all commands."
@@ -104,6 +110,19 @@ def _run(given: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _configured(name: str, rest: list[str]) -> tuple[Callable[..., int], Sequence[Any]]:
+    """The command, with the settings of `--config` in place of its defaults, and how tyro builds its options."""
+    path = path_in(rest) if name in _TASKS else None
+    if path is None:
+        return COMMANDS[name], _TYRO
+    task, defaults = _TASKS[name]
+    found = read_settings(path, task, defaults, rest)
+    place = Path(found.task) if task == "data" and found.task is not None else found.task
+    values = {"model": found.model, task: place, "seeds": found.seeds, "settings": found.options}
+    # Flags that the file sets can be given in both forms, such as --pixels and --no-pixels.
+    return partial(COMMANDS[name], **values), ()
 
 
 def _version() -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import shlex
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -22,9 +22,12 @@ _NO_HINT = ""
 """Instead of tyro's hint about the default, for options whose text says what happens without them."""
 
 
-def _whole_number(words: Sequence[str]) -> int:
-    """Parses an integer, which may be written as 100000, 100_000 or 1e5."""
-    text = words[0]
+def whole_number_from(text: str) -> int:
+    """Parses an integer, which may be written as 100000, 100_000 or 1e5.
+
+    Raises:
+        ValueError: If it is none.
+    """
     try:
         return int(text)
     except ValueError:
@@ -41,14 +44,24 @@ def _whole_number(words: Sequence[str]) -> int:
 _WHOLE_NUMBER: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
     nargs=1,
     metavar="INT",
-    instance_from_str=_whole_number,
+    instance_from_str=lambda words: whole_number_from(words[0]),
     is_instance=lambda value: value is None or isinstance(value, int),
     str_from_instance=lambda value: [str(value)],
 )
 
 Count = Annotated[int, _WHOLE_NUMBER]
 Number = Annotated[int | None, _WHOLE_NUMBER, tyro.conf.arg(help_behavior_hint=_NO_HINT)]
-Numbers = Annotated[tuple[Count, ...], tyro.conf.arg(metavar="INT ...", help_behavior_hint=_NO_HINT)]
+Seeds = Annotated[
+    tuple[int, ...],
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="INT ...",
+        instance_from_str=lambda words: tuple(map(whole_number_from, words)),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [str(entry) for entry in value],
+    ),
+    tyro.conf.arg(help_behavior_hint=_NO_HINT),
+]
 Real = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=_NO_HINT)]
 Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint=_NO_HINT)]
 DeviceName = Annotated[str, tyro.conf.arg(metavar="DEVICE")]
@@ -68,6 +81,21 @@ Fields = Annotated[
 """Fields of the model's configuration: `--set hidden_dim=64 --set entropy_scale=3e-3`."""
 
 
+EnvArguments = Annotated[
+    tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE", help_behavior_hint=_NO_HINT), tyro.conf.UseAppendAction
+]
+"""Arguments of an environment's constructor: `--env-kwargs g=1.6 --env-kwargs 'goal=[1, 2]'`."""
+Trackers = Annotated[
+    tuple[Literal["wandb", "mlflow"], ...], tyro.conf.arg(help_behavior_hint=_NO_HINT), tyro.conf.UseAppendAction
+]
+Name = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=_NO_HINT)]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Compile = Literal["auto", "true", "false"]
+
+REPEATABLE = ("set", "env_kwargs", "track")
+"""Settings whose option may be repeated."""
+
+
 def option(name: str) -> str:
     """The option of the command line for a field of the settings: `--eval-interval`."""
     return "--" + name.replace("_", "-")
@@ -80,7 +108,7 @@ def counted(number: float, thing: str) -> str:
 
 @dataclass(frozen=True)
 class EnvOptions:
-    """How an environment that is given by its id is made. Your own classes take none of these options."""
+    """How an environment is made. Your own classes take only `env_kwargs`."""
 
     pixels: Flag = False
     """Observe rendered images of the environment instead of its state."""
@@ -88,10 +116,33 @@ class EnvOptions:
     """Side of the observed images in pixels. Default: 64, or what the Atari protocol defines."""
     action_repeat: Number = None
     """Number of times each action is repeated. Default: 2 for DeepMind Control, 4 for Atari, otherwise 1."""
+    env_kwargs: EnvArguments = ()
+    """Pass an argument to the constructor of ENV, such as --env-kwargs g=1.6. May be repeated."""
 
-    def given(self) -> dict[str, Any]:
-        """The options that differ from the defaults, for `make_env`."""
-        return {item.name: value for item in fields(EnvOptions) if (value := getattr(self, item.name)) != item.default}
+    def of_ids(self) -> dict[str, Any]:
+        """The options that apply to environments given by their id, as far as they differ from the defaults."""
+        names = ("pixels", "size", "action_repeat")
+        return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(EnvOptions, name)}
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments given with `--env-kwargs`.
+
+        Raises:
+            ConfigurationError: If one is not understood, or is set by an option of its own.
+        """
+        found = assignments("--env-kwargs", self.env_kwargs, "KEY=VALUE, such as g=1.6")
+        for name in ("pixels", "size", "action_repeat"):
+            if name in found:
+                raise ConfigurationError(f"--env-kwargs {name}: this argument has its own option, {option(name)}.")
+        if "render_mode" in found:
+            raise ConfigurationError(
+                "--env-kwargs render_mode: --render shows the environment, and --video of worldflux eval films it."
+            )
+        return found
+
+    def shown(self) -> str:
+        """The options that differ from the defaults, for messages."""
+        return " ".join([*map(option, self.of_ids()), *(["--env-kwargs"] if self.env_kwargs else [])])
 
 
 def check_writable(changeable: str, output: Path, directory: Path) -> None:
@@ -112,23 +163,56 @@ def check_writable(changeable: str, output: Path, directory: Path) -> None:
 
 
 def model_fields(given: Iterable[str]) -> dict[str, Any]:
-    """The fields given with `--set`. Values are parsed as JSON if possible, otherwise taken as text.
+    """The fields given with `--set`.
 
     Raises:
         ConfigurationError: If one does not have the form `field=value`, or a field is given twice.
+    """
+    return assignments("--set", given, "FIELD=VALUE, such as hidden_dim=64")
+
+
+def assignments(option: str, given: Iterable[str], expected: str) -> dict[str, Any]:
+    """Values by name. They are parsed as JSON if possible, otherwise taken as text.
+
+    Args:
+        option: Option of the command line, for error messages.
+        given: Texts of the form `name=value`.
+        expected: Description of the form, for error messages.
+
+    Raises:
+        ConfigurationError: If a text does not have this form, or a name is given twice.
     """
     found: dict[str, Any] = {}
     for text in given:
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
-            raise ConfigurationError(f"--set {text} is not understood, expected FIELD=VALUE, such as hidden_dim=64.")
+            raise ConfigurationError(f"{option} {text} is not understood, expected {expected}.")
         if name.strip() in found:
-            raise ConfigurationError(f"--set {name.strip()} was given twice.")
+            raise ConfigurationError(f"{option} {name.strip()} was given twice.")
         try:
             found[name.strip()] = json.loads(value)
         except ValueError:
             found[name.strip()] = {"True": True, "False": False, "None": None}.get(value, value)
     return found
+
+
+def fields_and_dtype(given: Iterable[str], dtype: Precision) -> dict[str, Any]:
+    """The fields of the model's configuration that `--set` and `--dtype` give.
+
+    Raises:
+        ConfigurationError: If both give the dtype.
+    """
+    fields = model_fields(given)
+    if dtype == "auto":
+        return fields
+    if "dtype" in fields:
+        raise ConfigurationError(f"--set dtype and --dtype {dtype} are both given. Leave one of them out.")
+    return {**fields, "dtype": dtype}
+
+
+def compile_setting(given: Compile) -> bool | Literal["auto"]:
+    """The setting `compile` of the library."""
+    return "auto" if given == "auto" else given == "true"
 
 
 def changed(settings: Any) -> dict[str, Any]:
@@ -140,8 +224,8 @@ def as_arguments(settings: Any) -> str:
     """The options for these settings, quoted for a shell."""
     words: list[str] = []
     for name, value in changed(settings).items():
-        if name == "set":
-            words += [word for text in value for word in ("--set", text)]
+        if name in REPEATABLE:
+            words += [word for text in value for word in (option(name), text)]
         else:
             words += [option(name)] if value is True else [option(name), str(value)]
     return shlex.join(words)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.logger import Logger, make_output_format
+from stable_baselines3.common.logger import KVWriter, Logger, make_output_format
 from stable_baselines3.common.vec_env import VecEnv
 
 from worldflux.agents import WorldFluxAgent
@@ -36,15 +36,21 @@ EVALUATION_SEED = 10_000
 scores can be compared and a resumed run evaluates like one that was never stopped."""
 
 
-def run_logger(directory: Path) -> Logger:
-    """A logger of SB3 that writes new files for each part of a run: `progress.csv`, `progress-2.csv`, ..."""
+def run_logger(directory: Path, outputs: Sequence[KVWriter] = ()) -> Logger:
+    """A logger of SB3 that writes new files for each part of a run: `progress.csv`, `progress-2.csv`, ...
+
+    Args:
+        directory: Directory for the files.
+        outputs: Further outputs.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     formats = ["csv", "json", *(["tensorboard"] if installed_version("tensorboard") else [])]
     part = 1 + len(list(directory.glob("progress*.csv")))
     # SB3 would overwrite existing files, and follow links.
     while any(os.path.lexists(directory / f"progress{_suffix(part)}.{kind}") for kind in ("csv", "json")):
         part += 1
-    return Logger(str(directory), [make_output_format(name, str(directory), _suffix(part)) for name in formats])
+    files = [make_output_format(name, str(directory), _suffix(part)) for name in formats]
+    return Logger(str(directory), [*files, *outputs])
 
 
 def _suffix(part: int) -> str:
@@ -57,10 +63,11 @@ class ProgressLines:
     Args:
         total: Number of steps of the whole run.
         done: Number of steps when this part of the run begins.
+        unit: Name of what is counted.
     """
 
-    def __init__(self, total: int, done: int) -> None:
-        self._total, self._last = total, done
+    def __init__(self, total: int, done: int, unit: str = "step") -> None:
+        self._total, self._last, self._unit = total, done, unit
         self._began = (time.monotonic(), done)
 
     def is_due(self, step: int) -> bool:
@@ -72,7 +79,7 @@ class ProgressLines:
         """The line for a step."""
         since, before = self._began
         rate = (step - before) / max(time.monotonic() - since, 1e-9)
-        return f"step {step}/{self._total}  {text}{rate:.3g} steps/s"
+        return f"{self._unit} {step}/{self._total}  {text}{rate:.3g} {self._unit}s/s"
 
 
 class Progress(BaseCallback):
@@ -99,7 +106,7 @@ class Progress(BaseCallback):
     def _on_training_start(self) -> None:
         self._lines = ProgressLines(self.total, self.num_timesteps)
         if sys.stderr.isatty():
-            self._bar = _bar(self.total, self.num_timesteps)
+            self._bar = progress_bar(self.total, self.num_timesteps)
 
     def _on_step(self) -> bool:
         if self._bar is not None:
@@ -206,13 +213,13 @@ class _StoppedError(Exception):
     """Raised to end an evaluation early."""
 
 
-def _bar(total: int, done: int) -> Any:
-    """A progress bar of tqdm; None if it is not installed."""
+def progress_bar(total: int, done: int = 0, unit: str = "step") -> Any:
+    """A progress bar of tqdm on stderr; None if tqdm is not installed."""
     try:
         from tqdm import tqdm
     except ImportError:
         return None
-    return tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, file=sys.stderr)
+    return tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True, file=sys.stderr)
 
 
 class OfflineLog(Callback):
@@ -225,10 +232,11 @@ class OfflineLog(Callback):
 
     Args:
         directory: Directory for the files.
+        outputs: Further outputs of the log.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, outputs: Sequence[KVWriter] = ()) -> None:
+        self.directory, self.outputs = directory, tuple(outputs)
         self.last_eval: Mapping[str, float] = {}
         self._logger: Logger | None = None
         self._interval = 1
@@ -237,7 +245,7 @@ class OfflineLog(Callback):
 
     def on_train_begin(self, trainer: Trainer) -> None:
         """Opens the files for this part of the run."""
-        self._logger = run_logger(self.directory)
+        self._logger = run_logger(self.directory, self.outputs)
         self._interval, self._began = trainer.config.log_interval, time.monotonic()
         self._lines = ProgressLines(trainer.target_step, trainer.step_count)
 

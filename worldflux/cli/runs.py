@@ -1,6 +1,7 @@
 """The directory of a run: its entries, and how they are written and found.
 
 config.json        settings of the run, enough to start it again
+config.yaml        the same settings for --config, to start another run with them
 logs/              progress.csv, progress.json, TensorBoard; each time the run is resumed, a new part (progress-2.csv)
 evaluations.csv    the learning curve
 checkpoints/       step-00010000, ...: the run is resumed from the newest one

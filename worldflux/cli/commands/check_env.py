@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
-from worldflux.cli.environments import EnvName, find_environment
-from worldflux.cli.options import Count, Flag
+import tyro
+
+from worldflux.cli.environments import EnvName, find_environment, make_environment
+from worldflux.cli.options import Count, EnvOptions, Flag
 
 if TYPE_CHECKING:
+    import gymnasium as gym
+
     from worldflux.envs.checking.report import CheckReport
 
+_NO_OPTIONS = EnvOptions()
 _STYLES = {"ok": "green", "failed": "bold red", "advice": "yellow"}
 
 
-def check_env(env: EnvName, *, steps: Count = 200, seed: Count = 0, render: Flag = False) -> int:
+def check_env(
+    env: EnvName,
+    *,
+    steps: Count = 200,
+    seed: Count = 0,
+    render: Flag = False,
+    options: Annotated[EnvOptions, tyro.conf.arg(name="")] = _NO_OPTIONS,
+) -> int:
     """Check that an environment keeps the contract that training relies on.
 
     Args:
@@ -22,25 +35,40 @@ def check_env(env: EnvName, *, steps: Count = 200, seed: Count = 0, render: Flag
         steps: Number of random actions, enough for an episode to end.
         seed: Seed of the environment and of the actions.
         render: Check the rendered image, too.
+        options: Options of ENV.
 
     Returns:
         0 if every check passed, otherwise 1.
     """
-    report = check_report(env, steps=steps, seed=seed, render=render)
+    report = check_report(env, options, steps=steps, seed=seed, render=render)
     print_report(report)
     return 0 if report.passed else 1
 
 
-def check_report(env: str, **options: Any) -> CheckReport:
+def check_report(
+    env: str, options: EnvOptions = _NO_OPTIONS, *, steps: int = 200, seed: int = 0, render: bool = False
+) -> CheckReport:
     """The report about an environment, whether it passes the checks or not."""
     from worldflux.envs.checking import check_env as check
     from worldflux.envs.checking.report import EnvironmentCheckError
 
     found = find_environment(env)
+    if options != _NO_OPTIONS:
+        found = _with_options(env, options, render_mode="rgb_array" if render and isinstance(found, str) else None)
     try:
-        return check(found, **options)
+        return check(found, steps=steps, seed=seed, render=render)
     except EnvironmentCheckError as error:
         return error.report
+
+
+def _with_options(env: str, options: EnvOptions, render_mode: str | None) -> Callable[[], gym.Env[Any, Any]]:
+    """A function that makes the environment. The report shows its name."""
+
+    def make() -> gym.Env[Any, Any]:
+        return make_environment(env, options, render_mode)
+
+    make.__name__ = env
+    return make
 
 
 def print_report(report: CheckReport) -> None:

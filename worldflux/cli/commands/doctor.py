@@ -18,7 +18,7 @@ def doctor(
     check_device: OptionalDeviceName = None,
     json_output: Json = False,
 ) -> int:
-    """Report what works on this machine, what is missing, and the command that installs it.
+    """Report what works on this machine, and the commands that install the rest.
 
     Args:
         env: An environment to check as well: an id, module:Class or path.py:Class.

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from worldflux.cli.options import Flag, Json
 from worldflux.errors import ConfigurationError, MissingDependencyError
 
 if TYPE_CHECKING:
     from gymnasium.envs.registration import EnvSpec
 
-_Pattern = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="PATTERN", help_behavior_hint="")]
+_Pattern = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[PATTERN]", help_behavior_hint="")]
 
 _MADE = 12
 """Largest number of environments that are made to learn their spaces, if making them takes time."""
@@ -55,8 +56,8 @@ class Entry:
 def envs(
     pattern: _Pattern = None,
     *,
-    all_versions: bool = False,
-    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    all_versions: Flag = False,
+    json_output: Json = False,
 ) -> int:
     """List the environments that ENV can be.
 

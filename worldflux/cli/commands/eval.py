@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from worldflux.cli import runs
-from worldflux.cli.environments import find_environment
+from worldflux.cli.environments import make_environment, open_window
 from worldflux.cli.options import AgentPath, Count, EnvOptions, File, Flag, Json, OptionalEnvName, counted
 from worldflux.cli.players import environment_of, load_player
 from worldflux.errors import ConfigurationError, MissingDependencyError
@@ -50,6 +49,7 @@ def evaluate(
     newest: Flag = False,
     video: File = None,
     video_episodes: Count = 1,
+    render: Flag = False,
     json_output: Json = False,
     options: Annotated[EnvOptions, tyro.conf.arg(name="")] = _NO_OPTIONS,
 ) -> int:
@@ -64,6 +64,7 @@ def evaluate(
         newest: For the directory of a run, use the newest checkpoint instead of the agent with the best evaluation.
         video: Also film the first episodes, as an .mp4 or a .gif.
         video_episodes: Number of episodes to film.
+        render: Show the episodes in a window.
         json_output: Print JSON, including every episode.
         options: Options of ENV.
 
@@ -83,8 +84,13 @@ def evaluate(
     if video is not None:
         check_target(video)
         video_file = checked_path("--video", video)  # before the environment may change the working directory
-    made = make_environment(name, options, film=video is not None)
+    if render and video is not None:
+        raise ConfigurationError("--render and --video cannot be combined. Leave one of them out.")
+    mode = "human" if render else None if video is None else "rgb_array"
+    made = make_environment(name, options, mode)
     try:
+        if render:
+            open_window(made, name)
         player = load_player(source, made, name)
         seed_everything(seed)
         fps = made.metadata.get("render_fps") or 30
@@ -112,34 +118,8 @@ def _environment(agent: Path, env: str | None, options: EnvOptions) -> tuple[str
         return env, options
     found = environment_of(agent, f"Add ENV: worldflux eval {agent} ENV")
     if options != _NO_OPTIONS:
-        raise ConfigurationError(f"--{' --'.join(options.given())} go with ENV. Add it, or leave them out.")
+        raise ConfigurationError(f"{options.shown()}: options of an environment need ENV. Add it, or leave them out.")
     return found
-
-
-def make_environment(name: str, options: EnvOptions, *, film: bool) -> gym.Env[Any, Any]:
-    """Makes one environment, which renders if it is filmed.
-
-    Raises:
-        ConfigurationError: If it cannot be made or filmed.
-    """
-    from worldflux.envs.make import check_batches, make_env
-
-    given, render = options.given(), {"render_mode": "rgb_array"} if film else {}
-    found = find_environment(name)
-    if isinstance(found, str):
-        env = make_env(found, **given, **render)
-    else:
-        if given:
-            raise ConfigurationError(f"--{' --'.join(given)}: {name} is your own code, which takes no options.")
-        env = found(**render) if "render_mode" in inspect.signature(found).parameters else found()
-    check_batches(env)
-    if film and env.render_mode != "rgb_array":
-        env.close()
-        raise ConfigurationError(
-            f"{name} cannot be filmed: its render_mode is {env.render_mode!r}, expected 'rgb_array'. "
-            "A class of your own has to take render_mode in its constructor and store it."
-        )
-    return env
 
 
 def _play(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from worldflux.cli import runs
-from worldflux.cli.commands.eval import make_environment
+from worldflux.cli.environments import make_environment
 from worldflux.cli.options import AgentPath, Count, EnvOptions, Number, check_writable, counted
 from worldflux.cli.players import environment_of, load_player
 from worldflux.cli.runs import Saved
@@ -75,9 +75,7 @@ def imagine(
     if data is not None and env is not None:
         raise ConfigurationError(f"Both {data} and --env {env} are given. Leave one of them out.")
     if options != _NO_OPTIONS and env is None:
-        raise ConfigurationError(
-            f"--{' --'.join(options.given())} can only be used with --env. Add it, or leave them out."
-        )
+        raise ConfigurationError(f"{options.shown()}: options of an environment need --env. Add it, or leave them out.")
     source = runs.saved_agent(agent, newest=True)  # checkpoints have replay data
     target = checked_path("--output", output, directory=True)  # before an environment may change the working directory
     try:
@@ -158,7 +156,7 @@ def _record(
     from worldflux.accel.randomness import seed_everything
     from worldflux.envs.collection import collect
 
-    made = make_environment(env, options, film=False)
+    made = make_environment(env, options)
     try:
         player = load_player(source, made, env)
         seed_everything(seed)

@@ -17,9 +17,21 @@ from worldflux.files import checked_path, path_beside, writing
 if TYPE_CHECKING:
     from worldflux.cli.curves import Curve, Run
 
-_FREE = ("seed", "device", "processes", "checkpoint_interval", "steps", "eval_interval", "eval_episodes")
+_FREE = (
+    "seed",
+    "device",
+    "processes",
+    "compile",
+    "checkpoint_interval",
+    "steps",
+    "eval_interval",
+    "eval_episodes",
+    "render",
+    "track",
+    "track_project",
+)
 """Settings in which runs of one curve may differ, because learning does not depend on them."""
-_OF_THE_TASK = ("pixels", "size", "action_repeat")
+_OF_THE_TASK = ("pixels", "size", "action_repeat", "env_kwargs")
 
 _Directories = Annotated[
     tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name="dirs", metavar="DIR ...", help_behavior_hint="")

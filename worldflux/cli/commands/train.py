@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import inf
@@ -12,25 +13,33 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from worldflux.cli import runs
-from worldflux.cli.environments import find_environment, is_own_code, lasting_name
+from worldflux.cli.environments import is_own_code, lasting_name, make_environments
 from worldflux.cli.life_cycle import Work, start_or_resume
 from worldflux.cli.options import (
+    Compile,
     Count,
     DeviceName,
     Directory,
     EnvOptions,
     Fields,
+    File,
     Flag,
     ModelName,
+    Name,
     Number,
     OptionalEnvName,
+    Precision,
     Real,
+    Seeds,
+    Trackers,
+    compile_setting,
     counted,
-    model_fields,
+    fields_and_dtype,
 )
 from worldflux.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from stable_baselines3.common.logger import KVWriter
     from stable_baselines3.common.vec_env import VecEnv
 
 
@@ -67,6 +76,10 @@ class TrainSettings(EnvOptions):
     """Environment steps before the first gradient step. Default: the model's."""
     planner: Literal["auto", "mppi", "none"] = "auto"
     """How actions are chosen: mppi plans them, none takes the policy's, auto does what the model's paper does."""
+    dtype: Precision = "auto"
+    """Numbers in which the model multiplies matrices. auto: float32, or what the model was saved with."""
+    compile: Compile = "auto"
+    """Compile the model with torch.compile, which needs a C++ compiler on a CPU. auto: only on a GPU."""
     set: Fields = ()
     """Set a field of the model's configuration, such as --set hidden_dim=64. May be repeated."""
     checkpoint_interval: Count = 10_000
@@ -75,6 +88,12 @@ class TrainSettings(EnvOptions):
     """Environment steps between evaluations; 0 disables them. Default: a twentieth of the steps, at least 100."""
     eval_episodes: Count = 5
     """Number of episodes in each evaluation."""
+    track: Trackers = ()
+    """Also log to Weights & Biases or MLflow. May be given for both."""
+    track_project: Name = None
+    """Project of W&B, experiment of MLflow. Default: WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME, otherwise worldflux."""
+    render: Flag = False
+    """Show the first environment in a window while the agent trains."""
 
     def resolved(self) -> TrainSettings:
         """The same settings with numbers in place of defaults that depend on other settings, and with a seed.
@@ -106,7 +125,8 @@ class TrainSettings(EnvOptions):
         return {
             **{name: getattr(self, name) for name in names},
             "planner": None if self.planner == "none" else self.planner,
-            "model_kwargs": model_fields(self.set),
+            "model_kwargs": fields_and_dtype(self.set, self.dtype),
+            "compile": compile_setting(self.compile),
             "device": self.device,
             "seed": self.seed,
         }
@@ -120,6 +140,8 @@ def train(
     env: OptionalEnvName = None,
     *,
     run: Directory = None,
+    seeds: Seeds = (),
+    config: File = None,
     resume: Directory = None,
     settings: Annotated[TrainSettings, tyro.conf.arg(name="")] = _DEFAULTS,
 ) -> int:
@@ -128,14 +150,18 @@ def train(
     Args:
         model: A preset (see worldflux models), or a directory written by save_pretrained. Left out with --resume.
         env: An id (CartPole-v1, dmc/walker-walk, atari/pong), or your class: module:Class or path.py:Class.
-        run: Directory of the new run. Default: runs/<env>/<model>/<number>.
-        resume: Directory of a run to resume with its own settings. Only --steps and --device can be changed.
+        run: Directory of the new run. Default: runs/<env>/<model>/<number>. With --seeds, of all new runs.
+        seeds: Several seeds, each for a run of its own, one after the other. Write MODEL and ENV before them.
+        config: A YAML file with settings, such as the config.yaml of a run. Other options win over it.
+        resume: Directory of a run to resume with its own settings. Only --steps, --device and --render can be changed.
         settings: All other options.
 
     Returns:
         0, or 130 after Ctrl-C and 143 after SIGTERM.
     """
-    return start_or_resume(AgentTraining, model, env, run, resume, settings)
+    if config is not None and env is not None and is_own_code(env):
+        print(f"worldflux: importing {env}, as {config} says", file=sys.stderr)
+    return start_or_resume(AgentTraining, model, env, settings, run=run, seeds=seeds, config=config, resume=resume)
 
 
 class AgentTraining(Work):
@@ -143,7 +169,8 @@ class AgentTraining(Work):
 
     command, argument, example = "train", "ENV", "dreamerv3:size12m CartPole-v1"
     settings_type, result = TrainSettings, runs.AGENT_FILE
-    next_commands = ("eval {run}", "plot {run}", "imagine {run}")
+    next_commands, next_for_several = ("eval {run}", "plot {run}", "imagine {run}"), ("plot {run}",)
+    score_name = "last evaluation"
 
     def __init__(self, model: str, task: str, settings: TrainSettings, run: Path | None, resources: ExitStack) -> None:
         from worldflux.agents import WorldFluxAgent
@@ -152,6 +179,8 @@ class AgentTraining(Work):
         self.title, self.task, self._settings, self._resources = task, lasting_name(task), settings, resources
         if run is not None and is_own_code(task):
             print(f"worldflux: importing {task}, which {runs.CONFIG_FILE} names", file=sys.stderr)
+        # First, because an environment that cannot be made would end the processes below with a traceback.
+        self._eval_envs = self._make_envs(replace(settings, n_envs=1, processes=False, render=False))
         envs = self._make_envs(settings)
         self.frames_per_step = frames_per_vec_step(envs)
         if run is None or runs.newest_step(run) is None:
@@ -172,7 +201,7 @@ class AgentTraining(Work):
             rate = f"{counted(round(1 / every, 2), 'gradient step')} per environment step"
         return f"seed {self._settings.seed}, {rate}"
 
-    def train(self, directory: Path) -> str:
+    def train(self, directory: Path, outputs: Sequence[KVWriter]) -> str:
         """Trains, evaluates and saves checkpoints."""
         from worldflux.agents import AgentCheckpointCallback
         from worldflux.cli.run_callbacks import Evaluations, Progress, run_logger
@@ -184,7 +213,7 @@ class AgentTraining(Work):
         evaluations = None
         if settings.eval_interval:
             evaluations = Evaluations(
-                self._make_envs(replace(settings, n_envs=1, processes=False)),
+                self._eval_envs,
                 directory,
                 interval=settings.eval_interval,
                 episodes=settings.eval_episodes,
@@ -194,28 +223,29 @@ class AgentTraining(Work):
             callbacks.append(evaluations)
         # Checkpoints come after the evaluation, so that every saved step has been evaluated.
         callbacks.append(AgentCheckpointCallback(directory / runs.CHECKPOINTS, settings.checkpoint_interval))
-        logger = run_logger(directory / runs.LOGS)
+        logger = run_logger(directory / runs.LOGS, outputs)
         self._resources.callback(logger.close)
         agent.set_logger(logger)
         agent.learn(max(settings.steps - agent.num_timesteps, 0), callbacks, reset_num_timesteps=False)
         agent.dump_logs()  # the episodes since the last dump
+        if evaluations is not None and evaluations.rows:
+            self.score = evaluations.rows[-1].score
         best = evaluations.best if evaluations is not None else None
         scored = "" if best is None else f", best evaluation {best.score:g} at step {best.step}"
-        return f"{agent.num_timesteps} steps{scored}"
+        return f"{counted(agent.num_timesteps, 'step')}{scored}"
 
     def save(self, path: Path) -> None:
         """Saves the agent."""
         self._agent.save(path)
 
     def _make_envs(self, settings: TrainSettings) -> VecEnv:
-        from worldflux.envs.make import make_vec_env
-
-        envs = make_vec_env(
-            find_environment(self.task),
+        envs = make_environments(
+            self.task,
+            settings,
             settings.n_envs,
             seed=settings.seed,
             processes=settings.processes,
-            **settings.given(),
+            render=settings.render,
         )
         self._resources.callback(envs.close)
         return envs

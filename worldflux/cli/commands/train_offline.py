@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,10 +13,29 @@ import tyro
 
 from worldflux.cli import runs
 from worldflux.cli.life_cycle import Work, start_or_resume
-from worldflux.cli.options import Count, DeviceName, Directory, Fields, ModelName, Number, Real, model_fields
+from worldflux.cli.options import (
+    Compile,
+    Count,
+    DeviceName,
+    Directory,
+    Fields,
+    File,
+    ModelName,
+    Name,
+    Number,
+    Precision,
+    Real,
+    Seeds,
+    Trackers,
+    compile_setting,
+    counted,
+    fields_and_dtype,
+)
 from worldflux.errors import BufferError, ConfigurationError
 
 if TYPE_CHECKING:
+    from stable_baselines3.common.logger import KVWriter
+
     from worldflux.models.base import WorldModel
     from worldflux.replay.buffer import ReplayBuffer
     from worldflux.training.config import TrainingConfig
@@ -52,6 +72,10 @@ class OfflineSettings:
     """Largest norm of the gradient; 0 disables clipping. Default: 100."""
     warmup_steps: Number = None
     """Gradient steps over which the learning rate rises from zero. Default: 0."""
+    dtype: Precision = "auto"
+    """Numbers in which the model multiplies matrices. auto: float32, or what the model was saved with."""
+    compile: Compile = "auto"
+    """Compile the model with torch.compile, which needs a C++ compiler on a CPU. auto: only on a GPU."""
     set: Fields = ()
     """Set a field of the model's configuration, such as --set action_type=discrete. May be repeated."""
     checkpoint_interval: Number = None
@@ -60,6 +84,10 @@ class OfflineSettings:
     """Gradient steps between evaluations. Default: 1000."""
     log_interval: Number = None
     """Gradient steps between the rows of the log. Default: 100."""
+    track: Trackers = ()
+    """Also log to Weights & Biases or MLflow. May be given for both."""
+    track_project: Name = None
+    """Project of W&B, experiment of MLflow. Default: WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME, otherwise worldflux."""
 
     def resolved(self) -> OfflineSettings:
         """The same settings with the number of steps.
@@ -85,6 +113,7 @@ class OfflineSettings:
             "save_interval": self.checkpoint_interval,
             "device": self.device,
             "seed": self.seed,
+            "compile": compile_setting(self.compile),
         }
         given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
         return TrainingConfig(**given)
@@ -98,6 +127,8 @@ def train_offline(
     data: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[DATA]", help_behavior_hint="")] = None,
     *,
     run: Directory = None,
+    seeds: Seeds = (),
+    config: File = None,
     resume: Directory = None,
     settings: Annotated[OfflineSettings, tyro.conf.arg(name="")] = _DEFAULTS,
 ) -> int:
@@ -106,14 +137,17 @@ def train_offline(
     Args:
         model: A preset (see worldflux models), or a directory written by save_pretrained. Left out with --resume.
         data: An .npz file of worldflux collect or of ReplayBuffer.save.
-        run: Directory of the new run. Default: runs/<data>/<model>/<number>.
+        run: Directory of the new run. Default: runs/<data>/<model>/<number>. With --seeds, of all new runs.
+        seeds: Several seeds, each for a run of its own, one after the other. Write MODEL and DATA before them.
+        config: A YAML file with settings, such as the config.yaml of a run. Other options win over it.
         resume: Directory of a run to resume with its own settings. Only --steps and --device can be changed.
         settings: All other options.
 
     Returns:
         0, or 130 after Ctrl-C and 143 after SIGTERM.
     """
-    return start_or_resume(OfflineTraining, model, None if data is None else str(data), run, resume, settings)
+    task = None if data is None else str(data)
+    return start_or_resume(OfflineTraining, model, task, settings, run=run, seeds=seeds, config=config, resume=resume)
 
 
 class OfflineTraining(Work):
@@ -122,6 +156,7 @@ class OfflineTraining(Work):
     command, argument, example = "train-offline", "DATA", "tdmpc2:5m walker.npz"
     settings_type, result = OfflineSettings, runs.MODEL_DIRECTORY
     next_commands = ("imagine {run}", "eval {run} ENV")
+    score_name = "last loss on the held-out steps"
 
     def __init__(
         self, model: str, task: str, settings: OfflineSettings, run: Path | None, resources: ExitStack
@@ -152,22 +187,23 @@ class OfflineTraining(Work):
 
     def describe(self) -> str:
         """Names the amount of data."""
-        return f"{self._buffer.num_transitions} steps of data"
+        return f"{counted(self._buffer.num_transitions, 'step')} of data"
 
-    def train(self, directory: Path) -> str:
+    def train(self, directory: Path, outputs: Sequence[KVWriter]) -> str:
         """Trains, evaluates and saves checkpoints."""
         from worldflux.cli.run_callbacks import OfflineLog
         from worldflux.training.callbacks import CheckpointCallback, ProgressCallback
 
-        trainer, log = self._trainer, OfflineLog(directory / runs.LOGS)
+        trainer, log = self._trainer, OfflineLog(directory / runs.LOGS, outputs)
         trainer.add_callback(log)
         interval = trainer.config.save_interval
         trainer.add_callback(CheckpointCallback(directory / runs.CHECKPOINTS, interval, max_checkpoints=2))
         if sys.stderr.isatty():
             trainer.add_callback(ProgressCallback())
         trainer.train(self._buffer, resume=True)
+        self.score = log.last_eval.get("loss")
         held_out = f", loss {log.last_eval['loss']:.4g} on the held-out steps" if log.last_eval else ""
-        return f"{trainer.step_count} gradient steps{held_out}"
+        return f"{counted(trainer.step_count, 'gradient step')}{held_out}"
 
     def save(self, path: Path) -> None:
         """Saves the model."""
@@ -184,7 +220,7 @@ def _build_model(model: str, buffer: ReplayBuffer, settings: OfflineSettings) ->
     from worldflux.factory import create_world_model, find_preset
     from worldflux.training.fitting import overruled_fields
 
-    fields = model_fields(settings.set)
+    fields = fields_and_dtype(settings.set, settings.dtype)
     for name, reason in _DECIDED_ELSEWHERE.items():
         if name in fields:
             raise ConfigurationError(f"--set {name} would change nothing here: {reason}.")
