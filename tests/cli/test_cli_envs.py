@@ -9,7 +9,7 @@ from typing import Any
 import gymnasium as gym
 import pytest
 
-from worldflux.cli import runs
+from worldflux.cli import provenance
 from worldflux.cli.main import main
 from worldflux.envs.suites import ATARI_57, ATARI_100K, DMC_TASKS
 
@@ -74,8 +74,8 @@ def test_a_pattern_without_a_match_names_what_is_near(capsys: pytest.CaptureFixt
 def test_a_suite_that_is_not_installed_names_its_extra(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    installed = runs.installed_version
-    monkeypatch.setattr(runs, "installed_version", lambda name: None if name == "dm-control" else installed(name))
+    installed = provenance.installed_version
+    monkeypatch.setattr(provenance, "installed_version", lambda name: None if name == "dm-control" else installed(name))
     assert listed(capsys, "dmc/hopper-hop")["dmc/hopper-hop"]["needs"].endswith('[dmc]"')
     assert main(["envs", "dmc/*"]) == 0
     lines = capsys.readouterr().out.splitlines()

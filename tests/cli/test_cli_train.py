@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from worldflux import WorldFluxAgent
 from worldflux.cli.main import main
 from worldflux.cli.options import model_fields
 from worldflux.cli.run_callbacks import Evaluations, Progress
-from worldflux.cli.runs import Evaluation, RunConfig, find_runs, read_evaluations, run_of, write_evaluations
+from worldflux.cli.runs import FORMAT, Evaluation, RunConfig, find_runs, read_evaluations, run_of, write_evaluations
 from worldflux.errors import CheckpointError, ConfigurationError
 from worldflux.locks import using
 from worldflux.training.checkpoint import checkpoints_in
@@ -132,7 +133,9 @@ def test_a_stopped_run_is_saved_and_goes_on(
     assert [row.step for row in read_evaluations(run / "evaluations.csv")] == [20, 40, 60]
     assert (run / "logs" / "progress.csv").read_bytes() == before
     assert "time/total_timesteps" in (run / "logs" / "progress-2.csv").read_text()
-    assert RunConfig.read(run) == config
+    resumed = RunConfig.read(run)
+    assert replace(resumed, resumed=[]) == config
+    assert [(part["step"], part["versions"]) for part in resumed.resumed] == [(34, config.versions)]
     agent = WorldFluxAgent.load(run / "agent.zip")
     assert (agent.num_timesteps, agent.seed) == (60, 3)
 
@@ -367,7 +370,7 @@ def test_a_run_goes_on_with_its_own_settings(capsys: pytest.CaptureFixture[str])
         ({"settings": {"set": [3]}}, "set is (3,)"),
         ({"settings": []}, "settings is []"),
         ({"model": None}, "model is None"),
-        ({"run": 2}, "written by another version"),
+        ({"run": FORMAT + 1}, "written by another version"),
     ],
 )
 def test_a_damaged_config_is_refused(change: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]) -> None:

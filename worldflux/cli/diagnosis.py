@@ -12,7 +12,7 @@ from importlib import metadata
 from typing import Any
 
 from worldflux.cli.commands.check_env import check_report
-from worldflux.cli.runs import installed_version
+from worldflux.cli.provenance import installed_version
 from worldflux.envs.suites.rendering import choose_backend
 from worldflux.errors import WorldFluxError, install_hint
 

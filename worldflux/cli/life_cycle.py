@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from worldflux.cli import runs
 from worldflux.cli.config_file import write_settings
 from worldflux.cli.options import as_arguments, changed, counted, from_json
+from worldflux.cli.provenance import circumstances
 from worldflux.cli.runs import RunConfig
 from worldflux.cli.tracked import RunTracking
 from worldflux.errors import ConfigurationError, WorldFluxError
@@ -168,8 +169,8 @@ def _start(
                 settings=asdict(settings),
                 frames_per_step=made.frames_per_step,
                 command=f"worldflux {work.command} {shlex.join([model, task])} {as_arguments(settings)}",
-                versions=runs.versions(),
                 started=runs.now(),
+                **circumstances(made.task, settings.device),
             ),
             settings,
         )
@@ -265,7 +266,9 @@ def _resume(work: type[Work], directory: Path, given: Any) -> int:
         # Before anything is loaded: another process that trains this run replaces its checkpoints.
         resources.enter_context(using(directory))
         made = work(config.model, config.task, settings, directory, resources)
-        _write_settings(made, directory, replace(config, settings=asdict(settings)), settings)
+        part = {"started": runs.now(), "step": done or 0, **circumstances(made.task, settings.device)}
+        resumed = replace(config, settings=asdict(settings), resumed=[*config.resumed, part])
+        _write_settings(made, directory, resumed, settings)
         if done is None:
             print(f"worldflux: {shown} has no checkpoint yet, so it starts from the beginning", file=sys.stderr)
         else:

@@ -17,11 +17,11 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from worldflux.agents import WorldFluxAgent
 from worldflux.cli.options import counted
+from worldflux.cli.provenance import installed_version
 from worldflux.cli.runs import (
     BEST_AGENT_FILE,
     EVALUATIONS_FILE,
     Evaluation,
-    installed_version,
     read_evaluations,
     write_evaluations,
 )

@@ -15,14 +15,12 @@ import csv
 import io
 import json
 import os
-import platform
 import re
 import sys
 import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +39,7 @@ MODEL_DIRECTORY = "model"
 ROOT = Path("runs")
 """Parent of all runs that were started without --run."""
 
-FORMAT = 1
+FORMAT = 2
 """Version of `config.json`. A change that older versions cannot read increases it."""
 
 
@@ -63,8 +61,14 @@ class RunConfig:
     """Command that starts the same run again, for people to read."""
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of Python and the packages with which the run was started."""
+    commits: dict[str, str] = field(default_factory=dict)
+    """Git commits of worldflux, and of the environment if it is the user's own code; without those not known."""
+    machine: dict[str, str] = field(default_factory=dict)
+    """Platform, processor, threads and device with which the run was started."""
     started: str = ""
     """Time at which the run was started."""
+    resumed: list[dict[str, Any]] = field(default_factory=list)
+    """For each time that the run was resumed: `started`, `step`, `versions`, `commits` and `machine`."""
 
     def write(self, directory: Path) -> None:
         """Writes `config.json`. The file is replaced as a whole."""
@@ -89,7 +93,7 @@ class RunConfig:
         if data.pop("run") != FORMAT:
             raise CheckpointError(f"{path} was written by another version of worldflux. Use that version.")
         types = {"kind": str, "model": str, "task": str, "settings": dict, "frames_per_step": int}
-        types |= {"command": str, "versions": dict, "started": str}
+        types |= {"command": str, "versions": dict, "commits": dict, "machine": dict, "started": str, "resumed": list}
         for name, expected in types.items():
             if not isinstance(data.get(name), expected) or isinstance(data[name], bool):
                 raise CheckpointError(f"{path} is damaged: {name} is {data.get(name)!r}.")
@@ -275,20 +279,6 @@ def _of_run(run: Path, newest: bool) -> Saved:
 
 def _is_model(directory: Path) -> bool:
     return all((directory / name).is_file() for name in ("config.json", "model.safetensors"))
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a run depends on."""
-    names = ("worldflux", "torch", "numpy", "gymnasium", "stable-baselines3")
-    return {"python": platform.python_version(), **{name: installed_version(name) or "?" for name in names}}
-
-
-def installed_version(package: str) -> str | None:
-    """The version of a package; None if it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def now() -> str:

@@ -94,7 +94,7 @@ def _entries(all_versions: bool) -> list[Entry]:
     import gymnasium as gym
 
     from worldflux.cli.diagnosis import missing
-    from worldflux.cli.runs import installed_version
+    from worldflux.cli.provenance import installed_version
     from worldflux.envs.suites.atari import register_ale
     from worldflux.envs.suites.registration import register_suites, suite_id, suite_names
 
