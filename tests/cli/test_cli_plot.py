@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from worldflux.cli.commands.plot import _grouped
+from worldflux.cli.commands.plot import grouped
 from worldflux.cli.curves import Run, mean_and_interval, published, read_run
 from worldflux.cli.main import main
 from worldflux.cli.run_callbacks import run_logger
@@ -72,7 +72,8 @@ def run(
 def log(directory: Path, name: str, rows: list[tuple[int, int, float]]) -> None:
     """Writes a part of the log: steps, seconds and mean returns."""
     (directory / "logs").mkdir(exist_ok=True)
-    lines = ["rollout/ep_rew_mean,time/time_elapsed,time/total_timesteps", ",,5"]  # the second of an evaluation
+    lines = ["rollout/ep_rew_mean,time/time_elapsed,time/total_timesteps"]
+    lines += [f",,{step}" for step, _, _ in rows[:1]]  # of an evaluation
     lines += [f"{score},{seconds},{step}" for step, seconds, score in rows]
     (directory / "logs" / name).write_text("\n".join(lines) + "\n")
 
@@ -129,7 +130,7 @@ def test_pixels_and_action_repeat_make_another_task() -> None:
     for name, settings in zip(names, ({}, {"pixels": True}, {"action_repeat": 4, "size": 32}), strict=True):
         run(name, {1: 1.0}, task="dmc/cup-catch", **settings)
     found = [read_run(Path("runs", name)) for name in names]
-    tasks = _grouped([each for each in found if each is not None])
+    tasks = grouped([each for each in found if each is not None])
     assert list(tasks) == ["dmc/cup-catch", "dmc/cup-catch pixels", "dmc/cup-catch size 32 action repeat 4"]
 
 
@@ -267,7 +268,6 @@ def test_runs_without_scores_are_left_out(capsys: pytest.CaptureFixture[str]) ->
 def test_a_missing_matplotlib_names_the_extra(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "worldflux.cli.curves", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     run("some", {10: 1.0})
     assert main(["plot", "runs"]) == 2

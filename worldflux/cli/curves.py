@@ -8,11 +8,12 @@ import json
 import math
 import textwrap
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,10 +21,14 @@ from worldflux.cli.runs import EVALUATIONS_FILE, LOGS, RunConfig, read_evaluatio
 from worldflux.errors import CheckpointError, MissingDependencyError, install_hint
 from worldflux.reading import open_regular
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Score = tuple[float, float, float]
 """Environment steps, seconds of training, and score."""
 
 _RESAMPLES = 2_000
+_STEP, _SECONDS = "time/total_timesteps", "time/time_elapsed"
 
 
 @dataclass(frozen=True)
@@ -58,15 +63,24 @@ class Run:
     @cached_property
     def training(self) -> list[Score]:
         """Mean returns of the last 100 training episodes, from all parts of the log."""
-        parts = sorted((self.directory / LOGS).glob("progress*.csv"), key=_part)
-        found: list[Score] = []
-        for rows in (list(_training_rows(part)) for part in parts):
+        names = ("time/total_timesteps", "time/time_elapsed", "rollout/ep_rew_mean")
+        return [(row[names[0]], row[names[1]], row[names[2]]) for row in self.log if all(name in row for name in names)]
+
+    @cached_property
+    def log(self) -> list[dict[str, float]]:
+        """The rows of all parts of the log, without what was not logged in a row.
+
+        `time/time_elapsed` counts from the beginning of the run.
+        """
+        found: list[dict[str, float]] = []
+        for part in sorted((self.directory / LOGS).glob("progress*.csv"), key=_part):
+            rows = list(_log_rows(part))
             if not rows:
                 continue
             # A run that was killed has logged steps after its checkpoint, which were then repeated.
-            found = [row for row in found if row[0] < rows[0][0]]
-            before = found[-1][1] if found else 0.0
-            found += [(step, before + seconds, score) for step, seconds, score in rows]
+            found = [row for row in found if row[_STEP] < rows[0][_STEP]]
+            before = next((row[_SECONDS] for row in reversed(found) if _SECONDS in row), 0.0)
+            found += [{**row, _SECONDS: before + row[_SECONDS]} if _SECONDS in row else row for row in rows]
         return found
 
     def scores(self, kind: str) -> list[Score]:
@@ -153,28 +167,20 @@ def _part(path: Path) -> int:
     return int(number) if number.isdigit() else 1
 
 
-def _training_rows(path: Path) -> Iterator[Score]:
-    """The rows of a log that contain a mean return."""
-    names = ("time/total_timesteps", "time/time_elapsed", "rollout/ep_rew_mean")
+def _log_rows(path: Path) -> Iterator[dict[str, float]]:
+    """The numbers in each row of a log."""
     try:
         with io.TextIOWrapper(open_regular(path), encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
-                try:
-                    step, seconds, score = (float(row[name]) for name in names)
-                except (KeyError, TypeError, ValueError):  # an evaluation, or a row that is being written
-                    continue
-                yield step, seconds, score
+                numbers: dict[str, float] = {}
+                for name, text in row.items():
+                    with suppress(TypeError, ValueError):  # not logged in this row, or a row that is being written
+                        numbers[name] = float(text)
+                if _STEP in numbers:
+                    yield numbers
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise CheckpointError(f"{path} is not a log of a run: {error}. Remove it, or restore it.") from error
 
-
-try:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
-except ImportError as error:
-    raise MissingDependencyError(
-        f"worldflux plot needs matplotlib. Install it with: {install_hint('plot')}."
-    ) from error
 
 _COLUMNS = 3
 _LABEL_WIDTH = 44
@@ -183,7 +189,7 @@ _LEAST_SHARE = 0.2
 _NAMES = {"evaluation": "return of evaluations", "training": "return of training episodes"}
 
 
-def draw(tasks: Mapping[str, list[Curve]], path: Path, *, x: str, kind: str, reference: bool) -> None:
+def draw(tasks: Mapping[str, list[Curve]], *, x: str, kind: str, reference: bool) -> Figure:
     """Draws a panel for each task.
 
     Thin lines are single runs, thick lines are means over the runs of a curve, and bands are 95 % bootstrap intervals
@@ -192,11 +198,20 @@ def draw(tasks: Mapping[str, list[Curve]], path: Path, *, x: str, kind: str, ref
 
     Args:
         tasks: Curves of each task.
-        path: Image to write.
         x: "steps" or "time".
         kind: "evaluation" or "training".
         reference: Draw published scores, if there are any.
+
+    Raises:
+        MissingDependencyError: If matplotlib is not installed.
     """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"worldflux plot needs matplotlib. Install it with: {install_hint('plot')}."
+        ) from error
     columns = min(len(tasks), _COLUMNS)
     rows = math.ceil(len(tasks) / columns)
     figure = Figure(figsize=(1 + 5 * columns, 0.6 + 3.6 * rows))  # without pyplot, which might look for a display
@@ -221,7 +236,7 @@ def draw(tasks: Mapping[str, list[Curve]], path: Path, *, x: str, kind: str, ref
         notes.append("published: mean over runs, and the lowest and highest of them")
     figure.text(0.995, 0.005, "\n".join(notes), ha="right", va="bottom", fontsize="x-small", color="0.4")
     figure.tight_layout(rect=(0, 0.2 * len(notes) / figure.get_figheight(), 1, 1))
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def _draw_curve(axes: Any, curve: Curve, color: str, *, x: str, kind: str) -> None:

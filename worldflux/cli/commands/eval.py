@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -97,7 +98,7 @@ def evaluate(
         with nullcontext() if video is None else VideoFile(video_file, fps) as film:
             played: list[Episode] = []
             while len(played) < episodes:
-                episode = _play(
+                episode = play(
                     player,
                     made,
                     seed=None if played else seed,
@@ -122,18 +123,28 @@ def _environment(agent: Path, env: str | None, options: EnvOptions) -> tuple[str
     return found
 
 
-def _play(
+def play(
     agent: WorldFluxAgent,
     env: gym.Env[Any, Any],
     *,
     seed: int | None,
     deterministic: bool,
     show: Callable[[np.ndarray], None] | None,
+    limit: float = inf,
 ) -> Episode:
-    """Plays an episode. Every frame is passed to `show`."""
+    """Plays an episode.
+
+    Args:
+        agent: The agent that plays.
+        env: Environment of `make_environment`.
+        seed: Seed of the environment; None to go on with its random numbers.
+        deterministic: Take the most likely actions instead of sampling them.
+        show: Called with every frame.
+        limit: Number of steps after which the episode is cut off.
+    """
     obs, _ = env.reset(seed=seed)
     memory, score, length, over = None, 0.0, 0, False
-    while not over:
+    while not over and length < limit:
         if show is not None:
             show(_picture(env))
         action, memory = agent.predict(obs, memory, deterministic=deterministic)

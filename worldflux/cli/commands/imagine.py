@@ -90,8 +90,8 @@ def imagine(
     from worldflux.diagnostics.plots import figures, picture_name
     from worldflux.diagnostics.plots.frames import FPS, film, image_keys, longest_windows
 
-    model, steps, buffer, described = _shown(source, data, env, options, episodes=episodes, seed=seed)
-    _check_rows(model, buffer, described)
+    model, steps, buffer, described = model_and_data(source, data, env, options, episodes=episodes, seed=seed)
+    check_rows(model, buffer, described)
     has_images = any(len(shape) == 3 for shape in model.config.obs_shapes.values())
     count = windows or (IMAGE_WINDOWS if has_images else WINDOWS)
     found = open_loop(model, buffer.sample(count, context + horizon), context=context, samples=samples, seed=seed)
@@ -114,10 +114,19 @@ def imagine(
     return 0
 
 
-def _shown(
+def model_and_data(
     source: Saved, data: Path | None, env: str | None, options: EnvOptions, *, episodes: int, seed: int
 ) -> tuple[WorldModel, int | None, ReplayBuffer, str]:
-    """The model, the environment steps of its agent, the data that the model is shown, and their description."""
+    """The model, the environment steps of its agent, the data that the model is shown, and their description.
+
+    Args:
+        source: The agent or model.
+        data: File of recorded episodes; None for those of its run.
+        env: Environment in which to record new episodes instead.
+        options: Options of `env`.
+        episodes: Number of new episodes.
+        seed: Seed of the new episodes and of the windows.
+    """
     from worldflux.agents import WorldFluxAgent
     from worldflux.factory import create_world_model
     from worldflux.training import ReplayBuffer
@@ -190,7 +199,8 @@ def _replay_data(agent: WorldFluxAgent, checkpoint: Path, seed: int) -> ReplayBu
     return buffer
 
 
-def _check_rows(model: WorldModel, buffer: ReplayBuffer, described: str) -> None:
+def check_rows(model: WorldModel, buffer: ReplayBuffer, described: str) -> None:
+    """Raises a `ShapeMismatchError` if the data were not recorded for this model."""
     expected = (model.config.obs_shape, model.config.action_dim)
     if (buffer.obs_shape, buffer.action_dim) != expected:
         raise ShapeMismatchError(

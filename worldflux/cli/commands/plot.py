@@ -63,7 +63,7 @@ def plot(
     checked_path("--output", output)
     if output.suffix.lower() not in (".png", ".pdf", ".svg") or not output.absolute().parent.is_dir():
         raise ConfigurationError(f"{output} cannot be written, expected a .png, .pdf or .svg in an existing directory.")
-    from worldflux.cli.curves import draw  # first, because matplotlib may be missing
+    from worldflux.cli.curves import draw
 
     found = _read(directories)
     kind = score if score != "auto" else "evaluation" if all(run.evaluation for run in found) else "training"
@@ -73,9 +73,9 @@ def plot(
             print(f"worldflux: {run.directory} has no {kind} scores yet", file=sys.stderr)
     if not with_scores:
         raise ConfigurationError(f"There are no {kind} scores yet in {counted(len(found), 'run')}. Nothing is drawn.")
-    tasks = _grouped(with_scores)
+    tasks = grouped(with_scores)
     with writing(output, ConfigurationError), path_beside(output) as beside:
-        draw(tasks, beside, x=x, kind=kind, reference=x == "steps" and not no_reference)
+        draw(tasks, x=x, kind=kind, reference=x == "steps" and not no_reference).savefig(beside, dpi=150)
         beside.replace(output)
     for task, curves in tasks.items():
         for curve in curves:
@@ -96,7 +96,7 @@ def _read(directories: tuple[Path, ...]) -> list[Run]:
     for directory in directories:
         inside = list(runs.find_runs(directory))
         if not inside:
-            raise ConfigurationError(_no_run(directory))
+            raise ConfigurationError(no_run(directory))
         for entry in inside:
             run = read_run(entry)
             if run is None:
@@ -113,14 +113,14 @@ def _read(directories: tuple[Path, ...]) -> list[Run]:
     return list(found.values())
 
 
-def _no_run(path: Path) -> str:
+def no_run(path: Path) -> str:
     """The error message for a path that is not the directory of a run."""
     run = runs.run_of(path)
     whole = "a directory that worldflux train has written" if run is None else f"the directory of the run: {run}"
     return f"There is no run in {path}. Pass {whole}."
 
 
-def _grouped(found: list[Run]) -> dict[str, list[Curve]]:
+def grouped(found: list[Run]) -> dict[str, list[Curve]]:
     """The runs by task, and within a task by all settings that affect learning. Labels name those that differ."""
     from worldflux.cli.curves import Curve
 
