@@ -89,6 +89,7 @@ OPTIONS = {
     "plot": ("DIR ...", "--output FILE", "--x {steps,time}", "--no-reference"),
     "collect": ("ENV", "--output", "--seed INT", "--policy POLICY"),
     "train-offline": ("[MODEL] [DATA]", "--resume DIR", "--eval-share FLOAT", "--set FIELD=VALUE"),
+    "report": ("RUN", "--output FILE", "--no-film", "--no-imagination", "--no-reference", "--episodes INT"),
     "models": ("--json",),
     "envs": ("[PATTERN]", "--all-versions", "--json"),
     "check-env": ("ENV", "--steps INT", "--seed INT", "--render"),

@@ -52,6 +52,7 @@ def test_the_wheel_holds_every_module_of_the_checkout(wheel: Path) -> None:
     assert "worldflux/py.typed" in names
     hyperparams = {f"worldflux/agents/zoo/hyperparams/{algorithm}.yml" for algorithm in ("dreamerv3", "tdmpc2")}
     assert hyperparams <= names
+    assert {"worldflux/cli/report/page.html", "worldflux/cli/report/style.css"} <= names
     assert {name.split("/")[0] for name in names} == {"worldflux", f"worldflux-{worldflux.__version__}.dist-info"}
 
 
@@ -94,10 +95,10 @@ def test_the_version_is_stated_once() -> None:
     assert f"\nversion: {worldflux.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
-def test_the_core_needs_eight_packages() -> None:
+def test_the_core_needs_nine_packages() -> None:
     names = {line.split(">")[0] for line in PROJECT["project"]["dependencies"]}
-    expected = {"torch", "numpy", "gymnasium", "stable-baselines3", "safetensors", "opencv-python", "tyro", "pyyaml"}
-    assert names == expected
+    expected = {"torch", "numpy", "gymnasium", "stable-baselines3", "safetensors", "opencv-python", "tyro"}
+    assert names == expected | {"pyyaml", "jinja2"}
     assert {"extra", "dmc", "atari", "wandb", "zoo", "plot", "docs", "dev"} <= set(
         PROJECT["project"]["optional-dependencies"]
     )

@@ -21,10 +21,11 @@ from worldflux.cli.commands.eval import evaluate
 from worldflux.cli.commands.imagine import imagine
 from worldflux.cli.commands.models import models
 from worldflux.cli.commands.plot import plot
+from worldflux.cli.commands.report import report
 from worldflux.cli.commands.train import TrainSettings, train
 from worldflux.cli.commands.train_offline import OfflineSettings, train_offline
 from worldflux.cli.config_file import path_in, read_settings
-from worldflux.cli.runs import installed_version
+from worldflux.cli.provenance import installed_version
 from worldflux.errors import ConfigurationError, WorldFluxError, nearest
 
 COMMANDS: dict[str, Callable[..., int]] = {
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "eval": evaluate,
     "imagine": imagine,
     "plot": plot,
+    "report": report,
     "collect": collect,
     "train-offline": train_offline,
     "models": models,

@@ -1,0 +1,1 @@
+"""The page of `worldflux report`: its content, pictures, template and style."""
