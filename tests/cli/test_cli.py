@@ -90,6 +90,7 @@ OPTIONS = {
     "collect": ("ENV", "--output", "--seed INT", "--policy POLICY"),
     "train-offline": ("[MODEL] [DATA]", "--resume DIR", "--eval-share FLOAT", "--set FIELD=VALUE"),
     "report": ("RUN", "--output FILE", "--no-film", "--no-imagination", "--no-reference", "--episodes INT"),
+    "reproduce": ("RUN", "--output DIR", "--steps INT", "--device DEVICE"),
     "models": ("--json",),
     "envs": ("[PATTERN]", "--all-versions", "--json"),
     "check-env": ("ENV", "--steps INT", "--seed INT", "--render"),

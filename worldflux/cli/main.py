@@ -22,6 +22,7 @@ from worldflux.cli.commands.imagine import imagine
 from worldflux.cli.commands.models import models
 from worldflux.cli.commands.plot import plot
 from worldflux.cli.commands.report import report
+from worldflux.cli.commands.reproduce import reproduce
 from worldflux.cli.commands.train import TrainSettings, train
 from worldflux.cli.commands.train_offline import OfflineSettings, train_offline
 from worldflux.cli.config_file import path_in, read_settings
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "imagine": imagine,
     "plot": plot,
     "report": report,
+    "reproduce": reproduce,
     "collect": collect,
     "train-offline": train_offline,
     "models": models,
