@@ -67,7 +67,7 @@ def test_a_run_has_a_directory_with_all_that_it_left(capsys: pytest.CaptureFixtu
     logged = [json.loads(line) for line in (run / "logs" / "progress.json").read_text().splitlines()]
     assert [row["eval/mean_reward"] for row in logged if "eval/mean_reward" in row] == [row.score for row in rows]
     assert err.count("\n") == 1 + 20 + 3 + 1  # where, twentieths, evaluations, what comes next: no redrawn bar
-    assert err.endswith(f"worldflux: next: worldflux eval {run}, worldflux plot {run}, worldflux imagine {run}\n")
+    assert err.endswith(f"worldflux: next: worldflux eval {run}, worldflux plot {run}, worldflux report {run}\n")
     assert f"{run}, seed 3, a gradient step every 2 environment steps" in err
 
 
