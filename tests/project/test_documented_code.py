@@ -78,7 +78,7 @@ def test_the_readme_runs_from_the_first_block_to_the_last(tmp_path: Path, capsys
             assert done.returncode == 0, done.stderr
         else:
             exec(compile(smaller(block), "README.md", "exec"), {"__name__": "__main__"})
-    made = {"cartpole.zip", "cartpole.gif", "runs", "imagination", "learning_curves.png", "pendulum.npz"}
+    made = {"cartpole.zip", "cartpole.gif", "runs", "report.html", "pendulum.npz"}
     assert made | {"pendulum-model"} <= {path.name for path in tmp_path.iterdir()}
 
 
