@@ -201,6 +201,7 @@ def test_every_text_is_escaped() -> None:
     page = reported(run)
     assert page.texts["h1"] == [f"DreamerV3 (dreamerv3:tiny) in {name}"]
     assert "a=</table><img src=http://a.example/x>" in page.texts["td"]
+    assert {"50of 100 environment steps", "3 s"} <= set(page.texts["dd"])  # from the evaluation, without a log
 
 
 def test_a_run_in_progress_says_so() -> None:

@@ -69,6 +69,9 @@ def metric_chart(
         axes.axhline(threshold.value, color="#a6330a", linewidth=1.2, linestyle="--", label="limit")
     elif _is_wide([values for _, values in lines.values()]):
         axes.set_yscale("log")
+    if axes.get_yscale() == "linear":
+        axes.ticklabel_format(axis="y", scilimits=(-3, 5), useMathText=True)
+        axes.yaxis.get_offset_text().set_fontsize(8)
     if len(lines) > 1:
         axes.legend(fontsize=7, frameon=False)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -164,12 +164,18 @@ def _facts(found: Mapping[str, Run]) -> list[tuple[str, str, str]]:
             facts.append(
                 ("Held-out loss", _number(fmean(held_out)), f"mean of {len(held_out)} seeds" if several else "")
             )
-    done = [max((int(row[STEP]) for row in run.log), default=0) for run in found.values()]
+    done = [
+        max([int(row[STEP]) for row in run.log] + [row.step for row in evaluations[label]], default=0)
+        for label, run in found.items()
+    ]
     wanted = next(iter(found.values())).config.settings.get("steps") or 0
     unit = unit_of(next(iter(found.values())))
     steps = f"{min(done):,}" if min(done) == max(done) else f"{min(done):,} to {max(done):,}"
     facts.append(("Steps", steps, f"of {wanted:,} {unit}{' each' if several else ''}"))
-    seconds = [max((row.get("time/time_elapsed", 0.0) for row in run.log), default=0.0) for run in found.values()]
+    seconds = []
+    for label, run in found.items():
+        logged = [row.get("time/time_elapsed", 0.0) for row in run.log]
+        seconds.append(max(logged + [row.seconds for row in evaluations[label]], default=0.0))
     facts.append(("Training time", _duration(sum(seconds)), "all seeds" if several else ""))
     seeds = [str(run.seed) for run in found.values()]
     facts.append(("Seeds" if several else "Seed", ", ".join(seeds), ""))
