@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import safe_mean, update_learning_rate
 from torch import Tensor
@@ -19,8 +19,9 @@ from worldflux.accel.overriding import overridden, steps_back
 from worldflux.agents.acting import PredictState
 from worldflux.agents.collecting import Collector, frames_per_vec_step, steps_in_subprocesses
 from worldflux.agents.learning import dump_log
+from worldflux.agents.progress import ProgressBar
 from worldflux.agents.saving import SavedAgent
-from worldflux.errors import ConfigurationError
+from worldflux.errors import ConfigurationError, StoppedError
 from worldflux.files import writing
 from worldflux.training.callbacks import Callback, CheckpointCallback
 from worldflux.training.saving import call_all
@@ -76,7 +77,8 @@ class WorldFluxAgent(SavedAgent):
         model_kwargs: Fields of the preset's configuration to override.
         stats_window_size: Episodes over which `rollout/` logs average.
         tensorboard_log: Directory for TensorBoard; None writes none.
-        verbose: 0 is silent, 1 prints what is logged.
+        verbose: 1 prints what is logged. What `learn` will do, and how long a long call takes, is printed on stderr in
+            any case.
         device: "auto" takes CUDA if there is a device.
         seed: Seed of Python, NumPy, torch, the environments and the sampler.
         compile: On CUDA, capture gradient steps and actions as CUDA graphs and compile the model's hot functions; on a
@@ -93,6 +95,10 @@ class WorldFluxAgent(SavedAgent):
     """Whether a signal has asked the present call of `learn` to stop."""
     _endings: tuple[Callable[[], None], ...] = ()
     """What is called when `learn` ends."""
+    _predictions: int | None = None
+    """Calls of `predict` since a signal has arrived, while a callback is called for a step."""
+    _between: tuple[Callable[[], None], ...] = ()
+    """What is called before each gradient step of the present call of `learn`."""
     _steps_in_subprocesses = False
     """Whether gradient steps are taken while other processes step the environments, or a GPU computes."""
     _frames_per_step = 1
@@ -107,6 +113,30 @@ class WorldFluxAgent(SavedAgent):
     def stopping(self) -> bool:
         """Whether Ctrl-C or SIGTERM was received, so that this step of `learn` is its last."""
         return bool(self._stop)
+
+    @property
+    def burst(self) -> tuple[int, int] | None:
+        """While `learn` takes many gradient steps in a row: how many of them are done, and their number.
+
+        TD-MPC2 does so at the end of its random start. Otherwise None.
+        """
+        return self._learner.burst
+
+    def remaining_seconds(self, total: int | None = None) -> float | None:
+        """Estimates how long learning will still take, from the steps that this call of `learn` has measured.
+
+        Args:
+            total: Environment step at which learning ends (`num_timesteps`); None stands for the end of this call.
+
+        Returns:
+            The seconds; None before a few gradient steps were taken.
+        """
+        env_steps = max((self._total_timesteps if total is None else total) - self.num_timesteps, 0)
+        return self._report.pace.remaining(env_steps / self.n_envs, self._learner.updates_until(env_steps))
+
+    def at_gradient_steps(self, function: Callable[[], None]) -> None:
+        """Has a function called before each gradient step until `learn` ends, such as to show its progress."""
+        self._between = (*self._between, function)
 
     def at_end_of_learn(self, function: Callable[[], None]) -> None:
         """Has a function called when `learn` ends, whatever ends it and whatever other callbacks do then."""
@@ -130,8 +160,9 @@ class WorldFluxAgent(SavedAgent):
         actions were chosen before.
 
         Ctrl-C and SIGTERM end it when the step is done and callbacks, such as `AgentCheckpointCallback`, were called
-        for it; then `KeyboardInterrupt` is raised, or `SystemExit(143)`. The agent stays usable after these and after
-        an error in the environment: what was learned and collected remains, and the next call starts new episodes.
+        for it; then `KeyboardInterrupt` is raised, or `SystemExit(143)`. An evaluation that a callback makes is broken
+        off, and gradient steps that are owed are left for later. The agent stays usable after these and after an error
+        in the environment: what was learned and collected remains, and the next call starts new episodes.
 
         Args:
             total_timesteps: Environment steps, over all environments. It is rounded up to a multiple of their number.
@@ -143,7 +174,7 @@ class WorldFluxAgent(SavedAgent):
             reset_num_timesteps: False continues the count of steps, and the episodes in flight. If the environments
                 were reset or stepped in between, as by an evaluation in them or in a callback, these are closed as
                 truncated and new ones begin.
-            progress_bar: Show a progress bar.
+            progress_bar: Show a progress bar on stderr, with the time that is left.
 
         Returns:
             This agent.
@@ -176,11 +207,11 @@ class WorldFluxAgent(SavedAgent):
             total_timesteps, callback = self._setup_learn(
                 total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
             )
-            if self.verbose >= 1:
-                print(self._learner.describe_schedule())
+            self._report.begin(total_timesteps - self.num_timesteps)
             started = locals()
             with stopping_on_signals() as self._stop:
                 self._learn(total_timesteps, callback, log_interval, started)
+            self._report.end()
         finally:
             self._learning = None
         return self
@@ -189,16 +220,23 @@ class WorldFluxAgent(SavedAgent):
         self, total_timesteps: int, callback: BaseCallback, log_interval: int | None, started: dict[str, Any]
     ) -> None:
         """The loop of `learn`; `started` holds the local variables that callbacks see when it starts."""
+        pace = self._report.pace
         try:
             callback.on_training_start(started, globals())
             keep_going = True
             if not self._steps_in_subprocesses:
                 self._train()  # gradient steps that were owed when the agent was saved
             while keep_going and self.num_timesteps < total_timesteps:
+                began, trained, at_random = time.perf_counter(), pace.training, self._learner.acts_at_random
                 logged_episodes = self._episode_num
                 keep_going = self._collect_step(callback)
                 if not self._steps_in_subprocesses:
                     self._train()
+                seconds = time.perf_counter() - began - (pace.training - trained)
+                (pace.random_step if at_random else pace.vec_step).add(seconds)
+                self._report.check()
+                if self.stopping and self._learner.updates_owed and not self._steps_in_subprocesses:
+                    break  # between two gradient steps, which come before another step of the environments
                 if log_interval is not None and self._episode_num // log_interval > logged_episodes // log_interval:
                     self.dump_logs()
             self._train()
@@ -210,7 +248,7 @@ class WorldFluxAgent(SavedAgent):
                 self.trainer.check_finite()
             raise
         finally:
-            endings, self._endings = self._endings, ()
+            endings, self._endings, self._between = self._endings, (), ()
             call_all([callback.on_training_end, *endings])
 
     def _setup_learn(
@@ -242,6 +280,14 @@ class WorldFluxAgent(SavedAgent):
         if collector is not None and collector is self._collector:  # no callback has set another environment
             self._begin_episodes(collector)
         return set_up
+
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        """As SB3's, with a progress bar that knows how long gradient steps take."""
+        if progress_bar:
+            given = callback if isinstance(callback, list) else [] if callback is None else [callback]
+            callback = [item if isinstance(item, BaseCallback) else ConvertCallback(item) for item in given]
+            callback.append(ProgressBar())
+        return super()._init_callback(callback)
 
     def _begin_episodes(self, collector: Collector) -> None:
         """Begins episodes at `_last_obs`, which the environments showed when they were just reset."""
@@ -292,10 +338,20 @@ class WorldFluxAgent(SavedAgent):
 
         callback.update_locals(locals())
         stopping = self.stopping  # a signal that comes later ends the next step, so that callbacks see it first
-        answer = callback.on_step()  # None, from a function that returns nothing, continues
-        keep_going = (answer is None or bool(answer)) and not stopping
+        keep_going = self._ask(callback) and not stopping
         callback.on_rollout_end()
         return keep_going
+
+    def _ask(self, callback: BaseCallback) -> bool:
+        """Whether the callback wants to continue. An evaluation that it makes ends when a signal asks to stop."""
+        self._predictions = 0
+        try:
+            answer = callback.on_step()
+        except StoppedError:
+            return False
+        finally:
+            self._predictions = None
+        return answer is None or bool(answer)  # a function that returns nothing wants to continue
 
     def _train(self) -> None:
         """Takes the gradient steps that are owed."""
@@ -303,7 +359,18 @@ class WorldFluxAgent(SavedAgent):
         if self._learner.updates_owed:
             for optimizer in self.trainer.optimizers:
                 update_learning_rate(optimizer, self.lr_schedule(self._current_progress_remaining))
-        self._learner.train(self.replay_buffer, self._vec_normalize_env)
+        self._learner.train(self.replay_buffer, self._vec_normalize_env, self._report.pace, self._before_gradient_step)
+
+    def _before_gradient_step(self) -> bool:
+        """Shows the progress; False if a signal has asked `learn` to stop."""
+        if self.stopping:
+            return False
+        self._report.check()
+        for function in self._between:
+            function()
+        if self._stop is not None:
+            self._stop.seconds_per_step = self._report.pace.gradient_step.mean
+        return not self.stopping
 
     def dump_logs(self) -> None:
         """Writes the log since the last dump, under SB3's names."""
@@ -359,7 +426,13 @@ class WorldFluxAgent(SavedAgent):
         Raises:
             ShapeMismatchError: If an array has another shape or dtype than expected, or the observation holds NaN.
             TrainingError: If an action is not finite; names the first tensor of the model or the state that is not.
+            StoppedError: If a callback evaluates the agent, and Ctrl-C or SIGTERM has asked `learn` to stop; `learn`
+                handles it.
         """
+        if self._predictions is not None and self.stopping:
+            self._predictions += 1
+            if self._predictions > 1:  # more than a callback that looks at one action
+                raise StoppedError("learn was asked to stop, so that no callback goes on with an evaluation.")
         return self.actor.predict(observation, state, episode_start, deterministic)
 
 

@@ -19,6 +19,7 @@ from worldflux.agents.acting import Actor
 from worldflux.agents.building import build_model, build_planner, checked_model_kwargs
 from worldflux.agents.collecting import Collector, stands_for
 from worldflux.agents.learning import Learner, UpdateSchedule
+from worldflux.agents.progress import Report
 from worldflux.agents.settings import SETTINGS, AgentSettings, Rate, RateSchedule
 from worldflux.envs.make import as_env
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
@@ -105,6 +106,7 @@ class AgentBase(BaseAlgorithm):
         self._model_source = model
         self._model_kwargs = checked_model_kwargs(model_kwargs, settings)
         self._collector: Collector | None = None  # while the episodes in flight are known
+        self._report = Report(self)
         self._random_started = False
         if _init_setup_model:
             self._setup_model()

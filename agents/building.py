@@ -84,6 +84,14 @@ def build_planner(model: WorldModel, planner: str | None, overrides: Mapping[str
     return Planner(model, PlannerConfig.from_model(model.config, **(overrides or {})))
 
 
+def shown_model(model: WorldModel) -> str:
+    """Names a model with the number of its trained parameters, such as "tdmpc2:5m with 5.0 million parameters"."""
+    count = sum(weights.numel() for weights in model.parameters() if weights.requires_grad)
+    family, name = model.config.model_type, f"{model.config.model_type}:{model.config.model_name}"
+    shown = f"{count:,}" if count < 1_000_000 else f"{count / 1e6:.{1 if count < 100_000_000 else 0}f} million"
+    return f"{name if find_preset(name) else family} with {shown} parameters"
+
+
 _BOTH = ("learning_rate", "train_ratio", "seq_len")
 """Settings of an agent whose defaults are fields of the model's configuration."""
 

@@ -60,7 +60,8 @@ class AgentCheckpointCallback(BaseCallback):
         super().__init__(verbose)
         self.directory = CheckpointDirectory(output_dir, max_checkpoints, overwrite)
         self.save_interval = whole_number("save_interval", save_interval, 1)
-        self._saved_at: int | None = None
+        self._saved_at: tuple[int, int] | None = None
+        """Environment step and gradient steps of the last checkpoint, or of the beginning; None between two runs."""
 
     @property
     def output_dir(self) -> Path:
@@ -85,13 +86,13 @@ class AgentCheckpointCallback(BaseCallback):
         self.directory.hold()
         resuming = f"load its agent with WorldFluxAgent.load({str(self.output_dir)!r}, env, resume=True)"
         self.directory.check_owner(self.model.trainer.run, resuming)
-        self._saved_at = self.num_timesteps
+        self._saved_at = (self.num_timesteps, self.model.trainer.step_count)
 
     def _on_step(self) -> bool:
         if self._saved_at is None:  # the callback was added in the middle of `learn`
             self._on_training_start()
         assert self._saved_at is not None
-        due = self.num_timesteps // self.save_interval > self._saved_at // self.save_interval
+        due = self.num_timesteps // self.save_interval > self._saved_at[0] // self.save_interval
         if due or self.model.stopping:
             self._save()
         return True
@@ -100,10 +101,13 @@ class AgentCheckpointCallback(BaseCallback):
         """Saves the last step, whatever has ended `learn`."""
         self.num_timesteps, error = self.model.num_timesteps, sys.exc_info()[1]
         begun = self._saved_at is not None
+        # A signal may have come in the middle of many gradient steps after a step that was saved.
+        now = (self.num_timesteps, self.model.trainer.step_count)
+        new = now != self._saved_at if self.model.stopping else self._saved_at is None or now[0] != self._saved_at[0]
         if (self.model.stopping or self.model.trainer.in_step) and isinstance(error, KeyboardInterrupt):
             begun = False  # a second Ctrl-C may have come in the middle of anything
         try:
-            if begun and self.num_timesteps != self._saved_at:
+            if begun and new:
                 self._save()
         except TrainingError:
             if error is None:
@@ -116,7 +120,7 @@ class AgentCheckpointCallback(BaseCallback):
     def _save(self) -> None:
         self.model.trainer.check_good()
         path = self.directory.save(self.num_timesteps, self.model.trainer.run, self.model.save_checkpoint)
-        self._saved_at = self.num_timesteps
+        self._saved_at = (self.num_timesteps, self.model.trainer.step_count)
         if self.verbose:
             print(f"saved {path}")
 

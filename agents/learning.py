@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from stable_baselines3.common.logger import HumanOutputFormat, Logger
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
+from worldflux.agents.pace import Pace
 from worldflux.errors import ConfigurationError
 from worldflux.models.base import OnlineDefaults
 from worldflux.replay.batch import Batch, Observation
@@ -19,6 +21,8 @@ from worldflux.replay.provider import sample_from
 from worldflux.training.trainer import Trainer
 from worldflux.validation import SINGLE_KEY
 
+_BURST = 10
+"""Gradient steps in a row that are a burst."""
 CHECK_INTERVAL = 100
 """Gradient steps between checks that all losses were finite, and of the health. A check waits for the device."""
 
@@ -32,6 +36,7 @@ class Learner:
         collected: Transitions that the replay buffer has received.
         last_losses: Losses of the last gradient step, as tensors on the device.
         mean_losses: Means of the losses since the last dump of the log.
+        burst: How many of many gradient steps in a row are done, and their number; None at other times.
 
     Args:
         trainer: Takes the gradient steps, on batches of its configuration.
@@ -54,6 +59,7 @@ class Learner:
         self.collected = 0
         self.last_losses: Mapping[str, Tensor] = {}
         self.mean_losses = MeanLosses()
+        self.burst: tuple[int, int] | None = None
         self._started = False
         self._examined_at = 0  # number of gradient steps at the last look at the health
         self._problems: set[str] = set()  # problems that were reported already
@@ -64,19 +70,37 @@ class Learner:
         untrained = self.n_updates == 0 and (self.updates_owed > 0 or not self._started)
         return self.family.random_start and untrained
 
+    @property
+    def steps_to_wait(self) -> int:
+        """Environment steps until `learning_starts`."""
+        return 0 if self._started else max(self.learning_starts - self.collected, 0)
+
+    def updates_until(self, env_steps: float) -> float:
+        """Gradient steps to take during so many further environment steps, those included that are owed."""
+        schedule = self.schedule
+        if self._started:
+            return self.updates_owed + env_steps / schedule.env_steps_per_update
+        if self.steps_to_wait > env_steps or not schedule.train_ratio:
+            return 0
+        return schedule.first_updates + (env_steps - self.steps_to_wait) / schedule.env_steps_per_update
+
     def describe_schedule(self) -> str:
-        """How often it trains, as a sentence."""
+        """How often it trains, in words."""
         schedule, config = self.schedule, self.trainer.config
         every = schedule.env_steps_per_update
         if every == float("inf"):
-            return "train_ratio is 0: collecting without training"
-        rhythm = f"one gradient step every {every:g} environment steps"
-        if every < 1:
-            rhythm = f"{1 / every:g} gradient steps every environment step"
+            return "collecting without training (train_ratio 0)"
+        rhythm = "one gradient step per environment step"
+        if every > 1:
+            rhythm = f"one gradient step every {every:g} environment steps"
+        elif every < 1:
+            rhythm = f"{round(1 / every, 2):g} gradient steps per environment step"
         rhythm += f" (train_ratio {schedule.train_ratio:g}, batches of {config.batch_size} x {config.sequence_length})"
-        if self.family.random_start and self.n_updates == 0:
-            rhythm += f", and {schedule.first_updates} at once after {self.learning_starts} random steps"
-        return rhythm
+        if self.n_updates or self._started:
+            return rhythm
+        if self.family.random_start:
+            return f"{rhythm}, and {schedule.first_updates:,} at once after {self.learning_starts:,} random steps"
+        return f"{rhythm}, from step {self.learning_starts:,} on"
 
     def set_train_ratio(self, ratio: float) -> None:
         """Changes the ratio from now on; with 0 nothing is owed any more."""
@@ -89,15 +113,33 @@ class Learner:
         if self._can_train(buffer):
             self.updates_owed += self.schedule.updates_due(env_steps)
 
-    def train(self, buffer: ReplayBuffer, normalize: VecNormalize | None) -> None:
-        """Takes the gradient steps that are owed; an interruption leaves the rest of them for the next call."""
+    def train(
+        self, buffer: ReplayBuffer, normalize: VecNormalize | None, pace: Pace, go_on: Callable[[], bool]
+    ) -> None:
+        """Takes the gradient steps that are owed; an interruption leaves the rest of them for the next call.
+
+        Args:
+            buffer: Where windows are drawn from.
+            normalize: Normalises observations.
+            pace: Measures the gradient steps.
+            go_on: Called before each gradient step; False leaves it and the others for the next call.
+        """
+        owed = self.updates_owed
         while self.updates_owed and self._started:
+            self.burst = (owed - self.updates_owed, owed) if owed >= _BURST else None
+            if not go_on():
+                break
+            began = time.perf_counter()
             self.last_losses = self.trainer.step(self.sample(buffer, normalize), buffer)
             self.mean_losses.add(self.last_losses)
             self.updates_owed -= 1
             self.n_updates += 1
             if self.n_updates % CHECK_INTERVAL == 0:
                 self.trainer.check_finite()
+            if pace.gradient_step.count < 1 and self.trainer.device.type == "cuda":
+                torch.cuda.synchronize(self.trainer.device)  # the first times are those of the device
+            pace.add_gradient_step(time.perf_counter() - began)
+        self.burst = None
 
     def sample(self, buffer: ReplayBuffer, normalize: VecNormalize | None) -> Batch:
         """Windows from the buffer, normalised as the policy sees observations now."""
@@ -214,6 +256,14 @@ class UpdateSchedule:
         self.first_updates = first_updates
         self._env_steps: int | None = None
         self._handed_out = 0
+
+    def __repr__(self) -> str:
+        """The settings, and the environment steps since training has started."""
+        counted = "" if self._env_steps is None else f", env_steps={self._env_steps}"
+        return (
+            f"UpdateSchedule(train_ratio={self.train_ratio:g}, replayed_per_update={self.replayed_per_update}, "
+            f"first_updates={self.first_updates}{counted})"
+        )
 
     @property
     def env_steps_per_update(self) -> float:

@@ -36,6 +36,10 @@ class WorkerError(WorldFluxError, ConnectionError):
     """Raised when the process of an environment has ended; the message gives the cause if it is known."""
 
 
+class StoppedError(WorldFluxError, RuntimeError):
+    """Raised in an evaluation by a callback of an agent that was asked to stop by Ctrl-C or SIGTERM."""
+
+
 class MissingDependencyError(WorldFluxError, ImportError):
     """Raised when an optional package is required but not installed; the message names the extra to install."""
 

@@ -74,11 +74,11 @@ def test_no_plan_is_made_before_the_random_start_was_learned_from() -> None:
 
 
 def test_the_pretraining_is_announced(capsys: pytest.CaptureFixture[str]) -> None:
-    told = "one gradient step every 1 environment steps (train_ratio 16, batches of 4 x 4)"
-    agent = make_agent(verbose=1).learn(20)
-    assert f"{told}, and 20 at once after 20 random steps\n" in capsys.readouterr().out
-    agent.learn(0)
-    assert f"{told}\n" in capsys.readouterr().out
+    told = "one gradient step per environment step (train_ratio 16, batches of 4 x 4)"
+    agent = make_agent().learn(20)
+    assert f"{told}, and 20 at once after 20 random steps\n" in capsys.readouterr().err
+    agent.learn(50)
+    assert f"{told}\n" in capsys.readouterr().err
 
 
 def test_random_actions_fill_the_whole_space() -> None:

@@ -175,7 +175,7 @@ def test_the_progress_bar_counts_the_steps_of_this_call(family: str, capsys: pyt
     assert (bar.pbar.n, bar.pbar.total) == (10, 10)
 
     assert agent.learn(10, progress_bar=True).num_timesteps == 10
-    assert "10/10" in capsys.readouterr().out
+    assert "10/10 [" in capsys.readouterr().err
 
 
 @both

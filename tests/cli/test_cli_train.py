@@ -66,9 +66,9 @@ def test_a_run_has_a_directory_with_all_that_it_left(capsys: pytest.CaptureFixtu
     assert {"eval/mean_reward", "rollout/ep_rew_mean", "time/total_timesteps", "train/loss"} <= set(header)
     logged = [json.loads(line) for line in (run / "logs" / "progress.json").read_text().splitlines()]
     assert [row["eval/mean_reward"] for row in logged if "eval/mean_reward" in row] == [row.score for row in rows]
-    assert err.count("\n") == 1 + 20 + 3 + 1  # where, twentieths, evaluations, what comes next: no redrawn bar
+    assert err.count("\n") == 2 + 20 + 3 + 1  # where, what, twentieths, evaluations, what comes next: no redrawn bar
     assert err.endswith(f"worldflux: next: worldflux eval {run}, worldflux plot {run}, worldflux report {run}\n")
-    assert f"{run}, seed 3, a gradient step every 2 environment steps" in err
+    assert f"{run}, seed 3\n" in err and "one gradient step every 2 environment steps" in err
 
 
 def test_config_json_starts_the_same_run_again(capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,13 +179,13 @@ def test_a_tiny_run_is_evaluated_once(capsys: pytest.CaptureFixture[str]) -> Non
     ("ratio", "text"),
     [
         ("16", "2 gradient steps per environment step"),
-        ("8", "1 gradient step per environment step"),
-        ("0", "no grad"),
+        ("8", "one gradient step per environment step"),
+        ("0", "collecting without training (train_ratio 0)"),
     ],
 )
 def test_the_rate_of_gradient_steps_is_told_in_words(ratio: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("--steps", "2", "--eval-interval", "0", "--train-ratio", ratio) == 0
-    assert f", {text}" in capsys.readouterr().err
+    assert f"; {text}" in capsys.readouterr().err
 
 
 def test_a_run_that_another_process_trains_is_not_loaded(capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,7 +262,7 @@ def test_a_signal_ends_an_evaluation_which_is_made_up_for(monkeypatch: pytest.Mo
     assert asked == [20] * 5
     assert read_evaluations(Path("run/evaluations.csv")) == []
     assert main(["train", "--resume", "run"]) == 0
-    assert [row.step for row in read_evaluations(Path("run/evaluations.csv"))] == [22, 40, 60]
+    assert [row.step for row in read_evaluations(Path("run/evaluations.csv"))] == [21, 40, 60]
 
 
 def test_an_error_in_the_environment_says_where_the_run_goes_on(

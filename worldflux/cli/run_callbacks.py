@@ -16,6 +16,7 @@ from stable_baselines3.common.logger import KVWriter, Logger, make_output_format
 from stable_baselines3.common.vec_env import VecEnv
 
 from worldflux.agents import WorldFluxAgent
+from worldflux.agents.progress import ProgressBar
 from worldflux.cli.options import counted
 from worldflux.cli.provenance import installed_version
 from worldflux.cli.runs import (
@@ -82,7 +83,7 @@ class ProgressLines:
         return f"{self._unit} {step}/{self._total}  {text}{rate:.3g} {self._unit}s/s"
 
 
-class Progress(BaseCallback):
+class Progress(ProgressBar):
     """Shows the progress of an agent's run on stderr: a bar on a terminal if tqdm is installed, otherwise lines.
 
     Args:
@@ -90,11 +91,8 @@ class Progress(BaseCallback):
     """
 
     def __init__(self, total: int) -> None:
-        super().__init__()
-        self.total = total
-        self._bar: Any = None
+        super().__init__(total)
         self._lines = ProgressLines(total, 0)
-        self._shown = 0.0
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar if there is one."""
@@ -105,30 +103,24 @@ class Progress(BaseCallback):
 
     def _on_training_start(self) -> None:
         self._lines = ProgressLines(self.total, self.num_timesteps)
-        if sys.stderr.isatty():
-            self._bar = progress_bar(self.total, self.num_timesteps)
+        if sys.stderr.isatty() and installed_version("tqdm"):
+            super()._on_training_start()
 
     def _on_step(self) -> bool:
-        if self._bar is not None:
-            now = time.monotonic()
-            if now - self._shown > 1:
-                self._bar.set_postfix_str(self._score().partition(" (")[0], refresh=False)
-                self._shown = now
-            self._bar.update(self.num_timesteps - self._bar.n)
-        elif self._lines.is_due(self.num_timesteps):
-            self.say(self._lines.line(self.num_timesteps, self._score()))
-        return True
+        if self._bar is None and self._lines.is_due(self.num_timesteps):
+            line = self._lines.line(self.num_timesteps, f"{self._score()}  " if self._score() else "")
+            self.say(", ".join(part for part in (line, super().text()) if part))
+        return super()._on_step()
 
-    def _on_training_end(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+    def text(self) -> str:
+        """What stands behind the bar: the mean score, and the remaining time."""
+        return ", ".join(part for part in (self._score().partition(" (")[0], super().text()) if part)
 
     def _score(self) -> str:
         infos = self.model.ep_info_buffer
         if not infos:
             return ""
-        return f"score {np.mean([info['r'] for info in infos]):.4g} (mean of {counted(len(infos), 'episode')})  "
+        return f"score {np.mean([info['r'] for info in infos]):.4g} (mean of {counted(len(infos), 'episode')})"
 
 
 class Evaluations(BaseCallback):

@@ -128,3 +128,35 @@ class TrainingConfig:
                 return cls.from_dict(data)
             except ConfigurationError as error:
                 raise ConfigurationError(f"{path}: {error}") from error
+
+
+_READ_IN_EACH_STEP = ("log_interval", "eval_interval")
+"""Settings that may change while `Trainer.train` runs."""
+_READ_BY_TRAIN = ("total_steps", "batch_size", "sequence_length", "save_interval", "seed")
+"""Settings that may change between two calls of `Trainer.train`."""
+
+
+def check_changes(before: TrainingConfig, after: TrainingConfig, *, running: bool) -> None:
+    """Checks that a trainer can go on with other settings than it was made with.
+
+    Args:
+        before: Its settings.
+        after: The other settings.
+        running: Whether `train` runs.
+
+    Raises:
+        ConfigurationError: If a setting cannot be changed, or not while `train` runs.
+    """
+    old = before.to_dict()
+    changed = [name for name, value in after.to_dict().items() if value != old[name]]
+    if built_in := [name for name in changed if name not in (*_READ_IN_EACH_STEP, *_READ_BY_TRAIN)]:
+        raise ConfigurationError(
+            f"{', '.join(built_in)} cannot be changed: the trainer was made with it. Make another one, "
+            "Trainer(model, config), and call its load_checkpoint with what this one saved. The learning rate of "
+            "each group of parameters can be set: trainer.optimizers[0].param_groups[0]['lr'] = ..."
+        )
+    if running and (begun := [name for name in changed if name in _READ_BY_TRAIN]):
+        raise ConfigurationError(
+            f"{', '.join(begun)} cannot be changed while train runs. Let the callback return False to end it, and "
+            "call train() again with the other settings."
+        )

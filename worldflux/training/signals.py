@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-_NOTICE = b"\nStopping after this step, then saving. Press Ctrl-C again to stop at once.\n"
+_SLOW = 3.0
+"""Seconds of a step that the notice mentions."""
 
 
 class StopRequest:
@@ -18,10 +20,26 @@ class StopRequest:
 
     Attributes:
         signal: Number of the signal; None as long as there was none.
+        seconds_per_step: Seconds that a step takes; None if unknown. The code that runs the steps sets it.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.seconds_per_step: float | None = None
+
+    @contextmanager
+    def timing(self) -> Iterator[None]:
+        """Takes the time of the block as that of a step."""
+        began = time.perf_counter()
+        yield
+        self.seconds_per_step = time.perf_counter() - began
+
+    @property
+    def notice(self) -> str:
+        """What a user is told who has asked to stop."""
+        seconds = self.seconds_per_step or 0.0
+        slow = f", which takes about {seconds:.0f} seconds" if seconds >= _SLOW else ""
+        return f"\nStopping after this step{slow}, then saving. Press Ctrl-C again to stop at once.\n"
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -60,7 +78,7 @@ def stopping_on_signals() -> Iterator[StopRequest]:
             os.kill(os.getpid(), number)
             return
         request.signal = number
-        os.write(2, _NOTICE)  # a print could meet another one halfway
+        os.write(2, request.notice.encode())  # a print could meet another one halfway
 
     if threading.current_thread() is threading.main_thread():
         for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):

@@ -45,7 +45,7 @@ from worldflux.training.checkpoint import (
     write_files,
     writing_checkpoint,
 )
-from worldflux.training.config import TrainingConfig
+from worldflux.training.config import TrainingConfig, check_changes
 from worldflux.training.continuation import Continuation, checked_share, held_out
 from worldflux.training.fitting import check_first_batch, check_kind, inputs_to_watch, warn_of_overruled
 from worldflux.training.gradient_step import (
@@ -65,10 +65,6 @@ logger = logging.getLogger("worldflux.training")
 Provider = BatchProvider | BatchRequestProvider
 
 _EVAL_BATCHES = 8
-_READ_IN_EACH_STEP = ("log_interval", "eval_interval")
-"""Settings that may change while `train` runs."""
-_READ_BY_TRAIN = ("total_steps", "batch_size", "sequence_length", "save_interval", "seed")
-"""Settings that may change between two calls of `train`."""
 _DEFAULT_SPEC = OptimizerSpec(kind="adam", learning_rate=3e-4)
 """The optimiser of modules that do not say how they are optimised."""
 
@@ -162,6 +158,14 @@ class Trainer:
             return CapturedStep(step, self.device, CudaGraphCapturer(self.device))
         return lambda batch: step(batch.to(self.device))
 
+    def __repr__(self) -> str:
+        """The model's class, the sizes of a step, and the steps done."""
+        c = self.config
+        return (
+            f"Trainer({type(self.model).__name__}, batches of {c.batch_size} x {c.sequence_length}, "
+            f"learning_rate={c.learning_rate:g}, device={str(self.device)!r}, step_count={self.step_count})"
+        )
+
     @property
     def config(self) -> TrainingConfig:
         """The settings. `log_interval` and `eval_interval` may be changed at any time, and the sizes of batches,
@@ -171,19 +175,7 @@ class Trainer:
 
     @config.setter
     def config(self, config: TrainingConfig) -> None:
-        before = self._config.to_dict()
-        changed = [name for name, value in config.to_dict().items() if value != before[name]]
-        if built_in := [name for name in changed if name not in (*_READ_IN_EACH_STEP, *_READ_BY_TRAIN)]:
-            raise ConfigurationError(
-                f"{', '.join(built_in)} cannot be changed: the trainer was made with it. Make another one, "
-                "Trainer(model, config), and call its load_checkpoint with what this one saved. The learning rate of "
-                "each group of parameters can be set: trainer.optimizers[0].param_groups[0]['lr'] = ..."
-            )
-        if self._batches is not None and (begun := [name for name in changed if name in _READ_BY_TRAIN]):
-            raise ConfigurationError(
-                f"{', '.join(begun)} cannot be changed while train runs. Let the callback return False to end it, and "
-                "call train() again with the other settings."
-            )
+        check_changes(self._config, config, running=self._batches is not None)
         self._config = config
 
     @property
@@ -296,7 +288,8 @@ class Trainer:
             self._callbacks.load_states(self._data.restored.get("callbacks", []))
         keep_going = True
         while keep_going and not stop and self.step_count < self.target_step:
-            losses = Losses(self.step(batches.next(), batches.provider))
+            with stop.timing():
+                losses = Losses(self.step(batches.next(), batches.provider))
             batches.settle()
             if self.step_count % self.config.log_interval == 0:
                 self.check_finite()

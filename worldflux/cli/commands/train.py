@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -192,14 +191,8 @@ class AgentTraining(Work):
             raise ConfigurationError(f"{runs.shown(run)} cannot be resumed in {task}: {error}") from error
 
     def describe(self) -> str:
-        """Names the seed and the rate of gradient steps."""
-        every = self._agent.schedule.env_steps_per_update
-        rate = f"a gradient step every {every:g} environment steps"
-        if every == inf:
-            rate = "no gradient steps (--train-ratio 0)"
-        elif every <= 1:
-            rate = f"{counted(round(1 / every, 2), 'gradient step')} per environment step"
-        return f"seed {self._settings.seed}, {rate}"
+        """Names the seed; the agent says the rest."""
+        return f"seed {self._settings.seed}"
 
     def train(self, directory: Path, outputs: Sequence[KVWriter]) -> str:
         """Trains, evaluates and saves checkpoints."""
@@ -232,7 +225,8 @@ class AgentTraining(Work):
             self.score = evaluations.rows[-1].score
         best = evaluations.best if evaluations is not None else None
         scored = "" if best is None else f", best evaluation {best.score:g} at step {best.step}"
-        return f"{counted(agent.num_timesteps, 'step')}{scored}"
+        untrained = "" if agent.trainer.step_count else "; the agent is untrained (0 gradient steps)"
+        return f"{counted(agent.num_timesteps, 'step')}{scored}{untrained}"
 
     def save(self, path: Path) -> None:
         """Saves the agent."""
