@@ -16,8 +16,9 @@ from stable_baselines3.common.utils import set_random_seed
 from worldflux.accel.compilation import captures
 from worldflux.accel.device import resolve_device
 from worldflux.agents.acting import Actor
-from worldflux.agents.building import build_model, build_planner, checked_model_kwargs
+from worldflux.agents.building import build_model, build_planner, checked_model_kwargs, shown_model
 from worldflux.agents.collecting import Collector, stands_for
+from worldflux.agents.habits import PolicyMethods, refuse_policy, refuse_unknown
 from worldflux.agents.learning import Learner, UpdateSchedule
 from worldflux.agents.progress import Report
 from worldflux.agents.settings import SETTINGS, AgentSettings, Rate, RateSchedule
@@ -77,7 +78,10 @@ class AgentBase(BaseAlgorithm):
         seed: int | None = None,
         compile: bool | Literal["auto"] = "auto",
         _init_setup_model: bool = True,
+        **others: Any,
     ) -> None:
+        refuse_unknown(others)
+        refuse_policy(model)
         given = {name: value for name, value in locals().items() if name in SETTINGS}
         if env is None and _init_setup_model:
             raise ConfigurationError(
@@ -156,8 +160,25 @@ class AgentBase(BaseAlgorithm):
         self._learner = Learner(
             self.trainer, self.schedule, family, learning_starts=self.learning_starts, window=self._window
         )
+        PolicyMethods(self).attach()
         if self.env is not None:
             self.replay_buffer = self._make_buffer()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        PolicyMethods(self).attach()  # a copy of the agent has a copy of the model
+
+    def __repr__(self) -> str:
+        """The model, the spaces, the settings that matter most, and the steps taken."""
+        if "trainer" not in vars(self):
+            return f"{type(self).__name__}(not set up)"
+        planner = "" if self.planner is None else f", planner={self.planner!r}"
+        return (
+            f"{type(self).__name__}({shown_model(self.model)}, obs_shape={self.model.config.obs_shape}, "
+            f"action_space={self.action_space}, n_envs={self.n_envs}, device={str(self.device)!r}, "
+            f"train_ratio={self.train_ratio:g}, batches of {self.batch_size} x {self.seq_len}{planner}, "
+            f"num_timesteps={self.num_timesteps}, n_updates={self._n_updates})"
+        )
 
     def _setup_lr_schedule(self) -> None:
         self.lr_schedule = RateSchedule(self.learning_rate)

@@ -33,10 +33,11 @@ from worldflux.agents.archive import (
     write_archive,
 )
 from worldflux.agents.base import AgentBase
+from worldflux.agents.habits import refuse_unknown
 from worldflux.agents.settings import SETTINGS
 from worldflux.envs.make import as_env
 from worldflux.envs.vector import seed_envs
-from worldflux.errors import ConfigurationError, nearest
+from worldflux.errors import ConfigurationError
 from worldflux.factory import create_world_model
 from worldflux.files import atomic_directory, checked_path
 from worldflux.models.base import WEIGHTS_FILE
@@ -174,8 +175,9 @@ class SavedAgent(AgentBase):
         checkpoint give the same bits on a CPU.
 
         Args:
-            path: As given to `save` or `save_checkpoint`; a directory of checkpoints, of which the newest is taken; or
-                a binary file that is open for reading.
+            path: As given to `save` or `save_checkpoint`; a directory of checkpoints, of which the newest is taken; the
+                directory of a run of `worldflux train`, of which the agent with the best evaluation is taken, or with
+                `resume` the newest checkpoint; or a binary file that is open for reading.
             env: An environment of the same spaces, with any number of copies. None suffices for `predict`, and until
                 `set_env`.
             device: As for the constructor.
@@ -202,9 +204,7 @@ class SavedAgent(AgentBase):
         if print_system_info:
             print("== CURRENT SYSTEM INFO ==")
             get_system_info()
-        for name in kwargs:
-            if name not in SETTINGS:
-                raise ConfigurationError(f"Unknown setting '{name}'{nearest(name, SETTINGS)}")
+        refuse_unknown(name for name in kwargs if name not in SETTINGS)
         kwargs = {name: value for name, value in (custom_objects or {}).items() if name in SETTINGS} | kwargs
         with open_saved(path, resume=resume) as (saved, checkpoint):
             if print_system_info:

@@ -94,6 +94,10 @@ class Planner:
             )
         self._fixed: PlanDraws | None = None
 
+    def __repr__(self) -> str:
+        """Returns the model's class and the configuration."""
+        return f"Planner({type(self.model).__name__}, {self.config})"
+
     @property
     def _scorer(self) -> PlanningModel:
         """The model if it implements `PlanningModel` and no method that this bypasses is overridden, or a wrapper."""

@@ -20,7 +20,7 @@ Observation = Tensor | dict[str, Tensor]
 _FLAGS = ("terminations", "truncations", "is_first", "obs_mask")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Batch:
     """Windows of consecutive rows, batch first.
 
@@ -82,6 +82,11 @@ class Batch:
                 raise ShapeMismatchError(f"{name} has shape {tuple(flag.shape)}, expected [B, T].")
             if flag.dtype != torch.bool:
                 object.__setattr__(self, name, flag.bool())
+
+    def __repr__(self) -> str:
+        """The shape of each tensor."""
+        shapes = ", ".join(f"{name}: {list(tensor.shape)}" for name, tensor in self.named_tensors().items())
+        return f"Batch({shapes}, device={str(self.rewards.device)!r})"
 
     @property
     def batch_size(self) -> int:
