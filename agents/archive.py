@@ -34,6 +34,7 @@ from worldflux.errors import CheckpointError, ConfigurationError, ShapeMismatchE
 from worldflux.files import checked_path, directory_beside, recover_directory
 from worldflux.models.base import CONFIG_FILE, WEIGHTS_FILE
 from worldflux.reading import check_stored, open_regular, read_json
+from worldflux.run_directory import agent_of_run, is_run
 from worldflux.training.checkpoint import (
     OPTIMIZER_FILE,
     TRAINER_FILE,
@@ -161,7 +162,7 @@ def open_saved(path: ArchivePath, *, resume: bool = False) -> Iterator[tuple[Age
 
     Args:
         path: As given to `write_archive`, where `.zip` may be left out; or the directory of a checkpoint, or one that
-            holds several, of which the newest is taken.
+            holds several, of which the newest is taken; or the directory of a run of `worldflux train`.
         resume: Whether a run is to go on from it.
 
     Raises:
@@ -173,6 +174,8 @@ def open_saved(path: ArchivePath, *, resume: bool = False) -> Iterator[tuple[Age
     with path_to_read(path) as given, tempfile.TemporaryDirectory(prefix="agent-") as scratch:
         holder = checked_path("path", given)
         recover_directory(holder)
+        if holder.is_dir() and is_run(holder):
+            name = given = holder = agent_of_run(holder, newest=resume)
         if holder.is_dir():
             name = directory = _newest(holder)
             _check_complete(directory, (*_ENTRIES, RUN_FILE) if resume else _ENTRIES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 from helpers.sb3_families import FAMILIES
 
-from worldflux import create_world_model
+from worldflux import WorldFluxAgent, create_world_model
 from worldflux.cli.main import main
+from worldflux.errors import ConfigurationError
 from worldflux.training import ReplayBuffer
 
 ENV, OTHER = f"{__name__}:Aim", f"{__name__}:Other"
@@ -186,3 +188,20 @@ def test_plot_draws_runs_and_says_what_else_is_none(
         assert f"There is no run in {saved / name}. Pass a directory" in said(
             ["plot", str(saved / name), *out], capsys, 2
         )
+
+
+def test_an_agent_is_loaded_from_the_directory_of_a_run(saved: Path, tmp_path: Path) -> None:
+    run = saved / "run"
+    best = WorldFluxAgent.load(run)
+    assert best.num_timesteps == WorldFluxAgent.load(run / "best_agent.zip").num_timesteps in (15, 30)
+    resumed = WorldFluxAgent.load(str(run), Aim(), resume=True)
+    assert (resumed.num_timesteps, resumed.replay_buffer.num_transitions) == (30, 30)  # type: ignore[union-attr]
+
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    (copied / "best_agent.zip").unlink()
+    assert WorldFluxAgent.load(copied).num_timesteps == 30
+    shutil.rmtree(copied / "checkpoints")
+    with pytest.raises(ConfigurationError, match="has no agent yet"):
+        WorldFluxAgent.load(copied)
+    with pytest.raises(ConfigurationError, match="train-offline, which trains a model and no agent"):
+        WorldFluxAgent.load(saved / "offline")

@@ -19,6 +19,7 @@ LAYERS = (
     ("worldflux.errors",),
     ("worldflux.files",),
     ("worldflux.reading",),
+    ("worldflux.run_directory",),
     ("worldflux.locks",),
     ("worldflux.pickles",),
     ("worldflux.validation",),

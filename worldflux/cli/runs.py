@@ -28,14 +28,12 @@ from worldflux.errors import CheckpointError, ConfigurationError
 from worldflux.files import write_atomically
 from worldflux.locks import LOCK_FILE
 from worldflux.reading import open_regular, read_json
+from worldflux.run_directory import BEST_AGENT_FILE as BEST_AGENT_FILE
+from worldflux.run_directory import CHECKPOINTS, CONFIG_FILE, MODEL_DIRECTORY, agent_of_run, is_run
 
-CONFIG_FILE = "config.json"
 LOGS = "logs"
-CHECKPOINTS = "checkpoints"
 EVALUATIONS_FILE = "evaluations.csv"
 AGENT_FILE = "agent.zip"
-BEST_AGENT_FILE = "best_agent.zip"
-MODEL_DIRECTORY = "model"
 ROOT = Path("runs")
 """Parent of all runs that were started without --run."""
 
@@ -98,15 +96,6 @@ class RunConfig:
             if not isinstance(data.get(name), expected) or isinstance(data[name], bool):
                 raise CheckpointError(f"{path} is damaged: {name} is {data.get(name)!r}.")
         return cls(**{name: data[name] for name in types})
-
-
-def is_run(directory: Path) -> bool:
-    """Whether this is the directory of a run. Checkpoints of an agent also have a `config.json`, that of the model."""
-    try:
-        data = read_json(directory / CONFIG_FILE, finite=False)
-    except (FileNotFoundError, CheckpointError):
-        return False
-    return isinstance(data, dict) and "run" in data
 
 
 def find_runs(directory: Path) -> Iterator[Path]:
@@ -266,11 +255,8 @@ def _of_run(run: Path, newest: bool) -> Saved:
     """The agent or model that a run has saved."""
     checkpoint = _newest(run)
     if RunConfig.read(run).kind == "train":
-        if (run / BEST_AGENT_FILE).is_file() and not newest:
-            return Saved(run / BEST_AGENT_FILE, True)
-        if checkpoint is not None:
-            return Saved(checkpoint, True)
-        raise ConfigurationError(f"{run} has no agent yet. Wait for the first checkpoint or evaluation of this run.")
+        found = agent_of_run(run, newest=newest)
+        return Saved(checkpoint if checkpoint is not None and found.is_dir() else found, True)
     for place in (checkpoint, run / MODEL_DIRECTORY) if newest else (run / MODEL_DIRECTORY, checkpoint):
         if place is not None and _is_model(place):
             return Saved(place, False)
