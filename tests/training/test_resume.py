@@ -21,6 +21,7 @@ from helpers.agents import weights
 from helpers.killed import finish, kill, start, strays, wait_for
 from helpers.training import MemoryProvider, NoisyRegression
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 from worldflux.errors import BufferError, CheckpointError, ConfigurationError, TrainingError
 from worldflux.replay.provider import PrefetchedBatches
@@ -36,7 +37,7 @@ from worldflux.training import (
     train,
 )
 from worldflux.training.checkpoint import checkpoints_in, newest_checkpoint
-from worldflux.training.signals import stopping_on_signals
+from worldflux.training.signals import StopRequest, stopping_on_signals
 
 CONFIG = TrainingConfig(total_steps=12, batch_size=4, sequence_length=6, log_interval=5, device="cpu", seed=3)
 
@@ -338,6 +339,17 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     assert not trainer.interrupted
 
 
+def test_the_notice_names_the_time_of_a_long_step() -> None:
+    stop = StopRequest()
+    assert "Stopping after this step, then saving." in stop.notice
+    with stop.timing():
+        pass
+    assert stop.seconds_per_step is not None and 0 < stop.seconds_per_step < 3
+    assert "Stopping after this step, then saving." in stop.notice
+    stop.seconds_per_step = 15.7
+    assert "Stopping after this step, which takes about 16 seconds, then saving." in stop.notice
+
+
 def test_a_programs_own_handler_is_left_alone() -> None:
     seen = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
@@ -383,6 +395,9 @@ def test_processes_that_the_same_signal_ended_are_no_error() -> None:
     with pytest.raises(SystemExit, match="143"), stopping_on_signals():
         os.kill(os.getpid(), signal.SIGTERM)
         raise BrokenPipeError
+    with pytest.raises(KeyboardInterrupt), stopping_on_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+        raise TorchDynamoException("the compiler was interrupted")
     with pytest.raises(EOFError), stopping_on_signals():
         raise EOFError
     with pytest.raises(CheckpointError), stopping_on_signals():

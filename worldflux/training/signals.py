@@ -55,7 +55,8 @@ def stopping_on_signals() -> Iterator[StopRequest]:
     expect.
 
     The same signal may have ended processes that this one communicates with, as Ctrl-C in a terminal ends environments
-    in processes of their own. Errors about their closed pipes are then not reported: the block ends as the signal asks.
+    in processes of their own, and the C++ compiler of `torch.compile`. Errors about these are then not reported: the
+    block ends as the signal asks.
 
     Handlers that a program has set itself are kept, and nothing is changed outside of the main thread, where Python
     allows no handlers.
@@ -86,13 +87,21 @@ def stopping_on_signals() -> Iterator[StopRequest]:
                 replaced[number] = signal.signal(number, handle)
     try:
         yield request
-    except (EOFError, ConnectionError) as error:
-        if not request:
+    except Exception as error:
+        if not (request and _of_ended_process(error)):
             raise
         hung_up = error
     finally:
         restore()
+    if hung_up is not None and not isinstance(hung_up, EOFError | ConnectionError):
+        hung_up = None  # pages about a compiler
     if request.signal == signal.SIGINT:
         raise KeyboardInterrupt from hung_up
     if request.signal is not None:
         raise SystemExit(128 + request.signal) from hung_up
+
+
+def _of_ended_process(error: Exception) -> bool:
+    """Whether an error can come from a process that was ended: an environment behind a pipe, or a compiler."""
+    compiling = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+    return compiling or isinstance(error, EOFError | ConnectionError)
