@@ -110,7 +110,7 @@ class AgentBase(BaseAlgorithm):
         self._model_source = model
         self._model_kwargs = checked_model_kwargs(model_kwargs, settings)
         self._collector: Collector | None = None  # while the episodes in flight are known
-        self._report = Report(self)
+        self._report = Report(self)  # type: ignore[arg-type]
         self._random_started = False
         if _init_setup_model:
             self._setup_model()
@@ -160,13 +160,13 @@ class AgentBase(BaseAlgorithm):
         self._learner = Learner(
             self.trainer, self.schedule, family, learning_starts=self.learning_starts, window=self._window
         )
-        PolicyMethods(self).attach()
+        PolicyMethods(self).attach()  # type: ignore[arg-type]
         if self.env is not None:
             self.replay_buffer = self._make_buffer()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        PolicyMethods(self).attach()  # a copy of the agent has a copy of the model
+        PolicyMethods(self).attach()  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         """The model, the spaces, the settings that matter most, and the steps taken."""

@@ -92,6 +92,7 @@ class Progress(ProgressBar):
 
     def __init__(self, total: int) -> None:
         super().__init__(total)
+        self._whole = total
         self._lines = ProgressLines(total, 0)
 
     def say(self, text: str) -> None:
@@ -102,7 +103,7 @@ class Progress(ProgressBar):
             self._bar.write(text, file=sys.stderr)
 
     def _on_training_start(self) -> None:
-        self._lines = ProgressLines(self.total, self.num_timesteps)
+        self._lines = ProgressLines(self._whole, self.num_timesteps)
         if sys.stderr.isatty() and installed_version("tqdm"):
             super()._on_training_start()
 
