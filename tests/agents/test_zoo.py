@@ -236,7 +236,7 @@ def test_a_policy_is_a_preset_with_or_without_its_family(zoo):
         assert agent.learning_rate == 2e-3
     with pytest.raises(ConfigurationError, match=r"of the family tdmpc2, expected dreamerv3. Use --algo tdmpc2\."):
         zoo.DreamerV3("tdmpc2:tiny", "Pendulum-v1")
-    with pytest.raises(ConfigurationError, match="Unknown model 'MlpPolicy'"):
+    with pytest.raises(ConfigurationError, match="model is 'MlpPolicy', a policy of stable-baselines3"):
         zoo.DreamerV3("MlpPolicy", "CartPole-v1")
 
 
