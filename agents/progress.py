@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,13 +31,17 @@ _MEASURED_STEPS = 20
 
 
 def say(text: str) -> None:
-    """Prints a line on stderr, above any progress bars of tqdm."""
+    """Prints a line on stderr, above any progress bars of tqdm. Without a stderr that can be written to, it is lost."""
+    stream: Any = sys.stderr
+    if stream is None:  # as in a process without a console on Windows
+        return
     tqdm: Any = sys.modules.get("tqdm")
-    if tqdm is None:
-        print(f"worldflux: {text}", file=sys.stderr, flush=True)
-    else:
-        tqdm.tqdm.write(f"worldflux: {text}", file=sys.stderr)
-        sys.stderr.flush()
+    with suppress(OSError, ValueError):  # a terminal that is gone, a closed file: no reason to end a training
+        if tqdm is None:
+            print(f"worldflux: {text}", file=stream)
+        else:
+            tqdm.tqdm.write(f"worldflux: {text}", file=stream)
+        stream.flush()
 
 
 def duration(seconds: float) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pytest
@@ -72,6 +74,33 @@ def test_learn_says_once_what_it_will_do(capsys: pytest.CaptureFixture[str]) -> 
 )
 def test_durations_are_in_words(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+@pytest.mark.parametrize("kind", ["none", "closed", "broken"])
+@pytest.mark.parametrize("bars", [False, True])
+def test_learn_needs_no_stderr(kind: str, bars: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> TextIO:
+        end, written = os.pipe()
+        os.close(end)
+        return os.fdopen(written, "w")
+
+    def closed() -> TextIO:
+        stream = open(os.devnull, "w")
+        stream.close()
+        return stream
+
+    if bars:
+        import tqdm as tqdm
+    else:
+        monkeypatch.delitem(sys.modules, "tqdm", raising=False)
+    agent = make_agent()
+    stream = {"none": lambda: None, "closed": closed, "broken": broken}[kind]()
+    monkeypatch.setattr(sys, "stderr", stream)
+    agent.learn(12)
+    assert agent.num_timesteps == 12
+    if kind == "broken":
+        with suppress(BrokenPipeError):  # what could not be written is still in its buffer
+            stream.close()
 
 
 # --- how long it takes

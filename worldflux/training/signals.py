@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -79,7 +79,8 @@ def stopping_on_signals() -> Iterator[StopRequest]:
             os.kill(os.getpid(), number)
             return
         request.signal = number
-        os.write(2, request.notice.encode())  # a print could meet another one halfway
+        with suppress(OSError):  # stderr may be closed
+            os.write(2, request.notice.encode())  # a print could meet another one halfway
 
     if threading.current_thread() is threading.main_thread():
         for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
