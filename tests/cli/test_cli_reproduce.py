@@ -74,9 +74,19 @@ def test_other_scores_with_the_same_code_are_a_failure(run: Path, capsys: pytest
         "  the largest difference is 0.25; the weights at the end are identical, although the code, the versions and "
         "the machine are the same"
     )
-    # Under other circumstances, the same difference is no failure.
+    # Under other circumstances, or after a stop, the same difference is no failure.
     config = RunConfig.read(run)
-    change(run, versions={**config.versions, "torch": "1.0"}, commits={**config.commits, "worldflux": "abc"})
+    part = {"started": "", "versions": config.versions, "commits": config.commits, "machine": config.machine}
+    change(run, resumed=[{**part, "step": 0}])
+    assert main(["reproduce", "my run"]) == 1
+    change(run, resumed=[{**part, "step": 20}])
+    capsys.readouterr()
+    assert main(["reproduce", "my run"]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith(", which may come from a stop: a resumed run begins new episodes\n")
+    change(
+        run, resumed=[], versions={**config.versions, "torch": "1.0"}, commits={**config.commits, "worldflux": "abc"}
+    )
     assert main(["reproduce", "my run"]) == 0
     out, err = capsys.readouterr()
     assert "which may come from what has changed" in out.splitlines()[-1]

@@ -67,8 +67,8 @@ def reproduce(
         device: Device to train on. Default: the setting of the run.
 
     Returns:
-        1 if scores differ although the code, the versions and the machine are the same and the run is one of a CPU;
-        130 after Ctrl-C and 143 after SIGTERM; otherwise 0.
+        1 if scores differ although the code, the versions and the machine are the same, the run is one of a CPU, and
+        no agent was resumed; 130 after Ctrl-C and 143 after SIGTERM; otherwise 0.
     """
     from worldflux.cli.commands.plot import no_run
 
@@ -99,7 +99,11 @@ def reproduce(
         comparisons = _compare(place, again)
         compared += comparisons
         on_cpu = all(RunConfig.read(each).machine.get("device") == "cpu" for each in (place, again))
-        unexplained |= _tell(place, again, comparisons, expected=on_cpu and not changes)
+        # Environments cannot be continued in the middle of an episode.
+        parts = [part for each in (place, again) for part in RunConfig.read(each).resumed]
+        stopped = config.kind == "train" and any(part.get("step") for part in parts)
+        reason = _RESUMED if stopped else _CHANGED if changes or not on_cpu else None
+        unexplained |= _tell(place, again, comparisons, reason)
     if len(found) > 1:
         _tell_mean(compared)
     return 1 if unexplained else 0
@@ -211,8 +215,18 @@ def _scores(run: Run) -> list[dict[int, float]]:
     return found
 
 
-def _tell(place: Path, again: Path, comparisons: Sequence[Comparison], *, expected: bool) -> bool:
-    """Prints the comparison. Returns whether scores differ although they should not."""
+def _tell(place: Path, again: Path, comparisons: Sequence[Comparison], reason: str | None) -> bool:
+    """Prints the comparison.
+
+    Args:
+        place: Directory of the run.
+        again: Directory of its reproduction.
+        comparisons: Their scores.
+        reason: Why scores may differ; None if they should not.
+
+    Returns:
+        Whether scores differ although they should not.
+    """
     print(f"{runs.shown(place)} and {runs.shown(again)}")
     if not comparisons:
         print("  nothing to compare: they have no scores at the same steps")
@@ -227,10 +241,9 @@ def _tell(place: Path, again: Path, comparisons: Sequence[Comparison], *, expect
         print(f"  identical at all steps{'' if weights is None else ', and so are the weights at the end'}")
         return False
     largest = max(comparison.largest for comparison in comparisons)
-    reason = "although the code, the versions and the machine are the same" if expected else _REASON
     compared = "" if weights is None else f"; the weights at the end {'are identical' if weights else 'differ'}"
-    print(f"  the largest difference is {largest:.4g}{compared}, {reason}")
-    return expected
+    print(f"  the largest difference is {largest:.4g}{compared}, {reason or _UNEXPLAINED}")
+    return reason is None
 
 
 def _same_weights(place: Path, again: Path) -> bool | None:
@@ -262,7 +275,9 @@ def _digest(file: IO[bytes]) -> bytes:
     return digest.digest()
 
 
-_REASON = "which may come from what has changed, or from a GPU, whose results vary"
+_UNEXPLAINED = "although the code, the versions and the machine are the same"
+_CHANGED = "which may come from what has changed, or from a GPU, whose results vary"
+_RESUMED = "which may come from a stop: a resumed run begins new episodes"
 
 
 def _tell_mean(compared: Sequence[Comparison]) -> None:
