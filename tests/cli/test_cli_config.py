@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 import yaml
 
+from worldflux.cli.commands.train import TrainSettings
+from worldflux.cli.config_file import read_settings, write_settings
 from worldflux.cli.main import main
+from worldflux.cli.options import model_fields
 from worldflux.cli.run_callbacks import Progress
 from worldflux.cli.runs import RunConfig, find_runs, read_evaluations
 from worldflux.training import ReplayBuffer
@@ -89,6 +92,45 @@ def test_the_file_of_a_run_starts_it_again(capsys: pytest.CaptureFixture[str]) -
     assert yaml.safe_load((second / "config.yaml").read_text()) == yaml.safe_load(text)
 
 
+VALUES = [
+    '"123"',
+    '"1e5"',
+    "1e5",
+    "-1E-3",
+    '"true"',
+    "true",
+    '"NaN"',
+    "nan",
+    "null",
+    "~",
+    "yes",
+    '"0x10"',
+    "1:30",
+    '[1e3, "2e3"]',
+    '{"a": "1e5"}',
+    '""',
+    "",
+    "a=b",
+    "2026-01-01",
+    "1_000",
+    "12345678901234567890123",
+    "# c",
+    "*a",
+    "!t",
+    "- x",
+]
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_any_value_is_read_as_it_was_given(value: str, tmp_path: Path) -> None:
+    given = TrainSettings(env_kwargs=(f"key={value}",), set=(f"field={value}",), learning_rate=1e-5)
+    write_settings(tmp_path, "train", "env", "1e5", "2026", given)
+    found = read_settings(tmp_path / "config.yaml", "env", TrainSettings(), [])
+    assert (found.model, found.task, found.options.learning_rate) == ("1e5", "2026", 1e-5)
+    assert repr(found.options.arguments()) == repr(given.arguments())
+    assert repr(model_fields(found.options.set)) == repr(model_fields(given.set))
+
+
 def test_options_win_over_the_file(capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine.yaml").write_text(FILE + "pixels: false\nprocesses: true\nseed: 5\n")
     options = ["--steps=20", "--batch-size", "3", "--set", "units=4", "--no-processes", "--run", "run", "--seed", "0"]
@@ -97,7 +139,7 @@ def test_options_win_over_the_file(capsys: pytest.CaptureFixture[str]) -> None:
     found = settings("run")
     assert (found["steps"], found["batch_size"], found["processes"], found["seed"]) == (20, 3, False, 0)
     assert (found["learning_rate"], found["buffer_size"], found["compile"]) == (3e-4, 500, "false")
-    assert found["set"] == ["hidden_dim=8", "deter_dim=16", "entropy_scale=1e-3", "units=4"]
+    assert found["set"] == ["hidden_dim=8", "deter_dim=16", "entropy_scale=0.001", "units=4"]
     assert main(["train", "--config", "run/config.yaml", "dreamerv3:size12m", "CartPole-v9"]) == 2  # MODEL and ENV, too
 
 
@@ -137,6 +179,8 @@ MISTAKES = {
     "- a\n- b": "mine.yaml holds a list, expected names and values",
     "steps": "mine.yaml holds a str, expected names and values",
     "steps: 3\nsteps: 4": "mine.yaml is not valid YAML: 'steps' is there twice.",
+    "batch_size: 3\nbatch-size: 4": "mine.yaml has 'batch-size' twice, once with underscores.",
+    "steps: 1e400": "mine.yaml: steps is inf, expected a whole number.",
     "steps: {": "mine.yaml is not valid YAML: while parsing a flow node",
     "a: &a [x, x]\nset: {b: *a}": "mine.yaml is not valid YAML: aliases (*name) are not allowed.",
     "set: !!python/object/apply:os.system [touch ran]": "is not valid YAML: could not determine a constructor",
@@ -253,6 +297,12 @@ def test_seeds_that_cannot_be_run(options: list[str], message: str, capsys: pyte
     err = capsys.readouterr().err
     assert message in err and "not started" not in err
     assert not Path("runs").exists() and not Path("used/seed-1").exists()
+
+
+def test_seeds_need_a_number(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*SEEDS, "--seeds"])
+    assert "expected at least one seed, such as --seeds 0 1 2" in re.sub(r"[\s│]+", " ", capsys.readouterr().err)
 
 
 def test_words_behind_seeds_are_explained(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,12 @@ FORMAT = 1
 """Version of `config.yaml`. A change that older versions cannot read increases it."""
 
 _MOST_BYTES = 2**20
+_WITH_EXPONENT = (
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+"""1e5 and 3e-4, which are numbers in JSON and YAML 1.2, and text in YAML 1.1 and thus in PyYAML."""
 _OPTION = "--config"
 
 SettingsT = TypeVar("SettingsT")
@@ -71,13 +78,17 @@ def write_settings(directory: Path, command: str, task_name: str, model: str, ta
     """
     import yaml
 
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    Dumper.add_implicit_resolver(*_WITH_EXPONENT)
     content: dict[str, Any] = {"format": FORMAT, "model": model, task_name: task}
     for name, value in changed(settings).items():
         if name in REPEATABLE:
             value = assignments(name, value, "") if value and "=" in value[0] else list(value)
         content[name] = value
     text = f"# To start the same run again, in a new directory: worldflux {command} --config {YAML_FILE}\n"
-    text += yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+    text += yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
     write_atomically(directory / YAML_FILE, text.encode())
 
 
@@ -99,6 +110,9 @@ def read_settings(path: Path, task_name: str, defaults: SettingsT, args: Sequenc
     for name in content:
         if str(name).replace("-", "_") not in names:
             raise ConfigurationError(f"{path} has an unknown name '{str(name)[:50]}'{nearest(str(name), names)}")
+    twice = next((name for name in content if "-" in str(name) and str(name).replace("-", "_") in content), None)
+    if twice is not None:
+        raise ConfigurationError(f"{path} has '{twice}' twice, once with underscores.")
     content = {str(name).replace("-", "_"): value for name, value in content.items()}
     if content.pop("format", FORMAT) != FORMAT:
         raise ConfigurationError(f"{path} was written by another version of worldflux. Use that version.")
@@ -145,6 +159,7 @@ def _load(path: Path) -> dict[Any, Any]:
                 raise yaml.YAMLError(f"'{twice[:50]}' is there twice")
             return super().construct_mapping(node, deep=deep)
 
+    Loader.add_implicit_resolver(*_WITH_EXPONENT)
     try:
         with open_regular(path) as file:
             data = file.read(_MOST_BYTES + 1)
@@ -213,7 +228,7 @@ def _value(path: Path, name: str, value: Any, hint: Any) -> Any:
 
 
 def _number(value: Any, *, whole: bool) -> int | float | None:
-    """A number; YAML takes 1e5 and 3e-4, which have no point, as text."""
+    """A number, which may be quoted; None if it is none."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -236,9 +251,7 @@ def _repeated(path: Path, name: str, value: Any, entry: Any) -> tuple[str, ...]:
 
 def _as_text(path: Path, name: str, value: Any) -> str:
     """A value as it is written behind `--set NAME=`."""
-    if isinstance(value, str) and (
-        _number(value, whole=False) is not None or assignments("", [f"value={value}"], "")["value"] == value
-    ):
+    if isinstance(value, str) and assignments("", [f"value={value}"], "")["value"] == value:
         return value
     try:
         return json.dumps(value)

@@ -41,6 +41,12 @@ def whole_number_from(text: str) -> int:
     return int(number)
 
 
+def _seeds_from(words: list[str]) -> tuple[int, ...]:
+    if not words:
+        raise ValueError("expected at least one seed, such as --seeds 0 1 2")
+    return tuple(map(whole_number_from, words))
+
+
 _WHOLE_NUMBER: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
     nargs=1,
     metavar="INT",
@@ -56,7 +62,7 @@ Seeds = Annotated[
     PrimitiveConstructorSpec(
         nargs="*",
         metavar="INT ...",
-        instance_from_str=lambda words: tuple(map(whole_number_from, words)),
+        instance_from_str=_seeds_from,
         is_instance=lambda value: isinstance(value, tuple),
         str_from_instance=lambda value: [str(entry) for entry in value],
     ),
