@@ -92,10 +92,13 @@ class Tracker(ABC):
             self._failed = True
 
     def finish(self, ending: Ending) -> None:
-        """Closes the run if it was opened here."""
+        """Closes the run if it was opened here. A tool that fails is reported."""
         if self._opened:
             self._opened = False
-            self._finish(ending)
+            try:
+                self._finish(ending)
+            except Exception as error:
+                logger.warning("%s cannot close run %s: %s", self.title, self.run_id, error)
 
     @abstractmethod
     def _start(self, config: Mapping[str, Any]) -> None: ...

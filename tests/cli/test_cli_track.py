@@ -150,6 +150,9 @@ def test_a_tool_that_fails_stops_no_training(
     def refuse(**given: object) -> None:
         raise RuntimeError("api_key not configured\nand more")
 
+    def refuse_to_end(status: str) -> None:
+        raise ConnectionError("no network")
+
     def unreachable(values: object, step: int) -> None:
         raise ConnectionError("no network")
 
@@ -157,6 +160,11 @@ def test_a_tool_that_fails_stops_no_training(
     assert train("--track", "mlflow") == 0
     (warning,) = [message for message in caplog.messages if "MLflow" in message]
     assert warning.startswith("MLflow cannot log step ") and "no network. Training continues." in warning
+    monkeypatch.setattr(tools[1], "end_run", refuse_to_end)
+    caplog.clear()
+    assert train("--track", "mlflow", "--run", "second") == 0
+    assert "MLflow cannot close run m1: no network" in caplog.messages
+    assert Path("second/agent.zip").is_file()
     monkeypatch.setattr(tools[0], "init", refuse)
     assert train("--track", "wandb", "--run", "other") == 2
     message = "Weights & Biases cannot start a run: api_key not configured Log in with: wandb login."

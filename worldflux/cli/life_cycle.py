@@ -308,6 +308,7 @@ def _train(work: Work, directory: Path, tracking: RunTracking, *, alone: bool = 
     print(f"worldflux: {shown}, {work.describe()}", file=sys.stderr)
     try:
         result = work.train(directory, tracking.start(directory))
+        work.save(directory / work.result)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
         tracking.finish("stopped" if stopped else "failed")
@@ -320,7 +321,6 @@ def _train(work: Work, directory: Path, tracking: RunTracking, *, alone: bool = 
             raise
         return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 130
     tracking.finish("finished")
-    work.save(directory / work.result)
     print(f"{shown}: {result}.")
     if alone:
         _tell_next(work, [shown])
