@@ -226,6 +226,48 @@ def test_an_environment_that_cannot_be_filmed_says_why(seeds: Path) -> None:
     assert "OSError: no <display>" in missing(reported("run", "--no-imagination"))
 
 
+@pytest.mark.parametrize("name", ["evaluations.csv", "logs/progress.csv"])
+def test_a_damaged_file_is_named_and_the_rest_is_shown(name: str, seeds: Path) -> None:
+    shutil.copytree(seeds / "seed-3", "run")
+    Path("run", name).write_bytes(b"step,\xff\n1,2\n")
+    page = reported("run", "--no-film")
+    assert any(f"{name} is not a " in text for text in missing(page))
+    assert {"Imagined and real", "Settings", "Commands"} <= set(page.texts["h2"])
+    assert len(page.images()) >= 2
+
+
+def test_steps_that_are_no_numbers_are_left_out(seeds: Path) -> None:
+    shutil.copytree(seeds / "seed-3", "run")
+    with Path("run/logs/progress.csv").open("a") as file:
+        columns = Path("run/logs/progress.csv").read_text().partition("\n")[0].split(",")
+        for step in ("nan", "inf", "many"):
+            file.write(",".join(step if name == "time/total_timesteps" else "1" for name in columns) + "\n")
+    assert missing(reported("run", "--no-film", "--no-imagination")) == missing(
+        reported(str(seeds / "seed-3"), "--no-film", "--no-imagination")
+    )
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"settings": {"steps": "many"}},
+        {"settings": {"env_kwargs": [1]}},
+        {"settings": {"no_such": 1}},
+        {"machine": {"device": 1}},
+        {"resumed": ["again"]},
+        {"resumed": [{"step": 3}]},
+    ],
+)
+def test_a_damaged_configuration_is_one_line(damage: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    by_hand()
+    path = Path("run/config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **damage}))
+    for command in (["report", "run"], ["plot", "run"], ["reproduce", "run"]):
+        assert main(command) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1) and str(path) in err
+
+
 def test_images_are_compared_with_their_predictions() -> None:
     args = ["train", "dreamerv3:tiny", f"{__name__}:Screen", *TINY, "--steps", "60", "--eval-interval", "0"]
     assert main([*args, "--buffer-size", "300", "--seed", "0", "--run", "run"]) == 0

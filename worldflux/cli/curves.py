@@ -17,9 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from worldflux.cli.commands.train import TrainSettings
+from worldflux.cli.commands.train_offline import OfflineSettings
+from worldflux.cli.options import from_json
 from worldflux.cli.runs import EVALUATIONS_FILE, LOGS, RunConfig, read_evaluations
 from worldflux.errors import CheckpointError, MissingDependencyError, install_hint
 from worldflux.reading import open_regular
+from worldflux.run_directory import CONFIG_FILE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,10 +102,16 @@ class Curve:
     """Runs of the curve, at least one."""
 
 
-def read_run(directory: Path) -> Run | None:
-    """The run in a directory; None if it has no environment."""
+def read_run(directory: Path) -> Run:
+    """Reads the run in a directory.
+
+    Raises:
+        CheckpointError: If its `config.json` is damaged.
+    """
     config = RunConfig.read(directory)
-    return Run(directory, config) if config.kind == "train" else None
+    settings: type[Any] = TrainSettings if config.kind == "train" else OfflineSettings
+    from_json(settings, config.settings, directory / CONFIG_FILE)
+    return Run(directory, config)
 
 
 def mean_and_interval(curves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -176,7 +186,7 @@ def _log_rows(path: Path) -> Iterator[dict[str, float]]:
                 for name, text in row.items():
                     with suppress(TypeError, ValueError):  # not logged in this row, or a row that is being written
                         numbers[name] = float(text)
-                if _STEP in numbers:
+                if math.isfinite(numbers.get(_STEP, math.nan)):
                     yield numbers
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise CheckpointError(f"{path} is not a log of a run: {error}. Remove it, or restore it.") from error

@@ -95,6 +95,11 @@ class RunConfig:
         for name, expected in types.items():
             if not isinstance(data.get(name), expected) or isinstance(data[name], bool):
                 raise CheckpointError(f"{path} is damaged: {name} is {data.get(name)!r}.")
+        for part in (data, *data["resumed"]):
+            for name in ("versions", "commits", "machine"):
+                found = part.get(name) if isinstance(part, dict) else None
+                if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+                    raise CheckpointError(f"{path} is damaged: {name} is {found!r}.")
         return cls(**{name: data[name] for name in types})
 
 

@@ -99,7 +99,7 @@ def _read(directories: tuple[Path, ...]) -> list[Run]:
             raise ConfigurationError(no_run(directory))
         for entry in inside:
             run = read_run(entry)
-            if run is None:
+            if run.config.kind != "train":
                 without.append(entry)
             else:
                 found[entry.resolve()] = run

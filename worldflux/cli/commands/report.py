@@ -38,7 +38,7 @@ def report(
         0
     """
     from worldflux.cli.commands.plot import grouped, no_run
-    from worldflux.cli.curves import Run
+    from worldflux.cli.curves import read_run
     from worldflux.cli.report.content import Options, build_page
     from worldflux.cli.report.pictures import check_one_kind
     from worldflux.validation import whole_number
@@ -50,7 +50,7 @@ def report(
         raise ConfigurationError(f"{output} cannot be written, expected an .html in an existing directory.")
     check_writable("--output", output, target.parent)
     directory = checked_path("RUN", run)
-    found = [Run(place, runs.RunConfig.read(place)) for place in runs.find_runs(directory)]
+    found = [read_run(place) for place in runs.find_runs(directory)]
     if not found:
         raise ConfigurationError(no_run(run))
     curves = [(task, curve) for task, each in grouped(found).items() for curve in each]

@@ -75,6 +75,10 @@ def build_page(directory: Path, task: str, curve: Curve, options: Options) -> Pa
     add("Settings", lambda s: s.tables.append(_settings(found)))
     add("Code and machine", lambda s: s.tables.append(_circumstances(found)))
     sections.append(_commands(directory, found))
+    try:
+        facts = _facts(found)
+    except WorldFluxError:  # the sections name the file that is damaged
+        facts = []
     model = first.config.model
     family = next((title for name, title in _FAMILIES.items() if model.lower().startswith(name)), None)
     what = model if family is None else f"{family} ({model})"
@@ -84,7 +88,7 @@ def build_page(directory: Path, task: str, curve: Curve, options: Options) -> Pa
     return Page(
         title=f"{what} {'in' if trained else 'on'} {where}",
         subtitle=_subtitle(curve.runs),
-        facts=_facts(found),
+        facts=facts,
         sections=sections,
         footer=f"Made {runs.now()} by worldflux report from {runs.shown(directory)}, a run of worldflux "
         f"{first.config.versions.get('worldflux', '?')}.",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from math import isfinite
+from contextlib import suppress
+from math import inf, isfinite
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from worldflux.cli.players import environment_of, load_player
 from worldflux.cli.report.animations import MOST_BYTES, Film, animated
 from worldflux.cli.report.charts import Lines, metric_chart, picture
 from worldflux.cli.report.page import Picture, Section, Table
-from worldflux.errors import ConfigurationError
+from worldflux.errors import CheckpointError, ConfigurationError
 
 STEP = "time/total_timesteps"
 _LIMIT = 2_000
@@ -216,7 +217,14 @@ def labelled(found: Sequence[Run]) -> dict[str, Run]:
 
 def best_run(found: Mapping[str, Run]) -> str:
     """The label of the run with the best evaluation; the first run if there are no evaluations."""
-    return max(found, key=lambda label: max((score for _, _, score in found[label].evaluation), default=float("-inf")))
+
+    def best(label: str) -> float:
+        scores: list[float] = []
+        with suppress(CheckpointError):  # a damaged file, which the section of the evaluations names
+            scores = [score for _, _, score in found[label].evaluation]
+        return max(scores, default=-inf)
+
+    return max(found, key=best)
 
 
 def unit_of(run: Run) -> str:
