@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -154,6 +155,26 @@ def test_the_versions_and_python_m(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == expected
     done = subprocess.run([sys.executable, "-m", "worldflux", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == expected
+
+
+def test_closed_streams_are_no_error(own: Path) -> None:
+    for status, closed in ((0, ">&- 2>&-"), (2, "2>&-")):  # the second one meets the first one's file
+        command = f"{sys.executable} -m worldflux collect coin_env.py:Coin --steps 5 -o data.npz {closed}"
+        done = subprocess.run(command, shell=True, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
+    assert ReplayBuffer.load(own / "data.npz").num_transitions == 5
+
+
+def test_ctrl_c_during_the_imports_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    from worldflux import __main__ as entry
+
+    with monkeypatch.context() as patched:
+        patched.delitem(sys.modules, "worldflux.cli.main")
+        patched.setattr("builtins.__import__", interrupted)
+        assert entry.main() == 130
 
 
 def test_counts_may_be_written_as_people_write_them(own: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,6 +71,9 @@ def main(args: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: After `--help`, and if the arguments cannot be parsed.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, as in `worldflux ... 2>&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     try:
         try:
             return _run(sys.argv[1:] if args is None else list(args))
