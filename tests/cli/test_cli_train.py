@@ -262,7 +262,7 @@ def test_a_signal_ends_an_evaluation_which_is_made_up_for(monkeypatch: pytest.Mo
     assert asked == [20] * 5
     assert read_evaluations(Path("run/evaluations.csv")) == []
     assert main(["train", "--resume", "run"]) == 0
-    assert [row.step for row in read_evaluations(Path("run/evaluations.csv"))] == [21, 40, 60]
+    assert [row.step for row in read_evaluations(Path("run/evaluations.csv"))] == [20, 40, 60]
 
 
 def test_an_error_in_the_environment_says_where_the_run_goes_on(

@@ -156,12 +156,16 @@ class Evaluations(BaseCallback):
         # A killed run may have written evaluations after its last checkpoint; they are repeated.
         self.rows = [row for row in read_evaluations(self.path) if row.step <= self.num_timesteps]
         self._began = time.monotonic() - (self.rows[-1].seconds if self.rows else 0.0)
+        self._evaluate_if_due()  # the run may have been stopped in the middle of an evaluation
 
     def _on_step(self) -> bool:
+        self._evaluate_if_due()
+        return True
+
+    def _evaluate_if_due(self) -> None:
         last = self.rows[-1].step if self.rows else 0
         if self.num_timesteps // self.interval > last // self.interval and not self.model.stopping:
             self._evaluate()
-        return True
 
     def _evaluate(self) -> None:
         self.envs.seed(self.seed + EVALUATION_SEED)
