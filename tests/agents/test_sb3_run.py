@@ -382,7 +382,7 @@ def test_what_is_no_learning_rate_is_refused_before_the_first_step(family: str, 
 
 
 @both
-def test_a_run_gives_no_warning_and_prints_nothing(
+def test_a_run_gives_no_warning_and_only_announces_itself(
     family: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with warnings.catch_warnings():
@@ -395,7 +395,9 @@ def test_a_run_gives_no_warning_and_prints_nothing(
         loaded.load_replay_buffer(tmp_path / "buffer")
         loaded.learn(10)
 
-    assert capfd.readouterr() == ("", "")
+    printed, said = capfd.readouterr()
+    announced = [line for line in said.splitlines() if line.startswith(f"worldflux: {family}:tiny with ")]
+    assert printed == "" and said.splitlines() == announced and len(announced) == 2  # one for each agent
 
 
 def test_the_families_are_all_there_are() -> None:

@@ -78,7 +78,7 @@ def episodes_remembered(settings: AgentSettings) -> Any:
 def printed(settings: AgentSettings) -> Any:
     with contextlib.redirect_stdout(io.StringIO()) as out:
         new_agent(settings)
-    return "train_ratio" in out.getvalue()
+    return "total_timesteps" in out.getvalue()
 
 
 def event_files(settings: AgentSettings) -> Any:
