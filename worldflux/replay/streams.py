@@ -12,9 +12,9 @@ import numpy as np
 from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError, WorldFluxError
 from worldflux.replay.actions import as_executed, rescaled
 from worldflux.replay.backends import Storage
-from worldflux.replay.ring import STEP, TERMINATED, TRUNCATED, RingStorage
+from worldflux.replay.ring import FINAL, STEP, TERMINATED, TRUNCATED, UNSEEN, RingStorage
 from worldflux.replay.spec import TransitionSpec, as_numpy, checked
-from worldflux.validation import whole_number
+from worldflux.validation import SINGLE_KEY, whole_number
 
 _BOOL = np.dtype(np.bool_)
 _FLOAT = np.dtype(np.float32)
@@ -258,6 +258,29 @@ class RecordedStreams:
         steps = {key: array[:count] for key, array in obs_arrays.items()}
         rows.add_episodes(stream, steps, actions, rewards, flags, finals, seen)
         self._fresh[stream] = rows.end[stream]
+
+    def add_episodes_of(self, other: RecordedStreams, *, first: int = 0, every: int = 1) -> None:
+        """Copies whole episodes from another buffer of the same shapes, without their extras.
+
+        Args:
+            other: The other buffer, of which episodes in flight are copied as truncated.
+            first: Number of the first episode to copy.
+            every: Distance to the next one.
+        """
+        rows = other._rows
+        for stream, begin, end in list(zip(*rows.episodes_at(), strict=True))[first::every]:
+            at = rows.at(stream, np.arange(begin, end))
+            flags = rows.flags[at]
+            step = at[(flags & FINAL) == 0]
+            seen = step if flags[-1] & UNSEEN else at
+            obs = {key: stored[seen] for key, stored in rows.obs.items()}
+            self.add_episode(
+                obs if self._form.is_dict else obs[SINGLE_KEY],
+                rows.actions[step],
+                rows.rewards[step],
+                terminations=(rows.flags[step] & TERMINATED) != 0,
+                truncations=(rows.flags[step] & TRUNCATED) != 0,
+            )
 
     def end_episodes(self, env: int | None = None, *, final_obs: Any = None) -> None:
         """Closes episodes in flight as truncated; for a reset from outside.

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from worldflux.accel import ranks
 from worldflux.errors import ConfigurationError
 from worldflux.reading import only_our_errors
 from worldflux.training.callbacks import Callback, CheckpointCallback, Losses
@@ -26,8 +27,8 @@ class CallbackList:
         self._callbacks: list[Callback] = []
 
     def __iter__(self) -> Iterator[Callback]:
-        """Iterates over the callbacks that are there now."""
-        return iter(self._callbacks)
+        """Iterates over the callbacks of this rank that are there now."""
+        return iter([one for one in self._callbacks if ranks.is_first() or not one.first_rank_only])
 
     def check(self, callback: Any) -> None:
         """Raises a `ConfigurationError` if the object is not a callback."""

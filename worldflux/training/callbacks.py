@@ -17,11 +17,12 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from worldflux.accel import ranks
 from worldflux.errors import (
     CheckpointError,
     ConfigurationError,
@@ -77,7 +78,13 @@ class Losses(Mapping[str, float]):
 
 
 class Callback:
-    """Base class of callbacks. Override the methods that you need."""
+    """Base class of callbacks. Override the methods that you need.
+
+    In a training on several ranks, callbacks are called on every rank, at the same steps and with the same losses.
+    """
+
+    first_rank_only: ClassVar[bool] = False
+    """Whether only rank 0 calls it, as for logs and progress bars, which would appear several times."""
 
     def on_train_begin(self, trainer: Trainer) -> None:
         """Called once before the first step.
@@ -126,6 +133,8 @@ class Callback:
 
 class ProgressCallback(Callback):
     """Shows progress: a bar if tqdm is installed, otherwise a line at each `log_interval` of the trainer."""
+
+    first_rank_only = True
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -179,6 +188,8 @@ class LoggingCallback(Callback):
         MissingDependencyError: If `use_wandb` is set and wandb is not installed. When training begins, also if
             tensorboard is not installed, unless `tensorboard_log` is None.
     """
+
+    first_rank_only = True
 
     def __init__(self, log_interval: int = 100, use_wandb: bool = False) -> None:
         self.log_interval = whole_number("log_interval", log_interval, 1)
@@ -314,6 +325,8 @@ class CheckpointCallback(Callback):
         begun, error = self._trainer is not None, sys.exc_info()[1]
         if trainer.in_step and error is not None and not isinstance(error, Exception):
             begun = False  # a second Ctrl-C, which may have come in the middle of anything
+        if error is not None and ranks.size() > 1 and not trainer.interrupted:
+            begun = False  # an error of one rank, of which the others know nothing
         try:
             if begun and trainer.step_count != self._saved_step:
                 self._save(trainer.step_count)

@@ -10,7 +10,7 @@ import re
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,18 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from worldflux.accel.randomness import decoded
+from worldflux.accel import ranks
+from worldflux.accel.randomness import decoded, random_state, seed_everything
 from worldflux.config import WorldModelConfig
 from worldflux.errors import CheckpointError, WorldFluxError
-from worldflux.files import give_rights_of, reason, recover_directories, recover_directory
+from worldflux.files import (
+    atomic_directory,
+    give_rights_of,
+    reason,
+    recover_directories,
+    recover_directory,
+    remove_leftovers,
+)
 from worldflux.models.base import CONFIG_FILE, WEIGHTS_FILE
 from worldflux.models.weights import check_finite, check_weights, read_weights
 from worldflux.pickles.torch_files import StoredTensor, TorchFile
@@ -36,6 +44,9 @@ EXTRAS_FILE = "extras.safetensors"
 """File of what training on stored data has written beside its rows, if it has written anything."""
 FORMAT = 2
 """Version of the files' format; a change that older versions cannot read raises it."""
+
+MOST_RANKS = 2**16
+"""Upper bound of the ranks of a run."""
 
 LARGEST_STEP = 2**48
 """Upper bound of the steps of a run; more than any run has."""
@@ -83,6 +94,18 @@ def newest_checkpoint(directory: Path, *, warn: bool = False) -> Path | None:
         instead = "" if newest is None else f" It was skipped, and {newest.name} is loaded."
         logger.warning("%s is not a complete checkpoint (%s).%s", path, fault, instead)
     return newest
+
+
+def newest_for_all_ranks(directory: Path) -> Path | None:
+    """The complete checkpoint in a directory that was written last, after leftovers were removed, as rank 0 sees it."""
+
+    def find() -> str | None:
+        remove_leftovers(directory)
+        newest = newest_checkpoint(directory, warn=True)
+        return None if newest is None else str(newest)
+
+    newest = ranks.on_first(find)
+    return None if newest is None else Path(newest)
 
 
 def damaged(path: object, fault: object) -> CheckpointError:
@@ -168,6 +191,8 @@ def write_files(
     optimizers: Sequence[torch.optim.Optimizer],
     progress: dict[str, Any],
     extras: dict[str, Tensor],
+    *,
+    of_all_ranks: bool = False,
 ) -> None:
     """Writes the files of a checkpoint; `trainer.json` is the last.
 
@@ -178,7 +203,18 @@ def write_files(
         optimizers: The optimisers of the gradient step.
         progress: Entries of `trainer.json`; the format and the time are added.
         extras: What training on stored data has written beside its rows.
+        of_all_ranks: Whether all ranks write into the directory. Those but the first only add their random states, and
+            the extras of their data.
     """
+    progress = {"format": FORMAT, "ranks": ranks.size() if of_all_ranks else 1, **progress}
+    if of_all_ranks and not ranks.is_first():
+        own = part_of_rank(directory, ranks.rank())
+        own.mkdir(exist_ok=True)
+        if extras:
+            safetensors.torch.save_file(extras, own / EXTRAS_FILE)
+        (own / TRAINER_FILE).write_text(json.dumps(progress), encoding="utf-8")
+        give_rights_of(own / EXTRAS_FILE, own / TRAINER_FILE)
+        return
     safetensors.torch.save_file(weights_on_cpu(model), directory / WEIGHTS_FILE)
     config = getattr(model, "config", None)
     if isinstance(config, WorldModelConfig):
@@ -190,10 +226,88 @@ def write_files(
         torch.save(states, file)
     if extras:
         safetensors.torch.save_file(extras, directory / EXTRAS_FILE)
-    progress = {"format": FORMAT, "saved_at": time_of_saving(directory.parent), **progress}
+    progress = {"saved_at": time_of_saving(directory.parent), **progress}
     (directory / TRAINER_FILE).write_text(json.dumps(progress), encoding="utf-8")
     for name in (WEIGHTS_FILE, EXTRAS_FILE):  # which safetensors makes readable to their owner alone
         give_rights_of(directory / name, directory / TRAINER_FILE)
+
+
+@contextmanager
+def directory_of_all_ranks(path: Path) -> Iterator[Path]:
+    """Yields an empty directory that all ranks fill together, like `atomic_directory`; it replaces `path` at the end.
+
+    Nothing may be exchanged between the ranks inside the block: it is where one of them may fail.
+
+    Args:
+        path: Target, in a file system that all ranks share.
+
+    Raises:
+        CheckpointError: If another rank could not write its part.
+    """
+    with ExitStack() as stack:
+        beside = Path(ranks.on_first(lambda: str(stack.enter_context(atomic_directory(path)))))
+        failed: BaseException | None = None
+        try:
+            yield beside
+        except BaseException as error:
+            failed = error
+            raise
+        finally:
+            # All ranks meet here, whatever happened: a directory to which one has not added its part is not complete.
+            fault = None if failed is None else f"{type(failed).__name__}: {failed}"
+            faults = {rank: text for rank, text in enumerate(ranks.every(fault)) if text is not None}
+            if faults and failed is None:
+                rank, text = next(iter(faults.items()))
+                raise CheckpointError(f"Rank {rank} could not write its part of the checkpoint {path}: {text}")
+            if not faults:
+                ranks.on_first(stack.close)
+
+
+def part_of_rank(checkpoint: Path, rank: int) -> Path:
+    """The directory in a checkpoint for what belongs to a rank alone; for the first, the checkpoint itself."""
+    return checkpoint / f"rank-{rank:04d}" if rank else checkpoint
+
+
+def ranks_of(checkpoint: Path) -> int:
+    """The number of ranks that have written a checkpoint.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
+    file = checkpoint / TRAINER_FILE
+    progress = _progress(checkpoint)
+    if progress is None:
+        raise damaged(checkpoint, f"{TRAINER_FILE} cannot be read")
+    return whole_number(f"{file}: ranks", progress.get("ranks"), 1, below=MOST_RANKS, error=CheckpointError)
+
+
+def of_rank(
+    path: Path, saved: SavedState, rank: int, size: int, device: torch.device
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a rank continues from: the progress with its own random states, and the extras of its data.
+
+    If the checkpoint was written by another number of ranks, no rank can continue exactly: all ranks but the first
+    begin new random streams, and extras are left out.
+
+    Raises:
+        CheckpointError: If the rank's part is missing or damaged.
+    """
+    written_by = ranks_of(path)
+    if rank == 0 and written_by == size:
+        return saved.progress, saved.extras
+    if written_by != size:
+        if rank == 0:
+            logger.info("%s was written by %d ranks and goes on with %d", path, written_by, size)
+            return saved.progress, {}
+        seed_everything(ranks.seed_of_rank(saved.progress["step"]))
+        return {**saved.progress, "random": random_state(device), "sampler": None}, {}
+    own = part_of_rank(path, rank)
+    if not (own / TRAINER_FILE).is_file():
+        raise damaged(path, f"no {own.name}/{TRAINER_FILE}")
+    progress = read_json(own / TRAINER_FILE, finite=False)
+    check_progress(own, progress, device)
+    extras = read_weights(own / EXTRAS_FILE, allow_nonfinite=True) if (own / EXTRAS_FILE).exists() else {}
+    return progress, extras
 
 
 def read_checkpoint(

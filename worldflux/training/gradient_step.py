@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from worldflux.accel import ranks
 from worldflux.errors import ConfigurationError, TrainingError
 from worldflux.models.base import LossOutput, Phase
 from worldflux.replay.batch import Batch
@@ -44,9 +45,17 @@ class GradientStep:
         self.phases = phases
         self.optimizers = optimizers
         self.grad_clip = grad_clip
+        self._averages = [ranks.GradientAverage(phase.trained) for phase in phases]
 
     def __call__(self, batch: Batch) -> Updated:
-        """Takes the step on a batch that is on the model's device."""
+        """Takes the step on a batch that is on the model's device; with several ranks, on the batches of all of them.
+
+        Gradients, normalisers and losses are then those of one batch that consists of all of these.
+        """
+        with ranks.reducing():
+            return self._take(batch)
+
+    def _take(self, batch: Batch) -> Updated:
         if not self.model.training:
             self.model.train()
         # All parameters of the model, because a phase's loss may reach some that it does not train.
@@ -54,11 +63,12 @@ class GradientStep:
         terms: dict[str, Tensor] = {}
         norms: list[Tensor] = []
         outputs: list[LossOutput] = []
-        for phase, optimizer in zip(self.phases, self.optimizers, strict=True):
+        for phase, optimizer, average in zip(self.phases, self.optimizers, self._averages, strict=True):
             for parameter in parameters:
                 parameter.grad = None
             output = as_loss_output(phase.loss(batch, outputs))
             output.loss.backward()
+            average()
             norms.append(clip_by_global_norm(phase.trained, self.grad_clip))
             optimizer.step()
             outputs.append(output)
@@ -72,6 +82,9 @@ class GradientStep:
 
         losses = {name: value for name, value in terms.items() if name != "loss"}
         losses["loss"] = torch.stack([output.loss.detach() for output in outputs]).sum()
+        if ranks.is_reducing():
+            means = ranks.mean(torch.stack([value.float() for value in losses.values()])).unbind()
+            losses = dict(zip(losses, means, strict=True))
         losses["grad_norm"] = torch.stack(norms).square().sum().sqrt() if len(norms) > 1 else norms[0]
         extras = [{name: value.detach() for name, value in output.extras.items()} for output in outputs]
         return Updated(losses, extras)

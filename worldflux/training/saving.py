@@ -6,8 +6,10 @@ import logging
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
+from worldflux.accel import ranks
 from worldflux.errors import ConfigurationError
 from worldflux.files import checked_path, remove_directory
 from worldflux.locks import using
@@ -49,7 +51,7 @@ class CheckpointDirectory:
             ConfigurationError: If another run uses it, or it cannot be written to.
         """
         self.release()
-        self._held.enter_context(using(self.path))
+        ranks.on_first(partial(self._held.enter_context, using(self.path)))
 
     def release(self) -> None:
         """Lets other runs use the directory."""
@@ -66,8 +68,10 @@ class CheckpointDirectory:
             ConfigurationError: If there are checkpoints of other runs that are not to be overwritten, or an incomplete
                 one that the run could not replace with its own.
         """
-        if self.overwrite:
-            return
+        if not self.overwrite:
+            ranks.on_first(partial(self._check_owner, run, go_on))
+
+    def _check_owner(self, run: str, go_on: str) -> None:
         found = checkpoints_in(self.path)
         others = [checkpoint for checkpoint in found if run_of(checkpoint) != run]
         if others:
@@ -95,9 +99,15 @@ class CheckpointDirectory:
             The path of the checkpoint.
         """
         path = self.path / checkpoint_name(step)
-        if path.is_symlink():  # the target of a link is not for this run to change
+        if ranks.is_first() and path.is_symlink():  # the target of a link is not for this run to change
             path.unlink()
         write(path)
+        if ranks.is_first():
+            self._remove_outdated(run)
+        return path
+
+    def _remove_outdated(self, run: str) -> None:
+        """Removes the oldest checkpoints of the run, and those of other runs if they are overwritten."""
         mine = []
         for checkpoint in checkpoints_in(self.path):
             if run_of(checkpoint) == run:
@@ -108,7 +118,6 @@ class CheckpointDirectory:
             remove_directory(incomplete)
         for outdated in mine[: -self.max_checkpoints]:
             remove_directory(outdated)
-        return path
 
 
 def call_all(functions: Iterable[Callable[[], None]]) -> None:

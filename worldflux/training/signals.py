@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+from worldflux.accel import ranks
+
 _SLOW = 3.0
 """Seconds of a step that the notice mentions."""
 
@@ -43,6 +45,22 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+
+def agreed(keep_going: bool, stop: StopRequest) -> bool:
+    """Whether training continues: nobody wants it to end, and no signal has arrived, on any rank.
+
+    The ranks of a training ask together after each step, so that all of them end with the same step.
+
+    Args:
+        keep_going: Whether the callbacks of this rank continue.
+        stop: The request to stop of this rank; a signal that another rank has received is set here, too.
+    """
+    if ranks.size() == 1:
+        return keep_going and not stop
+    signal_number, ended = ranks.largest(stop.signal or 0, int(not keep_going))
+    stop.signal = signal_number or None
+    return not (signal_number or ended)
 
 
 @contextmanager

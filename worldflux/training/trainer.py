@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from worldflux.accel import ranks
 from worldflux.accel.allocator import keep_freed_memory
 from worldflux.accel.compilation import captures, compiles
 from worldflux.accel.cuda_graphs import CudaGraphCapturer
@@ -20,7 +22,7 @@ from worldflux.accel.device import resolve_device
 from worldflux.accel.randomness import random_state
 from worldflux.diagnostics.health import Health, check_health
 from worldflux.errors import ConfigurationError, TrainingError
-from worldflux.files import atomic_directory, checked_path, remove_leftovers
+from worldflux.files import checked_path
 from worldflux.models.base import OptimizerSpec, Phase, WorldModel
 from worldflux.models.evaluation import evaluating
 from worldflux.models.finite import first_not_finite, weights_of
@@ -39,8 +41,10 @@ from worldflux.training.callbacks import Callback, CheckpointCallback, Losses
 from worldflux.training.captured_step import CapturedStep
 from worldflux.training.checkpoint import (
     check_target,
+    directory_of_all_ranks,
     new_run,
-    newest_checkpoint,
+    newest_for_all_ranks,
+    of_rank,
     read_checkpoint,
     write_files,
     writing_checkpoint,
@@ -57,7 +61,7 @@ from worldflux.training.gradient_step import (
     phases_of,
 )
 from worldflux.training.optim import build_optimizer
-from worldflux.training.signals import StopRequest, stopping_on_signals
+from worldflux.training.signals import StopRequest, agreed, stopping_on_signals
 from worldflux.validation import whole_number
 
 logger = logging.getLogger("worldflux.training")
@@ -110,6 +114,7 @@ class Trainer:
         eval_data: Provider | float | None = None,
     ) -> None:
         self._config = config if config is not None else TrainingConfig()
+        ranks.join()
         self.device = resolve_device(self.config.device)
         self.model = model.to(self.device)
         if self.device.type == "cpu":
@@ -134,6 +139,7 @@ class Trainer:
         phases = phases_of(model)
         self._optimizers = [build_optimizer(spec, phase.parameters) for phase in phases]
         self._take_step = self._step_of(phases)
+        ranks.spread(model)
         warn_of_overruled(self.model, self.config)
         self._watch = FiniteWatch()
         self._write_back = WriteBack()
@@ -154,7 +160,7 @@ class Trainer:
         if compiles(self.config.compile, self.device) and isinstance(self.model, WorldModel):
             self.model.compile_functions()
         step = GradientStep(self.model, phases, self._optimizers, self.config.grad_clip)
-        if captures(self.config.compile, self.device, self.model):
+        if ranks.size() == 1 and captures(self.config.compile, self.device, self.model):
             return CapturedStep(step, self.device, CudaGraphCapturer(self.device))
         return lambda batch: step(batch.to(self.device))
 
@@ -242,6 +248,7 @@ class Trainer:
                 "in the directory of the CheckpointCallback: "
                 "train(..., callbacks=[CheckpointCallback(DIRECTORY)], resume=True)."
             )
+        self.run = ranks.on_first(lambda: self.run)
         with ExitStack() as held:
             held.callback(self._callbacks.release_directories)  # also of callbacks that are added meanwhile
             for directory in self._callbacks.directories:
@@ -267,11 +274,12 @@ class Trainer:
         for source in (data, self.eval_data):
             check_kind(self.model, source)
         self._data.check_data(data, resume=resume)
-        self._data.start(data, seed=config.seed if self.step_count == 0 else None)
+        batch_size = ranks.share_of("batch_size", config.batch_size)
+        self._data.start(data, seed=ranks.seed_of_rank(config.seed) if self.step_count == 0 else None)
         try:
             with stopping_on_signals() as stop:
                 try:
-                    with batches_from(data, config.batch_size, config.sequence_length, self.device) as self._batches:
+                    with batches_from(data, batch_size, config.sequence_length, self.device) as self._batches:
                         self._run(self._batches, stop)
                 finally:
                     self._batches = None
@@ -286,16 +294,16 @@ class Trainer:
             callback.on_train_begin(self)
         if self._data.restored is not None:
             self._callbacks.load_states(self._data.restored.get("callbacks", []))
-        keep_going = True
-        while keep_going and not stop and self.step_count < self.target_step:
+        keep_going = agreed(True, stop)
+        while keep_going and self.step_count < self.target_step:
             with stop.timing():
                 losses = Losses(self.step(batches.next(), batches.provider))
             batches.settle()
             if self.step_count % self.config.log_interval == 0:
                 self.check_finite()
             if self.eval_data is not None and self.step_count % self.config.eval_interval == 0:
-                self._callbacks.on_eval_end(self.step_count, self.evaluate(self.eval_data))
-            keep_going = self._callbacks.on_step_end(self.step_count, losses)
+                self._callbacks.on_eval_end(self.step_count, ranks.on_first(partial(self.evaluate, self.eval_data)))
+            keep_going = agreed(self._callbacks.on_step_end(self.step_count, losses), stop)
             if self._data.restored is not None:  # a callback has loaded a checkpoint
                 batches.forget()
                 self._data.start(batches.provider, seed=None)
@@ -417,15 +425,17 @@ class Trainer:
             CheckpointError: If `path` holds something else, or cannot be written.
         """
         path = checked_path("path", path)
-        check_target(path)
-        with writing_checkpoint(path), atomic_directory(path) as beside:
-            self.write_checkpoint(beside)
+        ranks.on_first(partial(check_target, path))
+        with writing_checkpoint(path), directory_of_all_ranks(path) as beside:
+            self.write_checkpoint(beside, of_all_ranks=True)
 
-    def write_checkpoint(self, directory: Path) -> None:
+    def write_checkpoint(self, directory: Path, *, of_all_ranks: bool = False) -> None:
         """Writes the same files into a directory that exists and that others add further files to.
 
         Args:
             directory: A directory that has no such files yet.
+            of_all_ranks: Whether all ranks write into this directory: every rank its random states and what belongs to
+                its own data, rank 0 also the rest. Otherwise only this rank writes, and everything.
 
         Raises:
             TrainingError: If a loss or a weight is not finite.
@@ -440,7 +450,7 @@ class Trainer:
             "random": random_state(self.device),
             **entries,
         }
-        write_files(directory, self.model, self._kind, self._optimizers, progress, extras)
+        write_files(directory, self.model, self._kind, self._optimizers, progress, extras, of_all_ranks=of_all_ranks)
 
     def load_checkpoint(self, path: str | Path, *, allow_nonfinite: bool = False) -> None:
         """Restores the weights, the states of the optimisers, the step and the random states of a checkpoint.
@@ -464,6 +474,7 @@ class Trainer:
             saved = read_checkpoint(
                 path, self.model, self._kind, self._optimizers, self.device, allow_nonfinite=allow_nonfinite
             )
+            progress, extras = of_rank(path, saved, ranks.rank(), ranks.size(), self.device)
         self.model.load_state_dict(saved.weights)
         for optimizer, state in zip(self._optimizers, saved.optimizers, strict=True):
             optimizer.load_state_dict(state)
@@ -471,7 +482,7 @@ class Trainer:
         self.run = saved.progress["run"]
         self._watch = FiniteWatch()
         self._write_back = WriteBack()
-        self._data.load(saved.progress, saved.extras)
+        self._data.load(progress, extras)
 
     def _load_newest(self) -> None:
         """Loads the newest checkpoint of this trainer's `CheckpointCallback`, if there is one."""
@@ -482,9 +493,7 @@ class Trainer:
                 "load_checkpoint(directory) before train(buffer)."
             )
         directory = directories[0].path
-        remove_leftovers(directory)
-        newest = newest_checkpoint(directory, warn=True)
-        if newest is None:
+        if (newest := newest_for_all_ranks(directory)) is None:
             logger.info("no checkpoint in %s yet: training begins", directory)
             return
         self.load_checkpoint(newest)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from worldflux.accel import ranks
+
 
 def lambda_return(
     reward: Tensor, discount: Tensor, lam: Tensor | float, bootstrap: Tensor, *, trace: Tensor | None = None
@@ -56,5 +58,5 @@ def update_percentiles(low: Tensor, high: Tensor, values: Tensor, rate: float) -
     """
     # Created on the device: a tensor from Python numbers would require a copy for which the host waits.
     shares = torch.linspace(0.05, 0.95, 2, device=values.device)
-    quantiles = torch.quantile(values.detach().float().flatten(), shares)
+    quantiles = torch.quantile(ranks.gathered(values.detach().float().flatten()), shares)
     return torch.lerp(low, quantiles[0], rate), torch.lerp(high, quantiles[1], rate)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from worldflux.accel import ranks
 from worldflux.config import DreamerV3Config
 from worldflux.errors import ShapeMismatchError
 from worldflux.models.base import LossOutput, OnlineDefaults, OptimizerSpec, State, Trajectory, WorldModel
@@ -294,10 +295,14 @@ class DreamerV3(WorldModel):
     def _reduce(self, parts: LossParts) -> LossOutput:
         """Averages the losses over all steps, computes their weighted sum, and adds metrics for the log."""
         # Averages exclude steps whose reward lies before the window or whose observation was not recorded.
-        known = parts.rows.arrival_known.float().mean().clamp(min=1e-8)
+        known, mask = parts.rows.arrival_known.float().mean(), parts.rows.obs_mask
+        seen = None if mask is None else mask.float().mean()
+        if ranks.is_reducing():  # these shares are those of the whole batch
+            known, seen = ranks.mean(torch.stack([known, torch.ones_like(known) if seen is None else seen])).unbind()
+        known = known.clamp(min=1e-8)
         share = {"reward": known, "continue": known}
-        if parts.rows.obs_mask is not None:
-            share["reconstruction"] = parts.rows.obs_mask.float().mean().clamp(min=1e-8)
+        if seen is not None:
+            share["reconstruction"] = seen.clamp(min=1e-8)
         # A window of a single step has no replayed transition for the critic, whose loss is then 0.
         means = {
             name: (loss.mean() if loss.numel() else loss.sum()) / share.get(name, 1.0)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from worldflux.accel import ranks
 from worldflux.accel.overriding import overridden
 from worldflux.config import TDMPC2Config
 from worldflux.errors import ConfigurationError, ShapeMismatchError
@@ -331,7 +332,8 @@ class LatentModel(WorldModel):
     def _members(self) -> Tensor:
         """Draws the indices of two different value networks, or of one if there is only one. `[m]`"""
         count = self.config.num_q_networks
-        return torch.rand(count, device=self.device).topk(min(_SAMPLED_MEMBERS, count)).indices
+        # All windows of a batch share the networks, also those of other ranks.
+        return ranks.from_first(torch.rand(count, device=self.device)).topk(min(_SAMPLED_MEMBERS, count)).indices
 
     def _shifts(self, *shape: int) -> Tensor:
         """Draws random shifts of images. `[..., 2]`"""

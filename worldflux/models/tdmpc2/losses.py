@@ -5,8 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from worldflux.accel import ranks
 
-def step_weights(counted: Tensor, rho: float) -> Tensor:
+
+def numbers_of(*counted: Tensor) -> tuple[Tensor, ...]:
+    """Counts the steps that count in each of several masks, as the mean over the ranks of a gradient step."""
+    return ranks.mean(torch.stack([mask.sum() for mask in counted])).unbind()
+
+
+def step_weights(counted: Tensor, rho: float, number: Tensor | None = None) -> Tensor:
     """Computes the weight of each step in a mean over windows and steps: `rho^t` over the number of steps that count.
 
     If all steps count, this is the mean of the reference implementation over the batch, weighted by `rho^t` and divided
@@ -15,12 +22,13 @@ def step_weights(counted: Tensor, rho: float) -> Tensor:
     Args:
         counted: 1 for steps that count, else 0. `[N, T]`
         rho: Factor from one step to the next; 1 weights all steps equally.
+        number: Number of steps that count, from `numbers_of`; None counts them. `[]`
 
     Returns:
         Weights, all zero if no step counts. `[N, T]`
     """
     decay = torch.pow(rho, torch.arange(counted.shape[1], device=counted.device))
-    return counted * decay / counted.sum().clamp(min=1.0)
+    return counted * decay / (counted.sum() if number is None else number).clamp(min=1.0)
 
 
 def value_range(values: Tensor, counted: Tensor) -> Tensor:
@@ -40,7 +48,8 @@ def value_percentiles(values: Tensor, counted: Tensor) -> Tensor:
     """Computes the 5th and 95th percentile of the values that count. `[N]`, `[N]` → `[2]`"""
     # Created on the device: a tensor from Python numbers would require a copy for which the host waits.
     shares = torch.linspace(0.05, 0.95, 2, device=values.device)
-    return torch.nanquantile(values.detach().float().masked_fill(counted == 0, torch.nan), shares)
+    counting = values.detach().float().masked_fill(counted == 0, torch.nan)
+    return torch.nanquantile(ranks.gathered(counting), shares)
 
 
 def moved_scale(scale: Tensor, spread: Tensor, rate: float) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from worldflux.accel import ranks
 from worldflux.accel.overriding import overridden, steps_back
 from worldflux.errors import TrainingError
 from worldflux.models.base import (
@@ -32,7 +33,7 @@ from worldflux.models.mppi import SearchResult, search_step
 from worldflux.models.tdmpc2.alignment import Windows, windows
 from worldflux.models.tdmpc2.health import health_metrics
 from worldflux.models.tdmpc2.latent_model import LatentModel
-from worldflux.models.tdmpc2.losses import moved_scale, step_weights, termination_statistics, value_range
+from worldflux.models.tdmpc2.losses import moved_scale, numbers_of, step_weights, termination_statistics, value_range
 from worldflux.models.tdmpc2.parts import ModelDraws, ModelParts, PolicyDraws
 from worldflux.nn.distributions import TwoHot
 from worldflux.nn.fast.dropout import dropout_factors
@@ -145,7 +146,8 @@ class TDMPC2(LatentModel):
             # otherwise stops with an error at a termination.
             total = total + c.termination_coef * parts.termination_seen * parts.losses["termination"]
             probability = torch.sigmoid(parts.termination_logits.detach()[:, -1])
-            rate, score = termination_statistics(probability, w.terminated[:, -1], w.steps[:, -1])
+            ends = torch.stack([probability, w.terminated[:, -1], w.steps[:, -1]], 1)
+            rate, score = termination_statistics(*ranks.gathered(ends).unbind(1))
             terms |= {"termination_rate": rate, "termination_f1": score}
             updates["termination_seen"] = parts.termination_seen
         carry = {"latents": parts.latents.detach(), "states": w.states}
@@ -178,17 +180,18 @@ class TDMPC2(LatentModel):
         consistency = (rolled[:, 1:].float() - next_latents).square().mean(-1)  # [N, H]
         reward_loss = TwoHot(reward_logits, self.bins).loss(symlog(w.rewards))
         value_loss = TwoHot(value_logits, self.bins).loss(symlog(targets).expand(len(value_logits), N, H)).mean(0)
-        weights = step_weights(w.steps, rho)
+        steps, arrived, known = numbers_of(w.steps, w.arrived, w.targets)
+        weights = step_weights(w.steps, rho, steps)
         losses = {
-            "consistency": (step_weights(w.arrived, rho) * consistency).sum(),
+            "consistency": (step_weights(w.arrived, rho, arrived) * consistency).sum(),
             "reward": (weights * reward_loss).sum(),
-            "value": (step_weights(w.targets, rho) * value_loss).sum(),
+            "value": (step_weights(w.targets, rho, known) * value_loss).sum(),
         }
         seen = None
         if ends is not None:
             error = F.binary_cross_entropy_with_logits(ends, w.terminated, reduction="none")
-            losses["termination"] = (step_weights(w.steps, 1.0) * error).sum()
-            seen = torch.maximum(self.termination_seen, (w.terminated * w.steps).amax())
+            losses["termination"] = (step_weights(w.steps, 1.0, steps) * error).sum()
+            seen = torch.maximum(self.termination_seen, ranks.maximum((w.terminated * w.steps).amax()))
         return ModelParts(losses, rolled, next_latents, targets, reward_logits, value_logits, ends, seen)
 
     @torch.no_grad()
@@ -220,8 +223,9 @@ class TDMPC2(LatentModel):
         spread = value_range(value[:, 0], states[:, 0])
         scale = moved_scale(self.value_scale, spread, self.config.tau)
         gain = self.config.entropy_coef * scaled_entropy + value / scale
-        loss = -(step_weights(states, self.config.rho) * gain).sum()
-        even = step_weights(states, 1.0)
+        (number,) = numbers_of(states)
+        loss = -(step_weights(states, self.config.rho, number) * gain).sum()
+        even = step_weights(states, 1.0, number)
         terms = {
             "policy": loss.detach(),
             "policy_entropy": (even * entropy.detach()).sum(),
@@ -252,7 +256,7 @@ class TDMPC2(LatentModel):
         with self._autocast():
             predicted = self.decoder(model.carry["latents"].flatten(0, 1))
         error = self.decoder.losses(predicted, obs).unflatten(0, w.states.shape)
-        loss = (step_weights(w.states, 1.0) * error).sum()
+        loss = (step_weights(w.states, 1.0, *numbers_of(w.states)) * error).sum()
         return LossOutput(loss, {"reconstruction": loss.detach()})
 
     @torch.no_grad()
