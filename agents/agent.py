@@ -15,6 +15,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import safe_mean, update_learning_rate
 from torch import Tensor
 
+from worldflux.accel import ranks
 from worldflux.accel.overriding import overridden, steps_back
 from worldflux.agents.acting import PredictState
 from worldflux.agents.collecting import Collector, frames_per_vec_step, steps_in_subprocesses
@@ -93,6 +94,8 @@ class WorldFluxAgent(SavedAgent):
     """This agent's id while it learns, which is not the id of a copy."""
     _stop: StopRequest | None = None
     """Whether a signal has asked the present call of `learn` to stop."""
+    _stops_together = False
+    """With several ranks: whether they have agreed that a signal ends the present call of `learn`."""
     _endings: tuple[Callable[[], None], ...] = ()
     """What is called when `learn` ends."""
     _predictions: int | None = None
@@ -111,8 +114,11 @@ class WorldFluxAgent(SavedAgent):
 
     @property
     def stopping(self) -> bool:
-        """Whether Ctrl-C or SIGTERM was received, so that this step of `learn` is its last."""
-        return bool(self._stop)
+        """Whether Ctrl-C or SIGTERM was received, so that this step of `learn` is its last.
+
+        With several ranks, all of them know it at the same step, whichever has received the signal.
+        """
+        return bool(self._stop) if ranks.size() == 1 else self._stops_together
 
     @property
     def burst(self) -> tuple[int, int] | None:
@@ -132,7 +138,7 @@ class WorldFluxAgent(SavedAgent):
             The seconds; None before a few gradient steps were taken.
         """
         env_steps = max((self._total_timesteps if total is None else total) - self.num_timesteps, 0)
-        return self._report.pace.remaining(env_steps / self.n_envs, self._learner.updates_until(env_steps))
+        return self._report.pace.remaining(env_steps / self._envs_of_all, self._learner.updates_until(env_steps))
 
     def at_gradient_steps(self, function: Callable[[], None]) -> None:
         """Has a function called before each gradient step until `learn` ends, such as to show its progress."""
@@ -199,10 +205,10 @@ class WorldFluxAgent(SavedAgent):
         if log_interval is not None:
             log_interval = whole_number("log_interval", log_interval, 1)
         _check_callbacks(callback)
-        self.replay_buffer.check_budget(total_timesteps)
+        self.replay_buffer.check_budget(-(-total_timesteps // ranks.size()))
         self.lr_schedule(self._current_progress_remaining)  # fails now rather than after the first steps
         tb_log_name = tb_log_name or self.model.config.model_type
-        self._learning = id(self)
+        self._learning, self._stops_together = id(self), False
         try:
             total_timesteps, callback = self._setup_learn(
                 total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
@@ -276,7 +282,14 @@ class WorldFluxAgent(SavedAgent):
         if self.tensorboard_log is not None and not self._custom_logger:
             with writing(self.tensorboard_log, ConfigurationError):
                 Path(self.tensorboard_log).mkdir(parents=True, exist_ok=True)
-        set_up = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        log, verbose = self.tensorboard_log, self.verbose
+        if not ranks.is_first():  # rank 0 logs the same
+            vars(self).update(tensorboard_log=None, verbose=0)
+            progress_bar = False
+        try:
+            set_up = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        finally:
+            vars(self).update(tensorboard_log=log, verbose=verbose)
         if collector is not None and collector is self._collector:  # no callback has set another environment
             self._begin_episodes(collector)
         return set_up
@@ -327,18 +340,20 @@ class WorldFluxAgent(SavedAgent):
         actions, new_obs, rewards, dones, infos = collector.step(
             self._last_obs, self._last_episode_starts, at_random=self._learner.acts_at_random, meanwhile=self._train
         )
-        self.num_timesteps += self.n_envs
-        self._learner.collected += self.n_envs
+        n_envs = self._envs_of_all
+        self.num_timesteps += n_envs
+        self._learner.collected += n_envs
         self._last_obs, self._last_episode_starts = new_obs, dones
-        self._episode_num += int(np.count_nonzero(dones))
-        self._update_info_buffer(infos, dones)
+        self._count_episodes(infos, dones)
         self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
 
-        self._learner.owe(self.n_envs, self.replay_buffer)
+        self._learner.owe(n_envs, self.replay_buffer)
 
         callback.update_locals(locals())
         stopping = self.stopping  # a signal that comes later ends the next step, so that callbacks see it first
         keep_going = self._ask(callback) and not stopping
+        if ranks.size() > 1:
+            keep_going = not ranks.largest(int(not keep_going))[0]
         callback.on_rollout_end()
         return keep_going
 
@@ -352,6 +367,21 @@ class WorldFluxAgent(SavedAgent):
         finally:
             self._predictions = None
         return answer is None or bool(answer)  # a function that returns nothing wants to continue
+
+    def _count_episodes(self, infos: list[dict[str, Any]], dones: np.ndarray) -> None:
+        """Counts the episodes that have ended, and keeps their returns for the log; those of all ranks."""
+        if ranks.size() > 1:
+            assert self._stop is not None
+            signal, ended = ranks.largest(self._stop.signal or 0, int(dones.any()))
+            self._stop.signal = signal or self._stop.signal
+            self._stops_together = bool(signal)
+            if not ended:
+                return
+            mine = [{name: info[name] for name in _OF_EPISODES if name in info} for info in infos]
+            told = [one for of_rank in ranks.every((mine, dones.tolist())) for one in zip(*of_rank, strict=True)]
+            infos, dones = [info for info, _ in told], np.array([done for _, done in told])
+        self._episode_num += int(np.count_nonzero(dones))
+        self._update_info_buffer(infos, dones)
 
     def _train(self) -> None:
         """Takes the gradient steps that are owed."""
@@ -445,4 +475,6 @@ def _check_callbacks(given: object) -> None:
         raise ConfigurationError(f"{type(given).__name__} is for train(); an agent takes {takes}.")
 
 
+_OF_EPISODES = ("episode", "is_success")
+"""Entries of an environment's infos that SB3 keeps for the log."""
 _PREDICT = WorldFluxAgent.predict

@@ -12,7 +12,9 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import set_random_seed
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
+from worldflux.accel import ranks
 from worldflux.accel.compilation import captures
 from worldflux.accel.device import resolve_device
 from worldflux.agents.acting import Actor
@@ -28,6 +30,7 @@ from worldflux.envs.vector import seed_envs
 from worldflux.errors import ConfigurationError, ShapeMismatchError
 from worldflux.models.base import WorldModel
 from worldflux.replay.buffer import ReplayBuffer
+from worldflux.training.checkpoint import part_of_rank
 from worldflux.training.config import TrainingConfig
 from worldflux.training.trainer import Trainer
 
@@ -89,8 +92,10 @@ class AgentBase(BaseAlgorithm):
                 "WorldFluxAgent.load gives an agent that acts without one."
             )
         settings = AgentSettings(**given).with_lasting_paths()
+        ranks.join()
         made: Any = None if env is None else as_env(env)
         if made is not None:
+            _check_env_of_ranks(made)
             # These raise errors that name the supported spaces, unlike the assertions of SB3's constructor below.
             ObservationCodec(made.observation_space)
             ActionCodec(made.action_space)
@@ -129,7 +134,8 @@ class AgentBase(BaseAlgorithm):
             device=self.device,
         )
         family = self.model.online_defaults()
-        vars(self).update(vars(self._settings.with_defaults(self.model, self.n_envs)))
+        vars(self).update(vars(self._settings.with_defaults(self.model, self._envs_of_all)))
+        ranks.share_of("batch_size", self.batch_size)
         if self.seq_len < family.min_seq_len:
             raise ConfigurationError(
                 f"seq_len is {self.seq_len}, expected at least {family.min_seq_len} for this model's losses."
@@ -188,6 +194,11 @@ class AgentBase(BaseAlgorithm):
         """The world model."""
         return self.policy
 
+    @property
+    def _envs_of_all(self) -> int:
+        """The number of environments of all ranks."""
+        return self.n_envs * ranks.size()
+
     # --- settings
 
     @property
@@ -212,7 +223,7 @@ class AgentBase(BaseAlgorithm):
             super().__setattr__(name, value)
 
     def _change_setting(self, name: str, value: Any) -> None:
-        settings = replace(self._settings, **{name: value}).with_defaults(self.model, self.n_envs)
+        settings = replace(self._settings, **{name: value}).with_defaults(self.model, self._envs_of_all)
         value = getattr(settings, name)
         if name not in _CHANGEABLE and value != getattr(self, name):
             how = "Call set_random_seed" if name == "seed" else "Save it, and load it with another one: WorldFluxAgent."
@@ -240,25 +251,30 @@ class AgentBase(BaseAlgorithm):
         return self.model.replay_extras() if self.replay_context else {}
 
     def _check_size_of_buffer(self, train_ratio: float) -> None:
-        least = max(self.learning_starts, self.n_envs * self._window + self.batch_size)
+        n_envs = self._envs_of_all
+        least = max(self.learning_starts, n_envs * self._window + self.batch_size)
         if train_ratio and self.buffer_size < least:
             raise ConfigurationError(
                 f"buffer_size is {self.buffer_size}, expected at least {least}: "
                 f"learning_starts ({self.learning_starts}) transitions, "
-                f"and {self.batch_size} windows of {self._window} rows from {self.n_envs} environments."
+                f"and {self.batch_size} windows of {self._window} rows from {n_envs} environments."
             )
 
-    def _make_buffer(self) -> ReplayBuffer:
+    def _make_buffer(self, of_ranks: int | None = None) -> ReplayBuffer:
+        """A buffer for this rank's share of `buffer_size`, or for that of one of another number of ranks."""
         self._check_size_of_buffer(self.train_ratio)
+        storage: Any = self.buffer_storage
+        if isinstance(storage, str) and ranks.rank():  # a directory holds one buffer
+            storage = str(part_of_rank(Path(storage), ranks.rank()))
         return ReplayBuffer(
-            self.buffer_size,
+            -(-self.buffer_size // (of_ranks or ranks.size())),
             self.obs_codec.obs_shape,
             self.action_codec.action_dim,
             obs_dtype=self.obs_codec.obs_dtype,
             n_envs=self.n_envs,
             extras=self._extras_spec(),
-            seed=self.seed,
-            storage=self.buffer_storage,
+            seed=None if self.seed is None else ranks.seed_of_rank(self.seed),
+            storage=storage if of_ranks is None else None,
             action_type=self.action_codec.action_type,
             action_classes=self.action_codec.action_classes,
         )
@@ -303,6 +319,7 @@ class AgentBase(BaseAlgorithm):
         """Seeds Python, NumPy, torch, the environments, their action space and the sampler; None does nothing."""
         if seed is None:
             return
+        seed = ranks.seed_of_rank(seed)
         set_random_seed(seed, using_cuda=self.device.type == "cuda")
         self.action_space.seed(seed)
         if self.env is not None:
@@ -325,6 +342,7 @@ class AgentBase(BaseAlgorithm):
         if not force_reset and self.env is not None and stands_for(self.env, env):
             return
         made: Any = as_env(env)
+        _check_env_of_ranks(made)
         super().set_env(made, force_reset)
         self._leave_episodes()
         if self.replay_buffer is None:
@@ -346,3 +364,12 @@ class AgentBase(BaseAlgorithm):
     @_n_updates.setter
     def _n_updates(self, count: int) -> None:
         assert count == 0, "the learner counts"
+
+
+def _check_env_of_ranks(env: Any) -> None:
+    """Raises a `ConfigurationError` if an environment keeps statistics that would differ between the ranks."""
+    if ranks.size() > 1 and isinstance(env, VecEnv) and unwrap_vec_normalize(env) is not None:
+        raise ConfigurationError(
+            "VecNormalize keeps statistics of its own environments, which would differ between the ranks of a "
+            "training. Leave it out: both families transform observations and rewards themselves."
+        )

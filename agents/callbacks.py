@@ -11,6 +11,7 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter
 
+from worldflux.accel import ranks
 from worldflux.agents.agent import WorldFluxAgent
 from worldflux.agents.settings import SETTINGS
 from worldflux.errors import ConfigurationError, TrainingError
@@ -106,6 +107,8 @@ class AgentCheckpointCallback(BaseCallback):
         new = now != self._saved_at if self.model.stopping else self._saved_at is None or now[0] != self._saved_at[0]
         if (self.model.stopping or self.model.trainer.in_step) and isinstance(error, KeyboardInterrupt):
             begun = False  # a second Ctrl-C may have come in the middle of anything
+        if error is not None and ranks.size() > 1 and not self.model.stopping:
+            begun = False  # an error of one rank, of which the others know nothing
         try:
             if begun and new:
                 self._save()
@@ -121,7 +124,7 @@ class AgentCheckpointCallback(BaseCallback):
         self.model.trainer.check_good()
         path = self.directory.save(self.num_timesteps, self.model.trainer.run, self.model.save_checkpoint)
         self._saved_at = (self.num_timesteps, self.model.trainer.step_count)
-        if self.verbose:
+        if self.verbose and ranks.is_first():
             print(f"saved {path}")
 
 

@@ -12,6 +12,7 @@ from stable_baselines3.common.logger import HumanOutputFormat, Logger
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
+from worldflux.accel import ranks
 from worldflux.agents.pace import Pace
 from worldflux.errors import ConfigurationError
 from worldflux.models.base import OnlineDefaults
@@ -143,7 +144,7 @@ class Learner:
 
     def sample(self, buffer: ReplayBuffer, normalize: VecNormalize | None) -> Batch:
         """Windows from the buffer, normalised as the policy sees observations now."""
-        batch_size, fresh = self.trainer.config.batch_size, self.family.fresh_windows
+        batch_size, fresh = ranks.share_of("batch_size", self.trainer.config.batch_size), self.family.fresh_windows
         if normalize is None or not normalize.norm_obs:
             return sample_from(buffer, batch_size, self.window, self.trainer.device, fresh=fresh)
         batch = sample_from(buffer, batch_size, self.window, fresh=fresh)
@@ -188,10 +189,11 @@ class Learner:
         What the buffer still holds would be the wrong measure: very short episodes fill its rows with few transitions.
         """
         if not self._started:
-            self._started = (
+            is_ready = (
                 self.collected >= self.learning_starts
-                and buffer.num_windows(self.window) >= self.trainer.config.batch_size
+                and buffer.num_windows(self.window) * ranks.size() >= self.trainer.config.batch_size
             )
+            self._started = not ranks.largest(int(not is_ready))[0]  # when all ranks are ready
         return self._started
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
+from worldflux.accel import ranks
 from worldflux.agents.building import shown_model
 from worldflux.agents.pace import Pace, measured_cost, seconds_of
 from worldflux.errors import ConfigurationError, MissingDependencyError, install_hint
@@ -31,9 +32,12 @@ _MEASURED_STEPS = 20
 
 
 def say(text: str) -> None:
-    """Prints a line on stderr, above any progress bars of tqdm. Without a stderr that can be written to, it is lost."""
+    """Prints a line on stderr, above any progress bars of tqdm; of several ranks, only the first does.
+
+    Without a stderr that can be written to, the line is lost.
+    """
     stream: Any = sys.stderr
-    if stream is None:  # as in a process without a console on Windows
+    if stream is None or not ranks.is_first():  # None: as in a process without a console on Windows
         return
     tqdm: Any = sys.modules.get("tqdm")
     with suppress(OSError, ValueError):  # a terminal that is gone, a closed file: no reason to end a training
@@ -168,7 +172,7 @@ class Report:
         except ConfigurationError:  # it does not take these spaces
             return ""
         waiting = step if pace.vec_step.mean is None else max(step - self._own_acting(), 0.0)
-        other = cost.seconds(self._steps, agent.n_envs, waiting)
+        other = cost.seconds(self._steps, agent._envs_of_all, waiting)
         if other > seconds / 2:
             return ""
         return f"; {preset} with its own settings (train_ratio {cost.train_ratio:g}): about {duration(other)}"

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ import torch
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 from stable_baselines3.common.utils import check_for_correct_spaces, get_system_info
 
+from worldflux.accel import ranks
 from worldflux.accel.device import resolve_device
 from worldflux.accel.randomness import keeping_random_streams
 from worldflux.agents.archive import (
@@ -39,13 +41,20 @@ from worldflux.envs.make import as_env
 from worldflux.envs.vector import seed_envs
 from worldflux.errors import ConfigurationError
 from worldflux.factory import create_world_model
-from worldflux.files import atomic_directory, checked_path
+from worldflux.files import checked_path
 from worldflux.models.base import WEIGHTS_FILE
 from worldflux.models.weights import read_weights
 from worldflux.reading import only_our_errors
 from worldflux.replay.buffer import ReplayBuffer
 from worldflux.replay.checkpoint import REPLAY_FOLDER, ReplaySegments
-from worldflux.training.checkpoint import check_target, new_run, writing_checkpoint
+from worldflux.training.checkpoint import (
+    check_target,
+    directory_of_all_ranks,
+    new_run,
+    part_of_rank,
+    ranks_of,
+    writing_checkpoint,
+)
 
 logger = logging.getLogger("worldflux")
 
@@ -94,7 +103,8 @@ class SavedAgent(AgentBase):
                     f"include has '{name}', which is never in the file. save_replay_buffer writes the replay buffer, "
                     "save_checkpoint the whole run."
                 )
-        write_archive(path, lambda directory: self._write(directory, description))
+        if ranks.is_first():  # all ranks have the same agent
+            write_archive(path, lambda directory: self._write(directory, description))
 
     def save_checkpoint(self, path: str | Path) -> None:
         """Writes everything that the run can be resumed from into one directory, which appears whole or not at all.
@@ -114,7 +124,7 @@ class SavedAgent(AgentBase):
         if self.replay_buffer is None:
             raise ConfigurationError("There is no run to save yet, only an agent: call save, or set_env first.")
         path = checked_path("path", path)
-        check_target(path)
+        ranks.on_first(partial(check_target, path))
         if self._segments is None or self._segments.buffer is not self.replay_buffer:
             self._segments = ReplaySegments(self.replay_buffer)
         run = RunState(
@@ -123,11 +133,14 @@ class SavedAgent(AgentBase):
             episode_successes=[float(success) for success in self.ep_success_buffer or ()],
             normalization=normalization_state(self._vec_normalize_env),
         )
-        with writing_checkpoint(path), atomic_directory(path) as directory:
-            self._write(directory, self._description())
-            run.write(directory)
-            self._segments.write(directory, final_obs=None if self._collector is None else self._collector.obs)
-        self._segments.moved_to(path)
+        with writing_checkpoint(path), directory_of_all_ranks(path) as directory:
+            self.trainer.write_checkpoint(directory, of_all_ranks=True)
+            if ranks.is_first():
+                self._description().write(directory)
+            own = part_of_rank(directory, ranks.rank())
+            run.write(own)
+            self._segments.write(own, final_obs=None if self._collector is None else self._collector.obs)
+        self._segments.moved_to(part_of_rank(path, ranks.rank()))
 
     def _write(self, directory: Path, description: AgentDescription) -> None:
         """Writes the entries that an agent is loaded from into an empty directory."""
@@ -247,8 +260,17 @@ class SavedAgent(AgentBase):
     def _resume(self, checkpoint: Path) -> None:
         """Continues the run of a checkpoint, once the agent is as it was."""
         assert self.replay_buffer is not None and self.env is not None
-        run = RunState.read(checkpoint)
-        self._segments = ReplaySegments.read(checkpoint, self.replay_buffer)
+        written_by = ranks_of(checkpoint)
+        if written_by == ranks.size():
+            own = part_of_rank(checkpoint, ranks.rank())
+            run = RunState.read(own)
+            self._segments = ReplaySegments.read(own, self.replay_buffer)
+        else:
+            run = RunState.read(checkpoint)
+            for rank in range(written_by):
+                part = self._make_buffer(written_by)
+                ReplaySegments.read(part_of_rank(checkpoint, rank), part)
+                self.replay_buffer.add_episodes_of(part, first=(ranks.rank() - rank) % ranks.size(), every=ranks.size())
         self._learner.resume(self.replay_buffer, run.collected)
         restore_normalization(self._vec_normalize_env, run.normalization)
         window = self._stats_window_size
