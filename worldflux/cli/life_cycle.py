@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -116,6 +118,11 @@ def start_or_resume(
     Returns:
         The exit status: 0, 130 after Ctrl-C, 143 after SIGTERM.
     """
+    from worldflux.accel import ranks
+
+    ranks.join()
+    if not ranks.is_first():  # rank 0 prints the same
+        sys.stdout = open(os.devnull, "w")
     if resume is not None:
         if config is not None or seeds or not (model is task is run is None):
             raise ConfigurationError(
@@ -133,7 +140,11 @@ def start_or_resume(
     run = None if run is None else checked_path("--run", run)
     if seeds:
         return _start_several(work, model, task, given, run, root, seeds)
-    runs.check_free(run)
+    begun = ranks.on_first(partial(runs.begun_before_restart, run, root))
+    if begun is not None:
+        return _resume(work, Path(begun), work.settings_type())
+    if ranks.is_first():
+        runs.check_free(run)
     return _start(work, model, task, given, run, root).status
 
 
@@ -152,28 +163,38 @@ class _Outcome:
 def _start(
     work: type[Work], model: str, task: str, given: Any, run: Path | None, root: Path, *, alone: bool = True
 ) -> _Outcome:
+    from worldflux.accel import ranks
+
     settings = given.resolved()
-    tracking = RunTracking(settings.track, settings.track_project)
+    settings = replace(settings, seed=ranks.on_first(lambda: settings.seed))  # which may have been drawn
+    tracking = RunTracking(settings.track if ranks.is_first() else (), settings.track_project)
     with ExitStack() as resources:
         made = work(model, task, settings, None, resources)
-        directory = runs.make_directory(run, made.title, model, root)
-        resources.enter_context(using(directory))
-        runs.check_free(directory)
-        _write_settings(
-            made,
-            directory,
-            RunConfig(
-                kind=work.command,
-                model=model,
-                task=made.task,
-                settings=asdict(settings),
-                frames_per_step=made.frames_per_step,
-                command=f"worldflux {work.command} {shlex.join([model, task])} {as_arguments(settings)}",
-                started=runs.now(),
-                **circumstances(made.task, settings.device),
-            ),
-            settings,
-        )
+
+        def begin() -> str:
+            """Makes the directory of the run."""
+            directory = runs.make_directory(run, made.title, model, root)
+            resources.enter_context(using(directory))
+            runs.check_free(directory)
+            runs.note_launch(directory)
+            _write_settings(
+                made,
+                directory,
+                RunConfig(
+                    kind=work.command,
+                    model=model,
+                    task=made.task,
+                    settings=asdict(settings),
+                    frames_per_step=made.frames_per_step,
+                    command=f"worldflux {work.command} {shlex.join([model, task])} {as_arguments(settings)}",
+                    started=runs.now(),
+                    **circumstances(made.task, settings.device),
+                ),
+                settings,
+            )
+            return str(directory)
+
+        directory = Path(ranks.on_first(begin))
         status = _train(made, directory, tracking, alone=alone)
         return _Outcome(status, runs.shown(directory), made.score)
 
@@ -193,7 +214,7 @@ def _start_several(
         runs.check_free(place)
     done: dict[int, _Outcome] = {}
     for number, (seed, place) in enumerate(places.items()):
-        print(f"worldflux: seed {seed}, run {number + 1} of {len(seeds)}", file=sys.stderr)
+        _say(f"seed {seed}, run {number + 1} of {len(seeds)}")
         try:
             outcome = _start(work, model, task, replace(given, seed=seed), place, root, alone=False)
         except BaseException as error:
@@ -217,7 +238,7 @@ def _tell_left(work: type[Work], model: str, task: str, given: Any, run: Path | 
     words = [work.command, shlex.join([model, task, *where]), as_arguments(given), "--seeds", seeds]
     again = " ".join(word for word in words if word)
     plural = "" if len(left) == 1 else "s"
-    print(f"worldflux: not started: seed{plural} {seeds}. Start with: worldflux {again}", file=sys.stderr)
+    _say(f"not started: seed{plural} {seeds}. Start with: worldflux {again}")
 
 
 def _summarize(work: type[Work], done: dict[int, _Outcome]) -> None:
@@ -239,7 +260,7 @@ def _tell_next(work: Work | type[Work], directories: list[Path]) -> None:
     texts = work.next_commands if len(directories) == 1 else work.next_for_several
     if texts:
         commands = ", ".join(f"worldflux {text.format(run=shown)}" for text in texts)
-        print(f"worldflux: next: {commands}", file=sys.stderr)
+        _say(f"next: {commands}")
 
 
 def _write_settings(work: Work, directory: Path, config: RunConfig, settings: Any) -> None:
@@ -249,6 +270,8 @@ def _write_settings(work: Work, directory: Path, config: RunConfig, settings: An
 
 
 def _resume(work: type[Work], directory: Path, given: Any) -> int:
+    from worldflux.accel import ranks
+
     config, shown = RunConfig.read(directory), runs.shown(directory)
     if config.kind != work.command:
         raise ConfigurationError(f"{shown} is a run of worldflux {config.kind}, which has its own --resume.")
@@ -261,21 +284,22 @@ def _resume(work: type[Work], directory: Path, given: Any) -> int:
             f"worldflux {work.command} --resume {shown} --steps {2 * done}"
         )
         return 0
-    tracking = RunTracking(settings.track, settings.track_project)
+    tracking = RunTracking(settings.track if ranks.is_first() else (), settings.track_project)
     with ExitStack() as resources:
         # Before anything is loaded: another process that trains this run replaces its checkpoints.
-        resources.enter_context(using(directory))
+        ranks.on_first(partial(resources.enter_context, using(directory)))
         made = work(config.model, config.task, settings, directory, resources)
         part = {"started": runs.now(), "step": done or 0, **circumstances(made.task, settings.device)}
         resumed = replace(config, settings=asdict(settings), resumed=[*config.resumed, part])
-        _write_settings(made, directory, resumed, settings)
+        if ranks.is_first():
+            _write_settings(made, directory, resumed, settings)
         if done is None:
-            print(f"worldflux: {shown} has no checkpoint yet, so it starts from the beginning", file=sys.stderr)
+            _say(f"{shown} has no checkpoint yet, so it starts from the beginning")
         else:
-            print(f"worldflux: resuming at step {done} of {settings.steps}", file=sys.stderr)
+            _say(f"resuming at step {done} of {settings.steps}")
             if settings.steps < config.settings.get("steps", 0):
                 end = f"at step {max(done, settings.steps)} instead of {config.settings['steps']}"
-                print(f"worldflux: --steps {settings.steps} makes the run shorter: it ends {end}", file=sys.stderr)
+                _say(f"--steps {settings.steps} makes the run shorter: it ends {end}")
         return _train(made, directory, tracking)
 
 
@@ -304,11 +328,14 @@ def _train(work: Work, directory: Path, tracking: RunTracking, *, alone: bool = 
         tracking: Experiment trackers of the run.
         alone: Whether to name the commands that follow; several runs name them at their end.
     """
+    from worldflux.accel import ranks
+
     shown = runs.shown(directory)
-    print(f"worldflux: {shown}, {work.describe()}", file=sys.stderr)
+    _say(f"{shown}, {work.describe()}" + (f", {ranks.size()} ranks" if ranks.size() > 1 else ""))
     try:
         result = work.train(directory, tracking.start(directory))
-        work.save(directory / work.result)
+        if ranks.is_first():
+            work.save(directory / work.result)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
         tracking.finish("stopped" if stopped else "failed")
@@ -316,7 +343,7 @@ def _train(work: Work, directory: Path, tracking: RunTracking, *, alone: bool = 
         if stopped or step is not None:
             state = "nothing has been saved yet" if step is None else f"saved at step {step}"
             again = f"worldflux {work.command} --resume {shlex.quote(str(shown))}"
-            print(f"worldflux: stopped; {state}. Resume with: {again}", file=sys.stderr)
+            _say(f"stopped; {state}. Resume with: {again}")
         if not stopped:
             raise
         return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 130
@@ -325,3 +352,9 @@ def _train(work: Work, directory: Path, tracking: RunTracking, *, alone: bool = 
     if alone:
         _tell_next(work, [shown])
     return 0
+
+
+def _say(text: str) -> None:
+    """Prints a line on stderr; of several ranks, only the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"worldflux: {text}", file=sys.stderr)

@@ -232,6 +232,8 @@ class OfflineLog(Callback):
         outputs: Further outputs of the log.
     """
 
+    first_rank_only = True
+
     def __init__(self, directory: Path, outputs: Sequence[KVWriter] = ()) -> None:
         self.directory, self.outputs = directory, tuple(outputs)
         self.last_eval: Mapping[str, float] = {}

@@ -15,6 +15,7 @@ import csv
 import io
 import json
 import os
+import platform
 import re
 import sys
 import time
@@ -31,6 +32,7 @@ from worldflux.reading import open_regular, read_json
 from worldflux.run_directory import BEST_AGENT_FILE as BEST_AGENT_FILE
 from worldflux.run_directory import CHECKPOINTS, CONFIG_FILE, MODEL_DIRECTORY, agent_of_run, is_run
 
+LAUNCH_FILE = "launch.json"
 LOGS = "logs"
 EVALUATIONS_FILE = "evaluations.csv"
 AGENT_FILE = "agent.zip"
@@ -147,6 +149,38 @@ def check_free(run: Path | None) -> None:
         )
     if run.exists() and not (run.is_dir() and all(entry.name == LOCK_FILE for entry in run.iterdir())):
         raise ConfigurationError(f"{shown(run)} exists and is not an empty directory. Choose another directory.")
+
+
+def note_launch(directory: Path) -> None:
+    """Notes which `torchrun` has started a run, so that it goes on with it if it has to start its processes again."""
+    if "TORCHELASTIC_RESTART_COUNT" in os.environ:
+        write_atomically(directory / LAUNCH_FILE, json.dumps({"launcher": _launcher()}).encode())
+
+
+def begun_before_restart(run: Path | None, root: Path) -> str | None:
+    """The directory of the run that these processes had begun before `torchrun` started them again; None at first.
+
+    Args:
+        run: Directory that the user has chosen for the run; None if it is one below `root`.
+        root: Parent directory of all runs.
+    """
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return None
+    found = [place for place in find_runs(run or root) if _launcher_of(place) == _launcher()]
+    return str(max(found, key=lambda place: (place / LAUNCH_FILE).stat().st_mtime_ns)) if found else None
+
+
+def _launcher() -> str:
+    return f"{platform.node()}:{os.getppid()}"
+
+
+def _launcher_of(run: Path) -> str | None:
+    try:
+        data = read_json(run / LAUNCH_FILE)
+    except (FileNotFoundError, CheckpointError):
+        return None
+    launcher = data.get("launcher") if isinstance(data, dict) else None
+    return launcher if isinstance(launcher, str) else None
 
 
 def shown(path: Path) -> Path:

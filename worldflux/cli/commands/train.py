@@ -196,15 +196,18 @@ class AgentTraining(Work):
 
     def train(self, directory: Path, outputs: Sequence[KVWriter]) -> str:
         """Trains, evaluates and saves checkpoints."""
+        from stable_baselines3.common.logger import Logger
+
+        from worldflux.accel import ranks
         from worldflux.agents import AgentCheckpointCallback
         from worldflux.cli.run_callbacks import Evaluations, Progress, run_logger
 
         settings, agent = self._settings, self._agent
         assert settings.steps is not None and settings.seed is not None, settings
         progress = Progress(settings.steps)
-        callbacks: list[Any] = [progress]
+        callbacks: list[Any] = [progress] if ranks.is_first() else []
         evaluations = None
-        if settings.eval_interval:
+        if settings.eval_interval and ranks.is_first():
             evaluations = Evaluations(
                 self._eval_envs,
                 directory,
@@ -216,7 +219,7 @@ class AgentTraining(Work):
             callbacks.append(evaluations)
         # Checkpoints come after the evaluation, so that every saved step has been evaluated.
         callbacks.append(AgentCheckpointCallback(directory / runs.CHECKPOINTS, settings.checkpoint_interval))
-        logger = run_logger(directory / runs.LOGS, outputs)
+        logger = run_logger(directory / runs.LOGS, outputs) if ranks.is_first() else Logger(None, [])
         self._resources.callback(logger.close)
         agent.set_logger(logger)
         agent.learn(max(settings.steps - agent.num_timesteps, 0), callbacks, reset_num_timesteps=False)
