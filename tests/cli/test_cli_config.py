@@ -267,6 +267,18 @@ def test_ctrl_c_stops_all_seeds(monkeypatch: pytest.MonkeyPatch, capfd: pytest.C
     assert main(["train", "--resume", "my runs/seed-1"]) == 0
 
 
+def test_ctrl_c_while_a_run_is_being_made_leaves_its_seed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("worldflux.cli.commands.train.make_environments", interrupted)
+    assert main([*SEEDS, "--seeds", "5", "6"]) == 130
+    err = capsys.readouterr().err
+    assert "worldflux: not started: seeds 5 6. Start with: " in err and err.endswith("--seeds 5 6\n")
+
+
 def test_an_error_in_a_run_says_which_seeds_are_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

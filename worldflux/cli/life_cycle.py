@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -161,8 +161,28 @@ class _Outcome:
 
 
 def _start(
-    work: type[Work], model: str, task: str, given: Any, run: Path | None, root: Path, *, alone: bool = True
+    work: type[Work],
+    model: str,
+    task: str,
+    given: Any,
+    run: Path | None,
+    root: Path,
+    *,
+    alone: bool = True,
+    begun: Callable[[], object] = lambda: None,
 ) -> _Outcome:
+    """Starts a new run.
+
+    Args:
+        work: What the run does.
+        model: MODEL of the command line.
+        task: Task of the command line.
+        given: Options of the command line.
+        run: Directory of the run; None for the next free one.
+        root: Parent of the runs that choose their directory.
+        alone: Whether to name the commands that follow.
+        begun: Called once the directory says how the run is resumed.
+    """
     from worldflux.accel import ranks
 
     settings = given.resolved()
@@ -195,6 +215,7 @@ def _start(
             return str(directory)
 
         directory = Path(ranks.on_first(begin))
+        begun()
         status = _train(made, directory, tracking, alone=alone)
         return _Outcome(status, runs.shown(directory), made.score)
 
@@ -215,21 +236,24 @@ def _start_several(
     done: dict[int, _Outcome] = {}
     for number, (seed, place) in enumerate(places.items()):
         _say(f"seed {seed}, run {number + 1} of {len(seeds)}")
+        left = list(seeds[number:])
         try:
-            outcome = _start(work, model, task, replace(given, seed=seed), place, root, alone=False)
+            outcome = _start(
+                work, model, task, replace(given, seed=seed), place, root, alone=False, begun=partial(left.pop, 0)
+            )
         except BaseException as error:
             if done or not isinstance(error, WorldFluxError):  # otherwise nothing has begun
-                _tell_left(work, model, task, given, run, seeds[number + 1 :])
+                _tell_left(work, model, task, given, run, left)
             raise
         if outcome.status:
-            _tell_left(work, model, task, given, run, seeds[number + 1 :])
+            _tell_left(work, model, task, given, run, left)
             return outcome.status
         done[seed] = outcome
     _summarize(work, done)
     return 0
 
 
-def _tell_left(work: type[Work], model: str, task: str, given: Any, run: Path | None, left: tuple[int, ...]) -> None:
+def _tell_left(work: type[Work], model: str, task: str, given: Any, run: Path | None, left: Sequence[int]) -> None:
     """Says how the runs of the remaining seeds are started."""
     if not left:
         return
