@@ -127,7 +127,7 @@ def test_any_value_is_read_as_it_was_given(value: str, tmp_path: Path) -> None:
     write_settings(tmp_path, "train", "env", "1e5", "2026", given)
     found = read_settings(tmp_path / "config.yaml", "env", TrainSettings(), [])
     assert (found.model, found.task, found.options.learning_rate) == ("1e5", "2026", 1e-5)
-    assert repr(found.options.arguments()) == repr(given.arguments())
+    assert repr(found.options.arguments(of_id=True)) == repr(given.arguments(of_id=True))
     assert repr(model_fields(found.options.set)) == repr(model_fields(given.set))
 
 

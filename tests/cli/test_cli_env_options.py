@@ -21,6 +21,7 @@ MODEL = ["--set", "units=8", "--set", "hidden_dim=8", "--set", "deter_dim=16", "
 TINY = [*MODEL, "--learning-starts", "16", "--buffer-size", "500", "--train-ratio", "4", "--seed", "3"]
 SHORT = ["--steps", "20", "--eval-interval", "20", "--eval-episodes", "1", "--run", "run"]
 GOAL = ["--env-kwargs", "length=7", "--env-kwargs", "goal=[1, 2]", "--env-kwargs", "name=a b"]
+SIZE = ["--env-kwargs", "size=9"]
 
 
 class Lane(gym.Env[Any, Any]):
@@ -29,7 +30,10 @@ class Lane(gym.Env[Any, Any]):
     metadata: dict[str, Any] = {"render_modes": ["human"], "render_fps": 100}  # noqa: RUF012
     made: ClassVar[list[Lane]] = []
 
-    def __init__(self, length: int = 5, goal: Any = None, name: str = "", render_mode: str | None = None) -> None:
+    def __init__(
+        self, length: int = 5, goal: Any = None, name: str = "", render_mode: str | None = None, size: int = 0
+    ) -> None:
+        self.size = size
         if length < 1:
             raise ValueError(f"a lane of length {length}\nleads nowhere")
         self.length, self.goal, self.name, self.render_mode, self.drawn = length, goal, name, render_mode, 0
@@ -81,7 +85,8 @@ def test_arguments_of_an_environment_stay_with_its_run(capsys: pytest.CaptureFix
 
 
 def test_other_commands_pass_arguments_as_well(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["collect", ENV, "-o", "data.npz", "--episodes", "2", "--env-kwargs", "length=3"]) == 0
+    assert main(["collect", ENV, "-o", "data.npz", "--episodes", "2", "--env-kwargs", "length=3", *SIZE]) == 0
+    assert {env.size for env in Lane.made} == {9}  # an option of ids, and an argument of this class
     assert ReplayBuffer.load("data.npz").num_transitions == 6
     assert main(["check-env", ENV, "--steps", "20", "--env-kwargs", "length=4"]) == 0
     assert {env.length for env in Lane.made} == {3, 4}
@@ -97,7 +102,7 @@ MISTAKES = [
     (["--env-kwargs", "length"], "--env-kwargs length is not understood, expected KEY=VALUE, such as g=1.6."),
     (["--env-kwargs", "length=1", "--env-kwargs", "length=2"], "--env-kwargs length was given twice."),
     (["--env-kwargs", "render_mode=human"], "--render shows the environment"),
-    (["--env-kwargs", "action_repeat=2"], "this argument has its own option, --action-repeat"),
+    (["--env-kwargs", "action_repeat=2"], "unexpected keyword argument 'action_repeat'"),
 ]
 
 
@@ -119,6 +124,8 @@ def test_an_argument_that_an_id_does_not_take_is_one_line(capsys: pytest.Capture
         assert main([*args, *more]) == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and "unexpected keyword argument 'x'" in err
+    assert main([*args[:3], "--env-kwargs", "action_repeat=2"]) == 2
+    assert "--env-kwargs action_repeat: this argument has its own option, --action-repeat" in capsys.readouterr().err
 
 
 def test_a_window_shows_the_first_environment_of_the_training() -> None:

@@ -210,7 +210,7 @@ def _constructor(name: str, options: EnvOptions) -> tuple[str | Callable[..., gy
             f"{given}: {name} is your own code, and these options go with an id. "
             "Arguments of its constructor are given with --env-kwargs KEY=VALUE."
         )
-    return found, {**of_ids, **options.arguments()}
+    return found, {**of_ids, **options.arguments(of_id=isinstance(found, str))}
 
 
 def _without_mode(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:

@@ -130,15 +130,18 @@ class EnvOptions:
         names = ("pixels", "size", "action_repeat")
         return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(EnvOptions, name)}
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self, *, of_id: bool) -> dict[str, Any]:
         """The arguments given with `--env-kwargs`.
+
+        Args:
+            of_id: Whether the environment is given by its id, for which some arguments are options.
 
         Raises:
             ConfigurationError: If one is not understood, or is set by an option of its own.
         """
         found = assignments("--env-kwargs", self.env_kwargs, "KEY=VALUE, such as g=1.6")
         for name in ("pixels", "size", "action_repeat"):
-            if name in found:
+            if of_id and name in found:
                 raise ConfigurationError(f"--env-kwargs {name}: this argument has its own option, {option(name)}.")
         if "render_mode" in found:
             raise ConfigurationError(
