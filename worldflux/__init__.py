@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worldflux.errors import (
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
     from worldflux.models.base import State, WorldModel
 
 __version__ = "0.1.0"
+
+_checkout = Path(__file__).resolve().parent.parent
+if not (_checkout / "worldflux" / "envs").exists() and (_checkout / "envs" / "make.py").exists():
+    # In the checkout itself, `envs` and `agents` lie beside this package. Python started there finds it before the
+    # package that pip has installed.
+    __path__.append(str(_checkout))
 
 __all__ = [
     "BufferError",
