@@ -318,7 +318,7 @@ def test_ctrl_c_ends_in_a_keyboard_interrupt_behind_a_whole_step(
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         trainer.train(buffer)
-    assert "\nStopping after this step, then saving. Press Ctrl-C again to stop at once.\n" in capfd.readouterr().err
+    assert "\nStopping after this step; checkpoint callbacks then save. Press Ctrl-C again" in capfd.readouterr().err
     assert (trainer.step_count, trainer.interrupted, trainer.finished) == (6, True, False)
     assert [path.name for path in checkpoints_in(tmp_path)] == ["step-00000006"]
     assert signal.getsignal(signal.SIGINT) is before
@@ -341,13 +341,13 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
 
 def test_the_notice_names_the_time_of_a_long_step() -> None:
     stop = StopRequest()
-    assert "Stopping after this step, then saving." in stop.notice
+    assert "Stopping after this step; checkpoint callbacks then save." in stop.notice
     with stop.timing():
         pass
     assert stop.seconds_per_step is not None and 0 < stop.seconds_per_step < 3
-    assert "Stopping after this step, then saving." in stop.notice
+    assert "Stopping after this step; checkpoint callbacks then save." in stop.notice
     stop.seconds_per_step = 15.7
-    assert "Stopping after this step, which takes about 16 seconds, then saving." in stop.notice
+    assert "Stopping after this step, which takes about 16 seconds; checkpoint" in stop.notice
 
 
 def test_a_programs_own_handler_is_left_alone() -> None:

@@ -41,7 +41,9 @@ class StopRequest:
         """What a user is told who has asked to stop."""
         seconds = self.seconds_per_step or 0.0
         slow = f", which takes about {seconds:.0f} seconds" if seconds >= _SLOW else ""
-        return f"\nStopping after this step{slow}, then saving. Press Ctrl-C again to stop at once.\n"
+        return (
+            f"\nStopping after this step{slow}; checkpoint callbacks then save. Press Ctrl-C again to stop at once.\n"
+        )
 
     def __bool__(self) -> bool:
         return self.signal is not None
