@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from worldflux.envs.processes import ProcessVecEnv
 from worldflux.envs.spaces import ObservationCodec
 from worldflux.envs.suites.atari import register_ale
 from worldflux.envs.suites.registration import register_suites, suite_id, suite_names
+from worldflux.envs.suites.rendering import has_display
 from worldflux.envs.vector import GymnasiumVecEnv
 from worldflux.envs.wrappers import ActionRepeat, ResizeImages, Size
 from worldflux.errors import ConfigurationError, MissingDependencyError, WorldFluxError, nearest
@@ -83,6 +85,8 @@ def _adapted(
 
 def _made(gym_id: str, name: str, options: dict[str, Any]) -> gym.Env[Any, Any]:
     """Calls `gymnasium.make` with our errors; `name` is what the user asked for."""
+    if options.get("render_mode") == "rgb_array" and not has_display():
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # otherwise pygame prints an error, although it draws
     with _our_errors(name):
         return gym.make(gym_id, **options)
 

@@ -55,7 +55,7 @@ def choose_backend() -> str:
     elif pyopengl in (None, "", "osmesa") and _loads(_OSMESA_LIBRARIES):
         backend = "osmesa"
     else:
-        backend = "glfw" if _has_display() else "off"
+        backend = "glfw" if has_display() else "off"
     os.environ["MUJOCO_GL"] = backend
     return backend
 
@@ -73,7 +73,7 @@ def check_backend() -> None:
             f"Pictures need EGL or OSMesa, and neither was found (MUJOCO_GL is {os.environ.get('MUJOCO_GL')!r}). "
             f"{_PACKAGES} Then start Python again, without MUJOCO_GL. Observations of the state work without them."
         )
-    if backend == "glfw" and sys.platform.startswith("linux") and not _has_display():
+    if backend == "glfw" and sys.platform.startswith("linux") and not has_display():
         raise ConfigurationError(
             "dm_control was imported with GLFW as its OpenGL backend, which needs a display, and there is none. "
             "Make the environment before anything imports dm_control, or start Python with MUJOCO_GL=egl (or osmesa)."
@@ -112,7 +112,8 @@ def explain(problem: str, error: BaseException) -> ConfigurationError:
     )
 
 
-def _has_display() -> bool:
+def has_display() -> bool:
+    """Whether this process can open windows."""
     return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
