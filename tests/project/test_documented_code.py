@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,15 @@ def smaller(code: str) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
-    monkeypatch.setattr(gym.envs.registration, "registry", dict(gym.registry))
     monkeypatch.setattr(factory, "_families", dict(factory._families))
+    before = set(gym.registry)
+    yield
+    for name in set(gym.registry) - before:
+        if not name.startswith(("ALE/", "worldflux/")):  # which are registered once and for all when first needed
+            del gym.registry[name]
 
 
 def run_shell(block: str) -> None:
