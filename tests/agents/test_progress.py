@@ -47,8 +47,9 @@ def test_learn_says_once_what_it_will_do(capsys: pytest.CaptureFixture[str]) -> 
     for _ in range(3):
         agent.learn(20, reset_num_timesteps=False)
     told = (
-        f"worldflux: dreamerv3:tiny with {count:,} parameters on the CPU (2 threads); one gradient step every 2 "
-        "environment steps (train_ratio 6, batches of 2 x 6), from step 10 on"
+        f"worldflux: dreamerv3:tiny with {count:,} parameters on the CPU (2 threads; on a busy machine, "
+        "OMP_NUM_THREADS=1 is faster for a small model); one gradient step every 2 environment steps "
+        "(train_ratio 6, batches of 2 x 6), from step 10 on"
     )
     assert said(capsys) == [told]
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
+from torch import nn
 
 from worldflux.errors import ConfigurationError
 
@@ -38,3 +41,20 @@ def resolve_device(name: str | torch.device, *, must_exist: bool = True, must_co
             "Use device='auto' or 'cpu', or install a CUDA build of torch."
         )
     return device
+
+
+SMALL_MODEL = 1_000_000
+"""Number of parameters below which a second thread gains little."""
+
+
+def choose_threads(model: nn.Module) -> None:
+    """Lets torch use one thread for a small model, unless the environment variable OMP_NUM_THREADS says how many.
+
+    The threads of small layers mostly wait for each other, on a machine that does other work for most of the time. This
+    is for processes of our own: in others, the number of threads is not ours to choose.
+
+    Args:
+        model: The model that is going to be trained.
+    """
+    if sum(p.numel() for p in model.parameters()) < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)

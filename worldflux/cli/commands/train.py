@@ -199,10 +199,12 @@ class AgentTraining(Work):
         from stable_baselines3.common.logger import Logger
 
         from worldflux.accel import ranks
+        from worldflux.accel.device import choose_threads
         from worldflux.agents import AgentCheckpointCallback
         from worldflux.cli.run_callbacks import Evaluations, Progress, run_logger
 
         settings, agent = self._settings, self._agent
+        choose_threads(agent.model)
         assert settings.steps is not None and settings.seed is not None, settings
         progress = Progress(settings.steps)
         callbacks: list[Any] = [progress] if ranks.is_first() else []
