@@ -142,12 +142,25 @@ def test_a_gif_has_the_pictures_as_they_are(agent: Path, capsys: pytest.CaptureF
     assert set(animation.durations) == {100}
 
 
+def test_a_gif_has_the_colors_of_its_pictures(tmp_path: Path) -> None:
+    picture = np.full((60, 90, 3), 255, np.uint8)
+    picture[20:40, 10:50] = (202, 152, 101)  # the pole of CartPole, on white
+    picture[40:50, 5:60] = 0
+    picture[30:34, 60:64] = (129, 132, 203)
+    with VideoFile(tmp_path / "film.gif", fps=25) as film:
+        for t in range(4):
+            film.add(np.roll(picture, 5 * t, axis=1))
+    _, animation = cv2.imreadanimation(str(tmp_path / "film.gif"))
+    for t, frame in enumerate(animation.frames):
+        np.testing.assert_allclose(frame[..., 2::-1], np.roll(picture, 5 * t, axis=1), atol=6)
+
+
 def test_a_fast_gif_takes_every_second_picture(tmp_path: Path) -> None:
     with VideoFile(tmp_path / "fast.gif", fps=50) as film:
         for t in range(6):
             film.add(np.full((8, 8, 3), 40 * t, np.uint8))
     _, animation = cv2.imreadanimation(str(tmp_path / "fast.gif"))
-    np.testing.assert_allclose([frame.mean() for frame in animation.frames], [0, 80, 160], atol=3)
+    np.testing.assert_allclose([frame[..., :3].mean() for frame in animation.frames], [0, 80, 160], atol=3)
     assert set(animation.durations) == {40}
 
 

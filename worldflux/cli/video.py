@@ -16,6 +16,8 @@ from worldflux.files import checked_path, path_beside, writing
 
 _GIF_FPS = 25
 """Largest frame rate of a GIF; browsers slow down faster ones."""
+_GIF_DITHER = 3
+"""Level of OpenCV's dithering at which the colors of rendered frames stay within a few units of 255."""
 
 
 def check_target(path: Path) -> None:
@@ -97,7 +99,10 @@ class VideoFile:
             if error is None and self._count:
                 if self._pictures:
                     made = animation(self._pictures, self._stride / self.fps)
-                    if not import_cv2().imwriteanimation(str(self._beside), made):
+                    cv2 = import_cv2()
+                    # By default, OpenCV dithers with a fixed palette, which distorts the colors around edges.
+                    options = [cv2.IMWRITE_GIF_DITHER, _GIF_DITHER]
+                    if not cv2.imwriteanimation(str(self._beside), made, options):
                         raise ConfigurationError("OpenCV cannot write this GIF. Choose an .mp4.")
                 with writing(self.path, ConfigurationError):
                     os.replace(self._beside, self.path)
