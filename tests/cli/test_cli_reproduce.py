@@ -95,6 +95,23 @@ def test_other_scores_with_the_same_code_are_a_failure(run: Path, capsys: pytest
     assert ["commit", "of", "worldflux", "abc"] in [words[:4] for words in table]
 
 
+def test_unknown_commits_are_no_difference(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("worldflux.cli.provenance.commit_of", lambda file: None)  # as after pip install .
+    monkeypatch.setattr("worldflux.cli.provenance._installed_commit", lambda: None)
+    change(run, commits={})
+    assert main(["reproduce", "my run", "--steps", "20"]) == 0
+    err = capsys.readouterr().err
+    assert "worldflux: my run: the commit of worldflux is not known" in err and "may differ" not in err
+    assert "worldflux: my run: the versions and the machine are the same\n" in err
+    # Nobody knows whether the code has changed, so that other scores are no failure.
+    rows = read_evaluations(run / "evaluations.csv")
+    write_evaluations(run / "evaluations.csv", [replace(row, score=row.score + 0.25) for row in rows])
+    assert main(["reproduce", "my run", "--steps", "20"]) == 0
+    assert capsys.readouterr().out.endswith(", which may come from the code, whose commit is not known\n")
+
+
 def test_only_the_beginning_is_reproduced(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "my run", "--steps", "25", "--output", "short"]) == 0
     lines = capsys.readouterr().out.splitlines()

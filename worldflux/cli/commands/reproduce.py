@@ -19,7 +19,7 @@ from worldflux.cli.commands.train import TrainSettings, train
 from worldflux.cli.commands.train_offline import OfflineSettings, train_offline
 from worldflux.cli.environments import find_environment, is_own_code
 from worldflux.cli.options import Directory, Number, OptionalDeviceName, from_json
-from worldflux.cli.provenance import circumstances, differences, installed_version
+from worldflux.cli.provenance import circumstances, commits, differences, installed_version
 from worldflux.cli.runs import RunConfig
 from worldflux.errors import ConfigurationError
 from worldflux.files import checked_path
@@ -89,7 +89,8 @@ def reproduce(
     for place, again in found.items():
         config = configs[place]
         changes = _changes(config, settings[place])
-        _tell_changes(place, config, changes)
+        known = any("worldflux" in each for each in (config.commits, commits()))
+        _tell_changes(place, config, changes, is_code_known=known)
         status = _train(config, settings[place], again)
         if status:
             print(
@@ -102,7 +103,7 @@ def reproduce(
         # Environments cannot be continued in the middle of an episode.
         parts = [part for each in (place, again) for part in RunConfig.read(each).resumed]
         stopped = config.kind == "train" and any(part.get("step") for part in parts)
-        reason = _RESUMED if stopped else _CHANGED if changes or not on_cpu else None
+        reason = _RESUMED if stopped else _CHANGED if changes or not on_cpu else None if known else _UNKNOWN_CODE
         unexplained |= _tell(place, again, comparisons, reason)
     if len(found) > 1:
         _tell_mean(compared)
@@ -161,19 +162,29 @@ def _changes(config: RunConfig, settings: Any) -> dict[str, tuple[str | None, st
         installed = {name: installed_version(name) for name in part["versions"] if name not in now["versions"]}
         now["versions"] |= {name: version for name, version in installed.items() if version is not None}
         found = {**differences(part, now), **found}
-    if all("worldflux" not in part["commits"] for part in (*parts, now)):
-        found["commit of worldflux"] = (None, None)
     return found
 
 
-def _tell_changes(place: Path, config: RunConfig, changes: Mapping[str, tuple[str | None, str | None]]) -> None:
-    """Prints what differs, as a warning."""
+def _tell_changes(
+    place: Path, config: RunConfig, changes: Mapping[str, tuple[str | None, str | None]], *, is_code_known: bool
+) -> None:
+    """Prints what differs, as a warning.
+
+    Args:
+        place: Directory of the run.
+        config: Settings of the run.
+        changes: What differs between then and now.
+        is_code_known: Whether the commit of worldflux was known then, or is known now.
+    """
     shown = runs.shown(place)
     if config.resumed:
         steps = ", ".join(str(part.get("step")) for part in config.resumed)
         print(f"worldflux: {shown} was resumed at step {steps}; it is reproduced without a stop", file=sys.stderr)
+    if not is_code_known:
+        print(f"worldflux: {shown}: {_NO_COMMIT}", file=sys.stderr)
     if not changes:
-        print(f"worldflux: {shown}: the code, the versions and the machine are the same", file=sys.stderr)
+        what = "the code, the versions" if is_code_known else "the versions"
+        print(f"worldflux: {shown}: {what} and the machine are the same", file=sys.stderr)
         return
     print(f"worldflux: {shown} was made with other code or on another machine; scores may differ", file=sys.stderr)
     rows = [("", "then", "now")]
@@ -275,8 +286,13 @@ def _digest(file: IO[bytes]) -> bytes:
     return digest.digest()
 
 
+_NO_COMMIT = (
+    "the commit of worldflux is not known, because it was not installed from a repository, so that the code cannot be "
+    "compared"
+)
 _UNEXPLAINED = "although the code, the versions and the machine are the same"
 _CHANGED = "which may come from what has changed, or from a GPU, whose results vary"
+_UNKNOWN_CODE = "which may come from the code, whose commit is not known"
 _RESUMED = "which may come from a stop: a resumed run begins new episodes"
 
 
