@@ -272,4 +272,4 @@ def test_a_missing_matplotlib_names_the_extra(
     run("some", {10: 1.0})
     assert main(["plot", "runs"]) == 2
     hint = install_hint("plot")
-    assert f"worldflux plot needs matplotlib. Install it with: {hint}." in capsys.readouterr().err
+    assert f"Learning curves need matplotlib. Install it with: {hint}." in capsys.readouterr().err

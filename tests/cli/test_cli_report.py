@@ -183,12 +183,12 @@ def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     page = reported(by_hand("no_such_module:Lamp"))
     texts = missing(page)
     assert [text.partition(".")[0].removeprefix(f"{Path.cwd()}/") for text in texts] == [
-        "The learning curve",
+        "There are no scores yet",
         "run has no agent yet",
         "run has no agent yet",
-        "The losses",
-        "The health metrics",
-        "Evaluations",
+        "No losses have been logged yet",
+        "There are no health metrics yet",
+        "There are no evaluations yet, or --eval-interval 0 has disabled them",
     ]
     assert "Started 2026-01-02 03:04:05; stopped before its first checkpoint." in page.texts["p"]
     assert capsys.readouterr().err.count("not shown: ") == 6
@@ -213,9 +213,13 @@ def test_a_run_in_progress_says_so() -> None:
 
 
 def test_without_matplotlib_the_rest_is_shown(seeds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for name in ("matplotlib", "matplotlib.figure", "matplotlib.ticker"):
+        monkeypatch.setitem(sys.modules, name, None)
     page = reported(seeds / "seed-3")
-    assert sum("matplotlib" in text for text in missing(page)) >= 3
+    texts = missing(page)
+    assert sum("need matplotlib" in text for text in texts) == 3 and not any(
+        "ModuleNotFoundError" in text for text in texts
+    )
     assert [kind for kind, _ in page.images()] == ["image/webp", "image/png"]  # the film
 
 

@@ -220,7 +220,7 @@ def draw(tasks: Mapping[str, list[Curve]], *, x: str, kind: str, reference: bool
         from matplotlib.ticker import EngFormatter
     except ImportError as error:
         raise MissingDependencyError(
-            f"worldflux plot needs matplotlib. Install it with: {install_hint('plot')}."
+            f"Learning curves need matplotlib. Install it with: {install_hint('plot')}."
         ) from error
     columns = min(len(tasks), _COLUMNS)
     rows = math.ceil(len(tasks) / columns)

@@ -57,9 +57,9 @@ def metric_chart(
         unit: Unit of the steps.
         threshold: Limit of a health metric, which is drawn, too.
     """
+    figure = new_figure(3.9, 2.3)  # first, because its error names the extra with matplotlib
     from matplotlib.ticker import EngFormatter
 
-    figure = new_figure(3.9, 2.3)
     figure.set_layout_engine("none")  # measuring all texts would take longer than drawing
     axes = figure.add_axes((0.15, 0.2, 0.82, 0.74))
     for number, (label, (steps, values)) in enumerate(lines.items()):
@@ -87,9 +87,9 @@ def metric_chart(
         return picture(figure, alt, title=title, caption=f"{meaning} ({name})")
     bad = [HealthMetric(name, value, threshold) for value in found.values()]
     bad = [metric for metric in bad if metric.is_bad]
-    limit = f"bad {threshold.bad} {threshold.value:g}"
-    state = f"{limit}. {threshold.advice}" if bad else f"good at the end; {limit}"
-    return picture(figure, alt, title=title, caption=f"{meaning} ({name}): {state}", bad=bool(bad))
+    state = f"The last value is {'bad' if bad else 'good'}; values {threshold.bad} {threshold.value:g} are bad."
+    advice = f" {threshold.advice}" if bad else ""
+    return picture(figure, alt, title=title, caption=f"{meaning} ({name}). {state}{advice}", bad=bool(bad))
 
 
 def _is_wide(values: Sequence[np.ndarray]) -> bool:

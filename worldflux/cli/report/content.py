@@ -198,12 +198,12 @@ def _add_evaluations(section: Section, found: Mapping[str, Run]) -> None:
     rows = {label: read_evaluations(run.directory / runs.EVALUATIONS_FILE) for label, run in found.items()}
     rows = {label: each for label, each in rows.items() if each}
     if not rows:
-        section.missing.append("Evaluations. There are none yet, or --eval-interval 0 has disabled them.")
+        section.missing.append("There are no evaluations yet, or --eval-interval 0 has disabled them.")
     elif len(found) == 1:
         section.tables.append(_evaluation_table(next(iter(rows.values()))))
     else:
         section.tables.append(_score_table(rows))
-        section.missing += [f"Evaluations of {label}. There are none yet." for label in found if label not in rows]
+        section.missing += [f"There are no evaluations of {label} yet." for label in found if label not in rows]
 
 
 def _evaluation_table(rows: Sequence[Evaluation]) -> Table:
@@ -245,7 +245,7 @@ def _add_held_out(section: Section, found: Mapping[str, Run]) -> None:
         rows = [row for row in run.log if "eval/loss" in row]
         names = sorted({name for row in rows for name in row if name.startswith("eval/")} - {"eval/loss"})
         if not rows:
-            section.missing.append(f"Evaluations of {label}. There are none yet, or --eval-share 0 has disabled them.")
+            section.missing.append(f"There are no evaluations of {label} yet, or --eval-share 0 has disabled them.")
             continue
         names = ["eval/loss", *names]
         cells = [

@@ -65,6 +65,12 @@ _IMAGINATION = {
 }
 """Title and caption of the plots of `worldflux imagine`, in their order."""
 
+_ERRORS_TITLE = "Mean errors. A last column below 1 means that the model predicts better than 'nothing changes'."
+_HARD_TO_BEAT = (
+    "A good policy often visits states in which little changes. There, predicting that nothing changes is hard to "
+    "beat, so that the model may look worse than it is."
+)
+
 
 def learning_curve(section: Section, curve: Curve, task: str, *, reference: bool) -> None:
     """Adds the learning curve, with published scores behind it."""
@@ -72,7 +78,7 @@ def learning_curve(section: Section, curve: Curve, task: str, *, reference: bool
     note = "Evaluations take the most likely actions." if kind == "evaluation" else "There are no evaluations yet."
     with_scores = [run for run in curve.runs if run.scores(kind)]
     if not with_scores:
-        section.missing.append("The learning curve. There are no scores yet: wait for an evaluation, or an episode.")
+        section.missing.append("There are no scores yet. Wait for the first evaluation or the end of an episode.")
         return
     figure = draw({task: [Curve(curve.label, with_scores)]}, x="steps", kind=kind, reference=reference)
     figure.set_size_inches(7.6, 4.2)
@@ -98,7 +104,7 @@ def losses(section: Section, found: Sequence[Run]) -> None:
         if lines:
             section.pictures.append(metric_chart(f"train/{name}", lines, title, meaning, unit_of(found[0])))
     if not section.pictures:
-        section.missing.append("The losses. Nothing has been logged since the first gradient step.")
+        section.missing.append("No losses have been logged yet.")
 
 
 def health(section: Section, found: Sequence[Run]) -> None:
@@ -115,7 +121,7 @@ def health(section: Section, found: Sequence[Run]) -> None:
             section.pictures.append(chart)
     if not section.pictures:
         section.missing.append(
-            "The health metrics. They are measured by worldflux train, at most once in 100 gradient steps."
+            "There are no health metrics yet. worldflux train measures them at most once in 100 gradient steps."
         )
 
 
@@ -173,7 +179,7 @@ def imagination(section: Section, run: Run, label: str, *, seed: int) -> None:
     after = "" if steps is None else f" after {steps:,} steps"
     section.texts.append(
         f"The model of {label}{after} sees {_CONTEXT} rows of recorded episodes ({described}), and predicts the next "
-        f"{_HORIZON} from the actions alone."
+        f"{_HORIZON} from the actions alone. {_HARD_TO_BEAT}"
     )
     rows = []
     for name, error in errors.items():
@@ -183,7 +189,7 @@ def imagination(section: Section, run: Run, label: str, *, seed: int) -> None:
         compared = f"{ratio:.2f}" if isfinite(ratio) else "the recorded values never change"
         rows.append((name, f"{error.model.mean[0]:.3g}", f"{error.model.mean[-1]:.3g}", compared))
     head = ("Prediction", "1 step ahead", f"{_HORIZON} steps ahead", "All steps, relative to 'nothing changes'")
-    section.tables.append(Table("Mean errors; below 1 in the last column, the model predicts something", head, rows))
+    section.tables.append(Table(_ERRORS_TITLE, head, rows))
     drawn = figures(found, errors, shown=_SHOWN)
     for key in image_keys(found):
         frames = list(imagined(found, key, longest_windows(found, _SHOWN)))
