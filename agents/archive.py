@@ -34,7 +34,7 @@ from worldflux.errors import CheckpointError, ConfigurationError, ShapeMismatchE
 from worldflux.files import checked_path, directory_beside, recover_directory
 from worldflux.models.base import CONFIG_FILE, WEIGHTS_FILE
 from worldflux.reading import check_stored, open_regular, read_json
-from worldflux.run_directory import agent_of_run, is_run
+from worldflux.run_directory import agent_of_run, first_run_in, is_run
 from worldflux.training.checkpoint import (
     OPTIMIZER_FILE,
     TRAINER_FILE,
@@ -197,6 +197,8 @@ def _newest(holder: Path) -> Path:
         return directory
     if any((holder / name).is_file() for name in (WEIGHTS_FILE, TRAINER_FILE)):
         return holder  # `_check_complete` says what is missing
+    if run := first_run_in(holder):
+        raise FileNotFoundError(f"The directory {holder} holds runs. Pass one of the runs in it, such as {run}.")
     incomplete = "; ".join(f"{place.name} is incomplete: {fault}" for place, fault in incomplete_in(holder).items())
     raise FileNotFoundError(
         f"The directory {holder} holds no checkpoint of an agent{incomplete and f' ({incomplete})'}. Pass one that "

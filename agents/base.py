@@ -28,6 +28,7 @@ from worldflux.envs.make import as_env
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
 from worldflux.envs.vector import seed_envs
 from worldflux.errors import ConfigurationError, ShapeMismatchError
+from worldflux.factory import find_preset
 from worldflux.models.base import WorldModel
 from worldflux.replay.buffer import ReplayBuffer
 from worldflux.training.checkpoint import part_of_rank
@@ -93,6 +94,10 @@ class AgentBase(BaseAlgorithm):
             )
         settings = AgentSettings(**given).with_lasting_paths()
         ranks.join()
+        if isinstance(env, str) and find_preset(env) is not None:
+            raise ConfigurationError(
+                f"env is {env!r}, which is a model. The model comes first: WorldFluxAgent({env!r}, {model!r})."
+            )
         made: Any = None if env is None else as_env(env)
         if made is not None:
             _check_env_of_ranks(made)

@@ -22,6 +22,15 @@ def is_run(directory: Path) -> bool:
     return isinstance(data, dict) and "run" in data
 
 
+def first_run_in(directory: Path) -> Path | None:
+    """The first run in a directory such as `runs`, with at most two directories between them; None without runs."""
+    for depth in range(1, 4):
+        for path in sorted(directory.glob("/".join(["*"] * depth + [CONFIG_FILE]))):
+            if is_run(path.parent):
+                return path.parent
+    return None
+
+
 def agent_of_run(run: Path, *, newest: bool) -> Path:
     """Finds the agent of a run: the one with the best evaluation, otherwise the directory of its checkpoints.
 

@@ -147,6 +147,14 @@ def test_a_model_without_an_agent_is_none(place: Path, offline: str) -> None:
     assert WorldFluxAgent(model, ENV, device="cpu").num_timesteps == 0
 
 
+@pytest.mark.parametrize("run", ["runs/first", "runs/CartPole-v1/dreamerv3-tiny/1"])
+def test_a_directory_of_runs_names_one_of_them(place: Path, run: str) -> None:
+    (place / run).mkdir(parents=True)
+    (place / run / "config.json").write_text('{"run": 1}')
+    with pytest.raises(FileNotFoundError, match=rf"runs holds runs\. Pass one of the runs in it, such as .*/{run}\.$"):
+        load("runs")
+
+
 # --- something else
 
 
