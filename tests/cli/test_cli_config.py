@@ -225,12 +225,12 @@ def test_several_seeds_are_several_runs_and_a_summary(capsys: pytest.CaptureFixt
     assert [settings(f"both/seed-{seed}")["seed"] for seed in (4, 10)] == [4, 10]
     first, second, summary, *rows = out.splitlines()
     assert first.startswith("both/seed-4: 40 steps") and second.startswith("both/seed-10: 40 steps")
-    assert summary == f"last evaluation of 2 seeds: mean {np.mean(last):.6g}, std {np.std(last):.4g}"
+    assert summary == f"last evaluation of 2 seeds: mean {np.mean(last):.6g}, std {np.std(last, ddof=1):.4g}"
     assert [row.split() for row in rows] == [
         ["seed", "4", f"{last[0]:g}", "both/seed-4"],
         ["seed", "10", f"{last[1]:g}", "both/seed-10"],
     ]
-    assert err.endswith("worldflux: next: worldflux plot both/seed-4 both/seed-10\n") and err.count("next:") == 1
+    assert err.endswith("worldflux: next: worldflux plot both, worldflux report both\n") and err.count("next:") == 1
     assert main(["train", "--config", "both/seed-4/config.yaml", "--seeds", "10", "--steps", "20"]) == 0
     (run,) = find_runs(Path("runs"))
     assert (settings(run)["seed"], settings(run)["steps"]) == (10, 20)

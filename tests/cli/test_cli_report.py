@@ -170,8 +170,8 @@ def test_several_seeds_share_a_page(seeds: Path) -> None:
     page = reported(seeds, "--no-imagination")
     assert [title for title in page.texts["h3"] if title.startswith("Seed")] == ["Seed 3", "Seed 4"]
     scores = [[row.score for row in read_evaluations(seeds / f"seed-{seed}" / "evaluations.csv")] for seed in (3, 4)]
-    mean = np.mean([each[-1] for each in scores])
-    assert any(text.startswith(f"{mean:.4g}mean of 2 seeds") for text in page.texts["dd"])
+    mean, std = np.mean([each[-1] for each in scores]), np.std([each[-1] for each in scores], ddof=1)
+    assert any(text.startswith(f"{mean:.4g}mean of 2 seeds, std {std:.3g}") for text in page.texts["dd"])
     assert "3, 4" in page.texts["dd"]
     means = [text for text in page.texts["td"] if text.startswith(f"{np.mean([each[0] for each in scores]):.4g} ± ")]
     assert means and len(page.texts["code"]) == 3

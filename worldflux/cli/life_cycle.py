@@ -54,6 +54,8 @@ class Work(ABC):
     """Commands for a finished run, without `worldflux`, in which `{run}` stands for its directory."""
     next_for_several: ClassVar[tuple[str, ...]] = ()
     """Commands for several finished runs, in which `{run}` stands for all of their directories."""
+    next_for_parent: ClassVar[tuple[str, ...]] = ()
+    """Commands for several finished runs, in which `{run}` stands for a directory with these runs and no others."""
     score_name: ClassVar[str]
     """Name of the score in the summary of several seeds."""
     result: ClassVar[str]
@@ -267,11 +269,11 @@ def _tell_left(work: type[Work], model: str, task: str, given: Any, run: Path | 
 
 def _summarize(work: type[Work], done: dict[int, _Outcome]) -> None:
     """Prints the last score of each seed and their mean."""
-    from statistics import fmean, pstdev
+    from statistics import fmean, stdev
 
     scores = [outcome.score for outcome in done.values() if outcome.score is not None]
     if len(scores) == len(done) and len(done) > 1:
-        print(f"{work.score_name} of {len(done)} seeds: mean {fmean(scores):.6g}, std {pstdev(scores):.4g}")
+        print(f"{work.score_name} of {len(done)} seeds: mean {fmean(scores):.6g}, std {stdev(scores):.4g}")
     for seed, outcome in done.items():
         score = "no evaluation" if outcome.score is None else f"{outcome.score:<10.6g}"
         print(f"  seed {seed:<6} {score} {outcome.directory}")
@@ -280,8 +282,14 @@ def _summarize(work: type[Work], done: dict[int, _Outcome]) -> None:
 
 def _tell_next(work: Work | type[Work], directories: list[Path]) -> None:
     """Names the commands for finished runs."""
+    parent = directories[0].parent
+    if len(directories) == 1:
+        texts = work.next_commands
+    elif set(runs.find_runs(parent)) == set(directories):
+        texts, directories = work.next_for_parent, [parent]
+    else:
+        texts = work.next_for_several
     shown = shlex.join(map(str, directories))
-    texts = work.next_commands if len(directories) == 1 else work.next_for_several
     if texts:
         commands = ", ".join(f"worldflux {text.format(run=shown)}" for text in texts)
         _say(f"next: {commands}")

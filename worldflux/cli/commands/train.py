@@ -168,7 +168,8 @@ class AgentTraining(Work):
 
     command, argument, example = "train", "ENV", "dreamerv3:size12m CartPole-v1"
     settings_type, result = TrainSettings, runs.AGENT_FILE
-    next_commands, next_for_several = ("eval {run}", "plot {run}", "report {run}"), ("plot {run}",)
+    next_commands = ("eval {run}", "plot {run}", "report {run}")
+    next_for_several, next_for_parent = ("plot {run}",), ("plot {run}", "report {run}")
     score_name = "last evaluation"
 
     def __init__(self, model: str, task: str, settings: TrainSettings, run: Path | None, resources: ExitStack) -> None:

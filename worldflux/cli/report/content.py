@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 from typing import Any
 
 from worldflux.cli import runs
@@ -155,7 +155,8 @@ def _facts(found: Mapping[str, Run]) -> list[tuple[str, str, str]]:
     if rows:
         last = [each[-1].score for each in evaluations.values() if each]
         if several:
-            facts.append(("Last score", _number(fmean(last)), f"mean of {len(last)} seeds, std {pstdev(last):.3g}"))
+            spread = f", std {stdev(last):.3g}" if len(last) > 1 else ""
+            facts.append(("Last score", _number(fmean(last)), f"mean of {len(last)} seeds{spread}"))
         else:
             facts.append(
                 ("Last score", _number(last[0]), f"± {rows[-1][0].std:.3g} over {rows[-1][0].episodes} episodes")
@@ -233,7 +234,8 @@ def _score_table(rows: Mapping[str, Sequence[Evaluation]]) -> Table:
     for step, at in sorted(by_step.items()):
         scores = [row.score for row in at.values()]
         shown = [f"{_number(at[label].score)} ± {at[label].std:.3g}" if label in at else "" for label in rows]
-        mean = f"{_number(fmean(scores))} ± {pstdev(scores):.3g}" if len(scores) == len(rows) else ""
+        spread = f" ± {stdev(scores):.3g}" if len(scores) > 1 else ""
+        mean = f"{_number(fmean(scores))}{spread}" if len(scores) == len(rows) else ""
         cells.append((f"{step:,}", *shown, mean))
     title = "All evaluations: score ± standard deviation over the episodes; in the last column over the seeds"
     return Table(title, ("Step", *rows, "Mean"), cells)
