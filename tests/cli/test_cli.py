@@ -17,6 +17,7 @@ import pytest
 
 from worldflux.cli.environments import find_environment
 from worldflux.cli.main import COMMANDS, main
+from worldflux.cli.run_callbacks import ProgressLines
 from worldflux.errors import ConfigurationError
 from worldflux.training import ReplayBuffer
 
@@ -306,12 +307,19 @@ def test_collect_shows_its_progress(own: Path, capsys: pytest.CaptureFixture[str
     assert ReplayBuffer.load("a.npz").obs_shape == (3, 16, 16)
 
 
+@pytest.mark.parametrize(("step", "rate"), [(25, "2.5"), (27_800, "2,780")])
+def test_rates_are_written_out(step: int, rate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("worldflux.cli.run_callbacks.time.monotonic", lambda: now[0])
+    lines = ProgressLines(50_000, 0)
+    now[0] = 10.0
+    assert lines.line(step, "") == f"step {step}/50000  {rate} steps/s"
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_collect_keeps_what_it_has_when_it_is_stopped(
     number: signal.Signals, status: int, own: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from worldflux.cli.run_callbacks import ProgressLines
-
     def is_due(self: ProgressLines, step: int) -> bool:
         if step == 14:
             os.kill(os.getpid(), number)

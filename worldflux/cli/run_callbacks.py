@@ -80,7 +80,8 @@ class ProgressLines:
         """The line for a step."""
         since, before = self._began
         rate = (step - before) / max(time.monotonic() - since, 1e-9)
-        return f"{self._unit} {step}/{self._total}  {text}{rate:.3g} {self._unit}s/s"
+        shown = f"{rate:,.0f}" if rate >= 1000 else f"{rate:.3g}"
+        return f"{self._unit} {step}/{self._total}  {text}{shown} {self._unit}s/s"
 
 
 class Progress(ProgressBar):
@@ -121,7 +122,7 @@ class Progress(ProgressBar):
         infos = self.model.ep_info_buffer
         if not infos:
             return ""
-        return f"score {np.mean([info['r'] for info in infos]):.4g} (mean of {counted(len(infos), 'episode')})"
+        return f"training score {np.mean([info['r'] for info in infos]):.4g} (mean of {counted(len(infos), 'episode')})"
 
 
 class Evaluations(BaseCallback):
