@@ -138,6 +138,28 @@ def test_unknown_commands_and_options_are_refused(capsys: pytest.CaptureFixture[
     assert "--steps" in capsys.readouterr().err  # the nearest option
 
 
+def test_help_is_also_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for args, shown in ((["help"], "usage: worldflux [-h]"), (["help", "eval"], "usage: worldflux eval ")):
+        with pytest.raises(SystemExit, match="0"):
+            main(args)
+        out, err = capsys.readouterr()
+        assert out.startswith(shown) and err == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "advice"),
+    [
+        (["train", "dreamerv3:tinny", "CartPole-v1"], "worldflux models shows all, and there is no directory"),
+        (["train", "dreamerv3:tiny", "CartPool-v1"], "worldflux envs shows all; import the package"),
+    ],
+)
+def test_unknown_names_name_the_command_that_lists_all(
+    args: list[str], advice: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*args, "--run", str(tmp_path / "run")]) == 2
+    assert advice in capsys.readouterr().err
+
+
 def test_no_arguments_show_how_to_begin(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     out, err = capsys.readouterr()

@@ -49,6 +49,12 @@ _TYRO = (tyro.conf.FlagCreatePairsOff,)
 _TASKS: dict[str, tuple[str, Any]] = {"train": ("env", TrainSettings()), "train-offline": ("data", OfflineSettings())}
 """The commands with `--config`: the name of their task in the file, and their options."""
 
+_IN_SHELL = {
+    "list_models() shows all": "worldflux models shows all",
+    "gymnasium.pprint_registry() shows all": "worldflux envs shows all",
+}
+"""Advice of the library, and its counterpart on the command line."""
+
 _FIRST_HELP = """usage: worldflux COMMAND ...
 
 Train an agent, then watch what it has learned:
@@ -93,8 +99,10 @@ def _run(given: list[str]) -> int:
     if not given:
         print(_FIRST_HELP, file=sys.stderr)
         return 2
+    if given[0] == "help":  # worldflux help, worldflux help train
+        given = [*given[1:], "--help"]
     name, *rest = given
-    if name == "--version":
+    if name in ("-V", "--version"):
         print(_version())
         return 0
     try:
@@ -108,12 +116,15 @@ def _run(given: list[str]) -> int:
         return tyro.extras.subcommand_cli_from_dict(
             {name: _named(command) for name, command in COMMANDS.items()},
             prog="worldflux",
-            description="World models on any Gymnasium environment. worldflux --version prints the versions.",
+            description="World models on any Gymnasium environment. worldflux --version (or -V) prints the versions.",
             args=given,
             config=_TYRO,
         )
     except WorldFluxError as error:
-        print("worldflux:", *str(error).split(), file=sys.stderr)  # on one line
+        text = " ".join(str(error).split())  # on one line
+        for call, command_line in _IN_SHELL.items():
+            text = text.replace(call, command_line)
+        print(f"worldflux: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

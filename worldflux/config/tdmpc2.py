@@ -212,7 +212,7 @@ class TDMPC2Config(WorldModelConfig):
         if self.action_type != "continuous":
             raise ConfigurationError(
                 f"action_type is '{self.action_type}', expected 'continuous': TD-MPC2 plans over continuous actions. "
-                "For discrete ones choose DreamerV3, 'dreamerv3:size12m' for example."
+                "For discrete ones choose DreamerV3, 'dreamerv3:tiny' for example."
             )
         super()._check_common()
         self._require_kinds(LatentType.SIMNORM, DynamicsType.MLP)

@@ -166,7 +166,7 @@ def train(
 class AgentTraining(Work):
     """Trains an agent in an environment."""
 
-    command, argument, example = "train", "ENV", "dreamerv3:size12m CartPole-v1"
+    command, argument, example = "train", "ENV", "dreamerv3:tiny CartPole-v1"
     settings_type, result = TrainSettings, runs.AGENT_FILE
     next_commands = ("eval {run}", "plot {run}", "report {run}")
     next_for_several, next_for_parent = ("plot {run}",), ("plot {run}", "report {run}")

@@ -153,7 +153,7 @@ def train_offline(
 class OfflineTraining(Work):
     """Trains a model on the steps of a file."""
 
-    command, argument, example = "train-offline", "DATA", "tdmpc2:5m walker.npz"
+    command, argument, example = "train-offline", "DATA", "tdmpc2:tiny walker.npz"
     settings_type, result = OfflineSettings, runs.MODEL_DIRECTORY
     next_commands = ("imagine {run}", "eval {run} ENV")
     score_name = "last loss on the held-out steps"
