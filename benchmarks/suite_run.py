@@ -37,8 +37,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from worldflux import WorldFluxAgent
 from worldflux.agents import AgentCheckpointCallback
 from worldflux.agents.collecting import frames_per_vec_step, max_vec_episode_steps
-from worldflux.cli.run_callbacks import EVALUATION_SEED, Progress, run_logger
 from worldflux.cli.provenance import versions
+from worldflux.cli.run_callbacks import EVALUATION_SEED, Progress, run_logger
 from worldflux.cli.runs import now
 from worldflux.envs import make_env, make_vec_env
 from worldflux.training.checkpoint import newest_checkpoint

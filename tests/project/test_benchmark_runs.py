@@ -141,8 +141,8 @@ def test_ctrl_c_saves_the_step_and_the_run_goes_on_there(tmp_path: Path) -> None
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path, DREAMER, callbacks=[At(50, signal.SIGINT)])
     record = go(tmp_path, DREAMER)
-    assert record is not None and [part["from_step"] // REPEAT for part in record.parts] == [0, 51]
-    assert steps_of(tmp_path, DREAMER) == [20, 40, 71, 91]  # the episode in flight was cut
+    assert record is not None and [part["from_step"] // REPEAT for part in record.parts] == [0, 50]
+    assert steps_of(tmp_path, DREAMER) == [20, 40, 70, 90]  # the episode in flight was cut
 
 
 def test_evaluations_stand_at_the_start_the_interval_and_the_end(tmp_path: Path) -> None:
