@@ -174,8 +174,8 @@ def test_the_versions_and_python_m(capsys: pytest.CaptureFixture[str]) -> None:
     import worldflux
 
     expected = f"worldflux {worldflux.__version__} (torch {torch.__version__}, Python {platform.python_version()})\n"
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out == expected
+    assert main(["--version"]) == main(["-V"]) == 0
+    assert capsys.readouterr().out == 2 * expected
     done = subprocess.run([sys.executable, "-m", "worldflux", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == expected
 
