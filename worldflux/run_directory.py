@@ -24,7 +24,7 @@ def is_run(directory: Path) -> bool:
 
 def first_run_in(directory: Path) -> Path | None:
     """The first run in a directory such as `runs`, with at most two directories between them; None without runs."""
-    for depth in range(1, 4):
+    for depth in range(1, 4) if directory != directory.parent else ():  # not all of a file system
         for path in sorted(directory.glob("/".join(["*"] * depth + [CONFIG_FILE]))):
             if is_run(path.parent):
                 return path.parent

@@ -180,7 +180,9 @@ def test_files_that_are_named_exist(page: Path) -> None:
 @page_by_page
 def test_commands_that_are_named_exist(page: Path) -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
-    commands = {path.stem.replace("_", "-") for path in (ROOT / "worldflux" / "cli" / "commands").glob("*.py")}
+    commands = {path.stem.replace("_", "-") for path in (ROOT / "worldflux" / "cli" / "commands").glob("*.py")} | {
+        "help"
+    }
     shell = "\n".join(blocks(page, "bash") + re.findall(r"`([^`\n]+)`", prose(page)))
     for line in shell.splitlines():
         words = line.split("#")[0].split()
