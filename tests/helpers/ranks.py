@@ -338,7 +338,7 @@ def learning(directory: str) -> dict[str, Any]:
             "steps": counts.steps,
             "updates": agent._n_updates,
             "stored": buffer.num_transitions,
-            "rewards": np.array(buffer.stored()[0].actions[: 2 * 40]),
+            "actions": np.array(buffer.stored()[0].actions[: 2 * 40]),
             "weights": agent.model.state_dict(),
             "episodes": agent._episode_num,
             "returns": [float(info["r"]) for info in agent.ep_info_buffer],

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from helpers.ranks import (
-    CASES,
     WINDOWS,
     command_of,
     equality,
@@ -30,11 +29,6 @@ from helpers.ranks import (
 )
 
 from worldflux.training.checkpoint import checkpoints_in
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    return on_ranks(2, equality, tmp_path_factory.mktemp("two"))
 
 
 def check_close(found: torch.Tensor, expected: torch.Tensor, name: str) -> None:
@@ -55,70 +49,53 @@ def check_equal(of_ranks: list[dict[str, Any]], case: str, finals: bool) -> None
             assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
-@pytest.mark.parametrize("finals", [True, False])
-@pytest.mark.parametrize("case", CASES)
-def test_gradient_steps_of_two_ranks_are_those_of_one_process(two: list[Any], case: str, finals: bool) -> None:
-    check_equal([one[case, finals] for one in two], case, finals)
-
-
-@pytest.mark.slow
-def test_gradient_steps_of_four_ranks_are_those_of_one_process(tmp_path: Path) -> None:
-    of_ranks = on_ranks(4, equality, tmp_path)
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_gradient_steps_of_ranks_are_those_of_one_process(count: int, tmp_path: Path) -> None:
+    of_ranks = on_ranks(count, equality, tmp_path)
     for case, finals in of_ranks[0]:
         check_equal([one[case, finals] for one in of_ranks], case, finals)
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(trained: list[dict[str, Any]]) -> None:
-    for one in trained:
-        assert one["refused"].startswith(
-            "batch_size is 7, which counts over all ranks and cannot be divided by 2 ranks"
-        )
+def test_ranks_train_together_and_resume_exactly_or_on_another_number(tmp_path: Path) -> None:
+    directory, one_process = tmp_path / "trained", tmp_path / "one"
+    alone = trainer_of(one_process)
+    alone.train(stored(alone), num_steps=4)
+    first, second = trained = on_ranks(2, training, tmp_path / "out", directory, one_process)
 
-
-def test_the_ranks_of_a_training_share_its_batches_and_its_losses(trained: list[dict[str, Any]]) -> None:
-    first, second = trained
+    # The ranks share batches and losses.
     assert first["seen"]["windows"] == second["seen"]["windows"] == [WINDOWS // 2] * 6
     assert first["seen"]["losses"] == second["seen"]["losses"] and len(set(first["seen"]["losses"])) == 6
     assert first["seen"]["evaluations"] == second["seen"]["evaluations"] and len(first["seen"]["evaluations"]) == 2
     assert (first["first"], second["first"]) == (6, 0)
-    for name, weight in first["whole"].items():
-        assert torch.equal(second["whole"][name], weight), name
-
-
-def test_a_resumed_training_of_ranks_is_bit_identical(trained: list[dict[str, Any]]) -> None:
+    refused = "batch_size is 7, which counts over all ranks and cannot be divided by 2 ranks"
     for one in trained:
+        check_same_weights(one["whole"], first["whole"])
+        assert one["refused"].startswith(refused)
+        # A resumed training is bit-identical.
         assert one["resumed step"] == 6
-        for name, weight in one["whole"].items():
-            assert torch.equal(one["resumed"][name], weight), name
-
-
-def test_a_training_goes_on_with_more_ranks_and_with_fewer(trained: list[dict[str, Any]], tmp_path: Path) -> None:
-    for one in trained:
+        check_same_weights(one["resumed"], one["whole"])
+        # The training of one process goes on with two.
         assert one["grown step"] == 6
-        for name, weight in trained[0]["grown"].items():
-            assert torch.equal(one["grown"][name], weight), name
-    begun = trainer_of(trained[0]["one"])
-    begun.load_checkpoint(trained[0]["one"] / "step-00000004")
-    for name, weight in begun.model.state_dict().items():
-        assert torch.equal(trained[1]["grown from"][name], weight), name
-
-    shrunk = trainer_of(trained[0]["directory"] / "parts")
-    shrunk.load_checkpoint(trained[0]["directory"] / "parts" / "step-00000004")
+        check_same_weights(one["grown"], first["grown"])
+    begun = trainer_of(one_process)
+    begun.load_checkpoint(one_process / "step-00000004")
+    check_same_weights(second["grown from"], begun.model.state_dict())
+    # That of two goes on in one process.
+    shrunk = trainer_of(directory / "parts")
+    shrunk.load_checkpoint(directory / "parts" / "step-00000004")
     assert shrunk.step_count == 4
     shrunk.train(stored(shrunk), num_steps=1)
     assert shrunk.step_count == 5
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    directory, one = tmp_path_factory.mktemp("trained"), tmp_path_factory.mktemp("one")
-    alone = trainer_of(one)
-    alone.train(stored(alone), num_steps=4)
-    results = on_ranks(2, training, directory / "out", directory, one)
-    return [{**result, "directory": directory, "one": one} for result in results]
+def check_same_weights(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
 
 
-@pytest.mark.parametrize("how", [pytest.param("raise", marks=pytest.mark.slow), "SIGKILL"])
+@pytest.mark.slow  # one that is killed is also a test of the command line
+@pytest.mark.parametrize("how", ["raise", "SIGKILL"])
 def test_a_rank_that_dies_ends_the_others_soon_and_leaves_the_checkpoint(how: str, tmp_path: Path) -> None:
     ranks = start_ranks(2, command_of(failing, tmp_path / "out", tmp_path / "run", how))
     (first, said), (second, said_too) = finished(ranks, limit=60)
