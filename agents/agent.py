@@ -352,10 +352,8 @@ class WorldFluxAgent(SavedAgent):
         callback.update_locals(locals())
         stopping = self.stopping  # a signal that comes later ends the next step, so that callbacks see it first
         keep_going = self._ask(callback) and not stopping
-        if ranks.size() > 1:
-            keep_going = not ranks.largest(int(not keep_going))[0]
         callback.on_rollout_end()
-        return keep_going
+        return not ranks.largest(int(not keep_going))[0]
 
     def _ask(self, callback: BaseCallback) -> bool:
         """Whether the callback wants to continue. An evaluation that it makes ends when a signal asks to stop."""
@@ -372,9 +370,7 @@ class WorldFluxAgent(SavedAgent):
         """Counts the episodes that have ended, and keeps their returns for the log; those of all ranks."""
         if ranks.size() > 1:
             assert self._stop is not None
-            signal, ended = ranks.largest(self._stop.signal or 0, int(dones.any()))
-            self._stop.signal = signal or self._stop.signal
-            self._stops_together = bool(signal)
+            self._stops_together, ended = self._stop.shared(bool(dones.any()))
             if not ended:
                 return
             mine = [{name: info[name] for name in _OF_EPISODES if name in info} for info in infos]

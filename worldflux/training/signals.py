@@ -45,6 +45,19 @@ class StopRequest:
             f"\nStopping after this step{slow}; checkpoint callbacks then save. Press Ctrl-C again to stop at once.\n"
         )
 
+    def shared(self, flag: bool) -> tuple[bool, bool]:
+        """Tells the other ranks of a training of a signal, and of a flag; all of them ask together.
+
+        A signal that another rank has received is set here, too.
+
+        Returns:
+            Whether any rank has received a signal, and whether the flag is set on any.
+        """
+        number, flagged = ranks.largest(self.signal or 0, int(flag))
+        if number:  # otherwise one may have arrived here meanwhile, of which the others are told the next time
+            self.signal = number
+        return bool(number), bool(flagged)
+
     def __bool__(self) -> bool:
         return self.signal is not None
 
@@ -56,13 +69,9 @@ def agreed(keep_going: bool, stop: StopRequest) -> bool:
 
     Args:
         keep_going: Whether the callbacks of this rank continue.
-        stop: The request to stop of this rank; a signal that another rank has received is set here, too.
+        stop: The request to stop of this rank.
     """
-    if ranks.size() == 1:
-        return keep_going and not stop
-    signal_number, ended = ranks.largest(stop.signal or 0, int(not keep_going))
-    stop.signal = signal_number or None
-    return not (signal_number or ended)
+    return not any(stop.shared(not keep_going))
 
 
 @contextmanager
