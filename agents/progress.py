@@ -117,7 +117,7 @@ class Report:
 
     def check(self) -> None:
         """Says how long a burst of gradient steps and the whole call take, once this is known."""
-        if self._burst_told and self._estimated:
+        if (self._burst_told and self._estimated) or not ranks.is_first():
             return
         agent, pace = self.agent, self.pace
         burst, update = agent.burst, pace.gradient_step.mean
@@ -157,7 +157,7 @@ class Report:
         agent = self.agent
         place = "CPU" if agent.device.type == "cpu" else "GPU" if agent.device.type == "cuda" else "device"
         text = f"{self._steps:,} steps take about {duration(seconds)} on this {place}"
-        if place == "CPU" and seconds > _LONG:
+        if place == "CPU" and seconds > _LONG and ranks.size() == 1:  # others would have to join what is measured
             text += self._alternative(seconds)
         return text
 

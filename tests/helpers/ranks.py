@@ -25,7 +25,7 @@ from helpers.agents import make_agent, make_planner
 from helpers.fast import episodes
 from helpers.small_models import DREAMERV3, TDMPC2
 from worldflux import WorldFluxAgent, create_world_model
-from worldflux.agents import AgentCheckpointCallback
+from worldflux.agents import AgentCheckpointCallback, progress
 from worldflux.envs import make_vec_env
 from worldflux.errors import ConfigurationError
 from worldflux.replay.batch import Batch
@@ -321,6 +321,10 @@ class Counts(BaseCallback):
 
 def learning(directory: str) -> dict[str, Any]:
     """Learns without an interruption; then in two parts, of which the second is resumed twice."""
+    from worldflux.accel import ranks
+
+    if ranks.is_first():  # which alone estimates, and may take every call for a long one
+        progress._SHORT = progress._LONG = 0.0
     found: dict[str, Any] = {}
     for family in ("dreamerv3", "tdmpc2"):
         place = Path(directory) / family
