@@ -112,10 +112,6 @@ class PolicyMethods:
         """As `WorldFluxAgent.predict`."""
         return self.agent.predict(observation, state, episode_start, deterministic)
 
-    def set_training_mode(self, mode: bool) -> None:
-        """As `torch.nn.Module.train`."""
-        self.agent.model.train(mode)
-
     def obs_to_tensor(self, observation: Any) -> tuple[Observation, bool]:
         """Observations as the model takes them, `[n, ...]`, and whether several were given."""
         obs, batched = self.agent.obs_codec.encode_any(observation)
@@ -128,17 +124,6 @@ class PolicyMethods:
     def attach(self) -> None:
         """Gives the methods to the agent's model, unless its class has one of the name."""
         model: Any = self.agent.model
-        for name in ("predict", "set_training_mode", "obs_to_tensor"):
-            if not hasattr(type(model), name):
-                setattr(model, name, Method(self, name))
-
-
-class Method:
-    """A method of `PolicyMethods`, as an attribute of a model that can be copied and pickled."""
-
-    def __init__(self, methods: PolicyMethods, name: str) -> None:
-        self._methods, self._name = methods, name
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the method."""
-        return getattr(self._methods, self._name)(*args, **kwargs)
+        for method in (self.predict, self.obs_to_tensor):
+            if not hasattr(type(model), method.__name__):
+                setattr(model, method.__name__, method)
