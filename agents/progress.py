@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,23 +29,6 @@ _REFRESHED = 0.5
 """Seconds between two changes of a progress bar."""
 _MEASURED_STEPS = 20
 """Steps of the environments to measure before an estimate where no gradient step is taken."""
-
-
-def say(text: str) -> None:
-    """Prints a line on stderr, above any progress bars of tqdm; of several ranks, only the first does.
-
-    Without a stderr that can be written to, the line is lost.
-    """
-    stream: Any = sys.stderr
-    if stream is None or not ranks.is_first():  # None: as in a process without a console on Windows
-        return
-    tqdm: Any = sys.modules.get("tqdm")
-    with suppress(OSError, ValueError):  # a terminal that is gone, a closed file: no reason to end a training
-        if tqdm is None:
-            print(f"worldflux: {text}", file=stream)
-        else:
-            tqdm.tqdm.write(f"worldflux: {text}", file=stream)
-        stream.flush()
 
 
 def duration(seconds: float) -> str:
@@ -92,10 +74,10 @@ class Report:
         before = self._announced
         if before is None or agent.train_ratio != before[0] or steps >= 2 * before[1]:
             self._announced, self._warned = (agent.train_ratio, steps), False
-            say(self._description())
+            ranks.say(self._description())
             wait = learner.steps_to_wait
             if wait > steps and not learner.n_updates and agent.train_ratio:
-                say(
+                ranks.say(
                     f"warning: this call takes {steps:,} environment steps, and the first gradient step comes after "
                     f"{learner.learning_starts:,} (learning_starts): the agent will learn nothing. Raise "
                     "total_timesteps, or lower learning_starts."
@@ -113,7 +95,7 @@ class Report:
         else:
             reason = f"there are fewer than {agent.batch_size} windows of {agent.seq_len} steps"
             remedy = "Raise total_timesteps, or lower batch_size or seq_len."
-        say(f"warning: the agent is untrained: no gradient step was taken, because {reason}. {remedy}")
+        ranks.say(f"warning: the agent is untrained: no gradient step was taken, because {reason}. {remedy}")
 
     def check(self) -> None:
         """Says how long a burst of gradient steps and the whole call take, once this is known."""
@@ -125,7 +107,7 @@ class Report:
             self._burst_told = True
             seconds = burst[1] * update
             if seconds > _SHORT_BURST:
-                say(f"{burst[1]:,} gradient steps at once after the random start, about {duration(seconds)}")
+                ranks.say(f"{burst[1]:,} gradient steps at once after the random start, about {duration(seconds)}")
                 # On CUDA, graphs would be captured for this alone.
                 if agent.device.type == "cpu" and update * agent._learner.updates_until(self._steps_left) > _SHORT:
                     pace.acting = self._own_acting()
@@ -137,7 +119,7 @@ class Report:
             return
         self._estimated = True
         if pace.elapsed + remaining > _SHORT:
-            say(self._estimate(pace.elapsed + remaining))
+            ranks.say(self._estimate(pace.elapsed + remaining))
 
     @property
     def _steps_left(self) -> int:

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import LinearSchedule
 
+from worldflux.accel import ranks
 from worldflux.agents.agent import WorldFluxAgent
-from worldflux.agents.progress import say
 from worldflux.agents.settings import AgentSettings, Rate
 from worldflux.agents.zoo.upstream import SimpleLinearSchedule
 from worldflux.config import DreamerV3Config, TDMPC2Config, WorldModelConfig
@@ -76,7 +76,7 @@ class ZooAgent(WorldFluxAgent):
         """As `WorldFluxAgent.save`; says whether the agent that rl_zoo3 saves at the end of a run is untrained."""
         super().save(*args, **kwargs)
         if not self._n_updates and self._learning is None:
-            say("the agent is untrained (0 gradient steps)")
+            ranks.say("the agent is untrained (0 gradient steps)")
 
     def _setup_model(self) -> None:
         super()._setup_model()

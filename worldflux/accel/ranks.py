@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -90,6 +91,23 @@ def local_rank() -> int:
 def is_first() -> bool:
     """Whether this is rank 0, which logs, evaluates and writes checkpoints."""
     return rank() == 0
+
+
+def say(text: str) -> None:
+    """Prints a line on stderr, above any progress bars of tqdm; of several ranks, only the first does.
+
+    Without a stderr that can be written to, the line is lost.
+    """
+    stream: Any = sys.stderr
+    if stream is None or not is_first():  # None: as in a process without a console on Windows
+        return
+    tqdm: Any = sys.modules.get("tqdm")
+    with suppress(OSError, ValueError):  # a terminal that is gone, a closed file: no reason to end a training
+        if tqdm is None:
+            print(f"worldflux: {text}", file=stream)
+        else:
+            tqdm.tqdm.write(f"worldflux: {text}", file=stream)
+        stream.flush()
 
 
 def share_of(name: str, whole: int) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from worldflux.cli import runs
 from worldflux.cli.config_file import write_settings
-from worldflux.cli.options import as_arguments, changed, counted, from_json
+from worldflux.cli.options import as_arguments, changed, counted, from_json, option
 from worldflux.cli.provenance import circumstances
 from worldflux.cli.runs import RunConfig
 from worldflux.cli.tracked import RunTracking
@@ -342,7 +342,7 @@ def _changes(given: Any, directory: Path) -> dict[str, Any]:
         ConfigurationError: If one of them cannot be changed any more.
     """
     changes = changed(given)
-    fixed = [f"--{name.replace('_', '-')}" for name in changes if name not in CHANGEABLE]
+    fixed = [option(name) for name in changes if name not in CHANGEABLE]
     if fixed:
         raise ConfigurationError(
             f"{', '.join(fixed)}: a resumed run keeps the settings of {runs.shown(directory / runs.CONFIG_FILE)}; only "
@@ -387,6 +387,6 @@ def _train(work: Work, directory: Path, tracking: RunTracking, *, alone: bool = 
 
 
 def _say(text: str) -> None:
-    """Prints a line on stderr; of several ranks, only the first does."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"worldflux: {text}", file=sys.stderr)
+    from worldflux.accel import ranks  # here, because it loads torch
+
+    ranks.say(text)

@@ -30,6 +30,7 @@ from worldflux.cli.options import (
     compile_setting,
     counted,
     fields_and_dtype,
+    option,
 )
 from worldflux.errors import BufferError, ConfigurationError
 
@@ -234,7 +235,7 @@ def _build_model(model: str, buffer: ReplayBuffer, settings: OfflineSettings) ->
     for name in overruled_fields(built):
         if name in fields:
             raise ConfigurationError(
-                f"--set {name} would change nothing here: --{name.replace('_', '-')} decides when a model is trained "
+                f"--set {name} would change nothing here: {option(name)} decides when a model is trained "
                 "on recorded data."
             )
     return built
