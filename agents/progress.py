@@ -10,7 +10,7 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
 from worldflux.accel import ranks
-from worldflux.accel.device import SMALL_MODEL
+from worldflux.accel.device import is_small
 from worldflux.agents.building import shown_model
 from worldflux.agents.pace import Pace, measured_cost, seconds_of
 from worldflux.errors import ConfigurationError, MissingDependencyError, install_hint
@@ -129,7 +129,7 @@ class Report:
         agent, device = self.agent, self.agent.device
         threads = torch.get_num_threads()
         place = f"the CPU ({threads} thread{'s' if threads > 1 else ''})"
-        if threads > 1 and sum(p.numel() for p in agent.model.parameters()) < SMALL_MODEL:
+        if threads > 1 and is_small(agent.model):
             place = f"the CPU ({threads} threads; on a busy machine, OMP_NUM_THREADS=1 is faster for a small model)"
         if device.type == "cuda":
             place = f"{device} ({torch.cuda.get_device_name(device)})"

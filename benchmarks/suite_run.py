@@ -41,6 +41,7 @@ from worldflux.cli.provenance import versions
 from worldflux.cli.run_callbacks import EVALUATION_SEED, Progress, run_logger
 from worldflux.cli.runs import now
 from worldflux.envs import make_env, make_vec_env
+from worldflux.errors import StoppedError
 from worldflux.training.checkpoint import newest_checkpoint
 
 CHECKPOINTS_IN_A_RUN = 20
@@ -155,17 +156,13 @@ class EvaluationScores(Scores):
                 callback=self._go_on,
                 return_episode_rewards=True,
             )
-        except _StoppedError:
+        except StoppedError:
             return
         self.add([float(np.mean(scores))])
 
     def _go_on(self, *args: Any) -> None:
         if self.model.stopping:  # stopping must not wait for ten episodes
-            raise _StoppedError
-
-
-class _StoppedError(Exception):
-    """Raised to end an evaluation early."""
+            raise StoppedError("The run was asked to stop, so that its evaluation ends.")
 
 
 def run(

@@ -6,6 +6,7 @@ Every class derives from `WorldFluxError` and from the matching built-in error, 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 
 class WorldFluxError(Exception):
@@ -44,6 +45,18 @@ class MissingDependencyError(WorldFluxError, ImportError):
     """Raised when an optional package is required but not installed; the message names the extra to install."""
 
 
+def installed_from() -> dict[str, Any]:
+    """Returns what pip recorded about where it installed worldflux from (PEP 610); empty for a package index."""
+    import json
+    from importlib import metadata
+
+    try:
+        origin = json.loads(metadata.distribution("worldflux").read_text("direct_url.json") or "{}")
+    except (metadata.PackageNotFoundError, ValueError):
+        return {}
+    return origin if isinstance(origin, dict) else {}
+
+
 def install_hint(extra: str) -> str:
     """Returns the command that installs an extra of worldflux from where worldflux itself was installed.
 
@@ -53,16 +66,10 @@ def install_hint(extra: str) -> str:
     Args:
         extra: Name of the extra, or several names separated by commas.
     """
-    import json  # here, because every process imports this module
-    from importlib import metadata
-    from urllib.parse import urlparse
+    from urllib.parse import urlparse  # here, because every process imports this module
     from urllib.request import url2pathname
 
-    try:
-        # pip writes this file (PEP 610) unless the package came from an index.
-        origin = json.loads(metadata.distribution("worldflux").read_text("direct_url.json") or "{}")
-    except (metadata.PackageNotFoundError, ValueError):
-        origin = {}
+    origin = installed_from()
     url = str(origin.get("url", ""))
     if "dir_info" in origin and url.startswith("file:"):
         return f'pip install "{url2pathname(urlparse(url).path)}[{extra}]"'

@@ -43,8 +43,13 @@ def resolve_device(name: str | torch.device, *, must_exist: bool = True, must_co
     return device
 
 
-SMALL_MODEL = 1_000_000
+_SMALL = 1_000_000
 """Number of parameters below which a second thread gains little."""
+
+
+def is_small(model: nn.Module) -> bool:
+    """Whether a second thread gains little for a model."""
+    return sum(p.numel() for p in model.parameters()) < _SMALL
 
 
 def choose_threads(model: nn.Module) -> None:
@@ -56,5 +61,5 @@ def choose_threads(model: nn.Module) -> None:
     Args:
         model: The model that is going to be trained.
     """
-    if sum(p.numel() for p in model.parameters()) < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ:
+    if is_small(model) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)

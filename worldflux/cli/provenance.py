@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import subprocess
@@ -113,11 +112,8 @@ def _git(folder: Path, *args: str) -> bytes | None:
 
 def _installed_commit() -> str | None:
     """The commit of a worldflux that pip has installed from a repository; None if it was installed differently."""
-    try:
-        source = json.loads(metadata.distribution("worldflux").read_text("direct_url.json") or "{}")
-        commit = source["vcs_info"]["commit_id"]
-    except (metadata.PackageNotFoundError, ValueError, KeyError, TypeError):
-        return None
+    source = errors.installed_from().get("vcs_info")
+    commit = source.get("commit_id") if isinstance(source, dict) else None
     return commit if isinstance(commit, str) else None
 
 

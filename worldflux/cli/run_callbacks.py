@@ -26,6 +26,7 @@ from worldflux.cli.runs import (
     read_evaluations,
     write_evaluations,
 )
+from worldflux.errors import StoppedError
 from worldflux.training.callbacks import Callback
 from worldflux.training.trainer import Trainer
 
@@ -178,7 +179,7 @@ class Evaluations(BaseCallback):
                 callback=self._go_on,
                 return_episode_rewards=True,
             )
-        except _StoppedError:
+        except StoppedError:
             return
         row = Evaluation(
             step=self.num_timesteps,
@@ -204,11 +205,7 @@ class Evaluations(BaseCallback):
 
     def _go_on(self, *args: Any) -> None:
         if self.model.stopping:  # a user who waits for the end of the step should not wait for many episodes
-            raise _StoppedError
-
-
-class _StoppedError(Exception):
-    """Raised to end an evaluation early."""
+            raise StoppedError("The run was asked to stop, so that its evaluation ends.")
 
 
 def progress_bar(total: int, done: int = 0, unit: str = "step") -> Any:
