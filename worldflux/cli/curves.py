@@ -32,7 +32,7 @@ Score = tuple[float, float, float]
 """Environment steps, seconds of training, and score."""
 
 _RESAMPLES = 2_000
-_STEP, _SECONDS = "time/total_timesteps", "time/time_elapsed"
+STEP, SECONDS = "time/total_timesteps", "time/time_elapsed"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Run:
     @cached_property
     def training(self) -> list[Score]:
         """Mean returns of the last 100 training episodes, from all parts of the log."""
-        names = ("time/total_timesteps", "time/time_elapsed", "rollout/ep_rew_mean")
+        names = (STEP, SECONDS, "rollout/ep_rew_mean")
         return [(row[names[0]], row[names[1]], row[names[2]]) for row in self.log if all(name in row for name in names)]
 
     @cached_property
@@ -82,9 +82,9 @@ class Run:
             if not rows:
                 continue
             # A run that was killed has logged steps after its checkpoint, which were then repeated.
-            found = [row for row in found if row[_STEP] < rows[0][_STEP]]
-            before = next((row[_SECONDS] for row in reversed(found) if _SECONDS in row), 0.0)
-            found += [{**row, _SECONDS: before + row[_SECONDS]} if _SECONDS in row else row for row in rows]
+            found = [row for row in found if row[STEP] < rows[0][STEP]]
+            before = next((row[SECONDS] for row in reversed(found) if SECONDS in row), 0.0)
+            found += [{**row, SECONDS: before + row[SECONDS]} if SECONDS in row else row for row in rows]
         return found
 
     def scores(self, kind: str) -> list[Score]:
@@ -186,7 +186,7 @@ def _log_rows(path: Path) -> Iterator[dict[str, float]]:
                 for name, text in row.items():
                     with suppress(TypeError, ValueError):  # not logged in this row, or a row that is being written
                         numbers[name] = float(text)
-                if math.isfinite(numbers.get(_STEP, math.nan)):
+                if math.isfinite(numbers.get(STEP, math.nan)):
                     yield numbers
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise CheckpointError(f"{path} is not a log of a run: {error}. Remove it, or restore it.") from error

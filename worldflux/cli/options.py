@@ -112,6 +112,10 @@ def counted(number: float, thing: str) -> str:
     return f"{number:.12g} {thing}{'' if number == 1 else 's'}"
 
 
+OF_IDS = ("pixels", "size", "action_repeat")
+"""Options that go with environments given by their id."""
+
+
 @dataclass(frozen=True)
 class EnvOptions:
     """How an environment is made. Your own classes take only `env_kwargs`."""
@@ -127,8 +131,7 @@ class EnvOptions:
 
     def of_ids(self) -> dict[str, Any]:
         """The options that apply to environments given by their id, as far as they differ from the defaults."""
-        names = ("pixels", "size", "action_repeat")
-        return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(EnvOptions, name)}
+        return {name: getattr(self, name) for name in OF_IDS if getattr(self, name) != getattr(EnvOptions, name)}
 
     def arguments(self, *, of_id: bool) -> dict[str, Any]:
         """The arguments given with `--env-kwargs`.
@@ -140,7 +143,7 @@ class EnvOptions:
             ConfigurationError: If one is not understood, or is set by an option of its own.
         """
         found = assignments("--env-kwargs", self.env_kwargs, "KEY=VALUE, such as g=1.6")
-        for name in ("pixels", "size", "action_repeat"):
+        for name in OF_IDS:
             if of_id and name in found:
                 raise ConfigurationError(f"--env-kwargs {name}: this argument has its own option, {option(name)}.")
         if "render_mode" in found:

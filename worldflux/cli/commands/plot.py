@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from worldflux.cli import runs
-from worldflux.cli.options import Flag, counted
+from worldflux.cli.options import OF_IDS, Flag, counted
 from worldflux.errors import ConfigurationError
 from worldflux.files import checked_path, path_beside, writing
 
@@ -31,7 +31,7 @@ _FREE = (
     "track_project",
 )
 """Settings in which runs of one curve may differ, because learning does not depend on them."""
-_OF_THE_TASK = ("pixels", "size", "action_repeat", "env_kwargs")
+_OF_THE_TASK = (*OF_IDS, "env_kwargs")
 
 _Directories = Annotated[
     tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name="dirs", metavar="DIR ...", help_behavior_hint="")

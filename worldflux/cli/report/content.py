@@ -13,10 +13,10 @@ from typing import Any
 from worldflux.cli import runs
 from worldflux.cli.commands.train import TrainSettings
 from worldflux.cli.commands.train_offline import OfflineSettings
-from worldflux.cli.curves import Curve, Run
+from worldflux.cli.curves import SECONDS, STEP, Curve, Run
 from worldflux.cli.report import pictures
 from worldflux.cli.report.page import Page, Section, Table
-from worldflux.cli.report.pictures import STEP, best_run, labelled, unit_of
+from worldflux.cli.report.pictures import best_run, labelled, unit_of
 from worldflux.cli.runs import Evaluation, read_evaluations
 from worldflux.errors import WorldFluxError
 from worldflux.locks import LOCK_FILE, DirectoryLock
@@ -179,7 +179,7 @@ def _facts(found: Mapping[str, Run]) -> list[tuple[str, str, str]]:
     facts.append(("Steps", steps, f"of {wanted:,} {unit}{' each' if several else ''}"))
     seconds = []
     for label, run in found.items():
-        logged = [row.get("time/time_elapsed", 0.0) for row in run.log]
+        logged = [row.get(SECONDS, 0.0) for row in run.log]
         seconds.append(max(logged + [row.seconds for row in evaluations[label]], default=0.0))
     facts.append(("Training time", _duration(sum(seconds)), "all seeds" if several else ""))
     seeds = [str(run.seed) for run in found.values()]

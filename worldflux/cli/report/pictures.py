@@ -12,7 +12,7 @@ import numpy as np
 from worldflux.cli import runs
 from worldflux.cli.commands.eval import play
 from worldflux.cli.commands.imagine import IMAGE_WINDOWS, WINDOWS, check_rows, model_and_data
-from worldflux.cli.curves import Curve, Run, draw, published
+from worldflux.cli.curves import STEP, Curve, Run, draw, published
 from worldflux.cli.environments import is_own_code, make_environment
 from worldflux.cli.options import EnvOptions
 from worldflux.cli.players import environment_of, load_player
@@ -21,7 +21,6 @@ from worldflux.cli.report.charts import Lines, metric_chart, picture
 from worldflux.cli.report.page import Picture, Section, Table
 from worldflux.errors import CheckpointError, ConfigurationError
 
-STEP = "time/total_timesteps"
 _LIMIT = 2_000
 """Steps after which a filmed episode is cut off."""
 _CONTEXT, _HORIZON, _SHOWN = 5, 45, 3
