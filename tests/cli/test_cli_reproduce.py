@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from worldflux.cli.main import main
 from worldflux.cli.runs import RunConfig, find_runs, read_evaluations, write_evaluations
@@ -93,6 +94,23 @@ def test_other_scores_with_the_same_code_are_a_failure(run: Path, capsys: pytest
     table = [line.split() for line in err.splitlines()]
     assert ["then", "now"] in table and ["torch", "1.0", config.versions["torch"]] in table
     assert ["commit", "of", "worldflux", "abc"] in [words[:4] for words in table]
+
+
+def test_a_small_model_gets_one_thread_for_its_run_alone(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    threads: list[int] = [6]
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    assert main(["reproduce", "my run", "--steps", "20"]) == 0
+    assert threads == [6, 1, 6]
+    assert RunConfig.read(Path("my run-reproduced")).machine["threads"] == "1"
+    assert "threads" not in capsys.readouterr().err
+    config = RunConfig.read(run)
+    change(run, machine={**config.machine, "threads": "4"})
+    assert main(["reproduce", "my run", "--steps", "20", "--output", "other"]) == 0
+    assert "worldflux: torch used 4 threads then, and 1 now\n" in capsys.readouterr().err
 
 
 def test_unknown_commits_are_no_difference(

@@ -26,6 +26,7 @@ from worldflux.validation import whole_number
 
 if TYPE_CHECKING:
     from stable_baselines3.common.logger import KVWriter
+    from torch import nn
 
 CHANGEABLE = ("steps", "device", "render")
 """Settings that may be changed when a run is resumed."""
@@ -65,6 +66,8 @@ class Work(ABC):
     """Name of the task in the path of a new run."""
     task: str
     """The task, named so that it can be found from every working directory."""
+    model: nn.Module
+    """The model that is trained."""
     frames_per_step: int = 1
     """Frames of the environment in each step."""
     score: float | None = None
@@ -191,7 +194,7 @@ def _start(
     settings = replace(settings, seed=ranks.on_first(lambda: settings.seed))  # which may have been drawn
     tracking = RunTracking(settings.track if ranks.is_first() else (), settings.track_project)
     with ExitStack() as resources:
-        made = work(model, task, settings, None, resources)
+        made = _make(work, model, task, settings, None, resources)
 
         def begin() -> str:
             """Makes the directory of the run."""
@@ -295,6 +298,18 @@ def _tell_next(work: Work | type[Work], directories: list[Path]) -> None:
         _say(f"next: {commands}")
 
 
+def _make(work: type[Work], model: str, task: str, settings: Any, run: Path | None, resources: ExitStack) -> Work:
+    """Creates what a run does, and lets torch use the threads for it until the end of the run."""
+    import torch
+
+    from worldflux.accel.device import choose_threads
+
+    made = work(model, task, settings, run, resources)
+    resources.callback(torch.set_num_threads, torch.get_num_threads())
+    choose_threads(made.model)
+    return made
+
+
 def _write_settings(work: Work, directory: Path, config: RunConfig, settings: Any) -> None:
     """Writes the settings of a run for `--config` and for `--resume`."""
     write_settings(directory, work.command, work.argument.lower(), config.model, config.task, settings)
@@ -320,10 +335,10 @@ def _resume(work: type[Work], directory: Path, given: Any) -> int:
     with ExitStack() as resources:
         # Before anything is loaded: another process that trains this run replaces its checkpoints.
         ranks.on_first(partial(resources.enter_context, using(directory)))
-        made = work(config.model, config.task, settings, directory, resources)
-        part = {"started": runs.now(), "step": done or 0, **circumstances(made.task, settings.device)}
-        resumed = replace(config, settings=asdict(settings), resumed=[*config.resumed, part])
+        made = _make(work, config.model, config.task, settings, directory, resources)
         if ranks.is_first():
+            part = {"started": runs.now(), "step": done or 0, **circumstances(made.task, settings.device)}
+            resumed = replace(config, settings=asdict(settings), resumed=[*config.resumed, part])
             _write_settings(made, directory, resumed, settings)
         if done is None:
             _say(f"{shown} has no checkpoint yet, so it starts from the beginning")

@@ -19,7 +19,7 @@ from worldflux.cli.commands.train import TrainSettings, train
 from worldflux.cli.commands.train_offline import OfflineSettings, train_offline
 from worldflux.cli.environments import find_environment, is_own_code
 from worldflux.cli.options import Directory, Number, OptionalDeviceName, from_json
-from worldflux.cli.provenance import circumstances, commits, differences, installed_version
+from worldflux.cli.provenance import circumstances, differences, installed_version
 from worldflux.cli.runs import RunConfig
 from worldflux.errors import ConfigurationError
 from worldflux.files import checked_path
@@ -71,6 +71,7 @@ def reproduce(
         no agent was resumed; 130 after Ctrl-C and 143 after SIGTERM; otherwise 0.
     """
     from worldflux.cli.commands.plot import no_run
+    from worldflux.cli.curves import Run
 
     directory = checked_path("RUN", run)
     target = checked_path("--output", output or Path(f"{directory}-reproduced"), directory=True)
@@ -88,8 +89,9 @@ def reproduce(
     compared, unexplained = [], False
     for place, again in found.items():
         config = configs[place]
-        changes = _changes(config, settings[place])
-        known = any("worldflux" in each for each in (config.commits, commits()))
+        now = circumstances(config.task, settings[place].device)
+        changes = _changes(config, now)
+        known = "worldflux" in {**config.commits, **now["commits"]}
         _tell_changes(place, config, changes, is_code_known=known)
         status = _train(config, settings[place], again)
         if status:
@@ -97,11 +99,16 @@ def reproduce(
                 f"worldflux: continue with: worldflux reproduce {_words(run, output, steps, device)}", file=sys.stderr
             )
             return status
-        comparisons = _compare(place, again)
+        written = RunConfig.read(again)
+        comparisons = _compare(Run(place, config), Run(again, written))
         compared += comparisons
-        on_cpu = all(RunConfig.read(each).machine.get("device") == "cpu" for each in (place, again))
+        threads = tuple(each.machine.get("threads") for each in (config, written))
+        if threads[0] != threads[1]:
+            changes["threads"] = threads
+            print("worldflux: torch used {} threads then, and {} now".format(*threads), file=sys.stderr)
+        on_cpu = all(each.machine.get("device") == "cpu" for each in (config, written))
         # Environments cannot be continued in the middle of an episode.
-        parts = [part for each in (place, again) for part in RunConfig.read(each).resumed]
+        parts = [*config.resumed, *written.resumed]
         stopped = config.kind == "train" and any(part.get("step") for part in parts)
         reason = _RESUMED if stopped else _CHANGED if changes or not on_cpu else None if known else _UNKNOWN_CODE
         unexplained |= _tell(place, again, comparisons, reason)
@@ -152,9 +159,11 @@ def _check_target(again: Path, config: RunConfig, settings: Any) -> None:
         raise ConfigurationError(f"{runs.shown(again)} has a run with other settings. Choose another --output.")
 
 
-def _changes(config: RunConfig, settings: Any) -> dict[str, tuple[str | None, str | None]]:
-    """What differs between then and now, for the run and for each time that it was resumed."""
-    now = circumstances(config.task, settings.device)
+def _changes(config: RunConfig, now: Mapping[str, Any]) -> dict[str, tuple[str | None, str | None]]:
+    """What differs between then and now, for the run and for each time that it was resumed.
+
+    The number of threads is left out, which depends on the model.
+    """
     parts = [{"versions": config.versions, "commits": config.commits, "machine": config.machine}, *config.resumed]
     found: dict[str, tuple[str | None, str | None]] = {}
     for part in parts:
@@ -162,6 +171,7 @@ def _changes(config: RunConfig, settings: Any) -> dict[str, tuple[str | None, st
         installed = {name: installed_version(name) for name in part["versions"] if name not in now["versions"]}
         now["versions"] |= {name: version for name, version in installed.items() if version is not None}
         found = {**differences(part, now), **found}
+    found.pop("threads", None)
     return found
 
 
@@ -205,11 +215,8 @@ def _train(config: RunConfig, settings: Any, again: Path) -> int:
     return int(command(config.model, task, run=again, settings=settings))
 
 
-def _compare(place: Path, again: Path) -> list[Comparison]:
-    """Compares the evaluations, or what was logged while training if there are none."""
-    from worldflux.cli.curves import Run
-
-    both = [Run(each, RunConfig.read(each)) for each in (place, again)]
+def _compare(*both: Run) -> list[Comparison]:
+    """Compares the evaluations of two runs, or what was logged while training if there are none."""
     names = ("score of the evaluations", "held-out loss", "mean return of the training episodes", "training loss")
     for name, (before, after) in zip(names, zip(*map(_scores, both), strict=True), strict=True):
         steps = sorted(before.keys() & after.keys())
@@ -220,9 +227,11 @@ def _compare(place: Path, again: Path) -> list[Comparison]:
 
 def _scores(run: Run) -> list[dict[int, float]]:
     """The scores of a run by their steps, from the most to the least meaningful."""
+    from worldflux.cli.curves import STEP
+
     found = [{int(step): score for step, _, score in run.evaluation}]
     for key in ("eval/loss", "rollout/ep_rew_mean", "train/loss"):
-        found.append({int(row["time/total_timesteps"]): row[key] for row in run.log if key in row})
+        found.append({int(row[STEP]): row[key] for row in run.log if key in row})
     return found
 
 

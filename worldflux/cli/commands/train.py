@@ -185,11 +185,12 @@ class AgentTraining(Work):
         self.frames_per_step = frames_per_vec_step(envs)
         if run is None or runs.newest_step(run) is None:
             self._agent = WorldFluxAgent(model, envs, **settings.agent_settings())
-            return
-        try:
-            self._agent = WorldFluxAgent.load(run / runs.CHECKPOINTS, envs, device=settings.device, resume=True)
-        except ValueError as error:  # raised by SB3 if the spaces differ
-            raise ConfigurationError(f"{runs.shown(run)} cannot be resumed in {task}: {error}") from error
+        else:
+            try:
+                self._agent = WorldFluxAgent.load(run / runs.CHECKPOINTS, envs, device=settings.device, resume=True)
+            except ValueError as error:  # raised by SB3 if the spaces differ
+                raise ConfigurationError(f"{runs.shown(run)} cannot be resumed in {task}: {error}") from error
+        self.model = self._agent.model
 
     def describe(self) -> str:
         """Names the seed; the agent says the rest."""
@@ -200,12 +201,10 @@ class AgentTraining(Work):
         from stable_baselines3.common.logger import Logger
 
         from worldflux.accel import ranks
-        from worldflux.accel.device import choose_threads
         from worldflux.agents import AgentCheckpointCallback
         from worldflux.cli.run_callbacks import Evaluations, Progress, run_logger
 
         settings, agent = self._settings, self._agent
-        choose_threads(agent.model)
         assert settings.steps is not None and settings.seed is not None, settings
         progress = Progress(settings.steps)
         callbacks: list[Any] = [progress] if ranks.is_first() else []

@@ -192,11 +192,9 @@ class OfflineTraining(Work):
 
     def train(self, directory: Path, outputs: Sequence[KVWriter]) -> str:
         """Trains, evaluates and saves checkpoints."""
-        from worldflux.accel.device import choose_threads
         from worldflux.cli.run_callbacks import OfflineLog
         from worldflux.training.callbacks import CheckpointCallback, ProgressCallback
 
-        choose_threads(self.model)
         trainer, log = self._trainer, OfflineLog(directory / runs.LOGS, outputs)
         trainer.add_callback(log)
         interval = trainer.config.save_interval
