@@ -67,6 +67,15 @@ def test_a_continued_run_has_the_same_bits_as_one_that_did_not_stop(saved):
     assert same_weights(continued, whole)
 
 
+def test_a_checkpoint_that_names_no_ranks_is_that_of_one_process(saved):
+    progress = json.loads((saved / "trainer.json").read_text())
+    assert progress.pop("ranks") == 1
+    (saved / "trainer.json").write_text(json.dumps(progress))
+    continued = new_trainer()
+    continued.load_checkpoint(saved)
+    assert continued.step_count == 3
+
+
 def test_single_steps_continue_too(saved):
     losses = []
     for _ in range(2):
@@ -176,6 +185,7 @@ def assert_refused(directory: Path, message: str) -> None:
         ("step", 2.0, "step is 2.0"),
         ("step", True, "step is True"),
         ("run", None, "is not the progress of a Trainer"),
+        ("ranks", 0, "trainer.json: ranks is 0, expected a whole number from 1"),
         ("sampler", "x", "sampler is 'x'"),
         ("random", {}, "trainer.json: random is not the state"),
         ("random", [], "random is not the state"),

@@ -43,14 +43,14 @@ def join() -> None:
     Raises:
         ConfigurationError: If the other ranks cannot be reached.
     """
-    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
         return
     seconds = os.environ.get(TIMEOUT_VARIABLE, str(TIMEOUT))
     if not seconds.isdecimal() or not int(seconds):
         raise ConfigurationError(f"{TIMEOUT_VARIABLE} is {seconds!r}, expected a number of seconds from 1.")
     has_gpus = torch.cuda.is_available()
     if has_gpus:
-        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     timeout = timedelta(seconds=int(seconds))
     # With GPUs, tensors on the CPU are exchanged as well: flags, and the random states of checkpoints.
     backend = "cpu:gloo,cuda:nccl" if has_gpus else "gloo"
@@ -81,11 +81,6 @@ def size() -> int:
 def rank() -> int:
     """Returns the number of this rank, from 0."""
     return dist.get_rank() if size() > 1 else 0
-
-
-def local_rank() -> int:
-    """Returns the number of this rank among those of this machine, which selects its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def is_first() -> bool:

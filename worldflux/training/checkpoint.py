@@ -207,29 +207,24 @@ def write_files(
             the extras of their data.
     """
     progress = {"format": FORMAT, "ranks": ranks.size() if of_all_ranks else 1, **progress}
-    if of_all_ranks and not ranks.is_first():
-        own = part_of_rank(directory, ranks.rank())
-        own.mkdir(exist_ok=True)
-        if extras:
-            safetensors.torch.save_file(extras, own / EXTRAS_FILE)
-        (own / TRAINER_FILE).write_text(json.dumps(progress), encoding="utf-8")
-        give_rights_of(own / EXTRAS_FILE, own / TRAINER_FILE)
-        return
-    safetensors.torch.save_file(weights_on_cpu(model), directory / WEIGHTS_FILE)
-    config = getattr(model, "config", None)
-    if isinstance(config, WorldModelConfig):
-        (directory / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
-    elif config is not None and hasattr(config, "save"):
-        config.save(directory / CONFIG_FILE)
-    states = {"kind": kind, "states": [optimizer.state_dict() for optimizer in optimizers]}
-    with (directory / OPTIMIZER_FILE).open("wb") as file:  # given a path, torch would not say what went wrong
-        torch.save(states, file)
+    part = part_of_rank(directory, ranks.rank() if of_all_ranks else 0)
+    part.mkdir(exist_ok=True)
+    if part == directory:
+        progress["saved_at"] = time_of_saving(directory.parent)
+        safetensors.torch.save_file(weights_on_cpu(model), directory / WEIGHTS_FILE)
+        config = getattr(model, "config", None)
+        if isinstance(config, WorldModelConfig):
+            (directory / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
+        elif config is not None and hasattr(config, "save"):
+            config.save(directory / CONFIG_FILE)
+        states = {"kind": kind, "states": [optimizer.state_dict() for optimizer in optimizers]}
+        with (directory / OPTIMIZER_FILE).open("wb") as file:  # given a path, torch would not say what went wrong
+            torch.save(states, file)
     if extras:
-        safetensors.torch.save_file(extras, directory / EXTRAS_FILE)
-    progress = {"saved_at": time_of_saving(directory.parent), **progress}
-    (directory / TRAINER_FILE).write_text(json.dumps(progress), encoding="utf-8")
+        safetensors.torch.save_file(extras, part / EXTRAS_FILE)
+    (part / TRAINER_FILE).write_text(json.dumps(progress), encoding="utf-8")
     for name in (WEIGHTS_FILE, EXTRAS_FILE):  # which safetensors makes readable to their owner alone
-        give_rights_of(directory / name, directory / TRAINER_FILE)
+        give_rights_of(part / name, part / TRAINER_FILE)
 
 
 @contextmanager
@@ -268,17 +263,21 @@ def part_of_rank(checkpoint: Path, rank: int) -> Path:
     return checkpoint / f"rank-{rank:04d}" if rank else checkpoint
 
 
-def ranks_of(checkpoint: Path) -> int:
+def ranks_of(checkpoint: Path, progress: dict[str, Any] | None = None) -> int:
     """The number of ranks that have written a checkpoint.
+
+    Args:
+        checkpoint: The checkpoint.
+        progress: The content of its `trainer.json`; None reads it.
 
     Raises:
         CheckpointError: If it cannot be read.
     """
-    file = checkpoint / TRAINER_FILE
-    progress = _progress(checkpoint)
+    progress = _progress(checkpoint) if progress is None else progress
     if progress is None:
         raise damaged(checkpoint, f"{TRAINER_FILE} cannot be read")
-    return whole_number(f"{file}: ranks", progress.get("ranks"), 1, below=MOST_RANKS, error=CheckpointError)
+    name = f"{checkpoint / TRAINER_FILE}: ranks"
+    return whole_number(name, progress.get("ranks", 1), 1, below=MOST_RANKS, error=CheckpointError)
 
 
 def of_rank(
@@ -292,7 +291,7 @@ def of_rank(
     Raises:
         CheckpointError: If the rank's part is missing or damaged.
     """
-    written_by = ranks_of(path)
+    written_by = ranks_of(path, saved.progress)
     if rank == 0 and written_by == size:
         return saved.progress, saved.extras
     if written_by != size:
