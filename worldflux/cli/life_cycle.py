@@ -26,7 +26,8 @@ from worldflux.validation import whole_number
 
 if TYPE_CHECKING:
     from stable_baselines3.common.logger import KVWriter
-    from torch import nn
+
+    from worldflux.models.base import WorldModel
 
 CHANGEABLE = ("steps", "device", "render")
 """Settings that may be changed when a run is resumed."""
@@ -66,7 +67,7 @@ class Work(ABC):
     """Name of the task in the path of a new run."""
     task: str
     """The task, named so that it can be found from every working directory."""
-    model: nn.Module
+    model: WorldModel
     """The model that is trained."""
     frames_per_step: int = 1
     """Frames of the environment in each step."""

@@ -102,10 +102,10 @@ def reproduce(
         written = RunConfig.read(again)
         comparisons = _compare(Run(place, config), Run(again, written))
         compared += comparisons
-        threads = tuple(each.machine.get("threads") for each in (config, written))
-        if threads[0] != threads[1]:
-            changes["threads"] = threads
-            print("worldflux: torch used {} threads then, and {} now".format(*threads), file=sys.stderr)
+        then, here = (each.machine.get("threads") for each in (config, written))
+        if then != here:
+            changes["threads"] = (then, here)
+            print(f"worldflux: torch used {then} threads then, and {here} now", file=sys.stderr)
         on_cpu = all(each.machine.get("device") == "cpu" for each in (config, written))
         # Environments cannot be continued in the middle of an episode.
         parts = [*config.resumed, *written.resumed]
@@ -165,11 +165,12 @@ def _changes(config: RunConfig, now: Mapping[str, Any]) -> dict[str, tuple[str |
     The number of threads is left out, which depends on the model.
     """
     parts = [{"versions": config.versions, "commits": config.commits, "machine": config.machine}, *config.resumed]
+    # Packages of the environment, which has not been made yet.
+    missing = {name for part in parts for name in part["versions"] if name not in now["versions"]}
+    installed = {name: version for name in missing if (version := installed_version(name)) is not None}
+    now = {**now, "versions": {**now["versions"], **installed}}
     found: dict[str, tuple[str | None, str | None]] = {}
     for part in parts:
-        # Packages of the environment, which has not been made yet.
-        installed = {name: installed_version(name) for name in part["versions"] if name not in now["versions"]}
-        now["versions"] |= {name: version for name, version in installed.items() if version is not None}
         found = {**differences(part, now), **found}
     found.pop("threads", None)
     return found
