@@ -93,6 +93,7 @@ OPTIONS = {
     "train-offline": ("[MODEL] [DATA]", "--resume DIR", "--eval-share FLOAT", "--set FIELD=VALUE"),
     "report": ("RUN", "--output FILE", "--no-film", "--no-imagination", "--no-reference", "--episodes INT"),
     "reproduce": ("RUN", "--output DIR", "--steps INT", "--device DEVICE"),
+    "data convert": ("SOURCE", "--output", "--format FORMAT", "--option NAME=VALUE", "--action-low FLOAT ..."),
     "models": ("--json",),
     "envs": ("[PATTERN]", "--all-versions", "--json"),
     "check-env": ("ENV", "--steps INT", "--seed INT", "--render"),

@@ -33,6 +33,7 @@ LAYERS = (
     ("worldflux.factory",),
     ("worldflux.envs",),
     ("worldflux.diagnostics",),
+    ("worldflux.datasets",),
     ("worldflux.training",),
     ("worldflux.agents",),
     ("worldflux.cli",),

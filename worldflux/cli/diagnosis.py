@@ -36,6 +36,8 @@ _PACKAGES = (
     "mlflow",
     "minari",
     "h5py",
+    "pyarrow",
+    "av",
     "huggingface-hub",
     "rl_zoo3",
 )

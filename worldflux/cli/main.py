@@ -15,6 +15,7 @@ import tyro
 
 from worldflux.cli.commands.check_env import check_env
 from worldflux.cli.commands.collect import collect
+from worldflux.cli.commands.data import convert
 from worldflux.cli.commands.doctor import doctor
 from worldflux.cli.commands.envs import envs
 from worldflux.cli.commands.eval import evaluate
@@ -38,6 +39,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "reproduce": reproduce,
     "collect": collect,
     "train-offline": train_offline,
+    "data convert": convert,
     "models": models,
     "envs": envs,
     "check-env": check_env,
@@ -45,6 +47,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
 }
 
 
+_GROUPS = {name.partition(" ")[0] for name in COMMANDS if " " in name}
+"""First words of the commands that have two."""
 _TYRO = (tyro.conf.FlagCreatePairsOff,)
 _TASKS: dict[str, tuple[str, Any]] = {"train": ("env", TrainSettings()), "train-offline": ("data", OfflineSettings())}
 """The commands with `--config`: the name of their task in the file, and their options."""
@@ -102,6 +106,8 @@ def _run(given: list[str]) -> int:
     if given[0] == "help":  # worldflux help, worldflux help train
         given = [*given[1:], "--help"]
     name, *rest = given
+    if rest and f"{name} {rest[0]}" in COMMANDS:
+        name, rest = f"{name} {rest[0]}", rest[1:]
     if name in ("-V", "--version"):
         print(_version())
         return 0
@@ -109,17 +115,14 @@ def _run(given: list[str]) -> int:
         if name in COMMANDS:
             command, markers = _configured(name, rest)
             return tyro.cli(command, prog=f"worldflux {name}", args=rest, config=markers)
+        if name in _GROUPS:
+            return _listed(f"worldflux {name}", f"{name} ", "Work on files of recorded data.", rest or ["--help"])
         if not name.startswith("-"):
             raise ConfigurationError(
                 f"There is no command '{name}'{nearest(name, COMMANDS)} worldflux --help lists all commands."
             )
-        return tyro.extras.subcommand_cli_from_dict(
-            {name: _named(command) for name, command in COMMANDS.items()},
-            prog="worldflux",
-            description="World models on any Gymnasium environment. worldflux --version (or -V) prints the versions.",
-            args=given,
-            config=_TYRO,
-        )
+        about = "World models on any Gymnasium environment. worldflux --version (or -V) prints the versions."
+        return _listed("worldflux", "", about, given)
     except WorldFluxError as error:
         text = " ".join(str(error).split())  # on one line
         for call, command_line in _IN_SHELL.items():
@@ -128,6 +131,12 @@ def _run(given: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _listed(prog: str, prefix: str, about: str, given: list[str]) -> int:
+    """Shows the commands whose names begin with `prefix`, or says what is wrong with the arguments."""
+    named = {name.removeprefix(prefix): _named(one) for name, one in COMMANDS.items() if name.startswith(prefix)}
+    return tyro.extras.subcommand_cli_from_dict(named, prog=prog, description=about, args=given, config=_TYRO)
 
 
 def _configured(name: str, rest: list[str]) -> tuple[Callable[..., int], Sequence[Any]]:

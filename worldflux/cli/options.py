@@ -18,7 +18,7 @@ from worldflux.errors import CheckpointError, ConfigurationError, nearest
 
 SettingsT = TypeVar("SettingsT")
 
-_NO_HINT = ""
+NO_HINT = ""
 """Instead of tyro's hint about the default, for options whose text says what happens without them."""
 
 
@@ -56,7 +56,7 @@ _WHOLE_NUMBER: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
 )
 
 Count = Annotated[int, _WHOLE_NUMBER]
-Number = Annotated[int | None, _WHOLE_NUMBER, tyro.conf.arg(help_behavior_hint=_NO_HINT)]
+Number = Annotated[int | None, _WHOLE_NUMBER, tyro.conf.arg(help_behavior_hint=NO_HINT)]
 Seeds = Annotated[
     tuple[int, ...],
     PrimitiveConstructorSpec(
@@ -66,35 +66,35 @@ Seeds = Annotated[
         is_instance=lambda value: isinstance(value, tuple),
         str_from_instance=lambda value: [str(entry) for entry in value],
     ),
-    tyro.conf.arg(help_behavior_hint=_NO_HINT),
+    tyro.conf.arg(help_behavior_hint=NO_HINT),
 ]
-Real = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=_NO_HINT)]
-Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint=_NO_HINT)]
+Real = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=NO_HINT)]
+Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint=NO_HINT)]
 DeviceName = Annotated[str, tyro.conf.arg(metavar="DEVICE")]
-OptionalDeviceName = Annotated[str | None, tyro.conf.arg(metavar="DEVICE", help_behavior_hint=_NO_HINT)]
-Directory = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint=_NO_HINT)]
-File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint=_NO_HINT)]
-ModelName = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]", help_behavior_hint=_NO_HINT)]
+OptionalDeviceName = Annotated[str | None, tyro.conf.arg(metavar="DEVICE", help_behavior_hint=NO_HINT)]
+Directory = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint=NO_HINT)]
+File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint=NO_HINT)]
+ModelName = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]", help_behavior_hint=NO_HINT)]
 """The model to train; left out to resume a run."""
 OptionalEnvName = Annotated[
-    str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[ENV]", help_behavior_hint=_NO_HINT)
+    str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[ENV]", help_behavior_hint=NO_HINT)
 ]
-AgentPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="AGENT", help_behavior_hint=_NO_HINT)]
-Json = Annotated[bool, tyro.conf.arg(name="json", help_behavior_hint=_NO_HINT)]
+AgentPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="AGENT", help_behavior_hint=NO_HINT)]
+Json = Annotated[bool, tyro.conf.arg(name="json", help_behavior_hint=NO_HINT)]
 Fields = Annotated[
-    tuple[str, ...], tyro.conf.arg(metavar="FIELD=VALUE", help_behavior_hint=_NO_HINT), tyro.conf.UseAppendAction
+    tuple[str, ...], tyro.conf.arg(metavar="FIELD=VALUE", help_behavior_hint=NO_HINT), tyro.conf.UseAppendAction
 ]
 """Fields of the model's configuration: `--set hidden_dim=64 --set entropy_scale=3e-3`."""
 
 
 EnvArguments = Annotated[
-    tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE", help_behavior_hint=_NO_HINT), tyro.conf.UseAppendAction
+    tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE", help_behavior_hint=NO_HINT), tyro.conf.UseAppendAction
 ]
 """Arguments of an environment's constructor: `--env-kwargs g=1.6 --env-kwargs 'goal=[1, 2]'`."""
 Trackers = Annotated[
-    tuple[Literal["wandb", "mlflow"], ...], tyro.conf.arg(help_behavior_hint=_NO_HINT), tyro.conf.UseAppendAction
+    tuple[Literal["wandb", "mlflow"], ...], tyro.conf.arg(help_behavior_hint=NO_HINT), tyro.conf.UseAppendAction
 ]
-Name = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=_NO_HINT)]
+Name = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=NO_HINT)]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Compile = Literal["auto", "true", "false"]
 

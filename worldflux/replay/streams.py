@@ -171,6 +171,7 @@ class RecordedStreams:
         flags: np.ndarray,
         finals: Mapping[str, np.ndarray],
         streams: np.ndarray,
+        seen: np.ndarray | None = None,
     ) -> None:
         """Stores several steps from a writer that has checked everything: arrays of the stored dtypes, and finite.
 
@@ -181,8 +182,9 @@ class RecordedStreams:
             flags: As for `RingStorage.add_steps`. `[K, S]`
             finals: The observations after the ends of episodes, in the order of `flags`. `[E, ...]`
             streams: The writer's streams, in ascending order. `[S]`
+            seen: As for `RingStorage.add_steps`. `[E]`
         """
-        self._store.add_steps(obs, actions, rewards, flags, finals, {}, self._or_all(streams))
+        self._store.add_steps(obs, actions, rewards, flags, finals, {}, self._or_all(streams), seen)
 
     def _or_all(self, streams: np.ndarray) -> np.ndarray | None:
         """None in place of all streams, which takes less time."""

@@ -49,7 +49,7 @@ def collect(
         0, or 130 after Ctrl-C and 143 after SIGTERM.
     """
     target = checked_path("--output", output)  # before the environment may change the working directory
-    _check_output(output, overwrite)
+    check_output(output, overwrite)
     if (steps is None) == (episodes is None):
         raise ConfigurationError("Give either --steps or --episodes: how much is recorded.")
     saved = None if policy == RANDOM else _policy(policy)
@@ -110,7 +110,7 @@ class _Progress:
             self._bar.close()
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
+def check_output(output: Path, overwrite: bool) -> None:
     """Raises a `ConfigurationError` if the file cannot be written, before anything is recorded."""
     if output.is_dir():
         raise ConfigurationError(f"{output} is a directory, expected a file. Add a name: {output / 'data.npz'}.")

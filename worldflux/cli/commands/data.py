@@ -1,0 +1,72 @@
+"""`worldflux data`: work on files of recorded data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from worldflux.cli.commands.collect import check_output
+from worldflux.cli.options import NO_HINT, Directory, Flag, Number, assignments, counted
+from worldflux.files import checked_path
+
+_Options = Annotated[
+    tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE", help_behavior_hint=NO_HINT), tyro.conf.UseAppendAction
+]
+_Bounds = Annotated[tuple[float, ...] | None, tyro.conf.arg(metavar="FLOAT ...", help_behavior_hint=NO_HINT)]
+_Sizes = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT ...", help_behavior_hint=NO_HINT)]
+
+
+def convert(
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
+    *,
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")],
+    format: Annotated[str, tyro.conf.arg(metavar="FORMAT")] = "auto",
+    option: _Options = (),
+    action_low: _Bounds = None,
+    action_high: _Bounds = None,
+    action_classes: _Sizes = None,
+    clip_actions: Flag = False,
+    capacity: Number = None,
+    storage: Directory = None,
+    overwrite: Flag = False,
+) -> int:
+    """Write a data set of another format as a file for worldflux train-offline.
+
+    Args:
+        source: A file, a directory, or the id of a Minari data set.
+        output: The .npz file to write.
+        format: The format of SOURCE, such as minari, lerobot or d4rl. auto: it is told from the content.
+        option: An option of the format, such as --option align=arrives. May be repeated.
+        action_low: Lower bounds of the actions, one number or one for each entry, where the data does not name them.
+        action_high: Upper bounds of the actions.
+        action_classes: Numbers of choices, for discrete actions that are stored as whole numbers.
+        clip_actions: Move actions beyond the bounds to the nearest ones inside.
+        capacity: Keep only so many of the newest steps.
+        storage: A directory for working files, for data larger than memory.
+        overwrite: Replace the output if it exists.
+
+    Returns:
+        0.
+    """
+    target = checked_path("--output", output)
+    check_output(output, overwrite)
+    options = assignments("--option", option, "NAME=VALUE, such as align=arrives")
+
+    from worldflux.datasets import load
+
+    buffer = load(
+        source,
+        format=format,
+        capacity=capacity,
+        storage=storage,
+        action_low=action_low,
+        action_high=action_high,
+        action_classes=action_classes,
+        clip_actions=clip_actions,
+        **options,
+    )
+    buffer.save(target)
+    print(f"{output}: {counted(buffer.num_transitions, 'step')} of {counted(buffer.num_episodes, 'episode')}.")
+    return 0

@@ -1,0 +1,131 @@
+"""Reading data sets of any known format into a replay buffer."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from worldflux.datasets.detection import detect
+from worldflux.datasets.filling import ActionForm, filled_buffer
+from worldflux.datasets.recording import Recording
+from worldflux.errors import BufferError, ConfigurationError, nearest
+from worldflux.reading import only_our_errors
+from worldflux.replay.backends import StoragePlace
+from worldflux.replay.buffer import ReplayBuffer
+from worldflux.validation import check_choice
+
+_READERS = {
+    "arrays": "worldflux.datasets.formats.arrays",
+}
+"""The module that reads each format but worldflux's own. Its `open_source` has the format's options as keywords."""
+
+FORMATS: tuple[str, ...] = ("worldflux", *_READERS)
+"""The formats that `load` reads."""
+
+
+def load(
+    source: Any,
+    *,
+    format: str = "auto",
+    capacity: int | None = None,
+    extras: Mapping[str, tuple[tuple[int, ...], Any]] | None = None,
+    seed: int | None = None,
+    storage: StoragePlace = None,
+    action_type: str | None = None,
+    action_classes: Sequence[int] | None = None,
+    action_low: Any = None,
+    action_high: Any = None,
+    clip_actions: bool = False,
+    progress: bool | None = None,
+    **options: Any,
+) -> ReplayBuffer:
+    """Reads a data set into a replay buffer, in which each action stands beside what it earned.
+
+    Observations and actions take the form in which an agent would store them: numbers are float32 vectors, images
+    uint8 with their channels first, discrete actions one-hot, and continuous ones in [-1, 1]. What a source cannot
+    tell, such as whether episodes terminated or were cut, is logged as a warning that names the option for it.
+
+    No source can run code: pickles are refused. A few megabytes of the source are in memory at a time.
+
+    Args:
+        source: Path of a file or directory, id of a Minari data set, replay buffer of SB3, or arrays in memory.
+        format: One of `FORMATS`; "auto" tells it from the content.
+        capacity: Transitions that the buffer keeps at most; None: all that the source has.
+        extras: As for `ReplayBuffer`.
+        seed: Seed of the buffer's sampler.
+        storage: As for `ReplayBuffer`: a directory for data larger than memory.
+        action_type: Kind of the actions, as for `ReplayBuffer`, where the source does not say it.
+        action_classes: Numbers of choices of discrete actions that are stored as whole numbers or one-hots: `(n,)`.
+        action_low: With `action_high`, the bounds of continuous actions in the environment's units, a number or one
+            for each entry. They take precedence over a space that the source names. `[A]`
+        action_high: See `action_low`. `[A]`
+        clip_actions: Whether actions beyond the bounds become the nearest ones inside; otherwise they are an error.
+            Actions beyond those of a space that the source names are always clipped, as environments do.
+        progress: Whether to show a bar on stderr; None: if it is a terminal.
+        options: Options of the format, which are documented with each format on the page "Your data".
+
+    Returns:
+        The buffer, with all episodes complete.
+
+    Raises:
+        FileNotFoundError: If there is no such file or data set.
+        ConfigurationError: If there is no such format or option, or an option is missing.
+        BufferError: If the source is damaged, holds NaN, or cannot be read without running code; or if the machine has
+            no room for it.
+        ShapeMismatchError: If arrays of the source do not fit each other.
+        MissingDependencyError: If a package that reads the format is not installed.
+    """
+    check_choice("format", format, ("auto", *FORMATS))
+    chosen = detect(source) if format == "auto" else format
+    name = source_name(source)
+    if chosen == "worldflux":
+        _check_options(chosen, options, ())
+        if clip_actions:
+            raise ConfigurationError("clip_actions is for other formats: worldflux's files hold executed actions.")
+        return ReplayBuffer.load(
+            source,
+            capacity=capacity,
+            extras=extras,
+            seed=seed,
+            storage=storage,
+            action_type=action_type,
+            action_classes=action_classes,
+            action_low=action_low,
+            action_high=action_high,
+        )
+    reader = importlib.import_module(_READERS[chosen]).open_source
+    _check_options(chosen, options, list(inspect.signature(reader).parameters)[1:])
+    with only_our_errors(name, BufferError):
+        recording: Recording = reader(Path(source) if isinstance(source, str) else source, **options)
+        try:
+            form = ActionForm(recording, action_type, action_classes, action_low, action_high, clip_actions)
+            return filled_buffer(
+                recording,
+                form,
+                capacity=capacity,
+                extras=extras,
+                seed=seed,
+                storage=storage,
+                progress=progress,
+            )
+        finally:
+            recording.close()
+
+
+def source_name(source: Any) -> str:
+    """What a source is called in messages."""
+    if isinstance(source, str | Path):
+        return Path(source).name or str(source)
+    return f"the {type(source).__name__}"
+
+
+def _check_options(format: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        has = f"It has {', '.join(known)}." if known else "It has none."
+        raise ConfigurationError(
+            f"Unknown option '{unknown[0]}' of the format '{format}'{nearest(unknown[0], known)} {has}"
+        )
