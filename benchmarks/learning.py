@@ -2,12 +2,14 @@
 
     python benchmarks/learning.py pendulum pixelseek --seeds 0 1 2
     python benchmarks/learning.py pendulum --algorithm SAC --seeds 0 1 2     # stable-baselines3, for comparison
+    python benchmarks/learning.py pendulum --set batch_size=64 learning_rate=8e-4 --label batch64 --seeds 0 1 2
     python benchmarks/learning.py --plot docs/learning_curves.png        # plots earlier results
 
 Each run appends to `benchmarks/results/<task>.csv` (`step,score,seed`: the return of every training episode, with
 sampled actions) and prints one line of JSON with the mean return of ten episodes with deterministic actions. The exit
 code is 1 if a run of worldflux is below the accepted score of the task. Algorithms of stable-baselines3 run with their
-default settings for the same number of environment steps and write `<task>_<algorithm>.csv`.
+default settings for the same number of environment steps and write `<task>_<algorithm>.csv`. `--set` changes arguments
+of the `WorldFluxAgent`, and the runs write `<task>_<label>.csv`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import csv
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,15 +145,19 @@ class Returns(BaseCallback):
         return True
 
 
-def algorithm_for(task: Task, env: VecEnv, seed: int, algorithm: str | None) -> BaseAlgorithm:
-    """An agent with the settings of the task, or an algorithm of stable-baselines3 with its defaults."""
+def algorithm_for(
+    task: Task, env: VecEnv, seed: int, algorithm: str | None, changes: Mapping[str, float]
+) -> BaseAlgorithm:
+    """An agent with the settings of the task and changes of them, or an algorithm of stable-baselines3."""
     if algorithm is None:
-        return WorldFluxAgent(task.preset, env, seed=seed, **task.settings)
+        return WorldFluxAgent(task.preset, env, seed=seed, **{**task.settings, **changes})
     policy = "CnnPolicy" if is_image_space(env.observation_space) else "MlpPolicy"
     return SB3[algorithm](policy, env, seed=seed, device="cpu")
 
 
-def run(name: str, seed: int, algorithm: str | None = None) -> tuple[dict[str, Any], list[tuple[int, float]]]:
+def run(
+    name: str, seed: int, algorithm: str | None, changes: Mapping[str, float]
+) -> tuple[dict[str, Any], list[tuple[int, float]]]:
     """Trains on a task with worldflux or with the named algorithm of stable-baselines3.
 
     Returns:
@@ -159,7 +165,7 @@ def run(name: str, seed: int, algorithm: str | None = None) -> tuple[dict[str, A
     """
     task = TASKS[name]
     started, cpu_started = time.perf_counter(), time.process_time()
-    agent = algorithm_for(task, make_vec_env(task.make), seed, algorithm)
+    agent = algorithm_for(task, make_vec_env(task.make), seed, algorithm, changes)
     returns = Returns()
     agent.learn(task.steps, callback=returns)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
@@ -169,10 +175,11 @@ def run(name: str, seed: int, algorithm: str | None = None) -> tuple[dict[str, A
     result = {
         "task": name,
         "algorithm": algorithm or task.preset,
+        **changes,
         "seed": seed,
         "score": round(float(np.mean(scores)), 2),
         "worst_episode": round(float(np.min(scores)), 2),
-        "accepted": task.accepted if algorithm is None else None,
+        "accepted": task.accepted if algorithm is None and not changes else None,
         "env_steps": agent.num_timesteps,
         "gradient_steps": agent._n_updates,
         "seconds": round(seconds, 1),
@@ -227,19 +234,24 @@ def main() -> int:
     parser.add_argument("tasks", nargs="*", help=f"one or more of {', '.join(TASKS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--algorithm", choices=tuple(SB3), help="algorithm of stable-baselines3 to run instead")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=NUMBER", help="arguments of the agent to change")
+    parser.add_argument("--label", help="what the results file of changed settings is called after the task")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; small layers benefit little from more")
     parser.add_argument("--plot", type=Path, help="file for a plot of all results")
     options = parser.parse_args()
     unknown = set(options.tasks) - set(TASKS)
     if unknown:
         parser.error(f"unknown tasks {sorted(unknown)}, expected some of {sorted(TASKS)}")
+    changes = {name: json.loads(value) for name, _, value in (item.partition("=") for item in options.set)}
+    if bool(changes) != bool(options.label) or (changes and options.algorithm):
+        parser.error("--set needs a --label, changes nothing in algorithms of stable-baselines3, and a label needs it")
     torch.set_num_threads(options.threads)
     failed = False
     for name in options.tasks:
         for seed in options.seeds:
-            result, curve = run(name, seed, options.algorithm)
-            file = name if options.algorithm is None else f"{name}_{options.algorithm.lower()}"
-            append(RESULTS / f"{file}.csv", seed, curve)
+            result, curve = run(name, seed, options.algorithm, changes)
+            suffix = options.label or options.algorithm
+            append(RESULTS / f"{f'{name}_{suffix.lower()}' if suffix else name}.csv", seed, curve)
             print(json.dumps(result), flush=True)
             failed |= result["accepted"] is not None and result["score"] < result["accepted"]
     if options.plot:
