@@ -44,12 +44,14 @@ class Clock(Callback):
         self.steps: list[float] = []
         self.communication: list[float] = []
         self.within = 0.0
+        self.messages = 0
         for name in ("all_reduce", "all_gather", "broadcast", "all_gather_object", "broadcast_object_list"):
             setattr(dist, name, self._timed(getattr(dist, name)))
 
     def _timed(self, function: Any) -> Any:
         def timed(*args: Any, **kwargs: Any) -> Any:
             began = time.perf_counter()
+            self.messages += 1
             try:
                 return function(*args, **kwargs)
             finally:
@@ -136,13 +138,13 @@ def measure(preset: str, way: str, steps: int) -> dict[str, Any]:
     }
 
 
-def launch(count: int, arguments: list[str]) -> dict[str, Any]:
-    """Starts the ranks, and returns what rank 0 has measured."""
+def launch(count: int, arguments: list[str], script: str = __file__) -> dict[str, Any]:
+    """Starts a script with `--measure` and these arguments on so many ranks, and returns what rank 0 has printed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-    command = [sys.executable, __file__, "--measure", *arguments]
+    command = [sys.executable, script, "--measure", *arguments]
     started = [
         subprocess.Popen(
             command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, text=True
