@@ -56,6 +56,13 @@ class Lane(gym.Env[Any, Any]):
         pass
 
 
+class Maze(Lane):
+    """A constructor without defaults."""
+
+    def __init__(self, rows: int, *, columns: int) -> None:
+        super().__init__(rows * columns)
+
+
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -116,6 +123,14 @@ def test_mistakes_in_arguments_are_one_line(
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and message in err
     assert list(Path().iterdir()) == []
+
+
+def test_arguments_that_a_constructor_needs_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    maze = ENV.replace("Lane", "Maze")
+    assert main(["check-env", maze, "--env-kwargs", "rows=2"]) == 2
+    needed = "needs arguments that are missing. Give them with --env-kwargs columns=VALUE."
+    assert capsys.readouterr().err == f"worldflux: {maze} {needed}\n"
+    assert main(["check-env", maze, "--steps", "20", "--env-kwargs", "rows=2", "--env-kwargs", "columns=2"]) == 0
 
 
 def test_an_argument_that_an_id_does_not_take_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

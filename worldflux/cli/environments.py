@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -210,7 +210,24 @@ def _constructor(name: str, options: EnvOptions) -> tuple[str | Callable[..., gy
             f"{given}: {name} is your own code, and these options go with an id. "
             "Arguments of its constructor are given with --env-kwargs KEY=VALUE."
         )
-    return found, {**of_ids, **options.arguments(of_id=isinstance(found, str))}
+    arguments = {**of_ids, **options.arguments(of_id=isinstance(found, str))}
+    if not isinstance(found, str):
+        _check_complete(name, found, arguments)
+    return found, arguments
+
+
+def _check_complete(name: str, make: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """Raises a `ConfigurationError` that names the arguments which a constructor needs and was not given."""
+    required = [
+        parameter.name
+        for parameter in inspect.signature(make).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and parameter.name not in arguments
+    ]
+    if required:
+        needed = " ".join(f"--env-kwargs {each}=VALUE" for each in required)
+        raise ConfigurationError(f"{name} needs arguments that are missing. Give them with {needed}.")
 
 
 def _without_mode(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
