@@ -1,13 +1,16 @@
-"""Locks on directories, so that no two runs write into the same one."""
+"""Locks on directories, so that no two runs write into the same one, and on what threads share."""
 
 from __future__ import annotations
 
 import os
 import platform
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
+from typing import Any, TypeVar
 
 from worldflux.errors import ConfigurationError
 from worldflux.files import reason
@@ -22,6 +25,38 @@ LOCK_FILE = ".lock"
 """Name of the lock file in a directory that is in use. A file left behind by a killed process does not lock it."""
 _FAR = 2**30
 """Position of the locked byte on Windows, behind the text of the file, because locked bytes cannot be read there."""
+
+
+MethodT = TypeVar("MethodT", bound=Callable[..., Any])
+
+
+class ThreadLock:
+    """A reentrant lock of threads in an object that can be copied and pickled; the copy has a lock of its own."""
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[ThreadLock], tuple[()]]:
+        return type(self), ()
+
+
+def locked(method: MethodT) -> MethodT:
+    """A method of an object with a `ThreadLock` called `lock`, which is held while the method runs."""
+
+    @wraps(method)
+    def with_lock(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return with_lock  # type: ignore[return-value]
 
 
 class DirectoryLock:

@@ -84,7 +84,8 @@ class EpisodeRecorder:
 
         None before a reset.
         """
-        return self._cache.obs if self._began else None
+        with self.buffer.lock:
+            return self._cache.obs if self._began else None
 
     def begin(self, obs: Any) -> None:
         """Notes that all environments were reset to `obs` `[n_envs, ...]`; episodes in flight end as truncated."""
@@ -94,8 +95,9 @@ class EpisodeRecorder:
         count = len(next(iter(first.values())) if isinstance(first, dict) else first)
         if count != self.n_envs:
             raise ShapeMismatchError(f"reset() gave {count} observations, expected {self.n_envs}.")
-        self._cache.attach()
-        self._cache.set_obs(first)
+        with self.buffer.lock:
+            self._cache.attach()
+            self._cache.set_obs(first)
         self._began = True
 
     def interrupt(self) -> None:
@@ -103,9 +105,10 @@ class EpisodeRecorder:
 
         Call it after a reset, a step or storing a step has failed, because the environments are in an unknown state.
         """
-        if self._began:
-            self._cache.end_episodes()
-        self.finish()
+        with self.buffer.lock:
+            if self._began:
+                self._cache.end_episodes()
+            self.finish()
 
     def __enter__(self) -> None:
         """Enters a block that resets or steps the environments."""
@@ -160,11 +163,12 @@ class EpisodeRecorder:
             extras: Values of the model to store with the rows. `{name: [n_envs, ...]}`
         """
         encoded = None if finals is None else [self.obs_codec.encode_any(final)[0] for final in finals]
-        if not extras and self._cache.put(actions, rewards, next_obs):
-            if ends or skipped:
-                self._cache.mark(ends, encoded, skipped)
-        else:
-            self._add_at_once(actions, rewards, next_obs, ends, encoded, skipped, extras)
+        with self.buffer.lock:  # another thread may learn from the rows, and would have them handed over in between
+            if not extras and self._cache.put(actions, rewards, next_obs):
+                if ends or skipped:
+                    self._cache.mark(ends, encoded, skipped)
+            else:
+                self._add_at_once(actions, rewards, next_obs, ends, encoded, skipped, extras)
 
     def _add_at_once(
         self,

@@ -225,7 +225,8 @@ class ReplayBuffer(RecordedStreams, WindowSampler):
             BufferError: If a size is not a whole number from 1, or no stream holds `seq_len` rows.
             ConfigurationError: If there is no such device.
         """
-        return self._sample(batch_size, seq_len, device, first=self._take_fresh if fresh else None)
+        with self.lock:
+            return self._sample(batch_size, seq_len, device, first=self._take_fresh if fresh else None)
 
     def split(self, fraction: float, *, seed: int = 0, seq_len: int = 1) -> tuple[ReplayPart, ReplayPart]:
         """Two parts that share no row, to train on one and to evaluate on the other; nothing is copied.

@@ -12,6 +12,7 @@ from torch import Tensor
 from worldflux.accel.device import resolve_device
 from worldflux.accel.transfers import to_device
 from worldflux.errors import BufferError
+from worldflux.locks import ThreadLock
 from worldflux.replay.actions import Classes, check_fits
 from worldflux.replay.backends import DeviceArray, RowArray
 from worldflux.replay.batch import Batch, BatchRequest
@@ -98,6 +99,10 @@ class Runs:
 class WindowSampler:
     """A provider of batches of windows for `Trainer`.
 
+    Attributes:
+        lock: Held while rows are added, drawn or given new extras, so that one thread may add rows while another one
+            learns from them.
+
     Args:
         form: Shapes and dtypes of a row.
         seed: Seed of the sampler; None draws one.
@@ -110,6 +115,7 @@ class WindowSampler:
 
     def __init__(self, form: TransitionSpec, seed: int | None) -> None:
         self._form = form
+        self.lock = ThreadLock()
         self.seed(seed)
 
     @property
@@ -154,14 +160,15 @@ class WindowSampler:
         self, batch_size: int | BatchRequest, seq_len: int | None = None, device: str | torch.device = "cpu"
     ) -> Batch:
         """Draws a batch of windows; arguments and errors are those of `ReplayBuffer.sample`."""
-        return self._sample(batch_size, seq_len, device)
+        with self.lock:
+            return self._sample(batch_size, seq_len, device)
 
     def sample_ahead(
         self, batch_size: int | BatchRequest, seq_len: int | None = None, device: str | torch.device = "cpu"
     ) -> Batch:
         """Draws a batch without its extras, before they are up to date; `extras_of` returns them later.
 
-        It can run in a thread of its own while another one calls `update_extras` or `extras_of`.
+        It can run in a thread of its own while another one calls `update_extras` or `extras_of`, but adds no rows.
         """
         return self._sample(batch_size, seq_len, device, with_extras=False)
 
@@ -197,7 +204,11 @@ class WindowSampler:
             ShapeMismatchError: If a shape is not as above.
             BufferError: If the buffer has no such extras.
         """
-        store, ids = self._rows, as_numpy("rows", rows)
+        ids = as_numpy("rows", rows)
+        with self.lock:
+            self._update_extras(self._rows, ids, values)
+
+    def _update_extras(self, store: RingStorage, ids: np.ndarray, values: Mapping[str, Any]) -> None:
         at, stored = self._found(store, ids)
         kept = np.flatnonzero(stored)
         for name, value in values.items():

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError, WorldFluxError
+from worldflux.locks import ThreadLock, locked
 from worldflux.replay.actions import as_executed, rescaled
 from worldflux.replay.backends import Storage
 from worldflux.replay.ring import FINAL, STEP, TERMINATED, TRUNCATED, UNSEEN, RingStorage
@@ -50,6 +51,8 @@ class RecordedStreams:
         storage: Storage of the rows.
     """
 
+    lock: ThreadLock
+
     def __init__(self, capacity: int, n_envs: int, form: TransitionSpec, storage: Storage) -> None:
         self._capacity, self._n_envs, self._form = capacity, n_envs, form
         self._store = _new_store(capacity, n_envs, form, storage)
@@ -62,8 +65,9 @@ class RecordedStreams:
     @property
     def _rows(self) -> RingStorage:
         """The store with every step that was made; outside of this class, nobody reads `_store`."""
-        for writer in self._writers:
-            writer.hand_over()
+        with self.lock:
+            for writer in self._writers:
+                writer.hand_over()
         return self._store
 
     def stored(self) -> tuple[RingStorage, np.ndarray]:
@@ -153,15 +157,16 @@ class RecordedStreams:
             obs_arrays = {key: _spread(array, rows, n) for key, array in obs_arrays.items()}
             extra_arrays = {name: _spread(array, rows, n) for name, array in extra_arrays.items()}
             actions, rewards, flags = (_spread(array, rows, n) for array in (actions, rewards, flags))
-        self._rows.add_steps(
-            {key: array[None] for key, array in obs_arrays.items()},
-            actions[None],
-            rewards[None],
-            flags[None],
-            finals,
-            {name: array[None] for name, array in extra_arrays.items()},
-            self._or_all(streams),
-        )
+        with self.lock:
+            self._rows.add_steps(
+                {key: array[None] for key, array in obs_arrays.items()},
+                actions[None],
+                rewards[None],
+                flags[None],
+                finals,
+                {name: array[None] for name, array in extra_arrays.items()},
+                self._or_all(streams),
+            )
 
     def add_checked(
         self,
@@ -184,12 +189,14 @@ class RecordedStreams:
             streams: The writer's streams, in ascending order. `[S]`
             seen: As for `RingStorage.add_steps`. `[E]`
         """
-        self._store.add_steps(obs, actions, rewards, flags, finals, {}, self._or_all(streams), seen)
+        with self.lock:
+            self._store.add_steps(obs, actions, rewards, flags, finals, {}, self._or_all(streams), seen)
 
     def _or_all(self, streams: np.ndarray) -> np.ndarray | None:
         """None in place of all streams, which takes less time."""
         return None if len(streams) == self.num_streams else streams
 
+    @locked
     def add_episode(
         self,
         obs: Any,
@@ -302,6 +309,7 @@ class RecordedStreams:
         if env is None:
             self.end_in(np.arange(self._n_envs, self.num_streams))
 
+    @locked
     def end_in(
         self, streams: np.ndarray, final_obs: Any = None, count: int = 0, envs: np.ndarray | None = None
     ) -> None:
@@ -336,6 +344,7 @@ class RecordedStreams:
         """Steps of every environment that `add` can take, however their episodes end, before it drops old rows."""
         return self._rows.room
 
+    @locked
     def grow(self, capacity: int) -> None:
         """Makes room for more transitions; what is stored stays, with the same numbers in `Batch.row_ids`.
 
@@ -350,6 +359,7 @@ class RecordedStreams:
         self._move_rows(_new_store(capacity, self.num_streams, self._form, self._store.storage))
         self._capacity = capacity
 
+    @locked
     def add_streams(self, count: int) -> None:
         """Makes further streams, for environments that move by themselves.
 
@@ -372,6 +382,7 @@ class RecordedStreams:
         for writer in self._writers:
             writer.limit(store.most_steps)
 
+    @locked
     def clear(self, streams: int) -> None:
         """Forgets all rows, and makes so many streams."""
         self._store = _new_store(self._capacity, streams, self._form, self._store.storage)
@@ -388,6 +399,7 @@ class RecordedStreams:
 
     # --- recorders
 
+    @locked
     def attach(self, writer: StepWriter, count: int) -> np.ndarray:
         """Gives a writer streams that nobody else writes to, one for each of its environments, until `detach`.
 
@@ -421,6 +433,7 @@ class RecordedStreams:
         writers = [writer for writer in self._writers if writer.is_resting is is_resting]
         return [stream for writer in writers for stream in writer.streams.tolist()]
 
+    @locked
     def detach(self, writer: StepWriter) -> None:
         """Takes a writer's streams back, once its steps are passed on."""
         writer.hand_over()
