@@ -72,7 +72,8 @@ class ActionForm:
             classes = declared_classes(action_type, action_classes, dim)
             if classes and is_numbers and width == len(classes):
                 self._one_hots = OneHots(classes, (0,) * len(classes))
-        elif classes is None and recording.action_space is not None:
+        elif classes is None and _is_bounded(recording.action_space):
+            assert recording.action_space is not None
             self._codec = ActionCodec(recording.action_space)
             classes, width = self._codec.action_classes, self._codec.action_dim
         elif classes is None and recording.action_dtype.kind in "iu" and width == 1:
@@ -83,7 +84,7 @@ class ActionForm:
     def convert(self, stored: np.ndarray) -> np.ndarray:
         """Actions in the library's form. `[K, A]`"""
         if self._codec is not None:
-            actions = self._codec.from_env(stored)
+            actions = self._codec.from_env(stored.reshape(len(stored), *(self._codec.space.shape or ())))
             if isinstance(self._codec.space, spaces.Box):
                 self._count_outside(stored, self._codec.space.low, self._codec.space.high)
             return actions
@@ -101,6 +102,11 @@ class ActionForm:
         margin = _ROUNDING * (np.asarray(high, np.float64) - low)
         outside = (actions < low - margin) | (actions > high + margin)
         self.clipped += int(np.count_nonzero(outside.reshape(len(outside), -1).any(1)))
+
+
+def _is_bounded(space: spaces.Space[Any] | None) -> bool:
+    """Whether a space tells how its actions become those of the library."""
+    return space is not None and not (isinstance(space, spaces.Box) and not space.is_bounded())
 
 
 def _classes_wanted(recording: Recording) -> ConfigurationError:

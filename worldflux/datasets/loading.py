@@ -18,9 +18,14 @@ from worldflux.replay.buffer import ReplayBuffer
 from worldflux.validation import check_choice
 
 _READERS = {
-    "arrays": "worldflux.datasets.formats.arrays",
+    "minari": "minari:open_source",
+    "d4rl": "d4rl:open_source",
+    "ogbench": "d4rl:open_ogbench",
+    "robomimic": "robomimic:open_source",
+    "sb3": "sb3:open_source",
+    "arrays": "arrays:open_source",
 }
-"""The module that reads each format but worldflux's own. Its `open_source` has the format's options as keywords."""
+"""Module and function that open a source of each format but worldflux's own; their keywords are its options."""
 
 FORMATS: tuple[str, ...] = ("worldflux", *_READERS)
 """The formats that `load` reads."""
@@ -96,10 +101,11 @@ def load(
             action_low=action_low,
             action_high=action_high,
         )
-    reader = importlib.import_module(_READERS[chosen]).open_source
+    module, _, function = _READERS[chosen].partition(":")
+    reader = getattr(importlib.import_module(f"worldflux.datasets.formats.{module}"), function)
     _check_options(chosen, options, list(inspect.signature(reader).parameters)[1:])
     with only_our_errors(name, BufferError):
-        recording: Recording = reader(Path(source) if isinstance(source, str) else source, **options)
+        recording: Recording = reader(source, **options)
         try:
             form = ActionForm(recording, action_type, action_classes, action_low, action_high, clip_actions)
             return filled_buffer(
