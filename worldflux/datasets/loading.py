@@ -21,6 +21,8 @@ _READERS = {
     "minari": "minari:open_source",
     "d4rl": "d4rl:open_source",
     "ogbench": "d4rl:open_ogbench",
+    "dreamerv3": "dreamer:open_chunks",
+    "dreamerv3-torch": "dreamer:open_episodes",
     "robomimic": "robomimic:open_source",
     "sb3": "sb3:open_source",
     "arrays": "arrays:open_source",
