@@ -99,14 +99,14 @@ KEPT = array(several(number(1000)), content=data(b"\0" * 4000) + pickle.BINPUT +
 AGAIN = array(several(number(1000)), content=pickle.BINGET + b"\1")
 
 FOREIGN = (
-    pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.PERSID, pickle.BINPERSID, pickle.INST, pickle.OBJ, pickle.NEWOBJ,
+    pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.PERSID, pickle.BINPERSID, pickle.INST, pickle.OBJ,
     pickle.NEWOBJ_EX, pickle.DUP, pickle.POP, pickle.POP_MARK, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER,
     pickle.EMPTY_SET, pickle.FROZENSET, pickle.ADDITEMS, pickle.INT, pickle.LONG, pickle.FLOAT, pickle.STRING,
     pickle.UNICODE, pickle.PUT, pickle.GET, pickle.LIST, pickle.DICT, b"\xff", b"\0",
 )  # fmt: skip
 HUNGRY = (
     pickle.MEMOIZE, pickle.BINPUT, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.APPEND,
-    pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS, pickle.STACK_GLOBAL, pickle.REDUCE, pickle.BUILD,
+    pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS, pickle.STACK_GLOBAL, pickle.REDUCE, pickle.NEWOBJ, pickle.BUILD,
 )  # fmt: skip
 
 CALLABLES = ("builtins.eval", "builtins.getattr", "os.system", "numpy.load", "numpy.ctypeslib.load_library")

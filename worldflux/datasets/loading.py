@@ -23,6 +23,7 @@ _READERS = {
     "ogbench": "d4rl:open_ogbench",
     "dreamerv3": "dreamer:open_chunks",
     "dreamerv3-torch": "dreamer:open_episodes",
+    "tdmpc2": "tdmpc2:open_source",
     "robomimic": "robomimic:open_source",
     "sb3": "sb3:open_source",
     "arrays": "arrays:open_source",

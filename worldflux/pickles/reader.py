@@ -140,7 +140,7 @@ class PickleReader:
             push(self._name(self._line(), self._line()))
         elif opcode == pickle.STACK_GLOBAL:
             push(self._name(*self._several(2)))
-        elif opcode == pickle.REDUCE:
+        elif opcode in (pickle.REDUCE, pickle.NEWOBJ):
             push(self._called(*self._several(2)))
         elif opcode == pickle.BUILD:
             state = self._pop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +31,8 @@ _STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+_LOCAL_HEADER = 30
+"""Bytes in front of a member's name in a zip archive."""
 _MOST_COPIES = 4
 """How many times larger than the file its tensors may be: TD-MPC2's value networks have up to three names."""
 
@@ -81,10 +85,16 @@ class TorchFile:
     Args:
         path: The zip archive that torch writes since version 1.6.
         keys: Allowed types of the keys of mappings.
+        builders: Replacements for further names; see `PickleReader`.
     """
 
-    def __init__(self, path: Path, keys: tuple[type, ...] = (str,)) -> None:
-        self._keys = keys
+    def __init__(
+        self,
+        path: Path,
+        keys: tuple[type, ...] = (str,),
+        builders: Mapping[tuple[str, str], Builder | None] | None = None,
+    ) -> None:
+        self._path, self._keys, self._builders = path, keys, {**_BUILDERS, **(builders or {})}
         self._size = os.path.getsize(path)
         if not zipfile.is_zipfile(path):
             raise ValueError("it is no archive, which is what torch.save writes since torch 1.6")
@@ -115,10 +125,15 @@ class TorchFile:
         with self._archive.open(found[0]) as file:
             size = self._members[found[0]].file_size
             buffered = io.BufferedReader(cast(io.RawIOBase, file))
-            return PickleReader(buffered, size, _BUILDERS, partial(self._storage, folder), self._keys).read()
+            return PickleReader(buffered, size, self._builders, partial(self._storage, folder), self._keys).read()
 
-    def tensors(self, mapping: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The tensors in a mapping that `read` has returned. Other values are left out."""
+    def tensors(self, mapping: Mapping[str, Any], *, mapped: bool = False) -> dict[str, Tensor]:
+        """The tensors in a mapping that `read` has returned. Other values are left out.
+
+        Args:
+            mapping: The mapping.
+            mapped: Whether the file is mapped into memory, for tensors that are larger, instead of read.
+        """
         described = {name: value for name, value in mapping.items() if type(value) is StoredTensor}
         storages = {name: value.checked() for name, value in described.items()}
         claimed = sum(math.prod(value.shape) * storages[name].dtype.itemsize for name, value in described.items())
@@ -126,14 +141,28 @@ class TorchFile:
             raise ValueError(f"its tensors claim {claimed:,} bytes, and the file has {self._size:,}")
         for storage in storages.values():
             if storage.member not in self._loaded:
-                data = bytearray(self._archive.read(storage.member))
-                self._loaded[storage.member] = torch.frombuffer(data, dtype=torch.uint8)
+                self._loaded[storage.member] = self._mapped(storage) if mapped else self._read(storage)
         return {
             name: self._loaded[storages[name].member]
             .view(storages[name].dtype)
             .as_strided(value.shape, value.strides, value.offset)
             for name, value in described.items()
         }
+
+    def _read(self, storage: _Storage) -> Tensor:
+        return torch.frombuffer(bytearray(self._archive.read(storage.member)), dtype=torch.uint8)
+
+    def _mapped(self, storage: _Storage) -> Tensor:
+        info = self._members[storage.member]
+        with self._path.open("rb") as file:
+            file.seek(info.header_offset)
+            header = file.read(_LOCAL_HEADER)
+        # The lengths of the name and of what follows it may be others than in the archive's table of contents.
+        begin = info.header_offset + len(header) + sum(struct.unpack("<HH", header[26:30]))
+        size = storage.count * storage.dtype.itemsize
+        if header[:4] != b"PK\x03\x04" or begin + size > self._size:
+            raise ValueError(f"its member {storage.member!r} is not where its table of contents says")
+        return torch.from_numpy(np.memmap(self._path, np.uint8, "c", begin, (size,)))  # "c": changes stay in memory
 
     def _storage(self, folder: str, reference: Any) -> _Storage:
         """The storage for a persistent id `("storage", type, key, device, count)`."""
