@@ -10,7 +10,9 @@ from typing import Any
 
 from worldflux.datasets.detection import detect
 from worldflux.datasets.filling import ActionForm, filled_buffer
+from worldflux.datasets.images import with_resized_images
 from worldflux.datasets.recording import Recording
+from worldflux.envs.wrappers import Size
 from worldflux.errors import BufferError, ConfigurationError, nearest
 from worldflux.reading import only_our_errors
 from worldflux.replay.backends import StoragePlace
@@ -19,6 +21,7 @@ from worldflux.validation import check_choice
 
 _READERS = {
     "minari": "minari:open_source",
+    "lerobot": "lerobot:open_source",
     "d4rl": "d4rl:open_source",
     "ogbench": "d4rl:open_ogbench",
     "dreamerv3": "dreamer:open_chunks",
@@ -47,6 +50,7 @@ def load(
     action_low: Any = None,
     action_high: Any = None,
     clip_actions: bool = False,
+    image_size: Size | None = None,
     progress: bool | None = None,
     **options: Any,
 ) -> ReplayBuffer:
@@ -72,6 +76,7 @@ def load(
         action_high: See `action_low`. `[A]`
         clip_actions: Whether actions beyond the bounds become the nearest ones inside; otherwise they are an error.
             Actions beyond those of a space that the source names are always clipped, as environments do.
+        image_size: Height and width to which all images are resized, or one number for both.
         progress: Whether to show a bar on stderr; None: if it is a terminal.
         options: Options of the format, which are documented with each format on the page "Your data".
 
@@ -91,8 +96,8 @@ def load(
     name = source_name(source)
     if chosen == "worldflux":
         _check_options(chosen, options, ())
-        if clip_actions:
-            raise ConfigurationError("clip_actions is for other formats: worldflux's files hold executed actions.")
+        if clip_actions or image_size is not None:
+            raise ConfigurationError("clip_actions and image_size are for other formats than 'worldflux'.")
         return ReplayBuffer.load(
             source,
             capacity=capacity,
@@ -111,6 +116,8 @@ def load(
         recording: Recording = reader(source, **options)
         try:
             form = ActionForm(recording, action_type, action_classes, action_low, action_high, clip_actions)
+            if image_size is not None:
+                recording = with_resized_images(recording, image_size)
             return filled_buffer(
                 recording,
                 form,
