@@ -44,7 +44,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from worldflux.replay.backends import free_memory, human
+from worldflux.accel.memory import free_memory, human
 from worldflux.training import ReplayBuffer
 
 RESULTS = Path(__file__).parent / "results" / "replay.csv"

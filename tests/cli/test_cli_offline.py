@@ -130,3 +130,21 @@ def test_data_that_have_gone_are_named(capsys: pytest.CaptureFixture[str]) -> No
     RunConfig("train-offline", "dreamerv3:tiny", "gone.npz", {"steps": 3}).write(Path())
     assert main(["train-offline", "--resume", "."]) == 2
     assert "There is no file 'gone.npz'" in capsys.readouterr().err
+
+
+def test_a_directory_of_files_can_stay_on_the_disk(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("recordings").mkdir()
+    for number in range(2):
+        part = ReplayBuffer(100, (3,), 2)
+        part.add_episodes_of(ReplayBuffer.load("data.npz"), first=5 * number)
+        part.save(f"recordings/{number}.npz")
+    trained = []
+    for storage in ("memory", "in_place"):
+        assert main(["train-offline", "dreamerv3:tiny", "recordings", *TINY, "--storage", storage]) == 0
+        assert "120 steps of data" in capsys.readouterr().err
+        run = max(find_runs(Path("runs")))
+        assert run.parent.parent.name == "recordings" and RunConfig.read(run).settings["storage"] == storage
+        trained.append(weights(run / "model"))
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
+    assert main(["imagine", str(run), "--context", "2", "--horizon", "3", "--windows", "4"]) == 0
+    assert '"data": "episodes of recordings"' in Path("imagination/imagination.json").read_text()

@@ -259,6 +259,51 @@ def training(directory: str, of_one: str) -> dict[str, Any]:
     }
 
 
+def loading(whole_files: str, uneven: str, few: str) -> dict[str, Any]:
+    """Loads this rank's part of files, and says what is in it."""
+
+    def load(path: str, **options: Any) -> dict[str, Any]:
+        buffer = ReplayBuffer.load(path, sharded=True, seed=0, **options)
+        rows = buffer.stored()[0]
+        at = rows.stored_at()
+        (obs,) = rows.obs.values()
+        part, held_out = buffer.split(0.3, seq_len=2)
+        return {
+            "counts": obs[at][:, 0].tolist(),
+            "rewards": rows.rewards[at].tolist(),
+            "windows": buffer.num_windows(3),
+            "digests": [buffer.digest(), part.digest(), held_out.digest()],
+        }
+
+    try:
+        load(few)
+    except BaseException as error:
+        refused = f"{type(error).__name__}: {error}"
+    return {
+        "refused": refused,
+        "whole files": load(whole_files),
+        "in place": load(whole_files, storage="in_place"),
+        "divided": load(uneven),
+        "divided in place": load(uneven, storage="in_place"),
+        "everything": ReplayBuffer.load(uneven).num_transitions,
+    }
+
+
+def sharded_training(directory: str, data: str) -> dict[str, Any]:
+    """Trains on this rank's part of files that are read in place: without an interruption, and in two parts."""
+
+    def buffer(trainer: Trainer) -> ReplayBuffer:
+        return ReplayBuffer.load(data, storage="in_place", sharded=True, extras=trainer.model.replay_extras())
+
+    whole = trainer_of(Path(directory) / "whole")
+    whole.train(buffer(whole))
+    part = trainer_of(Path(directory) / "parts")
+    part.train(buffer(part), num_steps=4)
+    resumed = trainer_of(Path(directory) / "parts")
+    resumed.train(buffer(resumed), resume=True)
+    return {"whole": whole.model.state_dict(), "resumed": resumed.model.state_dict(), "step": resumed.step_count}
+
+
 class Fails(Callback):
     """Ends a rank at a step, in one of several ways."""
 

@@ -96,6 +96,7 @@ Trackers = Annotated[
 ]
 Name = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=NO_HINT)]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+DataStorage = Literal["memory", "in_place"]
 Compile = Literal["auto", "true", "false"]
 
 REPEATABLE = ("set", "env_kwargs", "track")

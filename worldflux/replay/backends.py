@@ -7,23 +7,31 @@ import math
 import mmap
 import os
 import re
-import shutil
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from worldflux.accel.device import resolve_device
+from worldflux.accel.memory import Budget, free_device_memory, free_disk, free_memory
 from worldflux.accel.transfers import to_device
 from worldflux.errors import BufferError, ConfigurationError
 from worldflux.files import checked_path
+from worldflux.locks import ThreadLock
+from worldflux.reading import open_regular
 
-StoragePlace = str | os.PathLike[str] | torch.device | None
+IN_PLACE = "in_place"
+"""Name of the storage of rows that stay in their files."""
+UNSEEN_AT = -(2**62)
+"""Position in a file of an observation that was never recorded."""
+
+_MOST_OPEN = 128
+"""Files that are kept open for reading."""
 
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d+)?")
 _NOT_RESERVABLE = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
@@ -73,8 +81,160 @@ class DeviceArray:
         return to_device(torch.as_tensor(at, dtype=torch.int64), self.tensor.device)
 
 
-RowArray = np.ndarray | DeviceArray
-"""An array of rows: a NumPy array without gaps, or one on a device that is read and written like it."""
+class RecordedFiles:
+    """Files of which parts are read at any time, and which must not change meanwhile.
+
+    Args:
+        paths: Paths of the files.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = [path.absolute() for path in paths]
+        self._identities = [_identity(os.stat(path)) for path in self.paths]
+        self._open: OrderedDict[int, BinaryIO] = OrderedDict()  # used last comes last
+        self._lock = ThreadLock()
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy, perhaps in another process, opens the files by itself
+        return {**vars(self), "_open": OrderedDict()}
+
+    def read(self, parts: Sequence[tuple[int, int, memoryview]]) -> None:
+        """Reads parts of files into memory. Other threads run meanwhile.
+
+        Args:
+            parts: Number of the file, position in it, and where to write what is there, in the order of reading.
+
+        Raises:
+            BufferError: If a file has changed since it was loaded, or cannot be read.
+        """
+        number = 0
+        with self._lock:
+            try:
+                if hasattr(os, "posix_fadvise"):  # so that the disk has all requests of a batch at once
+                    for number, position, target in parts:
+                        os.posix_fadvise(self._opened(number).fileno(), position, len(target), os.POSIX_FADV_WILLNEED)
+                for number, position, target in parts:
+                    _read_into(self._opened(number), position, target)
+            except OSError as error:
+                raise BufferError(f"{self.paths[number]} cannot be read: {error}") from error
+
+    def _opened(self, number: int) -> BinaryIO:
+        file = self._open.get(number)
+        if file is not None:
+            self._open.move_to_end(number)
+            return file
+        path = self.paths[number]
+        try:
+            file = open_regular(path)
+        except OSError as error:
+            raise BufferError(f"{path} cannot be read any more: {error}. Load the data again.") from error
+        if _identity(os.fstat(file.fileno())) != self._identities[number]:
+            file.close()
+            raise BufferError(f"{path} has changed since it was loaded. Load the data again.")
+        self._open[number] = file
+        if len(self._open) > _MOST_OPEN:
+            self._open.popitem(last=False)[1].close()
+        return file
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _read_into(file: BinaryIO, position: int, target: memoryview) -> None:
+    """Fills `target` with what stands at a position. Reading takes fewer steps of the system than mapping."""
+    while target:
+        if hasattr(os, "preadv"):
+            count = os.preadv(file.fileno(), [target], position)
+        else:
+            file.seek(position)
+            count = file.readinto(target)  # type: ignore[attr-defined]
+        if not count:
+            raise OSError(errno.EIO, "it ends too early")
+        position, target = position + count, target[count:]
+
+
+class FileRows:
+    """Rows of observations that stay in the files of a recording, read at NumPy arrays of indices.
+
+    An episode is one piece of its file, except for the observation after its last step, which is stored elsewhere in
+    the file. Consecutive rows are read together.
+
+    Args:
+        files: The files.
+        shape: Shape of all rows, `[N, ...]`.
+        dtype: Dtype of the rows.
+        first: Index of the first row of each episode, ascending. `[S]`
+        lengths: Transitions of each episode. `[S]`
+        file: Number of the file of each episode. `[S]`
+        begin: Position there of the first observation. `[S]`
+        final: Position there of the observation after the last step; `UNSEEN_AT` if it was not recorded. `[S]`
+    """
+
+    def __init__(
+        self,
+        files: RecordedFiles,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        first: np.ndarray,
+        lengths: np.ndarray,
+        file: np.ndarray,
+        begin: np.ndarray,
+        final: np.ndarray,
+    ) -> None:
+        self.shape, self.dtype = shape, dtype
+        self._files, self._first, self._lengths = files, first, lengths
+        self._file, self._begin, self._final = file, begin, final
+        self._row_bytes = math.prod(shape[1:]) * dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return self.shape[0] * self._row_bytes
+
+    def __getitem__(self, at: np.ndarray) -> np.ndarray:
+        flat = at.reshape(-1)
+        rows = np.empty((flat.size, *self.shape[1:]), self.dtype)
+        if flat.size:
+            self._read(flat, rows)
+        return rows.reshape(*at.shape, *self.shape[1:])
+
+    def _read(self, at: np.ndarray, rows: np.ndarray) -> None:
+        episode = self._first.searchsorted(at, side="right") - 1
+        step = at - self._first[episode]
+        position = np.where(
+            step < self._lengths[episode], self._begin[episode] + step * self._row_bytes, self._final[episode]
+        )
+        file = self._file[episode]
+        breaks = (position[1:] != position[:-1] + self._row_bytes) | (file[1:] != file[:-1])
+        starts = np.flatnonzero(np.append(True, breaks))
+        ends = np.append(starts[1:], at.size)
+        unseen = position[starts] == UNSEEN_AT
+        rows[starts[unseen]] = 0
+        seen = np.flatnonzero(~unseen)
+        seen = seen[np.lexsort((position[starts[seen]], file[starts[seen]]))]
+        target = rows.reshape(-1).view(np.uint8).data
+        pieces = zip(file[starts[seen]].tolist(), position[starts[seen]].tolist(), strict=True)
+        bounds = zip((starts[seen] * self._row_bytes).tolist(), (ends[seen] * self._row_bytes).tolist(), strict=True)
+        self._files.read([(*piece, target[slice(*bound)]) for piece, bound in zip(pieces, bounds, strict=True)])
+        if self.dtype.kind == "f" and not np.isfinite(rows).all():
+            bad = int(np.flatnonzero(~np.isfinite(rows.reshape(at.size, -1)).all(1))[0])
+            raise BufferError(
+                f"{self._files.paths[file[bad]]} has an observation that is not finite, {step[bad]} steps after the "
+                "beginning of its episode. Data that are read in place are checked when they are sampled."
+            )
+
+    def __setitem__(self, at: np.ndarray, values: Any) -> None:
+        raise BufferError(_READ_ONLY)
+
+
+RowArray = np.ndarray | DeviceArray | FileRows
+"""An array of rows: a NumPy array without gaps, one on a device that is read and written like it, or files."""
+
+_READ_ONLY = (
+    "The buffer reads its observations from the files that it was loaded from (storage='in_place'), and nothing can be "
+    "added to it or dropped from it. Load it into memory or with storage='<directory>' to add to it, or record into a "
+    "buffer of its own and save it beside these files."
+)
 
 
 class Storage:
@@ -84,6 +244,11 @@ class Storage:
     """The place, as given to `ReplayBuffer(storage=...)`."""
     takes_all_at_once = False
     """Whether arrays take their space when they are created, not when they are first written to."""
+    has_obs = True
+    """Whether observations are stored here, too."""
+
+    def check_writable(self) -> None:
+        """Raises a `BufferError` if rows cannot be added or dropped."""
 
     def budget(self) -> Budget:
         """The space that is free now."""
@@ -96,6 +261,23 @@ class Storage:
             BufferError: If there is no room for it.
         """
         return np.zeros(shape, dtype)
+
+
+class InPlace(Storage):
+    """Observations in the files that were loaded, and what is small in memory; read-only once all is loaded."""
+
+    place = IN_PLACE
+    has_obs = False
+    is_loaded = False
+    """Whether the rows are complete."""
+
+    def check_writable(self) -> None:
+        """Raises a `BufferError` if the rows are complete."""
+        if self.is_loaded:
+            raise BufferError(_READ_ONLY)
+
+
+StoragePlace = str | os.PathLike[str] | torch.device | Storage | None
 
 
 class DiskStorage(Storage):
@@ -177,15 +359,19 @@ def storage_at(place: StoragePlace) -> Storage:
     """The storage that an argument names.
 
     Args:
-        place: None or "memory"; a device of torch or its name ("cuda", "cuda:1", "cpu", ...); anything else is the path
-            of a directory. A directory of a device's name is written "./cuda".
+        place: None or "memory"; a device of torch or its name ("cuda", "cuda:1", "cpu", ...); a storage, which is
+            returned; anything else is the path of a directory. A directory of such a name is written "./cuda".
 
     Raises:
         ConfigurationError: If it is none of these, or there is no such device.
         BufferError: If the directory cannot be created.
     """
+    if isinstance(place, Storage):
+        return place
     if place is None or place == "memory":
         return Storage()
+    if place == IN_PLACE:
+        raise _only_for_files()
     if isinstance(place, torch.device) or (isinstance(place, str) and _DEVICE.fullmatch(place)):
         return DeviceStorage(torch.device(place))
     if not place or not isinstance(place, str | os.PathLike):
@@ -201,9 +387,19 @@ def lasting_place(name: str, place: str | os.PathLike[str] | torch.device) -> st
         place: As for `storage_at`.
     """
     text = str(place)
+    if text == IN_PLACE:
+        raise _only_for_files()
     if text == "memory" or _DEVICE.fullmatch(text):
         return text
     return str(checked_path(name, place, directory=True))
+
+
+def _only_for_files() -> ConfigurationError:
+    return ConfigurationError(
+        "storage is 'in_place', which is for data that are in files already: ReplayBuffer.load(path, "
+        "storage='in_place'). Pass 'memory', the path of a directory, or a device; a directory of this name is "
+        "'./in_place'."
+    )
 
 
 def _reserve(file: int, size: int) -> None:
@@ -216,123 +412,3 @@ def _reserve(file: int, size: int) -> None:
             if error.errno not in _NOT_RESERVABLE:
                 raise
     os.truncate(file, size)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The free space of one place, and the parts of the error message if it is too small."""
-
-    free: int | None
-    """Number of free bytes. None if the system does not report it; then nothing is refused."""
-    holder: str
-    """Subject of the error's sentence, such as "this machine"."""
-    kind: str
-    """Kind of space, such as "memory"."""
-    remedy: str
-    """Remedy besides a smaller capacity, as the end of a sentence."""
-
-    def require(self, needed: int, *, what: str, fits: int) -> None:
-        """Checks that there is room.
-
-        Args:
-            needed: Number of bytes.
-            what: Subject of the error's sentence, which takes these bytes.
-            fits: The capacity that would fit; 0 if none does.
-
-        Raises:
-            BufferError: If less is free than is needed.
-        """
-        if self.free is None or needed <= self.free:
-            return
-        smaller = f"Use a smaller capacity ({_rounded_down(fits):,} would fit), or " if fits else "Use "
-        raise BufferError(
-            f"{what} takes {human(needed)}, and {self.holder} has {human(self.free)} of free {self.kind}. "
-            f"{smaller}{self.remedy}."
-        )
-
-
-def human(count: int) -> str:
-    """A number of bytes with its unit, such as "13.1 GB" (powers of 1000)."""
-    value, units = float(count), ["bytes", "kB", "MB", "GB", "TB", "PB"]
-    while value >= 999.95 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.0f} {units[0]}" if units[0] == "bytes" else f"{value:.1f} {units[0]}"
-
-
-def free_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that this process can still take without swapping: what the machine has, or its container if that is less.
-
-    Memory in which the system only caches files counts as free. Without `/proc` (macOS), all of the machine's memory is
-    returned, and None if the system does not report that either (Windows).
-
-    Args:
-        root: Directory that contains `proc` and `sys`; tests pass their own.
-    """
-    found = [*_machine_memory(root), *_container_memory(root)]
-    if found:
-        return max(0, min(found))
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return None
-
-
-def free_disk(directory: Path) -> int:
-    """Bytes that this user can still write to the file system of `directory`, which need not exist yet."""
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    return shutil.disk_usage(existing).free
-
-
-def free_device_memory(device: torch.device) -> int | None:
-    """Bytes that torch can still take on a device: what is free there, and what torch holds there unused.
-
-    None for a device that does not report it.
-    """
-    if device.type == "cpu":
-        return free_memory()
-    if device.type != "cuda":
-        return None
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
-
-
-def _machine_memory(root: Path) -> Iterator[int]:
-    for line in _lines(root / "proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            yield int(line.split()[1]) * 1024
-
-
-def _container_memory(root: Path) -> Iterator[int]:
-    """What is left below the limit of each control group of this process, the groups above them included."""
-    for line in _lines(root / "proc/self/cgroup"):
-        number, controllers, path = line.split(":", 2)
-        if number == "0":  # version 2
-            top, limit_name, used_name, cached = root / "sys/fs/cgroup", "memory.max", "memory.current", ""
-        elif "memory" in controllers.split(","):  # version 1
-            top = root / "sys/fs/cgroup/memory"
-            limit_name, used_name, cached = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
-        else:
-            continue
-        group = top / path.lstrip("/")
-        # Inside a container the path may be the one outside of it; the group itself is at the top then.
-        for place in (group, *group.parents):
-            if top not in (place, *place.parents):
-                break
-            limit, used = _lines(place / limit_name), _lines(place / used_name)
-            if limit and used and limit[0] != "max":
-                stat = dict(entry.split(maxsplit=1) for entry in _lines(place / "memory.stat"))
-                files = sum(int(stat.get(f"{cached}{kind}_file", 0)) for kind in ("inactive", "active"))
-                yield int(limit[0]) - int(used[0]) + files
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-
-
-def _rounded_down(count: int) -> int:
-    """A number rounded down to two digits, because the free space changes from moment to moment."""
-    unit = 10 ** max(0, len(str(count)) - 2)
-    return count // unit * unit

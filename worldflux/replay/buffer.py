@@ -13,10 +13,10 @@ from worldflux.accel.overriding import overridden
 from worldflux.errors import BufferError, ConfigurationError
 from worldflux.files import checked_path
 from worldflux.replay.actions import declared_classes, described, type_of
-from worldflux.replay.backends import StoragePlace, storage_at
+from worldflux.replay.backends import IN_PLACE, InPlace, StoragePlace, storage_at
 from worldflux.replay.batch import Batch, BatchRequest
-from worldflux.replay.export import ReplayFile, write_replay
-from worldflux.replay.npz import NpzFile
+from worldflux.replay.export import write_replay
+from worldflux.replay.loading import ReplayFiles
 from worldflux.replay.ring import RingStorage
 from worldflux.replay.sampler import Drawn, Runs, WindowSampler
 from worldflux.replay.spec import TransitionSpec
@@ -323,55 +323,90 @@ class ReplayBuffer(RecordedStreams, WindowSampler):
         action_classes: Sequence[int] | None = None,
         action_low: Any = None,
         action_high: Any = None,
+        sharded: bool = False,
     ) -> ReplayBuffer:
         """A buffer with what `save`, or anybody who follows its schema, wrote.
+
+        The files of a directory are one recording: their episodes follow one another, in the order of the files' names,
+        as if they had been in one file. No episode goes on from one file to the next.
 
         Of the arrays, the seven documented ones suffice; episodes then end at their dones, without an observation
         after their last step, and a last step without a flag counts as truncated, as in `add_episode`. `truncations`
         `[N]`, which D4RL's files call `timeouts`, may come with them.
 
         Args:
-            path: The file.
-            capacity: Another capacity than the file's; if it is smaller, the newest transitions are kept.
+            path: The file, or a directory of `.npz` files; others in it are ignored.
+            capacity: Another capacity than the file's; if it is smaller, the newest transitions are kept. That of a
+                directory has room for what is in it.
             n_envs: Another number of streams than the file's. Episodes are shared out among them, and those in flight
                 are closed as truncated.
             extras: As for the constructor; the file has none.
             seed: Seed of the sampler.
-            storage: As for the constructor.
+            storage: As for the constructor, or "in_place": observations are not read now, but from their files when
+                they are sampled, and the system keeps as much of them in memory as it has room for. Data can thus be
+                larger than memory. The files must be uncompressed, as `save` writes them, and stay unchanged; nothing
+                can be added to the buffer.
             action_type: Kind of the actions, as for the constructor, for files that do not say it. None: one-hots
                 are discrete, and what has other numbers than 0 and 1 is continuous.
             action_classes: As for the constructor.
             action_low: Lower bounds of continuous actions in the environment's own units, as for `add_episode`. `[A]`
             action_high: Upper bounds, as for `add_episode`. `[A]`
+            sharded: For training with `torchrun`, where all ranks call this together: each of them loads a part of
+                its own, of whole files if these can be divided equally, otherwise of whole episodes. A single process
+                loads everything.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            BufferError: If the file is damaged, lacks arrays, contradicts itself, or holds NaN or objects; or if the
-                machine has no room for what is in it.
+            BufferError: If a file is damaged, lacks arrays, contradicts itself, or holds NaN or objects; if files of a
+                directory differ in shapes, dtypes or kinds of actions, or there are none; or if the machine has no room
+                for what is in them.
+            ConfigurationError: If `capacity` is given for data that are read in place.
         """
-        with NpzFile(checked_path("path", path)) as file:
-            data = ReplayFile(file, action_type, action_classes, action_low, action_high)
-            if capacity is None and len(data) > data.capacity:
-                raise BufferError(
-                    f"{file.path.name} says that its capacity is {data.capacity}, but has {len(data)} transitions. "
-                    "Pass capacity= to load."
+        data = ReplayFiles(
+            checked_path("path", path),
+            sharded=sharded,
+            n_envs=None if n_envs is None else whole_number("n_envs", n_envs, 1),
+            action_type=action_type,
+            action_classes=action_classes,
+            action_low=action_low,
+            action_high=action_high,
+        )
+        place = InPlace() if storage == IN_PLACE else storage_at(storage)
+        if isinstance(place, InPlace):
+            if capacity is not None:
+                raise ConfigurationError(
+                    f"capacity is {capacity}, and a buffer that reads its files in place holds all that is in them. "
+                    "Leave it out."
                 )
-            shapes = {key: obs.shape[1:] for key, obs in data.obs.items()}
+            capacity = data.least_capacity
+        elif capacity is None and len(data) > data.capacity:
+            raise BufferError(
+                f"{Path(path).name} says that its capacity is {data.capacity}, but has {len(data)} transitions. "
+                "Pass capacity= to load."
+            )
+        try:
             buffer = cls(
                 data.capacity if capacity is None else capacity,
-                shapes if data.is_dict else shapes[SINGLE_KEY],
+                data.shapes if data.is_dict else data.shapes[SINGLE_KEY],
                 data.action_dim,
-                obs_dtype={key: data.dtype_of(key) for key in data.obs},
-                n_envs=data.n_envs if n_envs is None else n_envs,
+                obs_dtype=data.obs_dtype,
+                n_envs=data.n_envs,
                 extras=extras,
                 seed=seed,
-                storage=storage,
+                storage=place,
                 action_type=None if data.action_classes is None else type_of(data.action_classes),
                 action_classes=data.action_classes,
             )
             buffer.check_budget(min(len(data), buffer.capacity))
-            data.fill(buffer._rows)
-        buffer._fresh[:] = buffer._rows.end
+        except BufferError as error:
+            advice = " Or leave the observations in their files: storage='in_place'." if place.has_obs else ""
+            raise BufferError(f"{error}{advice}") from error
+        rows = buffer._rows
+        data.fill(rows)
+        if isinstance(place, InPlace):
+            rows.obs = data.in_place(rows)
+            place.is_loaded = True
+        buffer._fresh[:] = rows.end
         return buffer
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from worldflux.errors import BufferError
 from worldflux.files import writing
 from worldflux.replay.actions import Classes, as_executed, declared_classes, described, judged_classes, rescaled
+from worldflux.replay.backends import UNSEEN_AT
 from worldflux.replay.npz import OTHER_NAMES, ArrayChunks, NpzFile, StoredArray, gathered, rows_per_chunk, write_npz
 from worldflux.replay.ring import FINAL, FIRST, STEP, TERMINATED, TRUNCATED, UNSEEN, RingStorage
 from worldflux.replay.spec import all_finite, checked, image_line, obs_shapes
@@ -23,6 +24,9 @@ logger = logging.getLogger("worldflux.training")
 
 _MOST_STREAMS = 2**20
 """More than anybody steps at once; each takes memory even while it is empty."""
+
+_ROWS_AT_ONCE = 2**16
+"""Rows that are stored at once without their observations."""
 
 _MOST_AXES = 64
 """Most axes that an array has in NumPy."""
@@ -83,6 +87,8 @@ class ReplayFile:
         action_dim: Width of an action vector.
         is_dict: Whether observations are dictionaries; if not, `obs` has the one key `SINGLE_KEY`.
         obs: Observations by key. `[N, ...]` each
+        lengths: Transitions of each episode. `[S]`
+        streams: Stream of each episode. `[S]`
         action_classes: Sizes of the actions' one-hots; None where it cannot be told what kind they are.
 
     Args:
@@ -91,6 +97,7 @@ class ReplayFile:
         action_classes: See `ReplayBuffer.load`.
         action_low: See `ReplayBuffer.load`.
         action_high: See `ReplayBuffer.load`.
+        warn: Whether to log which arrays are not read.
 
     Raises:
         BufferError: If arrays are missing, unreadable, or do not agree with each other.
@@ -103,8 +110,11 @@ class ReplayFile:
         action_classes: Sequence[int] | None,
         action_low: Any,
         action_high: Any,
+        *,
+        warn: bool = True,
     ) -> None:
         self._file = file
+        self._skipped = self._skipped_episodes = 0
         keys = [name.removeprefix("obs/") for name in file.names if name.startswith("obs/")]
         self.is_dict = bool(keys) and "obs" not in file.names
         keys = keys if self.is_dict else [SINGLE_KEY]
@@ -130,7 +140,7 @@ class ReplayFile:
             truncated = self._column(limits[0], np.bool_)
 
         self._finals: dict[str, StoredArray] = {}
-        self._lengths: np.ndarray
+        self.lengths: np.ndarray
         if any(name in file.names for name in _EPISODE_ARRAYS):
             file.require(_EPISODE_ARRAYS)
             self.n_envs = self._number("n_envs")
@@ -139,70 +149,132 @@ class ReplayFile:
             file.require(names.values())
             for key, name in names.items():
                 self._finals[key] = file.open(name)
-                if self._finals[key].shape != (len(self._lengths), *self.obs[key].shape[1:]):
+                if self._finals[key].shape != (len(self.lengths), *self.obs[key].shape[1:]):
                     raise self._wrong(f"{name} has shape {self._finals[key].shape}, expected one row per episode")
         else:
             for key, obs in self.obs.items():
                 if len(obs.shape) == 4 and obs.dtype.kind == "f":
-                    self.obs[key] = _Pictures(file, self._name("obs", key))
-            self._warn_of_unread(keys)
+                    self.obs[key] = _Pictures.of(file, self._name("obs", key))
+            if warn:
+                self._warn_of_unread(keys)
             if self._count:  # what the file's end cuts off is an episode that goes on elsewhere
                 truncated[-1] |= not terminated[-1]
-            self.n_envs, self._lengths = 1, np.diff(np.flatnonzero(terminated | truncated), prepend=-1)
-            self._streams = np.zeros(len(self._lengths), np.int64)
-            self._starts = self._ends = np.ones(len(self._lengths), np.bool_)
+            self.n_envs, self.lengths = 1, np.diff(np.flatnonzero(terminated | truncated), prepend=-1)
+            self.streams = np.zeros(len(self.lengths), np.int64)
+            self._starts = self._ends = np.ones(len(self.lengths), np.bool_)
             self._seen = ~self._ends
         self._flags = STEP | terminated * TERMINATED | truncated * TRUNCATED
+        self._places = {key: file.place_of(obs) for key, obs in self.obs.items() if isinstance(obs, StoredArray)}
+        self._final_places = {key: file.place_of(final) for key, final in self._finals.items()}
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def checksum(self) -> int:
+        """`NpzFile.checksum` of the file."""
+        return self._file.checksum
 
     def dtype_of(self, key: str) -> np.dtype | None:
         """The file's own choice between bytes and floats for observations; None leaves it to their shape."""
         dtype = self.obs[key].dtype
         return np.dtype(np.float32) if dtype.kind == "f" else dtype if dtype == np.uint8 else None
 
-    def fill(self, rows: RingStorage) -> None:
-        """Stores the episodes in empty rows; once.
+    def keep(self, first: int, end: int) -> None:
+        """Leaves out all episodes but those from number `first` to `end - 1`; once."""
+        steps = slice(int(self.lengths[:first].sum()), int(self.lengths[:end].sum()))
+        self._skipped, self._skipped_episodes, self._count = steps.start, first, steps.stop - steps.start
+        for name in ("_actions", "_rewards", "_flags"):
+            setattr(self, name, getattr(self, name)[steps].copy())  # the others take no memory any more
+        for name in ("lengths", "streams", "_starts", "_ends", "_seen"):
+            setattr(self, name, getattr(self, name)[first:end])
 
-        Where there is another number of streams, episodes are shared out, and those in flight are closed as truncated.
+    def fill(self, rows: RingStorage, streams: np.ndarray | None = None) -> None:
+        """Stores the episodes; once.
+
+        Args:
+            rows: Rows to add them to; empty ones if the streams are those of the file. Observations are left out where
+                the rows have no arrays for them.
+            streams: Stream of each episode. Those in flight are then closed as truncated. None: as in the file. `[S]`
 
         Raises:
-            BufferError: If an observation cannot be read or holds NaN.
+            BufferError: If an observation cannot be read or holds NaN, or the file has changed.
         """
-        until, streams, starts = np.cumsum(self._lengths), self._streams, self._starts
-        if len(rows.base) != self.n_envs:
-            streams = _shared_out(self._lengths, len(rows.base))
+        until, starts = np.cumsum(self.lengths), self._starts
+        if streams is None:
+            streams = self.streams
+        else:
             self._flags[until[~self._ends] - 1] |= TRUNCATED
             # Where an episode's oldest rows are missing, another one may now lie in front of it.
             starts = np.ones(len(starts), np.bool_)
         rows.in_flight[streams[~starts]] = True  # their first step is no episode's first
-        stream_of_step = np.repeat(streams, self._lengths)
-        size = min(rows_per_chunk(stored.shape[1:], stored.dtype) for stored in rows.obs.values())
-        for start in range(0, max(1, self._count), size):  # an array without rows is checked, too
-            part = slice(start, min(start + size, self._count))
-            episodes = slice(*np.searchsorted(until, (start, part.stop), side="right"))
-            obs = {key: self._next("obs", key, rows, part, self._count) for key in self.obs}
-            finals = {key: self._next("final_obs", key, rows, episodes, len(until)) for key in self._finals}
-            flags, ended = self._flags[part], self._flags[until[episodes] - 1] > STEP
-            for stream in np.unique(stream_of_step[part]).tolist():
-                steps, ends = stream_of_step[part] == stream, (streams[episodes] == stream) & ended
-                rows.add_episodes(
-                    stream,
-                    {key: array[steps] for key, array in obs.items()},
-                    self._actions[part][steps],
-                    self._rewards[part][steps],
-                    flags[steps],
-                    {key: array[ends] for key, array in finals.items()},
-                    self._seen[episodes][ends],
-                )
+        stream_of_step = np.repeat(streams, self.lengths)
+        with NpzFile(self._file.path) as file:
+            if file.checksum != self._file.checksum:
+                raise BufferError(f"{file.path} was changed while it was read. Load it again.")
+            all_obs = {key: self.obs[key].reopened(file) for key in rows.obs}
+            all_finals = {key: self._finals[key].reopened(file) for key in rows.obs if key in self._finals}
+            for array in all_obs.values():
+                array.skip(self._skipped)
+            for array in all_finals.values():
+                array.skip(self._skipped_episodes)
+            sizes = [rows_per_chunk(stored.shape[1:], stored.dtype) for stored in rows.obs.values()]
+            size = min(sizes, default=_ROWS_AT_ONCE)
+            for start in range(0, max(1, self._count), size):  # an array without rows is checked, too
+                part = slice(start, min(start + size, self._count))
+                episodes = slice(*np.searchsorted(until, (start, part.stop), side="right"))
+                obs = {key: self._next(array, "obs", key, rows, part) for key, array in all_obs.items()}
+                finals = {key: self._next(array, "final_obs", key, rows, episodes) for key, array in all_finals.items()}
+                flags, ended = self._flags[part], self._flags[until[episodes] - 1] > STEP
+                for stream in np.unique(stream_of_step[part]).tolist():
+                    steps, ends = stream_of_step[part] == stream, (streams[episodes] == stream) & ended
+                    rows.add_episodes(
+                        stream,
+                        {key: array[steps] for key, array in obs.items()},
+                        self._actions[part][steps],
+                        self._rewards[part][steps],
+                        flags[steps],
+                        {key: array[ends] for key, array in finals.items()},
+                        self._seen[episodes][ends],
+                    )
+        # Of many files, these are then in memory twice for one at a time.
+        self._actions, self._rewards, self._flags = (
+            np.zeros(0, a.dtype) for a in (self._actions, self._rewards, self._flags)
+        )
 
-    def _next(self, part: str, key: str, rows: RingStorage, at: slice, total: int) -> np.ndarray:
+    def places(self, key: str, dtype: np.dtype, row_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where observations are in the file, if they are there as `dtype`.
+
+        Returns:
+            The position of each episode's first observation, and of the one after its last step, which is `UNSEEN_AT`
+            where that was not recorded. `[S]` each
+
+        Raises:
+            BufferError: If they are compressed or would have to be converted; it says what to do.
+        """
+        place, final_place = self._places.get(key), self._final_places.get(key)
+        of_other_form = [array.dtype != dtype for array in (self.obs[key], self._finals.get(key)) if array is not None]
+        if place is None or (key in self._final_places and final_place is None) or any(of_other_form):
+            name = self._file.path.name
+            raise BufferError(
+                f"{self._file.path}: {self._name('obs', key)} can only be read in place if it is an uncompressed array "
+                f"of {dtype} in C order, as ReplayBuffer.save writes it. Write the file again, "
+                f"ReplayBuffer.load({name!r}).save({name!r}), or load it with storage='<directory>', which unpacks all "
+                "data into files there for as long as the buffer exists."
+            )
+        begin = place + (self._skipped + np.cumsum(self.lengths) - self.lengths) * row_bytes
+        final = np.full(len(begin), UNSEEN_AT)
+        if final_place is not None:
+            final[self._seen] = final_place + (self._skipped_episodes + np.flatnonzero(self._seen)) * row_bytes
+        return begin, final
+
+    def _next(self, array: StoredArray | _Pictures, part: str, key: str, rows: RingStorage, at: slice) -> np.ndarray:
         """The next rows of observations, as they are stored."""
         stored, name, count = rows.obs[key], self._name(part, key), at.stop - at.start
-        place = name if count == total else f"{name}[{at.start}:{at.stop}]"
-        array = (self.obs if part == "obs" else self._finals)[key].take(count)
-        return checked(f"{self._file.path.name}: {place}", array, (count, *stored.shape[1:]), stored.dtype)
+        before = self._skipped if part == "obs" else self._skipped_episodes
+        place = name if count == array.shape[0] else f"{name}[{before + at.start}:{before + at.stop}]"
+        given = array.take(count)
+        return checked(f"{self._file.path.name}: {place}", given, (count, *stored.shape[1:]), stored.dtype)
 
     def _obs_at(self, key: str) -> StoredArray:
         name, shape_name = self._name("obs", key), self._name("obs_shape", key)
@@ -253,8 +325,8 @@ class ReplayFile:
             raise self._wrong(
                 f"episode_lengths has shape {count}, expected one number for each of 0 to {len(ended)} episodes"
             )
-        lengths = self._lengths = self._column("episode_lengths", np.int64, count)
-        streams = self._streams = self._column("episode_streams", np.int64, count)
+        lengths = self.lengths = self._column("episode_lengths", np.int64, count)
+        streams = self.streams = self._column("episode_streams", np.int64, count)
         starts = self._starts = self._column("episode_starts", np.bool_, count)
         ends = self._ends = self._column("episode_ends", np.bool_, count)
         self._seen = self._column("final_obs_mask", np.bool_, count)
@@ -335,12 +407,16 @@ class _Pictures:
 
     dtype = np.dtype(np.uint8)
 
-    def __init__(self, file: NpzFile, name: str) -> None:
-        array, self._array = file.open(name), file.open(name)
-        self.shape = array.shape
+    def __init__(self, array: StoredArray, factor: float) -> None:
+        self.shape, self._array, self._factor = array.shape, array, factor
+
+    @classmethod
+    def of(cls, file: NpzFile, name: str) -> _Pictures:
+        """Looks at all of them."""
+        array = file.open(name)
         low, high, is_whole = 0.0, 0.0, True
         step = rows_per_chunk(array.shape[1:], array.dtype)
-        for _ in range(0, self.shape[0], step):
+        for _ in range(0, array.shape[0], step):
             chunk = array.take(step)
             if all_finite(chunk):  # if not, whoever stores it says where
                 low, high = min(low, float(chunk.min())), max(high, float(chunk.max()))
@@ -350,7 +426,15 @@ class _Pictures:
                 f"{file.path.name}: {name} are images as floats from {low:g} to {high:g}, expected 0 to 1, or whole "
                 f"numbers from 0 to 255. Write them as bytes: {image_line(low, high, is_whole)}"
             )
-        self._factor = 255.0 if high <= 1 else 1.0
+        return cls(array, 255.0 if high <= 1 else 1.0)
+
+    def reopened(self, file: NpzFile) -> _Pictures:
+        """The same images, from the beginning."""
+        return _Pictures(self._array.reopened(file), self._factor)
+
+    def skip(self, count: int) -> None:
+        """Passes over the next `count` images."""
+        self._array.skip(count)
 
     def take(self, count: int) -> np.ndarray:
         """The next `count` images. `[count, C, H, W]`"""
@@ -358,11 +442,11 @@ class _Pictures:
         return np.rint(images * self._factor).astype(np.uint8) if all_finite(images) else images
 
 
-def _shared_out(lengths: np.ndarray, n_envs: int) -> np.ndarray:
+def shared_out(lengths: np.ndarray, n_envs: int) -> np.ndarray:
     """The stream of each episode: always the one with the fewest transitions so far. `[S]`"""
     filled = [(0, stream) for stream in range(n_envs)]
     streams = np.zeros(len(lengths), np.int64)
-    for episode, length in enumerate(lengths.tolist()):
+    for episode, length in enumerate(lengths.tolist() if n_envs > 1 else ()):
         count, stream = heapq.heappop(filled)
         streams[episode] = stream
         heapq.heappush(filled, (count + length, stream))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO
+from weakref import WeakSet
 
 import numpy as np
 from numpy.lib import format as npy
@@ -112,6 +113,9 @@ def _write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray | ArrayC
 _AGENT_FILE = "agent.json"
 """Entry that only the zip of an agent has."""
 
+_LOCAL_HEADER = 30
+"""Bytes in front of a name and the data of an entry of a zip archive."""
+
 _LONGEST_END = 22 + 0xFFFF
 """Bytes of the last record of a zip archive, with the longest comment."""
 
@@ -153,6 +157,7 @@ class NpzFile:
                 f"{self.path} is a saved agent, which has no replay data in it. Pass what save_replay_buffer wrote; "
                 "those of a checkpoint's directory are read by WorldFluxAgent.load(directory, env, resume=True)."
             )
+        self._opened: WeakSet[IO[bytes]] = WeakSet()
         self.names = [name.removesuffix(".npy") for name in members]
         """Names of the arrays; other files in the archive are ignored."""
         repeated = [name for name, count in Counter(self.names).items() if count > 1]
@@ -172,6 +177,8 @@ class NpzFile:
 
     def close(self) -> None:
         """Closes the file."""
+        for file in self._opened:  # each of them would keep the archive open
+            file.close()
         self._archive.close()
 
     @property
@@ -206,6 +213,7 @@ class NpzFile:
             file = self._archive.open(info)
         except Exception as error:
             raise self.unreadable(name, error) from error
+        self._opened.add(file)
         if info.compress_type not in _MOST_EXPANSION:
             raise BufferError(
                 f"{self.path.name}: array {name!r} is compressed in a way that NumPy does not use. "
@@ -233,6 +241,27 @@ class NpzFile:
             )
         return StoredArray(self, name, file, shape, dtype, is_fortran)
 
+    def place_of(self, array: StoredArray) -> int | None:
+        """Position in the file of an array that was just opened; None if it cannot be read there as it is.
+
+        It can be unless it is compressed or Fortran-ordered.
+        """
+        info = self._archive.getinfo(f"{array.name}.npy")
+        if info.compress_type != zipfile.ZIP_STORED or array.is_fortran:
+            return None
+        size = math.prod(array.shape) * array.dtype.itemsize
+        with open_regular(self.path) as file:
+            file.seek(info.header_offset)
+            header = file.read(_LOCAL_HEADER)  # the lengths here may differ from those of the table of contents
+        before = sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28)) + info.file_size - size
+        start = info.header_offset + _LOCAL_HEADER + before
+        if start + size > self._bytes or info.compress_size != info.file_size:
+            raise BufferError(
+                f"{self.path.name}: array {array.name!r} of {size} bytes begins at byte {start} of {self._bytes}. The "
+                "file is damaged."
+            )
+        return start
+
     def unreadable(self, name: str, error: Exception) -> BufferError:
         """The error for an array that cannot be read."""
         return BufferError(f"{self.path.name}: array {name!r} cannot be read: {_reason(error)}")
@@ -242,15 +271,17 @@ class StoredArray:
     """An array of an `NpzFile`, read once from its beginning to its end; `NpzFile.open` makes it.
 
     Attributes:
+        name: Name of the array.
         shape: Shape of the whole array.
         dtype: Its dtype.
+        is_fortran: Whether its last axis is the outer one.
     """
 
     def __init__(
         self, source: NpzFile, name: str, file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype, is_fortran: bool
     ) -> None:
-        self.shape, self.dtype = shape, dtype
-        self._source, self._name, self._file, self._is_fortran = source, name, file, is_fortran
+        self.name, self.shape, self.dtype, self.is_fortran = name, shape, dtype, is_fortran
+        self._source, self._file = source, file
         self._taken = 0
         self._left = math.prod(shape) * dtype.itemsize  # bytes
         self._whole: np.ndarray | None = None  # of an array whose first axis is not the outer one
@@ -260,10 +291,20 @@ class StoredArray:
         if count is None:
             return self._next(self.shape)
         start, self._taken = self._taken, min(self._taken + count, self.shape[0])
-        if self._is_fortran:
+        if self.is_fortran:
             self._whole = self._next(self.shape) if self._whole is None else self._whole
             return self._whole[start : self._taken]
         return self._next((self._taken - start, *self.shape[1:]))
+
+    def skip(self, count: int) -> None:
+        """Passes over the next `count` rows."""
+        step = rows_per_chunk(self.shape[1:], self.dtype)
+        for start in range(0, count, step):
+            self.take(min(step, count - start))
+
+    def reopened(self, file: NpzFile) -> StoredArray:
+        """The array of the same name of a file, from its beginning."""
+        return file.open(self.name)
 
     def _next(self, shape: tuple[int, ...]) -> np.ndarray:
         size = math.prod(shape) * self.dtype.itemsize
@@ -273,18 +314,36 @@ class StoredArray:
             if not self._left:
                 data += self._file.read(1)  # the checksum is compared at the end, which reading nothing never reaches
         except Exception as error:  # a wrong checksum, a broken compressed stream, no memory
-            raise self._source.unreadable(self._name, error) from error
+            raise self._source.unreadable(self.name, error) from error
         if len(data) != size:
             raise BufferError(
-                f"{self._source.path.name}: array {self._name!r} of shape {shape} needs {size} bytes, the file has "
+                f"{self._source.path.name}: array {self.name!r} of shape {shape} needs {size} bytes, the file has "
                 f"{len(data)}."
             )
         # A byte that is neither 0 nor 1 would be a bool of its own kind.
         array = np.frombuffer(data, np.uint8) != 0 if self.dtype == np.bool_ else np.frombuffer(data, self.dtype)
         try:
-            return array.reshape(shape, order="F" if self._is_fortran else "C")
+            return array.reshape(shape, order="F" if self.is_fortran else "C")
         except (OverflowError, ValueError) as error:  # no rows, each of a size beyond all measure
-            raise self._source.unreadable(self._name, error) from error
+            raise self._source.unreadable(self.name, error) from error
+
+
+def npz_files(path: Path) -> list[Path]:
+    """The file at a path, or all `.npz` files of the directory there, sorted by their names.
+
+    Raises:
+        BufferError: If a directory has none, or is a checkpoint.
+    """
+    if not path.is_dir():
+        return [path]
+    if (kind := _other_format(path)) is not None:
+        raise BufferError(f"{path} is {kind}")
+    found = sorted(file for file in path.glob("*.npz") if not file.name.startswith("."))  # of unfinished writers
+    if not found:
+        raise BufferError(
+            f"The directory {path} has no .npz files, expected those that ReplayBuffer.save or worldflux collect wrote."
+        )
+    return found
 
 
 def _check_count(path: Path, found: int) -> None:
@@ -320,7 +379,7 @@ def _other_format(path: Path) -> str | None:
         if path.is_dir() and (checkpoint / "replay" / "replay.json").is_file():
             return f"a checkpoint. WorldFluxAgent.load({str(checkpoint)!r}, env, resume=True) reads its replay data."
     if path.is_dir():
-        return "a directory. Pass the path of a file in it."
+        return None
     try:
         with open_regular(path) as file:
             start = file.read(16)

@@ -47,7 +47,8 @@ class RingStorage:
         obs: Shape and dtype of each observation.
         action_dim: Width of an action vector.
         extras: Shape and dtype of each further array that is stored with the rows.
-        storage: Where the arrays are stored, except for the flags, which are always in memory.
+        storage: Where the arrays are stored, except for the flags, which are always in memory. If it has no room for
+            observations, somebody sets `obs` later.
 
     Raises:
         BufferError: If there is no room for it.
@@ -71,6 +72,7 @@ class RingStorage:
         self._numbers = np.arange(n_envs)
         self.storage = storage
         count, number = n_envs * self.ring, np.dtype(np.float32)
+        obs = obs if storage.has_obs else {}
         columns = [*obs.values(), ((action_dim,), number), ((), number), *extras.values()]
         self._row_bytes = 1 + sum(math.prod(shape) * dtype.itemsize for shape, dtype in columns)
         self.nbytes = count * self._row_bytes
@@ -81,7 +83,9 @@ class RingStorage:
             budget.require(self.nbytes, what=what, fits=capacity * (budget.free or 0) // self.nbytes)
 
         zeros = self.storage.zeros
-        self.obs = {key: zeros((count, *shape), dtype) for key, (shape, dtype) in obs.items()}
+        self.obs: dict[str, RowArray] = {key: zeros((count, *shape), dtype) for key, (shape, dtype) in obs.items()}
+        self.data: tuple[bytes, str] | None = None
+        """`bounds` and `digest` of rows that are a part of some data, to have the digest of all of it."""
         self.actions = zeros((count, action_dim), number)
         self.rewards = zeros((count,), number)
         self.flags = np.zeros(count, np.uint8)
@@ -114,6 +118,11 @@ class RingStorage:
         """Something that changes whenever rows are added or dropped, quick to compare."""
         return self.begin.tobytes() + self.end.tobytes()
 
+    @property
+    def is_part(self) -> bool:
+        """Whether these rows are, unchanged, a part of some data that have a digest."""
+        return self.data is not None and self.data[0] == self.bounds
+
     def places(
         self, first: np.ndarray, end: np.ndarray, streams: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -137,6 +146,9 @@ class RingStorage:
 
     def digest(self) -> str:
         """A short text that other rows would not have. Of observations, which may be large, only some are read."""
+        if self.is_part:
+            assert self.data is not None
+            return self.data[1]
         found = hashlib.blake2b(self.bounds, digest_size=16)
         for stream in range(len(self.end)):
             rows = np.arange(self.begin[stream], self.end[stream])
@@ -348,6 +360,7 @@ class RingStorage:
 
     def _make_room(self, transitions: Any, rows: Any) -> None:
         """Drops the oldest rows of each stream until so many more fit; `[n_envs]`, or a number for all."""
+        self.storage.check_writable()
         excess = self.transitions + transitions - self.limits
         rows_excess = self.end - self.begin + rows - self.ring
         worst = np.maximum(excess, rows_excess)

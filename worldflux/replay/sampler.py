@@ -14,7 +14,7 @@ from worldflux.accel.transfers import to_device
 from worldflux.errors import BufferError
 from worldflux.locks import ThreadLock
 from worldflux.replay.actions import Classes, check_fits
-from worldflux.replay.backends import DeviceArray, RowArray
+from worldflux.replay.backends import DeviceArray, FileRows, RowArray
 from worldflux.replay.batch import Batch, BatchRequest
 from worldflux.replay.ring import FINAL, FIRST, TERMINATED, TRUNCATED, UNSEEN, RingStorage
 from worldflux.replay.spec import TransitionSpec, as_numpy
@@ -371,12 +371,17 @@ class _Windows:
         """The windows `[B, T, ...]` of an array `[N, ...]`, on the same device."""
         if not isinstance(array, DeviceArray):
             return torch.from_numpy(self.copy_numpy(array))
-        at = self._begin[:, None] + np.arange(self._length) if self._at is None else self._at
+        at = self._indices()
         index = to_device(torch.from_numpy(at), array.tensor.device)
         return array.tensor.index_select(0, index.flatten()).unflatten(0, at.shape)
 
+    def _indices(self) -> np.ndarray:
+        return self._begin[:, None] + np.arange(self._length) if self._at is None else self._at
+
     def copy_numpy(self, array: Any) -> np.ndarray:
         """The windows `[B, T, ...]` of an array `[N, ...]`."""
+        if isinstance(array, FileRows):
+            return array[self._indices()]
         # A window is copied as one piece of memory: item i of this view is all T rows from row i on.
         row_bytes = array.strides[0]
         pieces = np.ndarray(

@@ -465,6 +465,7 @@ class RecordedStreams:
 
 
 def _new_store(capacity: int, n_envs: int, form: TransitionSpec, storage: Storage) -> RingStorage:
+    storage.check_writable()
     obs = {key: (shape, form.dtypes[key]) for key, shape in form.shapes.items()}
     try:
         return RingStorage(capacity, n_envs, obs, form.action_dim, form.extras, storage)

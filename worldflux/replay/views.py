@@ -27,15 +27,26 @@ class ReplayPart(WindowSampler):
         end: Row after the last one of each run. `[K]`
         stream: Stream of each run, ascending. `[K]`
         seed: Seed of the sampler.
+        label: Name of the part among all parts of the buffer.
     """
 
     _hint = "Split off another share, or sample shorter windows."
 
-    def __init__(self, source: ReplayBuffer, begin: np.ndarray, end: np.ndarray, stream: np.ndarray, seed: int) -> None:
+    def __init__(
+        self,
+        source: ReplayBuffer,
+        begin: np.ndarray,
+        end: np.ndarray,
+        stream: np.ndarray,
+        seed: int,
+        *,
+        label: str = "",
+    ) -> None:
         rows, _ = source.stored()
         super().__init__(source._form, seed)
         self._source, self._bounds = source, rows.bounds
-        self._chosen = np.stack([stream, begin, end]).tobytes()
+        # Of data that are divided among ranks, the part is the same one on every rank.
+        self._chosen = label.encode() if rows.is_part else np.stack([stream, begin, end]).tobytes()
         is_final = (rows.flags[rows.at(*rows.places(begin, end, stream))] & FINAL) != 0
         self._episodes = int(np.count_nonzero(is_final))
         self._transitions = len(is_final) - self._episodes
@@ -96,7 +107,12 @@ def split(buffer: ReplayBuffer, fraction: float, seed: int, seq_len: int) -> tup
     held_out = min(int(np.searchsorted(reached, fraction * reached[-1])) + 1, count - 1)
     is_held_out = np.zeros(count, np.bool_)
     is_held_out[order[:held_out]] = True
-    parts = [ReplayPart(buffer, begin[is_in], end[is_in], stream[is_in], seed) for is_in in (~is_held_out, is_held_out)]
+    parts = [
+        ReplayPart(
+            buffer, begin[is_in], end[is_in], stream[is_in], seed, label=f"{what} of {fraction} with seed {seed}"
+        )
+        for is_in, what in ((~is_held_out, "training"), (is_held_out, "held out"))
+    ]
     for part, what in zip(parts, ("left to train on", "held out"), strict=True):
         if not part.num_windows(seq_len):
             raise BufferError(

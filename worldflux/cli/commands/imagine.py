@@ -50,7 +50,8 @@ def imagine(
 
     Args:
         agent: A zip of WorldFluxAgent.save, a checkpoint, or the directory of a run or of a model (save_pretrained).
-        data: Recorded episodes, an .npz. Default: the checkpoint's replay data, or the data of the train-offline run.
+        data: Recorded episodes, an .npz or a directory of them. Default: the checkpoint's replay data, or the data of
+            the train-offline run.
         env: Record new episodes of the agent instead, in this environment (ENV of worldflux train).
         episodes: Number of episodes to record with --env.
         context: Number of rows of each window that the model sees.
@@ -121,7 +122,7 @@ def model_and_data(
 
     Args:
         source: The agent or model.
-        data: File of recorded episodes; None for those of its run.
+        data: File or directory of recorded episodes; None for those of its run.
         env: Environment in which to record new episodes instead.
         options: Options of `env`.
         episodes: Number of new episodes.
@@ -131,7 +132,7 @@ def model_and_data(
     from worldflux.factory import create_world_model
     from worldflux.training import ReplayBuffer
 
-    path = source.path
+    path, storage = source.path, None
     if data is None and env is None and not (source.is_agent and path.is_dir()):
         remedy = f"Add recorded episodes (worldflux imagine {path} data.npz), or --env ENV to record some."
         run = runs.run_of(path)
@@ -141,8 +142,8 @@ def model_and_data(
         if source.is_agent:
             env, options = environment_of(path, remedy)
         else:
-            data = Path(config.task)
-    if data is not None and not data.is_file():
+            data, storage = Path(config.task), config.settings.get("storage")
+    if data is not None and not data.exists():
         raise ConfigurationError(f"There is no file '{data}'. DATA is an .npz of worldflux collect.")
     if env is not None:
         player, buffer = _record(source, env, options, episodes, seed)
@@ -151,7 +152,7 @@ def model_and_data(
     if not source.is_agent:
         assert data is not None
         model = create_world_model(path, device="auto")
-        return model, None, ReplayBuffer.load(data, seed=seed), f"episodes of {data.name}"
+        return model, None, ReplayBuffer.load(data, seed=seed, storage=storage), f"episodes of {data.name}"
     player = WorldFluxAgent.load(path)
     if data is not None:
         return player.model, player.num_timesteps, ReplayBuffer.load(data, seed=seed), f"episodes of {data.name}"

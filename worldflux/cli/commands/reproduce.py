@@ -132,7 +132,7 @@ def _settings(place: Path, config: RunConfig, steps: int | None, device: str | N
 def _check_task(place: Path, config: RunConfig) -> None:
     """Raises a `ConfigurationError` if the data or the code of the environment are missing."""
     if config.kind != "train":
-        if not Path(config.task).is_file():
+        if not Path(config.task).exists():
             raise ConfigurationError(
                 f"The data of {runs.shown(place)} are gone: there is no file '{config.task}'. Put it back to reproduce "
                 "the run."

@@ -16,6 +16,7 @@ from worldflux.cli.life_cycle import Work, start_or_resume
 from worldflux.cli.options import (
     Compile,
     Count,
+    DataStorage,
     DeviceName,
     Directory,
     Fields,
@@ -59,6 +60,8 @@ class OfflineSettings:
     """Gradient steps of the whole run. Default: 100000."""
     eval_share: float = 0.1
     """Share of the episodes that is held out for evaluations; 0 trains on all of them."""
+    storage: DataStorage = "memory"
+    """Place of the observations: in_place reads them from the files of DATA whenever they are sampled."""
     seed: Count = 42
     """Seed for all random number generators."""
     device: DeviceName = "auto"
@@ -137,7 +140,7 @@ def train_offline(
 
     Args:
         model: A preset (see worldflux models), or a directory written by save_pretrained. Left out with --resume.
-        data: An .npz file of worldflux collect or of ReplayBuffer.save.
+        data: An .npz file of worldflux collect or of ReplayBuffer.save, or a directory with many of them.
         run: Directory of the new run. Default: runs/<data>/<model>/<number>. With --seeds, of all new runs.
         seeds: Several seeds, each for a run of its own, one after the other. Write MODEL and DATA before them.
         config: A YAML file with settings, such as the config.yaml of a run. Other options win over it.
@@ -152,7 +155,7 @@ def train_offline(
 
 
 class OfflineTraining(Work):
-    """Trains a model on the steps of a file."""
+    """Trains a model on the steps of a file, or of a directory of files."""
 
     command, argument, example = "train-offline", "DATA", "tdmpc2:tiny walker.npz"
     settings_type, result = OfflineSettings, runs.MODEL_DIRECTORY
@@ -162,13 +165,17 @@ class OfflineTraining(Work):
     def __init__(
         self, model: str, task: str, settings: OfflineSettings, run: Path | None, resources: ExitStack
     ) -> None:
+        from worldflux.accel import ranks
         from worldflux.replay.buffer import ReplayBuffer
         from worldflux.training.trainer import Trainer
 
         data = Path(task)
-        if not data.is_file():
+        if not data.exists():
             raise ConfigurationError(f"There is no file '{data}'. To record one: worldflux collect ENV --output {data}")
-        self.title, self.task, self._buffer = data.stem, str(data.resolve()), ReplayBuffer.load(data)
+        self.task = str(data.resolve())
+        self.title = Path(self.task).stem
+        self._buffer = ReplayBuffer.load(data, storage=settings.storage, sharded=True)
+        self._steps = sum(ranks.every(self._buffer.num_transitions))
         self.model = _build_model(model, self._buffer, settings)
         self._trainer = Trainer(self.model, settings.training_config(), eval_data=settings.eval_share or None)
         if run is None:
@@ -188,7 +195,7 @@ class OfflineTraining(Work):
 
     def describe(self) -> str:
         """Names the amount of data."""
-        return f"{counted(self._buffer.num_transitions, 'step')} of data"
+        return f"{counted(self._steps, 'step')} of data"
 
     def train(self, directory: Path, outputs: Sequence[KVWriter]) -> str:
         """Trains, evaluates and saves checkpoints."""

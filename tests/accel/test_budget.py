@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from worldflux.accel import memory as budget
+from worldflux.accel.memory import free_device_memory, free_disk, free_memory, human
 from worldflux.errors import BufferError, ConfigurationError
-from worldflux.replay import backends as budget
 from worldflux.replay import backends as storage
-from worldflux.replay.backends import Storage, free_device_memory, free_disk, free_memory, human
+from worldflux.replay.backends import Storage
 from worldflux.replay.buffer import ReplayBuffer
 from worldflux.training import create_random_buffer
 
