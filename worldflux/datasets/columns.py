@@ -126,7 +126,11 @@ def open_hdf5(path: Path) -> Any:
     """
     h5py = imported("h5py", "hdf5", f"{path.name} is an HDF5 file, which")
     with _readable(path):
-        return h5py.File(path, "r")
+        file = h5py.File(path, "r")
+        cache = file.id.get_mdc_config()  # of the tables of contents: by default, it grows to more than 50 MB
+        cache.set_initial_size, cache.initial_size, cache.min_size, cache.max_size = True, 2**20, 2**20, 2**20
+        file.id.set_mdc_config(cache)
+        return file
 
 
 def hdf5_arrays(group: Any, prefix: str = "") -> dict[str, Any]:
@@ -143,6 +147,58 @@ def hdf5_arrays(group: Any, prefix: str = "") -> dict[str, Any]:
             check_dataset(entry)
             found[path] = entry
     return found
+
+
+def hdf5_names(group: Any, prefix: str = "") -> Iterator[str]:
+    """The paths of what is in a group and in the groups in it, of which none is opened before it is asked for."""
+    h5py = imported("h5py", "hdf5", "Reading HDF5 files")
+    for name in group:
+        kind = None if isinstance(group.get(name, getlink=True), h5py.ExternalLink) else group.get(name, getclass=True)
+        if kind is h5py.Group:
+            yield from hdf5_names(group[name], f"{prefix}{name}/")
+        elif kind is h5py.Dataset:
+            yield f"{prefix}{name}"
+
+
+class Hdf5Columns(Mapping[str, Column]):
+    """The arrays of numbers in a group of an HDF5 file; each is opened when it is asked for.
+
+    Args:
+        group: The group.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def __getitem__(self, name: str) -> Column:
+        if name not in self._group:
+            raise BufferError(f"{self._group.name} has no array '{name}' (found: {', '.join(self) or 'none'}).")
+        return hdf5_array(self._group, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return hdf5_names(self._group)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def hdf5_array(group: Any, name: str) -> Any:
+    """The array of numbers at a path in a group.
+
+    Raises:
+        BufferError: If there is none.
+    """
+    h5py = imported("h5py", "hdf5", "Reading HDF5 files")
+    inner = group
+    for part in name.split("/"):
+        link = inner.get(part, getlink=True) if isinstance(inner, h5py.Group) else None
+        if link is None or isinstance(link, h5py.ExternalLink):
+            raise BufferError(f"{group.name} has no array '{name}' (found: {', '.join(sorted(group)) or 'none'}).")
+        inner = inner[part]
+    if not isinstance(inner, h5py.Dataset) or inner.dtype.kind not in "biuf" or not inner.shape:
+        raise BufferError(f"{group.name}: '{name}' is no array of numbers.")
+    check_dataset(inner)
+    return inner
 
 
 def check_dataset(entry: Any) -> None:

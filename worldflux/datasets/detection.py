@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from worldflux.datasets.columns import hdf5_arrays, is_hdf5, open_hdf5
+from worldflux.datasets.columns import hdf5_names, is_hdf5, open_hdf5
 from worldflux.errors import ConfigurationError
 from worldflux.reading import open_regular
 from worldflux.replay.npz import NpzFile
 
 _MINARI_ID = re.compile(r"([\w-]+/)*[\w-]+-v\d+")
+_MOST_NAMES = 1000
+"""Arrays of an HDF5 file that are looked at."""
 CHUNK_NAME = re.compile(r"[^-]+-[^-]+-[^-]+-\d+\.npz")
 """Name of a chunk of DreamerV3: time, id, the successor's id, and number of rows."""
 
@@ -44,7 +47,7 @@ def detect(source: Any) -> str:
         raise FileNotFoundError(f"There is no file '{path.name}' (looked for {path.absolute()}).")
     if is_hdf5(path):
         with open_hdf5(path) as file:
-            return _of_names(path, list(hdf5_arrays(file)))
+            return _of_names(path, list(islice(hdf5_names(file), _MOST_NAMES)))
     with open_regular(path) as opened:
         start = opened.read(4)
     if start == b"PK\x03\x04" and path.suffix in (".pt", ".pth"):

@@ -14,10 +14,10 @@ from gymnasium import spaces
 from worldflux.datasets.recording import Arrays, Block, Recording
 from worldflux.envs.spaces import ActionCodec, ObservationCodec, OneHots
 from worldflux.errors import BufferError, ConfigurationError, WorldFluxError
-from worldflux.replay.actions import Classes, as_executed, declared_classes, judged_classes, rescaled, type_of
+from worldflux.replay.actions import Classes, as_executed, declared_classes, rescaled, type_of
 from worldflux.replay.backends import StoragePlace
 from worldflux.replay.buffer import ReplayBuffer
-from worldflux.replay.ring import FINAL, STEP, TERMINATED, TRUNCATED, spare_rows
+from worldflux.replay.ring import STEP, TERMINATED, TRUNCATED, spare_rows
 from worldflux.replay.spec import checked
 from worldflux.validation import SINGLE_KEY
 
@@ -162,6 +162,30 @@ def _room_for(steps: int, episodes: int) -> int:
     return max(steps, rows - rows // 32)  # many short episodes: a bit over half of the rows are steps
 
 
+class _Judge:
+    """The kind that actions look like, block by block; see `replay.actions.judged_classes`."""
+
+    def __init__(self) -> None:
+        self._is_binary = self._is_one_hot = True
+        self._has_zero = self._has_one = False
+
+    def see(self, actions: np.ndarray) -> None:
+        """Takes account of some actions. `[K, A]`"""
+        if not self._is_binary:
+            return
+        ones = actions == 1
+        zeros = actions == 0
+        self._is_binary = bool((ones | zeros).all())
+        self._has_zero, self._has_one = self._has_zero or bool(zeros.any()), self._has_one or bool(ones.any())
+        self._is_one_hot = self._is_one_hot and actions.shape[1] > 1 and bool((ones.sum(1) == 1).all())
+
+    def classes(self, dim: int) -> Classes | None:
+        """The kind of all of them; None where zeros and ones can be of several kinds."""
+        if not self._is_binary or not (self._has_zero and self._has_one):
+            return ()
+        return (dim,) if self._is_one_hot else None
+
+
 class _Filler:
     """Stores blocks in an empty buffer."""
 
@@ -170,7 +194,7 @@ class _Filler:
         self._is_dict = isinstance(buffer.obs_shape, dict)
         self._rows, self._fresh = buffer.stored()
         self._count = 0
-        self._is_binary = form.classes is None  # zeros and ones so far: one-hots, or continuous
+        self._judge = _Judge() if form.classes is None else None
 
     def add(self, block: Block) -> None:
         """Converts and stores a block.
@@ -201,8 +225,8 @@ class _Filler:
         count = len(block.actions)
         obs = self._encoded(block.obs)
         actions = self._form.convert(block.actions)
-        if self._is_binary:
-            self._is_binary = bool(((actions == 0) | (actions == 1)).all())
+        if self._judge is not None:
+            self._judge.see(actions)
         rewards = np.zeros(count, np.float32)
         if block.rewards is not None:
             rewards = checked("rewards", block.rewards.reshape(count, *block.rewards.shape[2:]), (count,), _FLOAT)
@@ -244,11 +268,7 @@ class _Filler:
                 self._form.clipped,
                 self._count,
             )
-        if self._form.classes is not None:
-            return
-        rows = self._rows
-        at = rows.stored_at()
-        classes = judged_classes(rows.actions[at[(rows.flags[at] & FINAL) == 0]]) if self._is_binary else ()
+        classes = None if self._judge is None else self._judge.classes(self._form.dim)
         if classes is not None:
             self._buffer.declare_actions(type_of(classes), classes or None)
 

@@ -86,13 +86,6 @@ class Columns:
             if np.dtype(array.dtype).kind not in "biuf" and key != "episode":
                 raise BufferError(f"{name}: {key} has dtype {array.dtype}, expected numbers. Objects are not read.")
 
-    def flags(self, name: str) -> np.ndarray:
-        """Marks of all rows, none where the source has no such array. `[N]`"""
-        if name not in self.marks:
-            return np.zeros(self.count, np.bool_)
-        given = np.asarray(self.marks[name][:])
-        return checked(f"{self.name}: {name}", given.reshape(self.count, -1)[:, 0], (self.count,), _BOOL).copy()
-
     def read(self, arrays: Mapping[str, Column], part: slice) -> dict[str, np.ndarray]:
         """Some rows of several arrays."""
         return {key: np.asarray(array[part]) for key, array in arrays.items()}
@@ -100,6 +93,32 @@ class Columns:
     def rewards_at(self, part: slice) -> np.ndarray | None:
         """Some rewards. `[K]`"""
         return None if self.rewards is None else np.asarray(self.rewards[part])
+
+
+def _marks(
+    name: str, arrays: Mapping[str, Column], count: int, how: Alignment
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Whether an episode terminates with each row, begins with it, and has its last row there. `[N]` bool each"""
+
+    def flags(mark: str) -> np.ndarray:
+        if mark not in arrays:
+            return np.zeros(count, np.bool_)
+        given = np.asarray(arrays[mark][:])
+        return checked(f"{name}: {mark}", given.reshape(count, -1)[:, 0], (count,), _BOOL).copy()
+
+    terminal, is_first = flags("terminations"), flags("is_first")
+    is_last = terminal | flags("truncations") | flags("is_last")
+    is_last[:-1] |= is_first[1:]
+    if "episode" in arrays:
+        number = np.asarray(arrays["episode"][:]).reshape(count, -1)
+        is_last[:-1] |= (number[1:] != number[:-1]).any(1)
+    is_last[-1:] = True
+    if how.time_limit is not None:
+        starts = np.append(0, np.flatnonzero(is_last[:-1]) + 1)
+        lengths = np.diff(np.append(starts, count))
+        place = np.arange(count) - np.repeat(starts, lengths) + 1
+        is_last |= place % (how.time_limit + bool(how.final_row)) == 0
+    return terminal, is_first, is_last
 
 
 def flat_recording(columns: Columns, is_dict: bool, how: Alignment, **more: Any) -> Recording:
@@ -111,19 +130,8 @@ def flat_recording(columns: Columns, is_dict: bool, how: Alignment, **more: Any)
         how: How the rows are to be read.
         more: Further fields of the recording.
     """
-    terminal, is_first = columns.flags("terminations"), columns.flags("is_first")
-    is_last = terminal | columns.flags("truncations") | columns.flags("is_last")
-    is_last[:-1] |= is_first[1:]
-    if "episode" in columns.marks:
-        number = np.asarray(columns.marks["episode"][:]).reshape(columns.count, -1)
-        is_last[:-1] |= (number[1:] != number[:-1]).any(1)
-    if columns.count:
-        is_last[-1] = True
-    if how.time_limit is not None:
-        starts = np.append(0, np.flatnonzero(is_last[:-1]) + 1)
-        lengths = np.diff(np.append(starts, columns.count))
-        place = np.arange(columns.count) - np.repeat(starts, lengths) + 1
-        is_last |= place % (how.time_limit + bool(how.final_row)) == 0
+    terminal, is_first, is_last = _marks(columns.name, columns.marks, columns.count, how)
+    truncated = is_last & ~terminal
     step = rows_at_once([*columns.obs.values(), *columns.next_obs.values(), columns.actions])
     episodes = int(np.count_nonzero(is_last))
 
@@ -147,7 +155,7 @@ def flat_recording(columns: Columns, is_dict: bool, how: Alignment, **more: Any)
                 np.asarray(columns.actions[part]),
                 columns.rewards_at(part),
                 terminal[part],
-                (is_last & ~terminal)[part],
+                truncated[part],
                 following or None,
             )
 
@@ -167,6 +175,33 @@ Episodes = Callable[[], Iterator[Mapping[str, Column]]]
 """The arrays of each episode, one after another; it is called several times."""
 
 
+class Renamed(Mapping[str, Column]):
+    """Arrays under other names, each of which is opened when it is asked for.
+
+    Args:
+        arrays: The arrays.
+        names: Their names by the new ones.
+        more: Further arrays, under the new names.
+    """
+
+    def __init__(
+        self, arrays: Mapping[str, Column], names: Mapping[str, str], more: Mapping[str, Column] | None = None
+    ) -> None:
+        self._arrays, self._names, self._more = arrays, names, more or {}
+
+    def __getitem__(self, name: str) -> Column:
+        return self._more[name] if name in self._more else self._arrays[self._names[name]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._more or name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._names, **self._more})
+
+    def __len__(self) -> int:
+        return len({**self._names, **self._more})
+
+
 def recording_of_episodes(name: str, episodes: Episodes, is_dict: bool, how: Alignment, **more: Any) -> Recording:
     """A recording of arrays for each episode. Without a final row, there may be one more observation than actions.
 
@@ -180,10 +215,15 @@ def recording_of_episodes(name: str, episodes: Episodes, is_dict: bool, how: Ali
     Raises:
         ShapeMismatchError: If the arrays of an episode do not fit each other.
     """
-    opened = [_episode(f"{name}, episode {number}", arrays, is_dict, how) for number, arrays in enumerate(episodes())]
-    if not opened:
+    first: Recording | None = None
+    steps = ends = 0
+    for number, arrays in enumerate(episodes()):
+        place, count = f"{name}, episode {number}", int(arrays["actions"].shape[0])
+        first = first or _episode(place, arrays, is_dict, how)
+        found = int(np.count_nonzero(_marks(place, arrays, count, how)[2]))
+        steps, ends = steps + count - found * bool(how.final_row), ends + found
+    if first is None:
         raise BufferError(f"{name} has no episodes.")
-    first = opened[0]
 
     def blocks() -> Iterator[Block]:
         for number, arrays in enumerate(episodes()):
@@ -194,8 +234,8 @@ def recording_of_episodes(name: str, episodes: Episodes, is_dict: bool, how: Ali
         first.obs_space,
         first.action_shape,
         first.action_dtype,
-        sum(one.steps for one in opened),
-        sum(one.episodes for one in opened),
+        steps,
+        ends,
         blocks,
         **more,
     )
@@ -214,6 +254,7 @@ class _Front:
 
 def _episode(name: str, arrays: Mapping[str, Column], is_dict: bool, how: Alignment) -> Recording:
     """The recording of the arrays of one episode."""
+    arrays = dict(arrays)  # each is opened when it is asked for
     count = int(arrays["actions"].shape[0])
     obs = {key: one for key, one in arrays.items() if key.startswith("obs/")}
     if how.final_row or any(one.shape[0] != count + 1 for one in obs.values()):

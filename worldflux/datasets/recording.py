@@ -16,7 +16,7 @@ Arrays = dict[str, np.ndarray]
 ObsChoice = str | Sequence[str] | Mapping[str, str] | None
 """Which of a source's observations are read: one of them, several, or several under new names; None: all."""
 
-BLOCK_BYTES = 8 * 2**20
+BLOCK_BYTES = 2 * 2**20
 """Bytes of a source that are in memory at once, about."""
 
 ALIGNMENTS = ("own", "arrives", "led_to")

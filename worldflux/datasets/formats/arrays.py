@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from worldflux.datasets.columns import NpzColumns, hdf5_arrays, in_order, is_hdf5, open_hdf5
-from worldflux.datasets.flat import Alignment, Columns, flat_recording, recording_of_episodes
+from worldflux.datasets.flat import Alignment, Columns, Renamed, flat_recording, recording_of_episodes
 from worldflux.datasets.recording import Recording
 from worldflux.errors import BufferError, ConfigurationError, nearest
 from worldflux.replay.npz import NpzFile
@@ -179,7 +179,7 @@ def _of_episodes(
             missing = [one for one in layout.names.values() if one not in arrays]
             if missing:
                 raise BufferError(f"{name}, episode {number} has no array '{missing[0]}', which the first one has.")
-            yield {role: arrays[one] for role, one in layout.names.items()}
+            yield Renamed(arrays, layout.names)
 
     return recording_of_episodes(name, columns, layout.is_dict, how, notes=_notes(layout, how, is_flat=False))
 

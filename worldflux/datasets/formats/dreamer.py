@@ -10,7 +10,7 @@ import numpy as np
 
 from worldflux.datasets.columns import Column, NpzColumns, hdf5_arrays, in_order, open_hdf5
 from worldflux.datasets.detection import CHUNK_NAME
-from worldflux.datasets.flat import Alignment, recording_of_episodes
+from worldflux.datasets.flat import Alignment, Renamed, recording_of_episodes
 from worldflux.datasets.recording import (
     Block,
     ObsChoice,
@@ -157,7 +157,7 @@ def open_episodes(source: Any, *, obs: ObsChoice = None, action: str = "action")
 
 def _roles(
     name: str, arrays: Mapping[str, Column], wanted: Mapping[str, str], action: str, count: int
-) -> dict[str, Column]:
+) -> Mapping[str, Column]:
     """The arrays of an episode by what they are."""
     terminal = np.zeros(count, np.bool_)
     if "is_terminal" in arrays:
@@ -169,8 +169,8 @@ def _roles(
             f"{name} has neither is_terminal nor discount, which tell whether the episode terminated. Read it with "
             "format='arrays', align='led_to'."
         )
-    found = {f"obs/{key}": arrays[one] for key, one in wanted.items()}
-    return {**found, "actions": arrays[action], "rewards": arrays["reward"], "terminations": terminal}
+    names = {f"obs/{key}": one for key, one in wanted.items()} | {"actions": action, "rewards": "reward"}
+    return Renamed(arrays, names, {"terminations": terminal})
 
 
 def _open_hdf5(path: Path, files: list[Path], obs: ObsChoice, action: str) -> Recording:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from worldflux.datasets.columns import Column, hdf5_arrays, in_order, open_hdf5
-from worldflux.datasets.flat import Alignment, recording_of_episodes
+from worldflux.datasets.columns import Column, Hdf5Columns, hdf5_arrays, in_order, open_hdf5
+from worldflux.datasets.flat import Alignment, Renamed, recording_of_episodes
 from worldflux.datasets.formats.d4rl import NO_REWARDS
 from worldflux.datasets.recording import ObsChoice, Recording, chosen_obs
 from worldflux.errors import BufferError
@@ -28,37 +28,32 @@ def open_source(source: Any, *, obs: ObsChoice = None, ends: str = "termination"
     check_choice("ends", ends, ("termination", "truncation"))
     path = Path(source)
     file = open_hdf5(path)
-    demos: dict[str, dict[str, Any]] = {}
-    for path_in, array in (hdf5_arrays(file["data"]) if "data" in file else {}).items():
-        demo, _, inner = path_in.partition("/")
-        demos.setdefault(demo, {})[inner] = array
-    ordered = [demos[name] for name in sorted(demos, key=in_order) if name.startswith("demo")]
+    demos = file["data"] if "data" in file else {}
+    ordered = sorted((name for name in demos if name.startswith("demo")), key=in_order)
     if not ordered:
         raise BufferError(f"{path.name} has no groups data/demo_0 and so on, as robomimic writes them.")
-    first = ordered[0]
+    first = hdf5_arrays(demos[ordered[0]])
     available = [name.removeprefix("obs/") for name in first if name.startswith("obs/")]
     folder = "obs/" if available else ""
     available = available or [name for name in first if name == "states"]
     wanted, is_dict = chosen_obs(path.name, available, obs)
-    inside = 0  # dones before the last row
     roles = {f"obs/{key}": f"{folder}{name}" for key, name in wanted.items()}
     has_next = all(f"next_obs/{name}" in first for name in wanted.values())
     if has_next and folder:
         roles |= {f"next_obs/{key}": f"next_obs/{name}" for key, name in wanted.items()}
     roles |= {"actions": "actions"} | ({"rewards": "rewards"} if "rewards" in first else {})
-    for number, arrays in enumerate(ordered):
-        for name in roles.values():
-            if name not in arrays:
-                raise BufferError(f"{path.name}: the demonstration {number} has no array '{name}'.")
-        if "dones" in arrays:
-            inside += int(np.count_nonzero(arrays["dones"][:-1]))
+    inside: dict[str, int] = {}  # dones before the last row of an episode
 
     def episodes() -> Iterator[Mapping[str, Column]]:
-        for demo in ordered:
-            found = {role: demo[name] for role, name in roles.items()}
-            if "dones" in demo and ends == "termination":
-                found["terminations"] = np.append(np.zeros(len(demo["dones"]) - 1), demo["dones"][-1:])
-            yield found
+        for name in ordered:
+            arrays = Hdf5Columns(demos[name])
+            more: dict[str, Column] = {}
+            if "dones" in first:
+                dones = np.asarray(arrays["dones"][:])
+                inside[name] = int(np.count_nonzero(dones[:-1]))
+                if ends == "termination":
+                    more["terminations"] = np.append(np.zeros(max(len(dones) - 1, 0)), dones[-1:])
+            yield Renamed(arrays, roles, more)
 
     notes = [] if "rewards" in first else [NO_REWARDS]
     if "dones" not in first:
@@ -68,6 +63,9 @@ def open_source(source: Any, *, obs: ObsChoice = None, ends: str = "termination"
             "a done in the last row of an episode counts as a termination. Pass ends='truncation' if demonstrations "
             "were merely stopped there."
         )
-    if inside:
-        notes.append(f"{inside} rows that are not the last of their episode are marked as done, which is ignored.")
-    return recording_of_episodes(path.name, episodes, is_dict, Alignment(), notes=notes, close=file.close)
+    recording = recording_of_episodes(path.name, episodes, is_dict, Alignment(), notes=notes, close=file.close)
+    if any(inside.values()):
+        notes.append(
+            f"{sum(inside.values())} rows that are not the last of their episode are marked as done, which is ignored."
+        )
+    return recording
