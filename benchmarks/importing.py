@@ -275,10 +275,8 @@ def read(name: str, path: str, kind: str, rows: int) -> None:
 
     format, make = FORMATS[name]
     source = make(Path(path), kind, rows) if make in WITHOUT_FILE else path
-    small = make(Path(path), kind, 2 * EPISODE) if make in WITHOUT_FILE else None
-    load(in_memory(Path(path), kind, 2 * EPISODE))  # what is imported at the first use does not count
-    if small is not None:
-        load(small, format=format)
+    with tempfile.TemporaryDirectory() as directory:  # what is imported at the first use does not count
+        load(make(Path(directory), kind, 2 * EPISODE), format=format)
     before = own_memory()
     with Peak() as peak:
         started = time.process_time()

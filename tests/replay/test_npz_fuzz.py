@@ -298,7 +298,7 @@ def test_what_is_wrong_is_named(place: Path, kind: str) -> None:
 
 
 FORMATS = {
-    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "but an HDF5 file. Read its episodes with h5py"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "but an HDF5 file. worldflux.datasets.load reads"),
     "Parquet": (b"PAR1" + bytes(100), "but a Parquet file.*pandas"),
     "pickle": (pickle.dumps({"observations": [1]}), "but a pickle.*never read here"),
     "old pickle": (pickle.dumps({"observations": [1]}, protocol=2), "but a pickle"),

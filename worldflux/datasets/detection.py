@@ -14,6 +14,7 @@ from worldflux.reading import open_regular
 from worldflux.replay.npz import NpzFile
 
 _MINARI_ID = re.compile(r"([\w-]+/)*[\w-]+-v\d+")
+_WORLDFLUX = {"obs_shape", "action_dim", "capacity"}
 _MOST_NAMES = 1000
 """Arrays of an HDF5 file that are looked at."""
 CHUNK_NAME = re.compile(r"[^-]+-[^-]+-[^-]+-\d+\.npz")
@@ -83,6 +84,8 @@ def _of_directory(path: Path) -> str:
     if files[0].endswith(".npz"):
         with NpzFile(path / files[0]) as archive:
             found = set(archive.names)
+        if found >= _WORLDFLUX:
+            return "worldflux"
         if {"action", "reward"} <= found and found & {"is_first", "discount"}:
             return "dreamerv3-torch"
         raise _unknown(path / files[0], sorted(found))
@@ -91,7 +94,7 @@ def _of_directory(path: Path) -> str:
 
 def _of_names(path: Path, names: Sequence[str]) -> str:
     found = {name.partition("/")[0] for name in names}
-    if found >= {"obs_shape", "action_dim", "capacity"}:
+    if found >= _WORLDFLUX:
         return "worldflux"
     if any(name.startswith("data/demo") for name in names):
         return "robomimic"

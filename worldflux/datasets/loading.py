@@ -95,7 +95,7 @@ def load(
     chosen = detect(source) if format == "auto" else format
     name = source_name(source)
     if chosen == "worldflux":
-        _check_options(chosen, options, ())
+        _check_options(chosen, options, ("n_envs", "sharded"))
         if clip_actions or image_size is not None:
             raise ConfigurationError("clip_actions and image_size are for other formats than 'worldflux'.")
         return ReplayBuffer.load(
@@ -108,6 +108,7 @@ def load(
             action_classes=action_classes,
             action_low=action_low,
             action_high=action_high,
+            **options,
         )
     module, _, function = _READERS[chosen].partition(":")
     reader = getattr(importlib.import_module(f"worldflux.datasets.formats.{module}"), function)

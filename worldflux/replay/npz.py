@@ -363,7 +363,7 @@ def _check_count(path: Path, found: int) -> None:
 
 _REMEDY = "Read its episodes with {reader}, store them with ReplayBuffer.add_episode, and call save."
 _FORMATS = {
-    b"\x89HDF\r\n\x1a\n": "an HDF5 file. " + _REMEDY.format(reader="h5py"),
+    b"\x89HDF\r\n\x1a\n": "an HDF5 file. worldflux.datasets.load reads those of several formats, and your own arrays.",
     b"PAR1": "a Parquet file. " + _REMEDY.format(reader="pandas"),
     b"ARROW1": "an Arrow file. " + _REMEDY.format(reader="pyarrow"),
     b"SQLite format 3\x00": "an SQLite database. " + _REMEDY.format(reader="sqlite3"),

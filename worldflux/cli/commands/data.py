@@ -9,6 +9,7 @@ import tyro
 
 from worldflux.cli.commands.collect import check_output
 from worldflux.cli.options import NO_HINT, Directory, Flag, Number, assignments, counted
+from worldflux.errors import ConfigurationError
 from worldflux.files import checked_path
 
 _Options = Annotated[
@@ -28,6 +29,7 @@ def convert(
     action_high: _Bounds = None,
     action_classes: _Sizes = None,
     clip_actions: Flag = False,
+    image_size: Number = None,
     capacity: Number = None,
     storage: Directory = None,
     overwrite: Flag = False,
@@ -43,6 +45,7 @@ def convert(
         action_high: Upper bounds of the actions.
         action_classes: Numbers of choices, for discrete actions that are stored as whole numbers.
         clip_actions: Move actions beyond the bounds to the nearest ones inside.
+        image_size: Resize all images to so many pixels on each side.
         capacity: Keep only so many of the newest steps.
         storage: A directory for working files, for data larger than memory.
         overwrite: Replace the output if it exists.
@@ -56,17 +59,21 @@ def convert(
 
     from worldflux.datasets import load
 
-    buffer = load(
-        source,
-        format=format,
-        capacity=capacity,
-        storage=storage,
-        action_low=action_low,
-        action_high=action_high,
-        action_classes=action_classes,
-        clip_actions=clip_actions,
-        **options,
-    )
+    try:
+        buffer = load(
+            source,
+            format=format,
+            capacity=capacity,
+            storage=storage,
+            action_low=action_low,
+            action_high=action_high,
+            action_classes=action_classes,
+            clip_actions=clip_actions,
+            image_size=image_size,
+            **options,
+        )
+    except FileNotFoundError as error:
+        raise ConfigurationError(str(error)) from error
     buffer.save(target)
     print(f"{output}: {counted(buffer.num_transitions, 'step')} of {counted(buffer.num_episodes, 'episode')}.")
     return 0

@@ -18,6 +18,8 @@ from worldflux.datasets.recording import (
     Rows,
     chosen_obs,
     obs_space_like,
+    rows_at_once,
+    spans,
     steps_of_rows,
 )
 from worldflux.errors import BufferError, ShapeMismatchError
@@ -68,7 +70,9 @@ def open_chunks(source: Any, *, obs: ObsChoice = None, action: str = "action") -
                 for name in ("is_terminal", "is_first", "is_last")
             ]
             found = {key: arrays[name] for key, name in wanted.items()}
-            yield Rows(found, arrays[action], arrays["reward"], *flags)
+            whole = Rows(found, arrays[action], arrays["reward"], *flags)
+            for part in spans(len(whole), rows_at_once(found.values())):
+                yield whole.at(part)
 
     def blocks() -> Iterator[Block]:
         for chain in chains:

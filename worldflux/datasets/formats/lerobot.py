@@ -19,6 +19,8 @@ from worldflux.reading import open_regular, read_json
 from worldflux.validation import check_choice
 
 _PREFIX = "observation."
+_BATCH_ROWS = 256
+_BUFFER_BYTES = 2**20
 _NUMBERS = ("float", "int", "uint", "bool")
 
 
@@ -109,6 +111,33 @@ def _full_names(obs: ObsChoice, names: list[str]) -> ObsChoice:
     return {key: full(name) for key, name in obs.items()} if isinstance(obs, Mapping) else [full(name) for name in obs]
 
 
+class _Reader:
+    """Rows of one column, read in ascending order.
+
+    Attributes:
+        begin: The first row that can still be taken.
+
+    Args:
+        batches: The rows, as arrays of pyarrow.
+    """
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self.begin, self._batches = 0, batches
+        self._batch: Any = None
+
+    def take(self, part: slice) -> Iterator[Any]:
+        """Some rows, in parts."""
+        at = part.start
+        while at < part.stop:
+            size = 0 if self._batch is None else len(self._batch)
+            if at >= self.begin + size:
+                self.begin, self._batch = self.begin + size, next(self._batches)
+                continue
+            until = min(part.stop, self.begin + size)
+            yield self._batch.slice(at - self.begin, until - at)
+            at = until
+
+
 class _Files:
     """The Parquet files of a data set, in their order.
 
@@ -124,35 +153,32 @@ class _Files:
             raise BufferError(f"{path.name} has no Parquet files in data/. Download the whole data set.")
         files = [self._opened(one) for one in self._paths]
         self.names = set(files[0].schema_arrow.names)
-        self._begin = np.cumsum([0, *(file.metadata.num_rows for file in files)])
-        self.count = int(self._begin[-1])
-        self._held: dict[str, tuple[int, Any]] = {}  # of each column, the file that was read last
+        self.count = sum(int(file.metadata.num_rows) for file in files)
+        self._readers: dict[str, _Reader] = {}  # of each column
 
     def _opened(self, path: Path) -> Any:
         try:
             open_regular(path).close()
-            return self._parquet.ParquetFile(path)
+            return self._parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES)
         except (OSError, ValueError) as error:  # errors of pyarrow are ValueErrors
             raise BufferError(f"{path.name} is not a readable Parquet file: {error}") from error
 
-    def _column(self, number: int, name: str) -> Any:
-        if self._held.get(name, (-1, None))[0] != number:
-            file = self._opened(self._paths[number])
-            if name not in file.schema_arrow.names:
-                raise BufferError(f"{self._paths[number].name} has no column '{name}'.")
-            try:
-                self._held[name] = number, file.read([name]).column(0).combine_chunks()
-            except (OSError, ValueError) as error:
-                raise BufferError(f"{self._paths[number].name}: '{name}' cannot be read: {error}") from error
-        return self._held[name][1]
-
     def take(self, name: str, part: slice) -> Iterator[Any]:
-        """Some rows of a column, as arrays of pyarrow."""
-        first, last = np.searchsorted(self._begin, [part.start, part.stop - 1], "right") - 1
-        for number in range(int(first), int(last) + 1):
-            begin, end = int(self._begin[number]), int(self._begin[number + 1])
-            at, until = max(part.start, begin) - begin, min(part.stop, end) - begin
-            yield self._column(number, name).slice(at, until - at)
+        """Some rows of a column, as arrays of pyarrow. They are read in batches, in ascending order."""
+        if name not in self._readers or part.start < self._readers[name].begin:
+            self._readers[name] = _Reader(self._batches(name))
+        yield from self._readers[name].take(part)
+
+    def _batches(self, name: str) -> Iterator[Any]:
+        for path in self._paths:
+            file = self._opened(path)
+            if name not in file.schema_arrow.names:
+                raise BufferError(f"{path.name} has no column '{name}'.")
+            try:
+                for batch in file.iter_batches(_BATCH_ROWS, columns=[name], use_threads=False):
+                    yield batch.column(0)
+            except (OSError, ValueError) as error:
+                raise BufferError(f"{path.name}: '{name}' cannot be read: {error}") from error
 
     def whole(self, name: str) -> np.ndarray:
         """All rows of a column of numbers. `[N, ...]`"""

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from worldflux.datasets.columns import imported
+from worldflux.datasets.columns import Hdf5Columns, imported, open_hdf5
 from worldflux.datasets.recording import Arrays, Block, ObsChoice, Recording, chosen_obs
+from worldflux.diagnostics.plots.frames import import_cv2
 from worldflux.errors import BufferError
 from worldflux.reading import read_json
 from worldflux.validation import SINGLE_KEY
@@ -58,6 +59,9 @@ def open_source(source: Any, *, obs: ObsChoice = None, download: bool = False) -
     action_space = storage.action_space
 
     def blocks() -> Iterator[Block]:
+        if storage.FORMAT == "hdf5":
+            yield from _hdf5_blocks(name, storage, numbers, {key: (one, parts[one]) for key, one in wanted.items()})
+            return
         for episode in storage.get_episodes(numbers):
             found = {key: _part(episode["observations"], one) for key, one in wanted.items()}
             yield _block(f"{name}, episode {episode['id']}", found, episode)
@@ -115,6 +119,40 @@ def _part(observations: Any, path: str) -> np.ndarray:
         elif isinstance(observations, tuple):
             observations = observations[int(key)]
     return np.asarray(observations)
+
+
+def _hdf5_blocks(
+    name: str, storage: Any, numbers: list[int], wanted: Mapping[str, tuple[str, spaces.Space[Any]]]
+) -> Iterator[Block]:
+    """The steps of a data set in HDF5, of which nothing is read but what is wanted. Minari reads all infos as well."""
+    is_image = imported("minari.dataset.minari_storage", "minari", "Reading a data set of Minari").is_image_space
+    with open_hdf5(storage.data_path / "main_data.hdf5") as file:
+        for number in numbers:
+            if f"episode_{number}" not in file:
+                raise BufferError(f"{name} has no episode {number}: its file is damaged.")
+            group = Hdf5Columns(file[f"episode_{number}"])
+            found = {}
+            for key, (path, space) in wanted.items():
+                inner = "/".join(f"_index_{part}" if part.isdigit() else part for part in path.split("/"))
+                at = "observations" if path == SINGLE_KEY else f"observations/{inner}"
+                if storage.jpeg_encoding and is_image(space):
+                    found[key] = _decoded(file[f"episode_{number}/{at}"], space.shape or ())
+                else:
+                    found[key] = np.asarray(group[at][:])
+            rest = {key: group[key][:] for key in ("actions", "rewards", "terminations", "truncations")}
+            yield _block(f"{name}, episode {number}", found, rest)
+
+
+def _decoded(rows: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Images that are compressed one by one. `[T+1, *shape]`"""
+    cv2 = import_cv2()
+    found = np.empty((len(rows), *shape), np.uint8)
+    for number, row in enumerate(rows[:]):
+        image = cv2.imdecode(np.asarray(row, np.uint8), cv2.IMREAD_UNCHANGED)
+        if image is None or image.size != found[number].size:
+            raise BufferError(f"{rows.name} has a row without an image of {shape} that can be decoded.")
+        found[number] = (image[..., ::-1] if image.ndim == 3 else image).reshape(shape)  # OpenCV has blue first
+    return found
 
 
 def _block(name: str, obs: Arrays, episode: Mapping[str, Any]) -> Block:
