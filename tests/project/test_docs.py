@@ -27,13 +27,16 @@ PUBLIC = (
     "worldflux.agents",
     "worldflux.envs",
     "worldflux.training",
+    "worldflux.datasets",
     "worldflux.interop",
     "worldflux.config",
 )
 FAMILY_FIELDS = {item.name for config in (DreamerV3Config, TDMPC2Config) for item in fields(config)}
+DATA_OPTIONS = {"keys", "align", "final_row", "time_limit", "obs", "ends", "action_bounds", "download", "task"}
+"""Options of the formats that `worldflux.datasets.load` reads."""
 OPEN_KEYWORDS = {
     "create_world_model": FAMILY_FIELDS,
-    "load": {item.name for item in fields(AgentSettings)},
+    "load": {item.name for item in fields(AgentSettings)} | DATA_OPTIONS,
 }
 """The keywords that `**` in a signature accepts."""
 DICTIONARIES = {"model_kwargs": FAMILY_FIELDS, "planner_kwargs": {item.name for item in fields(PlannerConfig)}}
