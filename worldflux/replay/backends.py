@@ -130,6 +130,8 @@ class RecordedFiles:
         if _identity(os.fstat(file.fileno())) != self._identities[number]:
             file.close()
             raise BufferError(f"{path} has changed since it was loaded. Load the data again.")
+        if hasattr(os, "posix_fadvise"):  # what follows a window is rarely the next one
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         self._open[number] = file
         if len(self._open) > _MOST_OPEN:
             self._open.popitem(last=False)[1].close()
