@@ -32,6 +32,8 @@ from worldflux.agents.settings import AgentSettings, rate_from_json, rate_to_jso
 from worldflux.envs.spaces_json import space_from_json, space_to_json
 from worldflux.errors import CheckpointError, ConfigurationError, ShapeMismatchError
 from worldflux.files import checked_path, directory_beside, recover_directory
+from worldflux.hub.addresses import is_address
+from worldflux.hub.client import RECORD_FILE, model_path
 from worldflux.models.base import CONFIG_FILE, WEIGHTS_FILE
 from worldflux.reading import check_stored, open_regular, read_json
 from worldflux.run_directory import agent_of_run, first_run_in, is_run
@@ -49,6 +51,8 @@ AGENT_FILE = "agent.json"
 RUN_FILE = "run.json"
 FORMAT = 1
 """Version of `agent.json`; a change that other versions cannot read raises it."""
+SHARED = (AGENT_FILE, CONFIG_FILE, WEIGHTS_FILE)
+"""What `push_to_hub` shares of an agent; it suffices for acting, and for learning with a new optimiser."""
 _ENTRIES = (AGENT_FILE, CONFIG_FILE, WEIGHTS_FILE, OPTIMIZER_FILE, TRAINER_FILE)
 
 _NAMELESS = "the file object"
@@ -162,31 +166,35 @@ def open_saved(path: ArchivePath, *, resume: bool = False) -> Iterator[tuple[Age
 
     Args:
         path: As given to `write_archive`, where `.zip` may be left out; or the directory of a checkpoint, or one that
-            holds several, of which the newest is taken; or the directory of a run of `worldflux train`.
+            holds several, of which the newest is taken; the directory of a run of `worldflux train`; or an address on
+            the Hugging Face Hub.
         resume: Whether a run is to go on from it.
 
     Raises:
         FileNotFoundError: If there is nothing.
         CheckpointError: If it is no agent, or damaged; or there is no run to resume.
         ConfigurationError: If it is neither a path nor a binary file that can be read.
+        HubError: If it cannot be downloaded.
     """
     name: Any = _NAMELESS if is_file(path, "read") else path
     with path_to_read(path) as given, tempfile.TemporaryDirectory(prefix="agent-") as scratch:
-        holder = checked_path("path", given)
+        holder = model_path("path", given)
         recover_directory(holder)
         if holder.is_dir() and is_run(holder):
             name = given = holder = agent_of_run(holder, newest=resume)
-        if holder.is_dir():
+        if is_address(given) or (holder / RECORD_FILE).is_file():
+            directory = holder
+            _check_shared(directory, name)
+            if resume:
+                raise _not_resumable(name)
+        elif holder.is_dir():
             name = directory = _newest(holder)
             _check_complete(directory, (*_ENTRIES, RUN_FILE) if resume else _ENTRIES)
         else:
             directory = Path(scratch)
             _unpack(_existing(given), directory, name)
             if resume:
-                raise CheckpointError(
-                    f"{name} holds no replay data, so it cannot be resumed. Leave resume=True out, or pass a directory "
-                    "that AgentCheckpointCallback wrote."
-                )
+                raise _not_resumable(name)
         yield AgentDescription.read(directory, name), directory
 
 
@@ -204,6 +212,23 @@ def _newest(holder: Path) -> Path:
         f"The directory {holder} holds no checkpoint of an agent{incomplete and f' ({incomplete})'}. Pass one that "
         "save_checkpoint wrote, or that holds several of them."
     )
+
+
+def _not_resumable(name: object) -> CheckpointError:
+    return CheckpointError(
+        f"{name} holds no replay data, so it cannot be resumed. Leave resume=True out, or pass a directory that "
+        "AgentCheckpointCallback wrote."
+    )
+
+
+def _check_shared(directory: Path, name: object) -> None:
+    """Raises a `CheckpointError` unless a directory has the files that `push_to_hub` shares of an agent."""
+    missing = [file for file in SHARED if not (directory / file).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{name} is not an agent of worldflux (no {', '.join(missing)}). Pass a repository that push_to_hub wrote; "
+            f"of one that holds a model alone, make an agent: WorldFluxAgent({str(name)!r}, env)."
+        )
 
 
 def _check_complete(directory: Path, names: Sequence[str]) -> None:

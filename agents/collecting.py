@@ -199,6 +199,12 @@ def max_vec_episode_steps(venv: VecEnv) -> int | None:
     return smallest_limit(stated)
 
 
+def spec_of_the_first(venv: VecEnv) -> Any:
+    """Gymnasium's specification of the first environment; None where it has none, or it cannot be asked for."""
+    in_processes = isinstance(innermost(venv), SubprocVecEnv)  # which die of one that cannot be pickled
+    return None if in_processes else _of_the_first(venv, "spec")
+
+
 def frames_per_vec_step(venv: VecEnv) -> int:
     """Frames that a step of each environment takes, by the attribute `action_repeat`; 1 where there is none."""
     return stated_frames(_of_the_first(venv, "action_repeat"))

@@ -6,14 +6,16 @@ import io
 import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 from stable_baselines3.common.utils import check_for_correct_spaces, get_system_info
 
@@ -35,19 +37,24 @@ from worldflux.agents.archive import (
     write_archive,
 )
 from worldflux.agents.base import AgentBase
+from worldflux.agents.collecting import spec_of_the_first
 from worldflux.agents.habits import refuse_unknown
-from worldflux.agents.settings import SETTINGS
+from worldflux.agents.settings import SETTINGS, rate_to_json
 from worldflux.envs.make import as_env
 from worldflux.envs.vector import seed_envs
 from worldflux.errors import ConfigurationError
-from worldflux.factory import create_world_model
+from worldflux.factory import create_world_model, find_preset
 from worldflux.files import checked_path
+from worldflux.hub.cards import AgentRecord, Score
+from worldflux.hub.description import env_options, shown_choices, shown_shapes
+from worldflux.hub.pushing import push_agent
 from worldflux.models.base import WEIGHTS_FILE
 from worldflux.models.weights import read_weights
 from worldflux.reading import only_our_errors
 from worldflux.replay.buffer import ReplayBuffer
 from worldflux.replay.checkpoint import REPLAY_FOLDER, ReplaySegments
 from worldflux.training.checkpoint import (
+    OPTIMIZER_FILE,
     check_target,
     directory_of_all_ranks,
     new_run,
@@ -55,6 +62,7 @@ from worldflux.training.checkpoint import (
     ranks_of,
     writing_checkpoint,
 )
+from worldflux.validation import whole_number
 
 logger = logging.getLogger("worldflux")
 
@@ -190,7 +198,8 @@ class SavedAgent(AgentBase):
         Args:
             path: As given to `save` or `save_checkpoint`; a directory of checkpoints, of which the newest is taken; the
                 directory of a run of `worldflux train`, of which the agent with the best evaluation is taken, or with
-                `resume` the newest checkpoint; or a binary file that is open for reading.
+                `resume` the newest checkpoint; the address of what `push_to_hub` has pushed, such as `hf://user/name`
+                or `hf://user/name@revision`; or a binary file that is open for reading.
             env: An environment of the same spaces, with any number of copies. None suffices for `predict`, and until
                 `set_env`.
             device: As for the constructor.
@@ -211,6 +220,7 @@ class SavedAgent(AgentBase):
                 to resume.
             ConfigurationError: If a setting is unknown or out of its range, or the run cannot be resumed in `env`.
             BufferError: If there is no room for the replay data.
+            HubError: If it cannot be downloaded.
         """
         if resume and env is None:
             raise ConfigurationError("resume=True continues in an environment. Pass env to load.")
@@ -240,7 +250,10 @@ class SavedAgent(AgentBase):
                     agent.n_envs = saved.n_envs
                 with only_our_errors(path):
                     agent._setup_model()
-                    agent.trainer.load_checkpoint(checkpoint, allow_nonfinite=allow_nonfinite)
+                    if (checkpoint / OPTIMIZER_FILE).is_file():
+                        agent.trainer.load_checkpoint(checkpoint, allow_nonfinite=allow_nonfinite)
+                    else:  # what push_to_hub shares, with the weights that the model has already
+                        agent.trainer.step_count = saved.counters["_n_updates"]
             if "seed" in kwargs and not resume:
                 agent.set_random_seed(settings.seed)
             for name in LOOP_COUNTERS:
@@ -282,6 +295,64 @@ class SavedAgent(AgentBase):
             seed_envs(self.env, seed)
             self.action_space.seed(seed)
         self._continues_from = self.num_timesteps
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        eval_env: GymEnv | str | None = None,
+        n_eval_episodes: int = 10,
+        eval_seed: int = 0,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+    ) -> str:
+        """Uploads the agent to the Hugging Face Hub, with a card that says what it is and how well it plays.
+
+        `WorldFluxAgent.load("hf://user/name")` loads it. The files are JSON and safetensors; the states of the
+        optimisers and the replay data are not among them. `worldflux push` also uploads the evaluations, the command
+        and the versions of a run.
+
+        Args:
+            repo_id: The repository, `user/name`; it is created if there is none, and what it holds of an earlier agent
+                is replaced.
+            eval_env: An environment to evaluate the agent in, as for the constructor; the score stands in the card.
+                None: the card has the mean return of the last episodes of the training.
+            n_eval_episodes: Number of episodes of the evaluation, which are played with the most likely actions.
+            eval_seed: Seed of `eval_env`.
+            commit_message: Message of the commit.
+            private: Whether a new repository is private; None: as the owner's settings say.
+            token: Token of the Hub; None: the one that `hf auth login` has stored, or `HF_TOKEN`.
+            branch: Branch to push to, created if there is none; None: the main branch.
+
+        Returns:
+            The address of the repository's page.
+
+        Raises:
+            ConfigurationError: If the name of the repository or `eval_env` is invalid.
+            HubError: If the Hub cannot be reached, or refuses the upload.
+            MissingDependencyError: If `huggingface_hub` is not installed.
+            TrainingError: If a loss or a weight is not finite; nothing is uploaded then.
+        """
+        self.trainer.check_good()
+        record = describe(self, None if eval_env is None else self._score(eval_env, n_eval_episodes, eval_seed))
+        options: Any = dict(commit_message=commit_message, private=private, token=token, branch=branch)
+        return ranks.on_first(lambda: push_agent(partial(write_shared, self), repo_id, record, **options))
+
+    def _score(self, env: GymEnv | str, episodes: int, seed: int) -> Score:
+        """Plays episodes with the most likely actions."""
+        episodes, seed = whole_number("n_eval_episodes", episodes, 1), whole_number("eval_seed", seed, 0)
+        with ExitStack() as stack:
+            made: Any = self._wrap_env(as_env(env), verbose=0)
+            if isinstance(env, str):
+                stack.callback(made.close)
+            check_for_correct_spaces(made, self.observation_space, self.action_space)
+            seed_envs(made, seed)
+            spec = spec_of_the_first(made)
+            name = env if isinstance(env, str) else None if spec is None else spec.id
+            returns, lengths = evaluate_policy(self, made, episodes, return_episode_rewards=True)
+        return replace(Score.of(returns, lengths, seed), env=name)  # type: ignore[arg-type]
 
     def save_replay_buffer(self, path: ArchivePath) -> None:
         """Writes the replay buffer to exactly this path, or into this binary file, as `.npz` whatever its suffix."""
@@ -343,6 +414,51 @@ class SavedAgent(AgentBase):
         with only_our_errors(load_path_or_dict), open_saved(load_path_or_dict) as (_, checkpoint):
             weights = read_weights(checkpoint / WEIGHTS_FILE, allow_nonfinite=allow_nonfinite)
             super().set_parameters({"policy": weights}, exact_match, device)  # type: ignore[dict-item]
+
+
+def write_shared(agent: SavedAgent, directory: Path) -> None:
+    """Writes what `push_to_hub` shares of an agent into an empty directory."""
+    agent._description().write(directory)
+    agent.model.save_pretrained(directory)
+
+
+def describe(agent: SavedAgent, score: Score | None = None) -> AgentRecord:
+    """What an agent knows about itself, for its card.
+
+    Args:
+        agent: The agent.
+        score: Evaluation of the agent.
+    """
+    config, settings = agent.model.config, vars(agent._settings)
+    infos = list(agent.ep_info_buffer or ())
+    versions = {"worldflux": metadata.version("worldflux"), **agent._description().system_info}
+    name = f"{config.model_type}:{config.model_name}"
+    spec = None if agent.env is None else spec_of_the_first(agent.env)
+    return AgentRecord(
+        family=config.model_type,
+        model=name if find_preset(name) else config.model_type,
+        parameters=sum(weights.numel() for weights in agent.model.parameters() if weights.requires_grad),
+        observations=shown_shapes(agent.obs_codec.obs_shape, agent.obs_codec.obs_dtype),
+        actions=f"{config.action_type}, {shown_choices(agent.action_space)}",
+        env=spec.id if spec is not None else None if score is None else score.env,
+        env_options={} if spec is None else env_options(spec),
+        wrappers=[] if spec is None else [item.name for item in spec.additional_wrappers if item.name != "Monitor"],
+        timesteps=agent.num_timesteps,
+        gradient_steps=agent._n_updates,
+        settings={
+            "n_envs": agent.n_envs,
+            "planner": agent.planner,
+            **{name: settings[name] for name in _SHOWN},
+            "learning_rate": rate_to_json(agent.learning_rate),
+        },
+        score=score,
+        training=Score.of([info["r"] for info in infos], [info["l"] for info in infos]) if infos else None,
+        versions={name: text for name, text in versions.items() if name not in ("Cloudpickle", "GPU Enabled")},
+    )
+
+
+_SHOWN = ("train_ratio", "batch_size", "seq_len", "buffer_size", "learning_starts", "seed")
+"""Settings in the card of an agent."""
 
 
 def _names(argument: str, given: Iterable[str] | None) -> list[str]:

@@ -41,6 +41,10 @@ class StoppedError(WorldFluxError, RuntimeError):
     """Raised in an evaluation by a callback of an agent that was asked to stop by Ctrl-C or SIGTERM."""
 
 
+class HubError(WorldFluxError, ConnectionError):
+    """Raised when the Hugging Face Hub cannot be reached, has no such repository, or refuses a request."""
+
+
 class MissingDependencyError(WorldFluxError, ImportError):
     """Raised when an optional package is required but not installed; the message names the extra to install."""
 

@@ -23,7 +23,8 @@ from worldflux.config import (
 )
 from worldflux.config.base import check_field_names
 from worldflux.errors import CheckpointError, ConfigurationError, nearest
-from worldflux.files import checked_path, reading_together
+from worldflux.files import reading_together
+from worldflux.hub.client import model_path
 from worldflux.models.base import CONFIG_FILE, WEIGHTS_FILE, WorldModel
 from worldflux.models.dreamerv3.world_model import DreamerV3
 from worldflux.models.tdmpc2.world_model import TDMPC2
@@ -68,8 +69,9 @@ def create_world_model(
         >>> model = create_world_model(TDMPC2Config(obs_shape=(39,), action_dim=6, latent_dim=256))
 
     Args:
-        spec_or_path: A name from `list_models` or an alias, a directory written by `save_pretrained`, or a
-            configuration. A name takes precedence over a directory of the same name; write `./name` for the directory.
+        spec_or_path: A name from `list_models` or an alias, a directory written by `save_pretrained`, an address on
+            the Hugging Face Hub (`hf://user/name`), or a configuration. A name takes precedence over a directory of
+            the same name; write `./name` for the directory.
         obs_shape: Shape of one observation, or shapes by key; images are `(C, H, W)`. Default: the configuration's, or
             `(3, 64, 64)` for a preset. For a saved model, it must equal the shape that the model was made for.
         action_dim: Dimension of the action vector. Default: the configuration's, or 6 for a preset.
@@ -82,6 +84,7 @@ def create_world_model(
     Raises:
         ConfigurationError: If the name, a field or a value is unknown or invalid. The message says what is valid.
         CheckpointError: If the directory is not a complete saved model, or its weights are not finite.
+        HubError: If it cannot be downloaded.
     """
     shapes = {"obs_shape": obs_shape, "action_dim": action_dim}
     given = {name: value for name, value in shapes.items() if value is not None} | overrides
@@ -216,7 +219,7 @@ def _from_config(config: WorldModelConfig, device: str | torch.device, given: di
 
 def _load(name: str, device: torch.device, given: dict[str, Any], allow_nonfinite: bool) -> WorldModel:
     """Loads the saved model in the directory `name`, with some fields of its configuration replaced."""
-    directory = checked_path("spec_or_path", name) if name else None  # an empty path would be the working directory
+    directory = model_path("spec_or_path", name) if name else None  # an empty path would be the working directory
     if directory is None or not directory.exists():
         options = [key for family in _families.values() for key in family.names()]
         missing = f", and there is no directory {directory}" if directory else ""

@@ -24,6 +24,7 @@ LAYERS = (
     ("worldflux.pickles",),
     ("worldflux.validation",),
     ("worldflux.tracking",),
+    ("worldflux.hub",),
     ("worldflux.accel",),
     ("worldflux.nn",),
     ("worldflux.config",),

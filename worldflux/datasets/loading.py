@@ -14,6 +14,8 @@ from worldflux.datasets.images import with_resized_images
 from worldflux.datasets.recording import Recording
 from worldflux.envs.wrappers import Size
 from worldflux.errors import BufferError, ConfigurationError, nearest
+from worldflux.hub.addresses import is_address
+from worldflux.hub.client import dataset_path
 from worldflux.reading import only_our_errors
 from worldflux.replay.backends import StoragePlace
 from worldflux.replay.buffer import ReplayBuffer
@@ -63,7 +65,9 @@ def load(
     No source can run code: pickles are refused. A few megabytes of the source are in memory at a time.
 
     Args:
-        source: Path of a file or directory, id of a Minari data set, replay buffer of SB3, or arrays in memory.
+        source: Path of a file or directory, id of a Minari data set, replay buffer of SB3, arrays in memory, or the
+            address of a data set on the Hugging Face Hub, `hf://datasets/user/name`, of which only files that cannot
+            run code are downloaded.
         format: One of `FORMATS`; "auto" tells it from the content.
         capacity: Transitions that the buffer keeps at most; None: all that the source has.
         extras: As for `ReplayBuffer`.
@@ -92,8 +96,10 @@ def load(
         MissingDependencyError: If a package that reads the format is not installed.
     """
     check_choice("format", format, ("auto", *FORMATS))
-    chosen = detect(source) if format == "auto" else format
     name = source_name(source)
+    if is_address(source):
+        source = dataset_path("source", source)
+    chosen = detect(source) if format == "auto" else format
     if chosen == "worldflux":
         _check_options(chosen, options, ("n_envs", "sharded"))
         if clip_actions or image_size is not None:

@@ -12,6 +12,8 @@ import torch
 from worldflux.accel.overriding import overridden
 from worldflux.errors import BufferError, ConfigurationError
 from worldflux.files import checked_path
+from worldflux.hub.client import dataset_path
+from worldflux.hub.pushing import push_dataset
 from worldflux.replay.actions import declared_classes, described, type_of
 from worldflux.replay.backends import IN_PLACE, InPlace, StoragePlace, storage_at
 from worldflux.replay.batch import Batch, BatchRequest
@@ -309,6 +311,41 @@ class ReplayBuffer(RecordedStreams, WindowSampler):
             raise BufferError(f"{path} is a directory, expected the path of a file. Add a name, such as buffer.npz.")
         write_replay(target, self._rows, self._capacity, self._form.is_dict, self._form.action_classes)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        env: str | None = None,
+        description: str | None = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+    ) -> str:
+        """Uploads what `save` writes to the Hugging Face Hub, as a data set with a card that says what is in it.
+
+        `ReplayBuffer.load("hf://datasets/user/name")` and `worldflux.datasets.load` load it.
+
+        Args:
+            repo_id: The repository, `user/name`; it is created if there is none, and an earlier file is replaced.
+            env: Name of the environment that was recorded, for the card.
+            description: How it was recorded, in Markdown, for the card.
+            commit_message: Message of the commit.
+            private: Whether a new repository is private; None: as the owner's settings say.
+            token: Token of the Hub; None: the one that `hf auth login` has stored, or `HF_TOKEN`.
+            branch: Branch to push to, created if there is none; None: the main branch.
+
+        Returns:
+            The address of the repository's page.
+
+        Raises:
+            ConfigurationError: If the name of the repository is invalid.
+            HubError: If the Hub cannot be reached, or refuses the upload.
+            MissingDependencyError: If `huggingface_hub` is not installed.
+        """
+        options = dict(commit_message=commit_message, private=private, token=token, branch=branch)
+        return push_dataset(self.save, repo_id, env=env, description=description, **options)
+
     @classmethod
     def load(
         cls,
@@ -335,7 +372,8 @@ class ReplayBuffer(RecordedStreams, WindowSampler):
         `[N]`, which D4RL's files call `timeouts`, may come with them.
 
         Args:
-            path: The file, or a directory of `.npz` files; others in it are ignored.
+            path: The file, or a directory of `.npz` files; others in it are ignored. Or the address of what `push_to_hub` has
+                pushed, such as `hf://datasets/user/name`.
             capacity: Another capacity than the file's; if it is smaller, the newest transitions are kept. That of a
                 directory has room for what is in it.
             n_envs: Another number of streams than the file's. Episodes are shared out among them, and those in flight
@@ -361,9 +399,10 @@ class ReplayBuffer(RecordedStreams, WindowSampler):
                 directory differ in shapes, dtypes or kinds of actions, or there are none; or if the machine has no room
                 for what is in them.
             ConfigurationError: If `capacity` is given for data that are read in place.
+            HubError: If it cannot be downloaded.
         """
         data = ReplayFiles(
-            checked_path("path", path),
+            dataset_path("path", path),
             sharded=sharded,
             n_envs=None if n_envs is None else whole_number("n_envs", n_envs, 1),
             action_type=action_type,

@@ -1,0 +1,1 @@
+"""Agents, models and data sets on the Hugging Face Hub: their addresses, their files and their cards."""
