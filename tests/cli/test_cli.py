@@ -93,6 +93,8 @@ OPTIONS = {
     "train-offline": ("[MODEL] [DATA]", "--resume DIR", "--eval-share FLOAT", "--set FIELD=VALUE"),
     "report": ("RUN", "--output FILE", "--no-film", "--no-imagination", "--no-reference", "--episodes INT"),
     "reproduce": ("RUN", "--output DIR", "--steps INT", "--device DEVICE"),
+    "push": ("AGENT REPO [ENV]", "--episodes INT", "--seed INT", "--video", "--private", "--preview DIR", "--pixels"),
+    "data push": ("SOURCE REPO", "--env NAME", "--about TEXT", "--private", "--branch NAME", "--message NAME"),
     "data convert": ("SOURCE", "--output", "--format FORMAT", "--option NAME=VALUE", "--action-low FLOAT ..."),
     "models": ("--json",),
     "envs": ("[PATTERN]", "--all-versions", "--json"),

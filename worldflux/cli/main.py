@@ -15,13 +15,14 @@ import tyro
 
 from worldflux.cli.commands.check_env import check_env
 from worldflux.cli.commands.collect import collect
-from worldflux.cli.commands.data import convert
+from worldflux.cli.commands.data import convert, push_data
 from worldflux.cli.commands.doctor import doctor
 from worldflux.cli.commands.envs import envs
 from worldflux.cli.commands.eval import evaluate
 from worldflux.cli.commands.imagine import imagine
 from worldflux.cli.commands.models import models
 from worldflux.cli.commands.plot import plot
+from worldflux.cli.commands.push import push
 from worldflux.cli.commands.report import report
 from worldflux.cli.commands.reproduce import reproduce
 from worldflux.cli.commands.train import TrainSettings, train
@@ -37,9 +38,11 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "plot": plot,
     "report": report,
     "reproduce": reproduce,
+    "push": push,
     "collect": collect,
     "train-offline": train_offline,
     "data convert": convert,
+    "data push": push_data,
     "models": models,
     "envs": envs,
     "check-env": check_env,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from worldflux.cli import runs
 from worldflux.cli.commands.train import TrainSettings
-from worldflux.cli.options import EnvOptions, from_json
+from worldflux.cli.options import OF_IDS, EnvOptions, from_json
 from worldflux.cli.runs import RunConfig, Saved
 from worldflux.errors import ConfigurationError, ShapeMismatchError
+from worldflux.hub.addresses import is_address
+from worldflux.hub.client import RECORD_FILE, model_path
 
 if TYPE_CHECKING:
     from worldflux.agents import WorldFluxAgent
@@ -59,16 +62,39 @@ def check_spaces(agent: WorldFluxAgent, env: Any, name: str) -> None:
         )
 
 
+def chosen_environment(command: str, agent: Path, env: str | None, options: EnvOptions) -> tuple[str, EnvOptions]:
+    """The environment to play in, and its options.
+
+    Args:
+        command: Command that plays, as it is called with AGENT.
+        agent: AGENT of the command line.
+        env: ENV of the command line; None for that of the agent's run.
+        options: Options of the command line.
+
+    Raises:
+        ConfigurationError: If ENV has to be given, or has not been given with its options.
+    """
+    if env is not None:
+        return env, options
+    found = environment_of(agent, f"Add ENV: {command} ENV")
+    if options != EnvOptions():
+        raise ConfigurationError(f"{options.shown()}: options of an environment need ENV. Add it, or leave them out.")
+    return found
+
+
 def environment_of(path: Path, remedy: str) -> tuple[str, EnvOptions]:
     """The environment of the run that a saved agent or model belongs to, and its options.
 
     Args:
-        path: Path that the user has given.
+        path: Path that the user has given, or the address of an agent on the Hugging Face Hub.
         remedy: End of the error message, which says what to do.
 
     Raises:
         ConfigurationError: If it does not belong to a run, or the run has no environment.
     """
+    directory = model_path("AGENT", path) if is_address(path) else path
+    if (directory / RECORD_FILE).is_file():
+        return _recorded(directory, remedy)
     run = runs.run_of(path)
     if run is None:
         raise ConfigurationError(f"{path} does not belong to a run, so its environment is unknown. {remedy}")
@@ -76,3 +102,17 @@ def environment_of(path: Path, remedy: str) -> tuple[str, EnvOptions]:
     if config.kind != "train":
         raise ConfigurationError(f"{path} was trained without an environment. {remedy}")
     return config.task, from_json(TrainSettings, config.settings, run / runs.CONFIG_FILE)
+
+
+def _recorded(directory: Path, remedy: str) -> tuple[str, EnvOptions]:
+    """The environment of an agent that was pushed to the Hugging Face Hub, whoever has pushed it."""
+    from worldflux.hub.cards import recorded_environment
+
+    found = recorded_environment(directory)
+    if found is None:
+        raise ConfigurationError(f"The repository names no environment that is installed with a package. {remedy}")
+    env, options = found
+    of_ids = {name: options.pop(name) for name in OF_IDS if name in options}
+    if not all(isinstance(value, bool | int | float) for value in (*of_ids.values(), *options.values())):
+        raise ConfigurationError(f"The repository has options for {env} that are no numbers: {options}. {remedy}")
+    return env, EnvOptions(**of_ids, env_kwargs=tuple(f"{key}={json.dumps(value)}" for key, value in options.items()))

@@ -27,6 +27,8 @@ from typing import Any
 
 from worldflux.errors import CheckpointError, ConfigurationError
 from worldflux.files import write_atomically
+from worldflux.hub.addresses import is_address
+from worldflux.hub.client import model_path
 from worldflux.locks import LOCK_FILE
 from worldflux.reading import open_regular, read_json
 from worldflux.run_directory import BEST_AGENT_FILE as BEST_AGENT_FILE
@@ -257,15 +259,19 @@ def saved_agent(path: Path, *, newest: bool = False) -> Saved:
     """Finds the agent or model that a user names.
 
     Args:
-        path: A zip, a checkpoint, the directory of a run or of `WorldModel.save_pretrained`.
+        path: A zip, a checkpoint, the directory of a run or of `WorldModel.save_pretrained`, or an address on the
+            Hugging Face Hub.
         newest: For a run, choose the newest checkpoint instead of the agent with the best evaluation or the final
             model.
 
     Raises:
         ConfigurationError: If there is no agent and no model.
+        HubError: If it cannot be downloaded.
     """
     from worldflux.training.checkpoint import newest_checkpoint
 
+    if is_address(path):
+        path = model_path("AGENT", path)
     if is_run(path):
         return _of_run(path, newest)
     if not path.exists() and path.with_name(f"{path.name}.zip").is_file():
@@ -285,8 +291,8 @@ def saved_agent(path: Path, *, newest: bool = False) -> Saved:
 
 
 _AGENT = (
-    "AGENT is a zip of WorldFluxAgent.save, a checkpoint, the directory of a run, or the directory of a model written "
-    "by save_pretrained."
+    "AGENT is a zip of WorldFluxAgent.save, a checkpoint, the directory of a run, the directory of a model written by "
+    "save_pretrained, or an address on the Hugging Face Hub (hf://user/name)."
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,22 @@ def dataset_path(name: str, given: str | os.PathLike[str]) -> Path:
     """The path of a data set: a file of `ReplayBuffer.save`, or a directory in another format. See `model_path`."""
     if not is_address(given):
         return checked_path(name, given)
-    directory = download(address(given, "dataset"), DATASET_PATTERNS)
-    return directory / DATA_FILE if (directory / DATA_FILE).is_file() else directory
+    return pinned_dataset(given)[1]
+
+
+def pinned_dataset(given: str | os.PathLike[str]) -> tuple[str, Path]:
+    """Downloads a data set.
+
+    Args:
+        given: Its address.
+
+    Returns:
+        The address of the commit that was downloaded, which stays the same whatever is pushed later; and the path.
+    """
+    place = address(given, "dataset")
+    directory = download(place, DATASET_PATTERNS)
+    path = directory / DATA_FILE if (directory / DATA_FILE).is_file() else directory
+    return str(replace(place, revision=directory.name)), path
 
 
 def download(place: Address, patterns: Sequence[str]) -> Path:

@@ -372,8 +372,8 @@ class ReplayBuffer(RecordedStreams, WindowSampler):
         `[N]`, which D4RL's files call `timeouts`, may come with them.
 
         Args:
-            path: The file, or a directory of `.npz` files; others in it are ignored. Or the address of what `push_to_hub` has
-                pushed, such as `hf://datasets/user/name`.
+            path: The file, or a directory of `.npz` files, others in which are ignored; or the address of what
+                `push_to_hub` has pushed, such as `hf://datasets/user/name`.
             capacity: Another capacity than the file's; if it is smaller, the newest transitions are kept. That of a
                 directory has room for what is in it.
             n_envs: Another number of streams than the file's. Episodes are shared out among them, and those in flight

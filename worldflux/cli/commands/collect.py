@@ -14,6 +14,7 @@ from worldflux.cli.players import load_player
 from worldflux.cli.runs import Saved, saved_agent
 from worldflux.errors import ConfigurationError
 from worldflux.files import checked_path
+from worldflux.hub.addresses import is_address
 from worldflux.validation import whole_number
 
 RANDOM = "random"
@@ -126,9 +127,9 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 def _policy(given: str) -> Saved:
     path = Path(given)
-    if not path.exists() and not path.with_name(f"{path.name}.zip").is_file():
+    if not is_address(given) and not path.exists() and not path.with_name(f"{path.name}.zip").is_file():
         raise ConfigurationError(
             f"There is no file '{given}'. --policy is 'random', a file of WorldFluxAgent.save, or the directory of a "
-            "run or of a model."
+            "run or of a model, or an address on the Hugging Face Hub."
         )
     return saved_agent(path)

@@ -8,9 +8,10 @@ from typing import Annotated
 import tyro
 
 from worldflux.cli.commands.collect import check_output
-from worldflux.cli.options import NO_HINT, Directory, Flag, Number, assignments, counted
+from worldflux.cli.options import NO_HINT, Directory, Flag, Name, Number, assignments, counted
 from worldflux.errors import ConfigurationError
 from worldflux.files import checked_path
+from worldflux.hub.addresses import checked_repo_id
 
 _Options = Annotated[
     tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE", help_behavior_hint=NO_HINT), tyro.conf.UseAppendAction
@@ -76,4 +77,40 @@ def convert(
         raise ConfigurationError(str(error)) from error
     buffer.save(target)
     print(f"{output}: {counted(buffer.num_transitions, 'step')} of {counted(buffer.num_episodes, 'episode')}.")
+    return 0
+
+
+def push_data(
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
+    repo: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="REPO")],
+    *,
+    env: Name = None,
+    about: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint=NO_HINT)] = None,
+    private: Flag = False,
+    branch: Name = None,
+    message: Name = None,
+) -> int:
+    """Upload a data set to the Hugging Face Hub, with a card that says what is in it.
+
+    Args:
+        source: An .npz file of worldflux, or a data set of another format as in worldflux data convert.
+        repo: The repository on the Hub, user/name. It is created if there is none.
+        env: Name of the environment that was recorded, for the card.
+        about: How it was recorded, for the card.
+        private: Make a new repository private.
+        branch: Branch to push to. Default: the main branch.
+        message: Message of the commit.
+
+    Returns:
+        0.
+    """
+    checked_repo_id(repo)
+
+    from worldflux.datasets import load
+
+    buffer = load(source)
+    page = buffer.push_to_hub(
+        repo, env=env, description=about, private=private or None, branch=branch, commit_message=message
+    )
+    print(page)
     return 0

@@ -16,9 +16,10 @@ import tyro
 from worldflux.cli import runs
 from worldflux.cli.environments import make_environment, open_window
 from worldflux.cli.options import AgentPath, Count, EnvOptions, File, Flag, Json, OptionalEnvName, counted
-from worldflux.cli.players import environment_of, load_player
+from worldflux.cli.players import chosen_environment, load_player
 from worldflux.errors import ConfigurationError, MissingDependencyError
 from worldflux.files import checked_path
+from worldflux.hub.addresses import address, is_address
 
 if TYPE_CHECKING:
     import gymnasium as gym
@@ -57,7 +58,8 @@ def evaluate(
     """Play episodes with a saved agent, and print its scores.
 
     Args:
-        agent: A zip of WorldFluxAgent.save, a checkpoint, or the directory of a run or of a model (save_pretrained).
+        agent: A zip of WorldFluxAgent.save, a checkpoint, the directory of a run or of a model (save_pretrained), or
+            an address on the Hugging Face Hub (hf://user/name).
         env: ENV of worldflux train. Default: the environment of the agent's run, with the same options.
         episodes: Number of episodes to play.
         seed: Seed of the environment and of sampled actions.
@@ -72,16 +74,15 @@ def evaluate(
     Returns:
         0
     """
-    from worldflux.accel.randomness import seed_everything
     from worldflux.agents.settings import AgentSettings
-    from worldflux.cli.video import VideoFile, check_target
+    from worldflux.cli.video import check_target
     from worldflux.validation import whole_number
 
     whole_number("episodes", episodes, 1)
     whole_number("video_episodes", video_episodes, 1)
     AgentSettings(seed=seed)  # checks the seed
     source = runs.saved_agent(agent, newest=newest)
-    name, options = _environment(agent, env, options)
+    name, options = chosen_environment(f"worldflux eval {agent}", agent, env, options)
     if video is not None:
         check_target(video)
         video_file = checked_path("--video", video)  # before the environment may change the working directory
@@ -93,34 +94,56 @@ def evaluate(
         if render:
             open_window(made, name)
         player = load_player(source, made, name)
-        seed_everything(seed)
-        fps = made.metadata.get("render_fps") or 30
-        with nullcontext() if video is None else VideoFile(video_file, fps) as film:
-            played: list[Episode] = []
-            while len(played) < episodes:
-                episode = play(
-                    player,
-                    made,
-                    seed=None if played else seed,
-                    deterministic=not stochastic,
-                    show=film.add if film is not None and len(played) < video_episodes else None,
-                )
-                played.append(episode)
-                _tell(len(played), episodes, episode)
+        film = None if video is None else video_file
+        played = play_episodes(
+            player, made, episodes, seed=seed, deterministic=not stochastic, film=film, filmed=video_episodes
+        )
     finally:
         made.close()
-    _report(played, str(source.path), name, stochastic=stochastic, seed=seed, as_json=json_output, video=video)
+    shown = str(address(agent, "model")) if is_address(agent) else str(source.path)
+    _report(played, shown, name, stochastic=stochastic, seed=seed, as_json=json_output, video=video)
     return 0
 
 
-def _environment(agent: Path, env: str | None, options: EnvOptions) -> tuple[str, EnvOptions]:
-    """The environment to play in, and its options."""
-    if env is not None:
-        return env, options
-    found = environment_of(agent, f"Add ENV: worldflux eval {agent} ENV")
-    if options != _NO_OPTIONS:
-        raise ConfigurationError(f"{options.shown()}: options of an environment need ENV. Add it, or leave them out.")
-    return found
+def play_episodes(
+    agent: WorldFluxAgent,
+    env: gym.Env[Any, Any],
+    episodes: int,
+    *,
+    seed: int,
+    deterministic: bool,
+    film: Path | None = None,
+    filmed: int = 1,
+) -> list[Episode]:
+    """Plays episodes, and prints some lines about the progress.
+
+    Args:
+        agent: The agent that plays.
+        env: Environment of `make_environment`.
+        episodes: Number of episodes.
+        seed: Seed of the environment and of sampled actions.
+        deterministic: Take the most likely actions instead of sampling them.
+        film: Video of the first episodes; None for no video.
+        filmed: Number of episodes in the video.
+    """
+    from worldflux.accel.randomness import seed_everything
+    from worldflux.cli.video import VideoFile
+
+    seed_everything(seed)
+    fps = env.metadata.get("render_fps") or 30
+    played: list[Episode] = []
+    with nullcontext() if film is None else VideoFile(film, fps) as video:
+        while len(played) < episodes:
+            episode = play(
+                agent,
+                env,
+                seed=None if played else seed,
+                deterministic=deterministic,
+                show=video.add if video is not None and len(played) < filmed else None,
+            )
+            played.append(episode)
+            _tell(len(played), episodes, episode)
+    return played
 
 
 def play(

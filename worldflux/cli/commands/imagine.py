@@ -16,6 +16,8 @@ from worldflux.cli.players import environment_of, load_player
 from worldflux.cli.runs import Saved
 from worldflux.errors import ConfigurationError, ShapeMismatchError
 from worldflux.files import checked_path, directory_beside, writing
+from worldflux.hub.addresses import is_address
+from worldflux.hub.client import RECORD_FILE, dataset_path
 
 if TYPE_CHECKING:
     from worldflux.agents import WorldFluxAgent
@@ -133,16 +135,20 @@ def model_and_data(
     from worldflux.training import ReplayBuffer
 
     path, storage = source.path, None
-    if data is None and env is None and not (source.is_agent and path.is_dir()):
+    shared = (path / RECORD_FILE).is_file()  # by push_to_hub, without replay data
+    if data is None and env is None and (shared or not (source.is_agent and path.is_dir())):
         remedy = f"Add recorded episodes (worldflux imagine {path} data.npz), or --env ENV to record some."
         run = runs.run_of(path)
         config = None if run is None else runs.RunConfig.read(run)
-        if config is None or (config.kind == "train") != source.is_agent:
+        if not shared and (config is None or (config.kind == "train") != source.is_agent):
             raise ConfigurationError(f"{path} holds no replay data. {remedy}")
         if source.is_agent:
             env, options = environment_of(path, remedy)
         else:
+            assert config is not None
             data, storage = Path(config.task), config.settings.get("storage")
+    if data is not None and is_address(data):
+        data = dataset_path("DATA", data)
     if data is not None and not data.exists():
         raise ConfigurationError(f"There is no file '{data}'. DATA is an .npz of worldflux collect.")
     if env is not None:

@@ -34,6 +34,8 @@ from worldflux.cli.options import (
     option,
 )
 from worldflux.errors import BufferError, ConfigurationError
+from worldflux.hub.addresses import is_address
+from worldflux.hub.client import pinned_dataset
 
 if TYPE_CHECKING:
     from stable_baselines3.common.logger import KVWriter
@@ -140,7 +142,8 @@ def train_offline(
 
     Args:
         model: A preset (see worldflux models), or a directory written by save_pretrained. Left out with --resume.
-        data: An .npz file of worldflux collect or of ReplayBuffer.save, or a directory with many of them.
+        data: An .npz file of worldflux collect or of ReplayBuffer.save, a directory with many of them, or the
+            address of a data set on the Hugging Face Hub.
         run: Directory of the new run. Default: runs/<data>/<model>/<number>. With --seeds, of all new runs.
         seeds: Several seeds, each for a run of its own, one after the other. Write MODEL and DATA before them.
         config: A YAML file with settings, such as the config.yaml of a run. Other options win over it.
@@ -169,11 +172,17 @@ class OfflineTraining(Work):
         from worldflux.replay.buffer import ReplayBuffer
         from worldflux.training.trainer import Trainer
 
-        data = Path(task)
-        if not data.exists():
-            raise ConfigurationError(f"There is no file '{data}'. To record one: worldflux collect ENV --output {data}")
-        self.task = str(data.resolve())
-        self.title = Path(self.task).stem
+        if is_address(task):
+            self.task, data = pinned_dataset(task)
+            self.title = self.task.rpartition("datasets/")[2].partition("@")[0]
+        else:
+            data = Path(task)
+            if not data.exists():
+                raise ConfigurationError(
+                    f"There is no file '{data}'. To record one: worldflux collect ENV --output {data}"
+                )
+            self.task = str(data.resolve())
+            self.title = Path(self.task).stem
         self._buffer = ReplayBuffer.load(data, storage=settings.storage, sharded=True)
         self._steps = sum(ranks.every(self._buffer.num_transitions))
         self.model = _build_model(model, self._buffer, settings)
