@@ -447,7 +447,7 @@ def describe(agent: SavedAgent, score: Score | None = None) -> AgentRecord:
         gradient_steps=agent._n_updates,
         settings={
             "n_envs": agent.n_envs,
-            "planner": agent.planner,
+            "planner": agent.planner or "none",
             **{name: settings[name] for name in _SHOWN},
             "learning_rate": rate_to_json(agent.learning_rate),
         },

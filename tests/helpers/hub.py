@@ -125,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         known = name in self.hub.repositories
         if not known:
-            self.hub.repositories[name] = Repository(asked.get("visibility") == "private")
+            self.hub.repositories[name] = Repository(bool(asked.get("private")) or asked.get("visibility") == "private")
             self.hub.repositories[name].add("main", {".gitattributes": b"*.safetensors filter=lfs\n"}, "Initial commit")
         self._send({"url": f"{self.hub.url}/{name}", "error": "You already created this repo"}, 409 if known else 200)
 

@@ -15,6 +15,7 @@ from helpers.hub import Hub, point_to
 from huggingface_hub import ModelCard, constants
 
 from worldflux import HubError, WorldFluxAgent, create_world_model
+from worldflux.cli.main import main
 from worldflux.errors import CheckpointError
 from worldflux.hub.cards import without_folders
 
@@ -153,6 +154,7 @@ def test_options_of_the_environment_stand_in_the_card(hub: Hub) -> None:
     make_agent(env, train_ratio=0).push_to_hub(NAME)
     assert 'make_env("CartPole-v1", sutton_barto_reward=True, max_episode_steps=50)' in card(hub).text
     assert "| wrappers | ClipReward |" in card(hub).text
+    assert "worldflux eval" not in card(hub).text and main(["eval", ADDRESS, "--episodes", "1"]) == 2
 
 
 @pytest.mark.parametrize(

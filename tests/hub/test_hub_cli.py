@@ -103,9 +103,9 @@ def test_eval_and_imagine_play_a_pushed_agent_in_its_environment(
 @pytest.mark.parametrize(
     ("env", "options", "message"),
     [
-        ("os:system", {}, "names no environment that is installed with a package. Add ENV: worldflux eval"),
+        ("os:system", {}, "names no installed environment, or one with further wrappers. Add ENV: worldflux eval"),
         ("CartPole-v1", {"path": "/etc"}, "has options for CartPole-v1 that are no numbers: {'path': '/etc'}. Add ENV"),
-        (None, {}, "names no environment"),
+        (None, {}, "names no installed environment"),
         (7, {}, "worldflux.json of the repository is damaged"),
     ],
 )

@@ -110,7 +110,9 @@ def _recorded(directory: Path, remedy: str) -> tuple[str, EnvOptions]:
 
     found = recorded_environment(directory)
     if found is None:
-        raise ConfigurationError(f"The repository names no environment that is installed with a package. {remedy}")
+        raise ConfigurationError(
+            f"The repository names no installed environment, or one with further wrappers. {remedy}"
+        )
     env, options = found
     of_ids = {name: options.pop(name) for name in OF_IDS if name in options}
     if not all(isinstance(value, bool | int | float) for value in (*of_ids.values(), *options.values())):

@@ -103,8 +103,9 @@ def recorded_environment(directory: Path) -> tuple[str, dict[str, Any]] | None:
     """The environment that `worldflux.json` in a downloaded directory names, and its options.
 
     Returns:
-        An id and options; None if the environment is not known, or if making it would run other code than that of
-        installed environments: a file does not decide which module is imported.
+        An id and options; None if they do not suffice, because the environment is not known or has further wrappers,
+        or if making it would run other code than that of installed environments: a file does not decide which module
+        is imported.
 
     Raises:
         CheckpointError: If the file is missing or damaged.
@@ -114,7 +115,7 @@ def recorded_environment(directory: Path) -> tuple[str, dict[str, Any]] | None:
     env, options = (data.get("env"), data.get("env_options", {})) if isinstance(data, dict) else (None, None)
     if not isinstance(env, str | None) or not isinstance(options, dict):
         raise CheckpointError(f"{RECORD_FILE} of the repository is damaged: env is {env!r}.")
-    return None if env is None or ":" in env else (env, options)
+    return None if env is None or ":" in env or data.get("wrappers") else (env, options)
 
 
 def write_agent_card(directory: Path, repo_id: str, record: AgentRecord, *, film: str | None = None) -> None:
