@@ -96,6 +96,7 @@ OPTIONS = {
     "push": ("AGENT REPO [ENV]", "--episodes INT", "--seed INT", "--video", "--private", "--preview DIR", "--pixels"),
     "data push": ("SOURCE REPO", "--env NAME", "--about TEXT", "--private", "--branch NAME", "--message NAME"),
     "data convert": ("SOURCE", "--output", "--format FORMAT", "--option NAME=VALUE", "--action-low FLOAT ..."),
+    "data lint": ("SOURCE", "--format FORMAT", "--option NAME=VALUE", "--action-low FLOAT ...", "--json"),
     "models": ("--json",),
     "envs": ("[PATTERN]", "--all-versions", "--json"),
     "check-env": ("ENV", "--steps INT", "--seed INT", "--render"),

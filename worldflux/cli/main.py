@@ -15,7 +15,7 @@ import tyro
 
 from worldflux.cli.commands.check_env import check_env
 from worldflux.cli.commands.collect import collect
-from worldflux.cli.commands.data import convert, push_data
+from worldflux.cli.commands.data import convert, lint, push_data
 from worldflux.cli.commands.doctor import doctor
 from worldflux.cli.commands.envs import envs
 from worldflux.cli.commands.eval import evaluate
@@ -42,6 +42,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "collect": collect,
     "train-offline": train_offline,
     "data convert": convert,
+    "data lint": lint,
     "data push": push_data,
     "models": models,
     "envs": envs,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from worldflux.cli.commands.collect import check_output
-from worldflux.cli.options import NO_HINT, Directory, Flag, Name, Number, assignments, counted
+from worldflux.cli.options import NO_HINT, Directory, Flag, Json, Name, Number, assignments, counted
 from worldflux.errors import ConfigurationError
 from worldflux.files import checked_path
 from worldflux.hub.addresses import checked_repo_id
@@ -114,3 +115,45 @@ def push_data(
     )
     print(page)
     return 0
+
+
+def lint(
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
+    *,
+    format: Annotated[str, tyro.conf.arg(metavar="FORMAT")] = "auto",
+    option: _Options = (),
+    action_low: _Bounds = None,
+    action_high: _Bounds = None,
+    action_classes: _Sizes = None,
+    clip_actions: Flag = False,
+    json_output: Json = False,
+) -> int:
+    """Say what is probably wrong with recorded data, and show the rows.
+
+    Args:
+        source: A file of worldflux, or whatever worldflux data convert reads.
+        format: The format of SOURCE, such as minari, lerobot or d4rl. auto: it is told from the content.
+        option: An option of the format, such as --option align=arrives. May be repeated.
+        action_low: Lower bounds of the actions, one number or one for each entry, where the data does not name them.
+        action_high: Upper bounds of the actions.
+        action_classes: Numbers of choices, for discrete actions that are stored as whole numbers.
+        clip_actions: Move actions beyond the bounds to the nearest ones inside.
+        json_output: Print JSON.
+
+    Returns:
+        0, or 1 if something is probably wrong. Notes, which good data can have as well, do not count.
+    """
+    options = assignments("--option", option, "NAME=VALUE, such as align=arrives")
+
+    from worldflux.datasets import lint as lint_data
+
+    given = {"action_low": action_low, "action_high": action_high, "action_classes": action_classes}
+    options |= {name: value for name, value in given.items() if value is not None}
+    options |= {"clip_actions": True} if clip_actions else {}
+    options |= {"format": format} if format != "auto" else {}
+    try:
+        report = lint_data(source, **options)
+    except FileNotFoundError as error:
+        raise ConfigurationError(str(error)) from error
+    print(json.dumps(report.to_dict(), indent=2) if json_output else report)
+    return 0 if report.ok else 1
