@@ -68,8 +68,8 @@ def check_ends(source: Source, sample: Sample, findings: Findings) -> None:
     joined = first[1:][np.diff(sample.row)[first[1:] - 1] == 1]
     joined = joined[source.streams[sample.episode[joined]] == source.streams[sample.episode[joined - 1]]]
     joined = np.intersect1d(joined, starts)
-    _check_smooth_ends(sample, scores, joined, findings)
-    _check_jumps(sample, scores, starts, joined, findings)
+    false = _check_smooth_ends(sample, scores, joined, findings)
+    _check_jumps(sample, scores, np.setdiff1d(starts, false), np.setdiff1d(joined, false), findings)
 
 
 def _is_first_row(source: Source, sample: Sample, places: np.ndarray) -> np.ndarray:
@@ -77,8 +77,13 @@ def _is_first_row(source: Source, sample: Sample, places: np.ndarray) -> np.ndar
     return (np.cumsum(source.lengths) - source.lengths)[episodes] == sample.row[places]
 
 
-def _check_smooth_ends(sample: Sample, scores: StepScores, joined: np.ndarray, findings: Findings) -> None:
-    """Compares each episode's end with the beginning of the next, and with those of all others."""
+def _check_smooth_ends(sample: Sample, scores: StepScores, joined: np.ndarray, findings: Findings) -> np.ndarray:
+    """Compares each episode's end with the beginning of the next, and with those of all others.
+
+    Returns:
+        Places of first rows that are none, because the episode before goes on there. `[K]`
+    """
+    false = [np.zeros(0, np.int64)]
     rng = np.random.default_rng(0)
     ends = joined - 1
     for seen in (False, True):
@@ -95,6 +100,7 @@ def _check_smooth_ends(sample: Sample, scores: StepScores, joined: np.ndarray, f
         if count < 3 or count < 0.03 * len(end) or _tail(count, len(end), by_chance) > _CHANCE:
             continue
         rows = sample.row[end[is_smooth]]
+        false.append(start[is_smooth])
         how = "with the last observation of the one before" if seen else "where a step from the last row leads"
         findings.add(
             "end-inside-trajectory",
@@ -103,6 +109,7 @@ def _check_smooth_ends(sample: Sample, scores: StepScores, joined: np.ndarray, f
             "reset.",
             rows=rows,
         )
+    return np.concatenate(false)
 
 
 def _check_jumps(

@@ -12,6 +12,7 @@ _MOST_COLUMNS = 24
 _AT_ONCE = 8_192
 _PENALTY = 1e-4
 _LARGEST = 1e3
+_DROPPED = 0.1
 
 
 class StepScores:
@@ -35,10 +36,11 @@ class StepScores:
         self.steps = np.flatnonzero(follows & sample.is_step)
         fitted = self.steps[:: 1 + len(self.steps) // _MOST_FITTED]
         self._waves = waves_for(len(fitted))
-        inputs = self._inputs(fitted)
-        change = np.clip(self.obs[fitted + 1] - self.obs[fitted], -4, 4)
-        system = inputs.T @ inputs + _PENALTY * len(inputs) * np.eye(inputs.shape[1], dtype=np.float32)
-        self._weights = np.linalg.solve(system.astype(np.float64), inputs.T @ change).astype(np.float32)
+        self._fit(fitted)
+        # Without the worst rows, of which many may be resets: where a task ends, these can be foreseen.
+        errors = self._errors(fitted, fitted + 1)
+        worst = _score(errors / np.maximum(np.quantile(errors, 1 - _DROPPED, axis=0), 1e-4))
+        self._fit(fitted[worst <= np.quantile(worst, 1 - _DROPPED)])
         errors = self._errors(self.steps, self.steps + 1)
         self._scale = np.maximum(np.quantile(errors, 0.9, axis=0), 1e-4)
         self.inner = _score(errors / self._scale)
@@ -52,6 +54,12 @@ class StepScores:
     def apart(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
         """Distances of observations, in units of the move that a tenth of all steps exceed. `[K]`"""
         return _score(np.abs(self.obs[one] - self.obs[other]) / self._moved)
+
+    def _fit(self, at: np.ndarray) -> None:
+        inputs = self._inputs(at)
+        system = inputs.T @ inputs + _PENALTY * len(inputs) * np.eye(inputs.shape[1], dtype=np.float32)
+        change = inputs.T @ (self.obs[at + 1] - self.obs[at])
+        self._weights = np.linalg.solve(system.astype(np.float64), change).astype(np.float32)
 
     def _inputs(self, at: np.ndarray) -> np.ndarray:
         inputs = [self.obs[at], self._actions[at]] if self._actions.shape[1] else [self.obs[at]]

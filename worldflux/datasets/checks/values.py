@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 
 from worldflux.datasets.checks.findings import Findings
@@ -119,16 +121,11 @@ def _check_columns(what: str, of: str, array: np.ndarray, findings: Findings) ->
         constant = np.flatnonzero(~varies)
         verb = "never changes" if len(constant) == 1 else "never change"
         findings.add("constant-column", f"{_columns(constant)} of the {what}{of} {verb}.", severity="note")
-    sums = array.astype(np.float64).T @ np.random.default_rng(0).normal(size=len(array))
-    groups: dict[float, list[int]] = {}
+    groups: dict[bytes, list[int]] = {}
     for column in np.flatnonzero(varies):
-        groups.setdefault(float(sums[column]), []).append(int(column))
-    pairs = [
-        (group[0], other)
-        for group in groups.values()
-        for other in group[1:]
-        if np.array_equal(array[:, group[0]], array[:, other])
-    ]
+        digest = hashlib.blake2b(np.ascontiguousarray(array[:, column]).data, digest_size=16).digest()
+        groups.setdefault(digest, []).append(int(column))
+    pairs = [(group[0], other) for group in groups.values() for other in group[1:]]
     if pairs:
         shown = ", ".join(f"{one} and {other}" for one, other in pairs[:_SHOWN])
         findings.add(
