@@ -163,9 +163,22 @@ def test_the_wrong_alignment_of_an_importer_is_found() -> None:
         {"obs": GOOD.obs[at], "actions": GOOD.actions[at], "rewards": GOOD.rewards[at]}
         for at in (slice(start, start + LENGTH) for start in FIRST)
     ]
-    right, wrong = (load(episodes, format="arrays", align=align) for align in ("own", "arrives"))
-    assert codes(lint(right)) == []
-    assert "reward-early" in codes(lint(wrong))
+    found = {align: codes(lint(load(episodes, format="arrays", align=align))) for align in ("own", "arrives", "led_to")}
+    assert found == {"own": [], "arrives": ["reward-early"], "led_to": ["action-early", "reward-early"]}
+
+
+@pytest.mark.parametrize(
+    ("align", "found"), [("arrives", ["reward-late"]), ("led_to", ["action-led-to", "reward-late"])]
+)
+def test_rows_of_another_alignment_that_are_read_as_own_are_found(align: str, found: list[str]) -> None:
+    episodes = []
+    for start in FIRST:
+        part = slice(start, start + LENGTH - 1)
+        rewards, actions = np.append(0, GOOD.rewards[part]), GOOD.actions[part]
+        actions = np.append(actions, [[0]], axis=0) if align == "arrives" else np.append([[0]], actions, axis=0)
+        episodes.append({"obs": GOOD.obs[start : start + LENGTH], "actions": actions, "rewards": rewards})
+    assert codes(lint(load(episodes, format="arrays", align=align))) == []
+    assert codes(lint(load(episodes, format="arrays"))) == found
 
 
 # --- episodes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def _lint(source: Source, name: str) -> Report:
     values.check_images(source, sample, findings)
     shift = alignment.check_actions(sample, findings)
     if shift:  # what follows is about the actions where they belong
-        sample = replace(sample, actions=np.roll(sample.actions, shift, axis=0))
+        sample = sample.with_actions_moved(shift)
     episodes.check_ends(source, sample, findings)
     alignment.check_rewards(source, sample, findings)
     found = sorted(findings.found, key=lambda finding: finding.severity == "note")

@@ -135,7 +135,7 @@ def check_actions(sample: Sample, findings: Findings) -> int:
         findings.add(
             "action-led-to",
             f"Actions seem to have led to the observation of their row, not to have been taken there. {late} "
-            'Read the data with align="arrives", or move the actions of each episode up by a row.'
+            'Read the data with align="led_to", which moves rewards as well, or move the actions of each episode up.'
             + " The same is seen where a policy reacts a step late."
             * (not fits.show_effects(-1)),
             rows=_clearest(sample, found, fits.backward, -1),
@@ -145,8 +145,8 @@ def check_actions(sample: Sample, findings: Findings) -> int:
     if (early := fits.better(1, found)) is not None:
         findings.add(
             "action-early",
-            f'Actions seem to stand one row too early. {early} If the data were read with align="arrives", read them '
-            'with align="own". The same is seen where an action takes effect a step late.',
+            f'Actions seem to stand one row too early. {early} If the data were read with align="led_to", read them '
+            'with align="own" or "arrives". The same is seen where an action takes effect a step late.',
             rows=_clearest(sample, found, fits.backward, 1),
             severity="warning" if fits.is_markov else "note",
         )

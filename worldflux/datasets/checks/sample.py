@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -56,6 +56,15 @@ class Sample:
     def has_images(self) -> bool:
         """Whether an observation is an image."""
         return bool(self.lowest)
+
+    def with_actions_moved(self, shift: int) -> Sample:
+        """The same rows with actions that stand so many rows later, -1 or 1; where none is known, runs are cut."""
+        cut = (
+            np.append(True, self.run[1:] != self.run[:-1])
+            if shift > 0
+            else np.append(self.run[1:] != self.run[:-1], True)
+        )
+        return replace(self, actions=np.roll(self.actions, shift, axis=0), run=2 * self.run + cut)
 
 
 def is_image(shape: tuple[int, ...]) -> bool:

@@ -36,8 +36,8 @@ def _report_not_finite(name: str, rows: np.ndarray, source: Source, findings: Fi
     advice = "Remove or repair these rows."
     if len(rows) > 1 and np.isin(rows, first).all():
         advice = (
-            "All are first rows of episodes, which hold nothing where actions and rewards stand beside the "
-            'observation that they led to: read the data with align="arrives".'
+            "All are first rows of episodes, which hold nothing where rewards or actions stand beside the observation "
+            'that they led to: read the data with align="arrives", or "led_to" if the actions do so as well.'
         )
     findings.add("not-finite", f"{name} has NaN or infinite numbers in {len(rows):,} rows. {advice}", rows=rows)
 
