@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,6 +88,9 @@ class Actor:
         planner: Chooses the actions in place of the model's policy.
         captured: Whether to capture CUDA graphs.
     """
+
+    turn: AbstractContextManager[Any] = nullcontext()
+    """Entered while actions are chosen; a lock where a gradient step on another thread must not capture meanwhile."""
 
     def __init__(
         self,

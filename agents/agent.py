@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.type_aliases import MaybeCallback
-from stable_baselines3.common.utils import safe_mean, update_learning_rate
+from stable_baselines3.common.utils import update_learning_rate
 from torch import Tensor
 
 from worldflux.accel import ranks
 from worldflux.accel.overriding import overridden, steps_back
 from worldflux.agents.acting import PredictState
+from worldflux.agents.asynchronous import LearnerThread, check_can_run_beside, learner_beside, learning_beside, nothing
 from worldflux.agents.collecting import Collector, frames_per_vec_step, steps_in_subprocesses
-from worldflux.agents.learning import dump_log
+from worldflux.agents.habits import refuse_callbacks_of_trainers
+from worldflux.agents.learning import write_log
 from worldflux.agents.progress import ProgressBar
 from worldflux.agents.saving import SavedAgent
 from worldflux.errors import ConfigurationError, StoppedError
 from worldflux.files import writing
-from worldflux.training.callbacks import Callback, CheckpointCallback
+from worldflux.models.base import WorldModel
 from worldflux.training.saving import call_all
 from worldflux.training.signals import StopRequest, stopping_on_signals
 from worldflux.validation import whole_number
@@ -102,6 +103,8 @@ class WorldFluxAgent(SavedAgent):
     """Calls of `predict` since a signal has arrived, while a callback is called for a step."""
     _between: tuple[Callable[[], None], ...] = ()
     """What is called before each gradient step of the present call of `learn`."""
+    _rate = 0.0
+    """Learning rate of gradient steps on another thread."""
     _steps_in_subprocesses = False
     """Whether gradient steps are taken while other processes step the environments, or a GPU computes."""
     _frames_per_step = 1
@@ -127,6 +130,19 @@ class WorldFluxAgent(SavedAgent):
         TD-MPC2 does so at the end of its random start. Otherwise None.
         """
         return self._learner.burst
+
+    @property
+    def policy_lag(self) -> int | None:
+        """Gradient steps that were owed when the last actions of `learn(asynchronous=True)` were chosen without them.
+
+        Otherwise None.
+        """
+        return None if self._beside is None else self._beside.lag
+
+    @property
+    def acting_model(self) -> WorldModel:
+        """The model that chooses the actions: `model`, or a copy of it during `learn(asynchronous=True)`."""
+        return self.model if self._beside is None else self._beside.acting.actor.model
 
     def remaining_seconds(self, total: int | None = None) -> float | None:
         """Estimates how long learning will still take, from the steps that this call of `learn` has measured.
@@ -158,8 +174,11 @@ class WorldFluxAgent(SavedAgent):
         tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
+        *,
+        asynchronous: bool = False,
+        max_policy_lag: int | None = None,
     ) -> SelfAgent:
-        """Acts in the environments and trains on what was collected, in turn.
+        """Acts in the environments and trains on what was collected, in turn or at the same time.
 
         Where environments step in processes of their own (`SubprocVecEnv`, Gymnasium's `AsyncVectorEnv`), or the agent
         is on CUDA, it trains while they step: the gradient steps that a step owes are taken during the next one, whose
@@ -181,13 +200,21 @@ class WorldFluxAgent(SavedAgent):
                 were reset or stepped in between, as by an evaluation in them or in a callback, these are closed as
                 truncated and new ones begin.
             progress_bar: Show a progress bar on stderr, with the time that is left.
+            asynchronous: Take gradient steps on a thread of their own while this one acts with a copy of the weights
+                and steps the environments. Their numbers are the same, but a run cannot be repeated bit by bit. Reading
+                `model` or `trainer`, `predict` and saving wait for the gradient step that is under way.
+            max_policy_lag: With `asynchronous`, largest number of gradient steps that an agent which acts and trains in
+                turn would have taken before an action was chosen, and whose result the action lacks. The agent waits
+                rather than to exceed it. At most 16, or those of four steps of all environments. None: those of two
+                steps, at least 2.
 
         Returns:
             This agent.
 
         Raises:
             ConfigurationError: If there is no environment, a number is out of its range, a callback is one of a
-                `Trainer`, or a callback calls it.
+                `Trainer`, a callback calls it, or it cannot be asynchronous: on several ranks, with `VecNormalize`, and
+                for a class that overrides `predict`.
             BufferError: If the replay data of so many steps would not fit into the machine's memory.
             TrainingError: If a loss is not finite, with its name and the step; or an action, before it is taken.
         """
@@ -204,48 +231,55 @@ class WorldFluxAgent(SavedAgent):
         total_timesteps = whole_number("total_timesteps", total_timesteps, 0)
         if log_interval is not None:
             log_interval = whole_number("log_interval", log_interval, 1)
-        _check_callbacks(callback)
+        refuse_callbacks_of_trainers(callback)
+        beside = learner_beside(self, asynchronous, max_policy_lag)
         self.replay_buffer.check_budget(-(-total_timesteps // ranks.size()))
-        self.lr_schedule(self._current_progress_remaining)  # fails now rather than after the first steps
+        self._rate = self.lr_schedule(self._current_progress_remaining)  # fails now rather than after the first steps
         tb_log_name = tb_log_name or self.model.config.model_type
         self._learning, self._stops_together = id(self), False
         try:
             total_timesteps, callback = self._setup_learn(
                 total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
             )
-            self._report.begin(total_timesteps - self.num_timesteps)
+            self._report.begin(total_timesteps - self.num_timesteps, None if beside is None else beside.max_lag)
             started = locals()
             with stopping_on_signals() as self._stop:
-                self._learn(total_timesteps, callback, log_interval, started)
+                self._learn(total_timesteps, callback, log_interval, started, beside)
             self._report.end()
         finally:
             self._learning = None
         return self
 
     def _learn(
-        self, total_timesteps: int, callback: BaseCallback, log_interval: int | None, started: dict[str, Any]
+        self,
+        total_timesteps: int,
+        callback: BaseCallback,
+        log_interval: int | None,
+        started: dict[str, Any],
+        beside: LearnerThread | None,
     ) -> None:
         """The loop of `learn`; `started` holds the local variables that callbacks see when it starts."""
         pace = self._report.pace
         try:
             callback.on_training_start(started, globals())
             keep_going = True
-            if not self._steps_in_subprocesses:
-                self._train()  # gradient steps that were owed when the agent was saved
-            while keep_going and self.num_timesteps < total_timesteps:
-                began, trained, at_random = time.perf_counter(), pace.training, self._learner.acts_at_random
-                logged_episodes = self._episode_num
-                keep_going = self._collect_step(callback)
-                if not self._steps_in_subprocesses:
-                    self._train()
-                seconds = time.perf_counter() - began - (pace.training - trained)
-                (pace.random_step if at_random else pace.vec_step).add(seconds)
-                self._report.check()
-                if self.stopping and self._learner.updates_owed and not self._steps_in_subprocesses:
-                    break  # between two gradient steps, which come before another step of the environments
-                if log_interval is not None and self._episode_num // log_interval > logged_episodes // log_interval:
-                    self.dump_logs()
-            self._train()
+            with learning_beside(self, beside):
+                if not self._trains_during_step:
+                    self._train()  # gradient steps that were owed when the agent was saved
+                while keep_going and self.num_timesteps < total_timesteps:
+                    began, trained, at_random = time.perf_counter(), pace.training, self._learner.acts_at_random
+                    logged_episodes = self._episode_num
+                    keep_going = self._collect_step(callback)
+                    if not self._trains_during_step:
+                        self._train()
+                    seconds = time.perf_counter() - began - (pace.training - trained)
+                    (pace.random_step if at_random else pace.vec_step).add(seconds)
+                    self._report.check()
+                    if self.stopping and self._learner.updates_owed and not self._trains_during_step:
+                        break  # between two gradient steps, which come before another step of the environments
+                    if log_interval is not None and self._episode_num // log_interval > logged_episodes // log_interval:
+                        self.dump_logs()
+                self._train(0)
             self.trainer.check_finite()
         except BaseException as error:
             self._leave_episodes()
@@ -311,18 +345,28 @@ class WorldFluxAgent(SavedAgent):
         """The collector, which has to be there before the environments are reset, to see their first observations."""
         if self._collector is None:
             assert self.replay_buffer is not None and self.env is not None
-            own_predict = steps_back("Acting without `predict`", self, overridden(self, _PREDICT))
+            if self._beside is not None:
+                check_can_run_beside(self)
             self._collector = Collector(
                 self.env,
                 self.replay_buffer,
                 self.actor,
                 replay_context=self.replay_context,
-                predict=self.predict if own_predict else None,
+                predict=self.predict if self._own_predict() else None,
             )
             # A GPU computes while this process steps the environments, too.
             self._steps_in_subprocesses = steps_in_subprocesses(self.env) or self.device.type == "cuda"
             self._frames_per_step = frames_per_vec_step(self.env)
         return self._collector
+
+    def _own_predict(self) -> bool:
+        """Whether a subclass overrides `predict`, which is then asked for every action."""
+        return steps_back("Acting without `predict`", self, overridden(self, _PREDICT))
+
+    @property
+    def _trains_during_step(self) -> bool:
+        """Whether this thread takes gradient steps between asking for a step of the environments and fetching it."""
+        return self._steps_in_subprocesses and self._beside is None
 
     def _collect_step(self, callback: BaseCallback) -> bool:
         """Acts once in every environment and stores the step; False if the callback wants to stop.
@@ -337,8 +381,13 @@ class WorldFluxAgent(SavedAgent):
             self._last_obs = collector.env.reset()  # type: ignore[assignment]
             self._begin_episodes(collector)
         assert self._last_episode_starts is not None and self.replay_buffer is not None
+        beside = self._beside
+        collector.actor = self.actor if beside is None else beside.prepare_to_act()
         actions, new_obs, rewards, dones, infos = collector.step(
-            self._last_obs, self._last_episode_starts, at_random=self._learner.acts_at_random, meanwhile=self._train
+            self._last_obs,
+            self._last_episode_starts,
+            at_random=self._learner.acts_at_random,
+            meanwhile=self._train if beside is None else nothing,
         )
         n_envs = self._envs_of_all
         self.num_timesteps += n_envs
@@ -348,6 +397,8 @@ class WorldFluxAgent(SavedAgent):
         self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
 
         self._learner.owe(n_envs, self.replay_buffer)
+        if beside is not None:
+            beside.wake()
 
         callback.update_locals(locals())
         stopping = self.stopping  # a signal that comes later ends the next step, so that callbacks see it first
@@ -379,9 +430,15 @@ class WorldFluxAgent(SavedAgent):
         self._episode_num += int(np.count_nonzero(dones))
         self._update_info_buffer(infos, dones)
 
-    def _train(self) -> None:
-        """Takes the gradient steps that are owed."""
+    def _train(self, max_lag: int | None = None) -> None:
+        """Takes the gradient steps that are owed, or waits until no more than `max_lag` are, if another thread does."""
         assert self.replay_buffer is not None
+        if self._beside is not None:
+            self._rate = self.lr_schedule(self._current_progress_remaining)
+            if not self.stopping:  # or else the learner stays as callbacks have seen it
+                most = self._beside.max_lag if max_lag is None else max_lag
+                self._report.pace.training += self._beside.catch_up(most, self._before_gradient_step)
+            return
         if self._learner.updates_owed:
             for optimizer in self.trainer.optimizers:
                 update_learning_rate(optimizer, self.lr_schedule(self._current_progress_remaining))
@@ -400,31 +457,7 @@ class WorldFluxAgent(SavedAgent):
 
     def dump_logs(self) -> None:
         """Writes the log since the last dump, under SB3's names."""
-        assert self.ep_info_buffer is not None and self.ep_success_buffer is not None
-        self.trainer.check_finite()
-        elapsed = max((time.time_ns() - self.start_time) / 1e9, sys.float_info.epsilon)
-        record = self.logger.record
-        if self.ep_info_buffer:
-            record("rollout/ep_rew_mean", safe_mean([info["r"] for info in self.ep_info_buffer]))
-            record("rollout/ep_len_mean", safe_mean([info["l"] for info in self.ep_info_buffer]))
-        if self.ep_success_buffer:
-            record("rollout/success_rate", safe_mean(self.ep_success_buffer))
-        record("time/episodes", self._episode_num, exclude="tensorboard")
-        record("time/fps", int((self.num_timesteps - self._num_timesteps_at_start) / elapsed))
-        record("time/time_elapsed", int(elapsed), exclude="tensorboard")
-        record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
-        if self._frames_per_step > 1:
-            record("time/total_frames", self.num_timesteps * self._frames_per_step, exclude="tensorboard")
-        record("train/n_updates", self._n_updates, exclude="tensorboard")
-        record("train/learning_rate", self.lr_schedule(self._current_progress_remaining))
-        for name, mean in self._learner.mean_losses.take().items():
-            record(f"train/{name}", mean)
-        health_metrics, problems = self._learner.health()
-        for name, value in health_metrics.items():
-            record(f"health/{name}", value)
-        for problem in problems:
-            self.logger.warn(problem)
-        dump_log(self.logger, self.num_timesteps)
+        write_log(self)
 
     # --- acting
 
@@ -460,15 +493,6 @@ class WorldFluxAgent(SavedAgent):
             if self._predictions > 1:  # more than a callback that looks at one action
                 raise StoppedError("learn was asked to stop, so that no callback goes on with an evaluation.")
         return self.actor.predict(observation, state, episode_start, deterministic)
-
-
-def _check_callbacks(given: object) -> None:
-    """Raises a `ConfigurationError` if a callback that was given to `learn` is one of a `Trainer`."""
-    for callback in given.callbacks if isinstance(given, CallbackList) else given if isinstance(given, list) else ():
-        _check_callbacks(callback)
-    if isinstance(given, Callback):
-        takes = "AgentCheckpointCallback" if isinstance(given, CheckpointCallback) else "callbacks of stable-baselines3"
-        raise ConfigurationError(f"{type(given).__name__} is for train(); an agent takes {takes}.")
 
 
 _OF_EPISODES = ("episode", "is_success")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from worldflux.accel import ranks
 from worldflux.accel.compilation import captures
 from worldflux.accel.device import resolve_device
 from worldflux.agents.acting import Actor
+from worldflux.agents.asynchronous import LearnerThread, Paused
 from worldflux.agents.building import build_model, build_planner, checked_model_kwargs, shown_model
 from worldflux.agents.collecting import Collector, stands_for
 from worldflux.agents.habits import PolicyMethods, refuse_policy, refuse_unknown
@@ -45,7 +47,12 @@ class AgentBase(BaseAlgorithm):
     `SavedAgent` adds the files, and `WorldFluxAgent` the training loop.
     """
 
-    policy: WorldModel  # type: ignore[assignment]
+    # Read by callbacks while a gradient step may be under way on another thread.
+    policy: Paused[WorldModel] = Paused()  # type: ignore[assignment]
+    trainer: Paused[Trainer] = Paused()
+    actor: Paused[Actor] = Paused()
+    _beside: LearnerThread | None = None
+    """The learner that runs beside the actor during `learn(asynchronous=True)`."""
     learning_rate: Rate
     train_ratio: float
     batch_size: int
@@ -174,6 +181,19 @@ class AgentBase(BaseAlgorithm):
         PolicyMethods(self).attach()  # type: ignore[arg-type]
         if self.env is not None:
             self.replay_buffer = self._make_buffer()
+
+    def pause_learner(self) -> None:
+        """Waits for the present gradient step of `learn(asynchronous=True)`; the next one begins when `learn` goes on.
+
+        Reading `model`, `trainer` or `actor` does so, and whatever uses them, such as `predict` and `save`. Callbacks
+        that have kept one of these from before call this method first. Otherwise it does nothing.
+        """
+        if self._beside is not None and self._beside.owner == threading.get_ident():
+            self._beside.pause()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.pause_learner()
+        return dict(vars(self))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

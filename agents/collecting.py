@@ -41,6 +41,7 @@ class Collector:
     they must be once somebody else `moved` the environments. In between it keeps the actor's memory of them.
 
     Attributes:
+        actor: Chooses the actions of the next step.
         recorder: Writes the steps into the buffer.
 
     Args:
@@ -97,7 +98,8 @@ class Collector:
             at_random: Sample the actions from the action space.
             meanwhile: Called between asking for the step and fetching it; other processes make it in that time.
         """
-        actions, extras = self._act(obs, episode_starts, at_random)
+        with self.actor.turn:
+            actions, extras = self._act(obs, episode_starts, at_random)
         env_actions = self.actor.action_codec.to_env(actions)
         self.env.step_async(env_actions)
         try:

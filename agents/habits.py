@@ -1,4 +1,4 @@
-"""What users of stable-baselines3 (SB3) try out of habit: methods of policies, and arguments of its algorithms."""
+"""What users try out of habit: methods of SB3's policies, arguments of its algorithms, callbacks of a `Trainer`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.policies import BaseModel
 from torch import Tensor
 
 from worldflux.agents.settings import SETTINGS
 from worldflux.errors import ConfigurationError, nearest
 from worldflux.replay.batch import Observation
+from worldflux.training.callbacks import Callback, CheckpointCallback
 
 if TYPE_CHECKING:
     from worldflux.agents.agent import WorldFluxAgent
@@ -67,6 +69,15 @@ def refuse_unknown(names: Iterable[str]) -> None:
             raise ConfigurationError(f"{name} is an argument of stable-baselines3's algorithms: {COUNTERPARTS[name]}.")
         known = (*SETTINGS, "device", "model_kwargs")
         raise ConfigurationError(f"Unknown setting '{name}'{nearest(name, known)}")
+
+
+def refuse_callbacks_of_trainers(given: object) -> None:
+    """Raises a `ConfigurationError` if a callback that was given to `learn` is one of a `Trainer`."""
+    for callback in given.callbacks if isinstance(given, CallbackList) else given if isinstance(given, list) else ():
+        refuse_callbacks_of_trainers(callback)
+    if isinstance(given, Callback):
+        takes = "AgentCheckpointCallback" if isinstance(given, CheckpointCallback) else "callbacks of stable-baselines3"
+        raise ConfigurationError(f"{type(given).__name__} is for train(); an agent takes {takes}.")
 
 
 def refuse_policy(model: Any) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from stable_baselines3.common.logger import HumanOutputFormat, Logger
+from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
@@ -22,8 +25,13 @@ from worldflux.replay.provider import sample_from
 from worldflux.training.trainer import Trainer
 from worldflux.validation import SINGLE_KEY
 
+if TYPE_CHECKING:
+    from worldflux.agents.agent import WorldFluxAgent
+
 _BURST = 10
 """Gradient steps in a row that are a burst."""
+_FEW_AHEAD = 16
+"""Gradient steps by which acting may always run ahead of learning."""
 CHECK_INTERVAL = 100
 """Gradient steps between checks that all losses were finite, and of the health. A check waits for the device."""
 
@@ -33,7 +41,7 @@ class Learner:
 
     Attributes:
         n_updates: Gradient steps taken.
-        updates_owed: Gradient steps that the schedule has handed out and that were not taken yet.
+        updates_asked: Gradient steps that the schedule has asked for so far, those included that were taken.
         collected: Transitions that the replay buffer has received.
         last_losses: Losses of the last gradient step, as tensors on the device.
         mean_losses: Means of the losses since the last dump of the log.
@@ -55,8 +63,9 @@ class Learner:
         self.family = family
         self.learning_starts = learning_starts
         self.window = window
+        # Each is changed by one thread where acting and learning have one each: the second by the one that acts.
         self.n_updates = 0
-        self.updates_owed = 0
+        self.updates_asked = 0
         self.collected = 0
         self.last_losses: Mapping[str, Tensor] = {}
         self.mean_losses = MeanLosses()
@@ -64,6 +73,16 @@ class Learner:
         self._started = False
         self._examined_at = 0  # number of gradient steps at the last look at the health
         self._problems: set[str] = set()  # problems that were reported already
+
+    @property
+    def updates_owed(self) -> int:
+        """Gradient steps that the schedule has asked for and that were not taken yet."""
+        return self.updates_asked - self.n_updates
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a gradient step is owed and can be taken."""
+        return self._started and self.updates_owed > 0
 
     @property
     def acts_at_random(self) -> bool:
@@ -107,12 +126,12 @@ class Learner:
         """Changes the ratio from now on; with 0 nothing is owed any more."""
         self.schedule.set_train_ratio(ratio)
         if not ratio:
-            self.updates_owed = 0
+            self.updates_asked = self.n_updates
 
     def owe(self, env_steps: int, buffer: ReplayBuffer) -> None:
         """Adds the gradient steps that new environment steps ask for, if training has started."""
         if self._can_train(buffer):
-            self.updates_owed += self.schedule.updates_due(env_steps)
+            self.updates_asked += self.schedule.updates_due(env_steps)
 
     def train(
         self, buffer: ReplayBuffer, normalize: VecNormalize | None, pace: Pace, go_on: Callable[[], bool]
@@ -126,21 +145,28 @@ class Learner:
             go_on: Called before each gradient step; False leaves it and the others for the next call.
         """
         owed = self.updates_owed
-        while self.updates_owed and self._started:
-            self.burst = (owed - self.updates_owed, owed) if owed >= _BURST else None
+        while self.is_due:
+            self.show_burst(owed)
             if not go_on():
                 break
-            began = time.perf_counter()
-            self.last_losses = self.trainer.step(self.sample(buffer, normalize), buffer)
-            self.mean_losses.add(self.last_losses)
-            self.updates_owed -= 1
-            self.n_updates += 1
-            if self.n_updates % CHECK_INTERVAL == 0:
-                self.trainer.check_finite()
-            if pace.gradient_step.count < 1 and self.trainer.device.type == "cuda":
-                torch.cuda.synchronize(self.trainer.device)  # the first times are those of the device
-            pace.add_gradient_step(time.perf_counter() - began)
+            self.take_step(buffer, normalize, pace)
         self.burst = None
+
+    def show_burst(self, owed: int) -> None:
+        """Sets `burst`, where `owed` gradient steps were owed when the first of them was begun."""
+        self.burst = (owed - self.updates_owed, owed) if owed >= _BURST else None
+
+    def take_step(self, buffer: ReplayBuffer, normalize: VecNormalize | None, pace: Pace) -> None:
+        """Takes one gradient step; arguments as for `train`."""
+        began = time.perf_counter()
+        self.last_losses = self.trainer.step(self.sample(buffer, normalize), buffer)
+        self.mean_losses.add(self.last_losses)
+        self.n_updates += 1
+        if self.n_updates % CHECK_INTERVAL == 0:
+            self.trainer.check_finite()
+        if pace.gradient_step.count < 1 and self.trainer.device.type == "cuda":
+            torch.cuda.synchronize(self.trainer.device)  # the first times are those of the device
+        pace.add_gradient_step(time.perf_counter() - began)
 
     def sample(self, buffer: ReplayBuffer, normalize: VecNormalize | None) -> Batch:
         """Windows from the buffer, normalised as the policy sees observations now."""
@@ -172,7 +198,8 @@ class Learner:
             most_owed: Bound of the gradient steps that are owed: no file can ask for more than the schedule could.
         """
         self.n_updates = self._examined_at = counters["_n_updates"]
-        self.updates_owed = min(counters["_updates_owed"], most_owed) if self.schedule.train_ratio else 0
+        owed = min(counters["_updates_owed"], most_owed) if self.schedule.train_ratio else 0
+        self.updates_asked = self.n_updates + owed
 
     def take_new_buffer(self, buffer: ReplayBuffer) -> None:
         """Starts again with another buffer, which may hold transitions already."""
@@ -295,8 +322,16 @@ class UpdateSchedule:
         self.load_state_dict(self.state_dict())
 
     def most_owed(self, n_envs: int) -> int:
-        """Gradient steps that can be owed at one time: the first ones, and those of two steps of `n_envs` each."""
-        return self.first_updates + int(2 * n_envs * self.train_ratio / self.replayed_per_update) + 1
+        """Gradient steps that can be owed at one time.
+
+        These are the first ones, those of two steps of `n_envs` each, and those by which acting may run ahead.
+        """
+        of_two_steps = int(2 * n_envs * self.train_ratio / self.replayed_per_update) + 1
+        return self.first_updates + of_two_steps + self.most_ahead(n_envs)
+
+    def most_ahead(self, n_envs: int) -> int:
+        """Gradient steps by which acting may run ahead of learning at most: those of four steps of `n_envs` each."""
+        return max(int(4 * n_envs * self.train_ratio / self.replayed_per_update), _FEW_AHEAD)
 
     def state_dict(self) -> dict[str, int | None]:
         """The environment steps that were counted, for a checkpoint."""
@@ -306,6 +341,38 @@ class UpdateSchedule:
         """Continues a count that `state_dict` described; where the ratio differs, nothing is owed for the past."""
         self._env_steps = state["env_steps"]
         self._handed_out = int((self._env_steps or 0) * self.train_ratio / self.replayed_per_update)
+
+
+def write_log(agent: WorldFluxAgent) -> None:
+    """Writes an agent's log since the last dump, under SB3's names."""
+    assert agent.ep_info_buffer is not None and agent.ep_success_buffer is not None
+    agent.trainer.check_finite()
+    elapsed = max((time.time_ns() - agent.start_time) / 1e9, sys.float_info.epsilon)
+    record = agent.logger.record
+    if agent.ep_info_buffer:
+        record("rollout/ep_rew_mean", safe_mean([info["r"] for info in agent.ep_info_buffer]))
+        record("rollout/ep_len_mean", safe_mean([info["l"] for info in agent.ep_info_buffer]))
+    if agent.ep_success_buffer:
+        record("rollout/success_rate", safe_mean(agent.ep_success_buffer))
+    record("time/episodes", agent._episode_num, exclude="tensorboard")
+    record("time/fps", int((agent.num_timesteps - agent._num_timesteps_at_start) / elapsed))
+    record("time/time_elapsed", int(elapsed), exclude="tensorboard")
+    record("time/total_timesteps", agent.num_timesteps, exclude="tensorboard")
+    if agent._frames_per_step > 1:
+        record("time/total_frames", agent.num_timesteps * agent._frames_per_step, exclude="tensorboard")
+    record("train/n_updates", agent._n_updates, exclude="tensorboard")
+    record("train/learning_rate", agent.lr_schedule(agent._current_progress_remaining))
+    for name, mean in agent._learner.mean_losses.take().items():
+        record(f"train/{name}", mean)
+    if agent._beside is not None:
+        for name, value in agent._beside.metrics().items():
+            record(name, value)
+    health_metrics, problems = agent._learner.health()
+    for name, value in health_metrics.items():
+        record(f"health/{name}", value)
+    for problem in problems:
+        agent.logger.warn(problem)
+    dump_log(agent.logger, agent.num_timesteps)
 
 
 _INDENT = 3

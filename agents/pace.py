@@ -55,14 +55,16 @@ class Pace:
         random_step: The same with random actions.
         acting: Seconds to choose actions once; None if this was not measured.
         meanwhile: Whether gradient steps are taken while other processes step the environments.
+        beside: Whether they are taken on a thread of their own.
+        training: Seconds in gradient steps, or of waiting for those of another thread.
     """
 
-    def __init__(self, *, meanwhile: bool) -> None:
+    def __init__(self, *, meanwhile: bool, beside: bool = False) -> None:
         self.gradient_step, self.vec_step, self.random_step = MeanTime(), MeanTime(), MeanTime()
         self.acting: float | None = None
         self.meanwhile = meanwhile
+        self.beside = beside
         self.training = 0.0
-        """Seconds in gradient steps."""
         self._began = time.perf_counter()
 
     @property
@@ -72,7 +74,8 @@ class Pace:
 
     def add_gradient_step(self, seconds: float) -> None:
         """Adds the time of a gradient step."""
-        self.training += seconds
+        if not self.beside:
+            self.training += seconds
         self.gradient_step.add(seconds)
 
     @property
@@ -98,6 +101,8 @@ class Pace:
             if self.meanwhile:
                 waiting = max(waiting - update * gradient_steps / max(vec_steps, 1), 0.0)
             step = self.acting + waiting
+        if self.beside:
+            return max(vec_steps * step, gradient_steps * update)
         return vec_steps * step + gradient_steps * update
 
 

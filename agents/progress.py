@@ -60,21 +60,22 @@ class Report:
         self._steps = 0
         self._estimated = self._burst_told = True
 
-    def begin(self, steps: int) -> None:
+    def begin(self, steps: int, max_lag: int | None = None) -> None:
         """Announces a call of `learn`.
 
         Args:
             steps: Environment steps of the call.
+            max_lag: Gradient steps by which acting may run ahead of learning; None where they take turns.
         """
         agent, learner = self.agent, self.agent._learner
-        self.pace = Pace(meanwhile=agent._steps_in_subprocesses)
+        self.pace = Pace(meanwhile=agent._steps_in_subprocesses, beside=max_lag is not None)
         self._steps, self._estimated, self._burst_told = steps, False, False
         if not steps:
             return
         before = self._announced
         if before is None or agent.train_ratio != before[0] or steps >= 2 * before[1]:
             self._announced, self._warned = (agent.train_ratio, steps), False
-            ranks.say(self._description())
+            ranks.say(self._description(max_lag))
             wait = learner.steps_to_wait
             if wait > steps and not learner.n_updates and agent.train_ratio:
                 ranks.say(
@@ -125,7 +126,7 @@ class Report:
     def _steps_left(self) -> int:
         return max(self.agent._total_timesteps - self.agent.num_timesteps, 0)
 
-    def _description(self) -> str:
+    def _description(self, max_lag: int | None) -> str:
         agent, device = self.agent, self.agent.device
         threads = torch.get_num_threads()
         place = f"the CPU ({threads} thread{'s' if threads > 1 else ''})"
@@ -133,7 +134,10 @@ class Report:
             place = f"the CPU ({threads} threads; on a busy machine, OMP_NUM_THREADS=1 is faster for a small model)"
         if device.type == "cuda":
             place = f"{device} ({torch.cuda.get_device_name(device)})"
-        return f"{shown_model(agent.model)} on {place}; {agent._learner.describe_schedule()}"
+        text = f"{shown_model(agent.model)} on {place}; {agent._learner.describe_schedule()}"
+        if max_lag is None:
+            return text
+        return f"{text}; learning while the environments step, at most {max_lag} gradient steps behind"
 
     def _estimate(self, seconds: float) -> str:
         agent = self.agent

@@ -97,6 +97,7 @@ class SavedAgent(AgentBase):
             TrainingError: If a loss or a weight is not finite; nothing is written then.
             CheckpointError: If `path` is a directory, or cannot be written; an older file is unchanged.
         """
+        self.pause_learner()
         description = self._description()
         saved = {*_SAVED, *vars(description), *SETTINGS, *description.counters}
         for name in _names("exclude", exclude):
@@ -135,6 +136,7 @@ class SavedAgent(AgentBase):
         ranks.on_first(partial(check_target, path))
         if self._segments is None or self._segments.buffer is not self.replay_buffer:
             self._segments = ReplaySegments(self.replay_buffer)
+        self.pause_learner()
         run = RunState(
             collected=self._learner.collected,
             episode_infos=[episode_info(info) for info in self.ep_info_buffer or ()],

@@ -118,7 +118,8 @@ def test_an_agent_logs_exactly_what_the_page_defines(family: str, monkeypatch: p
     )
     names = Names()
     evaluation = EvalCallback(Monitor(Telling()), n_eval_episodes=1, eval_freq=32, verbose=0)
-    agent.learn(72, [Listen(names), evaluation], log_interval=1)
+    agent.learn(56, [Listen(names), evaluation], log_interval=1)
+    agent.learn(16, Listen(names), log_interval=1, reset_num_timesteps=False, asynchronous=True)
     assert agent._n_updates >= 5
     expected = {key for key in documented(family) if "/" in key and not key.startswith("eval/<")}
     expected |= {key.replace("<key>", each) for key in expected if "<key>" in key for each in KEYS}
