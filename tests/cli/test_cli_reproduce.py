@@ -65,6 +65,14 @@ def test_the_same_code_gives_the_same_scores_and_weights(run: Path, capsys: pyte
     assert "has finished its 40 steps" in out and out.endswith(lines[-1] + "\n") and "step 20" not in err
 
 
+def test_other_scores_of_an_asynchronous_run_are_no_failure(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(run, settings={**RunConfig.read(run).settings, "asynchronous": True})
+    rows = read_evaluations(run / "evaluations.csv")
+    write_evaluations(run / "evaluations.csv", [rows[0], replace(rows[1], score=rows[1].score + 50)])
+    assert main(["reproduce", "my run"]) == 0
+    assert "which may come from --asynchronous" in capsys.readouterr().out
+
+
 def test_other_scores_with_the_same_code_are_a_failure(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = read_evaluations(run / "evaluations.csv")
     write_evaluations(run / "evaluations.csv", [rows[0], replace(rows[1], score=rows[1].score + 0.25)])

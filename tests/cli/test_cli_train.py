@@ -88,6 +88,25 @@ def test_config_json_starts_the_same_run_again(capsys: pytest.CaptureFixture[str
     capsys.readouterr()
 
 
+def test_an_asynchronous_run_stays_one_when_it_is_resumed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patches:
+        stop_at(30, signal.SIGINT, patches)
+        assert train(*SHORT, "--asynchronous", "--run", "run") == 130
+    assert RunConfig.read(Path("run")).settings["asynchronous"] is True
+    assert "asynchronous: true\n" in Path("run/config.yaml").read_text()
+    assert "learning while the environments step" in capsys.readouterr().err
+    assert main(["train", "--resume", "run"]) == 0
+    assert "learning while the environments step" in capsys.readouterr().err
+    agent = WorldFluxAgent.load("run/agent.zip")
+    assert train(*SHORT, "--run", "in turn") == 0
+    assert (agent.num_timesteps, agent.trainer.step_count) == (
+        60,
+        WorldFluxAgent.load("in turn/agent.zip").trainer.step_count,
+    )
+
+
 @pytest.mark.parametrize("model", ["dreamerv3:tiny", "tdmpc2:tiny"])
 def test_evaluations_change_nothing_in_the_training(model: str) -> None:
     env = "helpers.envs:Aim" if model.startswith("tdmpc2") else CORRIDOR

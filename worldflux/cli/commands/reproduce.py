@@ -68,7 +68,7 @@ def reproduce(
 
     Returns:
         1 if scores differ although the code, the versions and the machine are the same, the run is one of a CPU, and
-        no agent was resumed; 130 after Ctrl-C and 143 after SIGTERM; otherwise 0.
+        no agent was resumed or trained with --asynchronous; 130 after Ctrl-C and 143 after SIGTERM; otherwise 0.
     """
     from worldflux.cli.commands.plot import no_run
     from worldflux.cli.curves import Run
@@ -110,7 +110,9 @@ def reproduce(
         # Environments cannot be continued in the middle of an episode.
         parts = [*config.resumed, *written.resumed]
         stopped = config.kind == "train" and any(part.get("step") for part in parts)
-        reason = _RESUMED if stopped else _CHANGED if changes or not on_cpu else None if known else _UNKNOWN_CODE
+        beside = getattr(settings[place], "asynchronous", False)
+        stopped_or_beside = _RESUMED if stopped else _BESIDE if beside else None
+        reason = stopped_or_beside or (_CHANGED if changes or not on_cpu else None if known else _UNKNOWN_CODE)
         unexplained |= _tell(place, again, comparisons, reason)
     if len(found) > 1:
         _tell_mean(compared)
@@ -304,6 +306,7 @@ _UNEXPLAINED = "although the code, the versions and the machine are the same"
 _CHANGED = "which may come from what has changed, or from a GPU, whose results vary"
 _UNKNOWN_CODE = "which may come from the code, whose commit is not known"
 _RESUMED = "which may come from a stop: a resumed run begins new episodes"
+_BESIDE = "which may come from --asynchronous: the speed of the machine decides on the weights that choose an action"
 
 
 def _tell_mean(compared: Sequence[Comparison]) -> None:

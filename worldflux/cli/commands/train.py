@@ -56,6 +56,8 @@ class TrainSettings(EnvOptions):
     """Number of environments that are stepped together."""
     processes: Flag = False
     """Run each environment in its own process; the agent trains while they step."""
+    asynchronous: Flag = False
+    """Train on a thread of its own beside the environments, for slow ones. Such a run cannot be repeated exactly."""
     seed: Number = None
     """Seed for all random number generators. If omitted, a random seed is drawn and stored in config.json."""
     device: DeviceName = "auto"
@@ -224,7 +226,8 @@ class AgentTraining(Work):
         logger = run_logger(directory / runs.LOGS, outputs) if ranks.is_first() else Logger(None, [])
         self._resources.callback(logger.close)
         agent.set_logger(logger)
-        agent.learn(max(settings.steps - agent.num_timesteps, 0), callbacks, reset_num_timesteps=False)
+        left = max(settings.steps - agent.num_timesteps, 0)
+        agent.learn(left, callbacks, reset_num_timesteps=False, asynchronous=settings.asynchronous)
         agent.dump_logs()  # the episodes since the last dump
         if evaluations is not None and evaluations.rows:
             self.score = evaluations.rows[-1].score
