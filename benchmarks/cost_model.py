@@ -2,7 +2,7 @@
 
     python benchmarks/cost_model.py dreamerv3:tiny dmc/walker-walk --ranks 1 2 4 --check 1 2
     python benchmarks/cost_model.py dreamerv3:size12m dmc/walker-walk --device cuda --ranks 1 8 64
-    python benchmarks/cost_model.py dreamerv3:size12m dmc/walker-walk --envs 4 --ranks 1 8 64 --assume a100
+    python benchmarks/cost_model.py dreamerv3:size12m dmc/walker-walk --ranks 1 8 64 --assume a100 a100-ethernet
 
 With batches of B windows in all, N ranks with E environments each, and a gradient step every k environment steps:
 
@@ -163,8 +163,8 @@ def alone(options: argparse.Namespace) -> dict[str, Any]:
         "environments": timed(lambda: env.step(actions)),
         "bytes": 4 * sum(weight.numel() for weight in agent.model.parameters() if weight.requires_grad),
     }
-    if options.assume is not None:
-        return found | assumed(agent, GPUS[options.assume])
+    if options.assume:
+        return found | counts(agent)
     batch = agent.batch_size
     seconds = {
         size: statistics.median(train(agent, size, options.steps).steps)
@@ -237,8 +237,8 @@ def learn(options: argparse.Namespace) -> dict[str, Any]:
     return {"env_step": (ended - began) / (last - first)}
 
 
-def assumed(agent: WorldFluxAgent, gpu: Gpu) -> dict[str, float]:
-    """The constants of gradient steps and acting on a GPU, for an agent that has collected enough for a batch."""
+def counts(agent: WorldFluxAgent) -> dict[str, float]:
+    """The operations of gradient steps and acting, for an agent that has collected enough for a batch."""
     config = TrainingConfig(total_steps=1, batch_size=agent.batch_size, sequence_length=agent.seq_len)
     trainer, buffer, act = Trainer(agent.model, config), agent.replay_buffer, acting(agent)
     batch = buffer.sample(agent.batch_size, agent.seq_len + bool(agent.model.replay_extras()))
@@ -253,11 +253,25 @@ def assumed(agent: WorldFluxAgent, gpu: Gpu) -> dict[str, float]:
     with Operations() as in_acting:
         act()
     return {
-        "fixed": in_step.count * gpu.launched,
-        "per_window": flops_of(step) / agent.batch_size / gpu.flops,
-        "acting": in_acting.count * gpu.launched,
-        "graph": gpu.captured / gpu.launched,
+        "operations": in_step.count,
+        "acting_operations": in_acting.count,
+        "flops": flops_of(step) / agent.batch_size,
     }
+
+
+def assumed(gpu: Gpu, counted: dict[str, float]) -> Constants:
+    """The constants of a GPU that is not at hand."""
+    return Constants(
+        fixed=counted["operations"] * gpu.launched,
+        per_window=counted["flops"] / gpu.flops,
+        acting=counted["acting_operations"] * gpu.launched,
+        environments=counted["environments"],
+        messages=counted["messages"],
+        bytes=int(counted["bytes"]),
+        latency=gpu.latency,
+        bandwidth=gpu.bandwidth,
+        graph=gpu.captured / gpu.launched,
+    )
 
 
 class Operations(TorchDispatchMode):
@@ -305,24 +319,29 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--check", nargs="*", type=int, default=[], help="numbers of ranks to train with")
     parser.add_argument("--steps", type=int, default=20, help="gradient steps of each measurement")
-    parser.add_argument("--assume", choices=tuple(GPUS), help="GPUs to assume instead of measuring on this machine")
+    parser.add_argument(
+        "--assume", nargs="+", choices=tuple(GPUS), help="GPUs to assume instead of measuring on this machine"
+    )
     parser.add_argument("--measure", choices=tuple(MEASURED), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.measure:
         print(json.dumps(MEASURED[options.measure](options)))
         return
-    measured = launch(2, ["together", *sys.argv[1:]], __file__)
-    if options.assume is not None:
-        measured |= {name: getattr(GPUS[options.assume], name) for name in ("latency", "bandwidth")}
-    constants = Constants(**measured, **launch(1, ["alone", *sys.argv[1:]], __file__))
+    measured = launch(2, ["together", *sys.argv[1:]], __file__) | launch(1, ["alone", *sys.argv[1:]], __file__)
+    if options.assume:
+        print(json.dumps({name: rounded(value) for name, value in measured.items()}), flush=True)
+        machines = {name: assumed(GPUS[name], measured) for name in options.assume}
+    else:
+        machines = {"this machine": Constants(**measured)}
     agent = make_agent(options)
-    print(json.dumps({name: rounded(value) for name, value in asdict(constants).items()}), flush=True)
-    for count in sorted({*options.ranks, *options.check}):
-        row = prediction(agent, constants, count)
-        if count in options.check:
-            row["measured_env_step"] = launch(count, ["learn", *sys.argv[1:]], __file__)["env_step"]
-        print(json.dumps({name: rounded(value) for name, value in row.items()}), flush=True)
+    for name, constants in machines.items():
+        print(json.dumps({"machine": name} | {name: rounded(value) for name, value in asdict(constants).items()}))
+        for count in sorted({*options.ranks, *options.check}):
+            row = prediction(agent, constants, count)
+            if count in options.check:
+                row["measured_env_step"] = launch(count, ["learn", *sys.argv[1:]], __file__)["env_step"]
+            print(json.dumps({name: rounded(value) for name, value in row.items()}), flush=True)
 
 
 def rounded(value: Any) -> Any:
