@@ -253,6 +253,38 @@ def test_short_windows_and_few_starts_have_finite_losses(length, imag_last):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize(("action", "imag_last"), [("continuous", 0), ("discrete", 3)])
+def test_the_policy_imitates_recorded_actions_that_were_better_than_expected(action: str, imag_last: int) -> None:
+    model = build(action=action, imag_last=imag_last, loss_scales={"imitation": 2.0})
+    torch.nn.init.normal_(model.critic.out.weight)
+    is_first, truncations = torch.zeros(2, 6, dtype=torch.bool), torch.zeros(2, 6, dtype=torch.bool)
+    truncations[:, 2] = is_first[:, 4] = is_first[:, 0] = True  # row 3 only has the last observation of the episode
+    data = batch(model, T=6, rewards=torch.randn(2, 6), is_first=is_first, truncations=truncations)
+    parts = model.loss_parts(data)
+    feat = torch.cat([parts.observed.deter, parts.observed.stoch.flatten(-2)], -1)[:, :-1]
+    starts = imag_last or 6
+    better = parts.replay_returns > model.critic(feat).mean[:, 1 - starts :]
+    better &= torch.tensor([True, True, True, False, True])[1 - starts :]
+    assert 0 < int(better.sum()) < better.numel()
+    expected = -model.actor(feat).log_prob(data.actions[:, :-1])[:, 1 - starts :] * better
+    torch.testing.assert_close(parts.losses["imitation"], expected)
+    expected.mean().mul(2.0).backward()
+    gradients = [p.grad.clone() for p in model.actor.parameters()]
+    model.zero_grad()
+    parts.losses["imitation"].mean().mul(2.0).backward()
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None} == {"actor"}
+    torch.testing.assert_close([p.grad for p in model.actor.parameters()], gradients)
+    output = model._reduce(parts)
+    others = sum(model.loss_scale(name) * output.terms[name] for name in parts.losses if name != "imitation")
+    torch.testing.assert_close(output.loss.detach(), others + 2.0 * expected.mean().detach())
+
+
+def test_the_paper_imitates_nothing() -> None:
+    model = build()
+    output = model.loss(batch(model))
+    assert "imitation" not in output.terms
+
+
 def test_imagination_from_the_last_steps_equals_that_from_all_steps():
     few, every = build(imag_last=2), build()
     torch.nn.init.normal_(few.critic.out.weight)

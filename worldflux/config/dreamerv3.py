@@ -19,6 +19,7 @@ _DREAMERV3_LOSS_SCALES = {
     "actor": 1.0,
     "critic": 1.0,
     "replay_critic": 0.3,
+    "imitation": 0.0,
 }
 
 
@@ -102,7 +103,9 @@ class DreamerV3Config(WorldModelConfig):
     """Share of the KL loss that trains the prior; the rest trains the representation."""
     loss_scales: dict[str, float] = field(default_factory=lambda: dict(_DREAMERV3_LOSS_SCALES))
     """Weight of each loss. A partial dictionary changes only the losses that it names. With the default balance, a
-    weight of 1.1 for "kl" is 1.0 for the prior and 0.1 for the representation, as in the paper."""
+    weight of 1.1 for "kl" is 1.0 for the prior and 0.1 for the representation, as in the paper. "imitation" is not part
+    of the paper: above 0 the policy also imitates those recorded actions that turned out better than expected, which
+    keeps it near the data in offline training."""
 
     imagination_horizon: int = 15
     """Number of imagined steps from every replayed state."""

@@ -155,3 +155,26 @@ def replay_critic_loss(
     padded = F.pad(targets, (0, 1))
     loss = going_on[:, :-1] * critic.loss(padded, slow_value.detach())[:, :-1]
     return loss, targets
+
+
+def imitation_loss(
+    *, policy: PolicyDistribution, actions: Tensor, returns: Tensor, values: Tensor, is_last: Tensor
+) -> Tensor:
+    """Computes the loss by which the policy imitates recorded actions that were better than expected.
+
+    It is the negative log-likelihood of the actions whose return exceeds the critic's value, and 0 for all others.
+
+    Args:
+        policy: Distribution of the policy at each replayed feature, over `[B, T-1, A]`.
+        actions: Recorded action taken at each of them. `[B, T-1, A]`
+        returns: Targets of the critic on these steps. `[B, T-1]`
+        values: Values of the critic. `[B, T-1]`
+        is_last: 1 where the episode ended, so that no action was taken. `[B, T-1]`
+
+    Returns:
+        Loss of each step. `[B, T-1]`
+
+    Source: critic-regularised regression with the binary filter, arXiv:2006.15134.
+    """
+    better = (returns > values).float() * (1.0 - is_last)
+    return -policy.log_prob(actions) * better.detach()

@@ -23,6 +23,7 @@ from worldflux.models.dreamerv3.behavior import (
     ReturnNorm,
     imagination_losses,
     imagined_returns,
+    imitation_loss,
     replay_critic_loss,
 )
 from worldflux.models.dreamerv3.encoder import Decoder, Encoder
@@ -253,12 +254,13 @@ class DreamerV3(WorldModel):
             entropy_scale=c.entropy_scale,
         )
         # The critic on replayed steps, bootstrapped from the imagined returns; this loss also trains the features
+        replayed_critic = self.critic(feat[:, -K:])
         replay_critic, replay_returns = replay_critic_loss(
             rewards=rows.rewards[:, -K:],
             is_terminal=rows.is_terminal[:, -K:],
             is_last=rows.is_last[:, -K:],
             bootstrap=returns[:, 0].unflatten(0, (B, K)),
-            critic=self.critic(feat[:, -K:]),
+            critic=replayed_critic,
             slow_value=slow_value[:, 0].unflatten(0, (B, K)),
             discount=self.discount,
             lam=c.lambda_,
@@ -273,6 +275,14 @@ class DreamerV3(WorldModel):
             "critic": behavior.critic.mean(1).unflatten(0, (B, K)),
             "replay_critic": replay_critic,
         }
+        if c.loss_scales["imitation"]:
+            losses["imitation"] = imitation_loss(
+                policy=self.actor(feat[:, -K:-1].detach()),
+                actions=rows.prev_actions[:, T - K + 1 :],
+                returns=replay_returns,
+                values=replayed_critic.mean[:, :-1].detach(),
+                is_last=rows.is_last[:, -K:-1],
+            )
         return LossParts(
             losses=losses,
             reconstruction=reconstruction,
