@@ -5,8 +5,8 @@ This module imports nothing but torch, so that models can name `Batch` without i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -147,6 +147,26 @@ class Batch:
 
     def _with_each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return self.with_tensors({name: change(tensor) for name, tensor in self.named_tensors().items()}, self.row_ids)
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """One batch with the windows of several, in their order.
+
+    Args:
+        batches: At least one, with the same fields and the same length of windows; a mask of observations may be
+            missing in some of them.
+    """
+    if len(batches) == 1:
+        return batches[0]
+    if any(batch.obs_mask is not None for batch in batches):
+        batches = [
+            batch if batch.obs_mask is not None else replace(batch, obs_mask=torch.ones_like(batch.terminations))
+            for batch in batches
+        ]
+    parts = [batch.named_tensors() for batch in batches]
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    ids = [batch.row_ids for batch in batches if batch.row_ids is not None]
+    return batches[0].with_tensors(tensors, torch.cat(ids) if len(ids) == len(batches) else None)
 
 
 def _part(name: str, key: str | None) -> str:

@@ -21,7 +21,7 @@ from worldflux.replay.export import write_replay
 from worldflux.replay.loading import ReplayFiles
 from worldflux.replay.ring import RingStorage
 from worldflux.replay.sampler import Drawn, Runs, WindowSampler
-from worldflux.replay.spec import TransitionSpec
+from worldflux.replay.spec import TransitionSpec, extras_spec
 from worldflux.replay.streams import RecordedStreams
 from worldflux.replay.views import ReplayPart, split
 from worldflux.validation import SINGLE_KEY, ObsShape, whole_number
@@ -151,10 +151,27 @@ class ReplayBuffer(RecordedStreams, WindowSampler):
             self.check_actions(classes)
         self._form.action_classes = classes
 
-    @property
-    def extras(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Shape and dtype of what is stored beside each row, by name."""
-        return dict(self._form.extras)
+    def add_extras(self, extras: Mapping[str, tuple[tuple[int, ...], Any]]) -> None:
+        """Adds further arrays beside each row, zero at first; those that are there already are left as they are.
+
+        Args:
+            extras: As for the constructor, such as `model.replay_extras()`.
+
+        Raises:
+            ConfigurationError: If an array of the same name has another shape or dtype.
+            BufferError: If there is no room for it.
+        """
+        given = extras_spec(extras)
+        for name, entry in given.items():
+            if self._form.extras.get(name, entry) != entry:
+                raise ConfigurationError(
+                    f"The buffer has extras {name!r} of {self._form.extras[name]}, and these are of {entry}. Load the "
+                    "data again, without extras or with those of this model."
+                )
+        missing = {name: entry for name, entry in given.items() if name not in self._form.extras}
+        with self.lock:
+            self._rows.add_extras(missing)
+            self._form.extras.update(missing)
 
     @property
     def storage(self) -> str | Path | torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
@@ -14,7 +14,7 @@ import torch
 from worldflux.accel.overriding import overridden, steps_back
 from worldflux.accel.transfers import to_device
 from worldflux.errors import ConfigurationError
-from worldflux.replay.batch import Batch, BatchRequest
+from worldflux.replay.batch import Batch, BatchRequest, joined
 from worldflux.replay.buffer import ReplayBuffer
 from worldflux.replay.sampler import WindowSampler
 
@@ -131,6 +131,61 @@ class Resumable(Protocol):
 
     def set_rng_state(self, state: dict[str, Any]) -> None:
         """Continues it from there."""
+
+
+class MixedReplay:
+    """Windows of recorded data and of collected ones in one batch, the recorded ones first.
+
+    While nothing fits into a window in the collected data, all windows are of the recorded data.
+
+    Args:
+        recorded: Data that were recorded before, such as a buffer that was loaded from a file.
+        collected: Data that grow while they are learned from.
+        share: Share of the windows that come from the recorded data, from 0 to 1. It is rounded to whole windows, of
+            which both sides get at least one if the share is neither 0 nor 1.
+
+    Raises:
+        ConfigurationError: If the two differ in what is stored beside their rows.
+    """
+
+    def __init__(self, recorded: WindowSampler, collected: ReplayBuffer, share: float) -> None:
+        if recorded.extras != collected.extras:
+            raise ConfigurationError(
+                f"The recorded data have {sorted(recorded.extras) or 'nothing'} beside their rows, and the collected "
+                f"ones {sorted(collected.extras) or 'nothing'}. Add what is missing: buffer.add_extras(extras)."
+            )
+        self.recorded, self.collected, self.share = recorded, collected, share
+
+    def recorded_windows(self, batch_size: int, seq_len: int) -> int:
+        """Number of windows of a batch that come from the recorded data."""
+        if not self.collected.num_windows(seq_len):
+            return batch_size
+        if self.share in (0, 1) or batch_size == 1:
+            return round(self.share * batch_size)
+        return min(max(round(self.share * batch_size), 1), batch_size - 1)
+
+    def sample(
+        self, batch_size: int, seq_len: int, device: str | torch.device = "cpu", *, fresh: bool = False
+    ) -> Batch:
+        """Draws a batch; arguments and errors are those of `ReplayBuffer.sample`. `[B, T, ...]`"""
+        count = self.recorded_windows(batch_size, seq_len)
+        parts = []
+        if count:
+            recorded = sample_from(self.recorded, count, seq_len, device)
+            assert recorded.row_ids is not None
+            parts.append(replace(recorded, row_ids=~recorded.row_ids))  # negative, so that both kinds can be told apart
+        if count < batch_size:
+            parts.append(sample_from(self.collected, batch_size - count, seq_len, device, fresh=fresh))
+        return joined(parts)
+
+    def update_extras(self, rows: Any, values: Mapping[str, Any]) -> None:
+        """Stores values that a model computed with the rows of a batch, where they came from; see `WindowSampler`."""
+        rows = torch.as_tensor(rows)
+        is_recorded = rows[:, 0] < 0
+        for source, of_source, ids in ((self.recorded, is_recorded, ~rows), (self.collected, ~is_recorded, rows)):
+            if of_source.any():
+                chosen = {name: value[of_source.to(value.device)] for name, value in values.items()}
+                source.update_extras(ids[of_source], chosen)
 
 
 class Batches:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -73,14 +73,11 @@ class RingStorage:
         self.storage = storage
         count, number = n_envs * self.ring, np.dtype(np.float32)
         obs = obs if storage.has_obs else {}
-        columns = [*obs.values(), ((action_dim,), number), ((), number), *extras.values()]
-        self._row_bytes = 1 + sum(math.prod(shape) * dtype.itemsize for shape, dtype in columns)
-        self.nbytes = count * self._row_bytes
-        """Bytes of all arrays once every row has been written to."""
+        self._row_bytes = 1 + _bytes_of([*obs.values(), ((action_dim,), number), ((), number), *extras.values()])
         if self.storage.takes_all_at_once:
             what = f"A replay buffer of {capacity:,} transitions"
-            budget = self.storage.budget()
-            budget.require(self.nbytes, what=what, fits=capacity * (budget.free or 0) // self.nbytes)
+            budget, needed = self.storage.budget(), count * self._row_bytes
+            budget.require(needed, what=what, fits=capacity * (budget.free or 0) // needed)
 
         zeros = self.storage.zeros
         self.obs: dict[str, RowArray] = {key: zeros((count, *shape), dtype) for key, (shape, dtype) in obs.items()}
@@ -89,7 +86,9 @@ class RingStorage:
         self.actions = zeros((count, action_dim), number)
         self.rewards = zeros((count,), number)
         self.flags = np.zeros(count, np.uint8)
-        self.extras = {name: zeros((count, *shape), dtype) for name, (shape, dtype) in extras.items()}
+        self.extras: dict[str, RowArray] = {}
+        for name, (shape, dtype) in extras.items():
+            self.extras[name] = zeros((count, *shape), dtype)
 
         self.begin = np.zeros(n_envs, np.int64)
         self.end = np.zeros(n_envs, np.int64)
@@ -97,6 +96,19 @@ class RingStorage:
         self.episodes = np.zeros(n_envs, np.int64)  # ended ones: as many as there are final rows
         self.in_flight = np.zeros(n_envs, np.bool_)
         self._first_here = np.zeros(n_envs, np.int64)  # those before it were written to another store
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays once every row has been written to."""
+        return len(self.flags) * self._row_bytes
+
+    def add_extras(self, extras: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
+        """Adds arrays that are stored with the rows, zero at first; the argument and errors are the constructor's."""
+        count, size = len(self.flags), _bytes_of(extras.values())
+        self.storage.budget().require(count * size, what=f"Adding {', '.join(extras)} to the replay buffer", fits=0)
+        added = {name: self.storage.zeros((count, *shape), dtype) for name, (shape, dtype) in extras.items()}
+        self.extras |= added
+        self._row_bytes += size
 
     @property
     def _arrays(self) -> list[RowArray]:
@@ -406,3 +418,8 @@ class RingStorage:
         self.begin[streams] += count
         self.transitions[streams] -= dropped
         self.episodes[streams] -= count - dropped
+
+
+def _bytes_of(columns: Iterable[tuple[tuple[int, ...], np.dtype]]) -> int:
+    """Bytes of one row of several arrays, given by the shape of a row and the dtype."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in columns)

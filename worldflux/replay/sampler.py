@@ -138,6 +138,11 @@ class WindowSampler:
         rewards = self._rows.rewards
         return rewards.tensor.device if isinstance(rewards, DeviceArray) else torch.device("cpu")
 
+    @property
+    def extras(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and dtype of what is stored beside each row, by name."""
+        return dict(self._form.extras)
+
     def check_actions(self, classes: Classes) -> None:
         """Checks that all stored actions are of a model's kind.
 
