@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +12,6 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import update_learning_rate
-from torch import Tensor
 
 from worldflux.accel import ranks
 from worldflux.accel.overriding import overridden, steps_back
@@ -25,7 +24,6 @@ from worldflux.agents.progress import ProgressBar
 from worldflux.agents.saving import SavedAgent
 from worldflux.errors import ConfigurationError, StoppedError
 from worldflux.files import writing
-from worldflux.models.base import WorldModel
 from worldflux.training.saving import call_all
 from worldflux.training.signals import StopRequest, stopping_on_signals
 from worldflux.validation import whole_number
@@ -83,6 +81,9 @@ class WorldFluxAgent(SavedAgent):
             any case.
         device: "auto" takes CUDA if there is a device.
         seed: Seed of Python, NumPy, torch, the environments and the sampler.
+        buffer: Recorded data to learn from besides what is collected; see `learn_from`. Training then starts with the
+            first step unless `learning_starts` is given, and TD-MPC2 does not act at random first.
+        offline_share: Share of the windows in each batch that come from `buffer`.
         compile: On CUDA, capture gradient steps and actions as CUDA graphs and compile the model's hot functions; on a
             CPU, only compile these functions, which requires a C++ compiler. "auto" does so on CUDA only.
 
@@ -111,38 +112,12 @@ class WorldFluxAgent(SavedAgent):
     """Frames that a step of each environment takes."""
 
     @property
-    def last_losses(self) -> Mapping[str, Tensor]:
-        """Losses of the last gradient step, as tensors on the device; empty before the first."""
-        return self._learner.last_losses
-
-    @property
     def stopping(self) -> bool:
         """Whether Ctrl-C or SIGTERM was received, so that this step of `learn` is its last.
 
         With several ranks, all of them know it at the same step, whichever has received the signal.
         """
         return bool(self._stop) if ranks.size() == 1 else self._stops_together
-
-    @property
-    def burst(self) -> tuple[int, int] | None:
-        """While `learn` takes many gradient steps in a row: how many of them are done, and their number.
-
-        TD-MPC2 does so at the end of its random start. Otherwise None.
-        """
-        return self._learner.burst
-
-    @property
-    def policy_lag(self) -> int | None:
-        """Gradient steps that were owed when the last actions of `learn(asynchronous=True)` were chosen without them.
-
-        Otherwise None.
-        """
-        return None if self._beside is None else self._beside.lag
-
-    @property
-    def acting_model(self) -> WorldModel:
-        """The model that chooses the actions: `model`, or a copy of it during `learn(asynchronous=True)`."""
-        return self.model if self._beside is None else self._beside.acting.actor.model
 
     def remaining_seconds(self, total: int | None = None) -> float | None:
         """Estimates how long learning will still take, from the steps that this call of `learn` has measured.

@@ -14,6 +14,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from torch import Tensor
 
 from worldflux.accel import ranks
 from worldflux.accel.compilation import captures
@@ -29,13 +30,15 @@ from worldflux.agents.settings import SETTINGS, AgentSettings, Rate, RateSchedul
 from worldflux.envs.make import as_env
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
 from worldflux.envs.vector import seed_envs
-from worldflux.errors import ConfigurationError, ShapeMismatchError
+from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError
 from worldflux.factory import find_preset
 from worldflux.models.base import WorldModel
 from worldflux.replay.buffer import ReplayBuffer
+from worldflux.replay.sampler import WindowSampler
 from worldflux.training.checkpoint import part_of_rank
 from worldflux.training.config import TrainingConfig
 from worldflux.training.trainer import Trainer
+from worldflux.validation import finite_number
 
 _CHANGEABLE = ("learning_rate", "train_ratio", "tensorboard_log", "verbose")
 """Settings that can be set after the agent was built."""
@@ -87,6 +90,8 @@ class AgentBase(BaseAlgorithm):
         verbose: int = 0,
         device: torch.device | str = "auto",
         seed: int | None = None,
+        buffer: WindowSampler | None = None,
+        offline_share: float = 0.5,
         compile: bool | Literal["auto"] = "auto",
         _init_setup_model: bool = True,
         **others: Any,
@@ -100,6 +105,8 @@ class AgentBase(BaseAlgorithm):
                 "WorldFluxAgent.load gives an agent that acts without one."
             )
         settings = AgentSettings(**given).with_lasting_paths()
+        if buffer is not None and settings.learning_starts is None:
+            settings = replace(settings, learning_starts=0)
         ranks.join()
         if isinstance(env, str) and find_preset(env) is not None:
             raise ConfigurationError(
@@ -131,6 +138,7 @@ class AgentBase(BaseAlgorithm):
         self._random_started = False
         if _init_setup_model:
             self._setup_model()
+            self.learn_from(buffer, offline_share)
 
     def _setup_model(self) -> None:
         """Builds the model, the trainer, the actor and the buffer."""
@@ -181,6 +189,71 @@ class AgentBase(BaseAlgorithm):
         PolicyMethods(self).attach()  # type: ignore[arg-type]
         if self.env is not None:
             self.replay_buffer = self._make_buffer()
+
+    @property
+    def last_losses(self) -> Mapping[str, Tensor]:
+        """Losses of the last gradient step, as tensors on the device; empty before the first."""
+        return self._learner.last_losses
+
+    @property
+    def burst(self) -> tuple[int, int] | None:
+        """While `learn` takes many gradient steps in a row: how many of them are done, and their number.
+
+        TD-MPC2 does so at the end of its random start. Otherwise None.
+        """
+        return self._learner.burst
+
+    @property
+    def policy_lag(self) -> int | None:
+        """Gradient steps that were owed when the last actions of `learn(asynchronous=True)` were chosen without them.
+
+        Otherwise None.
+        """
+        return None if self._beside is None else self._beside.lag
+
+    @property
+    def acting_model(self) -> WorldModel:
+        """The model that chooses the actions: `model`, or a copy of it during `learn(asynchronous=True)`."""
+        return self.model if self._beside is None else self._beside.acting.actor.model
+
+    def learn_from(self, buffer: WindowSampler | None, offline_share: float = 0.5) -> None:
+        """Learns from recorded data besides what is collected, from the next gradient step on.
+
+        Each batch has windows of both, in a fixed share. While too little is collected for a window, all are recorded.
+        The data are not copied, and checkpoints do not contain them: pass them again to `load(..., resume=True)`.
+
+        Args:
+            buffer: The data, such as `ReplayBuffer.load(path)` or a part of it; None learns from collected data alone.
+                If it lacks what the model stores beside each row (`model.replay_extras()`), that is added to it.
+            offline_share: Share of the windows in each batch, from 0 to 1. It is rounded to whole windows, at least one
+                of each kind unless it is 0 or 1.
+
+        Raises:
+            ConfigurationError: If the share is out of its range, or `buffer` is no replay data.
+            ShapeMismatchError: If the observations or actions have other shapes than those of the environment.
+            BufferError: If the actions are of another kind, or the data are too short for a window.
+        """
+        self.pause_learner()
+        share = finite_number("offline_share", offline_share)
+        if not 0 <= share <= 1:
+            raise ConfigurationError(f"offline_share is {share}, expected a share from 0 to 1.")
+        if buffer is not None:
+            if not isinstance(buffer, WindowSampler):
+                raise ConfigurationError(
+                    f"buffer is {buffer!r}, expected recorded data: ReplayBuffer.load(path), or "
+                    "worldflux.datasets.load(path) for other formats."
+                )
+            self._check_data(buffer, "The recorded data")
+            if isinstance(buffer, ReplayBuffer):
+                buffer.add_extras(self._extras_spec())
+            if not buffer.num_windows(self._window):
+                raise BufferError(
+                    f"No stream of the recorded data has the {self._window} rows of a window. Pass more data, or a "
+                    "smaller seq_len."
+                )
+            if self.seed is not None:
+                buffer.seed(ranks.seed_of_rank(self.seed))
+        self._learner.learn_from(buffer, share)
 
     def pause_learner(self) -> None:
         """Waits for the present gradient step of `learn(asynchronous=True)`; the next one begins when `learn` goes on.
@@ -322,13 +395,7 @@ class AgentBase(BaseAlgorithm):
         """Raises unless this agent can record into a buffer and learn from it."""
         if not isinstance(buffer, ReplayBuffer):
             raise ConfigurationError(f"replay_buffer is {buffer!r}, expected a ReplayBuffer of worldflux.training.")
-        expected = (self.obs_codec.obs_shape, self.action_codec.action_dim)
-        if (buffer.obs_shape, buffer.action_dim) != expected:
-            raise ShapeMismatchError(
-                f"{name} holds observations {buffer.obs_shape} and {buffer.action_dim} action numbers, "
-                f"expected {expected[0]} and {expected[1]} for this agent."
-            )
-        buffer.check_actions(self.action_codec.action_classes)
+        self._check_data(buffer, name)
         extras = self._extras_spec()
         if buffer.n_envs != self.n_envs or {name: buffer.extras.get(name) for name in extras} != extras:
             states = ", extras=agent.model.replay_extras()" if extras else ""
@@ -337,6 +404,16 @@ class AgentBase(BaseAlgorithm):
                 f"rows, expected {self.n_envs} and {sorted(extras) or 'nothing'} for this agent. Make it with "
                 f"ReplayBuffer(..., n_envs={self.n_envs}{states})."
             )
+
+    def _check_data(self, buffer: WindowSampler, name: str) -> None:
+        """Raises unless data have the observations and actions of this agent."""
+        expected = (self.obs_codec.obs_shape, self.action_codec.action_dim)
+        if (buffer.obs_shape, buffer.action_dim) != expected:
+            raise ShapeMismatchError(
+                f"{name} holds observations {buffer.obs_shape} and {buffer.action_dim} action numbers, "
+                f"expected {expected[0]} and {expected[1]} for this agent."
+            )
+        buffer.check_actions(self.action_codec.action_classes)
 
     # --- the environment
 
@@ -351,6 +428,8 @@ class AgentBase(BaseAlgorithm):
             seed_envs(self.env, seed)
         if self.replay_buffer is not None:
             self.replay_buffer.seed(seed)
+        if "_learner" in vars(self) and self._learner.recorded is not None:
+            self._learner.recorded.seed(seed)
 
     def set_env(self, env: GymEnv | str, force_reset: bool = True) -> None:
         """Continues in another environment of the same spaces and the same number of copies, as SB3 checks.

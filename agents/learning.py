@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import safetensors.torch
 import torch
 from stable_baselines3.common.logger import HumanOutputFormat, Logger
 from stable_baselines3.common.utils import safe_mean
@@ -19,15 +22,22 @@ from worldflux.accel import ranks
 from worldflux.agents.pace import Pace
 from worldflux.errors import ConfigurationError
 from worldflux.models.base import OnlineDefaults
+from worldflux.models.weights import read_weights
+from worldflux.reading import read_json
 from worldflux.replay.batch import Batch, Observation
 from worldflux.replay.buffer import ReplayBuffer
-from worldflux.replay.provider import sample_from
+from worldflux.replay.provider import MixedReplay, sample_from
+from worldflux.replay.sampler import WindowSampler
 from worldflux.training.trainer import Trainer
-from worldflux.validation import SINGLE_KEY
+from worldflux.validation import SINGLE_KEY, finite_number
 
 if TYPE_CHECKING:
     from worldflux.agents.agent import WorldFluxAgent
 
+_RECORDED_FILE = "recorded.json"
+"""File of a checkpoint about the recorded data that a run learns from."""
+_RECORDED_EXTRAS_FILE = "recorded.safetensors"
+"""File of a checkpoint with the extras of these data."""
 _BURST = 10
 """Gradient steps in a row that are a burst."""
 _FEW_AHEAD = 16
@@ -46,6 +56,8 @@ class Learner:
         last_losses: Losses of the last gradient step, as tensors on the device.
         mean_losses: Means of the losses since the last dump of the log.
         burst: How many of many gradient steps in a row are done, and their number; None at other times.
+        recorded: Recorded data to learn from besides what is collected, or None.
+        offline_share: Share of the windows in a batch that come from the recorded data.
 
     Args:
         trainer: Takes the gradient steps, on batches of its configuration.
@@ -70,6 +82,9 @@ class Learner:
         self.last_losses: Mapping[str, Tensor] = {}
         self.mean_losses = MeanLosses()
         self.burst: tuple[int, int] | None = None
+        self.recorded: WindowSampler | None = None
+        self.offline_share = 0.0
+        self._mixed: MixedReplay | None = None
         self._started = False
         self._examined_at = 0  # number of gradient steps at the last look at the health
         self._problems: set[str] = set()  # problems that were reported already
@@ -88,7 +103,7 @@ class Learner:
     def acts_at_random(self) -> bool:
         """Whether the random start of the family goes on: until the first gradient steps it owes are taken."""
         untrained = self.n_updates == 0 and (self.updates_owed > 0 or not self._started)
-        return self.family.random_start and untrained
+        return self.family.random_start and untrained and self.recorded is None
 
     @property
     def steps_to_wait(self) -> int:
@@ -116,11 +131,63 @@ class Learner:
         elif every < 1:
             rhythm = f"{round(1 / every, 2):g} gradient steps per environment step"
         rhythm += f" (train_ratio {schedule.train_ratio:g}, batches of {config.batch_size} x {config.sequence_length})"
+        if self.recorded is not None:
+            rhythm += f", with {self.offline_share:.0%} of the windows from recorded data"
         if self.n_updates or self._started:
             return rhythm
-        if self.family.random_start:
+        if self.family.random_start and self.recorded is None:
             return f"{rhythm}, and {schedule.first_updates:,} at once after {self.learning_starts:,} random steps"
         return f"{rhythm}, from step {self.learning_starts:,} on"
+
+    def learn_from(self, recorded: WindowSampler | None, share: float) -> None:
+        """Changes the recorded data to learn from, which fit the model, and their share of the windows."""
+        self.recorded, self.offline_share, self._mixed = recorded, share, None
+
+    def write_recorded(self, directory: Path) -> None:
+        """Writes which recorded data a run learns from, where their sampler stands, and the extras of their rows."""
+        if self.recorded is not None:
+            sampler = self.recorded.rng_state()
+            state = {"data": self.recorded.digest(), "share": self.offline_share, "sampler": sampler}
+            (directory / _RECORDED_FILE).write_text(json.dumps(state), encoding="utf-8")
+            if extras := self.recorded.extras_state():
+                safetensors.torch.save_file(extras, directory / _RECORDED_EXTRAS_FILE)
+
+    def resume_recorded(self, directory: Path, share: float | None, *, exactly: bool) -> None:
+        """Continues with the recorded data of a run, which the agent has been given again.
+
+        Args:
+            directory: Where `write_recorded` wrote.
+            share: Another share than before, or None.
+            exactly: Whether the random numbers and the extras are continued, too.
+
+        Raises:
+            ConfigurationError: If the data are missing, or are others.
+        """
+        path = directory / _RECORDED_FILE
+        if not path.exists():
+            return
+        saved = read_json(path, name=_RECORDED_FILE)
+        if self.recorded is None:
+            raise ConfigurationError(
+                "The run learns from recorded data, too, which its checkpoints do not contain. Pass them: "
+                "WorldFluxAgent.load(path, env, resume=True, buffer=ReplayBuffer.load(file))."
+            )
+        if self.recorded.digest() != saved["data"]:
+            raise ConfigurationError("buffer has other data than the run has learned from. Pass the same data.")
+        self.learn_from(self.recorded, finite_number("share", saved["share"]) if share is None else share)
+        if exactly:
+            self.recorded.set_rng_state(saved["sampler"])
+            if (directory / _RECORDED_EXTRAS_FILE).exists():
+                extras = read_weights(directory / _RECORDED_EXTRAS_FILE, allow_nonfinite=True)
+                self.recorded.load_extras_state(extras)
+
+    def _source(self, buffer: ReplayBuffer) -> ReplayBuffer | MixedReplay:
+        """Where windows are drawn from: the buffer, or both it and the recorded data."""
+        if self.recorded is None:
+            return buffer
+        if self._mixed is None or self._mixed.collected is not buffer:
+            self._mixed = MixedReplay(self.recorded, buffer, self.offline_share)
+        return self._mixed
 
     def set_train_ratio(self, ratio: float) -> None:
         """Changes the ratio from now on; with 0 nothing is owed any more."""
@@ -159,7 +226,7 @@ class Learner:
     def take_step(self, buffer: ReplayBuffer, normalize: VecNormalize | None, pace: Pace) -> None:
         """Takes one gradient step; arguments as for `train`."""
         began = time.perf_counter()
-        self.last_losses = self.trainer.step(self.sample(buffer, normalize), buffer)
+        self.last_losses = self.trainer.step(self.sample(buffer, normalize), self._source(buffer))
         self.mean_losses.add(self.last_losses)
         self.n_updates += 1
         if self.n_updates % CHECK_INTERVAL == 0:
@@ -169,11 +236,12 @@ class Learner:
         pace.add_gradient_step(time.perf_counter() - began)
 
     def sample(self, buffer: ReplayBuffer, normalize: VecNormalize | None) -> Batch:
-        """Windows from the buffer, normalised as the policy sees observations now."""
+        """Windows from the buffer and the recorded data, normalised as the policy sees observations now."""
         batch_size, fresh = ranks.share_of("batch_size", self.trainer.config.batch_size), self.family.fresh_windows
+        source = self._source(buffer)
         if normalize is None or not normalize.norm_obs:
-            return sample_from(buffer, batch_size, self.window, self.trainer.device, fresh=fresh)
-        batch = sample_from(buffer, batch_size, self.window, fresh=fresh)
+            return sample_from(source, batch_size, self.window, self.trainer.device, fresh=fresh)
+        batch = sample_from(source, batch_size, self.window, fresh=fresh)
         return replace(batch, obs=normalized(batch.obs, normalize))
 
     def health(self) -> tuple[dict[str, float], list[str]]:
@@ -216,9 +284,11 @@ class Learner:
         What the buffer still holds would be the wrong measure: very short episodes fill its rows with few transitions.
         """
         if not self._started:
+            windows = buffer.num_windows(self.window)
+            if self.recorded is not None:
+                windows += self.recorded.num_windows(self.window)
             is_ready = (
-                self.collected >= self.learning_starts
-                and buffer.num_windows(self.window) * ranks.size() >= self.trainer.config.batch_size
+                self.collected >= self.learning_starts and windows * ranks.size() >= self.trainer.config.batch_size
             )
             self._started = not ranks.largest(int(not is_ready))[0]  # when all ranks are ready
         return self._started

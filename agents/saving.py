@@ -53,6 +53,7 @@ from worldflux.models.weights import read_weights
 from worldflux.reading import only_our_errors
 from worldflux.replay.buffer import ReplayBuffer
 from worldflux.replay.checkpoint import REPLAY_FOLDER, ReplaySegments
+from worldflux.replay.sampler import WindowSampler
 from worldflux.training.checkpoint import (
     OPTIMIZER_FILE,
     check_target,
@@ -149,6 +150,7 @@ class SavedAgent(AgentBase):
                 self._description().write(directory)
             own = part_of_rank(directory, ranks.rank())
             run.write(own)
+            self._learner.write_recorded(own)
             self._segments.write(own, final_obs=None if self._collector is None else self._collector.obs)
         self._segments.moved_to(part_of_rank(path, ranks.rank()))
 
@@ -180,6 +182,8 @@ class SavedAgent(AgentBase):
         force_reset: bool = True,
         *,
         resume: bool = False,
+        buffer: WindowSampler | None = None,
+        offline_share: float | None = None,
         allow_nonfinite: bool = False,
         **kwargs: Any,
     ) -> SelfAgent:
@@ -213,6 +217,10 @@ class SavedAgent(AgentBase):
             resume: Continue the run and not only the agent. Needs `env`, with as many copies as before. Replay data
                 that lay on a disk or a device come into memory, if they fit there; pass `buffer_storage` for another
                 place.
+            buffer: Recorded data to learn from besides what is collected; see `learn_from`. A run that did so needs
+                the same data to be resumed.
+            offline_share: Share of the windows in each batch that come from `buffer`. None: that of the run which is
+                resumed, otherwise 0.5.
             allow_nonfinite: Take weights and optimiser states that are NaN or infinite, to look at them.
             **kwargs: Settings of the constructor that differ from the saved ones.
 
@@ -263,21 +271,22 @@ class SavedAgent(AgentBase):
             agent._current_progress_remaining = saved.progress_remaining
             agent.schedule.load_state_dict(saved.schedule)
             agent._learner.load_counters(saved.counters, most_owed=agent.schedule.most_owed(agent.n_envs))
+            agent.learn_from(buffer, 0.5 if offline_share is None else offline_share)
             # Learning goes on with the present streams; only an agent that was given a seed here starts them again.
             agent._random_started = "seed" not in kwargs
             if resume:
                 with only_our_errors(path):
-                    agent._resume(checkpoint)
+                    agent._resume(checkpoint, offline_share)
             else:
                 agent.trainer.run = new_run()
         return agent
 
-    def _resume(self, checkpoint: Path) -> None:
+    def _resume(self, checkpoint: Path, offline_share: float | None) -> None:
         """Continues the run of a checkpoint, once the agent is as it was."""
         assert self.replay_buffer is not None and self.env is not None
         written_by = ranks_of(checkpoint)
+        own = part_of_rank(checkpoint, ranks.rank())
         if written_by == ranks.size():
-            own = part_of_rank(checkpoint, ranks.rank())
             run = RunState.read(own)
             self._segments = ReplaySegments.read(own, self.replay_buffer)
         else:
@@ -286,6 +295,8 @@ class SavedAgent(AgentBase):
                 part = self._make_buffer(written_by)
                 ReplaySegments.read(part_of_rank(checkpoint, rank), part)
                 self.replay_buffer.add_episodes_of(part, first=(ranks.rank() - rank) % ranks.size(), every=ranks.size())
+        is_same = written_by == ranks.size()
+        self._learner.resume_recorded(own if is_same else checkpoint, offline_share, exactly=is_same)
         self._learner.resume(self.replay_buffer, run.collected)
         restore_normalization(self._vec_normalize_env, run.normalization)
         window = self._stats_window_size

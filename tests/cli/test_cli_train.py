@@ -88,6 +88,30 @@ def test_config_json_starts_the_same_run_again(capsys: pytest.CaptureFixture[str
     capsys.readouterr()
 
 
+def test_a_run_learns_from_recorded_data_too_also_when_it_is_resumed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["collect", CORRIDOR, "-o", "data.npz", "--steps", "60", "--seed", "0"]) == 0
+    recorded = ["--offline-data", "data.npz", "--offline-share", "0.75"]
+    assert train(*SHORT, "--run", "whole", *recorded) == 0
+    assert "with 75% of the windows from recorded data" in capsys.readouterr().err
+    with monkeypatch.context() as patches:
+        stop_at(30, signal.SIGINT, patches)
+        assert train(*SHORT, "--run", "run", *recorded) == 130
+    assert RunConfig.read(Path("run")).settings["offline_data"] == str(Path("data.npz").absolute())
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert main(["train", "--resume", "../run"]) == 0
+    assert "with 75% of the windows from recorded data" in capsys.readouterr().err
+    steps = [WorldFluxAgent.load(f"../{run}/agent.zip").trainer.step_count for run in ("run", "whole")]
+    assert steps[0] == steps[1] > 0
+    Path("../data.npz").unlink()
+    assert main(["train", "--resume", "../run", "--steps", "70"]) == 2
+    assert "data.npz" in capsys.readouterr().err
+    assert train("--offline-share", "0.5") == 2
+    assert "--offline-share is the share of --offline-data, which is missing" in capsys.readouterr().err
+
+
 def test_an_asynchronous_run_stays_one_when_it_is_resumed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,21 +109,6 @@ class ReplayBuffer(RecordedStreams, WindowSampler):
     # --- description
 
     @property
-    def obs_shape(self) -> ObsShape:
-        """Shape of one observation, or a dict of them."""
-        return self._form.obs_shape
-
-    @property
-    def obs_dtype(self) -> np.dtype | dict[str, np.dtype]:
-        """Dtype in which observations are stored, or a dict of them."""
-        return self._form.obs_dtype
-
-    @property
-    def action_dim(self) -> int:
-        """Width of an action vector."""
-        return self._form.action_dim
-
-    @property
     def action_type(self) -> str | None:
         """Kind of the actions, as in a model's configuration; None if nobody has named it."""
         return None if self._form.action_classes is None else type_of(self._form.action_classes)

@@ -16,7 +16,7 @@ from worldflux.accel.transfers import to_device
 from worldflux.errors import ConfigurationError
 from worldflux.replay.batch import Batch, BatchRequest, joined
 from worldflux.replay.buffer import ReplayBuffer
-from worldflux.replay.sampler import WindowSampler
+from worldflux.replay.sampler import DEFAULT_SEQ_LEN, WindowSampler
 
 
 class BatchProvider(Protocol):
@@ -145,14 +145,14 @@ class MixedReplay:
             which both sides get at least one if the share is neither 0 nor 1.
 
     Raises:
-        ConfigurationError: If the two differ in what is stored beside their rows.
+        ConfigurationError: If the recorded data do not have beside their rows what the collected ones have.
     """
 
     def __init__(self, recorded: WindowSampler, collected: ReplayBuffer, share: float) -> None:
-        if recorded.extras != collected.extras:
+        if any(recorded.extras.get(name) != entry for name, entry in collected.extras.items()):
             raise ConfigurationError(
-                f"The recorded data have {sorted(recorded.extras) or 'nothing'} beside their rows, and the collected "
-                f"ones {sorted(collected.extras) or 'nothing'}. Add what is missing: buffer.add_extras(extras)."
+                f"The recorded data have {sorted(recorded.extras) or 'nothing'} beside their rows, expected "
+                f"{sorted(collected.extras)}. Call add_extras(model.replay_extras()) of their buffer."
             )
         self.recorded, self.collected, self.share = recorded, collected, share
 
@@ -165,15 +165,18 @@ class MixedReplay:
         return min(max(round(self.share * batch_size), 1), batch_size - 1)
 
     def sample(
-        self, batch_size: int, seq_len: int, device: str | torch.device = "cpu", *, fresh: bool = False
+        self, batch_size: int, seq_len: int | None = None, device: str | torch.device = "cpu", *, fresh: bool = False
     ) -> Batch:
         """Draws a batch; arguments and errors are those of `ReplayBuffer.sample`. `[B, T, ...]`"""
+        seq_len = DEFAULT_SEQ_LEN if seq_len is None else seq_len
         count = self.recorded_windows(batch_size, seq_len)
         parts = []
         if count:
             recorded = sample_from(self.recorded, count, seq_len, device)
             assert recorded.row_ids is not None
-            parts.append(replace(recorded, row_ids=~recorded.row_ids))  # negative, so that both kinds can be told apart
+            extras = {name: recorded.extras[name] for name in self.collected.extras}
+            # Their ids become negative, so that both kinds can be told apart.
+            parts.append(replace(recorded, extras=extras, row_ids=~recorded.row_ids))
         if count < batch_size:
             parts.append(sample_from(self.collected, batch_size - count, seq_len, device, fresh=fresh))
         return joined(parts)

@@ -18,7 +18,7 @@ from worldflux.replay.backends import DeviceArray, FileRows, RowArray
 from worldflux.replay.batch import Batch, BatchRequest
 from worldflux.replay.ring import FINAL, FIRST, TERMINATED, TRUNCATED, UNSEEN, RingStorage
 from worldflux.replay.spec import TransitionSpec, as_numpy
-from worldflux.validation import SINGLE_KEY, whole_number
+from worldflux.validation import SINGLE_KEY, ObsShape, whole_number
 
 DEFAULT_SEQ_LEN = 50
 
@@ -137,6 +137,21 @@ class WindowSampler:
         """Device on which rows are gathered: that of the storage, or the CPU for memory and disk."""
         rewards = self._rows.rewards
         return rewards.tensor.device if isinstance(rewards, DeviceArray) else torch.device("cpu")
+
+    @property
+    def obs_shape(self) -> ObsShape:
+        """Shape of one observation, or a dict of them."""
+        return self._form.obs_shape
+
+    @property
+    def obs_dtype(self) -> np.dtype | dict[str, np.dtype]:
+        """Dtype in which observations are stored, or a dict of them."""
+        return self._form.obs_dtype
+
+    @property
+    def action_dim(self) -> int:
+        """Width of an action vector."""
+        return self._form.action_dim
 
     @property
     def extras(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:

@@ -15,7 +15,7 @@ from worldflux.config import WorldModelConfig
 from worldflux.errors import BufferError, ConfigurationError, TrainingError
 from worldflux.replay.actions import ROUNDING, check_one_hots
 from worldflux.replay.batch import Batch
-from worldflux.replay.provider import SAMPLES
+from worldflux.replay.provider import SAMPLES, MixedReplay
 from worldflux.replay.sampler import WindowSampler
 from worldflux.training.config import TrainingConfig
 from worldflux.training.gradient_step import OF_BATCH
@@ -97,7 +97,8 @@ def inputs_to_watch(batch: Batch, buffer: Any, device: torch.device) -> dict[str
 
     A buffer of this library stores no other values, so its batches give nothing to watch.
     """
-    if isinstance(buffer, WindowSampler) and not overridden(buffer, *SAMPLES):
+    sources = [buffer.recorded, buffer.collected] if isinstance(buffer, MixedReplay) else [buffer]
+    if all(isinstance(source, WindowSampler) and not overridden(source, *SAMPLES) for source in sources):
         return {}
     floats = {name: x for name, x in batch.named_tensors().items() if x.is_floating_point()}
     return {f"{OF_BATCH}{name}": (x.detach().to(device) * 0).sum() for name, x in floats.items()}

@@ -75,6 +75,10 @@ class TrainSettings(EnvOptions):
     """Number of environment steps kept in the replay buffer. Default: the model's."""
     learning_starts: Number = None
     """Environment steps before the first gradient step. Default: the model's."""
+    offline_data: Name = None
+    """Recorded data to learn from, too: a file, a directory, or the id of a Minari data set (see worldflux data)."""
+    offline_share: Real = None
+    """Share of the windows in each batch that come from --offline-data. Default: 0.5."""
     planner: Literal["auto", "mppi", "none"] = "auto"
     """How actions are chosen: mppi plans them, none takes the policy's, auto does what the model's paper does."""
     dtype: Precision = "auto"
@@ -107,12 +111,17 @@ class TrainSettings(EnvOptions):
         from worldflux.validation import whole_number
 
         steps = whole_number("steps", 100_000 if self.steps is None else self.steps, 1)
+        data = self.offline_data
+        if data is None and self.offline_share is not None:
+            raise ConfigurationError("--offline-share is the share of --offline-data, which is missing.")
         interval = self.eval_interval
         if interval is None:
             interval = max(steps // 20, min(steps, _LEAST_EVAL_INTERVAL))
         return replace(
             self,
             steps=steps,
+            # A run is resumed from any working directory.
+            offline_data=str(Path(data).absolute()) if data is not None and Path(data).exists() else data,
             n_envs=whole_number("n_envs", self.n_envs, 1),
             seed=secrets.randbelow(2**31) if self.seed is None else whole_number("seed", self.seed, 0),
             checkpoint_interval=whole_number("checkpoint_interval", self.checkpoint_interval, 1),
@@ -131,6 +140,23 @@ class TrainSettings(EnvOptions):
             "device": self.device,
             "seed": self.seed,
         }
+
+    def recorded_data(self) -> dict[str, Any]:
+        """The arguments of `WorldFluxAgent` for the recorded data to learn from; with several ranks, a part for each.
+
+        Raises:
+            ConfigurationError: If there are no such data.
+        """
+        if self.offline_data is None:
+            return {}
+        from worldflux.datasets import detect, load
+
+        try:
+            options: dict[str, Any] = {"sharded": True} if detect(self.offline_data) == "worldflux" else {}
+            buffer = load(self.offline_data, **options)
+        except FileNotFoundError as error:
+            raise ConfigurationError(f"--offline-data {self.offline_data}: {error}") from error
+        return {"buffer": buffer, "offline_share": 0.5 if self.offline_share is None else self.offline_share}
 
 
 _DEFAULTS = TrainSettings()
@@ -185,11 +211,13 @@ class AgentTraining(Work):
         self._eval_envs = self._make_envs(replace(settings, n_envs=1, processes=False, render=False))
         envs = self._make_envs(settings)
         self.frames_per_step = frames_per_vec_step(envs)
+        recorded = settings.recorded_data()
         if run is None or runs.newest_step(run) is None:
-            self._agent = WorldFluxAgent(model, envs, **settings.agent_settings())
+            self._agent = WorldFluxAgent(model, envs, **settings.agent_settings(), **recorded)
         else:
+            place = run / runs.CHECKPOINTS
             try:
-                self._agent = WorldFluxAgent.load(run / runs.CHECKPOINTS, envs, device=settings.device, resume=True)
+                self._agent = WorldFluxAgent.load(place, envs, device=settings.device, resume=True, **recorded)
             except ValueError as error:  # raised by SB3 if the spaces differ
                 raise ConfigurationError(f"{runs.shown(run)} cannot be resumed in {task}: {error}") from error
         self.model = self._agent.model
