@@ -3,10 +3,16 @@
     python benchmarks/offline_quality.py cartpole --models dreamerv3 cloning --seeds 0 1 2
     python benchmarks/offline_quality.py cartpole --models dreamerv3 --set 'loss_scales={"imitation": 1}' --seeds 0 1 2
 
+    python benchmarks/offline_quality.py pendulum --models tdmpc2 --online 4000 --seeds 0 1 2
+
 Half of each recording was made by random actions, and half by a controller a third of whose actions are random. The
 models learn from it with `train` alone; `cloning` fits a network of two layers to the recorded actions. Each prints a
 line of JSON with its mean return over 20 episodes with deterministic actions, of the policy and of the planner, beside
 the mean return of the recording.
+
+With `--online`, each model then goes on in the environment for so many steps, with half of each batch from the
+recording, and so does a new model without a recording (`"from": "scratch"`). Both are evaluated every 500 steps, with
+the planner that the family uses.
 """
 
 from __future__ import annotations
@@ -22,10 +28,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from torch import Tensor, nn
 
 from worldflux import WorldFluxAgent, create_world_model
+from worldflux.accel.randomness import keeping_random_streams
 from worldflux.envs import collect, make_vec_env
 from worldflux.training import ReplayBuffer, train
 
@@ -184,7 +192,54 @@ def run(name: str, model: str, seed: int, options: argparse.Namespace) -> dict[s
     row["policy"] = score(WorldFluxAgent(world, task.env, planner=None), task.env, seed)
     if "mppi" in options.planners:
         row["mppi"] = score(WorldFluxAgent(world, task.env, planner="mppi"), task.env, seed)
+    if options.online:
+        row["online"] = scores_online(
+            WorldFluxAgent(world, task.env, buffer=buffer, seed=seed, learning_rate=arguments["learning_rate"]),
+            task,
+            seed,
+            options,
+        )
     return row
+
+
+def scratch(name: str, model: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Learns in the environment alone."""
+    task = TASKS[name]
+    agent = WorldFluxAgent(task.models[model], task.env, seed=seed, learning_rate=task.settings[model]["learning_rate"])
+    return {"task": name, "model": model, "seed": seed, "from": "scratch"} | {
+        "online": scores_online(agent, task, seed, options)
+    }
+
+
+class Scores(BaseCallback):
+    """Mean returns of five episodes with deterministic actions, at the beginning and every 500 steps."""
+
+    def __init__(self, env: str, seed: int) -> None:
+        super().__init__()
+        self.env, self.seed = env, seed
+        self.found: dict[int, float] = {}
+
+    def _on_training_start(self) -> None:
+        self.look()
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps % 500 == 0:
+            self.look()
+        return True
+
+    def look(self) -> None:
+        """Evaluates the agent, without moving the random numbers of its training."""
+        with keeping_random_streams(self.model.device):
+            env = make_vec_env(self.env, seed=10_000 + self.seed)
+            mean, _ = evaluate_policy(self.model, env, n_eval_episodes=5, deterministic=True, warn=False)
+        self.found[self.num_timesteps] = round(float(mean), 1)
+
+
+def scores_online(agent: WorldFluxAgent, task: Task, seed: int, options: argparse.Namespace) -> dict[int, float]:
+    """Scores by environment step."""
+    scores = Scores(task.env, seed)
+    agent.learn(options.online, callback=scores)
+    return scores.found
 
 
 def main() -> None:
@@ -197,11 +252,14 @@ def main() -> None:
     parser.add_argument("--updates", type=int, help="gradient steps (default: those of the task)")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=JSON", help="fields of the model to change")
     parser.add_argument("--planners", nargs="*", default=[], choices=["mppi"], help="evaluate a planner, too")
+    parser.add_argument("--online", type=int, default=0, help="steps to go on in the environment")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for seed in options.seeds:
         for model in options.models:
             print(json.dumps(run(options.task, model, seed, options)), flush=True)
+            if options.online and model != "cloning":
+                print(json.dumps(scratch(options.task, model, seed, options)), flush=True)
 
 
 if __name__ == "__main__":
