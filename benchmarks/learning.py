@@ -146,17 +146,17 @@ class Returns(BaseCallback):
 
 
 def algorithm_for(
-    task: Task, env: VecEnv, seed: int, algorithm: str | None, changes: Mapping[str, float]
+    task: Task, env: VecEnv, seed: int, algorithm: str | None, changes: Mapping[str, float] | None = None
 ) -> BaseAlgorithm:
     """An agent with the settings of the task and changes of them, or an algorithm of stable-baselines3."""
     if algorithm is None:
-        return WorldFluxAgent(task.preset, env, seed=seed, **{**task.settings, **changes})
+        return WorldFluxAgent(task.preset, env, seed=seed, **{**task.settings, **(changes or {})})
     policy = "CnnPolicy" if is_image_space(env.observation_space) else "MlpPolicy"
     return SB3[algorithm](policy, env, seed=seed, device="cpu")
 
 
 def run(
-    name: str, seed: int, algorithm: str | None, changes: Mapping[str, float]
+    name: str, seed: int, algorithm: str | None = None, changes: Mapping[str, float] | None = None
 ) -> tuple[dict[str, Any], list[tuple[int, float]]]:
     """Trains on a task with worldflux or with the named algorithm of stable-baselines3.
 
@@ -175,7 +175,7 @@ def run(
     result = {
         "task": name,
         "algorithm": algorithm or task.preset,
-        **changes,
+        **(changes or {}),
         "seed": seed,
         "score": round(float(np.mean(scores)), 2),
         "worst_episode": round(float(np.min(scores)), 2),
