@@ -11,6 +11,7 @@ import cv2
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
 from worldflux import WorldFluxAgent, list_models
 from worldflux.cli.main import main
@@ -70,6 +71,19 @@ def result(capsys: pytest.CaptureFixture[str], *args: object) -> dict[str, Any]:
     assert main(["eval", *map(str, args), "--json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
+
+
+def test_a_small_model_acts_with_one_thread(
+    agent: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    result(capsys, agent, ENV, "--episodes", 1)
+    assert chosen == []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    result(capsys, agent, ENV, "--episodes", 1)
+    assert chosen == [1]
 
 
 def frames(path: str) -> list[np.ndarray]:

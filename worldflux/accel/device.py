@@ -59,7 +59,7 @@ def choose_threads(model: nn.Module) -> None:
     is for processes of our own: in others, the number of threads is not ours to choose.
 
     Args:
-        model: The model that is going to be trained.
+        model: The model that is going to be trained, or to act.
     """
     if is_small(model) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def load_player(saved: Saved, env: Any, name: str) -> WorldFluxAgent:
-    """Loads the agent, or creates one that acts with the saved model.
+    """Loads the agent, or creates one that acts with the saved model, with the threads for it.
 
     Args:
         saved: Result of `saved_agent`.
@@ -30,19 +30,23 @@ def load_player(saved: Saved, env: Any, name: str) -> WorldFluxAgent:
         ShapeMismatchError: If it was trained for other spaces.
         CheckpointError: If it cannot be read.
     """
+    from worldflux.accel.device import choose_threads
     from worldflux.agents import WorldFluxAgent
 
-    if saved.is_agent:
-        agent = WorldFluxAgent.load(saved.path)
-        check_spaces(agent, env, name)
-        return agent
     try:
-        return WorldFluxAgent(saved.path, env, train_ratio=0, buffer_size=getattr(env, "num_envs", 1))
+        if saved.is_agent:
+            agent = WorldFluxAgent.load(saved.path)
+        else:
+            agent = WorldFluxAgent(saved.path, env, train_ratio=0, buffer_size=getattr(env, "num_envs", 1))
     except ShapeMismatchError as error:
         found = str(error).partition(". ")[0]
         raise ShapeMismatchError(
             f"{saved.path} was not trained for {name}. {found}. Pass an environment like the one its data come from."
         ) from error
+    if saved.is_agent:
+        check_spaces(agent, env, name)
+    choose_threads(agent.model)
+    return agent
 
 
 def check_spaces(agent: WorldFluxAgent, env: Any, name: str) -> None:
