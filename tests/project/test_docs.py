@@ -195,6 +195,11 @@ def test_commands_that_are_named_exist(page: Path) -> None:
             assert words[1] in commands, line
 
 
+def test_notes_are_rendered_as_notes() -> None:
+    noted = [page.name for page in PAGES if re.search(r"^!!! ", page.read_text(encoding="utf-8"), re.MULTILINE)]
+    assert noted and "\n  - admonition\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+
+
 def test_every_page_is_in_the_navigation_once() -> None:
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     navigation = text[text.index("\nnav:\n") :]
