@@ -53,12 +53,20 @@ class ActingCopy:
             self.actor.model.compile_functions()
         self.published = self.taken = updates
         self._lock = threading.Lock()
-        self._original, self._own = _tensors(actor), _tensors(self.actor)
+        self._trained, self._original, self._own = actor, _tensors(actor), _tensors(self.actor)
         self._between = [tensor.clone() for tensor in self._own]
         self._is_new = False
 
-    def publish(self, updates: int) -> None:
-        """Copies the weights of the original, after so many gradient steps. Called while no gradient step is taken."""
+    def publish(self, updates: int, *, replaced: bool = False) -> None:
+        """Copies the weights of the original. Called while no gradient step is taken.
+
+        Args:
+            updates: Gradient steps in these weights.
+            replaced: Whether other tensors may have taken their place, as `parameter.data = ...` and PyTorch's
+                `vector_to_parameters` do it.
+        """
+        if replaced:
+            self._original = _tensors(self._trained)
         with self._lock, torch.no_grad():
             torch._foreach_copy_(self._between, self._original)
             self.published, self._is_new = updates, True
@@ -126,7 +134,7 @@ class LearnerThread:
         return nothing, ()
 
     def __enter__(self) -> LearnerThread:
-        self.acting.publish(self._learner.n_updates)  # a callback may have changed the weights
+        self.acting.publish(self._learner.n_updates, replaced=True)  # by a callback
         self._thread.start()
         return self
 
@@ -214,7 +222,7 @@ class LearnerThread:
     def resume(self) -> None:
         """Lets gradient steps begin again, and actions be chosen with weights that were changed meanwhile."""
         if self._is_paused:
-            self.acting.publish(self._learner.n_updates)
+            self.acting.publish(self._learner.n_updates, replaced=True)
             with self._changed:
                 self._paused += time.perf_counter() - self._paused_at
                 self._is_paused = False

@@ -387,6 +387,7 @@ class AgentBase(BaseAlgorithm):
         if buffer is self._replay_buffer:
             return
         self._check_buffer(buffer, "The buffer")
+        self.pause_learner()  # a gradient step that was due with the present one might find the other one empty
         self._leave_episodes()
         self._replay_buffer = buffer
         self._learner.take_new_buffer(buffer)

@@ -20,7 +20,9 @@ from helpers.agents import counting_envs, make_agent, make_planner, rows_compare
 from helpers.envs import CountingEnv
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback, EvalCallback
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.utils import update_learning_rate
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from torch.nn.utils import vector_to_parameters
 
 from worldflux import WorldFluxAgent
 from worldflux.accel import ranks
@@ -259,6 +261,45 @@ def test_a_callback_may_evaluate_copy_and_change_the_agent() -> None:
     copies[0].learn(20, reset_num_timesteps=False)
     copies[0].learn(20, reset_num_timesteps=False, asynchronous=True)
     assert copies[0].num_timesteps == 55 and copies[0]._learner.updates_owed == 0
+
+
+def test_weights_that_a_callback_replaces_by_other_tensors_act_as_well() -> None:
+    agent, _ = looking(make_agent)
+    acted: list[bool] = []
+
+    def replace(*_: Any) -> None:
+        if agent.num_timesteps == 20:
+            parameters = list(agent.model.parameters())
+            vector_to_parameters(torch.zeros(sum(map(torch.numel, parameters))), parameters)
+            agent.train_ratio = 0
+        elif agent.num_timesteps == 21:
+            acted.append(all((p == 0).all() for p in agent.acting_model.parameters()))
+
+    agent.learn(22, replace, asynchronous=True)
+    assert acted == [True] and agent._n_updates > 2
+
+
+def test_a_buffer_that_a_callback_sets_waits_for_the_gradient_step_on_the_one_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    agent, _ = looking(make_agent, replay_context=False)
+    due, replaced = threading.Event(), threading.Event()
+
+    def wait(*args: Any) -> None:
+        due.set()
+        replaced.wait(0.1)  # as long as it is not waited for
+        update_learning_rate(*args)
+
+    def replace(*_: Any) -> None:
+        if agent.num_timesteps == 25:
+            due.clear()
+            assert due.wait(WAIT)
+            agent.replay_buffer = agent._make_buffer()
+            replaced.set()
+
+    monkeypatch.setattr("worldflux.agents.asynchronous.update_learning_rate", wait)
+    agent.learn(60, replace, asynchronous=True)
+    assert agent._learner.updates_owed == 0 and rows_compared(agent) > 50
 
 
 def test_an_environment_may_ask_the_agent_for_the_actions_of_a_rival() -> None:
