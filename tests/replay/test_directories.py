@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import pickle
@@ -83,6 +84,7 @@ def test_a_directory_is_like_one_file_with_the_same_episodes(kind: str, tmp_path
     whole.save(tmp_path / "whole.npz")
     (tmp_path / "data" / "notes.txt").write_text("no data")
     (tmp_path / "data" / ".03.npz.writing.npz").write_text("somebody is writing")
+    (tmp_path / "data" / "older.npz").mkdir()
     buffers = [
         ReplayBuffer.load(tmp_path / "whole.npz"),
         ReplayBuffer.load(str(data)),
@@ -243,6 +245,25 @@ def test_any_number_of_files_is_read_with_few_of_them_open(tmp_path: Path) -> No
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
+def test_other_files_that_a_program_keeps_open_leave_fewer_for_reading(tmp_path: Path) -> None:
+    data, whole = directory(tmp_path / "data", "images", files=20, episodes=1)
+    buffer = ReplayBuffer.load(data, storage="in_place")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as file:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (file.fileno() + 8, limits[1]))
+        try:
+            assert_same([whole, buffer])
+            with contextlib.ExitStack() as others:
+                with contextlib.suppress(OSError):
+                    while True:
+                        others.enter_context(open(os.devnull))
+                with pytest.raises(BufferError, match="Too many open files"):
+                    copy.deepcopy(buffer).sample(1, 1)  # which has no file to close
+                assert_same([whole, buffer])
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_reading_works_without_what_only_some_systems_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, whole = directory(tmp_path / "data", "both")
     for name in ("posix_fadvise", "preadv"):
@@ -276,6 +297,21 @@ def test_files_that_are_no_parts_of_one_recording_are_both_named(
         with pytest.raises(BufferError, match=message) as refused:
             ReplayBuffer.load(tmp_path, storage=place)
         assert f"{tmp_path / 'a.npz'} and odd.npz are no parts of one recording" in str(refused.value)
+
+
+def test_observations_beyond_all_measure_are_refused_even_if_there_are_none(tmp_path: Path) -> None:
+    row = documented(obs=np.zeros((0, 3), np.float32), obs_shape=np.array([2**62]))
+    np.savez(tmp_path / "a.npz", **{name: x if np.size(x) < 5 else x[:0] for name, x in row.items()})
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    claimed = b"(0, %d), }" % (2**62)
+    members["obs.npy"] = members["obs.npy"].replace(b"(0, 3), }".ljust(len(claimed)), claimed)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    for storage in (None, "in_place"):
+        with pytest.raises(BufferError, match=r"obs_shape is \(4611686018427387904,\), expected at most"):
+            ReplayBuffer.load(tmp_path, storage=storage)
 
 
 def test_directories_without_a_recording_are_called_what_they_are(tmp_path: Path) -> None:

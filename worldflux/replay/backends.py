@@ -124,7 +124,7 @@ class RecordedFiles:
             return file
         path = self.paths[number]
         try:
-            file = open_regular(path)
+            file = self._open_file(path)
         except OSError as error:
             raise BufferError(f"{path} cannot be read any more: {error}. Load the data again.") from error
         if _identity(os.fstat(file.fileno())) != self._identities[number]:
@@ -136,6 +136,16 @@ class RecordedFiles:
         if len(self._open) > _MOST_OPEN:
             self._open.popitem(last=False)[1].close()
         return file
+
+    def _open_file(self, path: Path) -> BinaryIO:
+        """Opens a file; where the process may open no further ones, others of these files are closed."""
+        while True:
+            try:
+                return open_regular(path)
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._open:
+                    raise
+            self._open.popitem(last=False)[1].close()
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int]:

@@ -28,6 +28,9 @@ _MOST_STREAMS = 2**20
 _ROWS_AT_ONCE = 2**16
 """Rows that are stored at once without their observations."""
 
+_LARGEST_OBS = 2**40
+"""More numbers than anybody observes at once."""
+
 _MOST_AXES = 64
 """Most axes that an array has in NumPy."""
 
@@ -287,6 +290,8 @@ class ReplayFile:
             obs_shapes({key: obs.shape[1:]})
         except ValueError as error:
             raise self._wrong(str(error)) from error
+        if math.prod(said) > _LARGEST_OBS:  # which take no bytes where there are no rows
+            raise self._wrong(f"{shape_name} is {said}, expected at most {_LARGEST_OBS:,} numbers in an observation")
         return obs
 
     def _read_actions(

@@ -338,7 +338,8 @@ def npz_files(path: Path) -> list[Path]:
         return [path]
     if (kind := _other_format(path)) is not None:
         raise BufferError(f"{path} is {kind}")
-    found = sorted(file for file in path.glob("*.npz") if not file.name.startswith("."))  # of unfinished writers
+    files = [file for file in path.glob("*.npz") if not file.is_dir()]
+    found = sorted(file for file in files if not file.name.startswith("."))  # of unfinished writers
     if not found:
         raise BufferError(
             f"The directory {path} has no .npz files, expected those that ReplayBuffer.save or worldflux collect wrote."
