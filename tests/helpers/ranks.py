@@ -259,7 +259,7 @@ def training(directory: str, of_one: str) -> dict[str, Any]:
     }
 
 
-def loading(whole_files: str, uneven: str, few: str) -> dict[str, Any]:
+def loading(whole_files: str, uneven: str, few: str, copies: str) -> dict[str, Any]:
     """Loads this rank's part of files, and says what is in it."""
 
     def load(path: str, **options: Any) -> dict[str, Any]:
@@ -275,12 +275,17 @@ def loading(whole_files: str, uneven: str, few: str) -> dict[str, Any]:
             "digests": [buffer.digest(), part.digest(), held_out.digest()],
         }
 
-    try:
-        load(few)
-    except BaseException as error:
-        refused = f"{type(error).__name__}: {error}"
+    def refused(path: str) -> str:
+        try:
+            load(path)
+        except BaseException as error:
+            return f"{type(error).__name__}: {error}"
+        return "not refused"
+
     return {
-        "refused": refused,
+        "refused": refused(few),
+        "more files": refused(f"{copies}/more/{ranks.rank()}"),
+        "other files": refused(f"{copies}/other/{ranks.rank()}"),
         "whole files": load(whole_files),
         "in place": load(whole_files, storage="in_place"),
         "divided": load(uneven),

@@ -37,7 +37,13 @@ def test_each_rank_loads_a_part_of_its_own(tmp_path: Path) -> None:
     record(tmp_path / "uneven" / "a.npz", [9, 5, 7, 8, 4, 6])
     record(tmp_path / "uneven" / "b.npz", [5, 4], 6)
     record(tmp_path / "few.npz", [20])
-    first, second = on_ranks(2, loading, tmp_path / "out", *(tmp_path / p for p in ("whole", "uneven", "few.npz")))
+    for kind in ("more", "other"):  # as on machines with disks of their own
+        for rank in range(2):
+            (tmp_path / kind / str(rank)).mkdir(parents=True)
+            for number in range(2 + (kind == "more" and rank)):
+                record(tmp_path / kind / str(rank) / f"{number}.npz", [4, 5], seed=rank)
+    paths = [tmp_path / name for name in ("whole", "uneven", "few.npz", ".")]
+    first, second = on_ranks(2, loading, tmp_path / "out", *paths)
 
     whole = {episode: (6, 10, 4)[episode % 3] for episode in range(12)}
     divided = dict(enumerate([9, 5, 7, 8, 4, 6, 5, 4]))
@@ -60,6 +66,8 @@ def test_each_rank_loads_a_part_of_its_own(tmp_path: Path) -> None:
         assert one["divided"]["digests"][0] != one["whole files"]["digests"][0]
         assert "few.npz has 1 episodes of 20 transitions, which cannot be divided among 2 ranks" in one["refused"]
         assert one["refused"].startswith("BufferError")
+        assert "on rank 1 does not have the same files as on rank 0" in one["more files"]
+    assert "on rank 1 does not have the same files" in second["other files"]
     alone = ReplayBuffer.load(tmp_path / "uneven", sharded=True)
     assert (alone.num_transitions, alone.digest()) == (48, first["divided"]["digests"][0])
     alone.add_episode(np.zeros((2, 3)), np.zeros((1, 2)), [0])

@@ -174,6 +174,11 @@ class ReplayFile:
         return self._count
 
     @property
+    def path(self) -> Path:
+        """Path of the file."""
+        return self._file.path
+
+    @property
     def checksum(self) -> int:
         """`NpzFile.checksum` of the file."""
         return self._file.checksum

@@ -47,7 +47,8 @@ class ReplayFiles:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        BufferError: If a file is damaged, or files do not fit together; or there are fewer episodes than ranks.
+        BufferError: If a file is damaged, files do not fit together, there are fewer episodes than ranks, or the ranks
+            have different files.
     """
 
     def __init__(self, path: Path, *, sharded: bool, n_envs: int | None, **actions: Any) -> None:
@@ -57,11 +58,17 @@ class ReplayFiles:
         chosen: list[list[int]] | None = None
         if sharded:
             ranks.join()
-            survey = ranks.on_first(partial(_survey, read, repr(actions)))
+            survey = ranks.on_first(partial(_survey, path, read, repr(actions)))
             self._digest = survey["digest"]
             if ranks.size() > 1:
+                names = [file.name for file in self._paths] if path.is_dir() else []
+                same = ranks.every(names == survey["names"])
+                if not all(same):
+                    raise _other_copy(path, same.index(False))
                 chosen = shares(path, survey["lengths"], ranks.size())[ranks.rank()]
         self._files = read(chosen)
+        if chosen is not None and any(f.checksum != survey["checksums"][n] for n, f in self._files.items()):
+            raise _other_copy(path, ranks.rank())
         first = next(iter(self._files.values()))
         self.is_dict, self.action_dim, self.action_classes = first.is_dict, first.action_dim, first.action_classes
         self.shapes = {key: obs.shape[1:] for key, obs in first.obs.items()}
@@ -205,11 +212,26 @@ def _read_all(
     return files
 
 
-def _survey(read: Callable[[], dict[int, ReplayFile]], actions: str) -> dict[str, Any]:
-    """The lengths of all episodes, and a digest of all files and how their actions are read."""
+def _survey(path: Path, read: Callable[[], dict[int, ReplayFile]], actions: str) -> dict[str, Any]:
+    """The files, the lengths of all episodes, and a digest of all files and how their actions are read."""
     files = read().values()
-    digest = hashlib.blake2b(repr(([file.checksum for file in files], actions)).encode(), digest_size=16)
-    return {"lengths": [file.lengths.tolist() for file in files], "digest": digest.hexdigest()}
+    checksums = [file.checksum for file in files]
+    digest = hashlib.blake2b(repr((checksums, actions)).encode(), digest_size=16)
+    return {
+        "names": [file.path.name for file in files] if path.is_dir() else [],
+        "checksums": checksums,
+        "lengths": [file.lengths.tolist() for file in files],
+        "digest": digest.hexdigest(),
+    }
+
+
+def _other_copy(path: Path, rank: int) -> BufferError:
+    """The error for a rank that has other files than rank 0, as a machine with disks of its own may have."""
+    return BufferError(
+        f"{path} on rank {rank} does not have the same files as on rank 0, which divides them among the ranks. Give "
+        "every machine the same copy, or a directory that all of them share; or load with sharded=False where each "
+        "rank has data of its own."
+    )
 
 
 def _check_same(paths: list[Path], one: tuple[int, ReplayFile], other: tuple[int, ReplayFile]) -> None:
