@@ -254,6 +254,46 @@ def test_hdf5_files_cannot_claim_more_than_they_store_or_point_elsewhere(tmp_pat
         load(path, format="arrays")
 
 
+def test_arrays_of_other_files_are_not_read_through_links_to_links(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    secret = str(in_hdf5(own(), other))
+    with h5py.File(tmp_path / "linked.hdf5", "w") as file:
+        file["outside"], file["array"] = h5py.ExternalLink(secret, "/"), h5py.ExternalLink(secret, "/obs")
+        file["data"], file["obs"] = h5py.SoftLink("/outside"), h5py.SoftLink("/array")
+        file["actions"], file["nowhere"] = np.zeros((4, 1)), h5py.SoftLink("/gone")
+    with pytest.raises(ConfigurationError, match="has the arrays actions, which are those of no known format"):
+        load(tmp_path / "linked.hdf5")
+    for name in ("data/obs", "obs", "outside/obs", "array", "nowhere"):
+        with pytest.raises(ConfigurationError, match=f"has no array '{name}'"):
+            load(tmp_path / "linked.hdf5", format="arrays", keys={"obs": name})
+    with pytest.raises(BufferError, match="has no groups data/demo_0"):
+        load(tmp_path / "linked.hdf5", format="robomimic")
+
+
+def test_groups_that_contain_themselves_are_read_once(tmp_path: Path) -> None:
+    path = in_hdf5(own(), tmp_path)
+    with h5py.File(path, "a") as file:
+        group = file.create_group("extra")
+        group["around"] = file["/"]
+        for _ in range(40):  # 2**40 paths lead to the last one
+            inner = group.create_group("one")
+            group["two"], group = inner, inner
+    assert_holds(load(path, format="arrays"), held(seen=False))
+    with pytest.raises(ConfigurationError, match="those of no known format"):
+        load(path)
+
+
+def test_damaged_tables_of_contents_are_refused_when_the_format_is_told(tmp_path: Path) -> None:
+    path = in_hdf5(own(), tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"TREE", b"EERT"))
+    with pytest.raises(BufferError, match=f"{path.name} cannot be loaded"):
+        load(path)
+    with pytest.raises(BufferError, match="it is a directory, a pipe or a device"):
+        load("/dev/null")
+
+
 def test_worldflux_files_are_recognised(tmp_path: Path) -> None:
     buffer = load(own(), format="arrays", seed=3)
     buffer.save(tmp_path / "saved.npz")

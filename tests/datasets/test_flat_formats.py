@@ -80,6 +80,13 @@ def test_ogbench_rows_end_with_an_observation_without_a_step(tmp_path: Path, cap
     assert_holds(load(tmp_path / "cube.npz", format="ogbench"), expected(seen=True, ends={"terminated": "truncated"}))
 
 
+def test_files_of_d4rl_without_rewards_are_not_taken_for_those_of_ogbench(tmp_path: Path) -> None:
+    names = ("observations", "terminals", "timeouts")
+    np.savez(tmp_path / "a.npz", actions=np.zeros((9, 1)), **{name: np.zeros(9) for name in names})
+    with pytest.raises(ConfigurationError, match="which are those of no known format"):
+        load(tmp_path / "a.npz")
+
+
 def robomimic(path: Path, **changes: Any) -> Path:
     """A file as robomimic's scripts write it, with a dictionary of observations and a group for each episode."""
     arrays: dict[str, Any] = {}

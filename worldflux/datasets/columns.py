@@ -133,29 +133,46 @@ def open_hdf5(path: Path) -> Any:
         return file
 
 
-def hdf5_arrays(group: Any, prefix: str = "") -> dict[str, Any]:
-    """The arrays of numbers in a group and the groups in it, by their paths; links to other files are left out."""
+def hdf5_entry(group: Any, path: str) -> Any:
+    """The group or array at a path in a group; None if there is none.
+
+    Links by name are not followed: they may lead to other files, directly or through a link in this one, and h5py would
+    open those.
+    """
     h5py = imported("h5py", "hdf5", "Reading HDF5 files")
-    found: dict[str, Any] = {}
-    for name in group:
-        if isinstance(group.get(name, getlink=True), h5py.ExternalLink):
-            continue
-        entry, path = group[name], f"{prefix}{name}"
-        if isinstance(entry, h5py.Group):
-            found |= hdf5_arrays(entry, f"{path}/")
-        elif isinstance(entry, h5py.Dataset) and entry.dtype.kind in "biuf" and entry.shape:
-            check_dataset(entry)
-            found[path] = entry
-    return found
+    for part in path.split("/"):
+        link = group.get(part, getlink=True) if isinstance(group, h5py.Group) else None
+        if not isinstance(link, h5py.HardLink):
+            return None
+        group = group[part]
+    return group
 
 
-def hdf5_names(group: Any, prefix: str = "") -> Iterator[str]:
-    """The paths of what is in a group and in the groups in it, of which none is opened before it is asked for."""
+def hdf5_arrays(group: Any) -> dict[str, Any]:
+    """The arrays of numbers in a group and the groups in it, by their paths."""
+    found = {name: hdf5_entry(group, name) for name in hdf5_names(group)}
+    arrays = {name: one for name, one in found.items() if one.dtype.kind in "biuf" and one.shape}
+    for entry in arrays.values():
+        check_dataset(entry)
+    return arrays
+
+
+def hdf5_names(group: Any) -> Iterator[str]:
+    """The paths of the arrays in a group and in the groups in it, of which none is opened before it is asked for."""
+    return _names(group, "", set())
+
+
+def _names(group: Any, prefix: str, seen: set[int]) -> Iterator[str]:
     h5py = imported("h5py", "hdf5", "Reading HDF5 files")
+    address = h5py.h5o.get_info(group.id).addr
+    if address in seen:  # a group that is linked from several places, maybe from inside itself, is read once
+        return
+    seen.add(address)
     for name in group:
-        kind = None if isinstance(group.get(name, getlink=True), h5py.ExternalLink) else group.get(name, getclass=True)
+        is_inside = isinstance(group.get(name, getlink=True), h5py.HardLink)
+        kind = group.get(name, getclass=True) if is_inside else None
         if kind is h5py.Group:
-            yield from hdf5_names(group[name], f"{prefix}{name}/")
+            yield from _names(group[name], f"{prefix}{name}/", seen)
         elif kind is h5py.Dataset:
             yield f"{prefix}{name}"
 
@@ -189,12 +206,11 @@ def hdf5_array(group: Any, name: str) -> Any:
         BufferError: If there is none.
     """
     h5py = imported("h5py", "hdf5", "Reading HDF5 files")
-    inner = group
-    for part in name.split("/"):
-        link = inner.get(part, getlink=True) if isinstance(inner, h5py.Group) else None
-        if link is None or isinstance(link, h5py.ExternalLink):
-            raise BufferError(f"{group.name} has no array '{name}' (found: {', '.join(sorted(group)) or 'none'}).")
-        inner = inner[part]
+    inner = hdf5_entry(group, name)
+    if inner is None:
+        raise BufferError(
+            f"{group.name} has no array '{name}' (found: {', '.join(sorted(group)) or 'none'}). Links are not followed."
+        )
     if not isinstance(inner, h5py.Dataset) or inner.dtype.kind not in "biuf" or not inner.shape:
         raise BufferError(f"{group.name}: '{name}' is no array of numbers.")
     check_dataset(inner)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from worldflux.datasets.columns import hdf5_names, is_hdf5, open_hdf5
-from worldflux.errors import ConfigurationError
-from worldflux.reading import open_regular
+from worldflux.errors import BufferError, ConfigurationError
+from worldflux.reading import only_our_errors, open_regular
 from worldflux.replay.npz import NpzFile
 
 _MINARI_ID = re.compile(r"([\w-]+/)*[\w-]+-v\d+")
@@ -40,10 +40,15 @@ def detect(source: Any) -> str:
     if not isinstance(source, str | Path):
         return _of_object(source)
     path = Path(source)
+    with only_our_errors(path.name or source, BufferError):
+        return _of_path(path)
+
+
+def _of_path(path: Path) -> str:
     if path.is_dir():
         return _of_directory(path)
     if not path.exists():
-        if _MINARI_ID.fullmatch(str(source)):
+        if _MINARI_ID.fullmatch(str(path)):
             return "minari"
         raise FileNotFoundError(f"There is no file '{path.name}' (looked for {path.absolute()}).")
     if is_hdf5(path):
@@ -100,8 +105,8 @@ def _of_names(path: Path, names: Sequence[str]) -> str:
         return "robomimic"
     if found >= {"observation", "step_type", "discount"}:
         return "dreamerv3-torch"
-    if found >= {"observations", "actions", "terminals"}:
-        return "d4rl" if "rewards" in found else "ogbench"
+    if found >= {"observations", "actions", "terminals"} and ("rewards" in found or "timeouts" not in found):
+        return "d4rl" if "rewards" in found else "ogbench"  # of which the last row of an episode holds no step
     raise _unknown(path, names)
 
 

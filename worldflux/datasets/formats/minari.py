@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from worldflux.datasets.columns import Hdf5Columns, imported, open_hdf5
+from worldflux.datasets.columns import Hdf5Columns, hdf5_entry, imported, open_hdf5
 from worldflux.datasets.recording import Arrays, Block, ObsChoice, Recording, chosen_obs
 from worldflux.diagnostics.plots.frames import import_cv2
 from worldflux.errors import BufferError
@@ -128,19 +128,28 @@ def _hdf5_blocks(
     is_image = imported("minari.dataset.minari_storage", "minari", "Reading a data set of Minari").is_image_space
     with open_hdf5(storage.data_path / "main_data.hdf5") as file:
         for number in numbers:
-            if f"episode_{number}" not in file:
+            episode = hdf5_entry(file, f"episode_{number}")
+            if episode is None:
                 raise BufferError(f"{name} has no episode {number}: its file is damaged.")
-            group = Hdf5Columns(file[f"episode_{number}"])
+            group = Hdf5Columns(episode)
             found = {}
             for key, (path, space) in wanted.items():
                 inner = "/".join(f"_index_{part}" if part.isdigit() else part for part in path.split("/"))
                 at = "observations" if path == SINGLE_KEY else f"observations/{inner}"
                 if storage.jpeg_encoding and is_image(space):
-                    found[key] = _decoded(file[f"episode_{number}/{at}"], space.shape or ())
+                    found[key] = _decoded(_jpegs(episode, at), space.shape or ())
                 else:
                     found[key] = np.asarray(group[at][:])
             rest = {key: group[key][:] for key in ("actions", "rewards", "terminations", "truncations")}
             yield _block(f"{name}, episode {number}", found, rest)
+
+
+def _jpegs(episode: Any, path: str) -> Any:
+    """The array of compressed images at a path. `[T+1]`"""
+    rows = hdf5_entry(episode, path)
+    if rows is None or not hasattr(rows, "dtype"):
+        raise BufferError(f"{episode.name} has no array '{path}'. Links are not followed.")
+    return rows
 
 
 def _decoded(rows: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from worldflux.datasets.columns import Column, Hdf5Columns, hdf5_arrays, in_order, open_hdf5
+from worldflux.datasets.columns import Column, Hdf5Columns, hdf5_arrays, hdf5_entry, in_order, open_hdf5
 from worldflux.datasets.flat import Alignment, Renamed, recording_of_episodes
 from worldflux.datasets.formats.d4rl import NO_REWARDS
 from worldflux.datasets.recording import ObsChoice, Recording, chosen_obs
@@ -28,8 +28,9 @@ def open_source(source: Any, *, obs: ObsChoice = None, ends: str = "termination"
     check_choice("ends", ends, ("termination", "truncation"))
     path = Path(source)
     file = open_hdf5(path)
-    demos = file["data"] if "data" in file else {}
-    ordered = sorted((name for name in demos if name.startswith("demo")), key=in_order)
+    demos = hdf5_entry(file, "data") or {}
+    named = {name: hdf5_entry(demos, name) for name in demos if name.startswith("demo")}
+    ordered = sorted((name for name, one in named.items() if one is not None), key=in_order)
     if not ordered:
         raise BufferError(f"{path.name} has no groups data/demo_0 and so on, as robomimic writes them.")
     first = hdf5_arrays(demos[ordered[0]])
