@@ -155,6 +155,22 @@ def test_the_recorded_range_of_actions_can_be_their_bounds(version: str, tmp_pat
         load(path, action_bounds="stats")
 
 
+def test_rows_of_different_lengths_are_refused_whatever_their_sum(tmp_path: Path) -> None:
+    root = write(tmp_path / "robot", "v2.1", camera="image")
+    path = sorted((root / "data").glob("*/*.parquet"))[-1]
+    rows = pq.read_table(path)
+    ragged = [[1.0], [1.0, 2.0, 3.0], *[[1.0, 2.0]] * (len(rows) - 2)]
+    at = rows.column_names.index("observation.state")
+    pq.write_table(rows.set_column(at, "observation.state", pa.array(ragged, pa.list_(pa.float32()))), path)
+    with pytest.raises(BufferError, match=r"'observation\.state' has rows of different lengths"):
+        load(root, obs="state")
+
+
+def test_a_reward_that_was_asked_for_and_is_missing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"has no 'gain'\. It has action"):
+        load(write(tmp_path / "robot", "v2.1"), obs="state", reward="gain")
+
+
 def test_missing_rewards_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     buffer = load(write(tmp_path / "set", "v3.0", camera="", drop=("next.reward", "next.done")), ends="termination")
     assert "no 'next.reward'" in caplog.text

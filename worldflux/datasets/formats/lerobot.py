@@ -19,6 +19,7 @@ from worldflux.reading import open_regular, read_json
 from worldflux.validation import check_choice
 
 _PREFIX = "observation."
+_REWARD = "next.reward"
 _BATCH_ROWS = 256
 _BUFFER_BYTES = 2**20
 _NUMBERS = ("float", "int", "uint", "bool")
@@ -29,7 +30,7 @@ def open_source(
     *,
     obs: ObsChoice = None,
     action: str = "action",
-    reward: str = "next.reward",
+    reward: str = _REWARD,
     ends: str | None = None,
     action_bounds: str | None = None,
 ) -> Recording:
@@ -70,6 +71,8 @@ def open_source(
     notes = []
     if reward in files.names:
         columns["rewards"] = _Numbers(files, reward)
+    elif reward != _REWARD:
+        raise ConfigurationError(f"{path.name} has no '{reward}'. It has {', '.join(sorted(files.names))}.")
     else:
         notes.append(f"it has no '{reward}': rewards are stored as zeros. Pass reward= if they have another name.")
     episode = files.whole("episode_index")
@@ -187,19 +190,18 @@ class _Files:
 
 def _as_numbers(name: str, rows: Any) -> np.ndarray:
     """Rows of numbers, or of nested lists of them, flattened to vectors. `[N]` or `[N, M]`"""
-    count, width = len(rows), 1
+    count = len(rows)
     is_list = False
     while hasattr(rows, "flatten") and hasattr(rows.type, "value_type"):
+        if hasattr(rows, "value_lengths") and len(rows.value_lengths().drop_null().unique()) > 1:
+            raise BufferError(f"'{name}' has rows of different lengths.")
         rows, is_list = rows.flatten(), True
     if rows.null_count:
         raise BufferError(f"'{name}' has {rows.null_count} rows without a value.")
     numbers = rows.to_numpy(zero_copy_only=False)
     if not is_list:
         return numbers
-    width = len(numbers) // max(count, 1)
-    if width * count != len(numbers):
-        raise BufferError(f"'{name}' has rows of different lengths.")
-    return numbers.reshape(count, width)
+    return numbers.reshape(count, len(numbers) // max(count, 1))
 
 
 class _Numbers:
