@@ -11,7 +11,7 @@ from helpers.hub import Hub
 from huggingface_hub import DatasetCard
 
 from worldflux import BufferError, ConfigurationError, HubError
-from worldflux.datasets import load
+from worldflux.datasets import lint, load
 from worldflux.training import ReplayBuffer
 
 NAME, ADDRESS = "ann/counts", "hf://datasets/ann/counts"
@@ -47,6 +47,12 @@ def test_a_pushed_data_set_is_equal_to_the_buffer(hub: Hub, buffer: ReplayBuffer
     assert expected.keys() == found.keys() and found["rewards"][3] == 1000.5
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def test_a_pushed_data_set_is_checked_by_its_address(hub: Hub, buffer: ReplayBuffer) -> None:
+    buffer.push_to_hub(NAME)
+    report = lint(ADDRESS)
+    assert (report.transitions, report.episodes) == (12, 3)
 
 
 def test_only_the_data_and_the_card_are_pushed_and_no_pickle_is_downloaded(hub: Hub, buffer: ReplayBuffer) -> None:

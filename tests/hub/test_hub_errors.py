@@ -55,6 +55,7 @@ def test_names_that_no_repository_has_are_refused(hub: Hub, agent: WorldFluxAgen
         ("hf://ann/cart/pole", "is not an address"),
         ("hf://ann/cartpole@", "is not an address"),
         ("hf://../cartpole", "is not an address"),
+        ("hf://ann/cartpole@../../main", "is not an address"),
         ("hf://datasets/ann/data", "is the address of a data set, expected that of a model, such as 'hf://ann/data'"),
     ],
 )

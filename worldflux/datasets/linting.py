@@ -15,6 +15,8 @@ from worldflux.datasets.checks.sources import BufferSource, FileSource, Source
 from worldflux.datasets.detection import detect
 from worldflux.datasets.loading import load, source_name
 from worldflux.errors import BufferError
+from worldflux.hub.addresses import is_address
+from worldflux.hub.client import dataset_path
 from worldflux.replay.buffer import ReplayBuffer
 
 __all__ = ["Finding", "Report", "lint"]
@@ -85,7 +87,10 @@ def lint(data: Any, **options: Any) -> Report:
     if isinstance(data, ReplayBuffer):
         return _lint(BufferSource(data), "the replay buffer")
     name = source_name(data)
-    if not options and isinstance(data, str | Path) and detect(data) == "worldflux":
+    if is_address(data):
+        data = dataset_path("data", data)
+    is_file = isinstance(data, str | Path) and not Path(data).is_dir()
+    if not options and is_file and detect(data) == "worldflux":
         return _lint(FileSource(data), name)
     return _lint(BufferSource(load(data, **options)), name)
 

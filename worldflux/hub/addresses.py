@@ -53,7 +53,7 @@ def address(given: str | os.PathLike[str], kind: Kind) -> Address:
     text = f"hf://{_PREFIX.sub('', text, count=1)}"
     example = "hf://datasets/user/name" if kind == "dataset" else "hf://user/name"
     found = _ADDRESS.fullmatch(text.removeprefix("hf://"))
-    if found is None or ".." in found["repo"] or "--" in found["repo"]:
+    if found is None or ".." in text or "--" in found["repo"]:
         raise ConfigurationError(
             f"'{text}' is not an address on the Hugging Face Hub, expected {example} or {example}@revision."
         )
