@@ -22,7 +22,14 @@ from worldflux.training import LoggingCallback, create_random_buffer, train
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "metrics.md"
 FAMILIES: dict[str, dict[str, Any]] = {
     "dreamerv3": dict(
-        deter_dim=16, hidden_dim=8, units=8, stoch_discrete=2, stoch_classes=4, bins=15, imagination_horizon=2
+        deter_dim=16,
+        hidden_dim=8,
+        units=8,
+        stoch_discrete=2,
+        stoch_classes=4,
+        bins=15,
+        imagination_horizon=2,
+        loss_scales={"imitation": 1.0},
     ),
     "tdmpc2": dict(
         latent_dim=16,

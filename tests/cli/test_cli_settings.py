@@ -131,7 +131,7 @@ def test_every_option_of_train_offline_changes_what_is_learned(family: str) -> N
         assert any(not torch.equal(value, usual[name]) for name, value in changed.items()), option
     # The other options set where to train and when something is written.
     told = {option.removeprefix("--").replace("-", "_") for option, _ in OPTIONS}
-    elsewhere = {"device", "dtype", "compile", "track", "track_project", "set"}
+    elsewhere = {"device", "dtype", "compile", "track", "track_project", "set", "storage"}
     elsewhere |= {"checkpoint_interval", "eval_interval", "log_interval"}
     assert told | elsewhere == {item.name for item in fields(OfflineSettings)}
 

@@ -249,19 +249,19 @@ def test_other_files_that_a_program_keeps_open_leave_fewer_for_reading(tmp_path:
     data, whole = directory(tmp_path / "data", "images", files=20, episodes=1)
     buffer = ReplayBuffer.load(data, storage="in_place")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with open(os.devnull) as file:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (file.fileno() + 8, limits[1]))
-        try:
+    largest = max(int(name) for name in os.listdir("/dev/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (largest + 8, limits[1]))
+    try:
+        assert_same([whole, buffer])
+        with contextlib.ExitStack() as others:
+            with contextlib.suppress(OSError):
+                while True:
+                    others.enter_context(open(os.devnull))
+            with pytest.raises(BufferError, match="Too many open files"):
+                copy.deepcopy(buffer).sample(1, 1)  # which has no file to close
             assert_same([whole, buffer])
-            with contextlib.ExitStack() as others:
-                with contextlib.suppress(OSError):
-                    while True:
-                        others.enter_context(open(os.devnull))
-                with pytest.raises(BufferError, match="Too many open files"):
-                    copy.deepcopy(buffer).sample(1, 1)  # which has no file to close
-                assert_same([whole, buffer])
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_reading_works_without_what_only_some_systems_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
