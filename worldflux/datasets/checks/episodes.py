@@ -22,6 +22,8 @@ _SAME = 0.1
 """Distance up to which the last observation of an episode and the first of the next are the same."""
 _LEAST_JUMP = 2.0
 _LEAST_GAP = 2.0
+_FAR = 3.0
+"""Distance from which two observations are not those of two successive rows."""
 _LEAST_LENGTH = 10
 
 
@@ -126,8 +128,11 @@ def _check_jumps(
         jumps = jumps[_is_near(scores.obs[jumps + 1], scores.obs[starts])]
         where = "to observations like those that episodes begin with"
     else:
-        jumps = scores.steps[inner >= _gap(inner, least)]
-        jumps = jumps[scores.apart(jumps, jumps + 1) >= _LEAST_JUMP]
+        moved = scores.apart(scores.steps, scores.steps + 1)
+        is_jump = (inner >= 2 * least) & (moved >= _FAR) | (inner >= _gap(inner, least)) & (moved >= _LEAST_JUMP)
+        # Steps before and after a reset are usual ones; those of a fast motion are not.
+        around = np.maximum(np.append(0, moved[:-1]), np.append(moved[1:], 0))
+        jumps = scores.steps[is_jump & (moved >= 2 * around)]
         jumps = jumps if len(jumps) >= 2 else jumps[:0]
         where = "to an observation that does not follow from the one before"
     if len(jumps):

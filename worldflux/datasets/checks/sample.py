@@ -106,7 +106,6 @@ def take_sample(source: Source) -> Sample:
                     )
             obs[place[np.searchsorted(rows, part)], columns] = _reduced(array, image)
         obs[final_place, columns] = _reduced(source.finals(key, episode[has_final]), image)
-    np.nan_to_num(obs, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
 
     def spread(array: np.ndarray) -> np.ndarray:
         spread = np.zeros((count, *array.shape[1:]), array.dtype)
@@ -118,11 +117,12 @@ def take_sample(source: Source) -> Sample:
     is_step = np.ones(count, np.bool_)
     is_step[final_place] = False
     gap = np.append(True, (np.diff(row) > 1) | (np.diff(whose) != 0))
+    known = np.isfinite(obs).all(1)
+    gap[1:] |= ~known[:-1]
     finite = np.nan_to_num(source.actions[rows].astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
     rewards = np.nan_to_num(source.rewards[rows].astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
-    return Sample(
-        obs, tuple(labels), spread(finite), spread(rewards), is_step, np.cumsum(gap), whose, row, lowest, highest, whole
-    )
+    columns = (spread(finite), spread(rewards), is_step, np.cumsum(gap), whose, row)
+    return Sample(obs[known], tuple(labels), *(column[known] for column in columns), lowest, highest, whole)
 
 
 def name_of(label: tuple[str, int | None]) -> str:

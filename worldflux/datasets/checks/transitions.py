@@ -36,11 +36,7 @@ class StepScores:
         self.steps = np.flatnonzero(follows & sample.is_step)
         fitted = self.steps[:: 1 + len(self.steps) // _MOST_FITTED]
         self._waves = waves_for(len(fitted))
-        self._fit(fitted)
-        # Without the worst rows, of which many may be resets: where a task ends, these can be foreseen.
-        errors = self._errors(fitted, fitted + 1)
-        worst = _score(errors / np.maximum(np.quantile(errors, 1 - _DROPPED, axis=0), 1e-4))
-        self._fit(fitted[worst <= np.quantile(worst, 1 - _DROPPED)])
+        self._fit(fitted[self._is_usual(fitted)])
         errors = self._errors(self.steps, self.steps + 1)
         self._scale = np.maximum(np.quantile(errors, 0.9, axis=0), 1e-4)
         self.inner = _score(errors / self._scale)
@@ -54,6 +50,18 @@ class StepScores:
     def apart(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
         """Distances of observations, in units of the move that a tenth of all steps exceed. `[K]`"""
         return _score(np.abs(self.obs[one] - self.obs[other]) / self._moved)
+
+    def _is_usual(self, at: np.ndarray) -> np.ndarray:
+        """Nine tenths of the steps, without those that a linear fit predicts worst, of which many may be resets.
+
+        A better fit would foresee resets, because tasks end in certain states.
+        """
+        inputs = np.concatenate([np.ones((len(at), 1), np.float32), self.obs[at], self._actions[at]], axis=1)
+        change = self.obs[at + 1] - self.obs[at]
+        weights = np.linalg.lstsq(inputs, np.clip(change, -4, 4), rcond=None)[0]
+        errors = np.abs(change - inputs @ weights)
+        score = _score(errors / np.maximum(np.quantile(errors, 1 - _DROPPED, axis=0), 1e-4))
+        return score <= np.quantile(score, 1 - _DROPPED)
 
     def _fit(self, at: np.ndarray) -> None:
         inputs = self._inputs(at)
