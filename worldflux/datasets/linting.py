@@ -105,6 +105,8 @@ def _lint(source: Source, name: str) -> Report:
     sample = take_sample(source)
     values.check_columns(source, sample, findings)
     values.check_images(source, sample, findings)
+    if any(finding.code == "integer-actions" for finding in findings.found):
+        sample = sample.with_one_hots()
     shift = alignment.check_actions(sample, findings)
     if shift:  # what follows is about the actions where they belong
         sample = sample.with_actions_moved(shift)

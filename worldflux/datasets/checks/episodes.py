@@ -124,15 +124,13 @@ def _check_jumps(
         if len(joined):
             resets = scores.after(_last_steps(sample, joined), joined)
             least = max(least, 0.5 * float(np.quantile(resets, 0.2)))
-        jumps = scores.steps[inner >= least]
+        jumps = scores.steps[(inner >= least) & _stands_out(inner)]
         jumps = jumps[_is_near(scores.obs[jumps + 1], scores.obs[starts])]
         where = "to observations like those that episodes begin with"
     else:
         moved = scores.apart(scores.steps, scores.steps + 1)
         is_jump = (inner >= 2 * least) & (moved >= _FAR) | (inner >= _gap(inner, least)) & (moved >= _LEAST_JUMP)
-        # Steps before and after a reset are usual ones; those of a fast motion are not.
-        around = np.maximum(np.append(0, moved[:-1]), np.append(moved[1:], 0))
-        jumps = scores.steps[is_jump & (moved >= 2 * around)]
+        jumps = scores.steps[is_jump & _stands_out(moved)]
         jumps = jumps if len(jumps) >= 2 else jumps[:0]
         where = "to an observation that does not follow from the one before"
     if len(jumps):
@@ -144,6 +142,11 @@ def _check_jumps(
             "steps. An end is probably missing: mark these rows as truncated, or as terminated if the task ended.",
             rows=sample.row[jumps],
         )
+
+
+def _stands_out(values: np.ndarray) -> np.ndarray:
+    """Whether a value is twice as large as the ones before and after, as at a reset, and not in a fast motion."""
+    return values >= 2 * np.maximum(np.append(0, values[:-1]), np.append(values[1:], 0))
 
 
 def _last_steps(sample: Sample, starts: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ _MOST_NUMBERS = 2**24
 """Numbers of all sampled observations together."""
 _PIECES = 25
 """Runs of consecutive rows that are sampled where there are too many."""
+_MOST_NUMBERS_OF_ACTIONS = 64
 _CELLS = 8
 """Sides of the grid that images are averaged over."""
 
@@ -56,6 +57,13 @@ class Sample:
     def has_images(self) -> bool:
         """Whether an observation is an image."""
         return bool(self.lowest)
+
+    def with_one_hots(self) -> Sample:
+        """The same rows, with the actions of each number in a column of their own if there are a few numbers."""
+        numbers, which = np.unique(self.actions[:, 0], return_inverse=True)
+        if self.actions.shape[1] > 1 or len(numbers) > _MOST_NUMBERS_OF_ACTIONS:
+            return self
+        return replace(self, actions=np.eye(len(numbers), dtype=np.float32)[which])
 
     def with_actions_moved(self, shift: int) -> Sample:
         """The same rows with actions that stand so many rows later, -1 or 1; where none is known, runs are cut."""
