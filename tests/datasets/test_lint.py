@@ -232,6 +232,71 @@ def test_terminations_at_different_lengths_are_no_time_limit() -> None:
     assert codes(lint(spring(6, episodes=60, lengths=(5, 20)).buffer())) == []
 
 
+def merged(buffer: ReplayBuffer, path: Path, ends: Callable[[np.ndarray], np.ndarray]) -> Report:
+    """What is found in a buffer's rows with other ends, which are computed from its own."""
+    buffer.save(path)
+    with np.load(path) as saved:
+        names = ("obs", "actions", "rewards", "obs_shape", "action_dim", "capacity", "action_classes")
+        arrays = {name: saved[name] for name in names}
+        dones = ends(saved["dones"] | saved["truncations"])
+    np.savez(path, dones=dones, **arrays)
+    return lint(path)
+
+
+def test_ends_are_found_missing_where_none_is_marked_and_they_can_be_foreseen(tmp_path: Path) -> None:
+    buffer = collect("CartPole-v1", episodes=60, seed=1)
+    last: list[int] = []
+
+    def none(ends: np.ndarray) -> np.ndarray:
+        last.extend(np.flatnonzero(ends)[:-1].tolist())
+        return np.zeros_like(ends)
+
+    (finding,) = merged(buffer, tmp_path / "data.npz", none).findings
+    assert finding.code == "jump-without-end"
+    assert set(finding.rows) <= set(last) and len(finding.rows) > 0.8 * len(last)
+
+
+def test_false_ends_are_not_where_episodes_begin(tmp_path: Path) -> None:
+    buffer = collect("Pendulum-v1", episodes=20, seed=1)
+    buffer.declare_actions("continuous")
+
+    def more(ends: np.ndarray) -> np.ndarray:
+        ends[np.random.default_rng(0).permutation(len(ends))[:20]] = True
+        return ends
+
+    found = merged(buffer, tmp_path / "data.npz", more).findings
+    assert [finding.code for finding in found if "limit" not in finding.code] == ["end-inside-trajectory"]
+
+
+def steps(path: np.ndarray, length: int) -> Flat:
+    """Episodes of a length, whose observations are a path `[N, 2]` and whose actions mean nothing."""
+    rng = np.random.default_rng(0)
+    ends = np.arange(1, len(path) + 1) % length == 0
+    actions = rng.uniform(-1, 1, (len(path), 1)).astype(np.float32)
+    return Flat(path.astype(np.float32), actions, np.ones(len(path), np.float32), np.zeros_like(ends), ends)
+
+
+def test_episodes_that_begin_where_any_other_ends_are_no_false_ends() -> None:
+    path = 0.3 * np.random.default_rng(0).normal(size=(1000, 2))
+    assert codes(lint(steps(path, 20).buffer())) == []
+
+
+def test_kicks_to_where_no_episode_begins_are_no_missing_ends() -> None:
+    rng = np.random.default_rng(0)
+    path = np.concatenate([np.cumsum(0.05 * rng.normal(size=(50, 2)), axis=0) for _ in range(20)])
+    for row in range(25, 1000, 100):
+        path[row : 50 * (row // 50 + 1)] += 8
+    assert codes(lint(steps(path, 50).buffer())) == []
+
+
+def test_fast_motions_are_no_missing_ends() -> None:
+    rng = np.random.default_rng(0)
+    speed = 0.01 * rng.normal(size=(2000, 2))
+    for row in range(100, 2000, 100):
+        speed[row : row + 6] += rng.normal(size=2)
+    assert codes(lint(steps(np.cumsum(speed, axis=0), 2000).buffer())) == []
+
+
 # --- values
 
 

@@ -41,7 +41,7 @@ def check_time_limits(source: Source, findings: Findings) -> None:
         return
     others = lengths[~at_limit]
     near = int((others >= 0.9 * longest).sum())
-    if count < 0.9 * len(lengths) and count < 3 + 2 * near:
+    if count < 3 + 2 * near:
         return  # the longest of many lengths
     rows = last[whole][at_limit]
     if len(others):
