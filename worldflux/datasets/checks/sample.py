@@ -125,12 +125,13 @@ def take_sample(source: Source) -> Sample:
     is_step = np.ones(count, np.bool_)
     is_step[final_place] = False
     gap = np.append(True, (np.diff(row) > 1) | (np.diff(whose) != 0))
-    known = np.isfinite(obs).all(1)
+    known = np.asarray(np.isfinite(obs).all(axis=1))
     gap[1:] |= ~known[:-1]
     finite = np.nan_to_num(source.actions[rows].astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
     rewards = np.nan_to_num(source.rewards[rows].astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
-    columns = (spread(finite), spread(rewards), is_step, np.cumsum(gap), whose, row)
-    return Sample(obs[known], tuple(labels), *(column[known] for column in columns), lowest, highest, whole)
+    per_row: tuple[np.ndarray, ...] = (spread(finite), spread(rewards), is_step, np.cumsum(gap), whose, row)
+    actions, earned, steps, pieces, episodes, numbers = (values[known] for values in per_row)
+    return Sample(obs[known], tuple(labels), actions, earned, steps, pieces, episodes, numbers, lowest, highest, whole)
 
 
 def name_of(label: tuple[str, int | None]) -> str:
