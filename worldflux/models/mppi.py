@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from worldflux.config import PlannerConfig
+from worldflux.models.action_search import ActionSearch, SearchState
 from worldflux.models.base import State, WorldModel
 
 
@@ -154,10 +155,8 @@ class Proposals(NamedTuple):
 class SearchResult(NamedTuple):
     """Result of one iteration."""
 
-    mean: Tensor
-    """Mean of the next distribution. `[H, N, A]`"""
-    std: Tensor
-    """Standard deviation of the next distribution. `[H, N, A]`"""
+    search: SearchState
+    """Next distribution."""
     values: Tensor
     """Values of all candidates as the model returned them; NaN counts as 0. `[N, S]`"""
     elites: Tensor
@@ -171,10 +170,10 @@ class SearchResult(NamedTuple):
 def search_step(
     model: PlanningModel,
     config: PlannerConfig,
+    kind: ActionSearch,
     state: State,
     proposals: Proposals | None,
-    mean: Tensor,
-    std: Tensor,
+    search: SearchState,
     mask: Tensor | None,
     noise: Tensor,
     value_noise: Tensor | None,
@@ -186,19 +185,17 @@ def search_step(
     Args:
         model: Model that evaluates the candidates.
         config: Configuration of the planner.
+        kind: Kind of distribution, which draws and fits.
         state: State to plan from. `[N, ...]`
         proposals: Additional candidates, which come first.
-        mean: Mean of the distribution. `[H, N, A]`
-        std: Standard deviation of the distribution. `[H, N, A]`
+        search: Distribution to draw from.
         mask: 1 where a row has an action dimension, else 0; None if all rows have all. `[N, A]`
-        noise: Standard normal noise. `[H, N, S - K, A]`
+        noise: Noise of the candidates, see `ActionSearch.noise`. `[H, N, S - K, A]`
         value_noise: See `PlanningModel.estimated_return`.
         members: See `PlanningModel.estimated_return`.
         deterministic: Whether to draw no random numbers.
     """
-    candidates = (mean.unsqueeze(2) + std.unsqueeze(2) * noise).clamp(-1.0, 1.0)
-    if mask is not None:
-        candidates = candidates * mask.unsqueeze(1)
+    candidates = kind.sample(search, noise, mask)
     partial = model.partial_return(state, candidates, discount=config.discount, deterministic=deterministic)
     if proposals is not None:
         candidates = torch.cat([proposals.actions, candidates], 2)
@@ -213,15 +210,8 @@ def search_step(
     elite_actions = torch.take_along_dim(candidates, elites[None, :, :, None], dim=2)
     # The largest value is subtracted first, because values may be close to the largest float.
     log_weights = torch.log_softmax(config.temperature * (elite_values - elite_values[:, :1]), -1)
-    weights = log_weights.exp()[None, :, :, None]
-    # The deviation is around the mean of the elites; momentum only affects the mean of the distribution (TD-MPC).
-    fitted = (weights * elite_actions).sum(2)
-    variance = (weights * (elite_actions - fitted.unsqueeze(2)).square()).sum(2)
-    std = variance.sqrt().clamp(config.min_std, config.max_std)
-    if mask is not None:
-        std = std * mask
-    mean = config.momentum * mean + (1.0 - config.momentum) * fitted
-    return SearchResult(mean, std, values, elites, elite_actions, log_weights)
+    search = kind.refit(search, elite_actions, log_weights.exp(), mask)
+    return SearchResult(search, values, elites, elite_actions, log_weights)
 
 
 def repeated(state: State, rows: int, times: int) -> State:

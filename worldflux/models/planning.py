@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch import Tensor
 from worldflux.accel.overriding import newer_than, steps_back
 from worldflux.config import PlannerConfig
 from worldflux.errors import ConfigurationError, ShapeMismatchError
+from worldflux.models.action_search import ActionSearch, NormalSearch
 from worldflux.models.base import State, WorldModel
 from worldflux.models.mppi import PlanningModel, Proposals, RolloutPlanning, repeated, search_step
 
@@ -88,6 +90,7 @@ class Planner:
         self.model = model
         self.config = config
         self.action_dim = model.config.action_dim
+        self.kind: ActionSearch = NormalSearch(config)
         if config.discount is None and not hasattr(model, "discount") and not isinstance(model, PlanningModel):
             raise ConfigurationError(
                 f"{type(model).__name__} has no discount. Give the planner one: PlannerConfig(discount=0.99)."
@@ -112,7 +115,7 @@ class Planner:
 
     def start(self, rows: int) -> Tensor:
         """Returns the plan before the first observation: zeros `[N, H, A]`."""
-        return torch.zeros(rows, self.config.horizon, self.action_dim, device=self.model.device)
+        return self.kind.unknown(rows, self.config.horizon, self.action_dim, device=self.model.device)
 
     @torch.no_grad()
     def plan(
@@ -154,13 +157,11 @@ class Planner:
 
         # The distribution starts from the last plan, shifted by one step. From here on steps are the first axis, as in
         # `rollout`.
-        mean = torch.cat([previous[:, 1:], torch.zeros_like(previous[:, :1])], 1)
+        unknown = self.kind.unknown(*previous.shape, device=previous.device)
+        mean = torch.cat([previous[:, 1:], unknown[:, :1]], 1)
         if is_first is not None:
-            mean = torch.where(is_first[:, None, None], 0.0, mean)
-        mean = mean.transpose(0, 1)  # [H, N, A]
-        std = torch.full_like(mean, c.max_std)
-        if mask is not None:
-            mean, std = mean * mask, std * mask
+            mean = torch.where(is_first[:, None, None], unknown, mean)
+        search = self.kind.initial(mean.transpose(0, 1), mask)
 
         # A model may provide a compiled version.
         step = getattr(scorer, "search_step", search_step)
@@ -171,31 +172,29 @@ class Planner:
             found = step(
                 scorer,
                 c,
+                self.kind,
                 state,
                 proposals,
-                mean,
-                std,
+                search,
                 mask,
                 draws.actions[i],
                 value_noise,
                 members,
                 deterministic,
             )
-            mean, std = found.mean, found.std
+            search = found.search
             if trace is not None:
-                weights = found.log_weights.exp()
-                trace(PlanTrace(found.values, found.elites, weights, mean.transpose(0, 1), std.transpose(0, 1)))
+                mean, std = (x.transpose(0, 1) for x in search)
+                trace(PlanTrace(found.values, found.elites, found.log_weights.exp(), mean, std))
 
         chosen = (found.log_weights + draws.gumbel).argmax(-1)
         actions = torch.take_along_dim(found.elite_actions[0], chosen[:, None, None], dim=1).squeeze(1)
-        if draws.final is not None:
-            actions = actions + std[0] * draws.final
+        actions = self.kind.carried_out(actions, search, draws.final)
         # Such actions would not be based on the model: no candidate has a value, or the policy's first action is NaN.
         lost = found.values.isnan().all(-1, keepdim=True)
         if proposals is not None:
             lost = lost | proposals.actions[0].isnan().flatten(1).any(-1, keepdim=True)
-        actions = actions.masked_fill(lost, torch.nan)
-        return actions.clamp(-1.0, 1.0), mean.transpose(0, 1)
+        return actions.masked_fill(lost, torch.nan), search.mean.transpose(0, 1)
 
     def _proposals(
         self, scorer: PlanningModel, state: State, draws: PlanDraws, mask: Tensor | None, deterministic: bool
@@ -222,11 +221,12 @@ class Planner:
         c = self.config
         N, H, A = like.shape
         S, K, E = c.num_samples, c.num_pi_trajs, c.num_elites
+        noise = partial(self.kind.noise, device=like.device)
         return PlanDraws(
-            policy=torch.randn(H, N, K, A, device=like.device),
-            actions=torch.randn(c.iterations, H, N, S - K, A, device=like.device),
+            policy=noise(H, N, K, A),
+            actions=noise(c.iterations, H, N, S - K, A),
             gumbel=-torch.empty(N, E, device=like.device).exponential_().log(),
-            final=torch.randn(N, A, device=like.device),
+            final=noise(N, A),
         )
 
     def _fixed_draws(self, like: Tensor) -> PlanDraws:
@@ -235,10 +235,11 @@ class Planner:
             c = self.config
             _, H, A = like.shape
             S, K, E = c.num_samples, c.num_pi_trajs, c.num_elites
-            generator = torch.Generator().manual_seed(_NOISE_SEED)
-            policy = torch.randn(H, 1, K, A, generator=generator)
+            cpu = torch.device("cpu")
+            noise = partial(self.kind.noise, device=cpu, generator=torch.Generator().manual_seed(_NOISE_SEED))
+            policy = noise(H, 1, K, A)
             policy[:, :, :1] = 0.0
-            actions = torch.randn(c.iterations, H, 1, S - K, A, generator=generator)
+            actions = noise(c.iterations, H, 1, S - K, A)
             self._fixed = PlanDraws(
                 policy=policy.to(like.device),
                 actions=actions.to(like.device),
