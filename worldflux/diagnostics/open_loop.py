@@ -16,9 +16,9 @@ from torch import Tensor
 
 from worldflux.errors import ShapeMismatchError
 from worldflux.models.base import State, Trajectory, WorldModel
-from worldflux.models.evaluation import evaluating
+from worldflux.models.evaluation import evaluating, observed_states
 from worldflux.models.final_rows import with_final_rows
-from worldflux.replay.batch import Batch, Observation
+from worldflux.replay.batch import Batch, by_key
 from worldflux.validation import whole_number
 
 
@@ -217,7 +217,7 @@ def open_loop(model: WorldModel, batch: Batch, context: int, *, samples: int | N
     if batch.is_first is None:
         batch = with_final_rows(batch)
     with evaluating(model, model.device, seed):
-        observed = _observe(model, batch)
+        observed = observed_states(model, batch)
         futures = _imagine(model, batch, observed[context - 1], context, samples)
         obs = _decode_all(model, observed[:context], futures.states)
 
@@ -242,25 +242,6 @@ def open_loop(model: WorldModel, batch: Batch, context: int, *, samples: int | N
         steps=within.expand(B, -1),
         arrived=arrived,
     )
-
-
-def _observe(model: WorldModel, batch: Batch) -> State:
-    """States of the model when it sees every row. `[T, B, ...]`"""
-    assert batch.is_first is not None
-    states: list[State] = []
-    state = model.initial_state(batch.batch_size)
-    for t in range(batch.seq_len):
-        if "task" in state and "task" in batch.extras:  # the model has several tasks
-            state = State({**state, "task": batch.extras["task"][:, t].long()})
-        state = model.update(
-            state,
-            batch.actions[:, max(t - 1, 0)].float(),
-            {k: v[:, t] for k, v in batch.obs.items()} if isinstance(batch.obs, dict) else batch.obs[:, t],
-            is_first=batch.is_first[:, t] if t else torch.ones_like(batch.is_first[:, 0]),
-            deterministic=True,
-        )
-        states.append(state)
-    return State.stack(states)
 
 
 def _imagine(model: WorldModel, batch: Batch, start: State, context: int, samples: int | None) -> Trajectory:
@@ -295,11 +276,6 @@ def _decoded(model: WorldModel, states: State) -> dict[str, Tensor]:
 def _windows_first(value: Tensor, samples: int) -> Tensor:
     """`[H, S * B, ...]` → `[S, B, H, ...]`"""
     return value.unflatten(1, (samples, -1)).movedim(0, 2)
-
-
-def by_key(obs: Observation) -> dict[str, Tensor]:
-    """An observation by its keys. One that is not a dictionary has the key "obs"."""
-    return obs if isinstance(obs, dict) else {"obs": obs}
 
 
 def _flat(value: Tensor, leading: int) -> Tensor:

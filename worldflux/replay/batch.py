@@ -17,6 +17,12 @@ from worldflux.errors import ShapeMismatchError
 Observation = Tensor | dict[str, Tensor]
 """One tensor, or a dict of tensors where the environment's observation is a dictionary."""
 
+
+def by_key(obs: Observation) -> dict[str, Tensor]:
+    """An observation by its keys. One that is not a dictionary has the key "obs"."""
+    return obs if isinstance(obs, dict) else {"obs": obs}
+
+
 _FLAGS = ("terminations", "truncations", "is_first", "obs_mask")
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from worldflux.diagnostics.open_loop import OpenLoop, by_key
+from worldflux.diagnostics.open_loop import OpenLoop
 from worldflux.errors import MissingDependencyError
+from worldflux.replay.batch import by_key
 
 FPS = 10
 ROWS = ("true", "predicted", "error")

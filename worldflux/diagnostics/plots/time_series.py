@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from worldflux.diagnostics.calibration import HIGH, LOW
-from worldflux.diagnostics.open_loop import OpenLoop, by_key
+from worldflux.diagnostics.open_loop import OpenLoop
 from worldflux.diagnostics.plots.frames import image_keys, visible
 from worldflux.diagnostics.plots.style import (
     BAND,
@@ -22,6 +22,7 @@ from worldflux.diagnostics.plots.style import (
     set_title,
     share_legend,
 )
+from worldflux.replay.batch import by_key
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
