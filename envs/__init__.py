@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from worldflux.envs.checking import check_env
     from worldflux.envs.checking.report import CheckReport, EnvironmentCheckError
     from worldflux.envs.collection import collect
+    from worldflux.envs.imagined import ImaginedEnv, ImaginedVecEnv
     from worldflux.envs.make import make_env, make_vec_env
     from worldflux.envs.recording.wrappers import RecordEpisodes, VecRecordEpisodes, VectorRecordEpisodes
     from worldflux.envs.spaces import ActionCodec, ObservationCodec
@@ -27,6 +28,8 @@ __all__ = [
     "CheckReport",
     "EnvironmentCheckError",
     "GymnasiumVecEnv",
+    "ImaginedEnv",
+    "ImaginedVecEnv",
     "ObservationCodec",
     "RecordEpisodes",
     "ResizeImages",
@@ -46,6 +49,7 @@ __getattr__, __dir__ = lazy_exports(
         "worldflux.envs.checking": ["check_env"],
         "worldflux.envs.checking.report": ["CheckReport", "EnvironmentCheckError"],
         "worldflux.envs.collection": ["collect"],
+        "worldflux.envs.imagined": ["ImaginedEnv", "ImaginedVecEnv"],
         "worldflux.envs.make": ["make_env", "make_vec_env"],
         "worldflux.envs.recording.wrappers": ["RecordEpisodes", "VecRecordEpisodes", "VectorRecordEpisodes"],
         "worldflux.envs.spaces": ["ActionCodec", "ObservationCodec"],

@@ -149,6 +149,7 @@ class _Leaf:
             )
         self.name = name
         self.given_shape: tuple[int, ...] = tuple(space.shape or ())
+        self._space = space
         self.choices = _choices(space, name)
         self.is_image = isinstance(space, spaces.Box) and is_image(space)
         self._other_layout: tuple[int, ...] | None = None
@@ -215,6 +216,19 @@ class _Leaf:
                 array = np.moveaxis(array, -1, -3)
             return np.array(array.reshape(len(array), *self.shape), order="C"), batched
         return self._as_float32(array).reshape(len(array), *self.shape), batched
+
+    def decode(self, rows: Array) -> Array:
+        """The space's form `[N, *given_shape]` of rows `[N, *shape]` of the library, with numbers within its bounds."""
+        if self.choices is not None:
+            rows = self.choices.decode(rows)
+        elif self._channels_last:
+            *stack, height, width, channels = self.given_shape
+            rows = np.moveaxis(rows.reshape(len(rows), *stack, channels, height, width), -3, -1)
+        rows = rows.reshape(len(rows), *self.given_shape)
+        if isinstance(self._space, spaces.Box):
+            whole = self._space.dtype.kind in "iu"
+            rows = np.clip(np.rint(rows) if whole else rows, self._space.low, self._space.high)
+        return rows.astype(self._space.dtype)
 
     def _as_float32(self, array: Array) -> Array:
         with np.errstate(over="ignore"):
@@ -363,6 +377,13 @@ class ObservationCodec:
                 f"The keys of the observation disagree on the number of environments: {rows} (None: no leading axis)."
             )
         return {key: array for key, (array, _) in parts.items()}, next(iter(rows.values())) is not None
+
+    def decode(self, rows: Mapping[str, Array]) -> Arrays:
+        """Observations of the space, given the library's form `[N, *shape]` of each key (`"obs"` if it is one array).
+
+        One-hots may be probabilities: the most likely option counts.
+        """
+        return self._merge({key: leaf.decode(rows[key]) for key, leaf in self._leaves.items()})
 
     def _merge(self, parts: dict[str, Any]) -> Any:
         return parts if self._is_dict else parts[SINGLE_KEY]

@@ -152,3 +152,10 @@ def test_help_of_an_example_describes_every_option(name: str, capsys: pytest.Cap
     for option in inspect.signature(main).parameters:
         assert option.replace("_", "-").upper() in shown.upper()
         assert f"    {option}: " in documented
+
+
+def test_ppo_trains_in_a_learned_world_and_is_evaluated_in_the_real_one() -> None:
+    module = example("imagined_training")
+    row = module.run(0, module.Options(steps=300, imagined_steps=256, n_envs=4, horizon=5))
+    assert row["seed"] == 0
+    assert all(8 <= row[name] <= 500 for name in ("imagined", "real", "dreamerv3"))
