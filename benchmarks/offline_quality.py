@@ -212,11 +212,11 @@ def scratch(name: str, model: str, seed: int, options: argparse.Namespace) -> di
 
 
 class Scores(BaseCallback):
-    """Mean returns of five episodes with deterministic actions, at the beginning and every 500 steps."""
+    """Mean returns of some episodes with deterministic actions, at the beginning and every 500 steps."""
 
-    def __init__(self, env: str, seed: int) -> None:
+    def __init__(self, env: str, seed: int, episodes: int) -> None:
         super().__init__()
-        self.env, self.seed = env, seed
+        self.env, self.seed, self.episodes = env, seed, episodes
         self.found: dict[int, float] = {}
 
     def _on_training_start(self) -> None:
@@ -230,14 +230,14 @@ class Scores(BaseCallback):
     def look(self) -> None:
         """Evaluates the agent, without moving the random numbers of its training."""
         with keeping_random_streams(self.model.device):
-            env = make_vec_env(self.env, seed=10_000 + self.seed)
-            mean, _ = evaluate_policy(self.model, env, n_eval_episodes=5, deterministic=True, warn=False)
+            env = make_vec_env(self.env, n_envs=self.episodes, seed=10_000 + self.seed)
+            mean, _ = evaluate_policy(self.model, env, n_eval_episodes=self.episodes, deterministic=True, warn=False)
         self.found[self.num_timesteps] = round(float(mean), 1)
 
 
 def scores_online(agent: WorldFluxAgent, task: Task, seed: int, options: argparse.Namespace) -> dict[int, float]:
     """Scores by environment step."""
-    scores = Scores(task.env, seed)
+    scores = Scores(task.env, seed, options.episodes)
     agent.learn(options.online, callback=scores)
     return scores.found
 
@@ -252,6 +252,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, help="gradient steps (default: those of the task)")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=JSON", help="fields of the model to change")
     parser.add_argument("--planners", nargs="*", default=[], choices=["mppi"], help="evaluate a planner, too")
+    parser.add_argument("--episodes", type=int, default=20, help="episodes of each evaluation with --online")
     parser.add_argument("--online", type=int, default=0, help="steps to go on in the environment")
     options = parser.parse_args()
     torch.set_num_threads(1)
