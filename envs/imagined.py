@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvO
 from torch import Tensor
 
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
-from worldflux.errors import ConfigurationError, TrainingError
+from worldflux.errors import ConfigurationError, ShapeMismatchError, TrainingError
 from worldflux.models.base import State, WorldModel
 from worldflux.models.evaluation import observed_states
 from worldflux.models.final_rows import with_final_rows
@@ -64,7 +64,7 @@ class ImaginedVecEnv(VecEnv):
         seed: Seed of the episodes. `seed()`, which SB3's algorithms call with their own seed, replaces it.
 
     Raises:
-        ConfigurationError: If the model has no decoder, a space does not fit it, or a number is too small.
+        ConfigurationError: If the model has no decoder, a space does not fit it, or an argument is not valid.
         BufferError: If the buffer holds no windows of twice `context` rows.
         TrainingError: If the model predicts NaN.
     """
@@ -81,6 +81,12 @@ class ImaginedVecEnv(VecEnv):
         context: int = 5,
         seed: int = 0,
     ) -> None:
+        for name, given, kind in (("model", model, WorldModel), ("buffer", buffer, ReplayBuffer)):
+            if not isinstance(given, kind):
+                raise ConfigurationError(
+                    f"{name} is a {type(given).__name__}, expected a {kind.__name__}. An agent has both, as "
+                    "agent.model and agent.replay_buffer; ReplayBuffer.load reads a file."
+                )
         self.model, self.buffer = model, buffer
         self.horizon = whole_number("horizon", horizon, 1)
         self.context = whole_number("context", context, 1)
@@ -117,6 +123,10 @@ class ImaginedVecEnv(VecEnv):
     def step_async(self, actions: NDArray[Any]) -> None:
         """Takes the actions of the next step, `[n_envs, *action_space.shape]`."""
         self._actions = self._action_codec.from_env(actions)
+        if len(self._actions) != self.num_envs:
+            raise ShapeMismatchError(
+                f"There are {len(self._actions)} actions, expected one for each of {self.num_envs}."
+            )
 
     def step_wait(self) -> VecEnvStepReturn:
         """Predicts the results of the actions, and begins the next episode where one ended."""

@@ -37,11 +37,11 @@ class Options:
     """Seeds, each of which is a run of its own."""
     steps: int = 3_000
     """Steps in the real environment."""
-    imagined_steps: int = 100_000
+    imagined_steps: int = 300_000
     """Steps of PPO in the model."""
     n_envs: int = 32
     """Episodes that are imagined together."""
-    horizon: int = 50
+    horizon: int = 100
     """Length at which imagined episodes are truncated."""
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from worldflux import State, WorldModel, WorldModelConfig, create_world_model
 from worldflux.envs import ImaginedEnv, ImaginedVecEnv
-from worldflux.errors import BufferError, ConfigurationError, TrainingError
+from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError, TrainingError
 from worldflux.models.base import Trajectory
 from worldflux.training import ReplayBuffer
 
@@ -292,9 +292,16 @@ def test_refused_models_and_buffers():
         ImaginedVecEnv(model, buffer)
     with pytest.raises(BufferError):
         ImaginedVecEnv(counting(), ReplayBuffer(10, (1,), 1))
+    with pytest.raises(ConfigurationError, match=r"model is a str.*agent\.model"):
+        ImaginedVecEnv("dreamerv3:tiny", counted())
+    with pytest.raises(ConfigurationError, match="buffer is a NoneType"):
+        ImaginedVecEnv(counting(), None)
     env = ImaginedVecEnv(counting(), counted())
     with pytest.raises(ConfigurationError, match="Call reset first"):
         env.step(np.zeros((16, 1)))
+    env.reset()
+    with pytest.raises(ShapeMismatchError, match="3 actions, expected one for each of 16"):
+        env.step(np.zeros((3, 1)))
     broken = counting()
     env = ImaginedVecEnv(broken, counted(), n_envs=1)
     env.reset()
