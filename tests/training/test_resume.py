@@ -25,6 +25,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from worldflux.errors import BufferError, CheckpointError, ConfigurationError, TrainingError
 from worldflux.replay.provider import PrefetchedBatches
+from worldflux.replay.views import ReplayPart
 from worldflux.training import (
     Batch,
     Callback,
@@ -259,6 +260,20 @@ def test_what_a_run_held_out_stays_held_out(tmp_path: Path) -> None:
     found, later = run(resume=True, directory=tmp_path)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert later == {step: losses[step] for step in (9, 12)}
+
+
+def test_training_goes_on_with_all_but_the_share_that_is_held_out() -> None:
+    sizes: dict[str, int] = {}
+
+    class Sizes(Callback):
+        def on_train_begin(self, trainer: Any) -> None:
+            assert isinstance(trainer.eval_data, ReplayPart)
+            sizes["held out"] = len(trainer.eval_data)
+            sizes["trained on"] = len(trainer._batches.provider)
+
+    buffer = create_random_buffer(1000, (3,), 2, num_episodes=20, episode_length=10, seed=0)
+    Trainer(NoisyRegression(), replace(CONFIG, total_steps=1), [Sizes()], eval_data=0.1).train(buffer)
+    assert sizes == {"held out": 20, "trained on": 180}
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.5, 1.5, True, float("nan")])

@@ -45,7 +45,7 @@ def held_out(buffer: Any, share: float, *, seed: int, seq_len: int) -> tuple[Any
             "has. Pass a provider of its own as eval_data."
         )
     part, rest = split(share, seed=seed, seq_len=seq_len)
-    return rest, part
+    return part, rest
 
 
 class Continuation:
