@@ -189,10 +189,18 @@ class Actor:
         inputs = {f"state/{name}": value for name, value in memory.state.items()}
         if memory.plan is not None:
             inputs |= {"plan": memory.plan, "is_first": torch.as_tensor(episode_starts, dtype=torch.bool)}
-        return replace(memory, **self._run(("act", deterministic), choose, inputs))  # type: ignore[arg-type]
+        # A graph would keep whatever the user's function reads besides the trajectory, such as the angle to hold.
+        capturable = planner is None or planner.objective is None
+        found = self._run(("act", deterministic), choose, inputs, capturable=capturable)
+        return replace(memory, **found)  # type: ignore[arg-type]
 
     def _run(
-        self, key: Hashable, function: Callable[[Tensors], dict[str, Tensor]], inputs: dict[str, Tensor]
+        self,
+        key: Hashable,
+        function: Callable[[Tensors], dict[str, Tensor]],
+        inputs: dict[str, Tensor],
+        *,
+        capturable: bool = True,
     ) -> dict[str, Tensor]:
         """Calls a function in evaluation mode with inputs from any device, or replays its CUDA graph."""
 
@@ -205,7 +213,7 @@ class Actor:
         def plain() -> dict[str, Tensor]:
             return evaluated({name: to_device(value, self.model.device) for name, value in inputs.items()})
 
-        if self._captures is None or self._captures.given_up:
+        if self._captures is None or self._captures.given_up or not capturable:
             return plain()
         self._captures.keep_while(places(self._tensors))
         form = (key, signature_of(inputs))

@@ -51,6 +51,7 @@ class WorldFluxAgent(SavedAgent):
         trainer: Owns the gradient steps.
         schedule: Says how many gradient steps are due.
         last_losses: Losses of the last gradient step, as tensors on the device.
+        objective: What the planner maximises; it can be set at any time, also by a callback.
 
     Args:
         model: A preset (`list_models()` shows them), a directory written by `save_pretrained`, or a `WorldModel`. A
@@ -74,6 +75,10 @@ class WorldFluxAgent(SavedAgent):
         planner: "mppi" plans each action in the latent space of the model, None acts with its policy, and "auto" does
             what the family's paper does: TD-MPC2 plans, DreamerV3 does not. Planning needs continuous actions.
         planner_kwargs: Fields of `PlannerConfig` to override, such as `{"num_samples": 128}`.
+        objective: Function of a `PlannedTrajectory` that the planner maximises in place of the learned reward; it
+            returns a number for each step `[H, B]`, or minus infinity where a state is forbidden. With
+            `RewardPlus(function)` the planner maximises the sum of both. `learn` collects with it, too, but trains for
+            the environment's reward. Files do not contain it: pass it again to `load`.
         model_kwargs: Fields of the preset's configuration to override.
         stats_window_size: Episodes over which `rollout/` logs average.
         tensorboard_log: Directory for TensorBoard; None writes none.

@@ -21,6 +21,7 @@ from worldflux.agents.acting import Actor
 from worldflux.agents.learning import Learner
 from worldflux.errors import ConfigurationError
 from worldflux.locks import ThreadLock
+from worldflux.models.objective import Objective
 from worldflux.validation import whole_number
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class ActingCopy:
     """
 
     def __init__(self, actor: Actor, updates: int, *, compiled: bool) -> None:
-        shared = {id(codec): codec for codec in (actor.obs_codec, actor.action_codec)}
+        shared = {id(item): item for item in (actor.obs_codec, actor.action_codec, _objective(actor))}
         self.actor = copy.deepcopy(actor, shared)
         if compiled:  # which the copy of a compiled model is not
             self.actor.model.compile_functions()
@@ -72,11 +73,17 @@ class ActingCopy:
             self.published, self._is_new = updates, True
 
     def refresh(self) -> None:
-        """Takes over the weights that were published last."""
+        """Takes over the weights that were published last, and the objective of the original."""
+        if self.actor.planner is not None:
+            self.actor.planner.objective = _objective(self._trained)
         with self._lock, torch.no_grad():
             if self._is_new:
                 torch._foreach_copy_(self._own, self._between)
                 self.taken, self._is_new = self.published, False
+
+
+def _objective(actor: Actor) -> Objective | None:
+    return None if actor.planner is None else actor.planner.objective
 
 
 def _tensors(actor: Actor) -> list[Tensor]:

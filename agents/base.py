@@ -21,7 +21,7 @@ from worldflux.accel.compilation import captures
 from worldflux.accel.device import resolve_device
 from worldflux.agents.acting import Actor
 from worldflux.agents.asynchronous import LearnerThread, Paused
-from worldflux.agents.building import build_model, build_planner, checked_model_kwargs, shown_model
+from worldflux.agents.building import build_model, build_planner, checked_model_kwargs, set_objective, shown_model
 from worldflux.agents.collecting import Collector, stands_for
 from worldflux.agents.habits import PolicyMethods, refuse_policy, refuse_unknown
 from worldflux.agents.learning import Learner, UpdateSchedule
@@ -33,6 +33,7 @@ from worldflux.envs.vector import seed_envs
 from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError
 from worldflux.factory import find_preset
 from worldflux.models.base import WorldModel
+from worldflux.models.objective import Objective
 from worldflux.replay.buffer import ReplayBuffer
 from worldflux.replay.sampler import WindowSampler
 from worldflux.training.checkpoint import part_of_rank
@@ -84,6 +85,7 @@ class AgentBase(BaseAlgorithm):
         replay_context: bool = True,
         planner: str | None = "auto",
         planner_kwargs: Mapping[str, Any] | None = None,
+        objective: Objective | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | Path | None = None,
@@ -138,6 +140,7 @@ class AgentBase(BaseAlgorithm):
         self._random_started = False
         if _init_setup_model:
             self._setup_model()
+            self.objective = objective
             self.learn_from(buffer, offline_share)
 
     def _setup_model(self) -> None:
@@ -215,6 +218,15 @@ class AgentBase(BaseAlgorithm):
     def acting_model(self) -> WorldModel:
         """The model that chooses the actions: `model`, or a copy of it during `learn(asynchronous=True)`."""
         return self.model if self._beside is None else self._beside.acting.actor.model
+
+    @property
+    def objective(self) -> Objective | None:
+        """Function that the planner maximises in place of the learned reward; None plans for the reward."""
+        return None if self.actor.planner is None else self.actor.planner.objective
+
+    @objective.setter
+    def objective(self, objective: Objective | None) -> None:
+        set_objective(self.actor.planner, objective)
 
     def learn_from(self, buffer: WindowSampler | None, offline_share: float = 0.5) -> None:
         """Learns from recorded data besides what is collected, from the next gradient step on.

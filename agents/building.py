@@ -17,6 +17,7 @@ from worldflux.envs.spaces import ActionCodec, ObservationCodec
 from worldflux.errors import ConfigurationError, ShapeMismatchError
 from worldflux.factory import create_world_model, find_preset
 from worldflux.models.base import WorldModel
+from worldflux.models.objective import Objective
 from worldflux.models.planning import Planner
 
 logger = logging.getLogger("worldflux")
@@ -82,6 +83,21 @@ def build_planner(model: WorldModel, planner: str | None, overrides: Mapping[str
             logger.warning("planner_kwargs change nothing: this agent acts with its policy. planner='mppi' plans.")
         return None
     return Planner(model, PlannerConfig.from_model(model.config, **(overrides or {})))
+
+
+def set_objective(planner: Planner | None, objective: Objective | None) -> None:
+    """Sets what a planner maximises; None stands for the model's reward.
+
+    Raises:
+        ConfigurationError: If there is an objective but no planner, or it is no function.
+    """
+    if planner is not None:
+        planner.objective = objective
+    elif objective is not None:
+        raise ConfigurationError(
+            "The agent has an objective but no planner: its policy acts, which was trained for the environment's "
+            "reward. Choose a planner: WorldFluxAgent(..., planner='mppi', objective=...), or the same in load."
+        )
 
 
 def shown_model(model: WorldModel) -> str:

@@ -49,6 +49,7 @@ from worldflux.hub.cards import AgentRecord, Score
 from worldflux.hub.description import env_options, shown_choices, shown_shapes
 from worldflux.hub.pushing import push_agent
 from worldflux.models.base import WEIGHTS_FILE
+from worldflux.models.objective import Objective
 from worldflux.models.weights import read_weights
 from worldflux.reading import only_our_errors
 from worldflux.replay.buffer import ReplayBuffer
@@ -184,6 +185,7 @@ class SavedAgent(AgentBase):
         resume: bool = False,
         buffer: WindowSampler | None = None,
         offline_share: float | None = None,
+        objective: Objective | None = None,
         allow_nonfinite: bool = False,
         **kwargs: Any,
     ) -> SelfAgent:
@@ -209,11 +211,9 @@ class SavedAgent(AgentBase):
             env: An environment of the same spaces, with any number of copies. None suffices for `predict`, and until
                 `set_env`.
             device: As for the constructor.
-            custom_objects: Settings in place of those in the file, as in SB3's signature; other names are ignored,
-                because nothing in the file is an object.
+            custom_objects: Settings in place of those in the file, as in SB3's signature; other names are ignored.
             print_system_info: Print the versions of this machine, and those that the file was saved with.
-            force_reset: Without effect, because the environment is always reset before training; SB3's signature has
-                it.
+            force_reset: Without effect (SB3's signature has it): environments are always reset before training.
             resume: Continue the run and not only the agent. Needs `env`, with as many copies as before. Replay data
                 that lay on a disk or a device come into memory, if they fit there; pass `buffer_storage` for another
                 place.
@@ -221,6 +221,7 @@ class SavedAgent(AgentBase):
                 the same data to be resumed.
             offline_share: Share of the windows in each batch that come from `buffer`. None: that of the run which is
                 resumed, otherwise 0.5.
+            objective: As for the constructor; the file has none.
             allow_nonfinite: Take weights and optimiser states that are NaN or infinite, to look at them.
             **kwargs: Settings of the constructor that differ from the saved ones.
 
@@ -260,6 +261,7 @@ class SavedAgent(AgentBase):
                     agent.n_envs = saved.n_envs
                 with only_our_errors(path):
                     agent._setup_model()
+                    agent.objective = objective
                     if (checkpoint / OPTIMIZER_FILE).is_file():
                         agent.trainer.load_checkpoint(checkpoint, allow_nonfinite=allow_nonfinite)
                     else:  # what push_to_hub shares, with the weights that the model has already
@@ -414,6 +416,7 @@ class SavedAgent(AgentBase):
             load_path_or_dict: A saved agent as for `load`, or the parameters.
             exact_match: Whether every parameter has to be there, and no other.
             device: Without effect; SB3's signature has it.
+            objective: As for the constructor; the file has none.
             allow_nonfinite: Take weights from a file that are NaN or infinite.
 
         Raises:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from worldflux.config import DreamerV3Config, DynamicsType, LatentType, TDMPC2Config, WorldModelConfig
     from worldflux.factory import create_world_model, list_models, register_model
     from worldflux.models.base import State, WorldModel
+    from worldflux.models.objective import PlannedTrajectory, RewardPlus
 
 __version__ = "0.1.0"
 
@@ -50,6 +51,8 @@ __all__ = [
     "HubError",
     "LatentType",
     "MissingDependencyError",
+    "PlannedTrajectory",
+    "RewardPlus",
     "ShapeMismatchError",
     "State",
     "TDMPC2Config",
@@ -72,6 +75,7 @@ __getattr__, __dir__ = lazy_exports(
         "worldflux.config": ["DreamerV3Config", "DynamicsType", "LatentType", "TDMPC2Config", "WorldModelConfig"],
         "worldflux.factory": ["create_world_model", "list_models", "register_model"],
         "worldflux.models.base": ["State", "WorldModel"],
+        "worldflux.models.objective": ["PlannedTrajectory", "RewardPlus"],
     },
 )
 

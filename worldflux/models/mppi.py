@@ -24,20 +24,28 @@ class PartialReturn:
     """Weight of the value of the last state. `[N, S]`"""
     state: State
     """State after the last action. `[N, S, ...]`"""
+    forbidden: Tensor | None = None
+    """Number of steps in states that an objective forbids; None if there is no objective. `[N, S]`"""
 
     @staticmethod
     def join(parts: Sequence[PartialReturn]) -> PartialReturn:
         """Concatenates the sequences of several partial returns in each row."""
+        forbidden = [part.forbidden for part in parts if part.forbidden is not None]
         return PartialReturn(
             torch.cat([part.earned for part in parts], 1),
             torch.cat([part.weight for part in parts], 1),
             State.cat([part.state for part in parts], dim=1),
+            torch.cat(forbidden, 1) if forbidden else None,
         )
 
 
 @runtime_checkable
 class PlanningModel(Protocol):
-    """Optional interface of models with their own methods for planning; a model implements all four or none."""
+    """Optional interface of models with their own methods for planning; a model implements all four or none.
+
+    With an objective, sequences of actions are predicted by `rollout` in place of `partial_return`. A model whose
+    discount or continuation differs from `discount` and `rollout` then also has `step_factors`, as TD-MPC2 does.
+    """
 
     def action_mask(self, state: State) -> Tensor | None:
         """Returns 1 where the task of a row has an action dimension, else 0; None if all rows have all. `[N, A]`"""

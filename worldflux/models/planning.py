@@ -4,6 +4,8 @@
     >>> plan = planner.start(rows=1)
     >>> actions, plan = planner.plan(state, plan, is_first=is_first)        # [N, A], and the plan for the next step
 
+A planner maximises the model's reward, or an objective of your own: `planner.objective = function`, see `objective`.
+
 A model needs `rollout`, `policy` and `value`. A model may also implement the methods of `mppi.PlanningModel`, which the
 planner then calls instead. TD-MPC2 does so for its ensemble of critics, hard threshold on termination, action masks and
 discount per task.
@@ -26,6 +28,7 @@ from worldflux.errors import ConfigurationError, ShapeMismatchError
 from worldflux.models.action_search import ActionSearch, NormalSearch
 from worldflux.models.base import State, WorldModel
 from worldflux.models.mppi import PlanningModel, Proposals, RolloutPlanning, repeated, search_step
+from worldflux.models.objective import Objective, ObjectivePlanning, check_objective
 
 _NOISE_SEED = 0  # seed of the fixed noise of deterministic planning
 
@@ -76,12 +79,13 @@ class Planner:
     Args:
         model: Model to plan with. Later training of it takes effect; it should be in evaluation mode.
         config: Configuration of the search.
+        objective: Function to maximise in place of the model's reward; see `models.objective`.
 
     Raises:
         ConfigurationError: If the actions are not continuous, or there is no discount.
     """
 
-    def __init__(self, model: WorldModel, config: PlannerConfig) -> None:
+    def __init__(self, model: WorldModel, config: PlannerConfig, objective: Objective | None = None) -> None:
         if model.config.action_type != "continuous":
             raise ConfigurationError(
                 f"The model has action_type '{model.config.action_type}', but planning needs continuous actions. "
@@ -91,18 +95,38 @@ class Planner:
         self.config = config
         self.action_dim = model.config.action_dim
         self.kind: ActionSearch = NormalSearch(config)
-        if config.discount is None and not hasattr(model, "discount") and not isinstance(model, PlanningModel):
-            raise ConfigurationError(
-                f"{type(model).__name__} has no discount. Give the planner one: PlannerConfig(discount=0.99)."
-            )
+        if not isinstance(model, PlanningModel):
+            self._check_discount()
         self._fixed: PlanDraws | None = None
+        self.objective = objective
 
     def __repr__(self) -> str:
         """Returns the model's class and the configuration."""
         return f"Planner({type(self.model).__name__}, {self.config})"
 
     @property
+    def objective(self) -> Objective | None:
+        """Function that the planner maximises in place of the model's reward; None plans for the reward.
+
+        It can be set at any time. The previous plan still initialises the next one, whose deviations start anew.
+        """
+        return self._objective
+
+    @objective.setter
+    def objective(self, objective: Objective | None) -> None:
+        if objective is not None:
+            check_objective(objective)
+            self._check_discount()
+        self._objective = objective
+
+    @property
     def _scorer(self) -> PlanningModel:
+        """What evaluates the candidates: the objective, or the model alone."""
+        inner = self._model_scorer
+        return inner if self._objective is None else ObjectivePlanning(self.model, inner, self._objective)
+
+    @property
+    def _model_scorer(self) -> PlanningModel:
         """The model if it implements `PlanningModel` and no method that this bypasses is overridden, or a wrapper."""
         model = self.model
         if isinstance(model, PlanningModel):
@@ -247,6 +271,12 @@ class Planner:
                 final=None,
             )
         return self._fixed
+
+    def _check_discount(self) -> None:
+        if self.config.discount is None and not hasattr(self.model, "discount"):
+            raise ConfigurationError(
+                f"{type(self.model).__name__} has no discount. Give the planner one: PlannerConfig(discount=0.99)."
+            )
 
     def _check(self, state: State, previous: Tensor, is_first: Tensor | None) -> None:
         expected = (self.config.horizon, self.action_dim)

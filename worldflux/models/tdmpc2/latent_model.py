@@ -211,13 +211,25 @@ class LatentModel(WorldModel):
                 if len(actions) > 1:
                     parts.append(self.reward_head(*self._inputs(after[:-1], task, actions[1:])))
             rewards = torch.cat([self._decoded(part) for part in parts])
-        continues = None
-        if self.termination_head is not None:
-            # With a termination probability of exactly one half the episode continues. A comparison would hide NaN.
-            continues = 1.0 - torch.round(1.0 - self._continues(after, task))
-        weight = self._discount(task) if discount is None else discount
-        earned, left = discounted_rewards(rewards, continues, weight)
+        continues = None if self.termination_head is None else self._continues(after, task)
+        earned, left = discounted_rewards(rewards, *self.step_factors(state, continues, discount))
         return PartialReturn(earned, left, _state(after[-1], None if task is None else task.expand(earned.shape)))
+
+    def step_factors(
+        self, state: State, continues: Tensor | None, discount: float | None
+    ) -> tuple[Tensor | None, Tensor | float]:
+        """Returns the continuation after each step of a plan, 0 or 1, and the discount per step.
+
+        Args:
+            state: State to plan from. `[N, ...]`
+            continues: Probability that the episode continues after each step; None if it always does. `[H, N, S]`
+            discount: Discount per step; None takes that of the task of each row.
+        """
+        task = state["task"].unsqueeze(1) if "task" in state else None  # [N, 1]
+        if continues is not None:
+            # With a termination probability of exactly one half the episode continues. A comparison would hide NaN.
+            continues = 1.0 - torch.round(1.0 - continues)
+        return continues, self._discount(task) if discount is None else discount
 
     def estimated_return(
         self, partial: PartialReturn, *, deterministic: bool, noise: Tensor | None = None, members: Tensor | None = None
