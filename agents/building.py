@@ -77,12 +77,24 @@ def build_model(
 
 
 def build_planner(model: WorldModel, planner: str | None, overrides: Mapping[str, Any] | None) -> Planner | None:
-    """The planner in the model; None where its policy acts."""
+    """The planner in the model; None where its policy acts.
+
+    Raises:
+        ConfigurationError: If the settings do not fit the planner, or the planner does not fit the model.
+    """
     if planner is None:
         if overrides:
             logger.warning("planner_kwargs change nothing: this agent acts with its policy. planner='mppi' plans.")
         return None
-    return Planner(model, PlannerConfig.from_model(model.config, **(overrides or {})))
+    chosen = dict(overrides or {})
+    if planner == "cem":
+        if "temperature" in chosen:
+            raise ConfigurationError(
+                f"planner_kwargs has temperature={chosen['temperature']!r}, but planner='cem' gives all elites the "
+                "same weight. Leave it out, or take planner='mppi'."
+            )
+        chosen["temperature"] = None
+    return Planner(model, PlannerConfig.from_model(model.config, **chosen))
 
 
 def set_objective(planner: Planner | None, objective: Objective | None) -> None:

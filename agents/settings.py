@@ -22,7 +22,7 @@ from worldflux.validation import finite_number, whole_number
 _COUNTS = {"batch_size": 1, "seq_len": 1, "buffer_size": 1, "learning_starts": 0, "seed": 0}
 """Smallest value of each count. None is allowed as well."""
 
-PLANNERS = ("auto", "mppi", None)
+PLANNERS = ("auto", "mppi", "cem", None)
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class AgentSettings:
         checked["replay_context"] = bool(self.replay_context)
         if self.planner not in PLANNERS:
             raise ConfigurationError(
-                f"planner is {self.planner!r}, expected 'mppi' to plan, None to act with the policy, or 'auto' for the "
-                "family's default."
+                f"planner is {self.planner!r}, expected 'mppi' or 'cem' to plan, None to act with the policy, or "
+                "'auto' for the family's default."
             )
         if self.planner_kwargs is not None:
             checked["planner_kwargs"] = _planner_fields(self.planner_kwargs)

@@ -209,11 +209,12 @@ def test_without_a_planner_the_policy_prior_acts() -> None:
     assert len(memory) == 2  # latent and actions, no plan
 
 
-def test_dreamerv3_plans_with_the_same_planner() -> None:
+@pytest.mark.parametrize("planner", ["mppi", "cem"])
+def test_dreamerv3_plans_with_the_same_planners(planner: str) -> None:
     settings: dict[str, Any] = dict(
         seq_len=6, batch_size=2, train_ratio=6, buffer_size=1000, model="dreamerv3:tiny", model_kwargs=TINY
     )
-    agent = make_agent(planner="mppi", **settings).learn(40)
+    agent = make_agent(planner=planner, **settings).learn(40)
     assert agent._n_updates > 5
     actions, memory = agent.predict(observations(2), deterministic=True)
     assert memory[-1].shape == (2, 3, 1)
@@ -221,7 +222,7 @@ def test_dreamerv3_plans_with_the_same_planner() -> None:
     assert not np.array_equal(actions, unplanned)
     assert make_agent(**settings).planner is None
     with pytest.raises(ConfigurationError, match="planning needs continuous actions"):
-        make_agent("CartPole-v1", planner="mppi", **settings)
+        make_agent("CartPole-v1", planner=planner, **settings)
 
 
 def test_a_memory_of_an_agent_without_a_plan_is_refused(trained: WorldFluxAgent) -> None:
@@ -287,6 +288,13 @@ def test_a_loaded_agent_acts_the_same_and_starts_at_random_no_more(tmp_path: Pat
     loaded.learn(4, reset_num_timesteps=False)
     assert len(planned) == 2
     assert WorldFluxAgent.load(tmp_path / "agent", planner=None).actor.planner is None
+    other = WorldFluxAgent.load(tmp_path / "agent", planner="cem")
+    assert other.actor.planner is not None and other.actor.planner.config.temperature is None
+    assert not np.array_equal(other.predict(obs, deterministic=True)[0], action)
+    other.save(tmp_path / "other")
+    again = WorldFluxAgent.load(tmp_path / "other")
+    assert again.planner == "cem" and again.actor.planner is not None
+    assert again.actor.planner.config == other.actor.planner.config
 
 
 def test_a_model_of_ones_own_is_planned_with() -> None:
@@ -339,7 +347,11 @@ def test_an_official_checkpoint_goes_on_learning_where_episodes_terminate() -> N
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"planner": "cem"}, "planner is 'cem', expected 'mppi'"),
+        ({"planner": "best"}, "planner is 'best', expected 'mppi' or 'cem' to plan"),
+        (
+            {"planner": "cem", "planner_kwargs": {"temperature": 2.0}},
+            "temperature=2.0, but planner='cem' gives all elites the same weight",
+        ),
         (
             {"planner_kwargs": {"num_sample": 3}},
             "'num_sample' in planner_kwargs; did you mean 'num_samples'",

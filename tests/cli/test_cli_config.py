@@ -167,7 +167,7 @@ MISTAKES = {
     "pixels: 1": "mine.yaml: pixels is 1, expected true or false.",
     "device: 0": "mine.yaml: device is 0, expected text.",
     "model: [a]": "mine.yaml: model is ['a'], expected text.",
-    "planner: best": "mine.yaml: planner is 'best', expected one of auto, mppi, none.",
+    "planner: best": "mine.yaml: planner is 'best', expected one of auto, mppi, cem, none.",
     "set: units": "mine.yaml: set is 'units', expected a mapping of names to values.",
     "set: {units: 2026-01-01}": "mine.yaml: set has datetime.date(2026, 1, 1), expected numbers, text or lists.",
     "seeds: 3": "mine.yaml: seeds is 3, expected a list, such as [0, 1, 2].",

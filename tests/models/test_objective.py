@@ -183,10 +183,11 @@ def behind_a_wall(trajectory: PlannedTrajectory) -> Tensor:
     return trajectory.rewards.masked_fill(trajectory.states["place"][..., 0] > 0.1, -torch.inf)
 
 
+@pytest.mark.parametrize("temperature", [20.0, None])
 @pytest.mark.parametrize("objective", [behind_a_wall, RewardPlus(lambda t: behind_a_wall(t) - t.rewards)])
-def test_forbidden_states_are_avoided(objective: Objective) -> None:
+def test_forbidden_states_are_avoided(objective: Objective, temperature: float | None) -> None:
     model, state = PointModel(), points((-0.5, 0.0), (0.0, 0.5))
-    search = planner(model, objective, horizon=1, num_samples=512, iterations=8, temperature=20.0)
+    search = planner(model, objective, horizon=1, num_samples=512, iterations=8, temperature=temperature)
     actions, mean = search.plan(state, search.start(2), deterministic=True)
 
     after = state["place"] + actions
@@ -196,6 +197,24 @@ def test_forbidden_states_are_avoided(objective: Objective) -> None:
     search.objective = None
     free, _ = search.plan(state, search.start(2), deterministic=True)
     assert ((state["place"] + free)[:, 0] > 0.1).all()
+
+
+@pytest.mark.parametrize("temperature", [0.5, None])
+def test_elites_that_are_forbidden_do_not_count(temperature: float | None) -> None:
+    """Only 1 of 64 candidates is allowed, although 8 elites are kept."""
+
+    def only_the_fifth(trajectory: PlannedTrajectory) -> Tensor:
+        worth = torch.full_like(trajectory.rewards, -torch.inf)
+        if worth.shape[1] == 60:  # the sampled candidates
+            worth[:, 5] = -3.0
+        return worth
+
+    search, traces = planner(PointModel(), only_the_fifth, iterations=1, temperature=temperature), []
+    actions, mean = search.plan(points((0.0, 0.0)), search.start(1), deterministic=True, trace=traces.append)
+
+    torch.testing.assert_close(traces[0].weights[0], torch.eye(8)[0])
+    torch.testing.assert_close(mean[:, 0], actions)
+    assert (traces[0].std == search.config.min_std).all()
 
 
 def test_where_everything_is_forbidden_the_fewest_forbidden_steps_are_taken() -> None:

@@ -24,11 +24,15 @@ def planner(model: WorldModel | None = None, **fields) -> Planner:
 # Results of the search
 
 
+METHODS = pytest.mark.parametrize("temperature", [0.5, None], ids=["mppi", "cem"])
+
+
+@METHODS
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_the_best_action_of_a_quadratic_problem_is_found(deterministic):
+def test_the_best_action_of_a_quadratic_problem_is_found(deterministic, temperature):
     """Uses the paper's settings with twice the iterations, so that the standard deviation becomes small."""
     model = PointModel()
-    search = Planner(model, PlannerConfig(iterations=12, min_std=0.01))
+    search = Planner(model, PlannerConfig(iterations=12, min_std=0.01, temperature=temperature))
 
     actions, mean = search.plan(PLACES, search.start(4), deterministic=deterministic)
 
@@ -125,12 +129,54 @@ def test_one_iteration_worked_by_hand(gumbel, chosen):
     torch.testing.assert_close(actions, torch.tensor([[chosen + 0.199362, -0.65]]))
 
 
-def test_momentum_keeps_a_share_of_the_old_mean_and_leaves_the_spread():
+def test_an_iteration_of_cem_worked_by_hand():
+    """The elites' plain mean and standard deviation, of the same candidates as above."""
+    model = PointModel()
+    model.discount = 1.0
+    noise = torch.tensor([[0.3, -0.6], [-0.1, -0.6], [2.0, -0.6], [-1.0, -0.6]]) / 2.0
+    draws = PlanDraws(torch.zeros(1, 1, 0, 2), noise.reshape(1, 1, 1, 4, 2), torch.tensor([[0.0, 0.1, 0.0]]), None)
+    previous, sizes = torch.zeros(1, 1, 2), dict(horizon=1, num_samples=4, num_elites=3, temperature=None)
+
+    actions, mean, [trace] = one_iteration(model, draws, previous, points((0.0, 0.0)), **sizes)
+
+    # Elites 0.3, -0.1 and 1; the Gumbel noise draws the second of them.
+    torch.testing.assert_close(trace.weights, torch.full((1, 3), 1.0 / 3.0))
+    torch.testing.assert_close(mean[0, 0], torch.tensor([0.4, -0.6]))
+    torch.testing.assert_close(trace.std[0, 0], torch.tensor([(0.62 / 3.0) ** 0.5, 0.05]))
+    torch.testing.assert_close(actions, torch.tensor([[-0.1, -0.6]]))
+    _, slow, [again] = one_iteration(model, draws, previous, points((0.0, 0.0)), momentum=0.25, **sizes)
+    torch.testing.assert_close(slow[0, 0], torch.tensor([0.3, -0.45]))
+    torch.testing.assert_close(again.std, trace.std)
+
+
+def test_only_the_order_of_the_values_matters_to_cem():
+    class Scaled(PointModel):
+        scale = 1.0
+
+        def rollout(self, state: State, actions: Tensor, *, deterministic: bool = False) -> Trajectory:
+            found = super().rollout(state, actions)
+            return Trajectory(found.states, self.scale * found.rewards, found.continues)
+
+        def value(self, state: State) -> Tensor:
+            return self.scale * super().value(state)
+
+    def mean(scale: float, temperature: float | None) -> Tensor:
+        model = Scaled()
+        model.scale = scale
+        search = planner(model, temperature=temperature, iterations=3)
+        return search.plan(PLACES, search.start(4), deterministic=True)[1]
+
+    torch.testing.assert_close(mean(1.0, None), mean(1000.0, None))
+    assert not torch.allclose(mean(1.0, 0.5), mean(1000.0, 0.5), atol=0.01)
+
+
+@METHODS
+def test_momentum_keeps_a_share_of_the_old_mean_and_leaves_the_spread(temperature):
     draws = planner()._sample_draws(torch.zeros(4, 3, 2))
     draws = PlanDraws(torch.zeros(3, 1, 0, 2), draws.actions[:1], draws.gumbel, draws.final)
     previous = torch.randn(4, 3, 2).clamp(-1.0, 1.0)
     shifted = torch.cat([previous[:, 1:], torch.zeros(4, 1, 2)], 1)
-    fields = dict(num_samples=60)
+    fields = dict(num_samples=60, temperature=temperature)
 
     _, mean, [plain] = one_iteration(PointModel(), draws, previous, PLACES, **fields)
     _, blended, [slow] = one_iteration(PointModel(), draws, previous, PLACES, momentum=0.25, **fields)
@@ -139,14 +185,15 @@ def test_momentum_keeps_a_share_of_the_old_mean_and_leaves_the_spread():
     torch.testing.assert_close(slow.std, plain.std)
 
 
-def test_values_that_are_not_numbers_count_as_zero():
+@METHODS
+def test_values_that_are_not_numbers_count_as_zero(temperature):
     class Faulty(PointModel):
         def value(self, state: State) -> Tensor:
             value = super().value(state) + 100.0
             return torch.where(state["place"][..., 0] > 0.5, torch.nan, value)
 
     traces: list[PlanTrace] = []
-    search = planner(Faulty())
+    search = planner(Faulty(), temperature=temperature)
     actions, mean = search.plan(PLACES, search.start(4), deterministic=True, trace=traces.append)
 
     assert any(trace.values.isnan().any() for trace in traces)
@@ -176,12 +223,13 @@ def test_actions_are_nan_if_all_values_or_the_policys_actions_are_nan():
     assert torch.isnan(actions).all()
 
 
-def test_infinite_values_leave_the_weights_finite():
+@pytest.mark.parametrize("temperature", [100.0, None])
+def test_infinite_values_leave_the_weights_finite(temperature):
     class Exploding(PointModel):
         def value(self, state: State) -> Tensor:
             return super().value(state).div(0.0)
 
-    search = planner(Exploding(), temperature=100.0)
+    search = planner(Exploding(), temperature=temperature)
     actions, mean = search.plan(PLACES, search.start(4), deterministic=True)
 
     assert torch.isfinite(actions).all() and torch.isfinite(mean).all()
@@ -332,10 +380,11 @@ def dreamer(**fields) -> DreamerV3:
     return model.eval()
 
 
-def test_plans_in_dreamerv3s_latents_are_worth_more_than_its_policy():
+@METHODS
+def test_plans_in_dreamerv3s_latents_are_worth_more_than_its_policy(temperature):
     model = dreamer()
     state = model.encode(torch.randn(3, 5), deterministic=True)
-    search = planner(model, **{**SMALL, "num_samples": 128})
+    search = planner(model, num_samples=128, temperature=temperature)
 
     actions, mean = search.plan(state, search.start(3), deterministic=True)
 
@@ -392,7 +441,7 @@ def test_a_model_without_a_discount_needs_one_in_the_configuration():
         (dict(iterations=2.5), "iterations is 2.5, expected an integer above 0"),
         (dict(num_elites=65), r"num_elites is 65, expected at most num_samples \(64\)"),
         (dict(num_pi_trajs=64), r"num_pi_trajs is 64, expected an integer from 0 on, below num_samples \(64\)"),
-        (dict(temperature=0.0), "temperature is 0.0, expected a number above 0"),
+        (dict(temperature=0.0), "temperature is 0.0, expected a number above 0, or None for CEM"),
         (dict(min_std=3.0), r"min_std is 3.0, expected 0 to max_std \(2.0\)"),
         (dict(momentum=1.0), "momentum is 1.0, expected at least 0 and below 1"),
         (dict(discount=1.5), "discount is 1.5, expected above 0 and at most 1, or None"),

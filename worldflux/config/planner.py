@@ -17,7 +17,11 @@ _LARGE_ACTION_DIM = 20  # number of action dimensions from which the paper uses 
 
 @dataclass(frozen=True)
 class PlannerConfig:
-    """Configuration of sampling-based planning in latent space. The defaults follow TD-MPC2, arXiv:2310.16828."""
+    """Configuration of sampling-based planning in latent space. The defaults follow TD-MPC2, arXiv:2310.16828.
+
+    There are two methods: MPPI with elites, and with `temperature=None` the plain cross-entropy method (CEM). An agent
+    chooses between them by `planner="mppi"` or `planner="cem"`. All other fields have the same effect in both.
+    """
 
     horizon: int = 3
     """Number of latent steps per candidate. A longer horizon looks further ahead but compounds the model's error."""
@@ -30,16 +34,17 @@ class PlannerConfig:
     """Number of candidates that follow the policy, the same in every iteration; less than `num_samples`."""
     iterations: int = 6
     """Number of times the distribution is fitted. The cost grows linearly."""
-    temperature: float = 0.5
+    temperature: float | None = 0.5
     """Factor on the values in the elites' weights, `softmax(temperature * value)`. A larger factor favours the best
-    candidate, but may converge before the search has come close to the optimum."""
+    candidate, but may converge before the search has come close to the optimum. It depends on the scale of the rewards.
+    None gives all elites the same weight, so that only the order of the values matters (CEM)."""
     min_std: float = 0.05
     """Smallest standard deviation of the candidates' actions, and of the noise on the action that is carried out."""
     max_std: float = 2.0
     """Largest standard deviation, with which every plan starts."""
     momentum: float = 0.0
-    """Weight of the old mean in the new one, in [0, 1). A larger weight changes the mean more slowly; the paper uses
-    0."""
+    """Weight of the old mean in the new one, in [0, 1). A larger weight changes the mean more slowly, and keeps a
+    search with few elites from jumping; the standard deviation is not affected. The paper uses 0."""
     discount: float | None = None
     """Discount per step, in (0, 1]. None uses the model's own."""
 
@@ -56,7 +61,8 @@ class PlannerConfig:
                 f"iterations * num_samples * horizon is {self.iterations} * {self.num_samples} * {self.horizon}, "
                 f"expected at most {_MOST_STEPS:,} steps of candidates in a plan."
             )
-        self._check("temperature", 0.0 < self.temperature < math.inf, "a number above 0")
+        warm = self.temperature is None or 0.0 < self.temperature < math.inf
+        self._check("temperature", warm, "a number above 0, or None for CEM")
         self._check("max_std", 0.0 < self.max_std < math.inf, "a number above 0")
         self._check("min_std", 0.0 <= self.min_std <= self.max_std, f"0 to max_std ({self.max_std})")
         self._check("momentum", 0.0 <= self.momentum < 1.0, "at least 0 and below 1")

@@ -192,7 +192,7 @@ class OnlineDefaults:
     fresh_windows: bool = False
     """Whether each new window is trained on once before windows are drawn at random."""
     planner: str | None = None
-    """Method of choosing actions: "mppi" plans, None acts with the policy."""
+    """Method of choosing actions: "mppi" or "cem" plans, None acts with the policy."""
 
 
 class WorldModel(nn.Module):

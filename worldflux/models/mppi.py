@@ -216,10 +216,20 @@ def search_step(
     values_sorted, order = values.nan_to_num(0.0).sort(dim=-1, descending=True, stable=True)
     elites, elite_values = order[:, : config.num_elites], values_sorted[:, : config.num_elites]
     elite_actions = torch.take_along_dim(candidates, elites[None, :, :, None], dim=2)
-    # The largest value is subtracted first, because values may be close to the largest float.
-    log_weights = torch.log_softmax(config.temperature * (elite_values - elite_values[:, :1]), -1)
+    log_weights = _log_weights(elite_values, config.temperature)
     search = kind.refit(search, elite_actions, log_weights.exp(), mask)
     return SearchResult(search, values, elites, elite_actions, log_weights)
+
+
+def _log_weights(values: Tensor, temperature: float | None) -> Tensor:
+    """Returns the logarithms of the elites' weights for their values, of which the first is the largest. `[N, E]`"""
+    # The largest value is subtracted first, because values may be close to the largest float.
+    advantages = values - values[:, :1]
+    if temperature is None:
+        # Elites that an objective excludes are there if there are fewer others; their value is the smallest float.
+        excluded = advantages < 0.5 * torch.finfo(values.dtype).min
+        return torch.log_softmax(torch.zeros_like(values).masked_fill(excluded, -torch.inf), -1)
+    return torch.log_softmax(temperature * advantages, -1)
 
 
 def repeated(state: State, rows: int, times: int) -> State:

@@ -79,8 +79,8 @@ class TrainSettings(EnvOptions):
     """Recorded data to learn from, too: a file, a directory, or the id of a Minari data set (see worldflux data)."""
     offline_share: Real = None
     """Share of the windows in each batch that come from --offline-data. Default: 0.5."""
-    planner: Literal["auto", "mppi", "none"] = "auto"
-    """How actions are chosen: mppi plans them, none takes the policy's, auto does what the model's paper does."""
+    planner: Literal["auto", "mppi", "cem", "none"] = "auto"
+    """How actions are chosen: mppi and cem plan them, none takes the policy's, auto does what the paper does."""
     dtype: Precision = "auto"
     """Numbers in which the model multiplies matrices. auto: float32, or what the model was saved with."""
     compile: Compile = "auto"
