@@ -51,6 +51,7 @@ IMAGE = (3, 64, 64)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "dreamerv3": ("dreamerv3:tiny", {}),
     "dreamerv3 pixels": ("dreamerv3:tiny", {"obs_shape": IMAGE}),
+    "dreamerv3 pixels without a decoder": ("dreamerv3:tiny", {"obs_shape": IMAGE, "representation": "redundancy"}),
     "dreamerv3 discrete": ("dreamerv3:tiny", {"action_type": "discrete"}),
     "tdmpc2": ("tdmpc2:tiny", {}),
     "tdmpc2 pixels": ("tdmpc2:tiny", {"obs_shape": IMAGE}),

@@ -38,6 +38,7 @@ TASKS = dict(num_tasks=2, task_dim=4, task_action_dims=(1, 2), task_episode_leng
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{f"dreamerv3 {obs}": ("dreamerv3", obs, {}) for obs in OBS},
     "dreamerv3 discrete": ("dreamerv3", "vector", {"action_type": "discrete"}),
+    "dreamerv3 without a decoder": ("dreamerv3", "both", {"representation": "redundancy"}),
     "dreamerv3 plainly": ("dreamerv3", "both", {}),
     **{f"tdmpc2 {obs}": ("tdmpc2", obs, {}) for obs in OBS},
     "tdmpc2 that ends": ("tdmpc2", "vector", {"episodic": True}),

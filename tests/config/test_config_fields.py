@@ -192,6 +192,7 @@ DREAMERV3 = {
     "stoch_classes": Case(5, shapes),
     "blocks": Case(2, shapes),
     "unimix": Case(0.2, loss),
+    "representation": Case("redundancy", shapes),
     "encoder_type": Case("cnn", None),
     "decoder_type": Case("cnn", None),
     "units": Case(12, shapes),

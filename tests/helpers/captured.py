@@ -46,6 +46,9 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "dreamerv3 pixels": lambda: create_world_model(
         "dreamerv3:tiny", obs_shape=IMAGE, action_dim=2, cnn_depth=2, **small_models.DREAMERV3
     ),
+    "dreamerv3 without a decoder": lambda: create_world_model(
+        "dreamerv3:tiny", obs_shape=(4,), action_dim=2, representation="redundancy", **small_models.DREAMERV3
+    ),
     "tdmpc2 pixels": lambda: create_world_model("tdmpc2:tiny", obs_shape=IMAGE, action_dim=2, num_channels=2, **TDMPC2),
 }
 

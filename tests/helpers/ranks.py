@@ -139,6 +139,7 @@ class Draws(TorchFunctionMode):
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dreamerv3": ("dreamerv3:tiny", DREAMERV3),
     "dreamerv3 in plain form": ("dreamerv3:tiny", DREAMERV3),
+    "dreamerv3 without a decoder": ("dreamerv3:tiny", DREAMERV3 | {"representation": "redundancy"}),
     "tdmpc2": ("tdmpc2:tiny", TDMPC2 | {"episodic": True, "use_decoder": True}),
 }
 STEPS, WINDOWS, LENGTH = 3, 8, 7

@@ -11,8 +11,10 @@ from worldflux.errors import ConfigurationError, nearest
 from worldflux.validation import RESIZE_OR_FLATTEN, check_choice, clean_sizes, finite_number, whole_number
 
 _ENCODER_TYPES = ("cnn", "mlp", "multi")
+_REPRESENTATIONS = ("reconstruction", "redundancy")
 _DREAMERV3_LOSS_SCALES = {
     "reconstruction": 1.0,
+    "redundancy": 0.05,
     "reward": 1.0,
     "continue": 1.0,
     "kl": 1.1,
@@ -67,10 +69,14 @@ class DreamerV3Config(WorldModelConfig):
     unimix: float = 0.01
     """Share of the uniform distribution in every categorical latent. With 0, probabilities can vanish."""
 
+    representation: str = "reconstruction"
+    """What the latents are learned from: "reconstruction" decodes observations from them, as in the paper; "redundancy"
+    (R2-Dreamer) has no decoder, and learns to predict each entry of the encoder's output and no other one. It is faster
+    with images, and predicts no observations; `decoder_layers` and `bspace` have no effect."""
     encoder_type: str = None  # type: ignore[assignment]
     """"cnn" (images only), "mlp" (vectors only) or "multi" (both). Derived from `obs_shape`."""
     decoder_type: str = None  # type: ignore[assignment]
-    """Like `encoder_type`, for the reconstruction."""
+    """Like `encoder_type`, for the reconstruction. Derived even if there is no decoder."""
     units: int = 512
     """Width of the hidden layers of the encoder, decoder and heads."""
     encoder_layers: int = 3
@@ -103,9 +109,10 @@ class DreamerV3Config(WorldModelConfig):
     """Share of the KL loss that trains the prior; the rest trains the representation."""
     loss_scales: dict[str, float] = field(default_factory=lambda: dict(_DREAMERV3_LOSS_SCALES))
     """Weight of each loss. A partial dictionary changes only the losses that it names. With the default balance, a
-    weight of 1.1 for "kl" is 1.0 for the prior and 0.1 for the representation, as in the paper. "imitation" is not part
-    of the paper: above 0 the policy also imitates those recorded actions that turned out better than expected, which
-    keeps it near the data in offline training."""
+    weight of 1.1 for "kl" is 1.0 for the prior and 0.1 for the representation, as in the paper. Of "reconstruction" and
+    "redundancy", only the one that `representation` names is used. "imitation" is not part of the paper: above 0 the
+    policy also imitates those recorded actions that turned out better than expected, which keeps it near the data in
+    offline training."""
 
     imagination_horizon: int = 15
     """Number of imagined steps from every replayed state."""
@@ -199,14 +206,24 @@ class DreamerV3Config(WorldModelConfig):
                 f"cnn_kernels is {self.cnn_kernels}, expected four odd sizes, one per stage, such as (5, 5, 5, 5)."
             )
         self._require_bins("bins")
+        check_choice("representation", self.representation, _REPRESENTATIONS)
+        for name in _REPRESENTATIONS:
+            scale, default = self.loss_scales[name], _DREAMERV3_LOSS_SCALES[name]
+            if name != self.representation and scale != default:
+                raise ConfigurationError(
+                    f"loss_scales['{name}'] is {scale}, which has no effect with representation "
+                    f"'{self.representation}'. Set loss_scales['{self.representation}'], or representation to "
+                    f"'{name}'."
+                )
         if self.train_ratio is not None:
             self._set("train_ratio", finite_number("train_ratio", self.train_ratio))
             self._require("train_ratio", self.train_ratio >= 0, "0 or more, or None")
         self._require("discount_horizon", self.discount_horizon > 1, "more than 1 step")
         self._require_multiple("deter_dim", self.deter_dim, "blocks", self.blocks)
         if self.image_keys:
-            self._require_multiple("deter_dim", self.deter_dim, "bspace", self.bspace)
-            self._require_multiple("4 * cnn_depth", 4 * self.cnn_depth, "bspace", self.bspace)
+            if self.representation == "reconstruction":
+                self._require_multiple("deter_dim", self.deter_dim, "bspace", self.bspace)
+                self._require_multiple("4 * cnn_depth", 4 * self.cnn_depth, "bspace", self.bspace)
             self._check_images()
 
     def _check_images(self) -> None:

@@ -25,14 +25,15 @@ RMS_EPS = 1e-4
 class Linear(nn.Linear):
     """`torch.nn.Linear` with a truncated-normal kernel and a zero bias."""
 
-    def __init__(self, in_features: int, out_features: int, *, scale: float = 1.0) -> None:
+    def __init__(self, in_features: int, out_features: int, *, scale: float = 1.0, bias: bool = True) -> None:
         self.scale = scale
-        super().__init__(in_features, out_features)
+        super().__init__(in_features, out_features, bias)
 
     def reset_parameters(self) -> None:
         """Draws a new kernel and sets the bias to zero."""
         truncated_normal_(self.weight, self.in_features, self.scale)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class BlockLinear(nn.Module):

@@ -31,7 +31,8 @@ DREAMERV3_THRESHOLDS: dict[str, Threshold] = {
         0.8,
         "above",
         "The latents carry no information about the observations: lower kl_free or loss_scales['kl'], raise "
-        "loss_scales['reconstruction'], and check that observations reach the model at a useful scale.",
+        "loss_scales['reconstruction'] (of a model without a decoder, loss_scales['redundancy']), and check that "
+        "observations reach the model at a useful scale.",
     ),
     # Healthy: 0, also with 32 classes. Broken: 0.6 to 1 with learning rates of 0.1 to 10, 0.95 with posterior logits
     # multiplied by 100.

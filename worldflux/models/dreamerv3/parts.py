@@ -30,9 +30,10 @@ class LossParts:
 
     losses: dict[str, Tensor]
     """Losses per step `[B, T]`. With K start steps of imagination, those of the actor and the critic are `[B, K]`, and
-    `"replay_critic"` is `[B, K-1]`."""
+    `"replay_critic"` is `[B, K-1]`. `"redundancy"` is one number for the batch, `[]`."""
     reconstruction: dict[str, Tensor]
-    """Reconstruction loss of each observation key; the sum is `losses["reconstruction"]`. `[B, T]`"""
+    """Reconstruction loss of each observation key; the sum is `losses["reconstruction"]`. Empty without a decoder.
+    `[B, T]`"""
     rows: ArrivalRows
     """Batch in DreamerV3's alignment."""
     observed: Observed

@@ -30,10 +30,11 @@ from worldflux.models.dreamerv3.encoder import Decoder, Encoder
 from worldflux.models.dreamerv3.heads import Actor, ContinueHead, TwoHotHead, give_by_stacks
 from worldflux.models.dreamerv3.health import health_metrics
 from worldflux.models.dreamerv3.parts import Draws, LossParts
+from worldflux.models.dreamerv3.representation import redundancy_of_batch
 from worldflux.models.dreamerv3.rollout import roll_out
 from worldflux.models.dreamerv3.rssm import RSSM, kl_losses
 from worldflux.models.health import HealthMetric
-from worldflux.nn.layers import PORTION, in_portions, stacked_mlps
+from worldflux.nn.layers import PORTION, Linear, in_portions, stacked_mlps
 from worldflux.replay.batch import Batch, Observation
 
 
@@ -62,8 +63,9 @@ class DreamerV3(WorldModel):
             action_dim=c.action_dim,
             embed_dim=self.encoder.out_features,
         )
-        self.decoder = Decoder(c)
         feat_dim = c.deter_dim + c.stoch_discrete * c.stoch_classes
+        self.decoder = Decoder(c) if c.representation == "reconstruction" else None
+        self.projector = None if self.decoder else Linear(feat_dim, self.encoder.out_features, bias=False)
         self.reward_head = TwoHotHead(feat_dim, c.units, c.reward_layers, c.bins)
         self.continue_head = ContinueHead(feat_dim, c.units, c.continue_layers)
         self.actor = Actor(feat_dim, c.units, c.actor_layers, c.action_dim, c.action_classes)
@@ -130,18 +132,17 @@ class DreamerV3(WorldModel):
         """Returns predictions for a state.
 
         Returns:
-            `"obs"`: observation in its own structure, with images as floats in [0, 1]; `"reward"`: reward on arriving
-            at the state `[B]`; `"continue"`: probability that the episode continues there, without the discount `[B]`.
+            `"obs"` (with a decoder): observation in its own structure, with images as floats in [0, 1]; `"reward"`:
+            reward on arriving at the state `[B]`; `"continue"`: probability that the episode continues there, without
+            the discount `[B]`.
         """
-        stoch = state["stoch"].flatten(-2)
+        found: dict[str, Any] = {}
         with self._autocast():
-            obs = self.decoder.observations(self.decoder(state["deter"], stoch))
+            if self.decoder is not None:
+                obs = self.decoder.observations(self.decoder(state["deter"], state["stoch"].flatten(-2)))
+                found["obs"] = obs if isinstance(self.config.obs_shape, dict) else obs["obs"]
             reward, cont = self._reward_and_continue(self.features(state))
-        return {
-            "obs": obs if isinstance(self.config.obs_shape, dict) else obs["obs"],
-            "reward": reward,
-            "continue": (cont / self.discount).clamp(max=1.0),
-        }
+        return {**found, "reward": reward, "continue": (cont / self.discount).clamp(max=1.0)}
 
     def rollout(self, state: State, actions: Tensor, *, deterministic: bool = False) -> Trajectory:
         """Predicts the results of a sequence of at least one action `[H, B, A]` open loop."""
@@ -214,10 +215,17 @@ class DreamerV3(WorldModel):
         posterior, prior = self.rssm.dist(observed.logits), self.rssm.dist(self.rssm.prior(observed.deter))
         dynamics, representation, kl = kl_losses(posterior, prior, c.kl_free)
         feat = _features(observed.deter, observed.stoch)  # [B, T, F]
-        predictions = self.decoder(observed.deter.flatten(0, 1), observed.stoch.flatten(0, 1).flatten(1))
-        reconstruction = {k: v.unflatten(0, (B, T)) for k, v in self.decoder.losses(predictions, flat_obs).items()}
-        if seen is not None:
-            reconstruction = {k: torch.where(seen, v, 0.0) for k, v in reconstruction.items()}
+        reconstruction: dict[str, Tensor] = {}
+        if self.decoder is not None:
+            predictions = self.decoder(observed.deter.flatten(0, 1), observed.stoch.flatten(0, 1).flatten(1))
+            reconstruction = {k: v.unflatten(0, (B, T)) for k, v in self.decoder.losses(predictions, flat_obs).items()}
+            if seen is not None:
+                reconstruction = {k: torch.where(seen, v, 0.0) for k, v in reconstruction.items()}
+            represented = torch.stack(list(reconstruction.values())).sum(0)
+        else:
+            assert self.projector is not None
+            projected, counted = self.projector(feat).flatten(0, 1), None if seen is None else seen.flatten()
+            represented = redundancy_of_batch(projected, embed.flatten(0, 1), counted)
         known = rows.arrival_known
         target = (1.0 - rows.is_terminal) * self.discount
         cont_loss = F.binary_cross_entropy_with_logits(self.continue_head(feat), target, reduction="none")
@@ -266,7 +274,7 @@ class DreamerV3(WorldModel):
             lam=c.lambda_,
         )
         losses = {
-            "reconstruction": torch.stack(list(reconstruction.values())).sum(0),
+            c.representation: represented,
             "reward": torch.where(known, self.reward_head(feat).loss(rows.rewards), 0.0),
             "continue": torch.where(known, cont_loss, 0.0),
             "dynamics": dynamics,
