@@ -10,7 +10,7 @@ from typing import Any
 import cv2
 import pytest
 import torch
-from helpers.agents import make_agent
+from helpers.agents import TINY, make_agent
 from helpers.envs import CountingEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
@@ -118,14 +118,29 @@ def test_images_become_a_video_and_a_strip(tmp_path: Path) -> None:
     assert numbers(output)["windows"] == 8
 
 
+def test_images_are_not_drawn_without_a_decoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    agent = imagining("image", buffer_size=100, model_kwargs={**TINY, "representation": "redundancy"})
+    agent.learn(60)
+    agent.save_checkpoint(tmp_path / "agent")
+    output = tmp_path / "out"
+    assert main(["imagine", str(tmp_path / "agent"), *SMALL, "-o", str(output)]) == 0
+    names = {"continues.png", "errors.png", "imagination.json", "imagination.png", "rewards.png"}
+    assert {entry.name for entry in output.iterdir()} == names
+    said = capsys.readouterr().out
+    assert "The model has no decoder and draws no observations: its rewards, continuation, values" in said
+    for name in ("reward", "continue", "value", "state/deter"):
+        assert f"{name}: error" in said
+    assert math.isfinite(numbers(output)["errors"]["value"]["model"]["mean"][0])
+
+
 def test_new_episodes_of_the_agent_can_be_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     agent = WorldFluxAgent("tdmpc2:tiny", "Pendulum-v1", planner=None, device="cpu", seed=0, buffer_size=2000)
     agent.save(tmp_path / "agent.zip")
     arguments = ["imagine", str(tmp_path / "agent"), "--env", "Pendulum-v1", "--episodes", "2", *SMALL]
     assert main([*arguments, "--samples", "3", "-o", str(tmp_path / "a")]) == 0
     said = capsys.readouterr().out
-    assert "The model has no decoder: latent states are compared" in said
-    assert "state/latent: error" in said
+    assert "The model has no decoder and draws no observations: its rewards, continuation, values" in said
+    assert "state/latent: error" in said and "value: error" in said
     found = numbers(tmp_path / "a")
     assert found["data"] == "2 new episodes in Pendulum-v1"
     assert found["futures"] == 3 and "obs" not in found["errors"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import cv2
@@ -361,6 +362,25 @@ def test_every_cell_of_the_rewards_can_be_seen() -> None:
     assert (cells.get_cmap()(cells.norm(cells.get_array()))[:, :3] < 0.9).all()
 
 
+def test_a_model_without_a_decoder_shows_its_values() -> None:
+    seen = torch.arange(float(LENGTH))[None]
+    without = predictions(torch.zeros(1, LENGTH, 2), {})
+    found = replace(without, values=seen[None, :, CONTEXT:] + 2, observed_values=seen)
+    error = found.errors()["value"]
+    # Off by 2, and the deviation of 0 to 6 is 2; nothing changes after the context, whose last value is 2.
+    np.testing.assert_allclose(error.model.values, [[1.0] * HORIZON])
+    np.testing.assert_allclose(error.unchanged.values, [[0.5, 1.0, 1.5, 2.0]])
+    made = figures(found, found.errors())
+    value = made["imagination"].axes[0]
+    assert [axes.get_ylabel() for axes in made["imagination"].axes] == ["value", "reward"]
+    recorded, predicted = (line.get_ydata() for line in value.get_lines())
+    assert recorded.tolist() == [*range(LENGTH)] and predicted[CONTEXT:].tolist() == [5, 6, 7, 8]
+    assert np.isnan(predicted[:CONTEXT]).all()
+    assert "its rewards, continuation, values and states are compared" in " ".join(text_of(made["errors"]).split())
+    with pytest.raises(TrainingError, match="The values that the model predicts are not finite"):
+        check_finite(replace(found, values=torch.full((1, 1, HORIZON), torch.nan)))
+
+
 def test_pictures_say_what_cannot_be_known() -> None:
     obs = torch.zeros(1, LENGTH, 2)
     found = predictions(obs, {})
@@ -368,7 +388,8 @@ def test_pictures_say_what_cannot_be_known() -> None:
     assert set(made) == {"imagination", "errors", "rewards", "continues"}
     assert [axes.get_ylabel() for axes in made["imagination"].axes] == ["reward"]
     assert "The model has no decoder" in text_of(made["imagination"])
-    assert "The model has no decoder: states are compared" in text_of(made["errors"])
+    remark = "The model has no decoder and draws no observations: its rewards, continuation and states are compared"
+    assert remark in " ".join(text_of(made["errors"]).split())
     assert "4 steps, 0 terminations: predictions of them cannot be judged" in text_of(made["continues"])
     assert "the model is certain that the episode continues" in text_of(made["continues"])
     assert "every one of 4 steps earned 0" in text_of(made["rewards"])

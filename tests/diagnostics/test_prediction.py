@@ -463,6 +463,27 @@ def test_tdmpc2_without_a_decoder_is_measured_by_its_latent_state() -> None:
     np.testing.assert_allclose(error.values[error.counts], off.numpy()[error.counts], rtol=1e-4)
 
 
+WITHOUT: dict[str, Any] = {"dreamerv3": {"representation": "redundancy"}, "tdmpc2": {"use_decoder": False}}
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_without_a_decoder_values_are_compared(name: str) -> None:
+    model, batch = family(name, SHAPES["dictionary"], **WITHOUT[name]), replayed(SHAPES["dictionary"])
+    if name == "dreamerv3":  # whose values are zero at first
+        nn.init.normal_(model.critic.out.weight)  # type: ignore[union-attr]
+    found = open_loop(model, batch, context=4)
+    assert not found.obs and found.values is not None and found.observed_values is not None
+    assert found.values.shape == (1, 4, 5) and found.observed_values.shape == (4, 9)
+    assert np.isfinite(found.errors()["value"].model.values).all()
+    if name == "dreamerv3":  # TD-MPC2's values are those of sampled actions
+        with torch.no_grad():
+            ahead = model.eval().value(State({key: value[0, :, 2] for key, value in found.states.items()}))
+            seen = model.value(State({key: value[:, 6] for key, value in found.observed.items()}))
+        torch.testing.assert_close(found.values[0, :, 2], ahead)
+        torch.testing.assert_close(found.observed_values[:, 6], seen)
+        assert float((ahead - seen).abs().min()) > 0
+
+
 def test_a_model_of_several_tasks_predicts_each_window_in_its_own() -> None:
     model = family("tdmpc2", (3,), num_tasks=2, task_dim=4)
     batch = replayed((3,))

@@ -120,6 +120,8 @@ def overall_ratio(error: PredictionError) -> float:
 def check_finite(found: OpenLoop) -> None:
     """Raises a `TrainingError` if a prediction is not finite, because it cannot be drawn."""
     parts = {"observations": list(found.obs.values()), "rewards": [found.rewards], "continues": [found.continues]}
+    if found.values is not None:
+        parts["values"] = [found.values]
     for name, tensors in parts.items():
         if not all(bool(tensor.isfinite().all()) for tensor in tensors):
             raise TrainingError(

@@ -109,6 +109,10 @@ class OpenLoop:
     """Whether the step lies in the episode that the context ends in. `[B, H]` bool"""
     arrived: Tensor
     """Whether, in addition, the observation after the step was recorded. `[B, H]` bool"""
+    values: Tensor | None = None
+    """Values of the predicted states; None if the model has a decoder, or no values. `[S, B, H]`"""
+    observed_values: Tensor | None = None
+    """Values of the states in `observed`; None where `values` is. `[B, context+H]`"""
 
     @property
     def earned(self) -> Tensor:
@@ -129,6 +133,8 @@ class OpenLoop:
           sees the observation, as a share of the root of those states' total variance.
         - `"reward"`: distance in standard deviations of the recorded rewards.
         - `"continue"`: distance of the probability from `went_on`.
+        - `"value"`, without a decoder: distance to the value of the same model's state when it sees the observation, in
+          standard deviations of these values.
 
         On these scales, predicting the mean of the data has an error of about 1. Values that are the same in all
         recorded rows are not scaled. "Nothing changes" predicts the last observation and state of the context, the
@@ -151,7 +157,12 @@ class OpenLoop:
                 # The error is a mean over the entries, so the variance is, too.
                 scale = _scale(_variances(real[self._seen]).mean())
                 found[f"state/{name}"] = self._against_real(_flat(predicted.mean(0), 2), real, scale)
-        return found | {"reward": self._reward_error(), "continue": self._continue_error()}
+        found |= {"reward": self._reward_error(), "continue": self._continue_error()}
+        if self.values is not None and self.observed_values is not None:
+            real = self.observed_values.unsqueeze(-1)
+            scale = _scale(_variances(real[self._seen]))
+            found["value"] = self._against_real(self.values.mean(0).unsqueeze(-1), real, scale)
+        return found
 
     @property
     def _seen(self) -> Tensor:
@@ -220,6 +231,9 @@ def open_loop(model: WorldModel, batch: Batch, context: int, *, samples: int | N
         observed = observed_states(model, batch)
         futures = _imagine(model, batch, observed[context - 1], context, samples)
         obs = _decode_all(model, observed[:context], futures.states)
+        # Where there are no observations to look at, values show what the model expects.
+        has_values = not obs and type(model).value is not WorldModel.value
+        values = [_values(model, states) for states in (futures.states, observed)] if has_values else None
 
     B, S = batch.batch_size, samples or 1
     assert batch.is_first is not None
@@ -241,6 +255,8 @@ def open_loop(model: WorldModel, batch: Batch, context: int, *, samples: int | N
         continues=_windows_first(futures.continues.float(), S),
         steps=within.expand(B, -1),
         arrived=arrived,
+        values=None if values is None else _windows_first(values[0], S),
+        observed_values=None if values is None else values[1].t(),
     )
 
 
@@ -271,6 +287,11 @@ def _decoded(model: WorldModel, states: State) -> dict[str, Tensor]:
             return {}
         rows.append(by_key(found["obs"]))
     return {key: torch.stack([row[key].float() for row in rows], 1) for key in rows[0]}
+
+
+def _values(model: WorldModel, states: State) -> Tensor:
+    """Values of states `[T, N, ...]`. `[T, N]`"""
+    return torch.stack([model.value(states[t]).float() for t in range(len(next(iter(states.values()))))])
 
 
 def _windows_first(value: Tensor, samples: int) -> Tensor:

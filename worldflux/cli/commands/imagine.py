@@ -92,6 +92,7 @@ def imagine(
     from worldflux.diagnostics.open_loop import open_loop
     from worldflux.diagnostics.plots import figures, picture_name
     from worldflux.diagnostics.plots.frames import FPS, film, image_keys, longest_windows
+    from worldflux.diagnostics.plots.style import no_decoder
 
     model, steps, buffer, described = model_and_data(source, data, env, options, episodes=episodes, seed=seed)
     check_rows(model, buffer, described)
@@ -113,7 +114,7 @@ def imagine(
         numbers = {"agent": str(source.path), "data": described, "seed": seed, **summary(found, errors)}
         (beside / "imagination.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
         written = [output / file.replace(target / file.name).name for file in sorted(beside.iterdir())]
-    _report(errors, written, pictured=bool(found.obs))
+    _report(errors, written, no_decoder(found))
     return 0
 
 
@@ -216,14 +217,20 @@ def check_rows(model: WorldModel, buffer: ReplayBuffer, described: str) -> None:
         )
 
 
-def _report(errors: dict[str, PredictionError], written: list[Path], *, pictured: bool) -> None:
-    """Prints the files that were written, and the errors of the model."""
+def _report(errors: dict[str, PredictionError], written: list[Path], remark: str) -> None:
+    """Prints the files that were written, and the errors of the model.
+
+    Args:
+        errors: Errors of the predictions.
+        written: The files.
+        remark: What is said of a model without a decoder, of which all errors are printed; empty for others.
+    """
     from worldflux.diagnostics.calibration import overall_ratio
 
     for path in written:
         print(path)
     for name, error in errors.items():
-        if name.startswith(("obs", "reward")) or (not pictured and name.startswith("state")):
+        if remark or name.startswith(("obs", "reward")):
             ratio = overall_ratio(error)
             compared = (
                 f"{ratio:.3g} of the error of 'nothing changes'"
@@ -233,5 +240,5 @@ def _report(errors: dict[str, PredictionError], written: list[Path], *, pictured
             first, last = (f"{error.model.mean[step]:.3g}" for step in (0, -1))
             ahead = counted(len(error.ratio), "step")
             print(f"{name}: error {first} one step ahead and {last} {ahead} ahead; {compared}")
-    if not pictured:
-        print("The model has no decoder: latent states are compared instead of observations.")
+    if remark:
+        print(remark)

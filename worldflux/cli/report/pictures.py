@@ -29,6 +29,7 @@ _CONTEXT, _HORIZON, _SHOWN = 5, 45, 3
 _METRICS = {
     "loss": ("Total loss", "Weighted sum of all losses"),
     "reconstruction": ("Reconstruction", "Error of the decoded observations"),
+    "redundancy": ("Redundancy", "Distance of correlations between features and embeddings from the identity"),
     "consistency": ("Consistency", "Error of predicted latent states"),
     "reward": ("Reward", "Cross-entropy of predicted rewards"),
     "continue": ("Continuation", "Cross-entropy of predicted continuations"),
@@ -166,6 +167,7 @@ def imagination(section: Section, run: Run, label: str, *, seed: int) -> None:
     from worldflux.diagnostics.plots import figures
     from worldflux.diagnostics.plots.frames import FPS, image_keys, longest_windows
     from worldflux.diagnostics.plots.frames import film as imagined
+    from worldflux.diagnostics.plots.style import no_decoder
 
     source = runs.saved_agent(run.directory, newest=True)
     model, steps, buffer, described = model_and_data(source, None, None, EnvOptions(), episodes=1, seed=seed)
@@ -180,6 +182,8 @@ def imagination(section: Section, run: Run, label: str, *, seed: int) -> None:
         f"The model of {label}{after} sees {_CONTEXT} rows of recorded episodes ({described}), and predicts the next "
         f"{_HORIZON} from the actions alone. {_HARD_TO_BEAT}"
     )
+    if remark := no_decoder(found):
+        section.texts.append(remark)
     rows = []
     for name, error in errors.items():
         if found.obs and name.startswith("state"):  # of interest only where observations cannot be compared

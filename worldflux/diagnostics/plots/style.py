@@ -89,4 +89,7 @@ def ending(found: OpenLoop, window: int) -> str:
 
 def no_decoder(found: OpenLoop) -> str:
     """A remark about a model without a decoder; empty for other models."""
-    return "" if found.obs else "The model has no decoder: states are compared instead of observations."
+    if found.obs:
+        return ""
+    shown = "rewards, continuation and states" if found.values is None else "rewards, continuation, values and states"
+    return f"The model has no decoder and draws no observations: its {shown} are compared instead."

@@ -65,7 +65,12 @@ def vector_entries(found: OpenLoop) -> list[Entry]:
 
 
 def draw_time_series(found: OpenLoop, entries: Sequence[Entry], windows: Sequence[int], title: str = "") -> Figure:
-    """Recorded and predicted values of each entry and of the reward, with one column for each window."""
+    """Recorded and predicted values of each entry and of the reward, with one column for each window.
+
+    Without a decoder, the value of the states is one of the entries; its recorded values are those that the model gives
+    to states which have seen the observations.
+    """
+    entries = [*entries, *_value_entry(found)]
     steps = [_reward_entry(found), *_continue_entry(found)]
     rows, columns = len(entries) + len(steps), len(windows)
     figure = new_figure(2.6 * columns + 1.4, 1.25 * rows + 1.5)
@@ -111,6 +116,16 @@ def _continue_entry(found: OpenLoop) -> list[Entry]:
         return []
     went_on = 1.0 - found.real.terminations.float().cpu().numpy()
     return [Entry("continue", *_on_arrival(found, went_on, found.continues.cpu().numpy()), is_probability=True)]
+
+
+def _value_entry(found: OpenLoop) -> list[Entry]:
+    """The value of states that have seen the observations, and of predicted ones; empty with a decoder."""
+    if found.values is None or found.observed_values is None:
+        return []
+    true, ahead = found.observed_values.cpu().numpy(), found.values.cpu().numpy()
+    expected = np.full((len(ahead), *true.shape), np.nan, np.float32)
+    expected[:, :, found.context :] = ahead
+    return [Entry("value", true, expected)]
 
 
 def _on_arrival(found: OpenLoop, actual: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
