@@ -1,6 +1,7 @@
 """Times a gradient step, an acting step and a plan at the reference sizes, and prints each as a line of JSON.
 
     python benchmarks/cases.py --cases dreamerv3-1m-proprio --device cuda --dtype bfloat16
+    python benchmarks/cases.py --cases dreamerv3-size12m-decoder dreamerv3-size12m-redundancy --in-turn --threads 1
 
 The sizes are the authors' own: 6 continuous actions; observations of 24 numbers or 64x64 pixels; 16 windows of 64 steps
 and 15 imagined steps for DreamerV3; 256 windows of 3 transitions for TD-MPC2; plans of 512 candidates, 6 iterations and
@@ -13,9 +14,11 @@ acting step goes from a NumPy observation to a NumPy action of the policy, and a
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import gymnasium
@@ -34,6 +37,8 @@ class Case:
     """Windows per gradient step."""
     length: int
     """Time steps per window; TD-MPC2 forms one transition fewer from them."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Fields of the model's configuration that differ from the preset."""
 
 
 IMAGE, STACKED = (64, 64, 3), (64, 64, 9)
@@ -48,7 +53,12 @@ TINY = {
     "tdmpc2-tiny": Case("tdmpc2:tiny", (24,), 256, 4),
 }
 """Sizes that are not compared, because no peer has them."""
-CASES = {**REFERENCE, **TINY}
+DECODER = {
+    "dreamerv3-size12m-decoder": Case("dreamerv3:size12m", IMAGE, 4, 16),
+    "dreamerv3-size12m-redundancy": Case("dreamerv3:size12m", IMAGE, 4, 16, {"representation": "redundancy"}),
+}
+"""DreamerV3 with and without a decoder, for `--in-turn`, in windows that a CPU can train on in a second."""
+CASES = {**REFERENCE, **TINY, **DECODER}
 ACTION_DIM = 6
 MATRIX_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
 COMPILE = {"auto": "auto", "on": True, "off": False}
@@ -135,7 +145,7 @@ def make_agent(
     # Omitted if it is the default.
     settings = {} if compiled == "auto" else {"compile": COMPILE[compiled]}
     if model is None:
-        settings["model_kwargs"] = {"dtype": options.dtype}
+        settings["model_kwargs"] = {"dtype": options.dtype, **case.fields}
     return WorldFluxAgent(
         case.preset if model is None else model,
         Noise(case),
@@ -207,6 +217,42 @@ def measure(name: str, options: argparse.Namespace, threads: int) -> None:
         report(what, times, flops_of(acting(counted, case, options.envs)), {"envs": options.envs})
 
 
+def in_turn(names: Sequence[str], options: argparse.Namespace, threads: int) -> None:
+    """Takes gradient steps of several cases in turn, and prints the time of each, also as a share of the first one's.
+
+    A share depends less than two times on what else the machine does. Times are processor time on a CPU.
+    """
+    import torch
+
+    torch.set_num_threads(threads)
+    cuda = options.device.startswith("cuda")
+    agents = [make_agent(CASES[name], options, compiled=options.compile, planner=None) for name in names]
+    batches = [batch_of(agent, CASES[name]) for agent, name in zip(agents, names, strict=True)]
+    times: list[list[float]] = [[] for _ in names]
+    for _ in range(rows.UNCOUNTED["cuda" if cuda else "cpu"] + options.repeats):
+        for agent, batch, taken in zip(agents, batches, times, strict=True):
+            started = time.perf_counter() if cuda else time.process_time()
+            agent.trainer.step(batch)
+            if cuda:
+                torch.cuda.synchronize()
+            taken.append(1e3 * ((time.perf_counter() if cuda else time.process_time()) - started))
+    counted = [taken[-options.repeats :] for taken in times]
+    for name, agent, taken in zip(names, agents, counted, strict=True):
+        shares = [mine / first for mine, first in zip(taken, counted[0], strict=True)]
+        facts = {
+            "ms": round(statistics.median(taken), 2),
+            "ms_least": round(min(taken), 2),
+            "share_of_first": round(statistics.median(shares), 3),
+            "calls": len(taken),
+            "params": sum(p.numel() for p in agent.model.parameters() if p.requires_grad),
+            "device": torch.cuda.get_device_name() if cuda else rows.cpu_name(),
+            "threads": threads,
+            "dtype": options.dtype,
+            "compile": options.compile,
+        }
+        rows.print_row("worldflux", name, rows.GRADIENT, facts)
+
+
 def matrix_peak(options: argparse.Namespace, threads: int) -> None:
     """Prints the speed at which this machine multiplies square matrices, for the fastest of several sizes."""
     import torch
@@ -232,11 +278,14 @@ def main() -> None:
     parser.add_argument("--compile", choices=tuple(COMPILE), default="auto", help="auto: on CUDA")
     parser.add_argument("--envs", type=int, default=1, help="number of environments that act in one batch")
     parser.add_argument("--save", metavar="FILE", help="file for the batch of a case, for the peers")
+    parser.add_argument("--in-turn", action="store_true", help="only gradient steps of all cases, one after the other")
     parser.add_argument("--peak", action="store_true", help="only measure matrix multiplication")
     options = parser.parse_args()
     threads = rows.use_threads(options.threads)
     if options.peak:
         return matrix_peak(options, threads)
+    if options.in_turn:
+        return in_turn(options.cases, options, threads)
     for name in options.cases:
         measure(name, options, threads)
 

@@ -20,7 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,15 @@ TASKS = {
         },
     ),
 }
+
+
+def without_decoder(task: Task) -> Task:
+    """The task with DreamerV3's redundancy loss in place of the reconstruction, and the same settings otherwise."""
+    fields = {**task.settings["model_kwargs"], "representation": "redundancy"}
+    return replace(task, title=f"{task.title}, no decoder", settings={**task.settings, "model_kwargs": fields})
+
+
+TASKS |= {f"{name}_redundancy": without_decoder(TASKS[name]) for name in ("pixelseek", "dmc_cartpole_balance_pixels")}
 
 
 class Returns(BaseCallback):

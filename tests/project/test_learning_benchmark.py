@@ -15,6 +15,8 @@ from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticCnnPolicy
 
+from worldflux import WorldFluxAgent
+
 SETTINGS: dict[str, Any] = {"train_ratio": 2, "batch_size": 2, "seq_len": 4, "learning_starts": 30}
 
 
@@ -39,6 +41,17 @@ def test_ours_and_sb3_learn_for_the_same_steps_and_are_evaluated_alike(
     assert [(step, score, 0) for step, score in again] == curve
     assert result["env_steps"] == 140 and result["algorithm"] == (algorithm or "dreamerv3:tiny")
     assert result["gradient_steps"] > 5 and 0 <= result["cpu_seconds"] and result["score"] >= result["worst_episode"]
+
+
+def test_tasks_without_a_decoder_have_the_settings_of_those_with_one() -> None:
+    for name in ("pixelseek", "dmc_cartpole_balance_pixels"):
+        task, other = learning.TASKS[name], learning.TASKS[f"{name}_redundancy"]
+        assert (other.steps, other.accepted, other.preset) == (task.steps, task.accepted, task.preset)
+        fields = task.settings["model_kwargs"] | {"representation": "redundancy"}
+        assert other.settings == task.settings | {"model_kwargs": fields}
+        assert "representation" not in task.settings["model_kwargs"]
+    agent = learning.algorithm_for(learning.TASKS["pixelseek_redundancy"], make_vec_env(PixelSeek), 0, None)
+    assert isinstance(agent, WorldFluxAgent) and agent.model.decoder is None
 
 
 def test_pictures_are_given_to_a_policy_that_sees_them() -> None:

@@ -58,6 +58,20 @@ def row_of(who: str, ms: float, **facts: Any) -> dict[str, Any]:
 PEAK = {"who": "worldflux", "case": "peak", "what": rows.MATRIX, "dtype": "float32", "tflop_per_s": 0.2, "ms": 1.0}
 
 
+def test_cases_are_measured_in_turn_with_their_own_fields(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = SMALL["dreamerv3-picture"]
+    without = cases.Case(picture.preset, picture.obs_shape, 1, 2, {"representation": "redundancy"})
+    monkeypatch.setattr(cases, "CASES", {"decoder": picture, "redundancy": without})
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    cases.in_turn(["decoder", "redundancy"], Namespace(**OPTIONS), threads=1)
+    first, other = rows.rows_in(capsys.readouterr().out)
+    assert (first["case"], other["case"]) == ("decoder", "redundancy")
+    assert first["share_of_first"] == 1 and 0 < other["share_of_first"] and other["ms_least"] <= other["ms"]
+    assert first["calls"] == other["calls"] == 2 and first["params"] != other["params"]
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_a_case_has_a_row_for_each_of_its_steps(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
