@@ -52,6 +52,9 @@ class _Family:
 
 
 _families: dict[str, _Family] = {}
+_OF_BUFFERS = ("obs_shape", "action_dim", "action_type", "action_classes")
+"""Fields that are copied from replay buffers. None, as in one that does not know the kind of its actions, keeps the
+default."""
 
 
 def create_world_model(
@@ -79,15 +82,16 @@ def create_world_model(
             is used unless this differs from the default.
         allow_nonfinite: Whether to load saved weights that are NaN or infinite, in order to inspect them.
         **overrides: Any other fields of the model's configuration, such as `action_type` or `learning_rate`. For a
-            saved model, only fields that do not change the shapes of its weights.
+            saved model, only fields that do not change the shapes of its weights. `action_type` and `action_classes`
+            may be None, as those of a buffer that does not know the kind of its actions.
 
     Raises:
         ConfigurationError: If the name, a field or a value is unknown or invalid. The message says what is valid.
         CheckpointError: If the directory is not a complete saved model, or its weights are not finite.
         HubError: If it cannot be downloaded.
     """
-    shapes = {"obs_shape": obs_shape, "action_dim": action_dim}
-    given = {name: value for name, value in shapes.items() if value is not None} | overrides
+    fields = {"obs_shape": obs_shape, "action_dim": action_dim, **overrides}
+    given = {name: value for name, value in fields.items() if value is not None or name not in _OF_BUFFERS}
     if isinstance(spec_or_path, WorldModelConfig):
         return _from_config(spec_or_path, device, given)
     if not isinstance(spec_or_path, (str, os.PathLike)):

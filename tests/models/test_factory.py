@@ -17,6 +17,7 @@ from worldflux.errors import CheckpointError, ConfigurationError
 from worldflux.factory import create_world_model, list_models, register_model
 from worldflux.models.base import WorldModel
 from worldflux.models.dreamerv3.world_model import DreamerV3
+from worldflux.replay.buffer import ReplayBuffer
 
 REFERENCE_COUNTS = {
     "reference-1m": 686_846,
@@ -228,3 +229,16 @@ def test_registering_refuses_taken_names_and_wrong_classes() -> None:
     register_model("mine", ThirdPartyConfig, ThirdPartyModel)  # as when a notebook cell runs twice
     with pytest.raises(ConfigurationError, match="'mine' is ThirdPartyModel already"):
         register_model("mine", ThirdPartyConfig, AnotherModel)
+
+
+def test_a_buffer_that_does_not_know_the_kind_of_its_actions_gives_the_default() -> None:
+    buffer = ReplayBuffer(10, (3,), 2)
+    assert (buffer.action_type, buffer.action_classes) == (None, None)
+    model = create_world_model(
+        "tdmpc2:tiny",
+        obs_shape=buffer.obs_shape,
+        action_dim=buffer.action_dim,
+        action_type=buffer.action_type,
+        action_classes=buffer.action_classes,
+    )
+    assert (model.config.action_type, model.config.action_classes) == ("continuous", ())
