@@ -74,8 +74,7 @@ class WorldFluxAgent(SavedAgent):
             memory in the buffer (`replay_buffer.nbytes`); False starts every window from the initial state.
         planner: "mppi" and "cem" plan each action in the latent space of the model, None acts with its policy, and
             "auto" does what the family's paper does: TD-MPC2 plans with MPPI, DreamerV3 does not. MPPI weights the best
-            candidates by their values; the cross-entropy method, CEM, weights them alike. Planning needs continuous
-            actions.
+            candidates by their values; the cross-entropy method, CEM, weights them alike.
         planner_kwargs: Fields of `PlannerConfig` to override, such as `{"num_samples": 128}`.
         objective: Function of a `PlannedTrajectory` that the planner maximises in place of the learned reward; it
             returns a number for each step `[H, B]`, or minus infinity where a state is forbidden. With

@@ -102,6 +102,37 @@ TASKS = {
             "model_kwargs": {"cnn_depth": 4, "entropy_scale": 3e-3},
         },
     ),
+    "acrobot": Task(
+        "Acrobot-v1",
+        lambda: gym.make("Acrobot-v1"),
+        10_000,
+        None,
+        {"train_ratio": 64, "seq_len": 16, "learning_rate": 1e-3},
+    ),
+    "lunarlander": Task(
+        "LunarLander-v3",
+        lambda: gym.make("LunarLander-v3"),
+        20_000,
+        None,
+        {"train_ratio": 64, "seq_len": 16, "learning_rate": 4e-4},
+    ),
+    "cartpole_tdmpc2": Task(
+        "CartPole-v1, TD-MPC2",
+        lambda: gym.make("CartPole-v1"),
+        5_000,
+        475.0,
+        {"learning_starts": 1000},
+        preset="tdmpc2:tiny",
+    ),
+    "acrobot_tdmpc2": Task("Acrobot-v1, TD-MPC2", lambda: gym.make("Acrobot-v1"), 10_000, -100.0, preset="tdmpc2:tiny"),
+    "lunarlander_tdmpc2": Task(
+        "LunarLander-v3, TD-MPC2",
+        lambda: gym.make("LunarLander-v3"),
+        20_000,
+        200.0,
+        {"train_ratio": 512},
+        preset="tdmpc2:tiny",
+    ),
     "pendulum_tdmpc2": Task(
         "Pendulum-v1, TD-MPC2", lambda: make_env("Pendulum-v1"), 5_000, -200.0, preset="tdmpc2:tiny"
     ),

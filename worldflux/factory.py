@@ -318,5 +318,5 @@ register_model(
     TDMPC2,
     sizes=TDMPC2_SIZES,
     aliases={"tdmpc": "tdmpc2:5m", "tdmpc2": "tdmpc2:5m", "tdmpc2-tiny": "tdmpc2:tiny"},
-    description="TD-MPC2: implicit world model, value ensemble and policy prior for planning, continuous actions",
+    description="TD-MPC2: implicit world model, value ensemble and policy prior for planning",
 )

@@ -151,11 +151,12 @@ class EnvChecker:
         return True
 
     def _check_models(self, obs_codec: ObservationCodec, action_codec: ActionCodec) -> None:
-        """Checks that a family takes the shapes; objections of the other are advice, if the actions are for both."""
+        """Checks that a family takes the shapes; objections of the other are advice."""
         refusals: dict[str, str] = {}
-        families: dict[str, type[DreamerV3Config | TDMPC2Config]] = {"DreamerV3": DreamerV3Config}
-        if action_codec.action_type == "continuous":
-            families["TD-MPC2"] = TDMPC2Config
+        families: dict[str, type[DreamerV3Config | TDMPC2Config]] = {
+            "DreamerV3": DreamerV3Config,
+            "TD-MPC2": TDMPC2Config,
+        }
         for family, config in families.items():
             try:
                 config.from_size(

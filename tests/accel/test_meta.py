@@ -6,6 +6,7 @@ Reading a value is an error, and so is an operation that mixes tensors of two de
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,9 @@ SIZES = {
     "dreamerv3": dict(small_models.DREAMERV3, cnn_depth=2),
     "tdmpc2": dict(small_models.TDMPC2, num_channels=2, dropout=0.1),
 }
-SEARCH = PlannerConfig(horizon=2, num_samples=8, num_elites=3, num_pi_trajs=2, iterations=2)
+SEARCH = PlannerConfig(horizon=2, num_samples=3, num_elites=2, num_pi_trajs=1, iterations=2)
+SEARCHES = (SEARCH, replace(SEARCH, num_samples=4))
+"""The second one evaluates all four sequences of discrete actions."""
 TASKS = dict(num_tasks=2, task_dim=4, task_action_dims=(1, 2), task_episode_lengths=(100, 200))
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{f"dreamerv3 {obs}": ("dreamerv3", obs, {}) for obs in OBS},
@@ -43,6 +46,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{f"tdmpc2 {obs}": ("tdmpc2", obs, {}) for obs in OBS},
     "tdmpc2 that ends": ("tdmpc2", "vector", {"episodic": True}),
     "tdmpc2 that ends and decodes": ("tdmpc2", "both", {"episodic": True, "use_decoder": True}),
+    "tdmpc2 discrete": ("tdmpc2", "vector", {"action_type": "discrete"}),
+    "tdmpc2 of many discrete tasks": ("tdmpc2", "vector", {**TASKS, "action_type": "discrete"}),
     "tdmpc2 of many tasks": ("tdmpc2", "vector", TASKS),
     "tdmpc2 of many tasks that end": ("tdmpc2", "pixels", {**TASKS, "episodic": True}),
 }
@@ -169,8 +174,8 @@ def test_states_and_predictions(case: str) -> None:
         for name in ("imagine", "q_values"):
             if hasattr(model, name):
                 found[name] = getattr(model, name)(state, 2 if name == "imagine" else action)
-        if model.config.action_type == "continuous":
-            planner = Planner(model, SEARCH)
+        for search in SEARCHES:
+            planner = Planner(model, search)
             found["plan"] = planner.plan(state, planner.start(B), is_first=is_first)
         extras = model.extras_from_state(state)
     for name, value in found.items():
@@ -185,7 +190,7 @@ def test_acting(case: str, plans: bool) -> None:
     """Acts like an agent between two environment steps, with observations from the host."""
     model = new(case)
     planner = None
-    if plans and model.config.action_type == "continuous":
+    if plans:
         planner = Planner(model, SEARCH)
     boxes = {
         key: spaces.Box(0, 255, shape, np.uint8) if len(shape) == 3 else spaces.Box(-1, 1, shape, np.float32)

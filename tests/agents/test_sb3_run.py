@@ -62,18 +62,13 @@ def test_every_kind_of_observation_is_learned_from(family: str, observed: str) -
     assert mean == LENGTH
 
 
+@both
 @pytest.mark.parametrize("acted", DISCRETE_ACTIONS)
-def test_dreamerv3_takes_every_kind_of_action(acted: str) -> None:
-    agent = make("dreamerv3", copies(2, NUMBERS, DISCRETE_ACTIONS[acted])).learn(20)
+def test_every_kind_of_action_is_taken(family: str, acted: str) -> None:
+    agent = make(family, copies(2, NUMBERS, DISCRETE_ACTIONS[acted])).learn(20)
 
     assert agent._n_updates > 0
     assert evaluate_policy(agent, agent.get_env(), n_eval_episodes=2)[0] == LENGTH
-
-
-@pytest.mark.parametrize("acted", DISCRETE_ACTIONS)
-def test_tdmpc2_says_that_its_actions_are_continuous(acted: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"TD-MPC2 .*continuous.* choose DreamerV3"):
-        make("tdmpc2", AnySpaces(NUMBERS, DISCRETE_ACTIONS[acted]))
 
 
 @both

@@ -28,7 +28,7 @@ OTHER: dict[str, Any] = {
     "num_pi_trajs": 3, "discount_min": 0.9, "discount_max": 0.99, "log_std_min": -5.0, "momentum": 0.1, "rho": 0.4,
     "dropout": 0.2, "tau": 0.02, "unimix": 0.02, "kl_balance": 0.8, "lambda_": 0.9, "return_norm_rate": 0.02,
     "slow_critic_rate": 0.03, "encoder_lr_scale": 0.4, "num_elites": 20, "min_std": 0.1, "blocks": 2, "bspace": 4,
-    "cnn_depth": 4, "representation": "redundancy", "task_dim": 8, "termination_coef": 2.0,
+    "cnn_depth": 4, "representation": "redundancy", "task_dim": 8, "termination_coef": 2.0, "uniform_share": 0.1,
 }  # fmt: skip
 DERIVED = {
     # Fields whose other values are all refused, because they follow from other fields or have only one value.
@@ -204,11 +204,10 @@ def test_a_size_of_pictures_that_nobody_sees_is_refused(capsys: pytest.CaptureFi
 
 def test_a_discrete_file_makes_a_discrete_model(capsys: pytest.CaptureFixture[str]) -> None:
     buffer_of(lambda rng: np.eye(2)[rng.integers(2, size=20)]).save("data.npz")
-    trained("dreamerv3")
-    config = create_world_model("run1/model").config
-    assert (config.action_type, config.action_classes) == ("discrete", (2,))
-    assert main(["train-offline", "tdmpc2:tiny", "data.npz", "--steps", "1"]) == 2
-    assert "TD-MPC2 plans over continuous actions" in capsys.readouterr().err
+    for number, family in enumerate(("dreamerv3", "tdmpc2"), 1):
+        trained(family)
+        config = create_world_model(f"run{number}/model").config
+        assert (config.action_type, config.action_classes) == ("discrete", (2,))
     assert main(["train-offline", "dreamerv3:tiny", "data.npz", "--set", "action_type=continuous"]) == 2
     assert "Create the model with action_type='discrete'" in capsys.readouterr().err
 

@@ -377,7 +377,6 @@ def test_a_checkpoint_belongs_to_its_run() -> None:
         (["dreamerv3:tiny", CORRIDOR, "--pixels"], "--pixels: helpers.envs:Corridor is your own code"),
         (["dreamerv3:tiny", CORRIDOR, "--batch-size", "0"], "batch_size is 0"),
         (["dreamerv3:tiny", CORRIDOR, "--device", "tpu"], "device is 'tpu'"),
-        (["tdmpc2:tiny", CORRIDOR], "TD-MPC2 plans over continuous actions"),
         (["--resume", "nowhere"], "There is no 'nowhere'. Pass a directory that worldflux train has written."),
         (["--resume", "."], ". is not the directory of a run"),
         (["dreamerv3:tiny", CORRIDOR, "--resume", "."], "--resume takes the MODEL, ENV and all other settings"),

@@ -222,8 +222,8 @@ DREAMERV3 = {
 EPISODIC = dict(episodic=True)
 TDMPC2_CASES = {
     **BY_ALL,
-    "action_type": Case("discrete", None),
-    "action_classes": Case((2,), None),
+    "action_type": Case("discrete", shapes),
+    "action_classes": Case((3, 1), actions, dict(action_type="multi_discrete", action_dim=4, action_classes=(2, 2))),
     "obs_classes": Case({"obs": (4,)}, fits_one_hot_observations),
     "latent_dim": Case(24, shapes),
     "deter_dim": Case(99, None),
@@ -268,6 +268,7 @@ TDMPC2_CASES = {
     "momentum": Case(0.5, plan),
     "min_std": Case(1.5, plan),
     "max_std": Case(0.5, plan),
+    "uniform_share": Case(0.5, plan, dict(action_type="discrete", num_samples=3, num_elites=2)),
 }
 
 
@@ -280,6 +281,10 @@ def plan_of(config: PlannerConfig) -> Any:
     return planned(model_to_plan_with(), config)
 
 
+def plan_of_discrete_actions(config: PlannerConfig) -> Any:
+    return planned(make(TDMPC2Config(**{**COMMON[TDMPC2Config], "action_type": "discrete"})).eval(), config)
+
+
 PLANNER = {
     "horizon": Case(3, plan_of),
     "num_samples": Case(24, plan_of),
@@ -289,6 +294,7 @@ PLANNER = {
     "temperature": Case(5.0, plan_of),
     "min_std": Case(1.5, plan_of),
     "max_std": Case(0.5, plan_of),
+    "uniform_share": Case(0.5, plan_of_discrete_actions),
     "momentum": Case(0.5, plan_of),
     "discount": Case(0.2, plan_of),
 }

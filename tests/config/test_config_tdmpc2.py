@@ -97,13 +97,6 @@ def test_discounts_follow_from_episode_lengths_within_their_limits() -> None:
     assert config(num_tasks=2, task_episode_lengths=(500, 200)).discounts == (0.99, 0.975)
 
 
-@pytest.mark.parametrize("kind", ["discrete", "multi_discrete"])
-def test_discrete_actions_are_refused_with_the_model_to_choose(kind: str) -> None:
-    fields = {"action_type": kind, "action_classes": (6,)}
-    with pytest.raises(ConfigurationError, match=r"plans over continuous actions\. For discrete ones choose DreamerV3"):
-        config(**fields)
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

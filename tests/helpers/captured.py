@@ -40,6 +40,9 @@ IMAGE = (3, 48, 48)
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "dreamerv3": lambda: create_world_model("dreamerv3:tiny", obs_shape=(4,), action_dim=2, **small_models.DREAMERV3),
     "tdmpc2": lambda: create_world_model("tdmpc2:tiny", obs_shape=(4,), action_dim=2, **TDMPC2),
+    "tdmpc2 discrete": lambda: create_world_model(
+        "tdmpc2:tiny", obs_shape=(4,), action_dim=2, action_type="discrete", **TDMPC2
+    ),
     "tdmpc2 that ends": lambda: create_world_model(
         "tdmpc2:tiny", obs_shape=(4,), action_dim=2, **{**TDMPC2, "episodic": True, "use_decoder": True}
     ),

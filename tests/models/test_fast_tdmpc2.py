@@ -70,6 +70,7 @@ KINDS = {
     "state": {},
     "tasks": dict(num_tasks=2, task_dim=4, task_action_dims=(1, 2), task_episode_lengths=(100, 200)),
     "episodic": dict(episodic=True),
+    "discrete": dict(action_type="discrete"),
 }
 
 

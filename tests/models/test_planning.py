@@ -417,14 +417,6 @@ def test_dreamerv3_plans_from_its_prior_with_random_draws_too():
 # Messages
 
 
-@pytest.mark.parametrize(
-    "space", [dict(action_type="discrete"), dict(action_type="multi_discrete", action_classes=(1, 1))]
-)
-def test_discrete_actions_are_rejected_with_a_remedy(space):
-    with pytest.raises(ConfigurationError, match=r"planning needs continuous actions.*planner=None"):
-        planner(PointModel(**space))
-
-
 def test_a_model_without_a_discount_needs_one_in_the_configuration():
     model = PointModel()
     model.__class__ = type("Endless", (PointModel,), {"discount": property(lambda self: self._missing)})

@@ -39,9 +39,13 @@ class PlannerConfig:
     candidate, but may converge before the search has come close to the optimum. It depends on the scale of the rewards.
     None gives all elites the same weight, so that only the order of the values matters (CEM)."""
     min_std: float = 0.05
-    """Smallest standard deviation of the candidates' actions, and of the noise on the action that is carried out."""
+    """Smallest standard deviation of the candidates' actions, and of the noise on the action that is carried out.
+    Discrete actions have `uniform_share` instead."""
     max_std: float = 2.0
     """Largest standard deviation, with which every plan starts."""
+    uniform_share: float = 0.05
+    """Share of the uniform distribution in the probabilities of discrete actions, and probability of carrying out a
+    random one unless planning is deterministic. A larger share explores more."""
     momentum: float = 0.0
     """Weight of the old mean in the new one, in [0, 1). A larger weight changes the mean more slowly, and keeps a
     search with few elites from jumping; the standard deviation is not affected. The paper uses 0."""
@@ -65,6 +69,7 @@ class PlannerConfig:
         self._check("temperature", warm, "a number above 0, or None for CEM")
         self._check("max_std", 0.0 < self.max_std < math.inf, "a number above 0")
         self._check("min_std", 0.0 <= self.min_std <= self.max_std, f"0 to max_std ({self.max_std})")
+        self._check("uniform_share", 0.0 <= self.uniform_share <= 1.0, "a share from 0 to 1")
         self._check("momentum", 0.0 <= self.momentum < 1.0, "at least 0 and below 1")
         self._check("discount", self.discount is None or 0.0 < self.discount <= 1.0, "above 0 and at most 1, or None")
 

@@ -17,7 +17,7 @@ _LEAST_IMAGE_SIDE = 39
 
 @dataclass(frozen=True)
 class TDMPC2Config(WorldModelConfig):
-    """TD-MPC2, arXiv:2310.16828, for continuous actions.
+    """TD-MPC2, arXiv:2310.16828, for continuous actions, and with categorical distributions for discrete ones.
 
     Default hyperparameters are those of the authors' implementation, default sizes those of its model of 5M parameters;
     see `from_size` for other sizes. `deter_dim` is derived from `latent_dim`. If `num_tasks` is above 1, the tasks
@@ -131,6 +131,9 @@ class TDMPC2Config(WorldModelConfig):
     """Smallest standard deviation of the planner's samples."""
     max_std: float = 2.0
     """Initial standard deviation of the planner's samples."""
+    uniform_share: float = 0.05
+    """Share of random actions among those that the planner draws and carries out, for discrete actions. Larger values
+    explore more."""
 
     _positive: ClassVar[tuple[str, ...]] = (
         *(name for name in WorldModelConfig._positive if name != "stoch_dim"),
@@ -164,7 +167,7 @@ class TDMPC2Config(WorldModelConfig):
         "encoder_lr_scale",
         "num_pi_trajs",
     )
-    _shares: ClassVar[tuple[str, ...]] = ("rho", "tau")
+    _shares: ClassVar[tuple[str, ...]] = ("rho", "tau", "uniform_share")
     _at_most: ClassVar[dict[str, int]] = {
         "num_hidden_layers": 1_000,
         "num_enc_layers": 1_000,
@@ -209,11 +212,6 @@ class TDMPC2Config(WorldModelConfig):
             self._set(name, clean_sizes(name, getattr(self, name)))
 
     def _check_common(self) -> None:
-        if self.action_type != "continuous":
-            raise ConfigurationError(
-                f"action_type is '{self.action_type}', expected 'continuous': TD-MPC2 plans over continuous actions. "
-                "For discrete ones choose DreamerV3, 'dreamerv3:tiny' for example."
-            )
         super()._check_common()
         self._require_kinds(LatentType.SIMNORM, DynamicsType.MLP)
         self._require("stoch_dim", self.stoch_dim == 0, "0: TD-MPC2's state has no stochastic part. Leave it out")

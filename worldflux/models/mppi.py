@@ -51,7 +51,7 @@ class PlanningModel(Protocol):
         """Returns 1 where the task of a row has an action dimension, else 0; None if all rows have all. `[N, A]`"""
 
     def propose(self, state: State, noise: Tensor, *, deterministic: bool) -> Tensor:
-        """Returns actions of the policy as a function of the state and of standard normal noise. `[B, A]`
+        """Returns actions of the policy as a function of the state and of noise, see `ActionSearch.noise`. `[B, A]`
 
         Zero noise gives the policy's most likely action. Randomness that `noise` cannot express may be drawn, unless
         `deterministic` is set.
@@ -126,7 +126,12 @@ class RolloutPlanning:
         return None
 
     def propose(self, state: State, noise: Tensor, *, deterministic: bool) -> Tensor:
-        """Returns a sample of the policy or, if deterministic, its mode plus `spread * noise`. `[B, A]`"""
+        """Returns a sample of the policy or, if deterministic, its mode plus `spread * noise`. `[B, A]`
+
+        The mode of discrete actions has no noise.
+        """
+        if deterministic and self.model.config.action_classes:
+            return self.model.policy(state, deterministic=True)
         if deterministic:
             return self.model.policy(state, deterministic=True) + self.spread * noise
         return self.model.policy(state)

@@ -25,7 +25,7 @@ from torch import Tensor
 from worldflux.accel.overriding import newer_than, steps_back
 from worldflux.config import PlannerConfig
 from worldflux.errors import ConfigurationError, ShapeMismatchError
-from worldflux.models.action_search import ActionSearch, NormalSearch
+from worldflux.models.action_search import search_for
 from worldflux.models.base import State, WorldModel
 from worldflux.models.mppi import PlanningModel, Proposals, RolloutPlanning, repeated, search_step
 from worldflux.models.objective import Objective, ObjectivePlanning, check_objective
@@ -38,7 +38,7 @@ class PlanDraws:
     """Random numbers of a plan. Passed to `Planner.plan`, they reproduce a recorded plan. N may be 1 for all rows."""
 
     policy: Tensor
-    """Noise of the policy's trajectories. `[H, N, K, A]`"""
+    """Noise of the policy's trajectories: standard normal, or Gumbel for discrete actions. `[H, N, K, A]`"""
     actions: Tensor
     """Noise of the other candidates in each iteration. `[I, H, N, S - K, A]`"""
     gumbel: Tensor
@@ -63,7 +63,7 @@ class PlanTrace:
     weights: Tensor
     """Weights of the elites. `[N, E]`"""
     mean: Tensor
-    """Mean of the fitted distribution. `[N, H, A]`"""
+    """Mean of the fitted distribution, or probabilities of discrete actions. `[N, H, A]`"""
     std: Tensor
     """Standard deviation of the fitted distribution. `[N, H, A]`"""
 
@@ -76,25 +76,24 @@ class Planner:
     initialise the next plan. They are passed to and returned from `plan` explicitly (`[N, H, A]`, zeros before the
     first observation); the planner keeps no state between calls.
 
+    For discrete actions the distributions are categorical, and the means are the probabilities of the classes, uniform
+    before the first observation. If there are no more sequences of discrete actions than samples, all of them are
+    evaluated once instead, and `temperature` and `uniform_share` are the only other settings with an effect.
+
     Args:
         model: Model to plan with. Later training of it takes effect; it should be in evaluation mode.
         config: Configuration of the search.
         objective: Function to maximise in place of the model's reward; see `models.objective`.
 
     Raises:
-        ConfigurationError: If the actions are not continuous, or there is no discount.
+        ConfigurationError: If there is no discount.
     """
 
     def __init__(self, model: WorldModel, config: PlannerConfig, objective: Objective | None = None) -> None:
-        if model.config.action_type != "continuous":
-            raise ConfigurationError(
-                f"The model has action_type '{model.config.action_type}', but planning needs continuous actions. "
-                "Act with the policy instead (planner=None); DreamerV3 has one for every action space."
-            )
         self.model = model
         self.config = config
         self.action_dim = model.config.action_dim
-        self.kind: ActionSearch = NormalSearch(config)
+        self._kind, self._search = search_for(config, model.config.action_classes)
         if not isinstance(model, PlanningModel):
             self._check_discount()
         self._fixed: PlanDraws | None = None
@@ -138,8 +137,8 @@ class Planner:
         return RolloutPlanning(model, spread=self.config.min_std)
 
     def start(self, rows: int) -> Tensor:
-        """Returns the plan before the first observation: zeros `[N, H, A]`."""
-        return self.kind.unknown(rows, self.config.horizon, self.action_dim, device=self.model.device)
+        """Returns the plan before the first observation: zeros, or uniform probabilities. `[N, H, A]`"""
+        return self._kind.unknown(rows, self.config.horizon, self.action_dim, device=self.model.device)
 
     @torch.no_grad()
     def plan(
@@ -168,10 +167,10 @@ class Planner:
             trace: Function that is called with the result of each iteration.
 
         Returns:
-            Actions in [-1, 1] `[N, A]`, and the plan to pass to the next call `[N, H, A]`. Actions are NaN in rows
-            where the values of all candidates, or any of the policy's first actions, are NaN.
+            Actions in [-1, 1], or one-hot `[N, A]`, and the plan to pass to the next call `[N, H, A]`. Actions are NaN
+            in rows where the values of all candidates, or any of the policy's first actions, are NaN.
         """
-        c = self.config
+        c = self._search
         self._check(state, previous, is_first)
         if draws is None:
             draws = self._fixed_draws(previous) if deterministic else self._sample_draws(previous)
@@ -181,11 +180,11 @@ class Planner:
 
         # The distribution starts from the last plan, shifted by one step. From here on steps are the first axis, as in
         # `rollout`.
-        unknown = self.kind.unknown(*previous.shape, device=previous.device)
+        unknown = self._kind.unknown(*previous.shape, device=previous.device)
         mean = torch.cat([previous[:, 1:], unknown[:, :1]], 1)
         if is_first is not None:
             mean = torch.where(is_first[:, None, None], unknown, mean)
-        search = self.kind.initial(mean.transpose(0, 1), mask)
+        search = self._kind.initial(mean.transpose(0, 1), mask)
 
         # A model may provide a compiled version.
         step = getattr(scorer, "search_step", search_step)
@@ -196,7 +195,7 @@ class Planner:
             found = step(
                 scorer,
                 c,
-                self.kind,
+                self._kind,
                 state,
                 proposals,
                 search,
@@ -213,7 +212,7 @@ class Planner:
 
         chosen = (found.log_weights + draws.gumbel).argmax(-1)
         actions = torch.take_along_dim(found.elite_actions[0], chosen[:, None, None], dim=1).squeeze(1)
-        actions = self.kind.carried_out(actions, search, draws.final)
+        actions = self._kind.carried_out(actions, search, draws.final)
         # Such actions would not be based on the model: no candidate has a value, or the policy's first action is NaN.
         lost = found.values.isnan().all(-1, keepdim=True)
         if proposals is not None:
@@ -242,10 +241,10 @@ class Planner:
 
     def _sample_draws(self, like: Tensor) -> PlanDraws:
         """Draws new random numbers from torch's generator for a plan of the shape of `like` `[N, H, A]`."""
-        c = self.config
+        c = self._search
         N, H, A = like.shape
         S, K, E = c.num_samples, c.num_pi_trajs, c.num_elites
-        noise = partial(self.kind.noise, device=like.device)
+        noise = partial(self._kind.noise, device=like.device)
         return PlanDraws(
             policy=noise(H, N, K, A),
             actions=noise(c.iterations, H, N, S - K, A),
@@ -256,11 +255,11 @@ class Planner:
     def _fixed_draws(self, like: Tensor) -> PlanDraws:
         """Returns the constant draws of deterministic planning, which are the same on every device and created once."""
         if self._fixed is None or self._fixed.actions.device != like.device:
-            c = self.config
+            c = self._search
             _, H, A = like.shape
             S, K, E = c.num_samples, c.num_pi_trajs, c.num_elites
             cpu = torch.device("cpu")
-            noise = partial(self.kind.noise, device=cpu, generator=torch.Generator().manual_seed(_NOISE_SEED))
+            noise = partial(self._kind.noise, device=cpu, generator=torch.Generator().manual_seed(_NOISE_SEED))
             policy = noise(H, 1, K, A)
             policy[:, :, :1] = 0.0
             actions = noise(c.iterations, H, 1, S - K, A)

@@ -218,6 +218,25 @@ def inverse_cdf(probs: Tensor, uniform: Tensor | None = None) -> Tensor:
     return (probs.cumsum(-1) <= uniform.unsqueeze(-1) * (1.0 - 1e-6)).sum(-1)
 
 
+def one_hots(scores: Tensor, classes: Sequence[int]) -> Tensor:
+    """Returns the class with the largest score in each part, as concatenated one-hot vectors.
+
+    NaN scores give NaN.
+
+    Args:
+        scores: Concatenated scores of the parts. `[..., A]`
+        classes: Number of classes of each part; the sum is A.
+    """
+    parts = scores.detach().split(list(classes), -1)
+    found = [torch.zeros_like(part).scatter_(-1, part.argmax(-1, keepdim=True), 1.0) for part in parts]
+    return torch.add(torch.cat(found, -1), scores.detach(), alpha=0.0)  # argmax of NaN gives a class; this keeps NaN
+
+
+def gumbel_noise(*shape: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """Draws standard Gumbel noise. The class with the largest sum of noise and log-probability is a random draw."""
+    return -torch.empty(*shape, device=device).exponential_(generator=generator).log()
+
+
 class PolicyDistribution(Protocol):
     """Interface of a policy that the actor losses and the acting code use; actions are `[..., A]`."""
 
@@ -302,11 +321,14 @@ class CategoricalPolicy:
     @property
     def mode(self) -> Tensor:
         """Most likely class of each distribution as one-hot vectors. `[..., A]`"""
-        return self._onehots([part.argmax(-1) for part in self._parts()])
+        return one_hots(self.logprobs, self.classes)
 
     def sample(self) -> Tensor:
         """Draws one class from each distribution as one-hot vectors. `[..., A]`"""
-        return self._onehots([inverse_cdf(part.exp()) for part in self._parts()])
+        indices = [inverse_cdf(part.exp()) for part in self.logprobs.detach().split(self.classes, -1)]
+        pairs = zip(indices, self.classes, strict=True)
+        onehots = torch.cat([F.one_hot(index, width) for index, width in pairs], -1).to(self.logprobs.dtype)
+        return torch.add(onehots, self.logprobs.detach(), alpha=0.0)  # NaN probabilities give a class; this keeps NaN
 
     def log_prob(self, actions: Tensor) -> Tensor:
         """Computes the log-likelihood of one-hot actions. `[...]`"""
@@ -320,11 +342,3 @@ class CategoricalPolicy:
     def entropy_range(self) -> tuple[float, float]:
         """Entropies of deterministic and of uniform distributions."""
         return 0.0, sum(math.log(width) for width in self.classes)
-
-    def _parts(self) -> tuple[Tensor, ...]:
-        return self.logprobs.detach().split(self.classes, -1)
-
-    def _onehots(self, indices: Sequence[Tensor]) -> Tensor:
-        pairs = zip(indices, self.classes, strict=True)
-        onehots = torch.cat([F.one_hot(index, width) for index, width in pairs], -1).to(self.logprobs.dtype)
-        return torch.add(onehots, self.logprobs.detach(), alpha=0.0)  # argmax of NaN gives a class; this keeps the NaN

@@ -242,7 +242,7 @@ def _build_model(model: str, buffer: ReplayBuffer, settings: OfflineSettings) ->
         if name in fields:
             raise ConfigurationError(f"--set {name} would change nothing here: {reason}.")
     if find_preset(model) is not None and "action_type" not in fields and buffer.action_classes:
-        # The data decides; TD-MPC2 refuses actions that are not continuous. A saved model knows its action type.
+        # The data decides. A saved model knows its action type.
         fields |= {"action_type": buffer.action_type, "action_classes": buffer.action_classes}
     seed_everything(settings.seed)  # the initial weights are random, too
     built = create_world_model(model, obs_shape=buffer.obs_shape, action_dim=buffer.action_dim, **fields)

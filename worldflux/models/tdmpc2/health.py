@@ -23,6 +23,7 @@ from worldflux.models.health import (
 )
 from worldflux.models.tdmpc2.alignment import Windows
 from worldflux.models.tdmpc2.parts import ModelParts
+from worldflux.models.tdmpc2.policy import CategoricalSample, PolicySample
 
 TDMPC2_THRESHOLDS: dict[str, Threshold] = {
     # Healthy: 0. Broken: 0.33 to 0.9 with learning rates of 0.3 and 3, 0.8 with encoder weights multiplied by 30.
@@ -75,7 +76,7 @@ def health_metrics(
     *,
     discount: Tensor | float,
     value_scale: Tensor,
-    log_std: Tensor,
+    policy: PolicySample | CategoricalSample,
     action_mask: Tensor | None,
 ) -> tuple[HealthMetric, ...]:
     """Computes the health metrics from one computation of the model's loss.
@@ -86,13 +87,17 @@ def health_metrics(
         config: Configuration of the model.
         discount: Discount per step: a number, or one for the task of each step `[N, H]`.
         value_scale: Running scale of the values. `[]`
-        log_std: Log-std of the policy at each latent, before squashing. `[N, H+1, A]`
+        policy: Policy at each latent. `[N, H+1, ...]`
         action_mask: 1 where the task uses an action dimension, else 0; None if all are used. `[N, H+1, A]`
     """
     encodings = torch.cat([parts.latents[:, :1].float(), parts.next_latents], 1)  # [N, H+1, L]
-    chosen = w.states.unsqueeze(-1).expand_as(log_std)
-    if action_mask is not None:
-        chosen = chosen * action_mask
+    if isinstance(policy, CategoricalSample):
+        random = randomness(policy.entropy, w.states, *policy.distribution.entropy_range)
+    else:
+        chosen = w.states.unsqueeze(-1).expand_as(policy.log_std)
+        if action_mask is not None:
+            chosen = chosen * action_mask
+        random = randomness(policy.log_std, chosen, config.log_std_min, config.log_std_max)
     episode = max(config.task_episode_lengths or (config.episode_length,))
     bound = largest_reward(w.rewards * w.steps) * steps_that_count(discount, episode, like=w.rewards)
     values = {
@@ -100,7 +105,7 @@ def health_metrics(
         "constant_latents": share_constant(encodings.unflatten(-1, (-1, config.simnorm_dim)), w.states),
         "value_over_rewards": value_over_rewards(parts.targets, w.targets, bound, value_scale / bound.max()),
         "values_at_edge": share_at_edge(parts.targets, w.targets, config.vmax),
-        "policy_randomness": randomness(log_std, chosen, config.log_std_min, config.log_std_max),
+        "policy_randomness": random,
     }
     return read(values, TDMPC2_THRESHOLDS)
 

@@ -16,9 +16,9 @@ from worldflux.errors import ConfigurationError, ShapeMismatchError
 from worldflux.models.base import State, Trajectory, WorldModel
 from worldflux.models.mppi import PartialReturn, discounted_rewards
 from worldflux.models.tdmpc2.encoder import MAX_SHIFT, Decoder, Encoder
-from worldflux.models.tdmpc2.policy import PolicySample, squashed_normal
+from worldflux.models.tdmpc2.policy import CategoricalSample, PolicySample, categorical, squashed_normal
 from worldflux.models.tdmpc2.tasks import Tasks
-from worldflux.nn.distributions import TwoHot
+from worldflux.nn.distributions import TwoHot, gumbel_noise
 from worldflux.nn.mish import Ensemble, MishMLP, rollout_natively
 from worldflux.nn.transforms import simnorm, symexp, symlog_bins
 from worldflux.replay.batch import Observation
@@ -52,7 +52,7 @@ class LatentModel(WorldModel):
         )
         self.reward_head = MishMLP(step_dim, hidden, c.num_bins)
         nn.init.zeros_(self.reward_head.layers[-1].weight)  # type: ignore[arg-type]
-        self.actor = MishMLP(state_dim, hidden, 2 * c.action_dim)
+        self.actor = MishMLP(state_dim, hidden, c.action_dim if c.action_classes else 2 * c.action_dim)
         self.critics = Ensemble(c.num_q_networks, step_dim, hidden, c.num_bins)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.termination_head = MishMLP(state_dim, hidden, 1) if c.episodic else None
@@ -157,7 +157,7 @@ class LatentModel(WorldModel):
         """Returns actions of the policy prior, or if deterministic, its mean. `[B, A]`"""
         latent = state["latent"]
         shape = () if deterministic else (*latent.shape[:-1], self.config.action_dim)
-        noise = torch.zeros(shape, device=latent.device) if deterministic else torch.randn(shape, device=latent.device)
+        noise = torch.zeros(shape, device=latent.device) if deterministic else self._noise(*shape)
         return self._policy(latent, state.get("task"), noise).action
 
     def q_values(self, state: State, action: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ class LatentModel(WorldModel):
         """
         latent, task = partial.state["latent"], partial.state.get("task")
         if noise is None and not deterministic:
-            noise = torch.randn(*latent.shape[:-1], self.config.action_dim, device=latent.device)
+            noise = self._noise(*latent.shape[:-1], self.config.action_dim)
         if members is None and not deterministic:
             members = self._members()
         return partial.earned + partial.weight * self._final_value(latent, task, noise=noise, members=members)
@@ -284,16 +284,25 @@ class LatentModel(WorldModel):
 
     def _policy(
         self, latent: Tensor, task: Tensor | None, noise: Tensor, *, frozen_tasks: bool = False
-    ) -> PolicySample:
+    ) -> PolicySample | CategoricalSample:
         with self._autocast():
             raw = self.actor(*self._inputs(latent, task, frozen_tasks=frozen_tasks))
+        mask = None if task is None or self.tasks is None else self.tasks.action_masks[task]
+        if self.config.action_classes:
+            return categorical(raw, noise, self.config.action_classes, mask)
         return squashed_normal(
             raw,
             noise,
             log_std_min=self.config.log_std_min,
             log_std_max=self.config.log_std_max,
-            mask=None if task is None or self.tasks is None else self.tasks.action_masks[task],
+            mask=mask,
         )
+
+    def _noise(self, *shape: int) -> Tensor:
+        """Draws noise of the policy's actions: normal for continuous ones, Gumbel for discrete ones."""
+        if self.config.action_classes:
+            return gumbel_noise(*shape, device=self.device)
+        return torch.randn(*shape, device=self.device)
 
     def _q(
         self,

@@ -35,6 +35,7 @@ from worldflux.models.tdmpc2.health import health_metrics
 from worldflux.models.tdmpc2.latent_model import LatentModel
 from worldflux.models.tdmpc2.losses import moved_scale, numbers_of, step_weights, termination_statistics, value_range
 from worldflux.models.tdmpc2.parts import ModelDraws, ModelParts, PolicyDraws
+from worldflux.models.tdmpc2.policy import CategoricalSample, alternatives, expected_value
 from worldflux.nn.distributions import TwoHot
 from worldflux.nn.fast.dropout import dropout_factors
 from worldflux.nn.transforms import symlog
@@ -244,9 +245,21 @@ class TDMPC2(LatentModel):
         """
         with self._autocast():
             sample = self._policy(latents, tasks, draws.noise, frozen_tasks=True)
+            if isinstance(sample, CategoricalSample):
+                values = self._alternative_values(latents, tasks, sample.action, draws)
+                parts = len(self.config.action_classes)
+                return expected_value(values, sample.probs, parts), sample.scaled_entropy, sample.entropy
             inputs = self._inputs(latents, tasks, sample.action, frozen_tasks=True)
             value = self._q(self.critics, inputs, draws.members, dropout=draws.dropout, frozen=True).mean(0)
         return value, sample.scaled_entropy, sample.entropy
+
+    @torch.no_grad()
+    def _alternative_values(self, latents: Tensor, tasks: Tensor | None, actions: Tensor, draws: PolicyDraws) -> Tensor:
+        """Computes the values of all `alternatives` to discrete actions `[N, T, A]`. `[N, T, A]`"""
+        others = alternatives(actions, self.config.action_classes)  # [A, N, T, A]
+        dropout = None if draws.dropout is None else draws.dropout.repeat(1, len(others), 1)  # the same for all
+        inputs = self._inputs(latents, tasks, others)
+        return self._q(self.critics, inputs, draws.members, dropout=dropout).mean(0).movedim(0, -1)
 
     def decoder_loss(self, batch: Batch, model: LossOutput) -> LossOutput:
         """Computes the loss of decoding the observations from the latents of the model's loss."""
@@ -269,28 +282,28 @@ class TDMPC2(LatentModel):
           running scale, whichever is larger, divided by the return of earning the batch's largest reward in every step
           forever, or with a discount of 1, for a full episode.
         - `values_at_edge`, bad above 0.05: fraction of the values' targets at the edge of the bins or beyond.
-        - `policy_randomness`, bad below 0.01: log-std of the policy, rescaled from the smallest possible (0) to the
-          largest (1).
+        - `policy_randomness`, bad below 0.01: log-std of the policy, or entropy for discrete actions, rescaled from the
+          smallest possible (0) to the largest (1).
         """
         w = self._windows(batch)
         parts = self.model_parts(w)
         N, T = w.states.shape
         tasks = None if w.task is None else w.task.unsqueeze(1).expand(N, T)
-        policy = self._policy(parts.latents, tasks, torch.randn(N, T, self.config.action_dim, device=self.device))
+        policy = self._policy(parts.latents, tasks, self._noise(N, T, self.config.action_dim))
         return health_metrics(
             w,
             parts,
             self.config,
             discount=self._discount(None if tasks is None else tasks[:, 1:]),
             value_scale=self.value_scale,
-            log_std=policy.log_std,
+            policy=policy,
             action_mask=None if tasks is None or self.tasks is None else self.tasks.action_masks[tasks],
         )
 
     def model_draws(self, windows: int, steps: int) -> ModelDraws:
         """Draws the random numbers of the model's loss for windows of `steps` steps; dropout only in training mode."""
         return ModelDraws(
-            noise=torch.randn(windows, steps, self.config.action_dim, device=self.device),
+            noise=self._noise(windows, steps, self.config.action_dim),
             members=self._members(),
             dropout=self._dropout(self.config.num_q_networks, windows * steps),
             shift=self._shifts(windows, steps + 1) if self.encoder.image_keys else None,
@@ -300,7 +313,7 @@ class TDMPC2(LatentModel):
         """Draws the random numbers of the policy's loss for `windows` windows of `states` states."""
         members = self._members()
         return PolicyDraws(
-            noise=torch.randn(windows, states, self.config.action_dim, device=self.device),
+            noise=self._noise(windows, states, self.config.action_dim),
             members=members,
             dropout=self._dropout(len(members), windows * states),
         )
