@@ -297,6 +297,32 @@ def test_fast_motions_are_no_missing_ends() -> None:
     assert codes(lint(steps(np.cumsum(speed, axis=0), 2000).buffer())) == []
 
 
+def collisions() -> Flat:
+    """Episodes of 50 steps that begin anywhere without motion. In each the 26th step leads anywhere, in motion."""
+    rng = np.random.default_rng(0)
+    path = []
+    for _ in range(20):
+        place, speed = rng.uniform(-1, 1, 6), 0.0
+        for step in range(50):
+            path.append([*place, speed])
+            speed = 0.9 * speed + 0.01 * rng.normal()
+            place = place + speed + 0.02 * rng.normal(size=6)
+            if step == 25:
+                place, speed = rng.uniform(-1, 1, 6), rng.choice([-0.03, 0.03])
+    return steps(np.array(path), 50)
+
+
+@pytest.mark.parametrize(
+    "missing", [[], [199, 499, 749], list(range(49, 999, 50))], ids=["none", "three", "all but the last"]
+)
+def test_collisions_are_no_missing_ends_where_episodes_begin_without_motion(missing: list[int]) -> None:
+    data = collisions()
+    truncations = data.truncations.copy()
+    truncations[missing] = False
+    found = lint(replace(data, truncations=truncations).buffer()).findings
+    assert [(finding.code, finding.rows) for finding in found] == [("jump-without-end", tuple(missing))] * bool(missing)
+
+
 # --- values
 
 
@@ -397,6 +423,23 @@ def test_the_command_exits_with_1_where_something_is_found(tmp_path: Path, capsy
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] is False and report["findings"][0]["code"] == "time-limit-as-termination"
     assert report["findings"][0]["rows"] == LAST.tolist() and report["findings"][0]["places"][1] == [1, 39]
+
+
+def test_the_command_reads_a_directory_of_saved_buffers_as_one_recording(tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "recordings"
+    folder.mkdir()
+    missing = GOOD.truncations.copy()
+    missing[LAST[[3, 8, 15]]] = False
+    spring(1).buffer().save(folder / "0.npz")
+    assert main(["data", "lint", str(folder)]) == 0
+    assert capsys.readouterr().out == "recordings: 1,000 transitions in 25 episodes, nothing found.\n"
+    replace(GOOD, truncations=missing).buffer().save(folder / "1.npz")
+    assert main(["data", "lint", str(folder), "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert (report["transitions"], report["episodes"]) == (2000, 47)
+    (finding,) = report["findings"]
+    assert finding["code"] == "jump-without-end"
+    assert len(finding["rows"]) >= 2 and set(finding["rows"]) <= {1000 + row for row in LAST[[3, 8, 15]].tolist()}
 
 
 def test_the_command_exits_with_2_where_nothing_can_be_read(tmp_path: Path, capsys: Any) -> None:

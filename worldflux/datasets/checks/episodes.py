@@ -25,6 +25,14 @@ _LEAST_GAP = 2.0
 _FAR = 3.0
 """Distance from which two observations are not those of two successive rows."""
 _LEAST_LENGTH = 10
+_MARGIN = 0.5
+"""Share of the range of first observations by which another may lie outside of it."""
+_MOST_OUTSIDE = 0.02
+"""Share of the columns in which another may lie outside nevertheless."""
+_SHARES = (0.02, 0.05, 0.1, 0.2)
+"""Shares of all observations around a value, to be compared with the share of first observations there."""
+_ALIKE = 0.9
+"""Share of the columns with such a value in which a first observation is there."""
 
 
 def check_time_limits(source: Source, findings: Findings) -> None:
@@ -125,14 +133,18 @@ def _check_jumps(
             resets = scores.after(_last_steps(sample, joined), joined)
             least = max(least, 0.5 * float(np.quantile(resets, 0.2)))
         jumps = scores.steps[(inner >= least) & _stands_out(inner)]
+        # Where an episode has only begun, observations are near those that it began with, anyhow.
+        jumps = jumps[~np.isin(jumps[:, None] - np.arange(_LEAST_LENGTH), starts).any(1)]
         jumps = jumps[_is_near(scores.obs[jumps + 1], scores.obs[starts])]
+        jumps = jumps[_is_among(sample.obs[jumps + 1], sample.obs[starts])]
         where = "to observations like those that episodes begin with"
     else:
         moved = scores.apart(scores.steps, scores.steps + 1)
         is_jump = (inner >= 2 * least) & (moved >= _FAR) | (inner >= _gap(inner, least)) & (moved >= _LEAST_JUMP)
         jumps = scores.steps[is_jump & _stands_out(moved)]
+        jumps = jumps[_are_alike(sample.obs, jumps + 1, starts)]
         jumps = jumps if len(jumps) >= 2 else jumps[:0]
-        where = "to an observation that does not follow from the one before"
+        where = "to observations that are alike and do not follow from the ones before"
     if len(jumps):
         size = float(np.median(inner[np.searchsorted(scores.steps, jumps)]))
         findings.add(
@@ -161,6 +173,44 @@ def _is_near(obs: np.ndarray, starts: np.ndarray) -> np.ndarray:
     starts = starts[:: 1 + len(starts) // 500]
     among = _distances(starts, starts) + np.diag(np.full(len(starts), np.inf))
     return _distances(obs, starts).min(1) <= 1.2 * float(np.quantile(among.min(1), 0.95)) + 1e-6
+
+
+def _is_among(obs: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Whether observations lie in the box that first observations fill, in nearly all columns. `[K]`"""
+    low, high = starts.min(0), starts.max(0)
+    margin = _MARGIN * (high - low) + 1e-6
+    return ((obs < low - margin) | (obs > high + margin)).mean(1) <= _MOST_OUTSIDE
+
+
+def _are_alike(obs: np.ndarray, places: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Whether observations are as alike as those that episodes begin with, in columns where others differ. `[K]`
+
+    Tasks begin at certain places or without motion; a collision ends anywhere. A column tells this if far more of
+    the places than of all observations are around their median.
+
+    Args:
+        obs: All observations. `[M, D]`
+        places: Those that may begin an episode. `[K]`
+        starts: Those that do, which have to be like the others. `[S]`
+    """
+    if not len(places):
+        return np.zeros(0, np.bool_)
+    both = obs[np.concatenate([places, starts])]
+    middle = np.median(both, axis=0)
+    apart = np.abs(both - middle)
+    others = np.abs(obs[:: 1 + len(obs) // _MOST_PAIRS] - middle)
+    told, columns = np.zeros(len(both), np.int64), 0
+    for column in range(obs.shape[1]):
+        widths = np.quantile(others[:, column], _SHARES)
+        chances = [float((others[:, column] <= width).mean()) for width in widths]
+        counts = [int((apart[: len(places), column] <= width).sum()) for width in widths]
+        tails = [_tail(count, len(places), chance) for count, chance in zip(counts, chances, strict=True)]
+        best = int(np.argmin(tails))
+        if tails[best] < _CHANCE / obs.shape[1]:
+            told += apart[:, column] <= 2 * widths[best] + 1e-6
+            columns += 1
+    alike = told >= max(1, _ALIKE * columns)
+    return alike[: len(places)] & alike[len(places) :].all()
 
 
 def _distances(one: np.ndarray, other: np.ndarray) -> np.ndarray:
