@@ -17,6 +17,9 @@ ObsShape = tuple[int, ...] | dict[str, tuple[int, ...]]
 SINGLE_KEY = "obs"
 """Key that stands for an observation that is a single array, where observations are kept by key."""
 
+TASK_KEY = "task"
+"""Name of a row's task: in infos of environments, in a model's state, and beside the rows of a replay buffer."""
+
 RESIZE_OR_FLATTEN = (
     "Resize it, to 64x64 for example: worldflux.envs.ResizeImages(env, 64). If it is no picture but the cells of a "
     "grid, gymnasium.wrappers.FlattenObservation(env) makes a vector of it."

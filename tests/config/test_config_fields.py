@@ -74,6 +74,11 @@ def shapes(config: WorldModelConfig) -> Any:
     return {name: tuple(tensor.shape) for name, tensor in make(config).state_dict().items()}
 
 
+def names(config: TDMPC2Config) -> Any:
+    """The names that tasks have once another one is added."""
+    return make(config).with_task("further").config.task_names
+
+
 def loss(config: WorldModelConfig) -> Any:
     model = make(config)
     torch.manual_seed(1)
@@ -243,6 +248,7 @@ TDMPC2_CASES = {
     "log_std_max": Case(1.0, actions),
     "use_decoder": Case(True, shapes),
     "num_tasks": Case(2, shapes),
+    "task_names": Case(("walk", "run"), names, TWO_TASKS),
     "task_dim": Case(5, shapes, TWO_TASKS),
     "task_action_dims": Case((2, 1), loss, TWO_TASKS),
     "task_episode_lengths": Case((500, 20), loss, TWO_TASKS),

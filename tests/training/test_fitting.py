@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from worldflux import WorldFluxAgent, create_world_model
-from worldflux.errors import BufferError, ConfigurationError, TrainingError
+from worldflux.errors import ConfigurationError, TrainingError
 from worldflux.training import Batch, ReplayBuffer, Trainer, TrainingConfig, train
 
 TASKS = dict(
@@ -37,25 +37,6 @@ def test_an_agent_with_several_tasks_is_refused(way: str, tmp_path: Any) -> None
         source, fields = str(tmp_path / "model"), None
     with pytest.raises(ConfigurationError, match=r"The model has 2 tasks, and an agent has one.*num_tasks=1"):
         WorldFluxAgent(source, "Pendulum-v1", model_kwargs=fields, device="cpu")
-
-
-def test_a_buffer_that_says_nothing_of_tasks_is_refused(tmp_path: Any) -> None:
-    model = create_world_model("tdmpc2:tiny", obs_shape=(3,), action_dim=1, **TASKS)
-    filled().save(tmp_path / "file.npz")
-    for data in (
-        filled(),
-        filled(extras=model.replay_extras()),
-        ReplayBuffer.load(tmp_path / "file.npz"),
-        ReplayBuffer.load(tmp_path / "file.npz", extras=model.replay_extras()),
-    ):
-        with pytest.raises(BufferError, match="does not say which task a row is of"):
-            train(model, data, **STEPS)
-    told = filled(extras=model.replay_extras(), n_envs=2)
-    for _ in range(20):
-        told.add(
-            np.zeros((2, 3)), np.zeros((2, 1)), [0, 0], [False] * 2, [False] * 2, extras={"task": np.array([0, 1])}
-        )
-    train(model, told, **{**STEPS, "total_steps": 1})
 
 
 # Numbers that are not finite

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from worldflux.config.base import DynamicsType, LatentType, WorldModelConfig, sized_fields
-from worldflux.errors import ConfigurationError
+from worldflux.errors import ConfigurationError, nearest
 from worldflux.validation import RESIZE_OR_FLATTEN, clean_sizes, whole_number
 
 _SAMPLES_PER_PROPOSAL, _MOST_PROPOSALS = 16, 24
@@ -75,6 +75,8 @@ class TDMPC2Config(WorldModelConfig):
 
     num_tasks: int = 1
     """Number of tasks that share the model. A single task needs no task embedding."""
+    task_names: tuple[str, ...] = ()
+    """Name of each task, by which agents and data refer to it. Empty: tasks only have their numbers."""
     task_dim: int = 96
     """Width of the task embedding. Without effect for a single task."""
     task_action_dims: tuple[int, ...] = ()
@@ -210,6 +212,12 @@ class TDMPC2Config(WorldModelConfig):
             self._set("num_pi_trajs", min(proposed, _MOST_PROPOSALS))
         for name in ("task_action_dims", "task_episode_lengths"):
             self._set(name, clean_sizes(name, getattr(self, name)))
+        names = self.task_names
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
+            raise ConfigurationError(
+                f"task_names is {names!r}, expected a name for each task, such as ('walk', 'run')."
+            )
+        self._set("task_names", tuple(names))
 
     def _check_common(self) -> None:
         super()._check_common()
@@ -242,11 +250,30 @@ class TDMPC2Config(WorldModelConfig):
             most = getattr(self, high)
             self._require(low, getattr(self, low) <= most, f"at most {high} ({most})")
 
+    def task_number(self, task: str | int) -> int:
+        """Number of a task, given by its name or number.
+
+        Raises:
+            ConfigurationError: If there is no such task; it lists those that there are.
+        """
+        if isinstance(task, str):
+            if task in self.task_names:
+                return self.task_names.index(task)
+            names = f"the names {', '.join(self.task_names)}" if self.task_names else "no names of tasks"
+            raise ConfigurationError(f"Unknown task '{task}'{nearest(task, self.task_names)} The model has {names}.")
+        number = whole_number("task", task)
+        if not 0 <= number < self.num_tasks:
+            raise ConfigurationError(f"task is {number}, expected 0 to {self.num_tasks - 1}.")
+        return number
+
     def _check_tasks(self) -> None:
-        for name in ("task_action_dims", "task_episode_lengths"):
+        for name in ("task_action_dims", "task_episode_lengths", "task_names"):
             given = getattr(self, name)
+            what = "name" if name == "task_names" else "number"
             if given and len(given) != self.num_tasks:
-                raise ConfigurationError(f"{name} is {given}, expected one number for each of {self.num_tasks} tasks.")
+                raise ConfigurationError(f"{name} is {given}, expected one {what} for each of {self.num_tasks} tasks.")
+        if len(set(self.task_names)) < len(self.task_names):
+            raise ConfigurationError(f"task_names is {self.task_names}, expected names that differ.")
         if self.num_tasks == 1 and self.task_action_dims not in ((), (self.action_dim,)):
             raise ConfigurationError(
                 f"task_action_dims is {self.task_action_dims}, expected none for a single task. Set action_dim."

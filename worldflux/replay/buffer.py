@@ -21,10 +21,10 @@ from worldflux.replay.export import write_replay
 from worldflux.replay.loading import ReplayFiles
 from worldflux.replay.ring import RingStorage
 from worldflux.replay.sampler import Drawn, Runs, WindowSampler
-from worldflux.replay.spec import TransitionSpec, extras_spec
+from worldflux.replay.spec import TASK_FORM, TransitionSpec, extras_spec
 from worldflux.replay.streams import RecordedStreams
 from worldflux.replay.views import ReplayPart, split
-from worldflux.validation import SINGLE_KEY, ObsShape, whole_number
+from worldflux.validation import SINGLE_KEY, TASK_KEY, ObsShape, whole_number
 
 
 class ReplayBuffer(RecordedStreams, WindowSampler):
@@ -60,7 +60,8 @@ class ReplayBuffer(RecordedStreams, WindowSampler):
         n_envs: Number of environments that `add` receives, each with a stream. Recorders of further environments get
             streams of their own when they need them, which share the capacity with these.
         extras: Further arrays beside each row, as `{name: (shape, dtype)}`, which a model fills through `add` and
-            `update_extras`; zero until then.
+            `update_extras`; zero until then. `{"task": ((), "int64")}` keeps the number of each row's task, which
+            `save` writes, too; -1 until it is given.
         seed: Seed of the sampler; None draws one.
         storage: Where the rows are stored. None or "memory" is the machine's memory, which is taken as rows are
             written; `check_budget` tells beforehand whether all will fit. The path of a directory is for buffers
@@ -137,7 +138,7 @@ class ReplayBuffer(RecordedStreams, WindowSampler):
         self._form.action_classes = classes
 
     def add_extras(self, extras: Mapping[str, tuple[tuple[int, ...], Any]]) -> None:
-        """Adds further arrays beside each row, zero at first; those that are there already are left as they are.
+        """Adds further arrays beside each row, as blank as in a new buffer; those that are there already are kept.
 
         Args:
             extras: As for the constructor, such as `model.replay_extras()`.
@@ -277,9 +278,9 @@ class ReplayBuffer(RecordedStreams, WindowSampler):
     # --- files
 
     def save(self, path: str | Path) -> None:
-        """Writes everything but the extras and the sampler's state to exactly `path`, an `.npz` without pickle.
+        """Writes everything but the sampler's state and extras other than `task` to exactly `path`, without pickle.
 
-        The file is moved into place when it is complete. N transitions, stream by stream and oldest first:
+        The `.npz` is moved into place when it is complete. N transitions, stream by stream and oldest first:
 
             obs              [N, ...]  where each action was taken; `obs/<key>` for each key of a dictionary
             actions          [N, A]    float32
@@ -299,6 +300,8 @@ class ReplayBuffer(RecordedStreams, WindowSampler):
             final_obs        [S, ...]  the observation after the last step; `final_obs/<key>` for a dictionary
             final_obs_mask   [S]       False where that was not recorded (zeros)
             n_envs                     number of the streams
+            task             [N]       int64, the number of the task, -1 where nobody has said it; absent if
+                                       nobody has said any
             action_classes   [...]     sizes of the actions' one-hots, none for continuous actions; absent where
                                        nobody has named their kind and it cannot be told from the values
 
@@ -380,7 +383,7 @@ class ReplayBuffer(RecordedStreams, WindowSampler):
                 directory has room for what is in it.
             n_envs: Another number of streams than the file's. Episodes are shared out among them, and those in flight
                 are closed as truncated.
-            extras: As for the constructor; the file has none.
+            extras: As for the constructor; of the file's own, there is only the column `task`.
             seed: Seed of the sampler.
             storage: As for the constructor, or "in_place": observations are not read now, but from their files when
                 they are sampled, and the system keeps as much of them in memory as it has room for. Data can thus be
@@ -432,7 +435,7 @@ class ReplayBuffer(RecordedStreams, WindowSampler):
                 data.action_dim,
                 obs_dtype=data.obs_dtype,
                 n_envs=data.n_envs,
-                extras=extras,
+                extras={**(extras or {}), **({TASK_KEY: TASK_FORM} if data.has_tasks else {})},
                 seed=seed,
                 storage=place,
                 action_type=None if data.action_classes is None else type_of(data.action_classes),

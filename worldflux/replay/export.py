@@ -16,9 +16,9 @@ from worldflux.files import writing
 from worldflux.replay.actions import Classes, as_executed, declared_classes, described, judged_classes, rescaled
 from worldflux.replay.backends import UNSEEN_AT
 from worldflux.replay.npz import OTHER_NAMES, ArrayChunks, NpzFile, StoredArray, gathered, rows_per_chunk, write_npz
-from worldflux.replay.ring import FINAL, FIRST, STEP, TERMINATED, TRUNCATED, UNSEEN, RingStorage
-from worldflux.replay.spec import all_finite, checked, image_line, obs_shapes
-from worldflux.validation import SINGLE_KEY
+from worldflux.replay.ring import FINAL, FIRST, STEP, TERMINATED, TRUNCATED, UNKNOWN_TASK, UNSEEN, RingStorage
+from worldflux.replay.spec import all_finite, check_tasks, checked, image_line, obs_shapes
+from worldflux.validation import SINGLE_KEY, TASK_KEY
 
 logger = logging.getLogger("worldflux.training")
 
@@ -41,7 +41,7 @@ _EPISODE_ARRAYS = ("episode_lengths", "episode_streams", "episode_starts", "epis
 def write_replay(
     path: str | Path, rows: RingStorage, capacity: int, is_dict: bool, action_classes: Classes | None
 ) -> None:
-    """Writes all rows but their extras to exactly `path`, moved into place when it is complete.
+    """Writes all rows, but of their extras only the tasks, to exactly `path`, moved into place when it is complete.
 
     The schema is documented in `ReplayBuffer.save`. Observations are read as they are written.
     """
@@ -72,6 +72,9 @@ def write_replay(
         "n_envs": np.array(len(rows.base)),
     }
     classes = judged_classes(actions) if action_classes is None else action_classes
+    tasks = rows.extras[TASK_KEY][step] if TASK_KEY in rows.extras else step[:0]
+    if (tasks != UNKNOWN_TASK).any():
+        arrays[TASK_KEY] = tasks
     if classes is not None:
         arrays["action_classes"] = np.array(classes, np.int64)
     with writing(path, BufferError):
@@ -93,6 +96,7 @@ class ReplayFile:
         lengths: Transitions of each episode. `[S]`
         streams: Stream of each episode. `[S]`
         action_classes: Sizes of the actions' one-hots; None where it cannot be told what kind they are.
+        has_tasks: Whether it says of which task each transition is.
 
     Args:
         file: The file.
@@ -166,6 +170,12 @@ class ReplayFile:
             self.streams = np.zeros(len(self.lengths), np.int64)
             self._starts = self._ends = np.ones(len(self.lengths), np.bool_)
             self._seen = ~self._ends
+        self.has_tasks = TASK_KEY in file.names
+        self._tasks = self._column(TASK_KEY, np.int64) if self.has_tasks else np.zeros(0, np.int64)
+        try:
+            check_tasks(TASK_KEY, self._tasks[self._tasks != UNKNOWN_TASK])
+        except BufferError as error:
+            raise self._wrong(str(error)) from error
         self._flags = STEP | terminated * TERMINATED | truncated * TRUNCATED
         self._places = {key: file.place_of(obs) for key, obs in self.obs.items() if isinstance(obs, StoredArray)}
         self._final_places = {key: file.place_of(final) for key, final in self._finals.items()}
@@ -192,7 +202,7 @@ class ReplayFile:
         """Leaves out all episodes but those from number `first` to `end - 1`; once."""
         steps = slice(int(self.lengths[:first].sum()), int(self.lengths[:end].sum()))
         self._skipped, self._skipped_episodes, self._count = steps.start, first, steps.stop - steps.start
-        for name in ("_actions", "_rewards", "_flags"):
+        for name in ("_actions", "_rewards", "_flags", "_tasks"):
             setattr(self, name, getattr(self, name)[steps].copy())  # the others take no memory any more
         for name in ("lengths", "streams", "_starts", "_ends", "_seen"):
             setattr(self, name, getattr(self, name)[first:end])
@@ -244,10 +254,11 @@ class ReplayFile:
                         flags[steps],
                         {key: array[ends] for key, array in finals.items()},
                         self._seen[episodes][ends],
+                        {TASK_KEY: self._tasks[part][steps]} if self.has_tasks else None,
                     )
         # Of many files, these are then in memory twice for one at a time.
-        self._actions, self._rewards, self._flags = (
-            np.zeros(0, a.dtype) for a in (self._actions, self._rewards, self._flags)
+        self._actions, self._rewards, self._flags, self._tasks = (
+            np.zeros(0, a.dtype) for a in (self._actions, self._rewards, self._flags, self._tasks)
         )
 
     def places(self, key: str, dtype: np.dtype, row_bytes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -361,7 +372,7 @@ class ReplayFile:
 
     def _warn_of_unread(self, keys: list[str]) -> None:
         """Says which arrays nobody reads, and how they might have been meant."""
-        known = {*_REQUIRED, "truncations", "timeouts", "action_classes"}
+        known = {*_REQUIRED, "truncations", "timeouts", "action_classes", TASK_KEY}
         known |= {self._name(part, key) for part in ("obs", "obs_shape") for key in keys}
         unread = [name for name in self._file.names if name not in known]
         if unread:

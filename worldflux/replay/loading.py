@@ -38,6 +38,7 @@ class ReplayFiles:
         obs_dtype: Dtype of each observation, by key; None leaves it to the shape.
         action_dim: Width of an action vector.
         action_classes: Sizes of the actions' one-hots; None where it cannot be told what kind they are.
+        has_tasks: Whether they say of which task each transition is.
 
     Args:
         path: The file, or a directory of `.npz` files.
@@ -71,6 +72,7 @@ class ReplayFiles:
             raise _other_copy(path, ranks.rank())
         first = next(iter(self._files.values()))
         self.is_dict, self.action_dim, self.action_classes = first.is_dict, first.action_dim, first.action_classes
+        self.has_tasks = first.has_tasks
         self.shapes = {key: obs.shape[1:] for key, obs in first.obs.items()}
         self.obs_dtype = {key: first.dtype_of(key) for key in first.obs}
         self._lengths = np.concatenate([file.lengths for file in self._files.values()])
@@ -255,6 +257,7 @@ def _form(file: ReplayFile) -> list[tuple[str, Any]]:
         ),
         ("the widths of actions", file.action_dim),
         ("the kinds of actions", _kind(file.action_classes)),
+        ("the columns 'task'", "there" if file.has_tasks else "missing"),
     ]
 
 

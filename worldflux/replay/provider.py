@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,14 +10,20 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from worldflux.accel.overriding import overridden, steps_back
 from worldflux.accel.transfers import to_device
-from worldflux.errors import ConfigurationError
-from worldflux.replay.batch import Batch, BatchRequest, joined
+from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError, nearest
+from worldflux.replay.actions import Classes
+from worldflux.replay.batch import Batch, BatchRequest, by_key, joined
 from worldflux.replay.buffer import ReplayBuffer
 from worldflux.replay.sampler import DEFAULT_SEQ_LEN, WindowSampler
+from worldflux.replay.spec import MOST_TASKS
+from worldflux.validation import SINGLE_KEY, TASK_KEY, ObsShape
 
 
 class BatchProvider(Protocol):
@@ -191,6 +198,168 @@ class MixedReplay:
                 source.update_extras(ids[of_source], chosen)
 
 
+class TaskReplay:
+    """The data of several tasks as one provider, whose batches say which task each row is of.
+
+    The windows of a batch are drawn from the tasks in proportion to their transitions. Vectors and actions are padded
+    with zeros to the width of the model's, as an agent pads those of environments.
+
+    Attributes:
+        data: The data of each task, by its name.
+        tasks: Number of each task, by its name.
+
+    Args:
+        data: The data of each task, by its name: buffers, or parts of them.
+        tasks: Number of each task that the model has, by its name.
+        obs_shape: Shape of the model's observations.
+        action_dim: Width of the model's actions.
+
+    Raises:
+        ConfigurationError: If there are no data, or they are of other tasks.
+        ShapeMismatchError: If observations or actions do not fit into those of the model.
+    """
+
+    def __init__(
+        self, data: Mapping[str, WindowSampler], tasks: Mapping[str, int], obs_shape: ObsShape, action_dim: int
+    ) -> None:
+        if not data or not all(isinstance(source, WindowSampler) for source in data.values()):
+            raise ConfigurationError(f"The data are {data!r}, expected a ReplayBuffer for each name of a task.")
+        for name in data:
+            if name not in tasks:
+                raise ConfigurationError(
+                    f"There are data of the task {name!r}{nearest(str(name), tasks)} The tasks of the model are: "
+                    f"{', '.join(tasks) or 'none that have names'}. task_names=(...) names those of a new model."
+                )
+        self.data, self.tasks = dict(data), {name: tasks[name] for name in data}
+        self._obs_shape, self._action_dim = obs_shape, action_dim
+        for name, source in data.items():
+            if not _fits(source.obs_shape, obs_shape) or source.action_dim > action_dim:
+                raise ShapeMismatchError(
+                    f"The data of the task {name!r} have observations {source.obs_shape} and {source.action_dim} "
+                    f"action numbers, expected {obs_shape} and {action_dim} as the model, or shorter vectors. Images "
+                    "of all tasks have the same size."
+                )
+        self._rng = np.random.default_rng()
+
+    def __repr__(self) -> str:
+        return f"TaskReplay({', '.join(f'{name}: {source!r}' for name, source in self.data.items())})"
+
+    @property
+    def num_transitions(self) -> int:
+        """Transitions of all tasks."""
+        return sum(source.num_transitions for source in self.data.values())
+
+    def __len__(self) -> int:
+        return self.num_transitions
+
+    @property
+    def device(self) -> torch.device:
+        """Device on which the rows are gathered."""
+        return next(iter(self.data.values())).device
+
+    def parts(self) -> dict[str, TaskReplay]:
+        """The data of each task as a provider of its own, by the task's name."""
+        return {name: self._with({name: source}) for name, source in self.data.items()}
+
+    def split(self, fraction: float, *, seed: int = 0, seq_len: int = 1) -> tuple[TaskReplay, TaskReplay]:
+        """Two parts, to train on and to evaluate on, of the episodes of each task; see `ReplayBuffer.split`."""
+        halves = {
+            name: _splittable(name, source).split(fraction, seed=seed, seq_len=seq_len)
+            for name, source in self.data.items()
+        }
+        left, held_out = ({name: half[side] for name, half in halves.items()} for side in (0, 1))
+        return self._with(left), self._with(held_out)
+
+    def sample(self, batch_size: int, seq_len: int | None = None, device: str | torch.device = "cpu") -> Batch:
+        """Draws a batch; arguments and errors are those of `ReplayBuffer.sample`. `[B, T, ...]`"""
+        batch = self._drawn(batch_size, seq_len, sample_from)
+        return replace(batch, extras=self.extras_of(batch.row_ids)).to(device)
+
+    def sample_ahead(self, batch_size: int, seq_len: int | None = None) -> Batch:
+        """Draws a batch without its tasks, which `extras_of` tells."""
+        return self._drawn(batch_size, seq_len, lambda source, count, rows: source.sample_ahead(count, rows))
+
+    def _drawn(self, batch_size: int, seq_len: int | None, draw: Callable[[Any, int, int], Batch]) -> Batch:
+        seq_len = DEFAULT_SEQ_LEN if seq_len is None else seq_len
+        for name, source in self.data.items():
+            if not source.num_windows(seq_len):
+                raise BufferError(f"The data of the task {name!r} have no window of {seq_len} rows. Pass more of them.")
+        sizes = np.array([source.num_transitions for source in self.data.values()], np.float64)
+        counts = self._rng.multinomial(batch_size, sizes / sizes.sum())
+        shares = zip(self.data.values(), counts.tolist(), self.tasks.values(), strict=True)
+        return joined([self._padded(draw(source, count, seq_len), task) for source, count, task in shares if count])
+
+    def extras_of(self, rows: Any) -> dict[str, Tensor]:
+        """The task of each row of `Batch.row_ids`. `[B, T]`"""
+        return {TASK_KEY: torch.as_tensor(rows) % MOST_TASKS}
+
+    def _padded(self, batch: Batch, task: int) -> Batch:
+        """A batch of one task in the model's form; the task is the remainder of the rows' ids."""
+        assert batch.row_ids is not None
+        shapes = self._obs_shape if isinstance(self._obs_shape, dict) else {SINGLE_KEY: self._obs_shape}
+        obs = dict(by_key(batch.obs))
+        for key, value in obs.items():
+            if value.dim() == 3:
+                obs[key] = _widened(value, shapes[key][0])
+        return replace(
+            batch,
+            obs=obs if isinstance(batch.obs, dict) else obs[SINGLE_KEY],
+            actions=_widened(batch.actions, self._action_dim),
+            extras={},
+            row_ids=batch.row_ids * MOST_TASKS + task,
+        )
+
+    def _with(self, data: Mapping[str, WindowSampler]) -> TaskReplay:
+        return TaskReplay(data, self.tasks, self._obs_shape, self._action_dim)
+
+    def check_actions(self, classes: Classes) -> None:
+        """Checks that all stored actions are of a model's kind, as `WindowSampler.check_actions`."""
+        for source in self.data.values():
+            source.check_actions(classes)
+
+    def digest(self) -> str:
+        """A short text that differs for different data or tasks."""
+        parts = [(name, self.tasks[name], source.digest()) for name, source in self.data.items()]
+        return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+    def seed(self, seed: int | None) -> None:
+        """Restarts the random numbers, also those of the data; None draws a seed."""
+        self._rng = np.random.default_rng(seed)
+        for number, source in enumerate(self.data.values()):
+            source.seed(None if seed is None else seed + number)
+
+    def rng_state(self) -> dict[str, Any]:
+        """State of all random numbers, ready for JSON."""
+        sources = {name: source.rng_state() for name, source in self.data.items()}
+        return {"tasks": dict(self._rng.bit_generator.state), "data": sources}
+
+    def set_rng_state(self, state: Mapping[str, Any]) -> None:
+        """Restores a state that `rng_state` returned."""
+        self._rng.bit_generator.state = dict(state["tasks"])
+        for name, source in self.data.items():
+            source.set_rng_state(state["data"][name])
+
+
+def _fits(shape: ObsShape, whole: ObsShape) -> bool:
+    """Whether observations are those of a model, or become so if vectors are padded."""
+    if isinstance(shape, dict) and isinstance(whole, dict):
+        return shape.keys() == whole.keys() and all(_fits(shape[key], whole[key]) for key in whole)
+    if isinstance(shape, dict) or isinstance(whole, dict):
+        return False
+    return shape == whole or (len(shape) == len(whole) == 1 and shape[0] <= whole[0])
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    """A tensor with zeros behind each vector. `[B, T, K]` → `[B, T, width]`"""
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def _splittable(name: str, source: WindowSampler) -> ReplayBuffer:
+    if not isinstance(source, ReplayBuffer):
+        raise ConfigurationError(f"The data of the task {name!r} are a part of a buffer. Pass data to evaluate on.")
+    return source
+
+
 class Batches:
     """Batches of one size from a provider, one after another.
 
@@ -242,15 +411,17 @@ class PrefetchedBatches(Batches):
     before was taken, and the `extras` of the moment when it is taken itself.
 
     Args:
-        provider: The buffer, or a part of one.
+        provider: The buffer, or a part of one, or those of several tasks.
         batch_size: Windows, `B`.
         seq_len: Rows of each, `T`.
         device: Where they are wanted. To CUDA, batches are copied from pinned memory on a stream of their own.
     """
 
-    provider: WindowSampler
+    provider: WindowSampler | TaskReplay
 
-    def __init__(self, provider: WindowSampler, batch_size: int, seq_len: int, device: torch.device) -> None:
+    def __init__(
+        self, provider: WindowSampler | TaskReplay, batch_size: int, seq_len: int, device: torch.device
+    ) -> None:
         super().__init__(provider, batch_size, seq_len, device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -318,7 +489,10 @@ def batches_from(
     A user's own provider is always asked on the calling thread, and so is a buffer with a `sample` of its own. Rows
     that are stored on a device are gathered there at once.
     """
-    if isinstance(provider, WindowSampler) and provider.device.type == "cpu":
-        if not steps_back("Sampling on another thread", provider, overridden(provider, *SAMPLES)):
+    if isinstance(provider, WindowSampler | TaskReplay) and provider.device.type == "cpu":
+        sources = provider.data.values() if isinstance(provider, TaskReplay) else [provider]
+        if not any(
+            steps_back("Sampling on another thread", source, overridden(source, *SAMPLES)) for source in sources
+        ):
             return PrefetchedBatches(provider, batch_size, seq_len, device)
     return Batches(provider, batch_size, seq_len, device)

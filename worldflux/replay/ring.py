@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from worldflux.replay.backends import RowArray, Storage
+from worldflux.validation import TASK_KEY
 
 # Bits of a row's flags.
 TERMINATED = np.uint8(1)
@@ -22,6 +23,8 @@ UNSEEN = np.uint8(16)
 STEP = np.uint8(32)
 """Marks a step that is being added; the bit itself is not stored."""
 
+UNKNOWN_TASK = -1
+"""The task of a row of which nobody has said it. Other extras are zero where nothing was given."""
 _CHUNK_BYTES = 16 * 2**20
 """Bytes of rows that are copied at once."""
 _DIGESTED_AT_ONCE = 2**16
@@ -103,10 +106,12 @@ class RingStorage:
         return len(self.flags) * self._row_bytes
 
     def add_extras(self, extras: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
-        """Adds arrays that are stored with the rows, zero at first; the argument and errors are the constructor's."""
+        """Adds arrays that are stored with the rows, blank at first; the argument and errors are the constructor's."""
         count, size = len(self.flags), _bytes_of(extras.values())
         self.storage.budget().require(count * size, what=f"Adding {', '.join(extras)} to the replay buffer", fits=0)
         added = {name: self.storage.zeros((count, *shape), dtype) for name, (shape, dtype) in extras.items()}
+        for name in added:
+            added[name][self.stored_at()] = _blank(name)
         self.extras |= added
         self._row_bytes += size
 
@@ -165,7 +170,8 @@ class RingStorage:
         for stream in range(len(self.end)):
             rows = np.arange(self.begin[stream], self.end[stream])
             for part in np.array_split(rows, 1 + len(rows) // _DIGESTED_AT_ONCE):
-                for array in (self.actions, self.rewards, self.flags):
+                tasks = [self.extras[TASK_KEY]] if TASK_KEY in self.extras else []
+                for array in (self.actions, self.rewards, self.flags, *tasks):
                     found.update(np.ascontiguousarray(array[self.at(stream, part)]).data)
             some = rows[:: 1 + len(rows) // _DIGESTED_OBS]
             for array in self.obs.values():
@@ -236,7 +242,7 @@ class RingStorage:
             flags: STEP where a stream makes a step, with TERMINATED or TRUNCATED where that ends an episode, and 0
                 where it makes none. `[K, S]` uint8
             finals: The observations after the ends of episodes, in the order of `flags`. `[E, ...]`
-            extras: `[K, S, ...]` each; what is left out becomes zero.
+            extras: `[K, S, ...]` each; what is left out becomes zero, and tasks unknown.
             streams: Numbers of the streams, each of them once; None means all, in order. `[S]`
             seen: False for those of `finals` that were not recorded; None means that all were. `[E]`
         """
@@ -258,7 +264,7 @@ class RingStorage:
         self._write_rows(at, {key: array[kept] for key, array in obs.items()}, actions[kept], rewards[kept])
         self.flags[at] = flags[kept] & (TERMINATED | TRUNCATED)
         for name, stored in self.extras.items():
-            stored[at] = extras[name][kept] if name in extras else 0
+            stored[at] = extras[name][kept] if name in extras else _blank(name)
 
         starts = numbers[(steps > 0) & ~self.in_flight[chosen]]
         self.flags[self.at(starts, self.end[starts])] |= FIRST
@@ -292,7 +298,7 @@ class RingStorage:
         self._write_rows(at, obs, actions, rewards)
         self.flags[at] = 0
         for name, stored in self.extras.items():
-            stored[at] = extras.get(name, 0)
+            stored[at] = extras.get(name, _blank(name))
         in_flight = self.in_flight[chosen]
         if np.count_nonzero(in_flight) < len(in_flight):
             self.flags[at[0, ~in_flight]] = FIRST
@@ -325,6 +331,7 @@ class RingStorage:
         flags: np.ndarray,
         finals: Mapping[str, np.ndarray],
         seen: np.ndarray,
+        extras: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         """Appends any number of steps to one stream; of more than it can hold, the newest stay.
 
@@ -341,7 +348,7 @@ class RingStorage:
                 rewards[part],
                 flags[part],
                 {key: array[ends] for key, array in finals.items()},
-                {},
+                {name: array[part] for name, array in (extras or {}).items()},
                 np.array([stream]),
                 seen[ends],
             )
@@ -367,8 +374,9 @@ class RingStorage:
             stored[at] = obs.get(key, 0)
             if seen is not None and not seen.all():
                 stored[at[~seen]] = 0
-        for stored in self.extras.values():
-            stored[at] = 0
+        for name, stored in self.extras.items():
+            # An episode's last observation is of the same task as its steps; the row before it may end the ring.
+            stored[at] = stored[at - 1 + self.ring * (at % self.ring == 0)] if name == TASK_KEY else 0
 
     def _make_room(self, transitions: Any, rows: Any) -> None:
         """Drops the oldest rows of each stream until so many more fit; `[n_envs]`, or a number for all."""
@@ -418,6 +426,11 @@ class RingStorage:
         self.begin[streams] += count
         self.transitions[streams] -= dropped
         self.episodes[streams] -= count - dropped
+
+
+def _blank(name: str) -> int:
+    """What is stored of an extra where nothing was given."""
+    return UNKNOWN_TASK if name == TASK_KEY else 0
 
 
 def _bytes_of(columns: Iterable[tuple[tuple[int, ...], np.dtype]]) -> int:

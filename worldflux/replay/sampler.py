@@ -16,9 +16,9 @@ from worldflux.locks import ThreadLock
 from worldflux.replay.actions import Classes, check_fits
 from worldflux.replay.backends import DeviceArray, FileRows, RowArray
 from worldflux.replay.batch import Batch, BatchRequest
-from worldflux.replay.ring import FINAL, FIRST, TERMINATED, TRUNCATED, UNSEEN, RingStorage
-from worldflux.replay.spec import TransitionSpec, as_numpy
-from worldflux.validation import SINGLE_KEY, ObsShape, whole_number
+from worldflux.replay.ring import FINAL, FIRST, TERMINATED, TRUNCATED, UNKNOWN_TASK, UNSEEN, RingStorage
+from worldflux.replay.spec import TransitionSpec, as_numpy, check_tasks
+from worldflux.validation import SINGLE_KEY, TASK_KEY, ObsShape, whole_number
 
 DEFAULT_SEQ_LEN = 50
 
@@ -127,6 +127,11 @@ class WindowSampler:
         """Runs of rows from which windows are drawn."""
         raise NotImplementedError
 
+    @property
+    def num_transitions(self) -> int:
+        """Number of transitions, those of episodes in flight included."""
+        raise NotImplementedError
+
     def num_windows(self, seq_len: int) -> int:
         """Number of different windows of `seq_len` rows."""
         seq_len = whole_number("seq_len", seq_len, 1, error=BufferError)
@@ -171,6 +176,25 @@ class WindowSampler:
         at = rows.stored_at()
         steps = at[(rows.flags[at] & FINAL) == 0]
         check_fits("The replay buffer", np.asarray(rows.actions[steps]), self._form.action_classes, classes)
+
+    def check_tasks(self, count: int) -> None:
+        """Checks that every stored row is of one of a model's tasks.
+
+        Args:
+            count: Number of the model's tasks.
+
+        Raises:
+            BufferError: If rows are of other tasks, or the data do not say of which.
+        """
+        rows = self._rows
+        tasks = np.asarray(rows.extras[TASK_KEY][rows.stored_at()]) if TASK_KEY in rows.extras else None
+        if tasks is None or (tasks == UNKNOWN_TASK).any():
+            raise BufferError(
+                f"The model has {count} tasks, and the data do not say which task a row is of. Pass the data of each "
+                "task by its name, train(model, {'walk': buffer, ...}), or store the tasks: ReplayBuffer(..., extras="
+                "model.replay_extras()).add_episode(..., extras={'task': numbers}); save and load keep them."
+            )
+        check_tasks("The column 'task' of the replay buffer", tasks, count)
 
     def digest(self) -> str:
         """Returns a short text that differs for different data; extras are not included."""

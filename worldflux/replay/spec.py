@@ -13,6 +13,7 @@ from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError
 from worldflux.replay.actions import Classes, as_executed
 from worldflux.validation import (
     SINGLE_KEY,
+    TASK_KEY,
     ObsShape,
     clean_sizes,
     has_channels_last,
@@ -20,6 +21,10 @@ from worldflux.validation import (
     whole_number,
 )
 
+TASK_FORM = ((), np.dtype(np.int64))
+"""Shape and dtype of the number of a row's task."""
+MOST_TASKS = 100_000
+"""Most tasks that a model has, and a row can be of."""
 _BRIGHT = 127
 """Float images with larger values are taken for those from 0 to 255 that were resized or blurred."""
 
@@ -111,6 +116,8 @@ class TransitionSpec:
         """What is to be stored beside rows, in its dtype. `[*lead, ...]`, or `[len(rows), ...]`."""
         array = as_numpy(f"extras[{name!r}]", value)
         self.check_extra(name, array.shape, lead)
+        if name == TASK_KEY:
+            check_tasks(f"extras[{name!r}]", array if rows is None else array[rows])
         return (array if rows is None else array[rows]).astype(self.extras[name][1], copy=False)
 
     def check_extra(self, name: str, shape: tuple[int, ...], lead: tuple[int, ...]) -> None:
@@ -226,6 +233,24 @@ def image_line(low: float, high: float, whole: bool) -> str:
     )
 
 
+def check_tasks(name: str, tasks: np.ndarray, count: int = MOST_TASKS) -> None:
+    """Raises a `BufferError` if an array has values that are no numbers of tasks.
+
+    Args:
+        name: What the array is called in the message.
+        tasks: The array.
+        count: Number of the tasks that there are.
+    """
+    if tasks.dtype.kind not in "biuf":
+        raise BufferError(f"{name} has dtype {tasks.dtype}, expected numbers of tasks.")
+    wrong = ~((tasks >= 0) & (tasks < count))  # NaN is neither
+    wrong |= ~wrong & (np.where(wrong, 0, tasks) % 1 != 0)
+    if wrong.any():
+        raise BufferError(
+            f"{name} has {tasks[wrong][0]}, expected whole numbers from 0 to {count - 1:,}: the numbers of tasks."
+        )
+
+
 def _shape_hint(name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> str:
     lead, image = len(expected) - 3, expected[-3:]
     if lead >= 0 and got == (*expected[:lead], image[1], image[2], image[0]):
@@ -272,12 +297,13 @@ def extras_spec(given: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
             spec[name] = tuple(operator.index(size) for size in shape), np.dtype(dtype)
             fits = min(spec[name][0], default=1) >= 1 and spec[name][1].kind in "biuf"
             torch.from_numpy(np.zeros(0, spec[name][1]))  # not every dtype of NumPy is one of torch
+            fits = fits and (name != TASK_KEY or spec[name] == TASK_FORM)
         except (TypeError, ValueError):
             fits = False
         if not fits:
             raise ConfigurationError(
                 f"extras[{name!r}] is {entry!r}, expected a shape of whole numbers of at least 1 and a dtype of "
-                "numbers, such as ((3,), 'float32')."
+                f"numbers, such as {((), 'int64') if name == TASK_KEY else ((3,), 'float32')}."
             )
     return spec
 

@@ -15,7 +15,7 @@ from worldflux.replay.actions import as_executed, rescaled
 from worldflux.replay.backends import Storage
 from worldflux.replay.ring import FINAL, STEP, TERMINATED, TRUNCATED, UNSEEN, RingStorage
 from worldflux.replay.spec import TransitionSpec, as_numpy, checked
-from worldflux.validation import SINGLE_KEY, whole_number
+from worldflux.validation import SINGLE_KEY, TASK_KEY, whole_number
 
 _BOOL = np.dtype(np.bool_)
 _FLOAT = np.dtype(np.float32)
@@ -208,6 +208,7 @@ class RecordedStreams:
         truncations: Any = None,
         action_low: Any = None,
         action_high: Any = None,
+        extras: Mapping[str, Any] | None = None,
     ) -> None:
         """Stores a whole episode, or several one after another that are told apart by their flags.
 
@@ -225,6 +226,8 @@ class RecordedStreams:
             action_low: With `action_high`, the bounds of continuous actions in the environment's own units, a number or
                 one for each entry; they are rescaled to [-1, 1]. `[A]`
             action_high: See `action_low`. `[A]`
+            extras: What to store beside the rows, zero where nothing is given, such as `{"task": numbers}`.
+                `{name: [T, ...]}`
 
         Raises:
             ShapeMismatchError: If a shape is not as above; nothing is stored then.
@@ -243,6 +246,7 @@ class RecordedStreams:
         obs_arrays = self._form.checked_obs("obs", obs, (obs_count,))
         actions = self._form.checked_actions(rescaled(actions, action_low, action_high), (count,))
         rewards = checked("rewards", rewards, (count,), _FLOAT)
+        extra_arrays = {name: self._form.checked_extra(name, value, (count,)) for name, value in (extras or {}).items()}
         name = "terminations" if dones is None else "dones"
         terminated = _flags_or_zeros(name, terminations if dones is None else dones, count)
         truncated = _flags_or_zeros("truncations", truncations, count)
@@ -265,11 +269,11 @@ class RecordedStreams:
             finals[key] = np.zeros((len(seen), *array.shape[1:]), array.dtype)
             finals[key][-1] = array[-1]
         steps = {key: array[:count] for key, array in obs_arrays.items()}
-        rows.add_episodes(stream, steps, actions, rewards, flags, finals, seen)
+        rows.add_episodes(stream, steps, actions, rewards, flags, finals, seen, extra_arrays)
         self._fresh[stream] = rows.end[stream]
 
     def add_episodes_of(self, other: RecordedStreams, *, first: int = 0, every: int = 1) -> None:
-        """Copies whole episodes from another buffer of the same shapes, without their extras.
+        """Copies whole episodes from another buffer of the same shapes, without extras other than their tasks.
 
         Args:
             other: The other buffer, of which episodes in flight are copied as truncated.
@@ -277,6 +281,7 @@ class RecordedStreams:
             every: Distance to the next one.
         """
         rows = other._rows
+        tasks = rows.extras.keys() & self._form.extras.keys() & {TASK_KEY}
         for stream, begin, end in list(zip(*rows.episodes_at(), strict=True))[first::every]:
             at = rows.at(stream, np.arange(begin, end))
             flags = rows.flags[at]
@@ -289,6 +294,7 @@ class RecordedStreams:
                 rows.rewards[step],
                 terminations=(rows.flags[step] & TERMINATED) != 0,
                 truncations=(rows.flags[step] & TRUNCATED) != 0,
+                extras={name: rows.extras[name][step] for name in tasks},
             )
 
     def end_episodes(self, env: int | None = None, *, final_obs: Any = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -15,10 +16,12 @@ from worldflux.config import WorldModelConfig
 from worldflux.errors import BufferError, ConfigurationError, TrainingError
 from worldflux.replay.actions import ROUNDING, check_one_hots
 from worldflux.replay.batch import Batch
-from worldflux.replay.provider import SAMPLES, MixedReplay
+from worldflux.replay.provider import SAMPLES, MixedReplay, TaskReplay
 from worldflux.replay.sampler import WindowSampler
+from worldflux.replay.spec import check_tasks
 from worldflux.training.config import TrainingConfig
 from worldflux.training.gradient_step import OF_BATCH
+from worldflux.validation import TASK_KEY
 
 logger = logging.getLogger("worldflux.training")
 
@@ -26,16 +29,35 @@ logger = logging.getLogger("worldflux.training")
 def check_kind(model: nn.Module, data: Any) -> None:
     """Raises a `BufferError` if a buffer's actions are not of the model's kind, or the model's tasks are missing."""
     config = getattr(model, "config", None)
-    if not isinstance(config, WorldModelConfig) or not isinstance(data, WindowSampler):
+    if not isinstance(config, WorldModelConfig) or not isinstance(data, WindowSampler | TaskReplay):
         return
     data.check_actions(config.action_classes)
     tasks = getattr(config, "num_tasks", 1)
-    if tasks > 1 and not data.extras_state().get("task", torch.zeros(0)).any():
-        raise BufferError(
-            f"The model has {tasks} tasks, and the buffer does not say which task a row is of: all would be learned "
-            "as task 0. Files hold no tasks; write them with buffer.add(..., extras={'task': numbers}), or use "
-            "num_tasks=1."
+    if tasks > 1 and isinstance(data, WindowSampler):
+        data.check_tasks(tasks)
+
+
+def provider_for(model: nn.Module, data: Any) -> Any:
+    """Data as a provider of batches for a model: those that are given by the names of tasks become one.
+
+    Raises:
+        ConfigurationError: If the model has no such tasks.
+        ShapeMismatchError: If observations or actions do not fit into those of the model.
+    """
+    if not isinstance(data, Mapping):
+        return data
+    config = getattr(model, "config", None)
+    tasks = getattr(config, "num_tasks", 1)
+    if not isinstance(config, WorldModelConfig) or (tasks == 1 and len(data) != 1):
+        names = tuple(data)
+        raise ConfigurationError(
+            f"The data are of the tasks {names}, and the model has one. Make a model of several: create_world_model("
+            f"'tdmpc2:5m', num_tasks={len(names)}, task_names={names}, ...); DreamerV3 has one task."
         )
+    if tasks == 1:
+        return next(iter(data.values()))
+    names = getattr(config, "task_names", ())
+    return TaskReplay(data, {name: number for number, name in enumerate(names)}, config.obs_shape, config.action_dim)
 
 
 def overruled_fields(model: nn.Module) -> list[str]:
@@ -75,12 +97,15 @@ def check_first_batch(model: nn.Module, batch: Batch, step: int) -> None:
 
     Raises:
         TrainingError: If a number in it is not finite; it names the field.
-        BufferError: If its actions are not of the kind that the world model takes.
+        BufferError: If its actions or tasks are none that the world model takes.
     """
     check_batch(batch, step)
     config = getattr(model, "config", None)
     if not isinstance(config, WorldModelConfig):
         return
+    tasks = getattr(config, "num_tasks", 1)
+    if tasks > 1 and TASK_KEY in batch.extras:
+        check_tasks(f"The batch's extras[{TASK_KEY!r}]", batch.extras[TASK_KEY].cpu().numpy(), tasks)
     actions = batch.actions.detach().float().flatten(0, -2).cpu().numpy()
     if config.action_classes:
         taken = actions[actions.any(-1)]  # after an episode's last step there is none
@@ -97,7 +122,11 @@ def inputs_to_watch(batch: Batch, buffer: Any, device: torch.device) -> dict[str
 
     A buffer of this library stores no other values, so its batches give nothing to watch.
     """
-    sources = [buffer.recorded, buffer.collected] if isinstance(buffer, MixedReplay) else [buffer]
+    sources = [buffer]
+    if isinstance(buffer, MixedReplay):
+        sources = [buffer.recorded, buffer.collected]
+    elif isinstance(buffer, TaskReplay):
+        sources = list(buffer.data.values())
     if all(isinstance(source, WindowSampler) and not overridden(source, *SAMPLES) for source in sources):
         return {}
     floats = {name: x for name, x in batch.named_tensors().items() if x.is_floating_point()}

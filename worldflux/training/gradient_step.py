@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from worldflux.accel import ranks
 from worldflux.errors import ConfigurationError, TrainingError
 from worldflux.models.base import LossOutput, Phase
+from worldflux.models.evaluation import evaluating
 from worldflux.replay.batch import Batch
+from worldflux.replay.provider import Resumable, sample_from
+from worldflux.training.config import TrainingConfig
 from worldflux.training.optim import clip_by_global_norm
 
 
@@ -126,6 +129,27 @@ def as_loss_output(result: Any) -> LossOutput:
     if torch.is_grad_enabled() and not result.loss.requires_grad:
         raise TrainingError("The loss depends on no parameter that requires a gradient, so there is nothing to learn.")
     return result
+
+
+def mean_losses(
+    model: nn.Module, data: Any, config: TrainingConfig, device: torch.device, num_batches: int
+) -> dict[str, Tensor]:
+    """Means of a model's losses over batches, as `Trainer.evaluate` describes them; they stay on the device."""
+    sampler_state = data.rng_state() if isinstance(data, Resumable) else None
+    total: dict[str, Tensor] = {}
+    try:
+        with evaluating(model, device, config.seed):
+            if isinstance(data, Resumable):
+                data.seed(config.seed)
+            for _ in range(num_batches):
+                batch = sample_from(data, config.batch_size, config.sequence_length, device)
+                output = as_loss_output(model.loss(batch))  # type: ignore[operator]
+                for name, value in {**output.terms, "loss": output.loss}.items():
+                    total[name] = total.get(name, 0.0) + value.detach().float() / num_batches
+    finally:
+        if isinstance(data, Resumable) and sampler_state is not None:
+            data.set_rng_state(sampler_state)
+    return total
 
 
 def _scalar(value: float | Tensor, device: torch.device) -> Tensor:

@@ -41,7 +41,8 @@ def train(
 
     Args:
         model: A `WorldModel`, or any `nn.Module` with `loss(batch)`. It is trained in place.
-        buffer: A `ReplayBuffer` or another provider of batches.
+        buffer: A `ReplayBuffer` or another provider of batches. For a model of several tasks, the buffers of its
+            tasks by their names, `{"walker-walk": walk, "walker-run": run}`, or one with a column `task`.
         total_steps: Gradient steps of the whole run. `TrainingConfig` describes this and the following settings.
         batch_size: Windows in each gradient step.
         sequence_length: Time steps in each window.

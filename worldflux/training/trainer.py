@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -24,7 +24,6 @@ from worldflux.diagnostics.health import Health, check_health
 from worldflux.errors import ConfigurationError, TrainingError
 from worldflux.files import checked_path
 from worldflux.models.base import OptimizerSpec, Phase, WorldModel
-from worldflux.models.evaluation import evaluating
 from worldflux.models.finite import first_not_finite, weights_of
 from worldflux.reading import only_our_errors
 from worldflux.replay.batch import Batch
@@ -32,10 +31,10 @@ from worldflux.replay.provider import (
     Batches,
     BatchProvider,
     BatchRequestProvider,
-    Resumable,
+    TaskReplay,
     batches_from,
-    sample_from,
 )
+from worldflux.replay.sampler import WindowSampler
 from worldflux.training.callback_list import CallbackList
 from worldflux.training.callbacks import Callback, CheckpointCallback, Losses
 from worldflux.training.captured_step import CapturedStep
@@ -51,13 +50,13 @@ from worldflux.training.checkpoint import (
 )
 from worldflux.training.config import TrainingConfig, check_changes
 from worldflux.training.continuation import Continuation, checked_share, held_out
-from worldflux.training.fitting import check_first_batch, check_kind, inputs_to_watch, warn_of_overruled
+from worldflux.training.fitting import check_first_batch, check_kind, inputs_to_watch, provider_for, warn_of_overruled
 from worldflux.training.gradient_step import (
     FiniteWatch,
     GradientStep,
     Updated,
     WriteBack,
-    as_loss_output,
+    mean_losses,
     phases_of,
 )
 from worldflux.training.optim import build_optimizer
@@ -66,7 +65,7 @@ from worldflux.validation import whole_number
 
 logger = logging.getLogger("worldflux.training")
 
-Provider = BatchProvider | BatchRequestProvider
+Provider = BatchProvider | BatchRequestProvider | Mapping[str, WindowSampler]
 
 _EVAL_BATCHES = 8
 _DEFAULT_SPEC = OptimizerSpec(kind="adam", learning_rate=3e-4)
@@ -222,7 +221,7 @@ class Trainer:
 
         Args:
             buffer: A `ReplayBuffer`, or anything with `sample(batch_size, seq_len=None, device="cpu")` or
-                `sample(BatchRequest)`.
+                `sample(BatchRequest)`; or several buffers by the names of their tasks.
             num_steps: Number of gradient steps to do now. None: as many as are left of `config.total_steps`.
             resume: Continue from the newest checkpoint of this trainer's `CheckpointCallback`, or begin if there is
                 none yet. A job that is started again with the same command then continues.
@@ -267,12 +266,12 @@ class Trainer:
             config.total_steps if num_steps is None else self.step_count + whole_number("num_steps", num_steps, 0)
         )
         self.finished = self.interrupted = False
-        data: Any = buffer
+        data = provider_for(self.model, buffer)
         if self._held_out_share is not None:
             seq_len = config.sequence_length
-            data, self.eval_data = held_out(buffer, self._held_out_share, seed=config.seed, seq_len=seq_len)
+            data, self.eval_data = held_out(data, self._held_out_share, seed=config.seed, seq_len=seq_len)
         for source in (data, self.eval_data):
-            check_kind(self.model, source)
+            check_kind(self.model, provider_for(self.model, source))
         self._data.check_data(data, resume=resume)
         batch_size = ranks.share_of("batch_size", config.batch_size)
         self._data.start(data, seed=ranks.seed_of_rank(config.seed) if self.step_count == 0 else None)
@@ -372,24 +371,16 @@ class Trainer:
             data: The data, in the same forms as for `train`.
             num_batches: Number of batches of `config.batch_size` windows to average over.
 
+        Returns:
+            The means of the loss terms and of `"loss"`; with data of several tasks also `"loss/<task>"` of each.
+
         Raises:
             ConfigurationError: If `num_batches` is not a whole number from 1.
         """
-        config, num_batches = self.config, whole_number("num_batches", num_batches, 1)
-        sampler_state = data.rng_state() if isinstance(data, Resumable) else None
-        total: dict[str, Tensor] = {}
-        try:
-            with evaluating(self.model, self.device, config.seed):
-                if isinstance(data, Resumable):
-                    data.seed(config.seed)
-                for _ in range(num_batches):
-                    batch = sample_from(data, config.batch_size, config.sequence_length, self.device)
-                    output = as_loss_output(self.model.loss(batch))  # type: ignore[operator]
-                    for name, value in {**output.terms, "loss": output.loss}.items():
-                        total[name] = total.get(name, 0.0) + value.detach().float() / num_batches
-        finally:
-            if isinstance(data, Resumable) and sampler_state is not None:
-                data.set_rng_state(sampler_state)
+        num_batches, source = whole_number("num_batches", num_batches, 1), provider_for(self.model, data)
+        total = mean_losses(self.model, source, self.config, self.device, num_batches)
+        for task, part in source.parts().items() if isinstance(source, TaskReplay) else ():
+            total[f"loss/{task}"] = mean_losses(self.model, part, self.config, self.device, num_batches)["loss"]
         return dict(Losses(total))
 
     def health(self) -> Health:

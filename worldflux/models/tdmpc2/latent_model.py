@@ -17,7 +17,7 @@ from worldflux.models.base import State, Trajectory, WorldModel
 from worldflux.models.mppi import PartialReturn, discounted_rewards
 from worldflux.models.tdmpc2.encoder import MAX_SHIFT, Decoder, Encoder
 from worldflux.models.tdmpc2.policy import CategoricalSample, PolicySample, categorical, squashed_normal
-from worldflux.models.tdmpc2.tasks import Tasks
+from worldflux.models.tdmpc2.tasks import ModelT, Tasks, with_task
 from worldflux.nn.distributions import TwoHot, gumbel_noise
 from worldflux.nn.mish import Ensemble, MishMLP, rollout_natively
 from worldflux.nn.transforms import simnorm, symexp, symlog_bins
@@ -67,6 +67,32 @@ class LatentModel(WorldModel):
     def device(self) -> torch.device:
         """Device of the parameters."""
         return self.value_scale.device
+
+    def with_task(
+        self: ModelT,
+        name: str,
+        *,
+        like: str | int | None = None,
+        action_dim: int | None = None,
+        episode_length: int | None = None,
+    ) -> ModelT:
+        """Returns a copy of a model of several tasks that has one more, whose embedding is new.
+
+        All other weights are those of this model, which stays as it is. The optimiser begins anew.
+
+            >>> model = create_world_model("two-tasks").with_task("walker-run", like="walker-walk")
+            >>> WorldFluxAgent(model, {"walker-run": "dmc/walker-run"}).learn(20_000)
+
+        Args:
+            name: Name of the new task.
+            like: Task whose embedding the new one begins with; None takes a random one, as a new model does.
+            action_dim: Number of action dimensions that the task uses. None: all of them.
+            episode_length: Number of steps in a full episode. None: that of the task `like`, or `episode_length`.
+
+        Raises:
+            ConfigurationError: If the model has a single task, there is such a task already, or a number does not fit.
+        """
+        return with_task(self, name, like, action_dim, episode_length)
 
     # States
 

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
 import torch
 from torch import Tensor, nn
 
 from worldflux.config import TDMPC2Config
+from worldflux.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from worldflux.models.tdmpc2.latent_model import LatentModel
+
+ModelT = TypeVar("ModelT", bound="LatentModel")
 
 
 class Tasks(nn.Module):
@@ -38,6 +47,38 @@ class Tasks(nn.Module):
         The reference implementation does this whenever it looks up an embedding; here a lookup changes nothing.
         """
         self.weight.copy_(_limited(self.weight))
+
+
+def with_task(
+    model: ModelT, name: str, like: str | int | None, action_dim: int | None, episode_length: int | None
+) -> ModelT:
+    """Returns a copy of a model with one more task; see `LatentModel.with_task`."""
+    old = model.config
+    if model.tasks is None:
+        raise ConfigurationError(
+            "The model has a single task and no embeddings of tasks, to which one could be added. Train a model with "
+            "num_tasks of at least 2, whose tasks may be trained one after the other."
+        )
+    known = None if like is None else old.task_number(like)
+    lengths = old.task_episode_lengths or (old.episode_length,) * old.num_tasks
+    if episode_length is None:
+        episode_length = old.episode_length if known is None else lengths[known]
+    names = old.task_names or tuple(str(number) for number in range(old.num_tasks))
+    dims = old.task_action_dims or (old.action_dim,) * old.num_tasks
+    config = replace(
+        old,
+        num_tasks=old.num_tasks + 1,
+        task_names=(*names, name),
+        task_action_dims=(*dims, old.action_dim if action_dim is None else action_dim),
+        task_episode_lengths=(*lengths, episode_length),
+    )
+    grown = type(model)(config).to(model.device)
+    weights = model.state_dict()
+    assert grown.tasks is not None
+    new = grown.tasks.weight[-1:].detach() if known is None else model.tasks.weight[known : known + 1].detach()
+    grown.load_state_dict({**weights, "tasks.weight": torch.cat([model.tasks.weight.detach(), new])})
+    grown.train(model.training)
+    return grown
 
 
 def _limited(rows: Tensor) -> Tensor:
