@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -305,10 +306,20 @@ def test_predictions_that_are_not_finite_are_not_blamed_on_the_objective() -> No
     assert torch.isnan(actions).all()
 
 
-def test_a_model_without_a_decoder_that_could_have_one_names_the_option() -> None:
-    model = family("tdmpc2:tiny")
+@pytest.mark.parametrize(
+    ("model", "remedy"),
+    [
+        (family("tdmpc2:tiny"), "TDMPC2 has no decoder. Train it with model_kwargs={'use_decoder': True}"),
+        (
+            family("dreamerv3:tiny", representation="redundancy"),
+            "DreamerV3 has no decoder. Train it with model_kwargs={'representation': 'reconstruction'}",
+        ),
+    ],
+    ids=["tdmpc2", "dreamerv3"],
+)
+def test_a_model_without_a_decoder_that_could_have_one_names_the_option(model: WorldModel, remedy: str) -> None:
     search = planner(model, lambda t: t.observations[..., 0])
-    with pytest.raises(ConfigurationError, match=r"TDMPC2 has no decoder. Train it with model_kwargs={'use_decoder'"):
+    with pytest.raises(ConfigurationError, match=re.escape(remedy)):
         search.plan(start(model), search.start(4))
 
 

@@ -52,8 +52,9 @@ class PlannedTrajectory(Trajectory):
             found = None
         if found is None:
             remedy = "judge trajectory.states instead"
-            if hasattr(self.model.config, "use_decoder"):
-                remedy = f"train it with model_kwargs={{'use_decoder': True}}, or {remedy}"
+            for field, setting in (("use_decoder", "True"), ("representation", "'reconstruction'")):
+                if hasattr(self.model.config, field):
+                    remedy = f"train it with model_kwargs={{'{field}': {setting}}}, or {remedy}"
             raise ConfigurationError(
                 f"The objective reads trajectory.observations, but the {type(self.model).__name__} has no decoder. "
                 f"{remedy[0].upper()}{remedy[1:]}."
