@@ -97,6 +97,26 @@ def test_nothing_added_to_the_reward_changes_no_plan(name: str, deterministic: b
     assert all(torch.equal(one, other) for one, other in zip(plan(), plain, strict=True))
 
 
+@pytest.mark.parametrize("temperature", [0.5, None], ids=["mppi", "cem"])
+@pytest.mark.parametrize("num_samples", [64, 26], ids=["all sequences", "sampled"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_discrete_actions_follow_an_objective_as_well(preset: str, num_samples: int, temperature: float | None) -> None:
+    torch.manual_seed(0)
+    fields = dict(obs_shape=(4,), action_dim=3, action_type="discrete", action_classes=(3,))
+    model = create_world_model(preset, **fields, **PRESETS[preset]).eval()
+    search = planner(model, temperature=temperature, num_samples=num_samples, num_elites=4, iterations=4)
+    for wanted in range(3):
+        search.objective = lambda t, wanted=wanted: t.actions[..., wanted]
+        actions, _ = search.plan(start(model), search.start(4), deterministic=True)
+        assert torch.equal(actions, torch.eye(3)[wanted].expand(4, 3))
+    search.objective = lambda t: torch.zeros_like(t.rewards).masked_fill(t.actions[..., 0] > 0, -torch.inf)
+    for _ in range(3):
+        actions, _ = search.plan(start(model), search.start(4))
+        assert (actions[:, 1:].sum(-1) == 1.0).float().mean() >= 0.5  # exploration may take any
+    actions, _ = search.plan(start(model), search.start(4), deterministic=True)
+    assert (actions[:, 0] == 0.0).all()
+
+
 def test_the_value_of_the_last_state_counts_only_after_the_reward() -> None:
     """One step of two candidates, whose value is worked by hand; the point model's discount is 0.9."""
     model = PointModel()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 import tyro
+from helpers.agents import TINY_TDMPC2
 from helpers.pages import example
 
 from worldflux import CheckpointError, WorldFluxAgent, create_world_model, factory
@@ -142,7 +146,30 @@ def test_a_family_of_your_own_plans_with_what_it_has_learned(monkeypatch: pytest
     assert model.network[0].out_features == 512
 
 
-@pytest.mark.parametrize("name", ["custom_environment", "custom_model", "load_and_evaluate", "record_video", "resume"])
+def test_own_goal_gives_one_agent_each_goal_and_plots_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, angles = example("own_goal"), torch.tensor([0.0, 20.0, 380.0, 110.0]).deg2rad()
+    obs = torch.stack([angles.cos(), angles.sin(), torch.tensor([0.0, 0.0, 5.0, 7.0])], -1).unsqueeze(0)
+    seen = SimpleNamespace(observations=obs, rewards=torch.zeros(1, 4))
+    expected = [-(math.radians(20.0) ** 2), 0.0, -2.5, -((math.pi / 2) ** 2) - 4.9]
+    torch.testing.assert_close(module.hold_angle(seen), torch.tensor([expected]))
+    assert module.turn(seen).tolist() == [[-25.0, -25.0, 0.0, -4.0]]
+    assert module.too_fast(seen).tolist() == [[0.0, 0.0, 0.0, -math.inf]]
+
+    settings = dict(planner=None, batch_size=4, model_kwargs={**TINY_TDMPC2, "use_decoder": True})
+    agent = WorldFluxAgent("tdmpc2:tiny", "Pendulum-v1", device="cpu", **settings)
+    agent.save(tmp_path / "pendulum-5.zip")
+    rows = module.main(tmp_path, seeds=(5,), planner="cem", horizon=2, candidates=16, test_steps=4)
+    assert [row["goal"] for row in rows] == list(module.GOALS) and {row["seed"] for row in rows} == {5}
+    assert capsys.readouterr().out.count('"planner": "cem"') == 4
+    assert cv2.imread(str(tmp_path / "own_goal_cem.png")).shape[1] == 990
+    assert agent.objective is None
+
+
+@pytest.mark.parametrize(
+    "name", ["custom_environment", "custom_model", "load_and_evaluate", "own_goal", "record_video", "resume"]
+)
 def test_help_of_an_example_describes_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     main = example(name).main
     with pytest.raises(SystemExit) as ended:
