@@ -55,6 +55,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "dreamerv3 discrete": ("dreamerv3:tiny", {"action_type": "discrete"}),
     "tdmpc2": ("tdmpc2:tiny", {}),
     "tdmpc2 pixels": ("tdmpc2:tiny", {"obs_shape": IMAGE}),
+    "tdmpc2 discrete": ("tdmpc2:tiny", {"action_type": "discrete"}),
     "tdmpc2 that ends": ("tdmpc2:tiny", {"episodic": True, "use_decoder": True}),
 }
 

@@ -45,9 +45,11 @@ def resumed(path: Path, env: Any, steps: int, **settings: Any) -> WorldFluxAgent
     return agent.learn(steps, reset_num_timesteps=False)
 
 
-@pytest.mark.parametrize("family", ["dreamerv3", "tdmpc2"])
-def test_two_resumes_of_one_checkpoint_give_the_same_bits(tmp_path: Path, family: str) -> None:
-    agent, env = (make_agent(), "CartPole-v1") if family == "dreamerv3" else (make_planner(), "Pendulum-v1")
+@pytest.mark.parametrize(
+    ("make", "env"), [(make_agent, "CartPole-v1"), (make_planner, "Pendulum-v1"), (make_planner, "CartPole-v1")]
+)
+def test_two_resumes_of_one_checkpoint_give_the_same_bits(tmp_path: Path, make: Any, env: str) -> None:
+    agent = make(env)
     agent.learn(60).save_checkpoint(tmp_path / "checkpoint")
     first, second = (resumed(tmp_path / "checkpoint", env, 45) for _ in range(2))
     assert first.num_timesteps == 105 and first.trainer.step_count > agent.trainer.step_count > 0

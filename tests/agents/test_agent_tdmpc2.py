@@ -226,6 +226,24 @@ def test_dreamerv3_plans_with_the_same_planners(planner: str) -> None:
     np.testing.assert_allclose(memory[-1].sum(-1), 1.0, rtol=1e-5)  # probabilities of both actions
 
 
+@pytest.mark.parametrize("planner", ["mppi", None])
+def test_discrete_actions_are_learned_saved_and_loaded(tmp_path: Path, planner: str | None) -> None:
+    agent = make_agent("CartPole-v1", planner=planner).learn(60)
+    assert isinstance(agent.model, TDMPC2) and agent.model.config.action_classes == (2,)
+    assert agent.model.config.episodic and agent.model.termination_seen == 1.0  # poles have fallen
+    agent.save(tmp_path / "agent.zip")
+    loaded = WorldFluxAgent.load(tmp_path / "agent.zip", device="cpu")
+    obs = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+    (actions, memory), (again, remembered) = (one.predict(obs, deterministic=True) for one in (agent, loaded))
+    np.testing.assert_array_equal(actions, again)
+    assert actions.dtype == np.int64 and set(actions.tolist()) <= {0, 1}
+    for mine, its in zip(memory, remembered, strict=True):
+        np.testing.assert_array_equal(mine, its)
+    assert len(memory) == (2 if planner is None else 3)
+    sampled = {tuple(agent.predict(obs)[0]) for _ in range(5)}
+    assert len(sampled) > 1
+
+
 def test_a_memory_of_an_agent_without_a_plan_is_refused(trained: WorldFluxAgent) -> None:
     _, memory = trained.predict(observations(2), deterministic=True)
     with pytest.raises(ShapeMismatchError, match="expected the 3 arrays that predict returned: latent, actions, plan"):

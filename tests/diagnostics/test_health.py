@@ -54,9 +54,9 @@ def dreamerv3(obs: str = "vector", action: str = "continuous", **fields: Any) ->
     return DreamerV3(DreamerV3Config(**{**DREAMERV3, "obs_shape": OBSERVATIONS[obs], **ACTIONS[action], **fields}))
 
 
-def tdmpc2(obs: str = "vector", **fields: Any) -> TDMPC2:
+def tdmpc2(obs: str = "vector", action: str = "continuous", **fields: Any) -> TDMPC2:
     torch.manual_seed(0)
-    return TDMPC2(TDMPC2Config(**{**TD, "obs_shape": OBSERVATIONS[obs], "action_dim": 2, **fields}))
+    return TDMPC2(TDMPC2Config(**{**TD, "obs_shape": OBSERVATIONS[obs], **ACTIONS[action], **fields}))
 
 
 def observations(shape: Any, *leading: int) -> Any:
@@ -237,11 +237,22 @@ def test_a_fresh_dreamerv3_is_well(obs, action):
     assert health.is_good, str(health)
 
 
-@pytest.mark.parametrize("obs", OBSERVATIONS)
-def test_a_fresh_tdmpc2_is_well(obs):
-    health = check_health(model := tdmpc2(obs), batch_for(model), seed=0)
+@pytest.mark.parametrize(("obs", "action"), [*((obs, "continuous") for obs in OBSERVATIONS), ("vector", "several")])
+def test_a_fresh_tdmpc2_is_well(obs, action):
+    health = check_health(model := tdmpc2(obs, action), batch_for(model), seed=0)
     assert list(health.metrics()) == list(TDMPC2_THRESHOLDS)
     assert health.is_good, str(health)
+
+
+@pytest.mark.parametrize(("logit", "expected"), [(0.0, 1.0), (99.0, 0.0)])
+def test_the_randomness_of_discrete_actions_is_their_entropy(logit, expected):
+    model = tdmpc2(action="discrete")
+    fill(model.actor.layers[-1], 0.0)
+    with torch.no_grad():
+        model.actor.layers[-1].bias[0] = logit
+    found = check_health(model, batch_for(model), seed=0)
+    assert found.metrics()["policy_randomness"] == pytest.approx(expected, abs=1e-5)
+    assert found.is_good == (expected == 1.0)
 
 
 def several_tasks() -> TDMPC2:

@@ -89,22 +89,32 @@ OBS = {
 
 
 def actors(preset: str, obs: str, plans: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[Actor, Actor]:
-    """An actor that acts plainly and one that plays tapes back, with equal models."""
+    """An actor that acts plainly and one that plays tapes back, with equal models.
+
+    Args:
+        preset: Preset of the model, followed by " discrete" for discrete actions.
+        obs: Kind of observations.
+        plans: Whether a planner chooses the actions.
+        monkeypatch: Replaces the capturer.
+    """
     torch.manual_seed(0)
+    preset, _, kind = preset.partition(" ")
     sizes = {**PRESETS[preset], **({"cnn_depth": 2} if obs == "both" else {})}
     codec = ObservationCodec(OBS[obs])
+    sizes["action_type"] = kind or "continuous"
     model = create_world_model(preset, obs_shape=codec.obs_shape, action_dim=2, **sizes)
     for p in model.parameters():  # heads that begin at zero would make every plan alike
         torch.nn.init.normal_(p, std=0.3)
     monkeypatch.setattr(acting_module, "CudaGraphCapturer", TapeCapturer)
-    made = []
+    made: list[Actor] = []
+    space = spaces.Discrete(2) if kind else spaces.Box(-1, 1, (2,))
     for captured in (False, True):
         own: WorldModel = copy.deepcopy(model)
         planner = None
         if plans:
             search = PlannerConfig(horizon=2, num_samples=16, num_elites=4, num_pi_trajs=2, iterations=2)
             planner = Planner(own, search)
-        made.append(Actor(own, codec, ActionCodec(spaces.Box(-1, 1, (2,))), planner, captured=captured))
+        made.append(Actor(own, codec, ActionCodec(space), planner, captured=captured))
     return made[0], made[1]
 
 
