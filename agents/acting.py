@@ -16,7 +16,7 @@ from worldflux.accel.cuda_graphs import Captures, CudaGraphCapturer, places, sig
 from worldflux.accel.guard import Tensors, Work
 from worldflux.accel.transfers import to_device, to_host
 from worldflux.envs.spaces import ActionCodec, Array, Arrays, ObservationCodec
-from worldflux.errors import ShapeMismatchError, TrainingError
+from worldflux.errors import ShapeMismatchError, TrainingError, a_type
 from worldflux.models.base import State, WorldModel
 from worldflux.models.finite import first_not_finite, largest, weights_of
 from worldflux.models.planning import Planner
@@ -59,7 +59,7 @@ class Memory:
         """
         expected = self.tensors()
         if not isinstance(arrays, tuple | list) or len(arrays) != len(expected):
-            given = f"{len(arrays)} arrays" if isinstance(arrays, tuple | list) else f"a {type(arrays).__name__}"
+            given = f"{len(arrays)} arrays" if isinstance(arrays, tuple | list) else a_type(arrays)
             raise ShapeMismatchError(
                 f"state is {given}, expected the {len(expected)} arrays that predict returned: {', '.join(expected)}."
             )

@@ -14,7 +14,7 @@ from worldflux.agents.collecting import max_vec_episode_steps
 from worldflux.agents.settings import AgentSettings
 from worldflux.config import PlannerConfig
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
-from worldflux.errors import ConfigurationError, ShapeMismatchError
+from worldflux.errors import ConfigurationError, ShapeMismatchError, a_type
 from worldflux.factory import create_world_model, find_preset
 from worldflux.models.base import WorldModel
 from worldflux.models.objective import Objective
@@ -63,9 +63,7 @@ def build_model(
             chosen = {**spaces, **family.config_class.episode_fields(max_steps), **chosen}
         model = create_world_model(source, device=device, **chosen)
     else:
-        raise ConfigurationError(
-            f"model is a {type(source).__name__}, expected a preset, a saved directory or a WorldModel."
-        )
+        raise ConfigurationError(f"model is {a_type(source)}, expected a preset, a saved directory or a WorldModel.")
     _check_spaces(model, spaces)
     tasks = getattr(model.config, "num_tasks", 1)
     if tasks > 1:

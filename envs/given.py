@@ -21,7 +21,7 @@ from worldflux.envs.processes import naming_the_ended
 from worldflux.envs.spaces import Array, is_image
 from worldflux.envs.taps import Tap, tapped
 from worldflux.envs.vector import base_of
-from worldflux.errors import ShapeMismatchError, WorkerError
+from worldflux.errors import ShapeMismatchError, WorkerError, a_type
 
 _LARGE = 8192.0
 """The number from which on float32 only tells apart steps of a thousandth and more."""
@@ -63,7 +63,7 @@ class GivenValues:
 
     def _check_parts(self, obs: Any) -> None:
         if not isinstance(obs, Mapping) or obs.keys() != self._parts.keys():
-            kind = "None" if obs is None else f"a {type(obs).__name__}"
+            kind = a_type(obs)
             given = f"keys {sorted(map(str, obs))}" if isinstance(obs, Mapping) else kind
             raise ShapeMismatchError(
                 f"The observation is {given}, expected a dictionary with keys {sorted(self._parts)}, as the space "

@@ -20,7 +20,7 @@ from worldflux.envs.suites.registration import register_suites, suite_id, suite_
 from worldflux.envs.suites.rendering import has_display
 from worldflux.envs.vector import GymnasiumVecEnv
 from worldflux.envs.wrappers import ActionRepeat, ResizeImages, Size
-from worldflux.errors import ConfigurationError, MissingDependencyError, WorldFluxError, nearest
+from worldflux.errors import ConfigurationError, MissingDependencyError, WorldFluxError, a_type, nearest
 from worldflux.validation import whole_number
 
 _NAMES = "'CartPole-v1', 'dmc/walker-walk', 'atari/pong' or 'atari100k/pong'"
@@ -141,7 +141,7 @@ def as_env(env: Any) -> gym.Env[Any, Any] | VecEnv:
     if isinstance(env, type):
         given, advice = f"the class {env.__name__}", f" Pass an instance: {env.__name__}()."
     elif isinstance(env, list | tuple):
-        given = f"a {type(env).__name__}"
+        given = a_type(env)
         advice = " Several environments are passed as a VecEnv; make_vec_env of worldflux.envs makes one."
     raise ConfigurationError(f"env is {given}, expected a name, a Gymnasium environment or an SB3 VecEnv.{advice}")
 

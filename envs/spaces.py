@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from worldflux.errors import ConfigurationError, ShapeMismatchError
+from worldflux.errors import ConfigurationError, ShapeMismatchError, a_type
 from worldflux.validation import SINGLE_KEY
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -105,7 +105,7 @@ def _choices(space: spaces.Space[Any], name: str) -> OneHots | None:
 def _check_width(space: spaces.Space[Any], name: str, width: int) -> None:
     if width > _MOST_OPTIONS:
         raise ConfigurationError(
-            f"{name} is a {type(space).__name__} space with {width:,} options, each of which would be a number of its "
+            f"{name} is {a_type(space)} space with {width:,} options, each of which would be a number of its "
             f"one-hots in every row, expected at most {_MOST_OPTIONS:,}. Give it as a Box of a few numbers instead, "
             "such as its digits or coordinates: gymnasium.wrappers.TransformObservation and TransformAction do that."
         )
@@ -144,7 +144,7 @@ class _Leaf:
     def __init__(self, space: spaces.Space[Any], name: str, whole: spaces.Space[Any]) -> None:
         if not _is_supported(space):
             raise ConfigurationError(
-                f"{name} is a {type(space).__name__} space, which is not supported. "
+                f"{name} is {a_type(space)} space, which is not supported. "
                 f"Supported observations are {_OBSERVATIONS_SUPPORTED}. {_other_form(whole)}"
             )
         self.name = name
@@ -366,7 +366,7 @@ class ObservationCodec:
                 )
             return self._leaves[SINGLE_KEY].encode(obs)
         if not isinstance(obs, Mapping) or set(obs) != set(self._leaves):
-            given = f"keys {sorted(map(str, obs))}" if isinstance(obs, Mapping) else f"a {type(obs).__name__}"
+            given = f"keys {sorted(map(str, obs))}" if isinstance(obs, Mapping) else a_type(obs)
             raise ShapeMismatchError(
                 f"The observation is {given}, expected a dictionary with keys {sorted(self._leaves)}."
             )
@@ -422,7 +422,7 @@ class ActionCodec:
             self._has_fixed = bool(self._is_fixed.any())
         elif not isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
             raise ConfigurationError(
-                f"The action space is a {type(space).__name__} space, which is not supported. "
+                f"The action space is {a_type(space)} space, which is not supported. "
                 f"Supported actions are {_ACTIONS_SUPPORTED}."
             )
         self.space = space

@@ -21,7 +21,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvO
 
 from worldflux.envs.processes import naming_the_ended
 from worldflux.envs.spaces import Array
-from worldflux.errors import BufferError, ConfigurationError
+from worldflux.errors import BufferError, ConfigurationError, a_type
 
 ENDED = "worldflux.ended"
 """The key in the info of an episode's last step if the end is reported one step late: "terminated" or "truncated"."""
@@ -195,7 +195,7 @@ class GymnasiumVecEnv(VecEnv):
     def __init__(self, envs: VectorEnv[Any, Any, Any]) -> None:
         if not isinstance(envs, VectorEnv):
             raise ConfigurationError(
-                f"envs is a {type(envs).__name__}, expected a Gymnasium vector environment. A VecEnv of SB3 and a "
+                f"envs is {a_type(envs)}, expected a Gymnasium vector environment. A VecEnv of SB3 and a "
                 "single Gymnasium environment are used as they are."
             )
         self.vector_env = envs

@@ -83,6 +83,12 @@ def install_hint(extra: str) -> str:
     return f'pip install "worldflux[{extra}]{f" @ {url}" if url else ""}"'
 
 
+def a_type(value: object) -> str:
+    """Returns the type of a value as messages name it: "a dict", "an int", or "None"."""
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0].lower() in 'aeio' else 'a'} {name}"
+
+
 def nearest(name: str, options: Iterable[str]) -> str:
     """Returns the end of an "Unknown ..." sentence: `"; did you mean 'x'?"`, or `"."` if no option is similar.
 

@@ -18,7 +18,7 @@ from worldflux.envs.checking.report import CheckReport, EnvironmentCheckError
 from worldflux.envs.checking.rollout import EnvChecker
 from worldflux.envs.checking.values import kind, one_line
 from worldflux.envs.make import make_env
-from worldflux.errors import ConfigurationError, WorldFluxError
+from worldflux.errors import ConfigurationError, WorldFluxError, a_type
 from worldflux.validation import whole_number
 
 
@@ -112,6 +112,6 @@ def _reject_no_environment(env: Any, name: str) -> None:
 def _reject_vector(env: Any) -> None:
     if not isinstance(env, type) and hasattr(env, "num_envs"):
         raise ConfigurationError(
-            f"env is a {type(env).__name__} of {env.num_envs} environments, expected a single one. "
+            f"env is {a_type(env)} of {env.num_envs} environments, expected a single one. "
             "Pass what one of them is made with."
         )

@@ -10,6 +10,7 @@ import numpy as np
 from gymnasium import spaces
 
 from worldflux.envs.spaces import ActionCodec
+from worldflux.errors import a_type
 
 MOST_ACTIONS = 1000
 """The largest number of options that are tried."""
@@ -89,7 +90,7 @@ def kind(value: Any) -> str:
         return f"an array {value.shape} of {value.dtype}"
     if isinstance(value, tuple):
         return f"a tuple of {len(value)}"
-    return "None" if value is None else f"a {type(value).__name__}"
+    return a_type(value)
 
 
 def one_line(error: BaseException) -> str:

@@ -540,7 +540,7 @@ def test_the_preset_for_laptops_trains_less_often_unless_it_is_told_otherwise(tm
         (lambda: make_agent("CartPol-v1"), "Unknown environment 'CartPol-v1'; did you mean"),
         (lambda: make_agent(None), "env is None, expected a name"),
         (lambda: WorldFluxAgent("CartPole-v1", "dreamerv3:tiny"), r"WorldFluxAgent\('dreamerv3:tiny', 'CartPole-v1'\)"),
-        (lambda: WorldFluxAgent(3, "CartPole-v1"), "model is a int, expected a preset"),
+        (lambda: WorldFluxAgent(3, "CartPole-v1"), "model is an int, expected a preset"),
         (lambda: WorldFluxAgent("dreamerv3:tinny", "CartPole-v1"), "tinny"),
         (lambda: WorldFluxAgent(make_agent().model, "Pendulum-v1"), r"model has obs_shape=\(4,\), expected \(3,\)"),
         (lambda: WorldFluxAgent(make_agent().model, "CartPole-v1", model_kwargs=TINY), "the model is built already"),

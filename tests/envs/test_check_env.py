@@ -380,7 +380,7 @@ def test_a_report_reads_as_a_list() -> None:
     [
         ("CartPole-v9", {}, "CartPole-v"),
         (3, {}, "env is 3, expected a name, an environment, or a class or function"),
-        (lambda: 3, {}, "made a int, expected a gymnasium.Env"),
+        (lambda: 3, {}, "made an int, expected a gymnasium.Env"),
         (lambda: gym.Env(), {}, "as its observation_space, expected a space"),
         (lambda: 1 / 0, {}, "cannot be made: ZeroDivisionError: division by zero"),
         (lambda: gym.make_vec("Pendulum-v1", 2), {}, "SyncVectorEnv of 2 environments, expected a single one"),

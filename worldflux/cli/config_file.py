@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_ty
 
 from worldflux.cli.options import REPEATABLE, assignments, changed, option, whole_number_from
 from worldflux.cli.runs import CONFIG_FILE
-from worldflux.errors import ConfigurationError, nearest
+from worldflux.errors import ConfigurationError, a_type, nearest
 from worldflux.files import write_atomically
 from worldflux.reading import open_regular
 
@@ -182,7 +182,7 @@ def _load(path: Path) -> dict[Any, Any]:
     if isinstance(content, dict) and {"run", "settings"} <= set(content):
         raise ConfigurationError(f"{path} is the {CONFIG_FILE} of a run. {_OPTION} takes the {YAML_FILE} beside it.")
     if not isinstance(content, dict):
-        found = "is empty" if content is None else f"holds a {type(content).__name__}"
+        found = "is empty" if content is None else f"holds {a_type(content)}"
         raise ConfigurationError(f"{path} {found}, expected names and values, such as 'model: dreamerv3:tiny'.")
     return content
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from worldflux.config import DreamerV3Config
-from worldflux.errors import CheckpointError, ConfigurationError
+from worldflux.errors import CheckpointError, ConfigurationError, a_type
 from worldflux.files import checked_path
 from worldflux.models.dreamerv3.world_model import DreamerV3
 from worldflux.models.weights import check_finite, check_weights
@@ -120,9 +120,7 @@ def load_official_dreamerv3(
         with only_our_errors(where):
             params = _read_params(where)
     else:
-        raise ConfigurationError(
-            f"The checkpoint is a {type(params_or_path).__name__}, expected a path or names and arrays."
-        )
+        raise ConfigurationError(f"The checkpoint is {a_type(params_or_path)}, expected a path or names and arrays.")
     with only_our_errors(where):
         config = _config(params, given, stoch_discrete)
         with torch.device("meta"):
@@ -239,7 +237,7 @@ def _groups(stoch: int) -> int:
 
 def _name(name: Any) -> str:
     if not isinstance(name, str):
-        raise CheckpointError(f"The checkpoint has a parameter under a {type(name).__name__}, expected its name.")
+        raise CheckpointError(f"The checkpoint has a parameter under {a_type(name)}, expected its name.")
     return name
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from worldflux.config import TDMPC2Config
-from worldflux.errors import CheckpointError, ConfigurationError
+from worldflux.errors import CheckpointError, ConfigurationError, a_type
 from worldflux.files import checked_path
 from worldflux.models.tdmpc2.world_model import TDMPC2
 from worldflux.models.weights import check_finite, check_weights
@@ -131,7 +131,7 @@ def _read(source: Mapping[str, Any] | str | Path) -> Mapping[Any, Any]:
     if not isinstance(source, Mapping):
         if not isinstance(source, str | os.PathLike):
             raise CheckpointError(
-                f"The checkpoint is a {type(source).__name__}, expected a path or what torch.load returns for it."
+                f"The checkpoint is {a_type(source)}, expected a path or what torch.load returns for it."
             )
         path = checked_path("source", source)
         if not path.is_file():

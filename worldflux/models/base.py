@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from worldflux.accel.device import resolve_device
 from worldflux.config import WorldModelConfig
-from worldflux.errors import CheckpointError, ShapeMismatchError
+from worldflux.errors import CheckpointError, ShapeMismatchError, a_type
 from worldflux.files import checked_path, reading_together, replacing_together, writing
 from worldflux.models.health import HealthMetric
 from worldflux.models.weights import check_weights, read_weights
@@ -452,7 +452,7 @@ class WorldModel(nn.Module):
         for key, expected in shapes.items():
             if not isinstance(tensors[key], Tensor):
                 raise ShapeMismatchError(
-                    f"Observation '{key}' is a {type(tensors[key]).__name__}, expected a torch tensor. "
+                    f"Observation '{key}' is {a_type(tensors[key])}, expected a torch tensor. "
                     "Convert arrays with torch.as_tensor, on the model's device."
                 )
             actual = tuple(tensors[key].shape[leading:])

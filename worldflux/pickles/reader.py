@@ -18,6 +18,8 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from worldflux.errors import a_type
+
 Builder = Callable[..., Any]
 """Replaces a function that a pickle names: takes the pickle's arguments and returns a description."""
 
@@ -208,7 +210,7 @@ class PickleReader:
 
     def _top(self, kind: type[Any]) -> Any:
         if type(self._stack[-1]) is not kind:
-            raise ValueError(f"the pickle changes a {type(self._stack[-1]).__name__}, expected a {kind.__name__}")
+            raise ValueError(f"the pickle changes {a_type(self._stack[-1])}, expected a {kind.__name__}")
         return self._stack[-1]
 
     def _set(self, target: dict[Any, Any], pairs: Any) -> None:
@@ -229,7 +231,7 @@ class PickleReader:
     def _called(self, name: Any, arguments: Any) -> Any:
         builder = self._builders.get(name) if type(name) is Name else None
         if builder is None or type(arguments) is not tuple:
-            raise ValueError(f"the pickle calls a {type(name).__name__}, expected what makes an array")
+            raise ValueError(f"the pickle calls {a_type(name)}, expected what makes an array")
         return builder(*arguments)
 
 

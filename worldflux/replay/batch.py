@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worldflux.errors import ShapeMismatchError
+from worldflux.errors import ShapeMismatchError, a_type
 
 Observation = Tensor | dict[str, Tensor]
 """One tensor, or a dict of tensors where the environment's observation is a dictionary."""
@@ -63,8 +63,7 @@ class Batch:
         for name, key, given in self._parts():
             if not isinstance(given, Tensor):
                 raise ShapeMismatchError(
-                    f"{_part(name, key)} is a {type(given).__name__}, expected a torch tensor. Convert it with "
-                    "torch.as_tensor."
+                    f"{_part(name, key)} is {a_type(given)}, expected a torch tensor. Convert it with torch.as_tensor."
                 )
         if self.rewards.dim() != 2:
             raise ShapeMismatchError(f"rewards have shape {tuple(self.rewards.shape)}, expected [B, T].")
