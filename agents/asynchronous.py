@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
-import numpy as np
 import torch
 from stable_baselines3.common.utils import update_learning_rate
 from torch import Tensor
@@ -22,7 +21,7 @@ from worldflux.agents.learning import Learner
 from worldflux.errors import ConfigurationError
 from worldflux.locks import ThreadLock
 from worldflux.models.objective import Objective
-from worldflux.validation import whole_number
+from worldflux.validation import check_flag, whole_number
 
 if TYPE_CHECKING:
     from worldflux.agents.agent import WorldFluxAgent
@@ -327,8 +326,7 @@ def learner_beside(agent: WorldFluxAgent, asynchronous: Any, max_lag: Any) -> Le
         ConfigurationError: If an argument is out of its range or without effect, or the agent has to act and learn in
             turn.
     """
-    if not isinstance(asynchronous, bool | np.bool_):
-        raise ConfigurationError(f"asynchronous is {asynchronous!r}, expected True or False.")
+    check_flag("asynchronous", asynchronous)
     if max_lag is not None:
         max_lag = whole_number("max_policy_lag", max_lag, 0)
         most = agent.schedule.most_ahead(agent._envs_of_all)

@@ -17,7 +17,7 @@ from worldflux.errors import ConfigurationError, nearest
 from worldflux.files import checked_path
 from worldflux.models.base import WorldModel
 from worldflux.replay.backends import lasting_place
-from worldflux.validation import finite_number, whole_number
+from worldflux.validation import check_flag, finite_number, whole_number
 
 _COUNTS = {"batch_size": 1, "seq_len": 1, "buffer_size": 1, "learning_starts": 0, "seed": 0}
 """Smallest value of each count. None is allowed as well."""
@@ -71,9 +71,7 @@ class AgentSettings:
                     f"buffer_storage is {self.buffer_storage!r}, expected a directory, a device or None for memory."
                 )
             checked["buffer_storage"] = str(self.buffer_storage)
-        if not isinstance(self.replay_context, bool | np.bool_):
-            raise ConfigurationError(f"replay_context is {self.replay_context!r}, expected True or False.")
-        checked["replay_context"] = bool(self.replay_context)
+        checked["replay_context"] = check_flag("replay_context", self.replay_context)
         if self.planner not in PLANNERS:
             raise ConfigurationError(
                 f"planner is {self.planner!r}, expected 'mppi' or 'cem' to plan, None to act with the policy, or "

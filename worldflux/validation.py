@@ -94,7 +94,7 @@ def clean_sizes(name: str, sizes: Any) -> tuple[int, ...]:
     except TypeError:
         cleaned = None
     if cleaned is None or any(size < 1 for size in cleaned):
-        example = f" Write ({sizes},) for one dimension." if isinstance(sizes, int) else ""
+        example = f" Write ({sizes},) for a single one." if isinstance(sizes, int) else ""
         raise ConfigurationError(f"{name} is {sizes!r}, expected a tuple of integers above 0.{example}")
     return cleaned
 
@@ -112,7 +112,7 @@ def clean_enum(name: str, value: Any, kind: type[EnumT]) -> EnumT:
 
 def check_choice(name: str, value: Any, options: tuple[str, ...]) -> None:
     """Raises a `ConfigurationError` unless the value is one of the options."""
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         raise ConfigurationError(f"{name} is '{value}'{nearest(value, options)} It is one of: {', '.join(options)}.")
 
 
@@ -146,6 +146,19 @@ def whole_number(
         limit = f"{below:.0e}".replace("e+", "e")
         raise error(f"{name} is above {limit}, expected a whole number below 2**{below.bit_length() - 1}.")
     return number
+
+
+def check_flag(name: str, value: Any, hint: str = "") -> bool:
+    """Returns a flag of Python or NumPy as a `bool`; nothing else is one, not even 0, 1 or "no".
+
+    Args:
+        name: Name of the flag in the error message.
+        value: Value to check.
+        hint: A further sentence of the message, with a space in front.
+    """
+    if type(value).__name__ not in ("bool", "bool_"):  # NumPy is not imported here
+        raise ConfigurationError(f"{name} is {value!r}, expected True or False.{hint}")
+    return bool(value)
 
 
 def finite_number(name: str, value: Any, *, or_infinite: bool = False) -> float:

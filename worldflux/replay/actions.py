@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from worldflux.errors import BufferError, ConfigurationError
-from worldflux.validation import whole_number
+from worldflux.validation import clean_sizes
 
 Classes = tuple[int, ...]
 """Sizes of the one-hots that an action vector is made of; none for continuous actions."""
@@ -30,7 +30,7 @@ def declared_classes(action_type: str | None, action_classes: Sequence[int] | No
         raise ConfigurationError(f"action_type is {action_type!r}, expected one of {', '.join(_TYPES)}, or None.")
     if action_type is None and action_classes is None:
         return None
-    classes = tuple(whole_number("action_classes", size, 1) for size in action_classes or ())
+    classes = clean_sizes("action_classes", () if action_classes is None else action_classes)
     if not classes and action_type == "discrete":
         classes = (action_dim,)
     fits = {
@@ -67,13 +67,17 @@ def rescaled(actions: Any, low: Any, high: Any) -> Any:
     if low is None and high is None:
         return actions
     if low is None or high is None:
-        raise ConfigurationError("action_low and action_high belong together: pass both.")
+        present, missing = ("action_low", "action_high") if high is None else ("action_high", "action_low")
+        raise ConfigurationError(f"{present} is given without {missing}. Pass both.")
+    wrong = f"action_low is {low} and action_high is {high}, expected a number each, or one for each action entry."
     try:
         lowest, highest = np.asarray(low, np.float64), np.asarray(high, np.float64)
         with np.errstate(all="ignore"):  # the bounds are checked next
             result = (np.asarray(actions, np.float64) - lowest) * (2.0 / (highest - lowest)) - 1.0
     except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"action_low and action_high do not fit the actions: {error}.") from error
+        raise ConfigurationError(wrong) from error
+    if result.shape != np.shape(actions):
+        raise ConfigurationError(f"{wrong} Actions have shape {np.shape(actions)}.")
     if not (np.isfinite(lowest).all() and np.isfinite(highest).all() and (lowest < highest).all()):
         raise ConfigurationError(
             f"action_low is {low} and action_high is {high}, expected finite bounds, the first below the second."

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -61,7 +60,7 @@ from worldflux.training.gradient_step import (
 )
 from worldflux.training.optim import build_optimizer
 from worldflux.training.signals import StopRequest, agreed, stopping_on_signals
-from worldflux.validation import whole_number
+from worldflux.validation import check_flag, whole_number
 
 logger = logging.getLogger("worldflux.training")
 
@@ -241,12 +240,12 @@ class Trainer:
                 "A callback has called train() of the trainer that is training. Let the callback return False to end "
                 "this call, and call train() again after it; step(batch) takes a single further step."
             )
-        if not isinstance(resume, bool | np.bool_):
-            raise ConfigurationError(
-                f"resume is {resume!r}, expected True or False. With True, training goes on from the newest checkpoint "
-                "in the directory of the CheckpointCallback: "
-                "train(..., callbacks=[CheckpointCallback(DIRECTORY)], resume=True)."
-            )
+        check_flag(
+            "resume",
+            resume,
+            " With True, training goes on from the newest checkpoint in the directory of the CheckpointCallback: "
+            "train(..., callbacks=[CheckpointCallback(DIRECTORY)], resume=True).",
+        )
         self.run = ranks.on_first(lambda: self.run)
         with ExitStack() as held:
             held.callback(self._callbacks.release_directories)  # also of callbacks that are added meanwhile
