@@ -62,3 +62,8 @@ def test_the_group_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit, match="0"):
         main(["data"])
     assert "convert" in capsys.readouterr().out
+
+
+def test_a_missing_file_is_not_pushed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "push", str(tmp_path / "no.npz"), "ann/data"]) == 2
+    assert "There is no file 'no.npz'" in capsys.readouterr().err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +21,15 @@ _Options = Annotated[
 ]
 _Bounds = Annotated[tuple[float, ...] | None, tyro.conf.arg(metavar="FLOAT ...", help_behavior_hint=NO_HINT)]
 _Sizes = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT ...", help_behavior_hint=NO_HINT)]
+
+
+@contextmanager
+def _missing_is_ours() -> Iterator[None]:
+    """Says in one line that there is no such file, as of other wrong arguments."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ConfigurationError(str(error)) from error
 
 
 def convert(
@@ -61,7 +72,7 @@ def convert(
 
     from worldflux.datasets import load
 
-    try:
+    with _missing_is_ours():
         buffer = load(
             source,
             format=format,
@@ -74,8 +85,6 @@ def convert(
             image_size=image_size,
             **options,
         )
-    except FileNotFoundError as error:
-        raise ConfigurationError(str(error)) from error
     buffer.save(target)
     print(f"{output}: {counted(buffer.num_transitions, 'step')} of {counted(buffer.num_episodes, 'episode')}.")
     return 0
@@ -109,7 +118,8 @@ def push_data(
 
     from worldflux.datasets import load
 
-    buffer = load(source)
+    with _missing_is_ours():
+        buffer = load(source)
     page = buffer.push_to_hub(
         repo, env=env, description=about, private=private or None, branch=branch, commit_message=message
     )
@@ -151,9 +161,7 @@ def lint(
     options |= {name: value for name, value in given.items() if value is not None}
     options |= {"clip_actions": True} if clip_actions else {}
     options |= {"format": format} if format != "auto" else {}
-    try:
+    with _missing_is_ours():
         report = lint_data(source, **options)
-    except FileNotFoundError as error:
-        raise ConfigurationError(str(error)) from error
     print(json.dumps(report.to_dict(), indent=2) if json_output else report)
     return 0 if report.ok else 1
