@@ -200,8 +200,6 @@ def test_what_arrays_do_not_tell_is_said(caplog: pytest.LogCaptureFixture) -> No
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        (own(rewards=np.full(8, np.nan)), {}, "steps 0 to 7: rewards has nan"),
-        (own(obs=np.full((8, 2), np.inf)), {}, "NaN or infinite"),
         (own(rewards=np.zeros(7)), {}, r"rewards has shape \(7,\), and there are 8 rows"),
         (own(terminals=np.full(8, 2)), {}, "values other than 0 and 1"),
         (own(obs=np.array(["a"] * 8)), {}, "expected numbers"),
@@ -221,6 +219,51 @@ def test_what_arrays_do_not_tell_is_said(caplog: pytest.LogCaptureFixture) -> No
 def test_wrong_arrays_and_options_are_refused(source: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(WorldFluxError, match=message):
         load(source, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "rewards",
+            np.nan,
+            r"step 5 \(step 1 of episode 2\): rewards has nan, expected finite numbers\. Correct it",
+        ),
+        ("obs", np.inf, r"step 5 \(step 1 of episode 2\): obs has inf at index 1, expected finite numbers"),
+        ("obs", 1e39, r"step 5 \(step 1 of episode 2\): obs has 1e\+39 at index 1, expected at most 3\.4e\+38"),
+        ("actions", -np.inf, r"step 5 \(step 1 of episode 2\): actions has -inf, expected finite"),
+    ],
+)
+@PLACES
+def test_a_number_that_cannot_be_stored_is_named_with_its_step(
+    put: Put, name: str, value: float, message: str, tmp_path: Path
+) -> None:
+    arrays = own()
+    arrays[name] = arrays[name].astype(np.float64)
+    arrays[name].reshape(8, -1)[5, -1] = value
+    with pytest.raises(BufferError, match=message):
+        load(put(arrays, tmp_path), format="arrays")
+
+
+def test_nan_after_the_last_step_is_named_with_that_step() -> None:
+    episodes = by_episode(last_obs=True)
+    episodes[1]["obs"][-1, 0] = np.nan
+    with pytest.raises(BufferError, match=r"step 3 \(step 0 of episode 1\): obs after the last step has nan"):
+        load(episodes)
+
+
+def test_nan_does_not_count_as_an_episode() -> None:
+    with pytest.raises(BufferError, match="episode is NaN in row 3"):
+        load(own(episode=np.array([0, 0, 0, np.nan, 1, 1, 1, 1])))
+
+
+def test_episodes_without_steps_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    episodes = by_episode(last_obs=True)
+    empty = {"obs": observed(9, 1), "actions": acted(9, 0), "rewards": earned(9, 0), "terminated": np.zeros(0)}
+    assert_holds(load([empty, episodes[0], empty, *episodes[1:]]), held(seen=True))
+    assert "2 of its 5 episodes have no steps and are left out, such as 0" in caplog.text
+    with pytest.raises(BufferError, match="the list of episodes has no steps"):
+        load([empty])
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:

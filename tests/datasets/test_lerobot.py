@@ -81,7 +81,8 @@ def write(root: Path, version: str, *, camera: str = "video", drop: tuple[str, .
         "observation.language": {"dtype": "string", "shape": [1], "names": None},
     }
     if camera:
-        features[CAMERA] = {"dtype": camera, "shape": [48, 64, 3], "names": ["height", "width", "channels"]}
+        shape = [48, 64, 3] if camera == "video" else [20, 24, 3]
+        features[CAMERA] = {"dtype": camera, "shape": shape, "names": ["height", "width", "channels"]}
     images = {CAMERA: png} if camera == "image" else {}
     (root / "meta").mkdir(parents=True)
     info = {"codebase_version": version, "fps": FPS, "features": features, "chunks_size": 1000}
@@ -205,6 +206,73 @@ def test_a_video_with_too_few_frames_is_refused(tmp_path: Path) -> None:
     write_video(path / f"videos/chunk-000/{CAMERA}/episode_000002.mp4", [1, 2])
     with pytest.raises(BufferError, match="has 2 frames, and frame 2 was asked for"):
         load(path)
+
+
+def test_a_video_that_goes_on_after_its_episode_is_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "set", "v2.1")
+    load(path)
+    assert "goes on" not in caplog.text
+    write_video(path / f"videos/chunk-000/{CAMERA}/episode_000002.mp4", [shade(2, t) for t in range(6)])
+    assert load(path).num_transitions == 8
+    assert "episode_000002.mp4 goes on after frame 3, for which there is the last row of an episode" in caplog.text
+
+
+@VERSIONS
+def test_pictures_of_another_size_than_stated_are_not_decoded(version: str, tmp_path: Path) -> None:
+    for camera in ("video", "image"):
+        path = write(tmp_path / camera, version, camera=camera)
+        info = json.loads((path / "meta/info.json").read_text())
+        info["features"][CAMERA]["shape"] = [3, 10, 20]
+        (path / "meta/info.json").write_text(json.dumps(info))
+        with pytest.raises(BufferError, match=r"a picture of (48 x 64|20 x 24) pixels, .* description says 200 pixels"):
+            load(path)
+
+
+@pytest.mark.parametrize("encode", [".png", ".jpg"])
+def test_an_enormous_picture_is_refused_before_it_is_decoded(
+    encode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = bytearray(cv2.imencode(encode, np.zeros((20, 24, 3), np.uint8))[1].tobytes())
+    size = np.array([30000, 30000], ">u4" if encode == ".png" else ">u2").tobytes()
+    at = 16 if encode == ".png" else data.index(b"\xff\xc0") + 5
+    data[at : at + len(size)] = size
+    path = write(tmp_path / "set", "v3.0", camera="")
+    info = json.loads((path / "meta/info.json").read_text())
+    info["features"][CAMERA] = {"dtype": "image"}
+    (path / "meta/info.json").write_text(json.dumps(info))
+    for one in path.glob("data/*/*.parquet"):
+        rows = pq.read_table(one)
+        pq.write_table(rows.append_column(CAMERA, pa.array([{"bytes": bytes(data)}] * len(rows))), one)
+    monkeypatch.setattr(cv2, "imdecode", None)
+    with pytest.raises(BufferError, match=r"a picture of 30000 x 30000 pixels, expected at most 33,554,432"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("episode_index", "a", "'episode_index' is 'a' in row 0, expected whole numbers from 0"),
+        ("episode_index", np.nan, "'episode_index' is .*nan.* in row 0, expected whole numbers from 0"),
+        ("frame_index", 0.5, "'frame_index' is .*0.5.* in row 0, expected whole numbers from 0"),
+        ("frame_index", -1, "'frame_index' is .*-1.* in row 0, expected whole numbers from 0"),
+        ("next.done", "yes", "next.done has dtype object, expected numbers"),
+    ],
+)
+def test_numbers_of_episodes_and_frames_are_whole(name: str, value: Any, message: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "set", "v3.0")
+    for one in path.glob("data/*/*.parquet"):
+        rows = pq.read_table(one)
+        pq.write_table(rows.set_column(rows.column_names.index(name), name, pa.array([value] * len(rows))), one)
+    with pytest.raises(BufferError, match=message):
+        load(path, ends="termination")
+
+
+@pytest.mark.parametrize("stats", [{"min": [-2, -2], "max": [2, 2]}, {"min": [2], "max": [-2]}, {"min": [-2]}])
+def test_wrong_stats_are_named(stats: dict[str, Any], tmp_path: Path) -> None:
+    path = write(tmp_path / "set", "v3.0", camera="")
+    (path / "meta/stats.json").write_text(json.dumps({"action": stats}))
+    with pytest.raises(BufferError, match=r"stats\.json.* action_bounds='stats' takes.* Pass action_low and action"):
+        load(path, action_bounds="stats")
 
 
 def test_a_camera_cannot_lead_out_of_the_directory(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_damaged_and_unfitting_files_are_refused(tmp_path: Path) -> None:
     nan[1, 2] = torch.nan
     for changes, message in (
         ({"reward": good["reward"][:, :3]}, r"expected \[episodes, rows, \.\.\.\]"),
-        ({"obs": nan}, "steps 0 to 11.*NaN"),
+        ({"obs": nan}, r"step 6 \(step 2 of episode 1\): obs has nan at index 0"),
         ({"action": good["action"] * 100}, "action_low and action_high"),
         ({"obs": 3}, "no tensor 'obs'"),
     ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -139,41 +139,51 @@ def hdf5_entry(group: Any, path: str) -> Any:
     Links by name are not followed: they may lead to other files, directly or through a link in this one, and h5py would
     open those.
     """
-    h5py = imported("h5py", "hdf5", "Reading HDF5 files")
     for part in path.split("/"):
-        link = group.get(part, getlink=True) if isinstance(group, h5py.Group) else None
-        if not isinstance(link, h5py.HardLink):
+        if _kind_inside(group, part) is None:
             return None
         group = group[part]
     return group
 
 
-def hdf5_arrays(group: Any) -> dict[str, Any]:
-    """The arrays of numbers in a group and the groups in it, by their paths."""
-    found = {name: hdf5_entry(group, name) for name in hdf5_names(group)}
-    arrays = {name: one for name, one in found.items() if one.dtype.kind in "biuf" and one.shape}
-    for entry in arrays.values():
-        check_dataset(entry)
-    return arrays
+def _kind_inside(group: Any, name: str) -> int | None:
+    """What a name in a group is, without opening it; None if it is a link to elsewhere, or nothing."""
+    import h5py  # the file is open
+
+    encoded = name.encode("utf-8", "surrogateescape")
+    if not isinstance(group, h5py.Group) or not name or not group.id.links.exists(encoded):
+        return None
+    if group.id.links.get_info(encoded).type != h5py.h5l.TYPE_HARD:
+        return None
+    return int(h5py.h5o.get_info(group.id, encoded).type)
+
+
+def hdf5_group(group: Any, name: str) -> Any:
+    """The group of a name in a group; None if there is none. See `hdf5_entry`, which takes twice as long."""
+    import h5py  # the file is open
+
+    if _kind_inside(group, name) != h5py.h5o.TYPE_GROUP:
+        return None
+    return h5py.Group(h5py.h5g.open(group.id, name.encode("utf-8", "surrogateescape")))
 
 
 def hdf5_names(group: Any) -> Iterator[str]:
-    """The paths of the arrays in a group and in the groups in it, of which none is opened before it is asked for."""
+    """The paths of the arrays in a group and in the groups in it, none of which is opened."""
     return _names(group, "", set())
 
 
 def _names(group: Any, prefix: str, seen: set[int]) -> Iterator[str]:
-    h5py = imported("h5py", "hdf5", "Reading HDF5 files")
+    import h5py  # the file is open
+
     address = h5py.h5o.get_info(group.id).addr
     if address in seen:  # a group that is linked from several places, maybe from inside itself, is read once
         return
     seen.add(address)
     for name in group:
-        is_inside = isinstance(group.get(name, getlink=True), h5py.HardLink)
-        kind = group.get(name, getclass=True) if is_inside else None
-        if kind is h5py.Group:
-            yield from _names(group[name], f"{prefix}{name}/", seen)
-        elif kind is h5py.Dataset:
+        kind = _kind_inside(group, name)
+        if kind == h5py.h5o.TYPE_GROUP:
+            yield from _names(hdf5_group(group, name), f"{prefix}{name}/", seen)
+        elif kind == h5py.h5o.TYPE_DATASET:
             yield f"{prefix}{name}"
 
 
@@ -188,42 +198,86 @@ class Hdf5Columns(Mapping[str, Column]):
         self._group = group
 
     def __getitem__(self, name: str) -> Column:
-        if name not in self._group:
-            raise BufferError(f"{self._group.name} has no array '{name}' (found: {', '.join(self) or 'none'}).")
-        return hdf5_array(self._group, name)
+        column = hdf5_column(self._group, name)
+        if column is None:
+            found = ", ".join(self) or "none"
+            raise BufferError(
+                f"{self._group.name} has no array '{name}' of numbers (found: {found}). Links are not followed."
+            )
+        return column
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is an array, of numbers or not."""
+        import h5py  # the file is open
+
+        *folders, last = str(name).split("/")
+        return _kind_inside(_inner(self._group, folders), last) == h5py.h5o.TYPE_DATASET
 
     def __iter__(self) -> Iterator[str]:
-        return hdf5_names(self._group)
+        return (name for name in hdf5_names(self._group) if hdf5_column(self._group, name) is not None)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
 
-def hdf5_array(group: Any, name: str) -> Any:
-    """The array of numbers at a path in a group.
+class Hdf5Column:
+    """An array of numbers in an HDF5 file, read without h5py's own indexing, which takes as long as small reads.
 
-    Raises:
-        BufferError: If there is none.
+    Args:
+        opened: Identifier of the array.
     """
-    h5py = imported("h5py", "hdf5", "Reading HDF5 files")
-    inner = hdf5_entry(group, name)
-    if inner is None:
-        raise BufferError(
-            f"{group.name} has no array '{name}' (found: {', '.join(sorted(group)) or 'none'}). Links are not followed."
-        )
-    if not isinstance(inner, h5py.Dataset) or inner.dtype.kind not in "biuf" or not inner.shape:
-        raise BufferError(f"{group.name}: '{name}' is no array of numbers.")
-    check_dataset(inner)
-    return inner
+
+    def __init__(self, opened: Any) -> None:
+        self._opened = opened
+        self.shape: tuple[int, ...] = opened.shape
+        self.dtype = opened.dtype
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        import h5py  # the file is open
+
+        begin, end, _ = part.indices(self.shape[0])
+        found = np.empty((max(end - begin, 0), *self.shape[1:]), self.dtype)
+        if found.size:
+            place = self._opened.get_space()
+            place.select_hyperslab((begin, *(0,) * (found.ndim - 1)), found.shape)
+            self._opened.read(h5py.h5s.create_simple(found.shape), place, found)
+        return found
 
 
-def check_dataset(entry: Any) -> None:
+def _inner(group: Any, folders: Iterable[str]) -> Any:
+    for folder in folders:
+        group = hdf5_group(group, folder)
+    return group
+
+
+def hdf5_column(group: Any, path: str) -> Hdf5Column | None:
+    """The array of numbers at a path in a group; None if there is none."""
+    import h5py  # the file is open
+
+    *folders, name = path.split("/")
+    group = _inner(group, folders)
+    if _kind_inside(group, name) != h5py.h5o.TYPE_DATASET:
+        return None
+    opened = h5py.h5d.open(group.id, name.encode("utf-8", "surrogateescape"))
+    column = Hdf5Column(opened)
+    if column.dtype.kind not in "biuf" or not column.shape:
+        return None
+    _check_stored(h5py, opened, column)
+    return column
+
+
+def _check_stored(h5py: Any, opened: Any, column: Hdf5Column) -> None:
     """Raises a `BufferError` if an array of an HDF5 file is stored elsewhere, or claims more than is stored."""
-    if entry.is_virtual or entry.external:
-        raise BufferError(f"The array {entry.name!r} is stored in another file, which is not read.")
-    size, stored = math.prod(entry.shape) * entry.dtype.itemsize, entry.id.get_storage_size()
+    plan = opened.get_create_plist()
+    if plan.get_layout() == h5py.h5d.VIRTUAL or plan.get_external_count():
+        raise BufferError(f"The array {_name_of(h5py, opened)} is stored in another file, which is not read.")
+    size, stored = math.prod(column.shape) * column.dtype.itemsize, opened.get_storage_size()
     if size > _MOST_EMPTY + _MOST_EXPANSION * stored:
         raise BufferError(
-            f"The array {entry.name!r} of shape {entry.shape} needs {size:,} bytes, and {stored:,} are stored: the "
-            "file is damaged or was never filled."
+            f"The array {_name_of(h5py, opened)} of shape {column.shape} needs {size:,} bytes, and {stored:,} are "
+            "stored: the file is damaged or was never filled."
         )
+
+
+def _name_of(h5py: Any, opened: Any) -> str:
+    return repr(h5py.h5i.get_name(opened).decode("utf-8", "replace"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from worldflux.datasets.columns import hdf5_names, is_hdf5, open_hdf5
-from worldflux.errors import BufferError, ConfigurationError
+from worldflux.errors import BufferError, ConfigurationError, a_type
 from worldflux.reading import only_our_errors, open_regular
 from worldflux.replay.npz import NpzFile
 
@@ -35,7 +35,7 @@ def detect(source: Any) -> str:
         ConfigurationError: If the format cannot be told, with what was found.
         BufferError: If the source is damaged.
     """
-    if isinstance(source, Mapping) or (isinstance(source, Sequence) and not isinstance(source, str)):
+    if isinstance(source, Mapping) or (isinstance(source, Sequence) and not isinstance(source, str | bytes)):
         return "arrays"
     if not isinstance(source, str | Path):
         return _of_object(source)
@@ -68,7 +68,8 @@ def _of_object(source: Any) -> str:
     if hasattr(source, "storage") and hasattr(source, "iterate_episodes"):
         return "minari"
     raise ConfigurationError(
-        f"The source is a {type(source).__name__}, expected a path, a replay buffer of SB3, or arrays in a dict."
+        f"The source is {a_type(source)}, expected a path, a replay buffer of SB3, a dict of arrays, or a list of such "
+        "dicts."
     )
 
 

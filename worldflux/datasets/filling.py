@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 
-from worldflux.datasets.recording import Arrays, Block, Recording
+from worldflux.datasets.recording import BLOCK_BYTES, Arrays, Block, Recording
 from worldflux.envs.spaces import ActionCodec, ObservationCodec, OneHots
-from worldflux.errors import BufferError, ConfigurationError, WorldFluxError
+from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError, WorldFluxError
 from worldflux.replay.actions import Classes, as_executed, declared_classes, rescaled, type_of
 from worldflux.replay.backends import StoragePlace
 from worldflux.replay.buffer import ReplayBuffer
 from worldflux.replay.ring import STEP, TERMINATED, TRUNCATED, spare_rows
 from worldflux.replay.spec import checked
-from worldflux.validation import SINGLE_KEY
+from worldflux.validation import SINGLE_KEY, clean_sizes
 
 logger = logging.getLogger("worldflux.datasets")
 
@@ -63,8 +63,9 @@ class ActionForm:
         self._one_hots: OneHots | None = None
         width = int(np.prod(recording.action_shape, dtype=np.int64))
         classes: Classes | None = () if action_low is not None or action_high is not None else None
-        named = action_type is not None or action_classes is not None
-        if named:
+        if action_classes is not None:
+            action_classes = clean_sizes("action_classes", action_classes)
+        if action_type is not None or action_classes is not None:
             is_numbers = action_type != "continuous" and recording.action_dtype.kind in "iu"
             if is_numbers and action_classes is None:
                 raise _classes_wanted(recording)
@@ -144,12 +145,15 @@ def filled_buffer(
     )
     buffer.check_budget(min(recording.steps, buffer.capacity))
     filler = _Filler(recording, buffer, codec, form)
-    for note in recording.notes:
+    told = len(recording.notes)
+    for note in recording.notes[:told]:
         logger.warning("%s: %s", recording.name, note)
     with _shown(recording, progress) as show:
-        for block in recording.blocks():
+        for block in joined(recording.blocks()):
             filler.add(block)
             show(len(block.actions))
+    for note in recording.notes[told:]:  # what came to light while it was read
+        logger.warning("%s: %s", recording.name, note)
     filler.finish()
     return buffer
 
@@ -193,7 +197,7 @@ class _Filler:
         self._recording, self._buffer, self._codec, self._form = recording, buffer, codec, form
         self._is_dict = isinstance(buffer.obs_shape, dict)
         self._rows, self._fresh = buffer.stored()
-        self._count = 0
+        self._count = self._episodes = self._begin = 0  # steps so far, ends among them, and the first step after these
         self._judge = _Judge() if form.classes is None else None
 
     def add(self, block: Block) -> None:
@@ -203,23 +207,30 @@ class _Filler:
             WorldFluxError: If something cannot be stored, with the steps among which it is.
         """
         count = len(block.actions)
-        if not count:
-            return
-        place = f"{self._recording.name}, steps {self._count} to {self._count + count - 1}"
         if self._count + count > self._recording.steps:
             raise BufferError(
-                f"{place}: there are more than the {self._recording.steps} steps that it says it has. It is damaged."
+                f"{self._recording.name}: there are more than the {self._recording.steps} steps that it says it has. "
+                "It is damaged."
             )
-        try:
-            self._store(block, count)
-        except WorldFluxError as error:
-            raise type(error)(f"{place}: {error}") from error
-        self._count += count
-
-    def _store(self, block: Block, count: int) -> None:
         most = self._rows.most_steps
         for begin in range(0, count, most):
-            self._append(block if count <= most else block.part(begin, min(begin + most, count)))
+            part = block if count <= most else block.part(begin, min(begin + most, count))
+            try:
+                self._append(part)
+            except (BufferError, ShapeMismatchError) as error:
+                raise self._placed(part, error) from error
+
+    def _placed(self, block: Block, error: BufferError | ShapeMismatchError) -> WorldFluxError:
+        """The error for a block that cannot be stored, with the step that is wrong or the steps among which it is."""
+        name, first = self._recording.name, self._count
+        fault = _first_fault(block)
+        if fault is None:
+            return type(error)(f"{name}, steps {first} to {first + len(block.actions) - 1}: {error}")
+        step, what = fault
+        ends = np.flatnonzero(block.terminations[:step] | block.truncations[:step])
+        begin = first + int(ends[-1]) + 1 if len(ends) else self._begin
+        place = f"step {first + step} (step {first + step - begin} of episode {self._episodes + len(ends)})"
+        return BufferError(f"{name}, {place}: {what} Correct it, or leave the episode out.")
 
     def _append(self, block: Block) -> None:
         count = len(block.actions)
@@ -231,7 +242,8 @@ class _Filler:
         if block.rewards is not None:
             rewards = checked("rewards", block.rewards.reshape(count, *block.rewards.shape[2:]), (count,), _FLOAT)
         flags = STEP | block.terminations * TERMINATED | block.truncations * TRUNCATED
-        ends = int(np.count_nonzero(flags > STEP))
+        last = np.flatnonzero(flags > STEP)
+        ends = len(last)
         seen = np.full(ends, block.final_obs is not None) if block.final_seen is None else block.final_seen
         finals: Arrays = {}
         if block.final_obs is not None and seen.any():
@@ -250,6 +262,9 @@ class _Filler:
             np.zeros(1, np.int64),
             seen=seen,
         )
+        if ends:
+            self._begin = self._count + int(last[-1]) + 1
+        self._count, self._episodes = self._count + count, self._episodes + ends
 
     def _encoded(self, obs: Arrays) -> Arrays:
         encoded = self._codec.encode(obs if self._is_dict else obs[SINGLE_KEY])
@@ -271,6 +286,48 @@ class _Filler:
         classes = None if self._judge is None else self._judge.classes(self._form.dim)
         if classes is not None:
             self._buffer.declare_actions(type_of(classes), classes or None)
+
+
+def _first_fault(block: Block) -> tuple[int, str] | None:
+    """The first step of a block with a number that cannot be stored, and a sentence about it; None if there is none."""
+    steps = np.arange(len(block.actions))
+    columns = [("actions", block.actions, steps)]
+    columns += [] if block.rewards is None else [("rewards", block.rewards, steps)]
+    final_obs, seen = block.final_obs or {}, block.final_seen
+    ends = np.flatnonzero(block.terminations | block.truncations)
+    for arrays, at, after in ((block.obs, steps, ""), (final_obs, ends, " after the last step")):
+        names = {key: "obs" if list(arrays) == [SINGLE_KEY] else f"obs[{key!r}]" for key in arrays}
+        columns += [(names[key] + after, array, at) for key, array in arrays.items()]
+    found: list[tuple[int, str]] = []
+    for what, array, at in columns:
+        if array.dtype.kind != "f":
+            continue
+        with np.errstate(over="ignore"):
+            wrong = ~np.isfinite(array.astype(np.float32)).reshape(len(array), -1)
+        if at is ends and seen is not None:
+            wrong &= seen[:, None]
+        if wrong.any():
+            row, column = (int(one) for one in np.argwhere(wrong)[0])
+            value = array.reshape(len(array), -1)[row, column]
+            expected = "at most 3.4e+38, as float32 is" if np.isfinite(value) else "finite numbers"
+            place = f" at index {column}" if wrong.shape[1] > 1 else ""
+            found.append((int(at[row]), f"{what} has {value:g}{place}, expected {expected}."))
+    return min(found, default=None)
+
+
+def joined(blocks: Iterable[Block]) -> Iterator[Block]:
+    """The same steps in fewer blocks: storing a block of ten steps takes as long as storing one of some hundreds."""
+    waiting: list[Block] = []
+    size = 0
+    for block in blocks:
+        if waiting and (size + block.size > BLOCK_BYTES or block.form != waiting[0].form):
+            yield Block.of(waiting)
+            waiting, size = [], 0
+        if len(block.actions):
+            waiting.append(block)
+            size += block.size
+    if waiting:
+        yield Block.of(waiting)
 
 
 @contextmanager

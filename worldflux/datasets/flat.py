@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from worldflux.datasets.columns import Column
 from worldflux.datasets.recording import (
-    ALIGNMENTS,
     Block,
     Recording,
     Rows,
@@ -21,7 +21,6 @@ from worldflux.datasets.recording import (
 )
 from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError
 from worldflux.replay.spec import checked
-from worldflux.validation import check_choice, whole_number
 
 _BOOL = np.dtype(np.bool_)
 _OF_ROWS = ("terminations", "truncations", "is_first", "is_last", "episode")
@@ -42,7 +41,6 @@ class Alignment:
     time_limit: int | None = None
 
     def __post_init__(self) -> None:
-        check_choice("align", self.align, ALIGNMENTS)
         if self.final_row is None:
             self.final_row = self.align != "own"
         if not self.final_row and self.align != "own":
@@ -50,8 +48,6 @@ class Alignment:
                 f"With align='{self.align}', the last row of each episode holds nothing but its last observation: "
                 "leave final_row out."
             )
-        if self.time_limit is not None:
-            self.time_limit = whole_number("time_limit", self.time_limit, 1)
 
 
 class Columns:
@@ -60,31 +56,25 @@ class Columns:
     Args:
         name: What the source is called in messages.
         arrays: The arrays.
-        count: Rows that each has; None: as many as there are actions.
+        is_episode: Whether these are the arrays of one episode, whose observations may have one more row.
 
     Raises:
         ShapeMismatchError: If one has another number of rows.
     """
 
-    def __init__(self, name: str, arrays: Mapping[str, Column], count: int | None = None) -> None:
+    def __init__(self, name: str, arrays: Mapping[str, Column], *, is_episode: bool = False) -> None:
         self.name = name
         self.obs = {key.removeprefix("obs/"): array for key, array in arrays.items() if key.startswith("obs/")}
         self.next_obs = {
             key.removeprefix("next_obs/"): one for key, one in arrays.items() if key.startswith("next_obs/")
         }
         self.actions, self.rewards = arrays["actions"], arrays.get("rewards")
-        self.marks = {key: arrays[key] for key in _OF_ROWS if key in arrays}
-        self.count = int(self.actions.shape[0]) if count is None else count
+        self.count = _row_count(name, self.actions)
         if not self.count:
             raise BufferError(f"{name} has no steps: there is nothing to load.")
+        self.has_last = is_episode and all(one.shape[:1] == (self.count + 1,) for one in self.obs.values())
         for key, array in arrays.items():
-            if not len(array.shape) or array.shape[0] != self.count:
-                raise ShapeMismatchError(
-                    f"{name}: {key} has shape {tuple(array.shape)}, and there are {self.count} rows of actions. "
-                    "Expected as many rows of each."
-                )
-            if np.dtype(array.dtype).kind not in "biuf" and key != "episode":
-                raise BufferError(f"{name}: {key} has dtype {array.dtype}, expected numbers. Objects are not read.")
+            _check_column(name, key, array, self.count + (self.has_last and key.startswith("obs/")))
 
     def read(self, arrays: Mapping[str, Column], part: slice) -> dict[str, np.ndarray]:
         """Some rows of several arrays."""
@@ -94,23 +84,58 @@ class Columns:
         """Some rewards. `[K]`"""
         return None if self.rewards is None else np.asarray(self.rewards[part])
 
+    @property
+    def rows_at_once(self) -> int:
+        """Rows that are read at once."""
+        return rows_at_once([*self.obs.values(), *self.next_obs.values(), self.actions])
 
-def _marks(
-    name: str, arrays: Mapping[str, Column], count: int, how: Alignment
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+
+def _row_count(name: str, actions: Column) -> int:
+    if not actions.shape:
+        raise ShapeMismatchError(f"{name}: actions has shape (), expected a row for each step.")
+    return int(actions.shape[0])
+
+
+def _check_column(name: str, key: str, array: Column, count: int) -> None:
+    if array.shape[:1] != (count,):
+        raise ShapeMismatchError(
+            f"{name}: {key} has shape {tuple(array.shape)}, and there are {count} rows of actions. Expected as many "
+            "rows of each."
+        )
+    if array.dtype.kind not in "biuf" and key != "episode":
+        raise BufferError(f"{name}: {key} has dtype {array.dtype}, expected numbers. Objects are not read.")
+
+
+@dataclass
+class _Marks:
     """Whether an episode terminates with each row, begins with it, and has its last row there. `[N]` bool each"""
 
-    def flags(mark: str) -> np.ndarray:
-        if mark not in arrays:
-            return np.zeros(count, np.bool_)
-        given = np.asarray(arrays[mark][:])
-        return checked(f"{name}: {mark}", given.reshape(count, -1)[:, 0], (count,), _BOOL).copy()
+    terminal: np.ndarray
+    is_first: np.ndarray
+    is_last: np.ndarray
 
-    terminal, is_first = flags("terminations"), flags("is_first")
-    is_last = terminal | flags("truncations") | flags("is_last")
+
+def _marks_in(name: str, arrays: Mapping[str, Column], count: int, how: Alignment) -> _Marks:
+    """Where the episodes in flat arrays of `count` rows begin and end."""
+    found: dict[str, np.ndarray] = {}
+    for mark in _OF_ROWS:
+        if mark in arrays:
+            array = arrays[mark]
+            _check_column(name, mark, array, count)
+            found[mark] = np.asarray(array[:]).reshape(count, -1)
+            if mark != "episode":
+                found[mark] = checked(f"{name}: {mark}", found[mark][:, 0], (count,), _BOOL)
+    terminal, is_first = (found.get(mark, np.zeros(count, np.bool_)) for mark in ("terminations", "is_first"))
+    is_last = terminal.copy()
+    for mark in ("truncations", "is_last"):
+        if mark in found:
+            is_last |= found[mark]
     is_last[:-1] |= is_first[1:]
-    if "episode" in arrays:
-        number = np.asarray(arrays["episode"][:]).reshape(count, -1)
+    if "episode" in found:
+        number = found["episode"]
+        unknown = np.flatnonzero((number != number).any(1))
+        if len(unknown):
+            raise BufferError(f"{name}: episode is NaN in row {unknown[0]}, expected an episode for each row.")
         is_last[:-1] |= (number[1:] != number[:-1]).any(1)
     is_last[-1:] = True
     if how.time_limit is not None:
@@ -118,57 +143,61 @@ def _marks(
         lengths = np.diff(np.append(starts, count))
         place = np.arange(count) - np.repeat(starts, lengths) + 1
         is_last |= place % (how.time_limit + bool(how.final_row)) == 0
-    return terminal, is_first, is_last
+    return _Marks(terminal, is_first, is_last)
 
 
-def flat_recording(columns: Columns, is_dict: bool, how: Alignment, **more: Any) -> Recording:
+def _rows(columns: Columns, marks: _Marks, step: int) -> Iterator[Rows]:
+    """Flat arrays in pieces of `step` rows."""
+    for part in spans(columns.count, step):
+        yield Rows(
+            columns.read(columns.obs, part),
+            np.asarray(columns.actions[part]),
+            columns.rewards_at(part),
+            marks.terminal[part],
+            marks.is_first[part],
+            marks.is_last[part],
+        )
+
+
+def _blocks(columns: Columns, marks: _Marks, step: int, how: Alignment) -> Iterator[Block]:
+    """The steps of flat arrays, in pieces of about `step` rows."""
+    if how.final_row:
+        yield from steps_of_rows(_rows(columns, marks, step), how.align)
+        return
+    for part, rows in zip(spans(columns.count, step), _rows(columns, marks, step), strict=True):
+        ends = np.flatnonzero(rows.is_last)
+        finals = {key: array[ends] for key, array in columns.read(columns.next_obs, part).items()} or None
+        seen = None
+        if finals is None and columns.has_last and part.stop == columns.count:
+            last = columns.read(columns.obs, slice(columns.count, columns.count + 1))
+            finals = {key: np.repeat(array, len(ends), axis=0) for key, array in last.items()}
+            seen = np.arange(len(ends)) == len(ends) - 1
+        truncated = rows.is_last & ~rows.terminal
+        yield Block(rows.obs, rows.actions, rows.rewards, rows.terminal, truncated, finals, seen)
+
+
+def flat_recording(name: str, arrays: Mapping[str, Column], is_dict: bool, how: Alignment, **more: Any) -> Recording:
     """A recording of flat arrays.
 
     Args:
-        columns: The arrays.
+        name: What the source is called in messages.
+        arrays: The arrays, as for `Columns`.
         is_dict: Whether observations are a dictionary.
         how: How the rows are to be read.
         more: Further fields of the recording.
     """
-    terminal, is_first, is_last = _marks(columns.name, columns.marks, columns.count, how)
-    truncated = is_last & ~terminal
-    step = rows_at_once([*columns.obs.values(), *columns.next_obs.values(), columns.actions])
-    episodes = int(np.count_nonzero(is_last))
+    columns = Columns(name, arrays)
+    marks = _marks_in(name, arrays, columns.count, how)
+    episodes = int(np.count_nonzero(marks.is_last))
+    steps = columns.count - episodes * bool(how.final_row)
+    blocks = partial(_blocks, columns, marks, columns.rows_at_once, how)
+    return _recording(columns, name, is_dict, steps, episodes, blocks, **more)
 
-    def rows() -> Iterator[Rows]:
-        for part in spans(columns.count, step):
-            yield Rows(
-                columns.read(columns.obs, part),
-                np.asarray(columns.actions[part]),
-                columns.rewards_at(part),
-                terminal[part],
-                is_first[part],
-                is_last[part],
-            )
 
-    def blocks() -> Iterator[Block]:
-        for part in spans(columns.count, step):
-            ends = np.flatnonzero(is_last[part])
-            following = {key: array[ends] for key, array in columns.read(columns.next_obs, part).items()}
-            yield Block(
-                columns.read(columns.obs, part),
-                np.asarray(columns.actions[part]),
-                columns.rewards_at(part),
-                terminal[part],
-                truncated[part],
-                following or None,
-            )
-
-    return Recording(
-        columns.name,
-        obs_space_like(columns.obs, is_dict),
-        tuple(columns.actions.shape[1:]),
-        np.dtype(columns.actions.dtype),
-        columns.count - episodes * bool(how.final_row),
-        episodes,
-        blocks=(lambda: steps_of_rows(rows(), how.align)) if how.final_row else blocks,
-        **more,
-    )
+def _recording(like: Columns, name: str, is_dict: bool, *rest: Any, **more: Any) -> Recording:
+    """A recording whose rows have the shapes and dtypes of some columns."""
+    obs_space, actions = obs_space_like(like.obs, is_dict), like.actions
+    return Recording(name, obs_space, tuple(actions.shape[1:]), np.dtype(actions.dtype), *rest, **more)
 
 
 Episodes = Callable[[], Iterator[Mapping[str, Column]]]
@@ -202,78 +231,48 @@ class Renamed(Mapping[str, Column]):
         return len({**self._names, **self._more})
 
 
-def recording_of_episodes(name: str, episodes: Episodes, is_dict: bool, how: Alignment, **more: Any) -> Recording:
+def recording_of_episodes(
+    name: str, episodes: Episodes, is_dict: bool, how: Alignment, notes: list[str] | None = None, **more: Any
+) -> Recording:
     """A recording of arrays for each episode. Without a final row, there may be one more observation than actions.
+
+    Episodes without steps are left out, and noted.
 
     Args:
         name: What the source is called in messages.
         episodes: The arrays. Those of the same name have the same shape but for the first axis.
         is_dict: Whether observations are a dictionary.
         how: How the rows are to be read.
+        notes: As for the recording.
         more: Further fields of the recording.
 
     Raises:
         ShapeMismatchError: If the arrays of an episode do not fit each other.
     """
-    first: Recording | None = None
+    found: list[_Marks | None] = []
+    first: Columns | None = None
     steps = ends = 0
     for number, arrays in enumerate(episodes()):
-        place, count = f"{name}, episode {number}", int(arrays["actions"].shape[0])
-        first = first or _episode(place, arrays, is_dict, how)
-        found = int(np.count_nonzero(_marks(place, arrays, count, how)[2]))
-        steps, ends = steps + count - found * bool(how.final_row), ends + found
+        place = f"{name}, episode {number}"
+        count = _row_count(place, arrays["actions"])
+        found.append(_marks_in(place, arrays, count, how) if count else None)
+        if found[-1] is not None:
+            ends_here = int(np.count_nonzero(found[-1].is_last))
+            steps, ends = steps + count - ends_here * bool(how.final_row), ends + ends_here
+            first = first or Columns(place, dict(arrays), is_episode=not how.final_row)
     if first is None:
-        raise BufferError(f"{name} has no episodes.")
+        raise BufferError(f"{name} has no steps: there is nothing to load." if found else f"{name} has no episodes.")
+    step = first.rows_at_once
+    empty = [number for number, marks in enumerate(found) if marks is None]
+    notes = [] if notes is None else notes
+    if empty:
+        notes.append(f"{len(empty)} of its {len(found)} episodes have no steps and are left out, such as {empty[0]}.")
 
     def blocks() -> Iterator[Block]:
-        for number, arrays in enumerate(episodes()):
-            yield from _episode(f"{name}, episode {number}", arrays, is_dict, how).blocks()
+        for number, (arrays, marks) in enumerate(zip(episodes(), found, strict=True)):
+            if marks is not None:
+                rest = {key: arrays[key] for key in arrays if key not in _OF_ROWS}
+                columns = Columns(f"{name}, episode {number}", rest, is_episode=not how.final_row)
+                yield from _blocks(columns, marks, step, how)
 
-    return Recording(
-        name,
-        first.obs_space,
-        first.action_shape,
-        first.action_dtype,
-        steps,
-        ends,
-        blocks,
-        **more,
-    )
-
-
-class _Front:
-    """The rows of a column but the last one."""
-
-    def __init__(self, column: Column) -> None:
-        self.shape, self.dtype, self._column = (column.shape[0] - 1, *column.shape[1:]), column.dtype, column
-
-    def __getitem__(self, part: slice) -> np.ndarray:
-        begin, end, _ = part.indices(self.shape[0])
-        return self._column[begin:end]
-
-
-def _episode(name: str, arrays: Mapping[str, Column], is_dict: bool, how: Alignment) -> Recording:
-    """The recording of the arrays of one episode."""
-    arrays = dict(arrays)  # each is opened when it is asked for
-    count = int(arrays["actions"].shape[0])
-    obs = {key: one for key, one in arrays.items() if key.startswith("obs/")}
-    if how.final_row or any(one.shape[0] != count + 1 for one in obs.values()):
-        return flat_recording(Columns(name, arrays), is_dict, how)
-    recording = flat_recording(
-        Columns(name, {**arrays, **{key: _Front(one) for key, one in obs.items()}}), is_dict, how
-    )
-    plain = recording.blocks
-
-    def blocks() -> Iterator[Block]:
-        at = 0
-        for block in plain():
-            at += len(block.actions)
-            if at == count and block.final_obs is None:
-                last = {key.removeprefix("obs/"): np.asarray(one[count : count + 1]) for key, one in obs.items()}
-                ends = int(np.count_nonzero(block.terminations | block.truncations))
-                block.final_obs = {key: np.repeat(array, ends, axis=0) for key, array in last.items()}
-                block.final_seen = np.arange(ends) == ends - 1
-            yield block
-
-    recording.blocks = blocks
-    return recording
+    return _recording(first, name, is_dict, steps, ends, blocks, notes=notes, **more)

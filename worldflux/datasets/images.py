@@ -12,23 +12,22 @@ from gymnasium import spaces
 from worldflux.datasets.recording import Arrays, Block, Recording
 from worldflux.diagnostics.plots.frames import import_cv2
 from worldflux.envs.spaces import is_image
-from worldflux.envs.wrappers import Size, checked_size
 from worldflux.errors import ConfigurationError
 from worldflux.validation import SINGLE_KEY
 
 
-def with_resized_images(recording: Recording, size: Size) -> Recording:
+def with_resized_images(recording: Recording, size: tuple[int, int]) -> Recording:
     """The same recording with all its images in another size; pixels are averaged over areas.
 
     Args:
         recording: The recording.
-        size: The new height and width, or both in one number.
+        size: The new height and width.
 
     Raises:
-        ConfigurationError: If it has no images, or this is no size.
+        ConfigurationError: If it has no images.
         MissingDependencyError: If opencv-python cannot be imported.
     """
-    height, width = checked_size(size)
+    height, width = size
     resize, averaging = import_cv2().resize, import_cv2().INTER_AREA
     space = recording.obs_space
     parts: dict[str, spaces.Space[Any]] = dict(space.spaces) if isinstance(space, spaces.Dict) else {SINGLE_KEY: space}

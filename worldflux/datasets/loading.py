@@ -11,15 +11,16 @@ from typing import Any
 from worldflux.datasets.detection import detect
 from worldflux.datasets.filling import ActionForm, filled_buffer
 from worldflux.datasets.images import with_resized_images
+from worldflux.datasets.options import check_options, check_source
 from worldflux.datasets.recording import Recording
-from worldflux.envs.wrappers import Size
-from worldflux.errors import BufferError, ConfigurationError, nearest
+from worldflux.envs.wrappers import Size, checked_size
+from worldflux.errors import BufferError, ConfigurationError
 from worldflux.hub.addresses import is_address
 from worldflux.hub.client import dataset_path
 from worldflux.reading import only_our_errors
 from worldflux.replay.backends import StoragePlace
 from worldflux.replay.buffer import ReplayBuffer
-from worldflux.validation import check_choice
+from worldflux.validation import check_choice, check_flag
 
 _READERS = {
     "minari": "minari:open_source",
@@ -89,19 +90,26 @@ def load(
 
     Raises:
         FileNotFoundError: If there is no such file or data set.
-        ConfigurationError: If there is no such format or option, or an option is missing.
-        BufferError: If the source is damaged, holds NaN, or cannot be read without running code; or if the machine has
-            no room for it.
+        ConfigurationError: If there is no such format or option, an option has a value that it cannot have, or one is
+            missing.
+        BufferError: If the source is damaged, holds NaN or infinite numbers, or cannot be read without running code; or
+            if the machine has no room for it.
         ShapeMismatchError: If arrays of the source do not fit each other.
         MissingDependencyError: If a package that reads the format is not installed.
     """
     check_choice("format", format, ("auto", *FORMATS))
+    check_flag("clip_actions", clip_actions)
+    if progress is not None:
+        check_flag("progress", progress)
+    image_size = None if image_size is None else checked_size(image_size, "image_size")
     name = source_name(source)
     if is_address(source):
         source = dataset_path("source", source)
     chosen = detect(source) if format == "auto" else format
+    check_source(source, chosen)
+    options = {option: value for option, value in options.items() if value is not None}
     if chosen == "worldflux":
-        _check_options(chosen, options, ("n_envs", "sharded"))
+        check_options(chosen, options, ("n_envs", "sharded"))
         if clip_actions or image_size is not None:
             raise ConfigurationError("clip_actions and image_size are for other formats than 'worldflux'.")
         return ReplayBuffer.load(
@@ -118,7 +126,7 @@ def load(
         )
     module, _, function = _READERS[chosen].partition(":")
     reader = getattr(importlib.import_module(f"worldflux.datasets.formats.{module}"), function)
-    _check_options(chosen, options, list(inspect.signature(reader).parameters)[1:])
+    check_options(chosen, options, list(inspect.signature(reader).parameters)[1:])
     with only_our_errors(name, BufferError):
         recording: Recording = reader(source, **options)
         try:
@@ -143,12 +151,3 @@ def source_name(source: Any) -> str:
     if isinstance(source, str | Path):
         return Path(source).name or str(source)
     return f"the {type(source).__name__}"
-
-
-def _check_options(format: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        has = f"It has {', '.join(known)}." if known else "It has none."
-        raise ConfigurationError(
-            f"Unknown option '{unknown[0]}' of the format '{format}'{nearest(unknown[0], known)} {has}"
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from gymnasium import spaces
 
 from worldflux.errors import BufferError, ConfigurationError, nearest
-from worldflux.validation import SINGLE_KEY, check_choice
+from worldflux.validation import SINGLE_KEY
 
 Arrays = dict[str, np.ndarray]
 ObsChoice = str | Sequence[str] | Mapping[str, str] | None
@@ -46,6 +47,41 @@ class Block:
     truncations: np.ndarray
     final_obs: Arrays | None = None
     final_seen: np.ndarray | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of its observations and actions."""
+        return self.actions.nbytes + sum(array.nbytes for array in self.obs.values())
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """What it has in common with the blocks that it can be joined with."""
+        arrays = [*self.obs.items(), ("actions", self.actions)]
+        shapes = [(name, array.shape[1:], array.dtype) for name, array in arrays]
+        return self.rewards is None, self.final_obs is None, self.final_seen is None, shapes
+
+    @classmethod
+    def of(cls, blocks: Sequence[Block]) -> Block:
+        """Several blocks of one form in one."""
+        if len(blocks) == 1:
+            return blocks[0]
+
+        def along(name: str) -> Any:
+            return np.concatenate([getattr(block, name) for block in blocks])
+
+        def by_key(name: str) -> Arrays:
+            return {key: np.concatenate([getattr(one, name)[key] for one in blocks]) for key in blocks[0].obs}
+
+        has_finals = blocks[0].final_obs is not None
+        return cls(
+            by_key("obs"),
+            along("actions"),
+            None if blocks[0].rewards is None else along("rewards"),
+            along("terminations"),
+            along("truncations"),
+            by_key("final_obs") if has_finals else None,
+            along("final_seen") if has_finals and blocks[0].final_seen is not None else None,
+        )
 
     def part(self, begin: int, end: int) -> Block:
         """Steps `begin` to `end - 1`."""
@@ -141,7 +177,7 @@ def obs_space_like(arrays: Mapping[str, Any], is_dict: bool) -> spaces.Space[Any
 
 def rows_at_once(arrays: Iterable[Any]) -> int:
     """Rows of several arrays `[N, ...]` that take `BLOCK_BYTES` together."""
-    each = sum(int(np.prod(array.shape[1:], dtype=np.int64)) * np.dtype(array.dtype).itemsize for array in arrays)
+    each = sum(math.prod(array.shape[1:]) * np.dtype(array.dtype).itemsize for array in arrays)
     return max(1, BLOCK_BYTES // max(each, 1))
 
 
@@ -214,7 +250,6 @@ def steps_of_rows(pieces: Iterable[Rows], align: str) -> Iterator[Block]:
         pieces: The rows in their order.
         align: One of `ALIGNMENTS`.
     """
-    check_choice("align", align, ALIGNMENTS)
     carried: Rows | None = None  # whether an episode ends at a row may be known only from the next one
     for piece in pieces:
         if not len(piece):

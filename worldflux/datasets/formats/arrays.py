@@ -9,26 +9,23 @@ from typing import Any
 
 import numpy as np
 
-from worldflux.datasets.columns import NpzColumns, hdf5_arrays, in_order, is_hdf5, open_hdf5
-from worldflux.datasets.flat import Alignment, Columns, Renamed, flat_recording, recording_of_episodes
+from worldflux.datasets.columns import (
+    Hdf5Columns,
+    NpzColumns,
+    hdf5_column,
+    hdf5_group,
+    hdf5_names,
+    in_order,
+    is_hdf5,
+    open_hdf5,
+)
+from worldflux.datasets.flat import Alignment, Renamed, flat_recording, recording_of_episodes
+from worldflux.datasets.options import NAMES
 from worldflux.datasets.recording import Recording
-from worldflux.errors import BufferError, ConfigurationError, nearest
+from worldflux.errors import BufferError, ConfigurationError, a_type, nearest
 from worldflux.replay.npz import NpzFile
 from worldflux.replay.spec import as_numpy
 from worldflux.validation import SINGLE_KEY
-
-NAMES = {
-    "obs": ("obs", "observations", "observation"),
-    "actions": ("actions", "action"),
-    "rewards": ("rewards", "reward"),
-    "terminations": ("terminations", "terminated", "terminals", "terminal", "is_terminal", "dones", "done"),
-    "truncations": ("truncations", "truncated", "timeouts", "timeout"),
-    "next_obs": ("next_obs", "next_observations", "next_observation"),
-    "is_first": ("is_first",),
-    "is_last": ("is_last",),
-    "episode": ("episode", "episode_index", "episode_id", "episode_ids", "trajectory_indices"),
-}
-"""What an array can be, and the names under which it is found if the user names none."""
 
 Keys = Mapping[str, str | Mapping[str, str] | None]
 
@@ -71,9 +68,6 @@ def layout_of(source: str, names: Sequence[str], keys: Keys | None) -> Layout:
         ConfigurationError: If a name is missing, unknown, or can mean two arrays.
     """
     given = dict(keys or {})
-    for role in given:
-        if role not in NAMES:
-            raise ConfigurationError(f"Unknown key '{role}'{nearest(role, NAMES)} keys has {', '.join(NAMES)}.")
     found: dict[str, str] = {}
     folders = {name.partition("/")[0] for name in names if "/" in name}
     for role, usual in NAMES.items():
@@ -139,9 +133,9 @@ def open_source(
     """
     how = Alignment(align, final_row, time_limit)
     if isinstance(source, Mapping):
-        return _flat("the arrays", _in_memory(source), keys, how)
+        return _flat("the dict of arrays", _in_memory(source), keys, how)
     if isinstance(source, Sequence) and not isinstance(source, str):
-        return _of_episodes("the episodes", lambda: map(_in_memory, source), keys, how)
+        return _of_episodes("the list of episodes", lambda: map(_in_memory, source), keys, how)
     path = Path(source)
     if path.is_dir():
         return _of_episodes(path.name, lambda: _npz_episodes(path), keys, how)
@@ -151,19 +145,18 @@ def open_source(
         recording.close = archive.close
         return recording
     file = open_hdf5(path)
-    arrays = hdf5_arrays(file)
-    groups = _groups(arrays)
-    recording = (
-        _of_episodes(path.name, lambda: iter(groups), keys, how) if groups else _flat(path.name, arrays, keys, how)
-    )
+    if _has_groups_of_episodes(file):
+        recording = _of_episodes(path.name, lambda: _hdf5_episodes(file), keys, how)
+    else:
+        recording = _flat(path.name, Hdf5Columns(file), keys, how)
     recording.close = file.close
     return recording
 
 
 def _flat(name: str, arrays: Mapping[str, Any], keys: Keys | None, how: Alignment) -> Recording:
     layout = layout_of(name, list(arrays), keys)
-    columns = Columns(name, {role: arrays[one] for role, one in layout.names.items()})
-    return flat_recording(columns, layout.is_dict, how, notes=_notes(layout, how, is_flat=True))
+    columns = {role: arrays[one] for role, one in layout.names.items()}
+    return flat_recording(name, columns, layout.is_dict, how, notes=_notes(layout, how, is_flat=True))
 
 
 def _of_episodes(
@@ -212,7 +205,7 @@ def _in_memory(arrays: Any, prefix: str = "") -> dict[str, np.ndarray]:
     """A dict of arrays, or of dicts of them, by their paths."""
     if not isinstance(arrays, Mapping):
         raise ConfigurationError(
-            f"An episode is a {type(arrays).__name__}, expected a dict of arrays such as obs, actions and rewards."
+            f"An episode is {a_type(arrays)}, expected a dict of arrays such as obs, actions and rewards."
         )
     found: dict[str, np.ndarray] = {}
     for key, value in arrays.items():
@@ -229,13 +222,21 @@ def _npz_episodes(directory: Path) -> Iterator[Mapping[str, Any]]:
             yield NpzColumns(file)
 
 
-def _groups(arrays: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The arrays of each group, if groups of the same arrays are all that there is; in the order of their numbers."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, array in arrays.items():
-        group, _, inner = name.partition("/")
-        if not inner:
-            return []
-        found.setdefault(group, {})[inner] = array
-    ordered = sorted(found, key=in_order)
-    return [found[name] for name in ordered] if all(any(map(str.isdigit, name)) for name in ordered) else []
+def _has_groups_of_episodes(file: Any) -> bool:
+    """Whether all arrays of an HDF5 file are in groups with numbers in their names."""
+    found = False
+    for name in file:
+        group = hdf5_group(file, name)
+        if any(map(str.isdigit, name)) and group is not None:
+            found = True
+        elif hdf5_column(file, name) is not None or (group is not None and any(True for _ in Hdf5Columns(group))):
+            return False
+    return found
+
+
+def _hdf5_episodes(file: Any) -> Iterator[Mapping[str, Any]]:
+    """The arrays of each group that has some, in the order of the numbers in the names."""
+    for name in sorted(file, key=in_order):
+        group = hdf5_group(file, name)
+        if group is not None and any(True for _ in hdf5_names(group)):
+            yield Hdf5Columns(group)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from worldflux.datasets.columns import Column, NpzColumns, hdf5_arrays, is_hdf5, open_hdf5
-from worldflux.datasets.flat import Alignment, Columns, flat_recording
+from worldflux.datasets.columns import Column, Hdf5Columns, NpzColumns, is_hdf5, open_hdf5
+from worldflux.datasets.flat import Alignment, flat_recording
 from worldflux.datasets.recording import Recording
 from worldflux.errors import BufferError
 from worldflux.replay.npz import NpzFile
@@ -45,7 +45,7 @@ def open_source(source: Any, *, time_limit: int | None = None) -> Recording:
             "there was one."
         )
     how = Alignment(time_limit=time_limit)
-    return flat_recording(Columns(path.name, found), False, how, notes=notes, close=close)
+    return flat_recording(path.name, found, False, how, notes=notes, close=close)
 
 
 def open_ogbench(source: Any) -> Recording:
@@ -63,14 +63,14 @@ def open_ogbench(source: Any) -> Recording:
     notes = [NO_REWARDS]
     if "rewards" in arrays:
         found["rewards"], notes = arrays["rewards"], []
-    return flat_recording(Columns(path.name, found), False, Alignment(final_row=True), notes=notes, close=close)
+    return flat_recording(path.name, found, False, Alignment(final_row=True), notes=notes, close=close)
 
 
 def _arrays(path: Path) -> tuple[Mapping[str, Column], Any]:
     """The arrays of a file, and what closes it."""
     if is_hdf5(path):
         file = open_hdf5(path)
-        return hdf5_arrays(file), file.close
+        return Hdf5Columns(file), file.close
     archive = NpzFile(path)
     return NpzColumns(archive), archive.close
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from worldflux.datasets.columns import Column, NpzColumns, hdf5_arrays, in_order, open_hdf5
+from worldflux.datasets.columns import Column, Hdf5Columns, NpzColumns, in_order, open_hdf5
 from worldflux.datasets.detection import CHUNK_NAME
 from worldflux.datasets.flat import Alignment, Renamed, recording_of_episodes
 from worldflux.datasets.recording import (
@@ -180,7 +180,7 @@ def _roles(
 def _open_hdf5(path: Path, files: list[Path], obs: ObsChoice, action: str) -> Recording:
     """The episodes of V-D4RL's HDF5 files, one file after another, told apart by `step_type`."""
     opened = [open_hdf5(one) for one in files]
-    arrays = [hdf5_arrays(file) for file in opened]
+    arrays = [dict(Hdf5Columns(file)) for file in opened]
     wanted, is_dict = chosen_obs(path.name, _observations(list(arrays[0]), action), obs)
 
     def episodes() -> Iterator[Mapping[str, Column]]:

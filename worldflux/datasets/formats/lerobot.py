@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,17 +12,18 @@ import numpy as np
 from gymnasium import spaces
 
 from worldflux.datasets.columns import Column, imported
-from worldflux.datasets.flat import Alignment, Columns, flat_recording
+from worldflux.datasets.flat import Alignment, flat_recording
 from worldflux.datasets.formats.videos import PictureColumn, Place, VideoColumn
 from worldflux.datasets.recording import ObsChoice, Recording, chosen_obs
 from worldflux.errors import BufferError, ConfigurationError
 from worldflux.reading import open_regular, read_json
-from worldflux.validation import check_choice
+from worldflux.replay.spec import checked
 
 _PREFIX = "observation."
 _REWARD = "next.reward"
 _BATCH_ROWS = 256
 _BUFFER_BYTES = 2**20
+_BOOL = np.dtype(np.bool_)
 _NUMBERS = ("float", "int", "uint", "bool")
 
 
@@ -46,7 +48,6 @@ def open_source(
             everywhere if there is no `next.done`.
         action_bounds: "stats" takes the smallest and largest recorded actions for the bounds of the action space.
     """
-    check_choice("ends", ends or "truncation", ("termination", "truncation"))
     path = Path(source)
     info = read_json(path / "meta" / "info.json", error=BufferError, finite=False)
     features = info.get("features") if isinstance(info, dict) else None
@@ -60,26 +61,30 @@ def open_source(
     if action not in files.names:
         raise ConfigurationError(f"{path.name} has no '{action}'. It has {', '.join(sorted(files.names))}.")
     columns: dict[str, Column] = {"actions": _Numbers(files, action)}
+    notes: list[str] = []
     for key, name in wanted.items():
         kind = features[name].get("dtype")
         if kind == "video":
-            columns[f"obs/{key}"] = VideoColumn(_Videos(path, name, info, files).place, files.count)
+            place = _Videos(path, name, info, files).place
+            columns[f"obs/{key}"] = VideoColumn(place, files.count, _pixels(path, name, features), notes)
         elif kind == "image":
-            columns[f"obs/{key}"] = PictureColumn(path.name, partial(files.take, name), files.count)
+            take = partial(files.take, name)
+            columns[f"obs/{key}"] = PictureColumn(path.name, take, files.count, _pixels(path, name, features))
         else:
             columns[f"obs/{key}"] = _Numbers(files, name)
-    notes = []
     if reward in files.names:
         columns["rewards"] = _Numbers(files, reward)
     elif reward != _REWARD:
         raise ConfigurationError(f"{path.name} has no '{reward}'. It has {', '.join(sorted(files.names))}.")
     else:
         notes.append(f"it has no '{reward}': rewards are stored as zeros. Pass reward= if they have another name.")
-    episode = files.whole("episode_index")
+    episode = files.indices("episode_index")
     last = np.append(episode[1:] != episode[:-1], True)
     columns["is_last"] = last
     if ends == "termination":
-        done = files.whole("next.done") != 0 if "next.done" in files.names else True
+        done: Any = True
+        if "next.done" in files.names:
+            done = checked(f"{path.name}: next.done", files.whole("next.done").reshape(-1), (files.count,), _BOOL)
         columns["terminations"] = last & done
     elif ends is None:
         notes.append(
@@ -87,12 +92,23 @@ def open_source(
             "if they end where their tasks do, or ends='truncation' to confirm."
         )
     return flat_recording(
-        Columns(path.name, columns, files.count),
+        path.name,
+        columns,
         is_dict,
         Alignment(),
-        action_space=None if action_bounds is None else _bounds(path, action, action_bounds),
+        action_space=None if action_bounds is None else _bounds(path, action, columns["actions"]),
         notes=notes,
     )
+
+
+def _pixels(path: Path, name: str, features: Mapping[str, Any]) -> int | None:
+    """Number of pixels of each image of a camera, which `meta/info.json` says as `[H, W, C]` or `[C, H, W]`."""
+    shape = features[name].get("shape")
+    if shape is None:
+        return None
+    if not isinstance(shape, list) or len(shape) not in (2, 3) or not all(type(n) is int and n > 0 for n in shape):
+        raise BufferError(f"{path.name}: meta/info.json has the shape {shape} for '{name}', expected that of images.")
+    return math.prod(sorted(shape)[-2:])
 
 
 def _is_readable(feature: Any) -> bool:
@@ -187,6 +203,21 @@ class _Files:
         """All rows of a column of numbers. `[N, ...]`"""
         return np.concatenate([_as_numbers(name, one) for one in self.take(name, slice(0, self.count))])
 
+    def indices(self, name: str) -> np.ndarray:
+        """All rows of a column of whole numbers from 0. `[N]`
+
+        Raises:
+            BufferError: If it has others: NaN or text in a column of episodes would make an episode of each row.
+        """
+        found = self.whole(name).reshape(self.count, -1)[:, 0]
+        is_number = found.dtype.kind in "iuf"
+        wrong = np.flatnonzero(~((found >= 0) & (found == np.rint(found)))) if is_number else np.arange(1)
+        if len(wrong):
+            raise BufferError(
+                f"{self._name}: '{name}' is {found[wrong[0]]!r} in row {wrong[0]}, expected whole numbers from 0."
+            )
+        return found.astype(np.int64)
+
 
 def _as_numbers(name: str, rows: Any) -> np.ndarray:
     """Rows of numbers, or of nested lists of them, flattened to vectors. `[N]` or `[N, M]`"""
@@ -224,7 +255,7 @@ class _Videos:
         if "/" in name or "\\" in name or name.startswith("."):
             raise BufferError(f"{path.name} has a camera {name!r}, expected a name without slashes.")
         self._path, self._name = path, name
-        self._episode, self._frame = files.whole("episode_index"), files.whole("frame_index")
+        self._episode, self._frame = files.indices("episode_index"), files.indices("frame_index")
         self._starts: dict[int, tuple[int, int, int]] = {}  # in version 3: chunk, file and first frame of an episode
         size = info.get("chunks_size", 1000)
         self._size = size if type(size) is int and size > 0 else 1000
@@ -242,10 +273,13 @@ class _Videos:
             try:
                 table = parquet.read_table(one, columns=names)
                 columns = [table.column(name).to_numpy() for name in names]
-            except (KeyError, OSError, ValueError) as error:
+                for episode, chunk, file, start in zip(*columns, strict=True):
+                    first = round(float(start) * fps)
+                    if first < 0:
+                        raise ValueError(f"episode {episode} starts at {start} seconds")
+                    self._starts[int(episode)] = int(chunk), int(file), first
+            except (KeyError, OSError, OverflowError, TypeError, ValueError) as error:
                 raise BufferError(f"{one.name} does not say where the frames of '{self._name}' are: {error}") from error
-            for episode, chunk, file, start in zip(*columns, strict=True):
-                self._starts[int(episode)] = int(chunk), int(file), round(float(start) * fps)
 
     def place(self, row: int) -> Place:
         """File and number of the frame of a row."""
@@ -260,23 +294,29 @@ class _Videos:
         return folder / f"file-{file:03d}.mp4", start + frame
 
 
-def _bounds(path: Path, action: str, given: str) -> spaces.Box:
+def _bounds(path: Path, action: str, column: Column) -> spaces.Box:
     """The smallest and largest recorded actions, as a space."""
-    check_choice("action_bounds", given, ("stats",))
     whole = path / "meta" / "stats.json"
+    where = "meta/stats.json" if whole.is_file() else "meta/episodes_stats.jsonl"
     try:
         if whole.is_file():
             stats = [read_json(whole, error=BufferError, finite=False)[action]]
         else:
             import json
 
-            with open_regular(path / "meta" / "episodes_stats.jsonl") as file:
+            with open_regular(path / where) as file:
                 stats = [json.loads(line)["stats"][action] for line in file]
-        low = np.min([np.asarray(one["min"], np.float32).reshape(-1) for one in stats], axis=0)
-        high = np.max([np.asarray(one["max"], np.float32).reshape(-1) for one in stats], axis=0)
+        low, high = (np.asarray([one[end] for one in stats], np.float32) for end in ("min", "max"))
+        low, high = low.reshape(len(stats), -1).min(0), high.reshape(len(stats), -1).max(0)
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise BufferError(
-            f"{path.name} has no minimum and maximum of '{action}' in meta/stats.json or meta/episodes_stats.jsonl. "
-            "Pass action_low and action_high."
+            f"{path.name} has no minimum and maximum of '{action}' in meta/stats.json or meta/episodes_stats.jsonl, "
+            "which action_bounds='stats' takes. Pass action_low and action_high."
         ) from error
+    width = math.prod(column.shape[1:])
+    if low.size != width or high.size != width or not np.isfinite([low, high]).all() or not (low <= high).all():
+        raise BufferError(
+            f"{path.name}: {where} has {low.tolist()} and {high.tolist()} for the minimum and maximum of '{action}', "
+            f"which action_bounds='stats' takes: expected {width} finite numbers each. Pass action_low and action_high."
+        )
     return spaces.Box(low, high, dtype=np.float32)

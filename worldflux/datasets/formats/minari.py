@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from worldflux.datasets.columns import Hdf5Columns, hdf5_entry, imported, open_hdf5
+from worldflux.datasets.columns import Hdf5Columns, hdf5_entry, hdf5_group, imported, open_hdf5
+from worldflux.datasets.formats.videos import decoded_image
 from worldflux.datasets.recording import Arrays, Block, ObsChoice, Recording, chosen_obs
 from worldflux.diagnostics.plots.frames import import_cv2
 from worldflux.errors import BufferError
@@ -128,7 +130,7 @@ def _hdf5_blocks(
     is_image = imported("minari.dataset.minari_storage", "minari", "Reading a data set of Minari").is_image_space
     with open_hdf5(storage.data_path / "main_data.hdf5") as file:
         for number in numbers:
-            episode = hdf5_entry(file, f"episode_{number}")
+            episode = hdf5_group(file, f"episode_{number}")
             if episode is None:
                 raise BufferError(f"{name} has no episode {number}: its file is damaged.")
             group = Hdf5Columns(episode)
@@ -154,13 +156,13 @@ def _jpegs(episode: Any, path: str) -> Any:
 
 def _decoded(rows: Any, shape: tuple[int, ...]) -> np.ndarray:
     """Images that are compressed one by one. `[T+1, *shape]`"""
-    cv2 = import_cv2()
+    flags, pixels = import_cv2().IMREAD_UNCHANGED, math.prod(sorted(shape)[-2:])
     found = np.empty((len(rows), *shape), np.uint8)
     for number, row in enumerate(rows[:]):
-        image = cv2.imdecode(np.asarray(row, np.uint8), cv2.IMREAD_UNCHANGED)
-        if image is None or image.size != found[number].size:
-            raise BufferError(f"{rows.name} has a row without an image of {shape} that can be decoded.")
-        found[number] = (image[..., ::-1] if image.ndim == 3 else image).reshape(shape)  # OpenCV has blue first
+        image = decoded_image(rows.name, np.asarray(row, np.uint8).tobytes(), pixels, flags)
+        if image.size != found[number].size:
+            raise BufferError(f"{rows.name} has an image of {image.shape}, expected {shape}.")
+        found[number] = image.reshape(shape)
     return found
 
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from worldflux.datasets.columns import Column, Hdf5Columns, hdf5_arrays, hdf5_entry, in_order, open_hdf5
+from worldflux.datasets.columns import Column, Hdf5Columns, hdf5_entry, hdf5_group, in_order, open_hdf5
 from worldflux.datasets.flat import Alignment, Renamed, recording_of_episodes
 from worldflux.datasets.formats.d4rl import NO_REWARDS
 from worldflux.datasets.recording import ObsChoice, Recording, chosen_obs
 from worldflux.errors import BufferError
-from worldflux.validation import check_choice
 
 
 def open_source(source: Any, *, obs: ObsChoice = None, ends: str = "termination") -> Recording:
@@ -25,15 +24,14 @@ def open_source(source: Any, *, obs: ObsChoice = None, ends: str = "termination"
         ends: What a `done` in an episode's last row means: "termination", or "truncation" for demonstrations that were
             merely stopped there.
     """
-    check_choice("ends", ends, ("termination", "truncation"))
     path = Path(source)
     file = open_hdf5(path)
     demos = hdf5_entry(file, "data") or {}
-    named = {name: hdf5_entry(demos, name) for name in demos if name.startswith("demo")}
-    ordered = sorted((name for name, one in named.items() if one is not None), key=in_order)
+    named = (name for name in demos if name.startswith("demo"))
+    ordered = sorted((name for name in named if hdf5_group(demos, name) is not None), key=in_order)
     if not ordered:
         raise BufferError(f"{path.name} has no groups data/demo_0 and so on, as robomimic writes them.")
-    first = hdf5_arrays(demos[ordered[0]])
+    first = dict(Hdf5Columns(hdf5_group(demos, ordered[0])))
     available = [name.removeprefix("obs/") for name in first if name.startswith("obs/")]
     folder = "obs/" if available else ""
     available = available or [name for name in first if name == "states"]
@@ -47,7 +45,7 @@ def open_source(source: Any, *, obs: ObsChoice = None, ends: str = "termination"
 
     def episodes() -> Iterator[Mapping[str, Column]]:
         for name in ordered:
-            arrays = Hdf5Columns(demos[name])
+            arrays = Hdf5Columns(hdf5_group(demos, name))
             more: dict[str, Column] = {}
             if "dones" in first:
                 dones = np.asarray(arrays["dones"][:])

@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium import spaces
 
 from worldflux.datasets.recording import Arrays, Block, Recording, rows_at_once, spans
-from worldflux.errors import ConfigurationError
+from worldflux.errors import ConfigurationError, a_type
 from worldflux.validation import SINGLE_KEY
 
 
@@ -23,7 +23,7 @@ def open_source(source: Any) -> Recording:
     """
     if not all(hasattr(source, name) for name in ("observations", "actions", "rewards", "dones", "pos", "full")):
         raise ConfigurationError(
-            f"The source is a {type(source).__name__}, expected a replay buffer of SB3. Load the file of "
+            f"The source is {a_type(source)}, expected a replay buffer of SB3. Load the file of "
             "save_replay_buffer yourself if you trust it (it is a pickle), and pass model.replay_buffer."
         )
     size, n_envs = source.buffer_size if source.full else source.pos, int(source.n_envs)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from worldflux.datasets.columns import in_order
-from worldflux.datasets.flat import Alignment, Columns, flat_recording
+from worldflux.datasets.flat import Alignment, flat_recording
 from worldflux.datasets.recording import Block, Recording, spans
 from worldflux.errors import BufferError, ConfigurationError, WorldFluxError
 from worldflux.pickles.reader import Described
@@ -173,7 +173,7 @@ class _File:
         if "terminated" in self.arrays:
             terminated = np.nan_to_num(self.arrays["terminated"][rows].reshape(-1))
             columns["terminations"] = (terminated != 0) & columns["is_last"]
-        return flat_recording(Columns(self.name, columns), False, Alignment("led_to"))
+        return flat_recording(self.name, columns, False, Alignment("led_to"))
 
 
 def _width(array: np.ndarray, rows: np.ndarray) -> int:
