@@ -17,7 +17,7 @@ import pytest
 import torch
 from helpers.golden_dreamerv3 import GOLDEN, OBS_SHAPES, golden
 
-from worldflux.errors import CheckpointError, ConfigurationError, WorldFluxError
+from worldflux.errors import CheckpointError, ConfigurationError, WorldFluxError, a_type
 from worldflux.interop import load_official_dreamerv3, load_official_tdmpc2
 
 AGENT = next((GOLDEN / "dreamerv3_proprio_official" / "ckpt").glob("*/agent.pkl"))
@@ -326,7 +326,7 @@ def test_wrong_arguments_are_configuration_errors(arguments: dict[str, Any]) -> 
 @pytest.mark.parametrize("source", [None, 3, [b"agent.pkl"]])
 def test_what_is_neither_a_path_nor_parameters_is_refused(source: Any) -> None:
     for load in (load_dreamerv3, load_tdmpc2):
-        with pytest.raises(WorldFluxError, match=rf"is a {type(source).__name__}, expected a path"):
+        with pytest.raises(WorldFluxError, match=rf"is {a_type(source)}, expected a path"):
             load(source)
 
 
