@@ -86,7 +86,7 @@ def install_hint(extra: str) -> str:
 def a_type(value: object) -> str:
     """Returns the type of a value as messages name it: "a dict", "an int", or "None"."""
     name = type(value).__name__
-    return "None" if value is None else f"{'an' if name[0].lower() in 'aeio' else 'a'} {name}"
+    return "None" if value is None else f"{'an' if name == 'ndarray' or name[0].lower() in 'aeio' else 'a'} {name}"
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

@@ -178,7 +178,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("multibinary", [0, 1], r"observation has shape \(2,\), expected \(3,\)"),
     ("image", np.zeros((48, 48, 3), np.float32), "dtype float32, expected uint8"),
     ("image", np.zeros((48, 40, 3), np.uint8), r"shape \(48, 40, 3\)"),
-    ("dict", np.zeros(3), r"a ndarray, expected a dictionary with keys \['choice', 'image', 'numbers'\]"),
+    ("dict", np.zeros(3), r"an ndarray, expected a dictionary with keys \['choice', 'image', 'numbers'\]"),
     ("dict", {"image": np.zeros((48, 48, 3), np.uint8)}, r"keys \['image'\], expected a dictionary with keys"),
     ("dict", ({}, {}), r"a tuple of two, .* obs, info = env\.reset\(\)"),
 ]

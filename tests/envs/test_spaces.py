@@ -117,7 +117,7 @@ def test_an_encoded_observation_does_not_change_with_the_array_that_was_given() 
         (IMAGE, np.zeros((20, 24, 4), np.uint8), r"has shape \(20, 24, 4\), expected \(20, 24, 3\)"),
         (spaces.Discrete(3), 3, r"has values between 3 and 3, expected \[0\] to \[2\]"),
         (spaces.Discrete(3), 0.5, "has dtype float64, expected whole numbers"),
-        (spaces.Dict(a=unbounded((1,))), np.zeros(1), r"is a ndarray, expected a dictionary with keys \['a'\]"),
+        (spaces.Dict(a=unbounded((1,))), np.zeros(1), r"is an ndarray, expected a dictionary with keys \['a'\]"),
         (spaces.Dict(a=unbounded((1,))), {"b": [0.0]}, r"keys \['b'\], expected .* \['a'\]"),
         (
             spaces.Dict(a=unbounded((1,)), b=unbounded((1,))),

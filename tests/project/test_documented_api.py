@@ -326,7 +326,7 @@ def test_a_provider_of_arrays_is_told_to_give_tensors() -> None:
             batch = super().sample(batch_size, seq_len, device)
             return Batch(batch.obs, batch.actions, batch.rewards.numpy(), batch.terminations)
 
-    with pytest.raises(ShapeMismatchError, match=r"rewards is a ndarray, expected a torch tensor.*torch\.as_tensor"):
+    with pytest.raises(ShapeMismatchError, match=r"rewards is an ndarray, expected a torch tensor.*torch\.as_tensor"):
         train(Linear(), Arrays(), total_steps=2, device="cpu")
 
 
