@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvO
 from torch import Tensor
 
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
-from worldflux.errors import ConfigurationError, ShapeMismatchError, TrainingError
+from worldflux.errors import ConfigurationError, ShapeMismatchError, TrainingError, a_type
 from worldflux.models.base import State, WorldModel
 from worldflux.models.evaluation import observed_states
 from worldflux.models.final_rows import with_final_rows
@@ -84,7 +84,7 @@ class ImaginedVecEnv(VecEnv):
         for name, given, kind in (("model", model, WorldModel), ("buffer", buffer, ReplayBuffer)):
             if not isinstance(given, kind):
                 raise ConfigurationError(
-                    f"{name} is a {type(given).__name__}, expected a {kind.__name__}. An agent has both, as "
+                    f"{name} is {a_type(given)}, expected a {kind.__name__}. An agent has both, as "
                     "agent.model and agent.replay_buffer; ReplayBuffer.load reads a file."
                 )
         self.model, self.buffer = model, buffer

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from worldflux.errors import ConfigurationError, ShapeMismatchError, TrainingError
+from worldflux.errors import ConfigurationError, ShapeMismatchError, TrainingError, a_type
 from worldflux.models.base import State, Trajectory, WorldModel
 from worldflux.models.mppi import PartialReturn, PlanningModel, discounted_rewards, repeated
 from worldflux.replay.batch import Observation
@@ -165,7 +165,7 @@ def _checked(objective: Objective, trajectory: PlannedTrajectory) -> Tensor:
     name = getattr(objective, "__name__", type(objective).__name__)
     if not isinstance(found, Tensor):
         raise ConfigurationError(
-            f"The objective '{name}' returned a {type(found).__name__}, expected a tensor of shape {list(shape)}: a "
+            f"The objective '{name}' returned {a_type(found)}, expected a tensor of shape {list(shape)}: a "
             "number for each step of each sequence [H, B]."
         )
     if found.shape != shape:
