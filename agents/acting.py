@@ -16,12 +16,12 @@ from worldflux.accel.cuda_graphs import Captures, CudaGraphCapturer, places, sig
 from worldflux.accel.guard import Tensors, Work
 from worldflux.accel.transfers import to_device, to_host
 from worldflux.envs.spaces import ActionCodec, Array, Arrays, ObservationCodec
-from worldflux.errors import ShapeMismatchError, TrainingError, a_type
+from worldflux.errors import ConfigurationError, ShapeMismatchError, TrainingError, a_type
 from worldflux.models.base import State, WorldModel
 from worldflux.models.finite import first_not_finite, largest, weights_of
 from worldflux.models.planning import Planner
 from worldflux.replay.batch import Observation
-from worldflux.validation import SINGLE_KEY
+from worldflux.validation import SINGLE_KEY, TASK_KEY
 
 MAX_FORMS = 8
 """Largest number of CUDA graphs. Observing and acting, deterministic or not, have one each for every number of
@@ -50,6 +50,13 @@ class Memory:
     def arrays(self) -> PredictState:
         """All tensors as arrays."""
         return tuple(to_host(self.tensors()).values())
+
+    def with_tasks(self, tasks: Array | None) -> Memory:
+        """The memory for these numbers of tasks `[N]`, where the model has several; otherwise the same one."""
+        if tasks is None or TASK_KEY not in self.state:
+            return self
+        numbers = to_device(torch.from_numpy(tasks), self.state[TASK_KEY].device)
+        return replace(self, state=State({**self.state, TASK_KEY: numbers}))
 
     def with_arrays(self, arrays: PredictState | None) -> Memory:
         """A memory of the same shapes and devices that holds these arrays.
@@ -122,6 +129,28 @@ class Actor:
         if self._captured:
             device = self.model.device
             self._captures = Captures("Acting", self.model, device, CudaGraphCapturer(device), MAX_FORMS)
+
+    @property
+    def has_tasks(self) -> bool:
+        """Whether the model has several tasks."""
+        return getattr(self.model.config, "num_tasks", 1) > 1
+
+    def task_numbers(self, task: Any, rows: int) -> Array:
+        """Numbers of tasks, given by names or numbers: one for all rows, or one for each. `[rows]` int64
+
+        Raises:
+            ConfigurationError: If the model has no such task.
+            ShapeMismatchError: If there are more or fewer tasks than rows.
+        """
+        given = [task] * rows if isinstance(task, str) or np.ndim(task) == 0 else list(task)
+        if len(given) != rows:
+            raise ShapeMismatchError(f"There are {len(given)} tasks, expected one, or one for each of {rows} rows.")
+        config: Any = self.model.config
+        if not hasattr(config, "task_number"):
+            if any(one != 0 for one in given):
+                raise ConfigurationError(f"task is {task!r}, and {config.model_type} has one task. Leave it out.")
+            return np.zeros(rows, np.int64)
+        return np.array([config.task_number(one) for one in given], np.int64)
 
     @torch.inference_mode()
     def start(self, rows: int) -> Memory:
@@ -255,9 +284,9 @@ class Actor:
         raise TrainingError(f"The chosen action is not finite: {reason}.")
 
     def predict(
-        self, observation: Any, state: PredictState | None, episode_start: Any, deterministic: bool
+        self, observation: Any, state: PredictState | None, episode_start: Any, deterministic: bool, task: Any = None
     ) -> tuple[Array, PredictState]:
-        """SB3's protocol; see `WorldFluxAgent.predict`."""
+        """SB3's protocol, with a task; see `WorldFluxAgent.predict`."""
         obs, batched = self.obs_codec.encode_any(observation)
         rows = len(next(iter(_by_key(obs).values())))
         before = self.start(rows)
@@ -265,6 +294,16 @@ class Actor:
         if state is not None:
             before = before.with_arrays(state)
             starts = _episode_starts(episode_start, rows)
+        if task is None and self.has_tasks:
+            if state is None:
+                names = getattr(self.model.config, "task_names", ()) or range(self.model.config.num_tasks)  # type: ignore[attr-defined]
+                raise ConfigurationError(
+                    f"The model has the tasks {', '.join(map(str, names))}. Say which one it is: predict(obs, task=...)"
+                    ", or pass agent.for_task(...) to evaluate_policy."
+                )
+            task = np.asarray(state[list(before.tensors()).index(TASK_KEY)])
+        if task is not None:
+            before = before.with_tasks(self.task_numbers(task, rows))
         after = self.observe(before, obs, starts, deterministic=deterministic)
         after = self.act(after, starts, deterministic=deterministic)
         arrays = to_host(after.tensors())
@@ -274,6 +313,31 @@ class Actor:
             return actions, state
         # Environments look single choices up in dictionaries: the row becomes a number, because no array is hashable.
         return (actions[0] if isinstance(self.action_codec.space, Discrete) else actions.squeeze(axis=0)), state
+
+
+class TaskPolicy:
+    """An agent in one task, or in one for each environment, for whatever only knows SB3's `predict`.
+
+    All other attributes are those of the agent.
+
+    Args:
+        agent: The agent.
+        task: As for `WorldFluxAgent.predict`.
+    """
+
+    def __init__(self, agent: Any, task: Any) -> None:
+        self.agent, self.task = agent, task
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("agent", "task"):  # of a copy that is not filled yet
+            raise AttributeError(name)
+        return getattr(self.agent, name)
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[Any, Any]:
+        """As `WorldFluxAgent.predict`, in the task."""
+        return self.agent.predict(observation, state, episode_start, deterministic, task=self.task)
 
 
 def _episode_starts(given: Any, rows: int) -> Array:

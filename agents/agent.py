@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from stable_baselines3.common.utils import update_learning_rate
 
 from worldflux.accel import ranks
 from worldflux.accel.overriding import overridden, steps_back
-from worldflux.agents.acting import PredictState
+from worldflux.agents.acting import PredictState, TaskPolicy
 from worldflux.agents.asynchronous import LearnerThread, check_can_run_beside, learner_beside, learning_beside, nothing
 from worldflux.agents.collecting import Collector, frames_per_vec_step, steps_in_subprocesses
 from worldflux.agents.habits import refuse_callbacks_of_trainers
@@ -56,7 +56,8 @@ class WorldFluxAgent(SavedAgent):
     Args:
         model: A preset (`list_models()` shows them), a directory written by `save_pretrained`, or a `WorldModel`. A
             preset's name wins over a directory that is called the same, as in `create_world_model`.
-        env: A name as in `make_env`, a Gymnasium environment, an SB3 `VecEnv`, or a Gymnasium vector environment.
+        env: A name as in `make_env`, a Gymnasium environment, an SB3 `VecEnv`, or a Gymnasium vector environment; or
+            one of these for each name of a task, which TD-MPC2 learns together.
         learning_rate: Step size of the optimiser after its warm-up; or, as for every algorithm of SB3, a function that
             gives it for the share of the steps that remain, from 1 when `learn` begins to 0 at its end.
         train_ratio: Replayed time steps per environment step, over all environments. Larger learns more from each
@@ -448,6 +449,8 @@ class WorldFluxAgent(SavedAgent):
         state: PredictState | None = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
+        *,
+        task: str | int | Sequence[str | int] | None = None,
     ) -> tuple[np.ndarray, PredictState | None]:
         """Returns actions for observations, and the state that goes from one call to the next.
 
@@ -458,6 +461,8 @@ class WorldFluxAgent(SavedAgent):
             episode_start: True where an episode has just begun, whose row of `state` is not used. `[n]`
             deterministic: Take the most likely action in the most likely state, without random numbers. The agent
                 learns and explores with False.
+            task: Name or number of the task, or one for each environment, for a model of several tasks. None: that of
+                `state`.
 
         Returns:
             Actions in the environment's form, `[n, ...]` or for one observation a single one, which is an integer of
@@ -465,6 +470,7 @@ class WorldFluxAgent(SavedAgent):
 
         Raises:
             ShapeMismatchError: If an array has another shape or dtype than expected, or the observation holds NaN.
+            ConfigurationError: If the model has several tasks and none is named, or it has no such task.
             TrainingError: If an action is not finite; names the first tensor of the model or the state that is not.
             StoppedError: If a callback evaluates the agent, and Ctrl-C or SIGTERM has asked `learn` to stop; `learn`
                 handles it.
@@ -473,7 +479,17 @@ class WorldFluxAgent(SavedAgent):
             self._predictions += 1
             if self._predictions > 1:  # more than a callback that looks at one action
                 raise StoppedError("learn was asked to stop, so that no callback goes on with an evaluation.")
-        return self.actor.predict(observation, state, episode_start, deterministic)
+        return self.actor.predict(observation, state, episode_start, deterministic, task)
+
+    def for_task(self, task: str | int | Sequence[str | int]) -> TaskPolicy:
+        """Returns this agent in one of its tasks, for `evaluate_policy`, `collect` and others that call `predict`.
+
+            >>> evaluate_policy(agent.for_task("walker-walk"), env)
+
+        Args:
+            task: As for `predict`.
+        """
+        return TaskPolicy(self, task)
 
 
 _OF_EPISODES = ("episode", "is_success")

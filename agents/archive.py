@@ -45,7 +45,7 @@ from worldflux.training.checkpoint import (
     newest_checkpoint,
     writing_checkpoint,
 )
-from worldflux.validation import finite_number, whole_number
+from worldflux.validation import TASK_KEY, finite_number, whole_number
 
 AGENT_FILE = "agent.json"
 RUN_FILE = "run.json"
@@ -385,8 +385,8 @@ class AgentDescription:
 
 # --- run.json
 
-_EPISODE_INFO = ("r", "l", "t")
-"""What SB3's `Monitor` says of an episode: its return, its length, and when it ended."""
+_EPISODE_INFO = ("r", "l", "t", TASK_KEY)
+"""What SB3's `Monitor` says of an episode: its return, its length, and when it ended; and the number of its task."""
 
 
 @dataclass(frozen=True)

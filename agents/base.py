@@ -22,12 +22,11 @@ from worldflux.accel.device import resolve_device
 from worldflux.agents.acting import Actor
 from worldflux.agents.asynchronous import LearnerThread, Paused
 from worldflux.agents.building import build_model, build_planner, checked_model_kwargs, set_objective, shown_model
-from worldflux.agents.collecting import Collector, stands_for
+from worldflux.agents.collecting import Collector, env_of, stands_for
 from worldflux.agents.habits import PolicyMethods, refuse_policy, refuse_unknown
 from worldflux.agents.learning import Learner, UpdateSchedule
 from worldflux.agents.progress import Report
 from worldflux.agents.settings import SETTINGS, AgentSettings, Rate, RateSchedule
-from worldflux.envs.make import as_env
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
 from worldflux.envs.vector import seed_envs
 from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError
@@ -39,7 +38,7 @@ from worldflux.replay.sampler import WindowSampler
 from worldflux.training.checkpoint import part_of_rank
 from worldflux.training.config import TrainingConfig
 from worldflux.training.trainer import Trainer
-from worldflux.validation import finite_number
+from worldflux.validation import TASK_KEY, finite_number
 
 _CHANGEABLE = ("learning_rate", "train_ratio", "tensorboard_log", "verbose")
 """Settings that can be set after the agent was built."""
@@ -114,7 +113,7 @@ class AgentBase(BaseAlgorithm):
             raise ConfigurationError(
                 f"env is {env!r}, which is a model. The model comes first: WorldFluxAgent({env!r}, {model!r})."
             )
-        made: Any = None if env is None else as_env(env)
+        made: Any = None if env is None else env_of(env, model)
         if made is not None:
             _check_env_of_ranks(made)
             # These raise errors that name the supported spaces, unlike the assertions of SB3's constructor below.
@@ -354,11 +353,12 @@ class AgentBase(BaseAlgorithm):
     @property
     def _window(self) -> int:
         """Rows in a sampled window: the trained ones, and the one whose stored state they start from."""
-        return self.seq_len + bool(self._extras_spec())
+        return self.seq_len + bool(self._extras_spec().keys() - {TASK_KEY})
 
     def _extras_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
         """Shapes and dtypes of what is stored beside each row."""
-        return self.model.replay_extras() if self.replay_context else {}
+        extras = self.model.replay_extras()
+        return {name: entry for name, entry in extras.items() if self.replay_context or name == TASK_KEY}
 
     def _check_size_of_buffer(self, train_ratio: float) -> None:
         n_envs = self._envs_of_all
@@ -427,6 +427,8 @@ class AgentBase(BaseAlgorithm):
                 f"expected {expected[0]} and {expected[1]} for this agent."
             )
         buffer.check_actions(self.action_codec.action_classes)
+        if self.actor.has_tasks:
+            buffer.check_tasks(self.model.config.num_tasks)  # type: ignore[attr-defined]
 
     # --- the environment
 
@@ -458,7 +460,7 @@ class AgentBase(BaseAlgorithm):
         """
         if not force_reset and self.env is not None and stands_for(self.env, env):
             return
-        made: Any = as_env(env)
+        made: Any = env_of(env, like=self)
         _check_env_of_ranks(made)
         super().set_env(made, force_reset)
         self._leave_episodes()

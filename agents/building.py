@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from worldflux.agents.collecting import max_vec_episode_steps
 from worldflux.agents.settings import AgentSettings
-from worldflux.config import PlannerConfig
+from worldflux.config import PlannerConfig, WorldModelConfig
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
+from worldflux.envs.tasks import TaskVecEnv
+from worldflux.envs.vector import innermost
 from worldflux.errors import ConfigurationError, ShapeMismatchError, a_type
 from worldflux.factory import create_world_model, find_preset
 from worldflux.models.base import WorldModel
@@ -46,7 +49,7 @@ def build_model(
         ConfigurationError: If the source is unknown, or a field does not fit.
         ShapeMismatchError: If a model that exists was built for other spaces.
     """
-    spaces = _space_fields(obs_codec, action_codec)
+    own = _space_fields(obs_codec, action_codec)
     if isinstance(source, WorldModel):
         if chosen:
             raise ConfigurationError(
@@ -60,18 +63,54 @@ def build_model(
             # A saved model has its spaces already; they are compared below.
             _, family = preset
             max_steps = None if env is None else max_vec_episode_steps(env)
-            chosen = {**spaces, **family.config_class.episode_fields(max_steps), **chosen}
+            tasks = _task_fields(env, family.config_class)
+            chosen = {**own, **family.config_class.episode_fields(max_steps), **tasks, **chosen}
         model = create_world_model(source, device=device, **chosen)
     else:
         raise ConfigurationError(f"model is {a_type(source)}, expected a preset, a saved directory or a WorldModel.")
-    _check_spaces(model, spaces)
-    tasks = getattr(model.config, "num_tasks", 1)
-    if tasks > 1:
-        raise ConfigurationError(
-            f"The model has {tasks} tasks, and an agent has one: it would act and learn as task 0 everywhere. "
-            "Learning several tasks in environments is not supported yet; use num_tasks=1."
-        )
+    _check_spaces(model, own)
+    _check_tasks(model, env)
     return model
+
+
+def _task_fields(env: VecEnv | None, config_class: type[WorldModelConfig]) -> dict[str, Any]:
+    """Fields of a preset that follow from the tasks of environments."""
+    base = None if env is None else innermost(env)
+    if not isinstance(base, TaskVecEnv):
+        return {}
+    named = {item.name: item.default for item in fields(config_class)}
+    if "num_tasks" not in named:
+        if len(base.names) == 1:
+            return {}
+        raise ConfigurationError(
+            f"The environments are of the tasks {', '.join(base.names)}, and {named['model_type']} learns one. Choose "
+            "TD-MPC2, 'tdmpc2:5m' for example, or an agent for each task."
+        )
+    if len(base.names) == 1:
+        return {"task_names": base.names}
+    steps = [max_vec_episode_steps(member) or named["episode_length"] for member in base.members]
+    return {
+        "num_tasks": len(base.names),
+        "task_names": base.names,
+        "task_action_dims": base.action_dims,
+        "task_episode_lengths": tuple(steps),
+    }
+
+
+def _check_tasks(model: WorldModel, env: VecEnv | None) -> None:
+    """Raises a `ConfigurationError` if environments are of tasks that a model does not have."""
+    base = None if env is None else innermost(env)
+    if not isinstance(base, TaskVecEnv):
+        return
+    config: Any = model.config
+    if getattr(config, "num_tasks", 1) > 1:
+        for name in base.names:
+            config.task_number(name)
+    elif len(base.names) > 1:
+        raise ConfigurationError(
+            f"The environments are of the tasks {', '.join(base.names)}, and the model has one. Pass a preset of "
+            "TD-MPC2, or a model with num_tasks and task_names."
+        )
 
 
 def build_planner(model: WorldModel, planner: str | None, overrides: Mapping[str, Any] | None) -> Planner | None:
@@ -162,8 +201,8 @@ def _space_fields(obs_codec: ObservationCodec, action_codec: ActionCodec) -> dic
     }
 
 
-def _check_spaces(model: WorldModel, spaces: Mapping[str, Any]) -> None:
-    for name, expected in spaces.items():
+def _check_spaces(model: WorldModel, own: Mapping[str, Any]) -> None:
+    for name, expected in own.items():
         if getattr(model.config, name) != expected:
             raise ShapeMismatchError(
                 f"The model has {name}={getattr(model.config, name)!r}, expected {expected!r} for this environment. "

@@ -9,11 +9,15 @@ from typing import Any
 
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import KVWriter
+from stable_baselines3.common.type_aliases import GymEnv
 
 from worldflux.accel import ranks
 from worldflux.agents.agent import WorldFluxAgent
+from worldflux.agents.collecting import env_of, policy_for
 from worldflux.agents.settings import SETTINGS
+from worldflux.envs.tasks import TaskVecEnv
 from worldflux.errors import ConfigurationError, TrainingError
 from worldflux.tracking import Tracker, find_tracker
 from worldflux.training.saving import CheckpointDirectory
@@ -126,6 +130,103 @@ class AgentCheckpointCallback(BaseCallback):
         self._saved_at = (self.num_timesteps, self.model.trainer.step_count)
         if self.verbose and ranks.is_first():
             print(f"saved {path}")
+
+
+def evaluate_tasks(
+    agent: WorldFluxAgent,
+    envs: Mapping[str, GymEnv | str] | TaskVecEnv,
+    n_eval_episodes: int = 10,
+    *,
+    deterministic: bool = True,
+) -> dict[str, tuple[float, float]]:
+    """Evaluates an agent in each of several tasks with SB3's `evaluate_policy`.
+
+    Args:
+        agent: An agent whose model has these tasks.
+        envs: An environment for each name of a task, as for `WorldFluxAgent`.
+        n_eval_episodes: Number of episodes in each task.
+        deterministic: Whether to take the most likely actions.
+
+    Returns:
+        Mean and standard deviation of the returns in each task.
+
+    Raises:
+        ConfigurationError: If the model has no such task, or an environment does not fit.
+    """
+    venv = env_of(envs, like=agent)
+    if not isinstance(venv, TaskVecEnv):
+        raise ConfigurationError(f"envs is {envs!r}, expected an environment for each name of a task.")
+    scores = {}
+    for name, part in venv.parts().items():
+        returns: Any = evaluate_policy(
+            policy_for(agent, part), part, n_eval_episodes, deterministic=deterministic, return_episode_rewards=True
+        )[0]
+        scores[name] = float(np.mean(returns)), float(np.std(returns))
+    return scores
+
+
+class TaskEvalCallback(BaseCallback):
+    """Evaluates an agent in each of its tasks at an interval, in environments of their own.
+
+        agent = WorldFluxAgent("tdmpc2:5m", {"walk": "dmc/walker-walk", "run": "dmc/walker-run"})
+        agent.learn(200_000, TaskEvalCallback({"walk": "dmc/walker-walk", "run": "dmc/walker-run"}, 10_000))
+
+    It logs `eval/mean_reward/<task>`, and the mean over the tasks as `eval/mean_reward`.
+
+    Attributes:
+        last_scores: Mean and standard deviation of the returns in each task of the last evaluation.
+
+    Args:
+        eval_envs: An environment for each name of a task, as for `WorldFluxAgent`.
+        eval_freq: Environment steps between two evaluations, over all environments.
+        n_eval_episodes: Number of episodes in each task.
+        deterministic: Whether to take the most likely actions.
+        verbose: 1 prints the scores.
+
+    Raises:
+        ConfigurationError: If a number is below 1, or the agent has no such task.
+    """
+
+    model: WorldFluxAgent
+
+    def __init__(
+        self,
+        eval_envs: Mapping[str, GymEnv | str] | TaskVecEnv,
+        eval_freq: int = 10_000,
+        n_eval_episodes: int = 5,
+        *,
+        deterministic: bool = True,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(verbose)
+        self.eval_envs = eval_envs
+        self.eval_freq = whole_number("eval_freq", eval_freq, 1)
+        self.n_eval_episodes = whole_number("n_eval_episodes", n_eval_episodes, 1)
+        self.deterministic = deterministic
+        self.last_scores: dict[str, tuple[float, float]] = {}
+        self._evaluated_at = 0
+
+    def _init_callback(self) -> None:
+        if not isinstance(self.model, WorldFluxAgent):
+            raise ConfigurationError(f"TaskEvalCallback evaluates a WorldFluxAgent, got {type(self.model).__name__}.")
+        self.eval_envs = env_of(self.eval_envs, like=self.model)  # now rather than after the first steps
+        for name in getattr(self.eval_envs, "names", ()):
+            self.model.actor.task_numbers(name, 1)
+        self._evaluated_at = self.model.num_timesteps
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps // self.eval_freq > self._evaluated_at // self.eval_freq:
+            self._evaluated_at = self.num_timesteps
+            self.last_scores = evaluate_tasks(
+                self.model, self.eval_envs, self.n_eval_episodes, deterministic=self.deterministic
+            )
+            for name, (mean, _) in self.last_scores.items():
+                self.logger.record(f"eval/mean_reward/{name}", mean)
+            self.logger.record("eval/mean_reward", float(np.mean([mean for mean, _ in self.last_scores.values()])))
+            if self.verbose:
+                shown = ", ".join(f"{name} {mean:.1f} ± {std:.1f}" for name, (mean, std) in self.last_scores.items())
+                print(f"evaluation at step {self.num_timesteps}: {shown}")
+        return True
 
 
 class TrackerOutput(KVWriter):

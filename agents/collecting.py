@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecTransposeImage, unwrap_vec_normalize
@@ -15,13 +16,20 @@ from torch import Tensor
 
 from worldflux.accel.transfers import to_device, to_host
 from worldflux.agents.acting import Actor, Memory, PredictState
+from worldflux.config import WorldModelConfig
+from worldflux.envs.make import as_env
 from worldflux.envs.recording.wrappers import VecEpisodeRecorder
 from worldflux.envs.spaces import Array, Arrays
 from worldflux.envs.step_counter import EnvWatch
-from worldflux.envs.vector import GymnasiumVecEnv, innermost
+from worldflux.envs.tasks import TaskVecEnv
+from worldflux.envs.vector import GymnasiumVecEnv, JoinedVecEnv, innermost, parts_of
 from worldflux.envs.wrappers import LIMIT_NAMES, max_episode_steps, smallest_limit, stated_frames
-from worldflux.errors import TrainingError
+from worldflux.errors import ConfigurationError, TrainingError
+from worldflux.factory import find_preset
+from worldflux.hub.client import model_path
+from worldflux.models.base import WorldModel
 from worldflux.replay.buffer import ReplayBuffer
+from worldflux.validation import TASK_KEY
 
 
 class VecStep(NamedTuple):
@@ -69,11 +77,14 @@ class Collector:
         self._watch = EnvWatch(env)
         self._normalizes = unwrap_vec_normalize(env) is not None
         self._memory: Memory | None = None  # after the last step
+        self._tasks: Array | None = None  # numbers of the environments' tasks, where the model has several
 
     def begin(self, obs: Any) -> None:
         """Begins episodes at `obs`, which the environments showed when they were just reset."""
         self.recorder.begin(obs)
         self._watch.mark()
+        if self.actor.has_tasks:
+            self._tasks = np.array([self._task_of(env) for env in range(self.env.num_envs)])
 
     def close(self) -> None:
         """Closes the episodes in flight as truncated."""
@@ -108,6 +119,11 @@ class Collector:
             new_obs, rewards, dones, infos = self.env.step_wait()
         self._watch.mark()
         self.recorder.add_vec_step(actions, new_obs, rewards, dones, infos, extras=extras)
+        if self._tasks is not None and dones.any():
+            for env in np.flatnonzero(dones).tolist():
+                if "episode" in infos[env]:  # from which the log is made
+                    infos[env]["episode"][TASK_KEY] = int(self._tasks[env])
+                self._tasks[env] = self._task_of(env)
         return VecStep(env_actions, new_obs, rewards, dones, infos)
 
     def _act(self, obs: Any, episode_starts: Array, at_random: bool) -> tuple[Array, dict[str, Array]]:
@@ -117,7 +133,7 @@ class Collector:
             Actions in the library's form `[n_envs, A]`, and what is stored beside them, `{name: [n_envs, ...]}`.
         """
         actor, n_envs = self.actor, self.env.num_envs
-        before = self._memory if self._memory is not None else actor.start(n_envs)
+        before = (self._memory if self._memory is not None else actor.start(n_envs)).with_tasks(self._tasks)
         seen: Arrays | None = None
         if self.predict is None or at_random:
             seen = self._encoded(obs)
@@ -132,7 +148,7 @@ class Collector:
             if seen is not None:  # before they are rounded
                 actor.check_finite(asked, before, seen)
             memory = replace(memory, actions=self._as_tensor(actor.action_codec.to_env(asked)))
-        extras = actor.model.extras_from_state(memory.state) if self.replay_context else {}
+        extras = actor.model.extras_from_state(memory.state) if self.replay_context or actor.has_tasks else {}
         arrays = to_host({**{f"extras/{name}": value for name, value in extras.items()}, "actions": memory.actions})
         if seen is not None:
             actor.check_finite(arrays["actions"], before, seen)
@@ -152,8 +168,22 @@ class Collector:
         memory = actor.observe(before, seen, episode_starts, deterministic=False)
         if at_random:
             sampled = np.stack([actor.action_codec.space.sample() for _ in range(self.env.num_envs)])
-            return replace(memory, actions=self._as_tensor(sampled))
+            actions = self._as_tensor(sampled)
+            if actor.has_tasks and actor.action_codec.action_type == "continuous":
+                actions = actions * actor.model.action_mask(memory.state)  # type: ignore[operator]
+            return replace(memory, actions=actions)
         return actor.act(memory, episode_starts, deterministic=False)
+
+    def _task_of(self, env: int) -> int:
+        """The number of the task that an environment has named in the info of its last reset."""
+        infos = getattr(innermost(self.env), "reset_infos", [{}] * self.env.num_envs)
+        if TASK_KEY not in infos[env]:
+            raise ConfigurationError(
+                f"The model has several tasks, and environment {env} does not say which one it is. Pass the environment"
+                " of each task by its name, WorldFluxAgent(model, {'walk': env, ...}), or let reset return the name or "
+                "number of its task in the info: info['task']."
+            )
+        return int(self.actor.task_numbers(infos[env][TASK_KEY], 1)[0])
 
     def _as_tensor(self, env_actions: Array) -> Tensor:
         """Actions of the environments in the library's form. `[n_envs, A]`"""
@@ -163,10 +193,13 @@ class Collector:
 
 def steps_in_subprocesses(venv: VecEnv) -> bool:
     """Whether a step is made by other processes, so that this one can work between `step_async` and `step_wait`."""
-    base = innermost(venv)
-    if isinstance(base, GymnasiumVecEnv):
-        return isinstance(base.vector_env.unwrapped, AsyncVectorEnv)
-    return isinstance(base, SubprocVecEnv)
+    bases = [innermost(part) for part in parts_of(venv)]
+    return any(
+        isinstance(base.vector_env.unwrapped, AsyncVectorEnv)
+        if isinstance(base, GymnasiumVecEnv)
+        else isinstance(base, SubprocVecEnv)
+        for base in bases
+    )
 
 
 def stands_for(venv: VecEnv, env: object) -> bool:
@@ -187,11 +220,13 @@ def stands_for(venv: VecEnv, env: object) -> bool:
 
 
 def max_vec_episode_steps(venv: VecEnv) -> int | None:
-    """Steps after which each environment cuts its episodes; None where it does not say.
+    """Steps after which each environment cuts its episodes, of several tasks the most; None where it does not say.
 
     Of environments in other processes only the outermost limit of each name is known.
     """
     base = innermost(venv)
+    if isinstance(base, JoinedVecEnv):
+        return max((steps for steps in map(max_vec_episode_steps, base.members) if steps is not None), default=None)
     envs = base.vector_env.unwrapped if isinstance(base, GymnasiumVecEnv) else base
     if isinstance(envs, DummyVecEnv | SyncVectorEnv):
         return max_episode_steps(envs.envs[0])
@@ -203,8 +238,36 @@ def max_vec_episode_steps(venv: VecEnv) -> int | None:
 
 def spec_of_the_first(venv: VecEnv) -> Any:
     """Gymnasium's specification of the first environment; None where it has none, or it cannot be asked for."""
-    in_processes = isinstance(innermost(venv), SubprocVecEnv)  # which die of one that cannot be pickled
+    # Processes die of one that cannot be pickled.
+    in_processes = any(isinstance(innermost(part), SubprocVecEnv) for part in parts_of(venv))
     return None if in_processes else _of_the_first(venv, "spec")
+
+
+def env_of(env: Any, model: Any = None, *, like: Any = None) -> Any:
+    """`as_env` of what a user has passed, where tasks are padded to the width of a model that exists.
+
+    Args:
+        env: The environment.
+        model: As for `WorldFluxAgent`.
+        like: What has the `observation_space` and `action_space` of an agent that exists, in place of `model`.
+    """
+    made = as_env(env)
+    if not isinstance(made, TaskVecEnv):
+        return made
+    if like is not None:
+        made.fit(like.observation_space, like.action_space)
+    elif not (isinstance(model, str) and find_preset(model) is not None):
+        config = model.config if isinstance(model, WorldModel) else WorldModelConfig.load(model_path("model", model))
+        if isinstance(config.obs_shape, tuple):  # of dictionaries, nothing is padded
+            actions = spaces.Box(-1.0, 1.0, (config.action_dim,))
+            made.fit(spaces.Box(-np.inf, np.inf, config.obs_shape), actions)
+    return made
+
+
+def policy_for(agent: Any, venv: VecEnv) -> Any:
+    """The agent, in the tasks that environments have by their names, where its model has several."""
+    base = innermost(venv)
+    return agent.for_task(base.tasks) if isinstance(base, TaskVecEnv) and agent.actor.has_tasks else agent
 
 
 def frames_per_vec_step(venv: VecEnv) -> int:

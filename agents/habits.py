@@ -118,10 +118,15 @@ class PolicyMethods:
         return agent
 
     def predict(
-        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+        self,
+        observation: Any,
+        state: Any = None,
+        episode_start: Any = None,
+        deterministic: bool = False,
+        **task: Any,
     ) -> Any:
         """As `WorldFluxAgent.predict`."""
-        return self.agent.predict(observation, state, episode_start, deterministic)
+        return self.agent.predict(observation, state, episode_start, deterministic, **task)
 
     def obs_to_tensor(self, observation: Any) -> tuple[Observation, bool]:
         """Observations as the model takes them, `[n, ...]`, and whether several were given."""

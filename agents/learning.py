@@ -29,7 +29,7 @@ from worldflux.replay.buffer import ReplayBuffer
 from worldflux.replay.provider import MixedReplay, sample_from
 from worldflux.replay.sampler import WindowSampler
 from worldflux.training.trainer import Trainer
-from worldflux.validation import SINGLE_KEY, finite_number
+from worldflux.validation import SINGLE_KEY, TASK_KEY, finite_number
 
 if TYPE_CHECKING:
     from worldflux.agents.agent import WorldFluxAgent
@@ -422,6 +422,9 @@ def write_log(agent: WorldFluxAgent) -> None:
     if agent.ep_info_buffer:
         record("rollout/ep_rew_mean", safe_mean([info["r"] for info in agent.ep_info_buffer]))
         record("rollout/ep_len_mean", safe_mean([info["l"] for info in agent.ep_info_buffer]))
+        for task, name in enumerate(getattr(agent.model.config, "task_names", ())):
+            if returns := [info["r"] for info in agent.ep_info_buffer if info.get(TASK_KEY) == task]:
+                record(f"rollout/ep_rew_mean/{name}", safe_mean(returns))
     if agent.ep_success_buffer:
         record("rollout/success_rate", safe_mean(agent.ep_success_buffer))
     record("time/episodes", agent._episode_num, exclude="tensorboard")

@@ -19,7 +19,7 @@ from worldflux.models.base import WorldModel
 from worldflux.replay.batch import Batch
 from worldflux.training.config import TrainingConfig
 from worldflux.training.trainer import Trainer
-from worldflux.validation import SINGLE_KEY
+from worldflux.validation import SINGLE_KEY, TASK_KEY
 
 _ENOUGH = 3
 """Gradient steps to measure before an estimate, and seconds that they have to take in all."""
@@ -172,7 +172,7 @@ def measured_cost(
             train_ratio=ratio,
             gradient_steps=ratio / (batch_size * seq_len),
             gradient_step=seconds_of(lambda: trainer.step(batch)),
-            acting=seconds_of(lambda: actor.predict(obs, None, None, deterministic=True)),
+            acting=seconds_of(lambda: actor.predict(obs, None, None, deterministic=True, task=0)),
         )
 
 
@@ -188,4 +188,5 @@ def _blank_batch(model: WorldModel, batch_size: int, seq_len: int) -> Batch:
         actions=torch.zeros(*lead, model.config.action_dim),
         rewards=torch.zeros(lead),
         terminations=torch.zeros(lead, dtype=torch.bool),
+        extras={name: torch.zeros(lead, dtype=torch.int64) for name in model.replay_extras() if name == TASK_KEY},
     )

@@ -169,7 +169,7 @@ class Report:
     def _own_acting(self) -> float:
         """Seconds in which this agent chooses its actions."""
         obs: Any = self.agent._last_obs
-        return seconds_of(lambda: self.agent.actor.predict(obs, None, None, deterministic=True))
+        return seconds_of(lambda: self.agent.actor.predict(obs, None, None, deterministic=True, task=0))
 
 
 class ProgressBar(BaseCallback):

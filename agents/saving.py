@@ -37,10 +37,9 @@ from worldflux.agents.archive import (
     write_archive,
 )
 from worldflux.agents.base import AgentBase
-from worldflux.agents.collecting import spec_of_the_first
+from worldflux.agents.collecting import env_of, policy_for, spec_of_the_first
 from worldflux.agents.habits import refuse_unknown
 from worldflux.agents.settings import SETTINGS, rate_to_json
-from worldflux.envs.make import as_env
 from worldflux.envs.vector import seed_envs
 from worldflux.errors import ConfigurationError
 from worldflux.factory import create_world_model, find_preset
@@ -245,7 +244,7 @@ class SavedAgent(AgentBase):
                 print("== SAVED MODEL SYSTEM INFO ==")
                 print("".join(f"- {name}: {version}\n" for name, version in saved.system_info.items()))
             settings = replace(saved.settings, **kwargs)
-            made: Any = None if env is None else as_env(env)
+            made: Any = None if env is None else env_of(env, like=saved)
             if made is not None:
                 made = cls._wrap_env(made, settings.verbose)
                 check_for_correct_spaces(made, saved.observation_space, saved.action_space)
@@ -359,14 +358,14 @@ class SavedAgent(AgentBase):
         """Plays episodes with the most likely actions."""
         episodes, seed = whole_number("n_eval_episodes", episodes, 1), whole_number("eval_seed", seed, 0)
         with ExitStack() as stack:
-            made: Any = self._wrap_env(as_env(env), verbose=0)
+            made: Any = self._wrap_env(env_of(env, like=self), verbose=0)
             if isinstance(env, str):
                 stack.callback(made.close)
             check_for_correct_spaces(made, self.observation_space, self.action_space)
             seed_envs(made, seed)
             spec = spec_of_the_first(made)
             name = env if isinstance(env, str) else None if spec is None else spec.id
-            returns, lengths = evaluate_policy(self, made, episodes, return_episode_rewards=True)
+            returns, lengths = evaluate_policy(policy_for(self, made), made, episodes, return_episode_rewards=True)
         return replace(Score.of(returns, lengths, seed), env=name)  # type: ignore[arg-type]
 
     def save_replay_buffer(self, path: ArchivePath) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from worldflux.envs.make import make_env, make_vec_env
     from worldflux.envs.recording.wrappers import RecordEpisodes, VecRecordEpisodes, VectorRecordEpisodes
     from worldflux.envs.spaces import ActionCodec, ObservationCodec
+    from worldflux.envs.tasks import TaskVecEnv
     from worldflux.envs.vector import GymnasiumVecEnv
     from worldflux.envs.wrappers import ActionRepeat, ResizeImages
 
@@ -33,6 +34,7 @@ __all__ = [
     "ObservationCodec",
     "RecordEpisodes",
     "ResizeImages",
+    "TaskVecEnv",
     "VecRecordEpisodes",
     "VectorRecordEpisodes",
     "check_env",
@@ -53,6 +55,7 @@ __getattr__, __dir__ = lazy_exports(
         "worldflux.envs.make": ["make_env", "make_vec_env"],
         "worldflux.envs.recording.wrappers": ["RecordEpisodes", "VecRecordEpisodes", "VectorRecordEpisodes"],
         "worldflux.envs.spaces": ["ActionCodec", "ObservationCodec"],
+        "worldflux.envs.tasks": ["TaskVecEnv"],
         "worldflux.envs.vector": ["GymnasiumVecEnv"],
         "worldflux.envs.wrappers": ["ActionRepeat", "ResizeImages"],
     },

@@ -20,7 +20,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 from worldflux.envs.processes import naming_the_ended
 from worldflux.envs.spaces import Array, is_image
 from worldflux.envs.taps import Tap, tapped
-from worldflux.envs.vector import base_of
+from worldflux.envs.vector import JoinedVecEnv, base_of
 from worldflux.errors import ShapeMismatchError, WorkerError, a_type
 
 _LARGE = 8192.0
@@ -335,7 +335,10 @@ def check_what_is_given(envs: VecEnv | VectorEnv[Any, Any, Any]) -> None:
         envs: The outermost wrapper of what is stepped, with spaces that `ObservationCodec` takes.
     """
     base = base_of(envs)
-    if isinstance(base, SubprocVecEnv):
+    if isinstance(base, JoinedVecEnv):
+        for member in base.members:
+            check_what_is_given(member)
+    elif isinstance(base, SubprocVecEnv):
         if not isinstance(base.remotes[0], _HeardRemote):
             base.remotes = tuple(
                 _HeardRemote(remote, GivenValues(base.observation_space), number, process)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from worldflux.envs.spaces import ObservationCodec
 from worldflux.envs.suites.atari import register_ale
 from worldflux.envs.suites.registration import register_suites, suite_id, suite_names
 from worldflux.envs.suites.rendering import has_display
+from worldflux.envs.tasks import TaskVecEnv
 from worldflux.envs.vector import GymnasiumVecEnv
 from worldflux.envs.wrappers import ActionRepeat, ResizeImages, Size
 from worldflux.errors import ConfigurationError, MissingDependencyError, WorldFluxError, a_type, nearest
@@ -122,7 +123,8 @@ def as_env(env: Any) -> gym.Env[Any, Any] | VecEnv:
 
     Args:
         env: A name as in `make_env`, a Gymnasium environment, an SB3 `VecEnv` or a Gymnasium vector environment,
-            which becomes a `VecEnv`. One that is made here renders `rgb_array` if it can, as in SB3.
+            which becomes a `VecEnv`; or several of these by the names of their tasks (`TaskVecEnv`). One that is made
+            here renders `rgb_array` if it can, as in SB3.
 
     Raises:
         ConfigurationError: If it is none of these, or cannot be made.
@@ -133,6 +135,8 @@ def as_env(env: Any) -> gym.Env[Any, Any] | VecEnv:
             return make_env(env, render_mode="rgb_array")
         except ConfigurationError:  # its constructor may have no render_mode; any other problem occurs again
             return make_env(env)
+    if isinstance(env, Mapping):
+        return TaskVecEnv({name: as_env(one) for name, one in env.items()})
     if isinstance(env, gym.vector.VectorEnv):
         return GymnasiumVecEnv(env)
     if isinstance(env, gym.Env | VecEnv):

@@ -9,7 +9,7 @@ from gymnasium.vector import SyncVectorEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from worldflux.envs.taps import Tap, tapped
-from worldflux.envs.vector import base_of
+from worldflux.envs.vector import base_of, parts_of
 
 _MOVES = ("reset", "step", "step_wait", "reset_wait", "recv")
 
@@ -28,12 +28,13 @@ class EnvWatch:
     """
 
     def __init__(self, venv: VecEnv) -> None:
-        base = base_of(venv)
-        is_reachable = isinstance(base, DummyVecEnv | SyncVectorEnv)
-        owners = [env.unwrapped for env in base.envs] if is_reachable else [base]
-        self._calls = [tapped(owner, name, _CountedCall) for owner in owners for name in _MOVES if hasattr(owner, name)]
-        if isinstance(base, VecEnv) and not is_reachable:
-            self._calls.append(tapped(base, "env_method", _CountedCall, "reset", "step"))
+        self._calls: list[_CountedCall] = []
+        for base in map(base_of, parts_of(venv)):
+            is_reachable = isinstance(base, DummyVecEnv | SyncVectorEnv)
+            owners = [env.unwrapped for env in base.envs] if is_reachable else [base]
+            self._calls += [tapped(one, name, _CountedCall) for one in owners for name in _MOVES if hasattr(one, name)]
+            if isinstance(base, VecEnv) and not is_reachable:
+                self._calls.append(tapped(base, "env_method", _CountedCall, "reset", "step"))
         self.mark()
 
     def mark(self) -> None:

@@ -80,6 +80,22 @@ def innermost(venv: VecEnv) -> Any:
     return venv
 
 
+class JoinedVecEnv(VecEnv):
+    """Base class of a `VecEnv` that steps the environments of several others.
+
+    Attributes:
+        members: The others.
+    """
+
+    members: list[VecEnv]
+
+
+def parts_of(venv: VecEnv) -> list[VecEnv]:
+    """The members of a `VecEnv` that joins several, otherwise the `VecEnv` itself."""
+    base = innermost(venv)
+    return base.members if isinstance(base, JoinedVecEnv) else [venv]
+
+
 def base_of(envs: VecEnv | VectorEnv[Any, Any, Any]) -> Any:
     """The innermost object that steps environments: an SB3 `VecEnv`, a Gymnasium vector environment, or a pool."""
     base = envs if isinstance(envs, VectorEnv) else innermost(envs)
@@ -149,7 +165,10 @@ def settle(venv: VecEnv) -> None:
     Args:
         venv: The innermost `VecEnv`.
     """
-    if isinstance(venv, SubprocVecEnv) and venv.waiting:
+    if isinstance(venv, JoinedVecEnv):
+        for member in venv.members:
+            settle(innermost(member))
+    elif isinstance(venv, SubprocVecEnv) and venv.waiting:
         _clear(venv.remotes, ("get_spaces", None), lambda answer: isinstance(answer[-1], spaces.Space))
         venv.waiting = False
     elif isinstance(venv, GymnasiumVecEnv) and isinstance(base := venv.vector_env.unwrapped, AsyncVectorEnv):

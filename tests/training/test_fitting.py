@@ -8,13 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from worldflux import WorldFluxAgent, create_world_model
-from worldflux.errors import ConfigurationError, TrainingError
+from worldflux import create_world_model
+from worldflux.errors import TrainingError
 from worldflux.training import Batch, ReplayBuffer, Trainer, TrainingConfig, train
 
-TASKS = dict(
-    latent_dim=16, hidden_dim=16, mlp_dim=16, enc_dim=16, num_q_networks=3, num_bins=15, num_tasks=2, task_dim=4
-)
 STEPS = dict(total_steps=30, batch_size=2, sequence_length=6, device="cpu")
 
 
@@ -23,20 +20,6 @@ def filled(**named: Any) -> ReplayBuffer:
     for _ in range(3):
         buffer.add_episode(rng.normal(size=(21, 3)), rng.uniform(-1, 1, (20, 1)), rng.normal(size=20))
     return buffer
-
-
-# Several tasks
-
-
-@pytest.mark.parametrize("way", ["preset", "model", "saved"])
-def test_an_agent_with_several_tasks_is_refused(way: str, tmp_path: Any) -> None:
-    model: Any = create_world_model("tdmpc2:tiny", obs_shape=(3,), action_dim=1, **TASKS)
-    source, fields = (model, None) if way == "model" else ("tdmpc2:tiny", TASKS)
-    if way == "saved":
-        model.save_pretrained(tmp_path / "model")
-        source, fields = str(tmp_path / "model"), None
-    with pytest.raises(ConfigurationError, match=r"The model has 2 tasks, and an agent has one.*num_tasks=1"):
-        WorldFluxAgent(source, "Pendulum-v1", model_kwargs=fields, device="cpu")
 
 
 # Numbers that are not finite
