@@ -84,18 +84,8 @@ def test_eval_and_imagine_play_a_pushed_agent_in_its_environment(
     assert (found["mean"], found["std"]) == (score["mean"], score["std"])
     data = str(tmp_path / "data.npz")
     assert main(["collect", "CartPole-v1", "--policy", ADDRESS, "--steps", "20", "--output", data]) == 0
-    options = [
-        "--windows",
-        "2",
-        "--horizon",
-        "2",
-        "--context",
-        "2",
-        "--episodes",
-        "2",
-        "--output",
-        str(tmp_path / "im"),
-    ]
+    sizes = {"windows": 1, "horizon": 2, "context": 2, "episodes": 2, "shown": 1}
+    options = [f"--{name}={size}" for name, size in sizes.items()] + ["--output", str(tmp_path / "im")]
     assert main(["imagine", ADDRESS, *options]) == 0
     assert json.loads((tmp_path / "im" / "imagination.json").read_text())["data"] == "2 new episodes in CartPole-v1"
 
