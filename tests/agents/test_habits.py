@@ -55,7 +55,7 @@ def test_what_an_agent_consists_of_describes_itself() -> None:
     assert repr(agent.schedule).endswith("first_updates=7, env_steps=3)")
     assert repr(agent.actor.planner) == (
         "Planner(TDMPC2, PlannerConfig(horizon=3, num_samples=16, num_elites=4, num_pi_trajs=4, iterations=2, "
-        "temperature=0.5, min_std=0.05, max_std=2.0, momentum=0.0, discount=None))"
+        "temperature=0.5, min_std=0.05, max_std=2.0, uniform_share=0.05, momentum=0.0, discount=None))"
     )
     assert repr(agent.replay_buffer) == (
         "ReplayBuffer(23 of 200 transitions, 0 episodes, obs_shape=(3,), action_dim=1, n_envs=1)"

@@ -29,6 +29,7 @@ OTHER: dict[str, Any] = {
     "dropout": 0.2, "tau": 0.02, "unimix": 0.02, "kl_balance": 0.8, "lambda_": 0.9, "return_norm_rate": 0.02,
     "slow_critic_rate": 0.03, "encoder_lr_scale": 0.4, "num_elites": 20, "min_std": 0.1, "blocks": 2, "bspace": 4,
     "cnn_depth": 4, "representation": "redundancy", "task_dim": 8, "termination_coef": 2.0, "uniform_share": 0.1,
+    "task_names": '["walk"]',
 }  # fmt: skip
 DERIVED = {
     # Fields whose other values are all refused, because they follow from other fields or have only one value.

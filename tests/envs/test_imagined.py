@@ -294,7 +294,7 @@ def test_refused_models_and_buffers():
         ImaginedVecEnv(counting(), ReplayBuffer(10, (1,), 1))
     with pytest.raises(ConfigurationError, match=r"model is a str.*agent\.model"):
         ImaginedVecEnv("dreamerv3:tiny", counted())
-    with pytest.raises(ConfigurationError, match="buffer is a NoneType"):
+    with pytest.raises(ConfigurationError, match="buffer is None, expected"):
         ImaginedVecEnv(counting(), None)
     env = ImaginedVecEnv(counting(), counted())
     with pytest.raises(ConfigurationError, match="Call reset first"):

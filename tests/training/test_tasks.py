@@ -150,7 +150,7 @@ def test_data_that_do_not_say_their_tasks_or_are_of_others_are_refused() -> None
     blank = data_of(0)
     blank.add_extras(model.replay_extras())
     for data in (data_of(0), blank):
-        with pytest.raises(BufferError, match=r"The model has 2 tasks, and the data do not say which.*'walk': buffer"):
+        with pytest.raises(BufferError, match=r"2 tasks \(num_tasks\), and the data do not say which.*'walk': buffer"):
             train(model, data, **steps)
     with pytest.raises(BufferError, match="has 2, expected whole numbers from 0 to 1"):
         train(model, data_of(2, extras=TASK), **steps)

@@ -190,9 +190,10 @@ class WindowSampler:
         tasks = np.asarray(rows.extras[TASK_KEY][rows.stored_at()]) if TASK_KEY in rows.extras else None
         if tasks is None or (tasks == UNKNOWN_TASK).any():
             raise BufferError(
-                f"The model has {count} tasks, and the data do not say which task a row is of. Pass the data of each "
-                "task by its name, train(model, {'walk': buffer, ...}), or store the tasks: ReplayBuffer(..., extras="
-                "model.replay_extras()).add_episode(..., extras={'task': numbers}); save and load keep them."
+                f"The model has {count} tasks (num_tasks), and the data do not say which task a row is of. "
+                "Pass the data of each task by its name, train(model, {'walk': buffer, ...}), or store the tasks: "
+                "ReplayBuffer(..., extras=model.replay_extras()).add_episode(..., extras={'task': numbers}); "
+                "save and load keep them."
             )
         check_tasks("The column 'task' of the replay buffer", tasks, count)
 
