@@ -237,8 +237,11 @@ def test_a_window_within_an_episode_is_read_in_one_piece_and_in_the_order_of_the
 def test_any_number_of_files_is_read_with_few_of_them_open(tmp_path: Path) -> None:
     data, whole = directory(tmp_path / "data", "images", files=20, episodes=1)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with mock.patch.object(backends, "_MOST_OPEN", 3), open(os.devnull) as file:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (file.fileno() + 8, limits[1]))
+    largest = max(int(name) for name in os.listdir("/dev/fd"))
+    with mock.patch.object(backends, "_MOST_OPEN", 3), contextlib.ExitStack() as others:
+        while others.enter_context(open(os.devnull)).fileno() <= largest:  # other tests may have left gaps
+            pass
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(int(name) for name in os.listdir("/dev/fd")) + 8, limits[1]))
         try:
             assert_same([whole, ReplayBuffer.load(data), ReplayBuffer.load(data, storage="in_place")])
         finally:
