@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 from torch import Tensor
 
-from worldflux.envs.spaces import ActionCodec, ObservationCodec
+from worldflux.envs.spaces import ActionCodec, ObservationCodec, space_like
 from worldflux.errors import ConfigurationError, ShapeMismatchError, TrainingError, a_type
 from worldflux.models.base import State, WorldModel
 from worldflux.models.evaluation import observed_states
@@ -341,9 +341,7 @@ def _codecs(
 def _space(shape: Sequence[int], classes: tuple[int, ...]) -> spaces.Space[Any]:
     if classes:
         return _choices(classes, len(classes) == 1)
-    if len(shape) == 3:
-        return spaces.Box(0, 255, tuple(shape), np.uint8)
-    return spaces.Box(-np.inf, np.inf, tuple(shape))
+    return space_like(shape, np.uint8 if len(shape) == 3 else np.float32)
 
 
 def _choices(classes: Iterable[int], single: bool) -> spaces.Space[Any]:

@@ -16,7 +16,7 @@ environment. Nothing else in the library knows about Gymnasium spaces.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -247,6 +247,14 @@ class _Leaf:
 
     def _expected_dtype(self) -> str:
         return "whole numbers" if self.choices is not None else "uint8" if self.is_image else "numbers"
+
+
+def space_like(shape: Sequence[int], dtype: Any) -> spaces.Box:
+    """The space of numbers that are stored as such arrays: pixels from 0 to 255, or numbers without bounds."""
+    dtype = np.dtype(dtype)
+    if dtype == np.uint8 and len(shape) >= 2:
+        return spaces.Box(0, 255, tuple(shape), np.uint8)
+    return spaces.Box(-np.inf, np.inf, tuple(shape), np.float32)
 
 
 def is_image(space: spaces.Box) -> bool:

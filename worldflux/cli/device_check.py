@@ -20,7 +20,7 @@ from worldflux.accel.cuda_graphs import CudaGraphCapturer
 from worldflux.accel.guard import Changes, Work, circumstances, compared, precision_of
 from worldflux.agents.acting import Actor
 from worldflux.agents.building import build_planner
-from worldflux.envs.spaces import ActionCodec, ObservationCodec
+from worldflux.envs.spaces import ActionCodec, ObservationCodec, space_like
 from worldflux.factory import create_world_model
 from worldflux.models.base import WorldModel
 from worldflux.nn.definitions import by_definition
@@ -166,7 +166,7 @@ def _experience(model: WorldModel, shape: tuple[int, ...]) -> ReplayBuffer:
 def _acting(model: WorldModel, *, captured: bool) -> Callable[[np.ndarray], dict[str, torch.Tensor]]:
     """A function that observes and chooses actions, as an agent does between two steps of its environments."""
     (shape,) = model.config.obs_shapes.values()
-    space = spaces.Box(0, 255, shape, np.uint8) if len(shape) == 3 else spaces.Box(-np.inf, np.inf, shape, np.float32)
+    space = space_like(shape, np.uint8 if len(shape) == 3 else np.float32)
     kind = model.online_defaults().planner
     planner = build_planner(model, kind, None if kind is None else _SEARCH)
     codec = ActionCodec(spaces.Box(-1, 1, (_ACTIONS,)))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from worldflux.envs.spaces import space_like
 from worldflux.errors import BufferError, ConfigurationError, nearest
 from worldflux.validation import SINGLE_KEY
 
@@ -157,14 +158,6 @@ def chosen_obs(name: str, available: Iterable[str], obs: ObsChoice) -> tuple[dic
         raise ConfigurationError("obs is empty, expected the name of at least one observation.")
     is_dict = len(wanted) > 1 or isinstance(obs, Mapping)
     return (wanted, True) if is_dict else ({SINGLE_KEY: next(iter(wanted.values()))}, False)
-
-
-def space_like(shape: Sequence[int], dtype: Any) -> spaces.Box:
-    """The space of numbers that are stored as such arrays: pixels from 0 to 255, or numbers without bounds."""
-    dtype = np.dtype(dtype)
-    if dtype == np.uint8 and len(shape) >= 2:
-        return spaces.Box(0, 255, tuple(shape), np.uint8)
-    return spaces.Box(-np.inf, np.inf, tuple(shape), np.float32)
 
 
 def obs_space_like(arrays: Mapping[str, Any], is_dict: bool) -> spaces.Space[Any]:
