@@ -142,6 +142,8 @@ class Actor:
             ConfigurationError: If the model has no such task.
             ShapeMismatchError: If there are more or fewer tasks than rows.
         """
+        if isinstance(task, np.ndarray) and task.ndim == 0:
+            task = task.item()
         given = [task] * rows if isinstance(task, str) or np.ndim(task) == 0 else list(task)
         if len(given) != rows:
             raise ShapeMismatchError(f"There are {len(given)} tasks, expected one, or one for each of {rows} rows.")
@@ -299,7 +301,7 @@ class Actor:
                 names = getattr(self.model.config, "task_names", ()) or range(self.model.config.num_tasks)  # type: ignore[attr-defined]
                 raise ConfigurationError(
                     f"The model has the tasks {', '.join(map(str, names))}. Say which one it is: predict(obs, task=...)"
-                    ", or pass agent.for_task(...) to evaluate_policy."
+                    ", or pass agent.for_task(...) to evaluate_policy. TaskEvalCallback takes EvalCallback's place."
                 )
             task = np.asarray(state[list(before.tensors()).index(TASK_KEY)])
         if task is not None:

@@ -428,7 +428,8 @@ class AgentBase(BaseAlgorithm):
             )
         buffer.check_actions(self.action_codec.action_classes)
         if self.actor.has_tasks:
-            buffer.check_tasks(self.model.config.num_tasks)  # type: ignore[attr-defined]
+            config: Any = self.model.config
+            buffer.check_tasks(config.num_tasks, config.task_action_dims)
 
     # --- the environment
 

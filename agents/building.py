@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from stable_baselines3.common.vec_env import VecEnv
 
-from worldflux.agents.collecting import max_vec_episode_steps
+from worldflux.agents.collecting import check_tasks, max_vec_episode_steps
 from worldflux.agents.settings import AgentSettings
 from worldflux.config import PlannerConfig, WorldModelConfig
 from worldflux.envs.spaces import ActionCodec, ObservationCodec
@@ -69,7 +69,7 @@ def build_model(
     else:
         raise ConfigurationError(f"model is {a_type(source)}, expected a preset, a saved directory or a WorldModel.")
     _check_spaces(model, own)
-    _check_tasks(model, env)
+    check_tasks(model, env)
     return model
 
 
@@ -97,22 +97,6 @@ def _task_fields(env: VecEnv | None, config_class: type[WorldModelConfig]) -> di
     }
 
 
-def _check_tasks(model: WorldModel, env: VecEnv | None) -> None:
-    """Raises a `ConfigurationError` if environments are of tasks that a model does not have."""
-    base = None if env is None else innermost(env)
-    if not isinstance(base, TaskVecEnv):
-        return
-    config: Any = model.config
-    if getattr(config, "num_tasks", 1) > 1:
-        for name in base.names:
-            config.task_number(name)
-    elif len(base.names) > 1:
-        raise ConfigurationError(
-            f"The environments are of the tasks {', '.join(base.names)}, and the model has one. Pass a preset of "
-            "TD-MPC2, or a model with num_tasks and task_names."
-        )
-
-
 def build_planner(model: WorldModel, planner: str | None, overrides: Mapping[str, Any] | None) -> Planner | None:
     """The planner in the model; None where its policy acts.
 
@@ -125,7 +109,7 @@ def build_planner(model: WorldModel, planner: str | None, overrides: Mapping[str
         return None
     chosen = dict(overrides or {})
     if planner == "cem":
-        if "temperature" in chosen:
+        if chosen.get("temperature") is not None:
             raise ConfigurationError(
                 f"planner_kwargs has temperature={chosen['temperature']!r}, but planner='cem' gives all elites the "
                 "same weight. Leave it out, or take planner='mppi'."

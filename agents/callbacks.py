@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import KVWriter
 from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from worldflux.accel import ranks
 from worldflux.agents.agent import WorldFluxAgent
@@ -141,6 +143,8 @@ def evaluate_tasks(
 ) -> dict[str, tuple[float, float]]:
     """Evaluates an agent in each of several tasks with SB3's `evaluate_policy`.
 
+    An agent that learns behind `VecNormalize` sees observations that are normalised in the same way.
+
     Args:
         agent: An agent whose model has these tasks.
         envs: An environment for each name of a task, as for `WorldFluxAgent`.
@@ -156,13 +160,22 @@ def evaluate_tasks(
     venv = env_of(envs, like=agent)
     if not isinstance(venv, TaskVecEnv):
         raise ConfigurationError(f"envs is {envs!r}, expected an environment for each name of a task.")
-    scores = {}
+    scores, normalize = {}, agent.get_vec_normalize_env()
     for name, part in venv.parts().items():
+        env = part if normalize is None else _normalized(part, normalize)
         returns: Any = evaluate_policy(
-            policy_for(agent, part), part, n_eval_episodes, deterministic=deterministic, return_episode_rewards=True
+            policy_for(agent, part), env, n_eval_episodes, deterministic=deterministic, return_episode_rewards=True
         )[0]
         scores[name] = float(np.mean(returns)), float(np.std(returns))
     return scores
+
+
+def _normalized(env: VecEnv, like: VecNormalize) -> VecNormalize:
+    """Environments whose observations are normalised as those of others, with their statistics of the moment."""
+    made = copy(like)  # without its environments
+    made.set_venv(env)
+    made.training = made.norm_reward = False
+    return made
 
 
 class TaskEvalCallback(BaseCallback):
@@ -210,8 +223,6 @@ class TaskEvalCallback(BaseCallback):
         if not isinstance(self.model, WorldFluxAgent):
             raise ConfigurationError(f"TaskEvalCallback evaluates a WorldFluxAgent, got {type(self.model).__name__}.")
         self.eval_envs = env_of(self.eval_envs, like=self.model)  # now rather than after the first steps
-        for name in getattr(self.eval_envs, "names", ()):
-            self.model.actor.task_numbers(name, 1)
         self._evaluated_at = self.model.num_timesteps
 
     def _on_step(self) -> bool:

@@ -24,10 +24,11 @@ from worldflux.envs.step_counter import EnvWatch
 from worldflux.envs.tasks import TaskVecEnv
 from worldflux.envs.vector import GymnasiumVecEnv, JoinedVecEnv, innermost, parts_of
 from worldflux.envs.wrappers import LIMIT_NAMES, max_episode_steps, smallest_limit, stated_frames
-from worldflux.errors import ConfigurationError, TrainingError
+from worldflux.errors import ConfigurationError, ShapeMismatchError, TrainingError
 from worldflux.factory import find_preset
 from worldflux.hub.client import model_path
 from worldflux.models.base import WorldModel
+from worldflux.nn.distributions import one_hots
 from worldflux.replay.buffer import ReplayBuffer
 from worldflux.validation import TASK_KEY
 
@@ -169,8 +170,12 @@ class Collector:
         if at_random:
             sampled = np.stack([actor.action_codec.space.sample() for _ in range(self.env.num_envs)])
             actions = self._as_tensor(sampled)
-            if actor.has_tasks and actor.action_codec.action_type == "continuous":
-                actions = actions * actor.model.action_mask(memory.state)  # type: ignore[operator]
+            if actor.has_tasks:
+                mask: Tensor = actor.model.action_mask(memory.state)  # type: ignore[operator]
+                if classes := actor.action_codec.action_classes:
+                    # Any other class takes the place of one that the task does not have.
+                    actions = one_hots((2.0 * actions + 1.0 + torch.rand_like(actions)) * mask, classes)
+                actions = actions * mask
             return replace(memory, actions=actions)
         return actor.act(memory, episode_starts, deterministic=False)
 
@@ -250,18 +255,51 @@ def env_of(env: Any, model: Any = None, *, like: Any = None) -> Any:
         env: The environment.
         model: As for `WorldFluxAgent`.
         like: What has the `observation_space` and `action_space` of an agent that exists, in place of `model`.
+
+    Raises:
+        ConfigurationError: If it is no environment, or of tasks that the agent does not have.
+        ShapeMismatchError: If a task is wider than the model.
     """
     made = as_env(env)
     if not isinstance(made, TaskVecEnv):
         return made
     if like is not None:
         made.fit(like.observation_space, like.action_space)
+        if isinstance(exists := getattr(like, "model", None), WorldModel):
+            check_tasks(exists, made)
     elif not (isinstance(model, str) and find_preset(model) is not None):
         config = model.config if isinstance(model, WorldModel) else WorldModelConfig.load(model_path("model", model))
         if isinstance(config.obs_shape, tuple):  # of dictionaries, nothing is padded
             actions = spaces.Box(-1.0, 1.0, (config.action_dim,))
             made.fit(spaces.Box(-np.inf, np.inf, config.obs_shape), actions)
     return made
+
+
+def check_tasks(model: WorldModel, env: VecEnv | None) -> None:
+    """Checks that a model has the tasks of environments that are given by their names.
+
+    Raises:
+        ConfigurationError: If it has not.
+        ShapeMismatchError: If a task has more action dimensions than the model uses for it.
+    """
+    base = None if env is None else innermost(env)
+    if not isinstance(base, TaskVecEnv):
+        return
+    config: Any = model.config
+    if getattr(config, "task_names", ()) or getattr(config, "num_tasks", 1) > 1:
+        for name, given in zip(base.names, base.action_dims, strict=True):
+            number = config.task_number(name)
+            used = config.task_action_dims[number] if config.task_action_dims else config.action_dim
+            if given > used:
+                raise ShapeMismatchError(
+                    f"The environments of the task '{name}' have {given} action dimensions, and the model uses {used} "
+                    "for it (task_action_dims). Add it as another task: model.with_task(name, like=...)."
+                )
+    elif len(base.names) > 1:
+        raise ConfigurationError(
+            f"The environments are of the tasks {', '.join(base.names)}, and the model has one. Pass a preset of "
+            "TD-MPC2, or a model with num_tasks and task_names."
+        )
 
 
 def policy_for(agent: Any, venv: VecEnv) -> Any:

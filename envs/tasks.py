@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import gymnasium as gym
@@ -10,7 +11,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 from worldflux.envs.spaces import ActionCodec, Array, ObservationCodec
@@ -50,6 +51,7 @@ class TaskVecEnv(JoinedVecEnv):
         self.members = [env if isinstance(env, VecEnv) else _single(env) for env in envs.values()]
         named = list(zip(self.names, self.members, strict=True))
         self.tasks = [name for name, member in named for _ in range(member.num_envs)]
+        self._places = [(number, env) for number, member in enumerate(self.members) for env in range(member.num_envs)]
         ends = np.cumsum([member.num_envs for member in self.members]).tolist()
         self._rows = [slice(end - member.num_envs, end) for end, member in zip(ends, self.members, strict=True)]
         for name, member in named:
@@ -58,6 +60,12 @@ class TaskVecEnv(JoinedVecEnv):
                 raise ConfigurationError(
                     f"The vector environment of the task '{name}' resets on the next step, expected a reset in the "
                     "same step next to those of other tasks. Make it with autoreset_mode='SameStep'."
+                )
+            if unwrap_vec_normalize(member) is not None:
+                raise ConfigurationError(
+                    f"The environments of the task '{name}' are in a VecNormalize, whose observations and rewards the "
+                    "replay buffer would keep. Wrap the environments of all tasks together: "
+                    "VecNormalize(TaskVecEnv({...}))."
                 )
         self._obs = [ObservationCodec(member.observation_space) for member in self.members]
         self._actions = [ActionCodec(member.action_space) for member in self.members]
@@ -108,6 +116,12 @@ class TaskVecEnv(JoinedVecEnv):
         for part in parts.values():
             part.fit(self.observation_space, self.action_space)
         return parts
+
+    @property
+    def action_masks(self) -> Array:
+        """1 where an environment has an action dimension, else 0. `[num_envs, A]`"""
+        used = np.repeat(self.action_dims, [member.num_envs for member in self.members])
+        return (np.arange(self.action_space.shape[0]) < used[:, None]).astype(np.float32)  # type: ignore[index]
 
     def _observation_space(self) -> spaces.Space[Any]:
         if not self._pads:
@@ -173,6 +187,10 @@ class TaskVecEnv(JoinedVecEnv):
 
     # --- the environments in it
 
+    def has_attr(self, attr_name: str) -> bool:
+        """Whether all environments have an attribute."""
+        return all(member.has_attr(attr_name) for member in self.members)
+
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """An attribute of each environment."""
         found = self._asked(indices, lambda member, chosen: member.get_attr(attr_name, chosen))
@@ -200,11 +218,11 @@ class TaskVecEnv(JoinedVecEnv):
         return [image for member in self.members for image in member.get_images()]
 
     def _asked(self, indices: VecEnvIndices, ask: Callable[[VecEnv, list[int]], Sequence[Any]]) -> list[Any]:
-        """What members answer for their environments among those with these indices."""
-        wanted, found = set(self._get_indices(indices)), list[Any]()
-        for rows, member in zip(self._rows, self.members, strict=True):
-            chosen = [env - rows.start for env in range(rows.start, rows.stop) if env in wanted]
-            found += ask(member, chosen) if chosen else []
+        """What members answer for their environments with these indices, in the order of the indices."""
+        found: list[Any] = []
+        places = [self._places[index] for index in self._get_indices(indices)]
+        for number, chosen in groupby(places, lambda place: place[0]):
+            found += ask(self.members[number], [env for _, env in chosen])
         return found
 
 

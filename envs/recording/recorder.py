@@ -20,6 +20,7 @@ from worldflux.envs.given import check_what_is_given
 from worldflux.envs.recording.step_cache import StepCache
 from worldflux.envs.spaces import ActionCodec, Array, Arrays, ObservationCodec
 from worldflux.envs.taps import Tap, tapped
+from worldflux.envs.tasks import TaskVecEnv
 from worldflux.envs.vector import ENDED, RESET_STEP, GymnasiumVecEnv, innermost, settle
 from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError
 from worldflux.replay.buffer import ReplayBuffer
@@ -250,6 +251,11 @@ class VecEpisodeRecorder(EpisodeRecorder):
     def begin(self, obs: Any) -> None:
         """Notes that all environments were reset to `obs` `[n_envs, ...]`; episodes in flight end as truncated."""
         super().begin(self._unnormalized(obs))
+
+    def checked_actions(self, actions: Any) -> Array:
+        """As that of the base class; what environments of a `TaskVecEnv` do not take of an action is zero."""
+        checked = super().checked_actions(actions)
+        return checked * self._base.action_masks if isinstance(self._base, TaskVecEnv) else checked
 
     def interrupt(self) -> None:
         """Ends the episodes in flight, and discards answers of processes that nobody has fetched."""

@@ -14,11 +14,11 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from helpers.agents import weights
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import KVWriter, Logger
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from worldflux import WorldFluxAgent, create_world_model
 from worldflux.agents import AgentCheckpointCallback, TaskEvalCallback, evaluate_tasks
-from worldflux.envs import TaskVecEnv
+from worldflux.envs import TaskVecEnv, collect
 from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError
 from worldflux.training import ReplayBuffer
 
@@ -60,7 +60,7 @@ class Aim(gym.Env[Any, Any]):
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         assert self.action_space.contains(action)
         self.t += 1
-        return self._obs(), -abs(float(action[0]) - self.aim), False, self.t >= self.length, {}
+        return self._obs(), -abs(float(np.ravel(action)[0]) - self.aim), False, self.t >= self.length, {}
 
     def _task(self) -> Any:
         return self.tasks[(self.episode - 1) % len(self.tasks)]
@@ -125,13 +125,19 @@ def test_environments_of_several_tasks_are_padded_and_name_their_tasks() -> None
     assert venv.get_attr("number", indices=[0, 2]) == [0, 1]
     venv.set_attr("aim", 7.0, indices=1)
     assert venv.get_attr("aim") == [0.0, 7.0, 0.0]
+    assert venv.get_attr("aim", indices=[1, 0]) == [7.0, 0.0] and venv.get_attr("number", indices=-1) == [1]
+    assert venv.has_attr("aim") and not venv.has_attr("action_repeat")
     assert venv.env_method("_task", indices=[]) == []
+    stored = collect(venv, lambda obs: np.ones((3, 2)), steps=12).sample(64, 2)
+    of_b = stored.obs[..., 0] == 1
+    assert not stored.actions[~of_b][:, 1].any() and stored.actions[of_b].any(0).all(), "as they were executed"
 
 
 @pytest.mark.parametrize(
     ("envs", "message"),
     [
         ({"a": Aim(0), "b": gym.make("CartPole-v1")}, "'b' has the action space Discrete"),
+        ({"a": Aim(0), "b": VecNormalize(DummyVecEnv([lambda: Aim(1)]))}, r"'b' are in a VecNormalize.*together"),
         (
             {"a": SyncVectorEnv([lambda: Aim(0)], autoreset_mode=AutoresetMode.NEXT_STEP)},
             "vector environment of the task 'a' resets on the next step.*autoreset_mode='SameStep'",
@@ -177,6 +183,24 @@ def test_an_agent_learns_the_tasks_of_its_environments_and_logs_each() -> None:
     last = next(row for row in reversed(log.rows) if "rollout/ep_rew_mean/b" in row)
     of_b = [info["r"] for info in agent.ep_info_buffer if info["task"] == 1]
     assert last["rollout/ep_rew_mean/b"] == pytest.approx(np.mean(of_b), abs=2.0)
+
+
+def test_an_environment_of_a_task_may_run_in_its_own_process() -> None:
+    agent = agent_of({"a": Aim(0), "b": SubprocVecEnv([lambda: Aim(1)], start_method="fork")})
+    try:
+        assert_stored(agent.learn(30).replay_buffer)
+    finally:
+        agent.env.close()
+
+
+def test_random_actions_are_of_the_classes_that_a_task_has() -> None:
+    env = Aim(0, tasks=("a", "b"))
+    env.action_space = spaces.Discrete(4)
+    discrete = dict(action_type="discrete", action_classes=(4,), task_action_dims=(2, 4))
+    buffer = agent_of(env, model_of(action_dim=4, **discrete), learning_starts=91).learn(90).replay_buffer
+    batch = buffer.sample(64, 3)
+    of_a, of_b = (batch.actions[batch.extras["task"] == task].amax(0) for task in (0, 1))
+    assert of_a.tolist() == [1, 1, 0, 0] and of_b.tolist() == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("kind", ["single", "subprocess", "vector"])
@@ -240,6 +264,12 @@ def test_an_environment_that_names_no_task_or_one_that_there_is_not_is_refused()
         agent_of(two(), single)
     with pytest.raises(ShapeMismatchError, match="observations of up to 4 numbers, and the model was made for 3"):
         agent_of(two(), model_of(action_dim=2))
+    agent = agent_of(two())
+    for wide in (lambda envs: agent.set_env(envs), lambda envs: evaluate_tasks(agent, envs, 1)):
+        with pytest.raises(ShapeMismatchError, match="task 'a' have 2 action dimensions, and the model uses 1"):
+            wide({"a": Aim(0, action_dim=2), "b": Aim(1)})
+        with pytest.raises(ConfigurationError, match="Unknown task 'c'"):
+            wide({"a": Aim(0), "c": Aim(1)})
 
 
 def test_a_single_environment_with_a_name_is_learned_as_without() -> None:
@@ -247,6 +277,8 @@ def test_a_single_environment_with_a_name_is_learned_as_without() -> None:
     assert (named.model.config.num_tasks, named.model.config.task_names) == (1, ("a",))
     torch.testing.assert_close(weights(named.learn(40)), weights(plain.learn(40)), rtol=0, atol=0)
     assert named.predict(np.zeros(3, np.float32), task="a")[0].shape == (1,)
+    with pytest.raises(ConfigurationError, match="Unknown task 'b'"):
+        named.set_env({"b": Aim(0)})
 
 
 # Acting
@@ -260,6 +292,7 @@ def test_predict_takes_a_task_and_its_state_remembers_it() -> None:
     act = {task: agent.predict(obs, deterministic=True, task=task) for task in ("a", "b", 0, 1)}
     assert np.array_equal(act["a"][0], act[0][0]) and np.array_equal(act["b"][0], act[1][0])
     assert not np.array_equal(act["a"][0], act["b"][0]) and act["a"][0][1] == 0.0
+    assert np.array_equal(agent.predict(obs, deterministic=True, task=np.array("b"))[0], act["b"][0])
     both, state = agent.predict(np.stack([obs, obs]), deterministic=True, task=["b", "a"])
     np.testing.assert_allclose(both, [act["b"][0], act["a"][0]], rtol=1e-5)
     later, _ = agent.predict(np.stack([obs, obs]), state, np.array([True, True]), deterministic=True)
@@ -290,6 +323,15 @@ def test_each_task_is_evaluated_by_itself() -> None:
         evaluate_tasks(agent, Aim(0))  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="Unknown task 'c'"):
         agent.learn(10, TaskEvalCallback({"c": Aim(0)}, 5))
+
+
+def test_tasks_behind_vec_normalize_are_evaluated_as_they_are_learned() -> None:
+    agent = agent_of(VecNormalize(TaskVecEnv(two())))
+    agent.env.obs_rms.mean[:] = 100.0
+    seen, predict = [], agent.predict
+    agent.predict = lambda obs, *args, **kwargs: (seen.append(obs), predict(obs, *args, **kwargs))[1]
+    evaluate_tasks(agent, two(), 1)
+    assert np.array(seen).max() == -10.0 and agent.env.training and agent.env.obs_rms.mean[0] == 100.0
 
 
 # Files

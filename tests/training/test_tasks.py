@@ -160,6 +160,14 @@ def test_data_that_do_not_say_their_tasks_or_are_of_others_are_refused() -> None
         train(model, {"a": "file.npz"}, **steps)
     with pytest.raises(ShapeMismatchError, match=r"data of the task 'b' have observations \(5,\)"):
         train(model, {"a": data_of(0), "b": data_of(1, width=5)}, **steps)
+    narrow = model_of("a", "b", task_action_dims=(2, 1))
+    wide = data_of(1, extras=TASK)
+    for data in ({"a": data_of(0), "b": data_of(1)}, wide):
+        with pytest.raises(BufferError, match=r"the model uses the first 1 of these numbers for .*task"):
+            train(narrow, data, **steps)
+    train(narrow, {"a": data_of(0), "b": data_of(1, action_dim=1)}, **steps)
+    with pytest.raises(ConfigurationError, match="data of the task 'walk'"):
+        train(model_of(task_names=("run",)), {"walk": data_of(0)}, **steps)
     with pytest.raises(BufferError, match="data of the task 'a' have no window of 400 rows"):
         train(model, {"a": data_of(0)}, total_steps=1, sequence_length=400, device="cpu")
     for single in (model_of(), create_world_model("dreamerv3:tiny", obs_shape=(4,), action_dim=2)):
@@ -308,7 +316,8 @@ def test_data_of_the_only_task_give_the_bits_of_data_without_a_name() -> None:
 
 def test_a_further_task_leaves_what_the_model_knows_of_the_others(tmp_path: Path) -> None:
     model = model_of("a", "b", task_action_dims=(2, 1), task_episode_lengths=(500, 50), episodic=True)
-    train(model, {"a": data_of(0), "b": data_of(1)}, total_steps=3, batch_size=4, sequence_length=4, device="cpu")
+    data = {"a": data_of(0), "b": data_of(1, action_dim=1)}
+    train(model, data, total_steps=3, batch_size=4, sequence_length=4, device="cpu")
     model.save_pretrained(tmp_path)
     model = create_world_model(tmp_path)
     assert model.config.task_names == ("a", "b")

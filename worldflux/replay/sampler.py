@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -177,14 +177,15 @@ class WindowSampler:
         steps = at[(rows.flags[at] & FINAL) == 0]
         check_fits("The replay buffer", np.asarray(rows.actions[steps]), self._form.action_classes, classes)
 
-    def check_tasks(self, count: int) -> None:
+    def check_tasks(self, count: int, action_dims: Sequence[int] = ()) -> None:
         """Checks that every stored row is of one of a model's tasks.
 
         Args:
             count: Number of the model's tasks.
+            action_dims: Number of action dimensions that each task uses; empty for all of them.
 
         Raises:
-            BufferError: If rows are of other tasks, or the data do not say of which.
+            BufferError: If rows are of other tasks or have other actions, or the data do not say of which they are.
         """
         rows = self._rows
         tasks = np.asarray(rows.extras[TASK_KEY][rows.stored_at()]) if TASK_KEY in rows.extras else None
@@ -196,6 +197,33 @@ class WindowSampler:
                 "save and load keep them."
             )
         check_tasks("The column 'task' of the replay buffer", tasks, count)
+        if action_dims:
+            self.check_used("its task", np.asarray(action_dims)[tasks])
+
+    def check_used(self, task: str, dims: int | np.ndarray) -> None:
+        """Checks that actions are zero beyond the dimensions that a task uses.
+
+        Args:
+            task: Names the task in the error message.
+            dims: Number of these dimensions, of all rows or of each stored row. `[N]`
+
+        Raises:
+            BufferError: If they are not.
+        """
+        if np.min(dims, initial=self.action_dim) >= self.action_dim:
+            return
+        rows = self._rows
+        at = rows.stored_at()
+        dims = np.broadcast_to(dims, at.shape)
+        beyond = np.asarray(rows.actions[at]) * (np.arange(self.action_dim) >= dims[:, None])
+        wrong = (beyond != 0).any(1) & ((rows.flags[at] & FINAL) == 0)
+        if wrong.any():
+            action, used = np.asarray(rows.actions[at[wrong][:1]])[0].tolist(), dims[wrong][0]
+            raise BufferError(
+                f"An action in the data is {action}, and the model uses the first {used} of these numbers for {task} "
+                "(task_action_dims). Create the model with as many as the data have, or add a task: "
+                "model.with_task(name, like=...)."
+            )
 
     def digest(self) -> str:
         """Returns a short text that differs for different data; extras are not included."""

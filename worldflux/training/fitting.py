@@ -34,7 +34,7 @@ def check_kind(model: nn.Module, data: Any) -> None:
     data.check_actions(config.action_classes)
     tasks = getattr(config, "num_tasks", 1)
     if tasks > 1 and isinstance(data, WindowSampler):
-        data.check_tasks(tasks)
+        data.check_tasks(tasks, getattr(config, "task_action_dims", ()))
 
 
 def provider_for(model: nn.Module, data: Any) -> Any:
@@ -43,21 +43,27 @@ def provider_for(model: nn.Module, data: Any) -> Any:
     Raises:
         ConfigurationError: If the model has no such tasks.
         ShapeMismatchError: If observations or actions do not fit into those of the model.
+        BufferError: If actions are not zero beyond the dimensions that the model uses for a task.
     """
     if not isinstance(data, Mapping):
         return data
     config = getattr(model, "config", None)
     tasks = getattr(config, "num_tasks", 1)
     if not isinstance(config, WorldModelConfig) or (tasks == 1 and len(data) != 1):
-        names = tuple(data)
+        given = tuple(data)
         raise ConfigurationError(
-            f"The data are of the tasks {names}, and the model has one. Make a model of several: create_world_model("
-            f"'tdmpc2:5m', num_tasks={len(names)}, task_names={names}, ...); DreamerV3 has one task."
+            f"The data are of the tasks {given}, and the model has one. Make a model of several: create_world_model("
+            f"'tdmpc2:5m', num_tasks={len(given)}, task_names={given}, ...); DreamerV3 has one task."
         )
-    if tasks == 1:
+    names: tuple[str, ...] = getattr(config, "task_names", ())
+    if tasks == 1 and not names:
         return next(iter(data.values()))
-    names = getattr(config, "task_names", ())
-    return TaskReplay(data, {name: number for number, name in enumerate(names)}, config.obs_shape, config.action_dim)
+    numbers = {name: number for number, name in enumerate(names)}
+    made = TaskReplay(data, numbers, config.obs_shape, config.action_dim)
+    if used := getattr(config, "task_action_dims", ()):
+        for name, source in made.data.items():
+            source.check_used(f"the task {name!r}", used[numbers[name]])
+    return made if tasks > 1 else next(iter(made.data.values()))
 
 
 def overruled_fields(model: nn.Module) -> list[str]:
