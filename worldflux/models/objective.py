@@ -86,7 +86,8 @@ class RewardPlus:
 
     def __call__(self, trajectory: PlannedTrajectory) -> Tensor:
         """Returns the sum of the model's reward and the function. `[H, B]`"""
-        return trajectory.rewards + _checked(self.function, trajectory)
+        rewards = trajectory.rewards.clone()
+        return rewards + _checked(self.function, trajectory)
 
 
 class ObjectivePlanning:
@@ -122,9 +123,11 @@ class ObjectivePlanning:
         _, N, S, _ = actions.shape
         flat = actions.flatten(1, 2)
         found = self.model.rollout(repeated(state, N, S), flat, deterministic=deterministic)
-        trajectory = PlannedTrajectory(found.states, found.rewards, found.continues, flat, self.model)
+        # Copies of what is still needed, because a function may compute in place.
+        last = State({name: x.unflatten(0, (N, S)).clone() for name, x in found.states[-1].items()})
+        continues = found.continues.unflatten(1, (N, S)).clone()
+        trajectory = PlannedTrajectory(found.states, found.rewards, found.continues, flat.clone(), self.model)
         worth = _checked(self.objective, trajectory).unflatten(1, (N, S))
-        continues = found.continues.unflatten(1, (N, S))
         step_factors = getattr(self.inner, "step_factors", None)
         if step_factors is not None:
             continues, discount = step_factors(state, continues, discount)
@@ -134,7 +137,6 @@ class ObjectivePlanning:
         earned, after = discounted_rewards(worth.masked_fill(forbidden, 0.0), continues, discount)  # type: ignore[arg-type]
         # Steps behind a predicted end of the episode are never reached.
         reached = torch.cat([torch.ones_like(continues[:1]), continues[:-1]]).cumprod(0) > 0.0
-        last = State({name: x.unflatten(0, (N, S)) for name, x in found.states[-1].items()})
         return PartialReturn(earned, after, last, (forbidden & reached).sum(0))
 
     def estimated_return(
