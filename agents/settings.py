@@ -13,6 +13,7 @@ from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, Line
 
 from worldflux.accel.compilation import checked_compile
 from worldflux.config import PlannerConfig
+from worldflux.config.planner import OPTIONAL
 from worldflux.errors import ConfigurationError, nearest
 from worldflux.files import checked_path
 from worldflux.models.base import WorldModel
@@ -132,7 +133,7 @@ def _planner_fields(given: Any) -> dict[str, int | float | None]:
     for name, value in given.items():
         if name not in names:
             raise ConfigurationError(f"Unknown field '{name}' in planner_kwargs{nearest(name, names)}")
-        if name == "discount" and value is None:  # which stands for the model's discount
+        if value is None and name in OPTIONAL:
             found[name] = None
             continue
         whole = isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -322,7 +322,9 @@ def test_a_model_of_ones_own_is_planned_with() -> None:
     assert agent.actor.planner is not None and agent.actor.planner.config.num_samples == 16
     own = WorldFluxAgent(model, "Pendulum-v1", planner_kwargs={"horizon": 5})
     assert own.predict(observations(1), deterministic=True)[1][-1].shape == (1, 5, 1)
-    assert make_agent(planner_kwargs={"discount": None}).actor.planner.config.discount is None
+    for planner in ("mppi", "cem"):
+        again = make_agent(planner=planner, planner_kwargs={"discount": None, "temperature": None})
+        assert again.actor.planner.config.discount is again.actor.planner.config.temperature is None
 
 
 # --- official checkpoints
@@ -375,7 +377,7 @@ def test_an_official_checkpoint_goes_on_learning_where_episodes_terminate() -> N
             {"planner_kwargs": {"num_sample": 3}},
             "'num_sample' in planner_kwargs; did you mean 'num_samples'",
         ),
-        ({"planner_kwargs": {"num_samples": 0}}, "num_samples is 0, expected an integer above 0"),
+        ({"planner_kwargs": {"num_samples": 0}}, "num_samples is 0, expected a whole number from 1"),
         ({"planner_kwargs": {"num_samples": "many"}}, "num_samples is 'many', expected a"),
         ({"planner_kwargs": 5}, "planner_kwargs is 5, expected a dictionary"),
         ({"seq_len": 3}, "seq_len is 3, expected at least 4"),

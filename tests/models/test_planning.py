@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from helpers.points import PLACES, MaskedPointModel, PointModel, points
@@ -429,14 +430,18 @@ def test_a_model_without_a_discount_needs_one_in_the_configuration():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(horizon=0), "horizon is 0, expected an integer above 0"),
-        (dict(iterations=2.5), "iterations is 2.5, expected an integer above 0"),
+        (dict(horizon=0), "horizon is 0, expected a whole number from 1"),
+        (dict(iterations=2.5), "iterations is 2.5, expected a whole number from 1"),
         (dict(num_elites=65), r"num_elites is 65, expected at most num_samples \(64\)"),
-        (dict(num_pi_trajs=64), r"num_pi_trajs is 64, expected an integer from 0 on, below num_samples \(64\)"),
+        (dict(num_pi_trajs=64), r"num_pi_trajs is 64, expected below num_samples \(64\)"),
         (dict(temperature=0.0), "temperature is 0.0, expected a number above 0, or None for CEM"),
         (dict(min_std=3.0), r"min_std is 3.0, expected 0 to max_std \(2.0\)"),
         (dict(momentum=1.0), "momentum is 1.0, expected at least 0 and below 1"),
         (dict(discount=1.5), "discount is 1.5, expected above 0 and at most 1, or None"),
+        (dict(horizon=True), "horizon is True, expected a whole number from 1"),
+        (dict(num_pi_trajs=-1), "num_pi_trajs is -1, expected a whole number from 0"),
+        (dict(momentum="0.5"), "momentum is '0.5', expected a finite number"),
+        (dict(uniform_share=None), "uniform_share is None, expected a finite number"),
     ],
 )
 def test_impossible_settings_are_named(fields, message):
@@ -461,6 +466,9 @@ def test_a_models_configuration_sets_the_planner():
     small = WorldModelConfig(obs_shape=(2,), action_dim=2)
     assert PlannerConfig.from_model(small) == PlannerConfig()
     assert PlannerConfig.from_model(small, num_samples=16, num_elites=4).num_pi_trajs == 8
+    with pytest.raises(ConfigurationError, match="Unknown field 'horizn' of PlannerConfig; did you mean 'horizon'"):
+        PlannerConfig.from_model(small, horizn=2)
+    assert PlannerConfig.from_model(small, horizon=np.int64(2)) == PlannerConfig(horizon=2)
     object.__setattr__(small, "momentum", 0.1)  # as TDMPC2Config has it
     assert PlannerConfig.from_model(small).momentum == 0.1
     own = TDMPC2Config(obs_shape=(2,))

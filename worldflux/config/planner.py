@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
 from worldflux.config.base import WorldModelConfig
-from worldflux.errors import ConfigurationError
+from worldflux.errors import ConfigurationError, nearest
+from worldflux.validation import finite_number, whole_number
 
 _MOST_STEPS = 2**22
 """Largest number of steps of all candidates in all iterations of a plan, 450 times that of the paper. Their random
 numbers are drawn at once."""
+OPTIONAL = ("temperature", "discount")
+"""Fields that may be None."""
 _LARGE_ACTION_DIM = 20  # number of action dimensions from which the paper uses two more iterations
 
 
@@ -53,25 +55,32 @@ class PlannerConfig:
     """Discount per step, in (0, 1]. None uses the model's own."""
 
     def __post_init__(self) -> None:
-        for name in ("horizon", "num_samples", "num_elites", "iterations"):
-            self._check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "an integer above 0")
+        for name in ("horizon", "num_samples", "num_elites", "iterations", "num_pi_trajs"):
+            self._set(name, whole_number(name, getattr(self, name), int(name != "num_pi_trajs")))
+        for name in ("temperature", "min_std", "max_std", "uniform_share", "momentum", "discount"):
+            value = getattr(self, name)
+            if value is not None or name not in OPTIONAL:
+                self._set(name, finite_number(name, value))
         most = self.num_samples
         self._check("num_elites", self.num_elites <= most, f"at most num_samples ({most})")
-        few = isinstance(self.num_pi_trajs, int) and 0 <= self.num_pi_trajs < most
-        self._check("num_pi_trajs", few, f"an integer from 0 on, below num_samples ({most})")
+        self._check("num_pi_trajs", self.num_pi_trajs < most, f"below num_samples ({most})")
         steps = self.iterations * self.num_samples * self.horizon
         if steps > _MOST_STEPS:
             raise ConfigurationError(
                 f"iterations * num_samples * horizon is {self.iterations} * {self.num_samples} * {self.horizon}, "
                 f"expected at most {_MOST_STEPS:,} steps of candidates in a plan."
             )
-        warm = self.temperature is None or 0.0 < self.temperature < math.inf
-        self._check("temperature", warm, "a number above 0, or None for CEM")
-        self._check("max_std", 0.0 < self.max_std < math.inf, "a number above 0")
+        self._check(
+            "temperature", self.temperature is None or self.temperature > 0.0, "a number above 0, or None for CEM"
+        )
+        self._check("max_std", self.max_std > 0.0, "a number above 0")
         self._check("min_std", 0.0 <= self.min_std <= self.max_std, f"0 to max_std ({self.max_std})")
         self._check("uniform_share", 0.0 <= self.uniform_share <= 1.0, "a share from 0 to 1")
         self._check("momentum", 0.0 <= self.momentum < 1.0, "at least 0 and below 1")
         self._check("discount", self.discount is None or 0.0 < self.discount <= 1.0, "above 0 and at most 1, or None")
+
+    def _set(self, name: str, value: float) -> None:
+        object.__setattr__(self, name, value)
 
     def _check(self, name: str, good: bool, expected: str) -> None:
         if not good:
@@ -88,14 +97,20 @@ class PlannerConfig:
         Args:
             config: Configuration of the model.
             **overrides: Fields to set to the given values.
+
+        Raises:
+            ConfigurationError: If there is no such field, or a value is out of its range.
         """
-        names = {item.name for item in fields(cls)} - {"discount"}
+        known = [item.name for item in fields(cls)]
+        for name in overrides.keys() - set(known):
+            raise ConfigurationError(f"Unknown field '{name}' of PlannerConfig{nearest(name, known)}")
+        names = set(known) - {"discount"}
         values = {name: getattr(config, name) for name in names if hasattr(config, name)}
         if config.action_dim >= _LARGE_ACTION_DIM:
             values["iterations"] = values.get("iterations", cls.iterations) + 2
         chosen_together = "num_pi_trajs" in values and "num_samples" not in overrides
         values |= overrides
         if "num_pi_trajs" not in overrides and not chosen_together:
-            most = values.get("num_samples", cls.num_samples) // 2
-            values["num_pi_trajs"] = min(values.get("num_pi_trajs", cls.num_pi_trajs), most)
+            samples = whole_number("num_samples", values.get("num_samples", cls.num_samples), 1)
+            values["num_pi_trajs"] = min(values.get("num_pi_trajs", cls.num_pi_trajs), samples // 2)
         return cls(**values)
