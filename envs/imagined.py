@@ -16,10 +16,11 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvO
 from torch import Tensor
 
 from worldflux.envs.spaces import ActionCodec, ObservationCodec, space_like
-from worldflux.errors import ConfigurationError, ShapeMismatchError, TrainingError, a_type
+from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError, TrainingError, a_type
 from worldflux.models.base import State, WorldModel
 from worldflux.models.evaluation import observed_states
 from worldflux.models.final_rows import with_final_rows
+from worldflux.models.mppi import PlanningModel
 from worldflux.replay.batch import Observation, by_key
 from worldflux.replay.buffer import ReplayBuffer
 from worldflux.replay.views import newest_rows
@@ -65,7 +66,8 @@ class ImaginedVecEnv(VecEnv):
 
     Raises:
         ConfigurationError: If the model has no decoder, a space does not fit it, or an argument is not valid.
-        BufferError: If the buffer holds no windows of twice `context` rows.
+        ShapeMismatchError: If the buffer has other observations or actions than the model.
+        BufferError: If the buffer holds no windows of twice `context` rows, or rows of other tasks than the model's.
         TrainingError: If the model predicts NaN.
     """
 
@@ -92,6 +94,7 @@ class ImaginedVecEnv(VecEnv):
         self.context = whole_number("context", context, 1)
         n_envs = whole_number("n_envs", n_envs, 1)
         self._observations, self._action_codec = _codecs(model, observation_space, action_space)
+        _check_data(model, buffer)
         self.render_mode = None
         self._order: NDArray[np.int64] = np.zeros(0, np.int64)
         self._set_seed(whole_number("seed", seed, 0))
@@ -127,6 +130,8 @@ class ImaginedVecEnv(VecEnv):
             raise ShapeMismatchError(
                 f"There are {len(self._actions)} actions, expected one for each of {self.num_envs}."
             )
+        if not np.isfinite(self._actions).all():
+            raise TrainingError(f"The actions are not finite: {actions}. The policy that chose them may have diverged.")
 
     def step_wait(self) -> VecEnvStepReturn:
         """Predicts the results of the actions, and begins the next episode where one ended."""
@@ -134,6 +139,8 @@ class ImaginedVecEnv(VecEnv):
             raise ConfigurationError("The environment has no episode to step. Call reset first, then step.")
         with self._imagining():
             action = torch.from_numpy(self._actions).to(self.model.device)
+            if isinstance(self.model, PlanningModel) and (mask := self.model.action_mask(self._state)) is not None:
+                action = action * mask  # as the environment of a task takes those that it has
             ahead = self.model.rollout(self._state, action[None])
             state = ahead.states[0]
             found = self._checked(self.model.decode(state)["obs"], ahead.rewards)
@@ -182,6 +189,11 @@ class ImaginedVecEnv(VecEnv):
         windows, length = max(_WINDOWS, self.num_envs), 2 * self.context
         with self.buffer.lock:
             rows = newest_rows(self.buffer, self.buffer.capacity, int(self._rng.integers(2**31)))
+            if not rows.num_windows(length):
+                raise BufferError(
+                    f"No stream of the buffer has {length} rows, twice the context of {self.context}. Pass more data, "
+                    "or a smaller context."
+                )
             while True:
                 batch = rows.sample(windows, length).to(self.model.device)
                 if batch.is_first is None:
@@ -321,7 +333,7 @@ def _codecs(
         action_space = (
             spaces.Box(-1.0, 1.0, (config.action_dim,))
             if config.action_type == "continuous"
-            else _choices(config.action_classes or (config.action_dim,), config.action_type == "discrete")
+            else _choices(config.action_classes, config.action_type == "discrete")
         )
     observations, actions = ObservationCodec(observation_space), ActionCodec(action_space)
     if observations.obs_shape != config.obs_shape:
@@ -329,13 +341,36 @@ def _codecs(
             f"observation_space gives observations of shape {observations.obs_shape}, and the model was built for "
             f"{config.obs_shape}. Pass the space of the environment that the model learned from."
         )
-    if (actions.action_type, actions.action_dim) != (config.action_type, config.action_dim):
+    given, own = ((x.action_type, x.action_dim, x.action_classes) for x in (actions, config))
+    if given != own:
         raise ConfigurationError(
-            f"action_space has {actions.action_type} actions of {actions.action_dim} numbers, and the model was built "
-            f"for {config.action_type} ones of {config.action_dim}. Pass the space of the environment that the model "
-            "learned from."
+            f"action_space has {_shown(*given)}, and the model was built for {_shown(*own)}. Pass the space of the "
+            "environment that the model learned from."
+        )
+    if config.obs_classes and observations.obs_classes != config.obs_classes:
+        raise ConfigurationError(
+            f"observation_space has the classes {observations.obs_classes}, and the model was built for "
+            f"{config.obs_classes}. Pass the space of the environment that the model learned from."
         )
     return observations, actions
+
+
+def _shown(kind: str, dim: int, classes: tuple[int, ...]) -> str:
+    return f"{kind} actions of {dim} numbers" + (f" with the classes {classes}" if classes else "")
+
+
+def _check_data(model: WorldModel, buffer: ReplayBuffer) -> None:
+    """Raises an error unless a buffer has the observations, actions and tasks of a model."""
+    config: Any = model.config
+    expected = (config.obs_shape, config.action_dim)
+    if (buffer.obs_shape, buffer.action_dim) != expected:
+        raise ShapeMismatchError(
+            f"The buffer holds observations {buffer.obs_shape} and {buffer.action_dim} action numbers, expected "
+            f"{expected[0]} and {expected[1]} for this model. Pass the data that it learned from."
+        )
+    buffer.check_actions(config.action_classes)
+    if getattr(config, "num_tasks", 1) > 1:
+        buffer.check_tasks(config.num_tasks, config.task_action_dims)
 
 
 def _space(shape: Sequence[int], classes: tuple[int, ...]) -> spaces.Space[Any]:

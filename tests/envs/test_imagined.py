@@ -225,6 +225,32 @@ def test_spaces_without_an_environment():
     assert env.action_space == spaces.Box(-1.0, 1.0, (1,))
 
 
+def test_choices_have_the_classes_of_the_model():
+    kinds = {"action_type": "multi_discrete", "action_classes": (2, 3)}
+    config = WorldModelConfig(obs_shape=(5,), obs_classes={"obs": (3, 2)}, action_dim=5, **kinds)
+    for name in ("observation_space", "action_space"):
+        with pytest.raises(ConfigurationError, match=rf"{name} has .*classes.*\(4, 1\)"):
+            ImaginedVecEnv(Counting(config), counted(), **{name: spaces.MultiDiscrete([4, 1])})
+
+
+def test_tasks_go_on_in_imagination_with_the_actions_that_they_have():
+    buffer = ReplayBuffer(200, (3,), 2, seed=0, extras={"task": ((), np.int64)})
+    for task in (0, 1):
+        obs, actions = np.full((21, 3), float(task)), np.zeros((20, 2))
+        buffer.add_episode(obs, actions, np.zeros(20), extras={"task": np.full(20, task)})
+    model = model_of("tdmpc2", buffer, num_tasks=2, task_dim=4, task_action_dims=(1, 2))
+    env = ImaginedVecEnv(model, buffer, n_envs=8, horizon=1)
+    tasks = env.reset()[:, 0]
+    seen, rollout = [], model.rollout
+    model.rollout = lambda state, given: (seen.append((state["task"], given[0])), rollout(state, given))[1]
+    env.step(np.ones((8, 2)))
+    (of_state, actions) = seen[0]
+    assert set(tasks) == {0, 1} and np.array_equal(of_state, tasks)
+    assert np.array_equal(actions, np.stack([np.ones(8), tasks], 1)), "task 0 has no second dimension"
+    with pytest.raises(BufferError, match="the data do not say which task a row is of"):
+        ImaginedVecEnv(model, recorded())
+
+
 def test_frames_in_a_stack_keep_their_places():
     from worldflux.envs import ObservationCodec
 
@@ -290,8 +316,15 @@ def test_refused_models_and_buffers():
     model = create_world_model("tdmpc2:tiny", obs_shape=(3,), action_dim=2, **SIZES["tdmpc2"])
     with pytest.raises(ConfigurationError, match="use_decoder=True"):
         ImaginedVecEnv(model, buffer)
-    with pytest.raises(BufferError):
+    with pytest.raises(BufferError, match="No stream of the buffer has 10 rows, twice the context of 5"):
         ImaginedVecEnv(counting(), ReplayBuffer(10, (1,), 1))
+    with pytest.raises(
+        ShapeMismatchError, match=r"holds observations \(3,\) and 2 action numbers, expected \(1,\) and 1"
+    ):
+        ImaginedVecEnv(counting(), buffer)
+    chooses = model_of("dreamerv3", recorded(**CHOICES))
+    with pytest.raises(BufferError, match="The model has action_type='discrete'"):
+        ImaginedVecEnv(chooses, buffer)
     with pytest.raises(ConfigurationError, match=r"model is a str.*agent\.model"):
         ImaginedVecEnv("dreamerv3:tiny", counted())
     with pytest.raises(ConfigurationError, match="buffer is None, expected"):
@@ -302,6 +335,8 @@ def test_refused_models_and_buffers():
     env.reset()
     with pytest.raises(ShapeMismatchError, match="3 actions, expected one for each of 16"):
         env.step(np.zeros((3, 1)))
+    with pytest.raises(TrainingError, match="The actions are not finite"):
+        env.step(np.full((16, 1), np.nan))
     broken = counting()
     env = ImaginedVecEnv(broken, counted(), n_envs=1)
     env.reset()
