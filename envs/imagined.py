@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import gymnasium as gym
@@ -18,7 +18,7 @@ from torch import Tensor
 from worldflux.envs.spaces import ActionCodec, ObservationCodec, space_like
 from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError, TrainingError, a_type
 from worldflux.models.base import State, WorldModel
-from worldflux.models.evaluation import observed_states
+from worldflux.models.evaluation import evaluating, observed_states
 from worldflux.models.final_rows import with_final_rows
 from worldflux.models.mppi import PlanningModel
 from worldflux.replay.batch import Observation, by_key
@@ -219,31 +219,11 @@ class ImaginedVecEnv(VecEnv):
 
     def _set_seed(self, seed: int) -> None:
         self._rng = np.random.default_rng(seed)
-        self._random_state = torch.Generator().manual_seed(seed).get_state()
-        self._device_state: Tensor | None = None
-        self._device_seed = seed
         self._order = np.zeros(0, np.int64)
 
-    @contextmanager
-    def _imagining(self) -> Iterator[None]:
-        """Computes without gradient, in evaluation mode and with the environment's own random stream."""
-        device, training = self.model.device, self.model.training
-        cuda = [device] if device.type == "cuda" else []
-        self.model.eval()
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=cuda):
-                torch.set_rng_state(self._random_state)
-                if cuda and self._device_state is not None:
-                    torch.cuda.set_rng_state(self._device_state, device)
-                elif cuda:
-                    with torch.cuda.device(device):
-                        torch.cuda.manual_seed(self._device_seed)
-                yield
-                self._random_state = torch.get_rng_state()
-                if cuda:
-                    self._device_state = torch.cuda.get_rng_state(device)
-        finally:
-            self.model.train(training)
+    def _imagining(self) -> AbstractContextManager[None]:
+        """Evaluates the model, with the next numbers of the environment's own random stream."""
+        return evaluating(self.model, self.model.device, int(self._rng.integers(2**31)))
 
     def _checked(self, obs: Observation, rewards: Tensor) -> dict[str, NDArray[Any]]:
         """The decoded observation in the library's form, by key. Images become bytes."""

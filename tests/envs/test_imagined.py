@@ -1,5 +1,7 @@
 """Learned worlds as environments: predictions, where episodes begin and end, and whose random numbers are drawn."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from worldflux import State, WorldModel, WorldModelConfig, create_world_model
 from worldflux.envs import ImaginedEnv, ImaginedVecEnv
 from worldflux.errors import BufferError, ConfigurationError, ShapeMismatchError, TrainingError
 from worldflux.models.base import Trajectory
+from worldflux.models.evaluation import evaluating
 from worldflux.training import ReplayBuffer
 
 CHOICES = {"action_type": "discrete", "action_classes": (2,)}
@@ -152,14 +155,12 @@ def test_steps_are_those_of_the_model(family):
     env = ImaginedVecEnv(model, buffer, n_envs=3, horizon=5, seed=7)
     env.reset()
     state, actions = env._state, torch.rand(3, 2) * 2 - 1
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.set_rng_state(env._random_state)
-        model.eval()
+    with evaluating(model, model.device, int(copy.deepcopy(env._rng).integers(2**31))):
         ahead = model.rollout(state, actions[None])
         expected = model.decode(ahead.states[0])["obs"]
-    model.train()
-    obs, rewards, _, _ = env.step(actions.numpy())
-    np.testing.assert_allclose(obs, expected.numpy(), rtol=1e-5)
+    obs, rewards, _, infos = env.step(actions.numpy())
+    reached = [info.get("terminal_observation", row) for row, info in zip(obs, infos, strict=True)]
+    np.testing.assert_allclose(np.stack(reached), expected.numpy(), rtol=1e-5)
     np.testing.assert_allclose(rewards, ahead.rewards[0].numpy(), rtol=1e-5)
     assert model.training
 
