@@ -39,16 +39,14 @@ SEARCHES = (SEARCH, replace(SEARCH, num_samples=4))
 """The second one evaluates all four sequences of discrete actions."""
 TASKS = dict(num_tasks=2, task_dim=4, task_action_dims=(1, 2), task_episode_lengths=(100, 200))
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    **{f"dreamerv3 {obs}": ("dreamerv3", obs, {}) for obs in OBS},
+    "dreamerv3": ("dreamerv3", "both", {}),
     "dreamerv3 discrete": ("dreamerv3", "vector", {"action_type": "discrete"}),
-    "dreamerv3 without a decoder": ("dreamerv3", "both", {"representation": "redundancy"}),
-    "dreamerv3 plainly": ("dreamerv3", "both", {}),
-    **{f"tdmpc2 {obs}": ("tdmpc2", obs, {}) for obs in OBS},
-    "tdmpc2 that ends": ("tdmpc2", "vector", {"episodic": True}),
+    "dreamerv3 without a decoder": ("dreamerv3", "pixels", {"representation": "redundancy"}),
+    "dreamerv3 plainly": ("dreamerv3", "vector", {}),
+    "tdmpc2": ("tdmpc2", "both", {}),
     "tdmpc2 that ends and decodes": ("tdmpc2", "both", {"episodic": True, "use_decoder": True}),
     "tdmpc2 discrete": ("tdmpc2", "vector", {"action_type": "discrete"}),
     "tdmpc2 of many discrete tasks": ("tdmpc2", "vector", {**TASKS, "action_type": "discrete"}),
-    "tdmpc2 of many tasks": ("tdmpc2", "vector", TASKS),
     "tdmpc2 of many tasks that end": ("tdmpc2", "pixels", {**TASKS, "episodic": True}),
 }
 META = torch.device("meta")
@@ -130,7 +128,7 @@ def assert_there(found: Any, name: str = "") -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "full"), [*((case, True) for case in CASES), ("dreamerv3 vector", False), ("tdmpc2 vector", False)]
+    ("case", "full"), [*((case, True) for case in CASES), ("dreamerv3 discrete", False), ("tdmpc2 discrete", False)]
 )
 def test_two_gradient_steps(case: str, full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # This check reads the values of a trainer's first batch, which has none.
