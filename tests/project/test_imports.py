@@ -128,3 +128,9 @@ def test_import_worldflux_loads_nothing_heavy() -> None:
         "print(sorted({'torch', 'numpy', 'gymnasium', 'stable_baselines3', 'cv2'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_importing_the_agent_loads_no_compiler() -> None:
+    code = "import sys, worldflux.agents, worldflux.training; worldflux.training.Trainer; worldflux.WorldFluxAgent;"
+    code += "print('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

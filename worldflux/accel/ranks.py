@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -127,6 +128,8 @@ def reducing() -> Iterator[None]:
     """Lets the losses inside the block communicate. All ranks enter it together and compute the same losses."""
     global _reduces
     before, _reduces = _reduces, size() > 1
+    if _reduces:
+        _keep_out_of_graphs()
     try:
         yield
     finally:
@@ -158,7 +161,6 @@ def from_first(value: Tensor) -> Tensor:
     return _from_first(value) if _reduces else value
 
 
-@torch.compiler.disable
 def _reduced(value: Tensor, operation: Any) -> Tensor:
     result = value.detach().clone()
     with _in_contact():
@@ -166,7 +168,6 @@ def _reduced(value: Tensor, operation: Any) -> Tensor:
     return result
 
 
-@torch.compiler.disable
 def _gathered(value: Tensor) -> Tensor:
     value = value.detach().contiguous()
     parts = [torch.empty_like(value) for _ in range(size())]
@@ -175,11 +176,21 @@ def _gathered(value: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-@torch.compiler.disable
 def _from_first(value: Tensor) -> Tensor:
     with _in_contact():
         dist.broadcast(value, 0)
     return value
+
+
+@cache
+def _keep_out_of_graphs() -> None:
+    """Excludes what communicates from compiled graphs.
+
+    It is not a decorator because `torch.compiler.disable` imports the compiler, a third of what importing this package
+    takes.
+    """
+    for function in (_reduced, _gathered, _from_first):
+        globals()[function.__name__] = torch.compiler.disable(function)
 
 
 @contextmanager
