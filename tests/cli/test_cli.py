@@ -411,7 +411,6 @@ def test_a_negative_seed_is_one_line(command: str, own: Path, capsys: pytest.Cap
 
 PIPED = {
     "models": "models",
-    "models --json": "models --json",
     "help": "--help",
     "help of a command": "train --help",
     "check-env": "check-env CartPole-v1 --steps 20",

@@ -222,7 +222,7 @@ def test_batches_are_sampled_ahead_while_another_thread_writes_extras_back(tmp_p
     thread = threading.Thread(target=sample_ahead)
     thread.start()
     marks = []
-    while len(ahead) < 50:
+    while len(ahead) < 20:
         rows = torch.arange(20, 60).reshape(8, 5)
         marks.append(len(marks) + 1.0)
         buffer.update_extras(rows, {"mark": torch.full((8, 5, 2), marks[-1] % 1000)})
