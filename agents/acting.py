@@ -301,7 +301,7 @@ class Actor:
                 names = getattr(self.model.config, "task_names", ()) or range(self.model.config.num_tasks)  # type: ignore[attr-defined]
                 raise ConfigurationError(
                     f"The model has the tasks {', '.join(map(str, names))}. Say which one it is: predict(obs, task=...)"
-                    ", or pass agent.for_task(...) to evaluate_policy. TaskEvalCallback takes EvalCallback's place."
+                    ", or pass agent.for_task(..., env) to evaluate_policy. TaskEvalCallback replaces EvalCallback."
                 )
             task = np.asarray(state[list(before.tensors()).index(TASK_KEY)])
         if task is not None:
@@ -325,10 +325,31 @@ class TaskPolicy:
     Args:
         agent: The agent.
         task: As for `WorldFluxAgent.predict`.
+        env: As for `WorldFluxAgent.for_task`.
+
+    Raises:
+        ConfigurationError: If the model has no such task.
+        ShapeMismatchError: If the spaces of `env` do not fit the agent's.
     """
 
-    def __init__(self, agent: Any, task: Any) -> None:
+    def __init__(self, agent: Any, task: Any, env: Any = None) -> None:
         self.agent, self.task = agent, task
+        self._codecs: tuple[ObservationCodec, ActionCodec] | None = None
+        if env is None or (env.observation_space, env.action_space) == (agent.observation_space, agent.action_space):
+            return
+        obs, actions = self._codecs = ObservationCodec(env.observation_space), ActionCodec(env.action_space)
+        expected, found = agent.obs_codec.obs_shape, obs.obs_shape
+        if found != expected and not (_is_vector(expected) and _is_vector(found) and found < expected):
+            shorter = ", or shorter vectors" if _is_vector(expected) else ""
+            raise ShapeMismatchError(f"env has observations {found}, expected {expected} as the agent{shorter}.")
+        config = agent.model.config
+        dims = getattr(config, "task_action_dims", ()) or (config.action_dim,) * getattr(config, "num_tasks", 1)
+        for number in agent.actor.task_numbers(task, 1 if isinstance(task, str) else np.size(task)):
+            if (actions.action_dim, actions.action_classes) != (dims[number], config.action_classes):
+                kind = "one-hot" if config.action_classes else "continuous"
+                raise ShapeMismatchError(
+                    f"env has actions {actions.space}, expected {kind} ones of width {dims[number]} in task {task!r}."
+                )
 
     def __getattr__(self, name: str) -> Any:
         if name in ("agent", "task"):  # of a copy that is not filled yet
@@ -338,8 +359,21 @@ class TaskPolicy:
     def predict(
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
     ) -> tuple[Any, Any]:
-        """As `WorldFluxAgent.predict`, in the task."""
-        return self.agent.predict(observation, state, episode_start, deterministic, task=self.task)
+        """As `WorldFluxAgent.predict`, in the task and in the spaces of `env`."""
+        if self._codecs is None:
+            return self.agent.predict(observation, state, episode_start, deterministic, task=self.task)
+        rows, batched = self._codecs[0].encode_any(observation)
+        if isinstance(rows, np.ndarray) and _is_vector(self.agent.obs_codec.obs_shape):
+            observation = np.pad(rows, ((0, 0), (0, self.agent.obs_codec.obs_shape[0] - rows.shape[1])))
+        given, state = self.agent.predict(observation, state, episode_start, deterministic, task=self.task)
+        theirs: ActionCodec = self.agent.action_codec
+        actions = theirs.from_env(np.reshape(given, (-1, *(theirs.space.shape or ()))))
+        own = self._codecs[1].to_env(actions[:, : self._codecs[1].action_dim])
+        return (own if batched else own[0]), state
+
+
+def _is_vector(shape: Any) -> bool:
+    return isinstance(shape, tuple) and len(shape) == 1
 
 
 def _episode_starts(given: Any, rows: int) -> Array:

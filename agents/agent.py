@@ -462,7 +462,7 @@ class WorldFluxAgent(SavedAgent):
             deterministic: Take the most likely action in the most likely state, without random numbers. The agent
                 learns and explores with False.
             task: Name or number of the task, or one for each environment, for a model of several tasks. None: that of
-                `state`.
+                `state`. `for_task` pads the observations of narrower environments.
 
         Returns:
             Actions in the environment's form, `[n, ...]` or for one observation a single one, which is an integer of
@@ -481,15 +481,17 @@ class WorldFluxAgent(SavedAgent):
                 raise StoppedError("learn was asked to stop, so that no callback goes on with an evaluation.")
         return self.actor.predict(observation, state, episode_start, deterministic, task)
 
-    def for_task(self, task: str | int | Sequence[str | int]) -> TaskPolicy:
+    def for_task(self, task: str | int | Sequence[str | int], env: Any = None) -> TaskPolicy:
         """Returns this agent in one of its tasks, for `evaluate_policy`, `collect` and others that call `predict`.
 
-            >>> evaluate_policy(agent.for_task("walker-walk"), env)
+            >>> evaluate_policy(agent.for_task("walker-walk", env), env)
 
         Args:
             task: As for `predict`.
+            env: Environment or `VecEnv` of the task, whose observations it takes and whose actions it returns. None:
+                `predict` has the agent's spaces, which `TaskVecEnv` has padded, and actions in [-1, 1].
         """
-        return TaskPolicy(self, task)
+        return TaskPolicy(self, task, env)
 
 
 _OF_EPISODES = ("episode", "is_success")

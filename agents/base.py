@@ -72,7 +72,7 @@ class AgentBase(BaseAlgorithm):
     def __init__(
         self,
         model: str | Path | WorldModel,
-        env: GymEnv | str | None,
+        env: GymEnv | str | Mapping[str, GymEnv | str] | None,
         *,
         learning_rate: Rate | None = None,
         train_ratio: float | None = None,
@@ -256,7 +256,7 @@ class AgentBase(BaseAlgorithm):
                 )
             self._check_data(buffer, "The recorded data")
             if isinstance(buffer, ReplayBuffer):
-                buffer.add_extras(self._extras_spec())
+                buffer.add_extras(self.stored_extras())
             if not buffer.num_windows(self._window):
                 raise BufferError(
                     f"No stream of the recorded data has the {self._window} rows of a window. Pass more data, or a "
@@ -353,9 +353,9 @@ class AgentBase(BaseAlgorithm):
     @property
     def _window(self) -> int:
         """Rows in a sampled window: the trained ones, and the one whose stored state they start from."""
-        return self.seq_len + bool(self._extras_spec().keys() - {TASK_KEY})
+        return self.seq_len + bool(self.stored_extras().keys() - {TASK_KEY})
 
-    def _extras_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    def stored_extras(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
         """Shapes and dtypes of what is stored beside each row."""
         extras = self.model.replay_extras()
         return {name: entry for name, entry in extras.items() if self.replay_context or name == TASK_KEY}
@@ -382,7 +382,7 @@ class AgentBase(BaseAlgorithm):
             self.action_codec.action_dim,
             obs_dtype=self.obs_codec.obs_dtype,
             n_envs=self.n_envs,
-            extras=self._extras_spec(),
+            extras=self.stored_extras(),
             seed=None if self.seed is None else ranks.seed_of_rank(self.seed),
             storage=storage if of_ranks is None else None,
             action_type=self.action_codec.action_type,
@@ -409,7 +409,7 @@ class AgentBase(BaseAlgorithm):
         if not isinstance(buffer, ReplayBuffer):
             raise ConfigurationError(f"replay_buffer is {buffer!r}, expected a ReplayBuffer of worldflux.training.")
         self._check_data(buffer, name)
-        extras = self._extras_spec()
+        extras = self.stored_extras()
         if buffer.n_envs != self.n_envs or {name: buffer.extras.get(name) for name in extras} != extras:
             states = ", extras=agent.model.replay_extras()" if extras else ""
             raise ConfigurationError(
@@ -447,7 +447,7 @@ class AgentBase(BaseAlgorithm):
         if "_learner" in vars(self) and self._learner.recorded is not None:
             self._learner.recorded.seed(seed)
 
-    def set_env(self, env: GymEnv | str, force_reset: bool = True) -> None:
+    def set_env(self, env: GymEnv | str | Mapping[str, GymEnv | str], force_reset: bool = True) -> None:
         """Continues in another environment of the same spaces and the same number of copies, as SB3 checks.
 
         A callback may call it, too, as a curriculum does: the episodes in flight end there as truncated, and the next

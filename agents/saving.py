@@ -393,7 +393,7 @@ class SavedAgent(AgentBase):
                 source,
                 capacity=self.buffer_size,
                 n_envs=self.n_envs,
-                extras=self._extras_spec(),
+                extras=self.stored_extras(),
                 seed=self.seed,
                 storage=self.buffer_storage,
             )

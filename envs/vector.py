@@ -89,6 +89,10 @@ class JoinedVecEnv(VecEnv):
 
     members: list[VecEnv]
 
+    def has_attr(self, attr_name: str) -> bool:
+        """Whether all environments have an attribute. Processes would die of being asked for one that is missing."""
+        return all(member.has_attr(attr_name) for member in self.members)
+
 
 def parts_of(venv: VecEnv) -> list[VecEnv]:
     """The members of a `VecEnv` that joins several, otherwise the `VecEnv` itself."""

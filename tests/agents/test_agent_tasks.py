@@ -12,6 +12,7 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from helpers.agents import weights
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
@@ -236,6 +237,19 @@ def test_opposite_aims_that_only_the_task_tells_apart_are_learned_and_then_a_fur
     assert evaluate_tasks(further, aims(middle=0.5), 2)["middle"][0] > -1.5  # random actions: -6.4
 
 
+def test_tasks_may_run_in_processes() -> None:
+    forked: dict[str, Any] = dict(vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": "fork"})
+    own = SubprocVecEnv([lambda: Aim(0)] * 2, start_method="fork")
+    agent = agent_of({"a": own, "b": make_vec_env(lambda: Aim(1, width=4), 1, **forked)})
+    try:
+        agent.learn(48)
+        assert_stored(agent.replay_buffer)
+        assert set(evaluate_tasks(agent, agent.env, 1)) == {"a", "b"}  # type: ignore[arg-type]
+        assert not agent.env.has_attr("action_repeat") and agent.env.get_attr("number") == [0, 0, 1]
+    finally:
+        agent.env.close()
+
+
 def test_learning_beside_acting_stores_the_tasks() -> None:
     agent = agent_of(two()).learn(60, asynchronous=True)
     assert_stored(agent.replay_buffer)
@@ -319,6 +333,20 @@ def test_each_task_is_evaluated_by_itself() -> None:
     scores = evaluate_tasks(agent, two(), 2)
     single = TaskVecEnv({"b": Aim(1, width=4, action_dim=2, length=4)})
     assert scores["b"] == pytest.approx(evaluate_policy(agent.for_task("b"), single, 2), abs=1e-4)
+    own = Aim(0)  # observations [3] instead of [4], and actions [1] in [-2, 2] instead of [2] in [-1, 1]
+    narrow = agent.for_task("a", own)
+    assert evaluate_policy(narrow, own, 2, warn=False) == pytest.approx(scores["a"], abs=1e-4)
+    obs = np.ones((2, 3), np.float32)
+    padded, _ = agent.predict(np.pad(obs, ((0, 0), (0, 1))), deterministic=True, task="a")
+    np.testing.assert_allclose(narrow.predict(obs, deterministic=True)[0], 2 * padded[:, :1])
+    assert narrow.predict(obs[0])[0].shape == (1,)
+    assert collect(own, narrow, steps=10).obs_shape == (3,)
+    with pytest.raises(ShapeMismatchError, match=r"Box.*\(1,\).*expected continuous ones of width 2 in task 'b'"):
+        agent.for_task("b", own)
+    with pytest.raises(ShapeMismatchError, match=r"observations \(5,\), expected \(4,\) as the agent, or shorter"):
+        agent.for_task("a", Aim(0, width=5))
+    with pytest.raises(ConfigurationError, match="Unknown task 'c'"):
+        agent.for_task("c", own)
     with pytest.raises(ConfigurationError, match="expected an environment for each name of a task"):
         evaluate_tasks(agent, Aim(0))  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="Unknown task 'c'"):

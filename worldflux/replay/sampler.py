@@ -177,6 +177,17 @@ class WindowSampler:
         steps = at[(rows.flags[at] & FINAL) == 0]
         check_fits("The replay buffer", np.asarray(rows.actions[steps]), self._form.action_classes, classes)
 
+    @property
+    def num_tasks(self) -> int:
+        """One more than the highest number of a task in the column `task`; 0 if the data do not name any."""
+        tasks = self._tasks()
+        return 0 if tasks is None else int(tasks.max(initial=UNKNOWN_TASK)) + 1
+
+    def _tasks(self) -> np.ndarray | None:
+        """The task of every stored row; None without the column. `[N]`"""
+        rows = self._rows
+        return np.asarray(rows.extras[TASK_KEY][rows.stored_at()]) if TASK_KEY in rows.extras else None
+
     def check_tasks(self, count: int, action_dims: Sequence[int] = ()) -> None:
         """Checks that every stored row is of one of a model's tasks.
 
@@ -187,8 +198,7 @@ class WindowSampler:
         Raises:
             BufferError: If rows are of other tasks or have other actions, or the data do not say of which they are.
         """
-        rows = self._rows
-        tasks = np.asarray(rows.extras[TASK_KEY][rows.stored_at()]) if TASK_KEY in rows.extras else None
+        tasks = self._tasks()
         if tasks is None or (tasks == UNKNOWN_TASK).any():
             raise BufferError(
                 f"The model has {count} tasks (num_tasks), and the data do not say which task a row is of. "
