@@ -3,7 +3,7 @@
 It holds MODEL, the environment or data, and the options that differ from the defaults, by their names:
 
     model: dreamerv3:tiny
-    env: CartPole-v1
+    env: CartPole-v1             # or {walker-walk: dmc/walker-walk, walker-run: dmc/walker-run}
     steps: 8000
     seed: 0
     set: {units: 64}
@@ -14,13 +14,14 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from worldflux.cli.options import REPEATABLE, assignments, changed, option, whole_number_from
+from worldflux.cli.options import REPEATABLE, assignments, changed, option, tasks_in, whole_number_from
 from worldflux.cli.runs import CONFIG_FILE
 from worldflux.errors import ConfigurationError, a_type, nearest
 from worldflux.files import write_atomically
@@ -82,7 +83,7 @@ def write_settings(directory: Path, command: str, task_name: str, model: str, ta
         pass
 
     Dumper.add_implicit_resolver(*_WITH_EXPONENT)
-    content: dict[str, Any] = {"format": FORMAT, "model": model, task_name: task}
+    content: dict[str, Any] = {"format": FORMAT, "model": model, task_name: tasks_in(task) or task}
     for name, value in changed(settings).items():
         if name in REPEATABLE:
             value = assignments(name, value, "") if value and "=" in value[0] else list(value)
@@ -116,7 +117,7 @@ def read_settings(path: Path, task_name: str, defaults: SettingsT, args: Sequenc
     content = {str(name).replace("-", "_"): value for name, value in content.items()}
     if content.pop("format", FORMAT) != FORMAT:
         raise ConfigurationError(f"{path} was written by another version of worldflux. Use that version.")
-    model, task = (_text(path, name, content.pop(name, None)) for name in ("model", task_name))
+    model, task = (_text(path, name, content.pop(name, None), tasks=name == task_name) for name in ("model", task_name))
     seeds = _seeds(path, content.pop("seeds", None))
     options = replace(defaults, **{name: _value(path, name, value, hints[name]) for name, value in content.items()})  # type: ignore[type-var]
     for name in REPEATABLE:
@@ -187,7 +188,12 @@ def _load(path: Path) -> dict[Any, Any]:
     return content
 
 
-def _text(path: Path, name: str, value: Any) -> str | None:
+def _text(path: Path, name: str, value: Any, *, tasks: bool = False) -> str | None:
+    """A text of the file, for a name that may stand for several tasks also from their names and texts."""
+    if tasks and isinstance(value, dict) and value:
+        value = shlex.join(f"{_text(path, name, key)}={_text(path, name, one)}" for key, one in value.items())
+        if not tasks_in(value):
+            raise ConfigurationError(f"{path}: {name} has a name of a task with a space or one of = / : \\ in it.")
     if value is not None and not isinstance(value, str):
         raise ConfigurationError(f"{path}: {name} is {_short(value)}, expected text.")
     return value

@@ -9,7 +9,7 @@ import math
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 
 from worldflux.cli.commands.train import TrainSettings
 from worldflux.cli.commands.train_offline import OfflineSettings
-from worldflux.cli.options import from_json
+from worldflux.cli.options import from_json, tasks_in
 from worldflux.cli.runs import EVALUATIONS_FILE, LOGS, RunConfig, read_evaluations
 from worldflux.errors import CheckpointError, MissingDependencyError, install_hint
 from worldflux.reading import open_regular
@@ -43,6 +43,13 @@ class Run:
     """Directory of the run."""
     config: RunConfig
     """Content of its `config.json`."""
+    part: str = ""
+    """Name of a task whose scores these are; empty for those of all tasks."""
+
+    def parts(self) -> list[Run]:
+        """The run with the scores of each task; the run itself if it has one task."""
+        tasks = tasks_in(self.config.task) if self.config.kind == "train" else {}
+        return [replace(self, part=name) for name in tasks] if len(tasks) > 1 else [self]
 
     @property
     def task(self) -> str:
@@ -52,7 +59,9 @@ class Run:
         parts += [f"size {options['size']}"] if options.get("size") else []
         parts += [f"action repeat {options['action_repeat']}"] if options.get("action_repeat") else []
         parts += options.get("env_kwargs", ())
-        return " ".join([self.config.task, *parts])
+        # Not the name of the environment, for which scores of agents are published that learned nothing else.
+        whole = f"{self.part}, one of {len(tasks_in(self.config.task))} tasks" if self.part else self.config.task
+        return " ".join([whole, *parts])
 
     @property
     def seed(self) -> Any:
@@ -62,12 +71,13 @@ class Run:
     @cached_property
     def evaluation(self) -> list[Score]:
         """Scores of the evaluations."""
-        return [(row.step, row.seconds, row.score) for row in read_evaluations(self.directory / EVALUATIONS_FILE)]
+        rows = read_evaluations(self.directory / EVALUATIONS_FILE)
+        return [(row.step, row.seconds, row.tasks.get(self.part, row.score)) for row in rows]
 
     @cached_property
     def training(self) -> list[Score]:
         """Mean returns of the last 100 training episodes, from all parts of the log."""
-        names = (STEP, SECONDS, "rollout/ep_rew_mean")
+        names = (STEP, SECONDS, f"rollout/ep_rew_mean/{self.part}" if self.part else "rollout/ep_rew_mean")
         return [(row[names[0]], row[names[1]], row[names[2]]) for row in self.log if all(name in row for name in names)]
 
     @cached_property

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from worldflux.cli.options import EnvOptions
+from worldflux.cli.options import EnvOptions, tasks_in
 from worldflux.errors import ConfigurationError, WorldFluxError, nearest
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ def is_own_code(text: str) -> bool:
 
 def lasting_name(text: str) -> str:
     """The same environment, given so that it is found from every working directory."""
+    if tasks := tasks_in(text):
+        return shlex.join(f"{name}={lasting_name(place)}" for name, place in tasks.items())
     found = _WHERE.fullmatch(text)
     if found is None or not found["module"].endswith(".py"):
         return text
@@ -156,9 +159,9 @@ def make_environments(
     """Makes several environments that are stepped together.
 
     Args:
-        name: ENV of the command line.
+        name: ENV of the command line; of several tasks, all environments become one `TaskVecEnv`.
         options: Its options.
-        n_envs: Number of environments.
+        n_envs: Number of environments, of each task.
         seed: Seed of the first one.
         processes: Run each of them in its own process.
         render: Show the first one in a window.
@@ -167,7 +170,16 @@ def make_environments(
         ConfigurationError: If they cannot be made, or shown.
     """
     from worldflux.envs.make import make_vec_env
+    from worldflux.envs.tasks import TaskVecEnv
 
+    if tasks := tasks_in(name):
+        of_tasks = {}
+        for number, (task, place) in enumerate(tasks.items()):
+            given = None if seed is None else seed + number * n_envs
+            of_tasks[task] = make_environments(
+                place, options, n_envs, seed=given, processes=processes, render=render and not number
+            )
+        return TaskVecEnv(of_tasks)
     make, arguments = _constructor(name, options)
     if not render:
         with _constructor_errors(name, options):

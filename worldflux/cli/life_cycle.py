@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from worldflux.cli import runs
 from worldflux.cli.config_file import write_settings
-from worldflux.cli.options import as_arguments, changed, counted, from_json, option
+from worldflux.cli.options import as_arguments, changed, counted, from_json, option, words_in
 from worldflux.cli.provenance import circumstances
 from worldflux.cli.runs import RunConfig
 from worldflux.cli.tracked import RunTracking
@@ -38,7 +38,7 @@ class Work(ABC):
 
     Args:
         model: MODEL of the command line.
-        task: Environment or data file of the run.
+        task: Environment or data file of the run; several are in the form of `joined_tasks`.
         settings: Options of the command, with numbers in place of defaults that depend on other options.
         run: Directory of the run that is resumed; None for a new run.
         resources: What has to be closed at the end of the run is registered here.
@@ -212,7 +212,7 @@ def _start(
                     task=made.task,
                     settings=asdict(settings),
                     frames_per_step=made.frames_per_step,
-                    command=f"worldflux {work.command} {shlex.join([model, task])} {as_arguments(settings)}",
+                    command=f"worldflux {work.command} {shlex.join([model, *words_in(task)])} {as_arguments(settings)}",
                     started=runs.now(),
                     **circumstances(made.task, settings.device),
                 ),
@@ -265,7 +265,7 @@ def _tell_left(work: type[Work], model: str, task: str, given: Any, run: Path | 
         return
     seeds = " ".join(map(str, left))
     where = [] if run is None else ["--run", str(runs.shown(run))]
-    words = [work.command, shlex.join([model, task, *where]), as_arguments(given), "--seeds", seeds]
+    words = [work.command, shlex.join([model, *words_in(task), *where]), as_arguments(given), "--seeds", seeds]
     again = " ".join(word for word in words if word)
     plural = "" if len(left) == 1 else "s"
     _say(f"not started: seed{plural} {seeds}. Start with: worldflux {again}")

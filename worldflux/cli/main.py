@@ -8,7 +8,6 @@ import select
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, TextIO
 
 import tyro
@@ -28,6 +27,7 @@ from worldflux.cli.commands.reproduce import reproduce
 from worldflux.cli.commands.train import TrainSettings, train
 from worldflux.cli.commands.train_offline import OfflineSettings, train_offline
 from worldflux.cli.config_file import path_in, read_settings
+from worldflux.cli.options import words_in
 from worldflux.cli.provenance import installed_version
 from worldflux.errors import ConfigurationError, WorldFluxError, nearest
 
@@ -150,8 +150,8 @@ def _configured(name: str, rest: list[str]) -> tuple[Callable[..., int], Sequenc
         return COMMANDS[name], _TYRO
     task, defaults = _TASKS[name]
     found = read_settings(path, task, defaults, rest)
-    place = Path(found.task) if task == "data" and found.task is not None else found.task
-    values = {"model": found.model, task: place, "seeds": found.seeds, "settings": found.options}
+    places = () if found.task is None else tuple(words_in(found.task))
+    values = {"model": found.model, task: places, "seeds": found.seeds, "settings": found.options}
     # Flags that the file sets can be given in both forms, such as --pixels and --no-pixels.
     return partial(COMMANDS[name], **values), ()
 

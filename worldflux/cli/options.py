@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -79,6 +80,15 @@ ModelName = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[
 OptionalEnvName = Annotated[
     str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[ENV]", help_behavior_hint=NO_HINT)
 ]
+EnvNames = Annotated[
+    tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[ENV ...]", help_behavior_hint=NO_HINT)
+]
+DataNames = Annotated[
+    tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[DATA ...]", help_behavior_hint=NO_HINT)
+]
+"""The argument of `joined_tasks`."""
+TaskName = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=NO_HINT)]
+"""A task of an agent that has several."""
 AgentPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="AGENT", help_behavior_hint=NO_HINT)]
 Json = Annotated[bool, tyro.conf.arg(name="json", help_behavior_hint=NO_HINT)]
 Fields = Annotated[
@@ -101,6 +111,78 @@ Compile = Literal["auto", "true", "false"]
 
 REPEATABLE = ("set", "env_kwargs", "track")
 """Settings whose option may be repeated."""
+
+
+_OF_TASK = re.compile(r"(?P<name>[^\s=/\\:'\"]+)=(?P<place>.+)", re.DOTALL)
+"""`walker-walk=dmc/walker-walk`: the environment or the data of a task. Paths with `=` are written as `./a=b.npz`."""
+
+
+_LONGEST_TITLE = 100
+"""Characters of a directory's name; systems take 255 bytes."""
+
+
+def joined_tasks(words: Sequence[str]) -> str | None:
+    """ENV or DATA of the command line as one text; None if there is none.
+
+    Several have the form `NAME=PLACE NAME=PLACE`, quoted as for a shell. Where no name is given, it is the last part of
+    the place: `walker-walk` for `dmc/walker-walk`, `walk` for `data/walk.npz`.
+
+    Raises:
+        ConfigurationError: If two have the same name, or a name or a place is missing.
+    """
+    for word in words:
+        if word.startswith("=") or word.endswith("="):
+            raise ConfigurationError(f"'{word}' is not understood, expected NAME=PLACE: walker-walk=dmc/walker-walk.")
+    if len(words) <= 1 and not tasks_in(" ".join(words)):
+        return words[0] if words else None
+    if len(words) == 1 and len(tasks_in(words[0])) > 1:  # which are quoted already
+        return words[0]
+    named = [word if _OF_TASK.fullmatch(word) else f"{task_name(word)}={word}" for word in words]
+    text = shlex.join(named)
+    tasks_in(text)
+    return text
+
+
+def task_name(place: str) -> str:
+    """The name of a task whose environment or data are given without one."""
+    last = re.split(r"[/\\:]", place.rstrip("/\\"))[-1].removesuffix(".npz")
+    return re.sub(r"[\s='\"]+", "-", last)
+
+
+def tasks_in(text: str) -> dict[str, str]:
+    """The environment or the data of each task, by its name; empty if a text of `joined_tasks` names no tasks.
+
+    Raises:
+        ConfigurationError: If two have the same name.
+    """
+    try:
+        found = [_OF_TASK.fullmatch(word) for word in shlex.split(text)]
+    except ValueError:  # an apostrophe in a path
+        return {}
+    named = [(match["name"], match["place"]) for match in found if match is not None]
+    if len(named) < len(found):
+        return {}
+    tasks = dict(named)
+    if len(tasks) < len(named):
+        twice = next(name for name, _ in named if [other for other, _ in named].count(name) > 1)
+        raise ConfigurationError(f"Two tasks have the name '{twice}'. Give each its own: {twice}-2={tasks[twice]}.")
+    return tasks
+
+
+def places_in(text: str) -> list[str]:
+    """The environments or the data in a text of `joined_tasks`."""
+    return list(tasks_in(text).values()) or [text]
+
+
+def words_in(text: str) -> list[str]:
+    """The arguments of the command line in a text of `joined_tasks`."""
+    return [f"{name}={place}" for name, place in tasks_in(text).items()] or [text]
+
+
+def title_of(text: str) -> str:
+    """A short name for a text of `joined_tasks`: the names of the tasks, or their number."""
+    names = "_".join(tasks_in(text))
+    return text if not names else names if len(names) <= _LONGEST_TITLE else f"{len(tasks_in(text))}-tasks"
 
 
 def option(name: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from worldflux import errors
+from worldflux.cli.options import places_in
 
 PACKAGES = ("worldflux", "torch", "numpy", "gymnasium", "stable-baselines3")
 """Packages that every run uses."""
@@ -44,7 +45,9 @@ def versions(task: str = "") -> dict[str, str]:
         task: Environment of the run.
     """
     used = [package for package, module in _OF_ENVIRONMENTS.items() if module in sys.modules]
-    used += [package for suite, needed in _OF_SUITES.items() if task.startswith(suite) for package in needed]
+    for suite, needed in _OF_SUITES.items():
+        if any(place.startswith(suite) for place in places_in(task)):
+            used += needed
     found = {name: installed_version(name) for name in (*PACKAGES, *dict.fromkeys(used))}
     return {"python": platform.python_version(), **{name: known for name, known in found.items() if known is not None}}
 
@@ -64,8 +67,9 @@ def commits(task: str = "") -> dict[str, str]:
         task: Environment of the run.
     """
     found = {"worldflux": commit_of(Path(errors.__file__)) or _installed_commit()}
-    if ":" in task:
-        code = _code_of(task)
+    own = next((place for place in places_in(task) if ":" in place), None)
+    if own is not None:
+        code = _code_of(own)
         found["environment"] = None if code is None else commit_of(code)
     return {name: commit for name, commit in found.items() if commit is not None}
 

@@ -16,6 +16,7 @@ from stable_baselines3.common.logger import KVWriter, Logger, make_output_format
 from stable_baselines3.common.vec_env import VecEnv
 
 from worldflux.agents import WorldFluxAgent
+from worldflux.agents.collecting import env_of, policy_for
 from worldflux.agents.progress import ProgressBar
 from worldflux.cli.options import counted
 from worldflux.cli.provenance import installed_version
@@ -26,6 +27,7 @@ from worldflux.cli.runs import (
     read_evaluations,
     write_evaluations,
 )
+from worldflux.envs import TaskVecEnv
 from worldflux.errors import StoppedError
 from worldflux.training.callbacks import Callback
 from worldflux.training.trainer import Trainer
@@ -133,7 +135,7 @@ class Evaluations(BaseCallback):
         envs: Environments of the evaluations.
         directory: Directory of the run.
         interval: Environment steps between two evaluations.
-        episodes: Number of episodes in each evaluation.
+        episodes: Number of episodes in each evaluation, of each task.
         seed: Seed of the run.
         say: Prints a line.
     """
@@ -171,14 +173,19 @@ class Evaluations(BaseCallback):
 
     def _evaluate(self) -> None:
         self.envs.seed(self.seed + EVALUATION_SEED)
+        envs = env_of(self.envs, like=self.model)
+        parts = envs.parts() if isinstance(envs, TaskVecEnv) else {"": envs}
+        scores: list[float] = []
+        lengths: list[int] = []
+        tasks: dict[str, float] = {}
         try:
-            scores, lengths = evaluate_policy(
-                self.model,
-                self.envs,
-                self.episodes,
-                callback=self._go_on,
-                return_episode_rewards=True,
-            )
+            for name, part in parts.items():
+                policy = policy_for(self.model, part)
+                found: Any = evaluate_policy(
+                    policy, part, self.episodes, callback=self._go_on, return_episode_rewards=True
+                )
+                scores, lengths = scores + found[0], lengths + found[1]
+                tasks[name] = round(float(np.mean(found[0])), 4)
         except StoppedError:
             return
         row = Evaluation(
@@ -186,9 +193,10 @@ class Evaluations(BaseCallback):
             score=round(float(np.mean(scores)), 4),
             std=round(float(np.std(scores)), 4),
             length=float(np.mean(lengths)),
-            episodes=self.episodes,
+            episodes=len(scores),
             seconds=round(time.monotonic() - self._began, 1),
             seed=self.seed,
+            tasks=tasks if len(tasks) > 1 else {},
         )
         improved = self.best is None or row.score > self.best.score
         if improved:
@@ -196,11 +204,15 @@ class Evaluations(BaseCallback):
         self.rows.append(row)
         write_evaluations(self.path, self.rows)
         self.logger.record("eval/mean_reward", row.score)
+        for name, score in row.tasks.items():
+            self.logger.record(f"eval/mean_reward/{name}", score)
         self.logger.record("eval/mean_ep_length", row.length)
         self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
         self.logger.dump(self.num_timesteps)
         best = "the best so far" if improved else f"the best is {self.best.score:g}" if self.best else ""
         over = counted(row.episodes, "episode")
+        if row.tasks:
+            over += f" ({', '.join(f'{name} {score:.4g}' for name, score in row.tasks.items())})"
         self.say(f"step {row.step}  evaluation: {row.score:.4g} ± {row.std:.3g} over {over}, {best}")
 
     def _go_on(self, *args: Any) -> None:

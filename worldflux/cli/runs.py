@@ -348,6 +348,13 @@ class Evaluation:
     """Seconds since the training began, not counting the time in which the run was stopped."""
     seed: int
     """Seed of the run."""
+    tasks: dict[str, float] = field(default_factory=dict)
+    """Mean return in each task, of an agent that learns several."""
+
+
+_COLUMNS = [item for item in fields(Evaluation) if item.name != "tasks"]
+_OF_TASK = "score/"
+"""Beginning of the column with the scores in a task."""
 
 
 def read_evaluations(path: Path) -> list[Evaluation]:
@@ -358,11 +365,14 @@ def read_evaluations(path: Path) -> list[Evaluation]:
     """
     if not path.is_file():
         return []
-    kinds = {item.name: {"int": int, "float": float}[str(item.type)] for item in fields(Evaluation)}
+    kinds = {item.name: {"int": int, "float": float}[str(item.type)] for item in _COLUMNS}
     try:
         with io.TextIOWrapper(open_regular(path), encoding="utf-8", newline="") as file:
             return [
-                Evaluation(**{name: _number(kind, row[name]) for name, kind in kinds.items()})
+                Evaluation(
+                    **{name: _number(kind, row[name]) for name, kind in kinds.items()},
+                    tasks={name[len(_OF_TASK) :]: float(row[name]) for name in row if str(name).startswith(_OF_TASK)},
+                )
                 for row in csv.DictReader(file)
             ]
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
@@ -379,7 +389,10 @@ def _number(kind: type[int] | type[float], text: str) -> Any:
 def write_evaluations(path: Path, rows: list[Evaluation]) -> None:
     """Writes all rows. The file is replaced as a whole."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [item.name for item in fields(Evaluation)], lineterminator="\n")
+    tasks = [_OF_TASK + name for name in (rows[0].tasks if rows else ())]
+    writer = csv.DictWriter(text, [*(item.name for item in _COLUMNS), *tasks], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
+    for row in rows:
+        numbers = {item.name: getattr(row, item.name) for item in _COLUMNS}
+        writer.writerow(numbers | {_OF_TASK + name: score for name, score in row.tasks.items()})
     write_atomically(path, text.getvalue().encode())

@@ -9,8 +9,8 @@ from typing import Annotated
 import tyro
 
 from worldflux.cli.environments import EnvName, make_environments
-from worldflux.cli.options import Count, EnvOptions, Flag, Number, check_writable, counted
-from worldflux.cli.players import load_player
+from worldflux.cli.options import Count, EnvOptions, Flag, Number, TaskName, check_writable, counted
+from worldflux.cli.players import load_player, one_task
 from worldflux.cli.runs import Saved, saved_agent
 from worldflux.errors import ConfigurationError
 from worldflux.files import checked_path
@@ -28,6 +28,7 @@ def collect(
     steps: Number = None,
     episodes: Number = None,
     policy: Annotated[str, tyro.conf.arg(metavar="POLICY")] = RANDOM,
+    task: TaskName = None,
     n_envs: Count = 1,
     seed: Number = None,
     overwrite: Flag = False,
@@ -41,6 +42,7 @@ def collect(
         steps: Number of environment steps to record, summed over all environments.
         episodes: Number of complete episodes to record, instead of --steps.
         policy: "random", a zip of WorldFluxAgent.save, or the directory of a run or of a model.
+        task: Task of the policy that ENV is, for an agent that has several. Default: the one with the name of ENV.
         n_envs: Number of environments that are stepped together.
         seed: Seed of the environments and of random actions. If omitted, it is random.
         overwrite: Replace the file if it exists.
@@ -54,6 +56,9 @@ def collect(
     if (steps is None) == (episodes is None):
         raise ConfigurationError("Give either --steps or --episodes: how much is recorded.")
     saved = None if policy == RANDOM else _policy(policy)
+    task, env = one_task(env, task, "worldflux collect records")
+    if saved is None and task is not None:
+        raise ConfigurationError(f"The task {task} is one of a --policy, which is missing. Leave the task out.")
     if seed is not None:
         whole_number("seed", seed, 0)
 
@@ -63,7 +68,7 @@ def collect(
     envs = make_environments(env, options, n_envs, seed=seed)
     buffer, status = None, 0
     try:
-        acting = None if saved is None else load_player(saved, envs, env)
+        acting = None if saved is None else load_player(saved, envs, env, task)
         shown = _Progress(steps, "step") if episodes is None else _Progress(episodes, "episode")
         with stopping_on_signals() as stop:
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import inf
@@ -15,8 +15,19 @@ import tyro
 
 from worldflux.cli import runs
 from worldflux.cli.environments import make_environment, open_window
-from worldflux.cli.options import AgentPath, Count, EnvOptions, File, Flag, Json, OptionalEnvName, counted
-from worldflux.cli.players import chosen_environment, load_player
+from worldflux.cli.options import (
+    AgentPath,
+    Count,
+    EnvNames,
+    EnvOptions,
+    File,
+    Flag,
+    Json,
+    TaskName,
+    counted,
+    joined_tasks,
+)
+from worldflux.cli.players import chosen_environment, chosen_tasks, load_player
 from worldflux.errors import ConfigurationError, MissingDependencyError
 from worldflux.files import checked_path
 from worldflux.hub.addresses import address, is_address
@@ -25,7 +36,7 @@ if TYPE_CHECKING:
     import gymnasium as gym
     import numpy as np
 
-    from worldflux.agents import WorldFluxAgent
+    from worldflux.envs.collection import Predictor
 
 _NO_OPTIONS = EnvOptions()
 _LINES = 10
@@ -43,8 +54,9 @@ class Episode:
 
 def evaluate(
     agent: AgentPath,
-    env: OptionalEnvName = None,
+    env: EnvNames = (),
     *,
+    task: TaskName = None,
     episodes: Count = 10,
     seed: Count = 0,
     stochastic: Flag = False,
@@ -61,7 +73,8 @@ def evaluate(
         agent: A zip of WorldFluxAgent.save, a checkpoint, the directory of a run or of a model (save_pretrained), or
             an address on the Hugging Face Hub (hf://user/name).
         env: ENV of worldflux train. Default: the environment of the agent's run, with the same options.
-        episodes: Number of episodes to play.
+        task: Task to play, or the one that ENV is, for an agent that has several. Default: all of its run.
+        episodes: Number of episodes to play, of each task.
         seed: Seed of the environment and of sampled actions.
         stochastic: Sample the actions, as in training, instead of taking the most likely ones.
         newest: For the directory of a run, use the newest checkpoint instead of the agent with the best evaluation.
@@ -82,31 +95,42 @@ def evaluate(
     whole_number("video_episodes", video_episodes, 1)
     AgentSettings(seed=seed)  # checks the seed
     source = runs.saved_agent(agent, newest=newest)
-    name, options = chosen_environment(f"worldflux eval {agent}", agent, env, options)
+    name, options = chosen_environment(f"worldflux eval {agent}", agent, joined_tasks(env), options)
     if video is not None:
         check_target(video)
         video_file = checked_path("--video", video)  # before the environment may change the working directory
     if render and video is not None:
         raise ConfigurationError("--render and --video cannot be combined. Leave one of them out.")
     mode = "human" if render else None if video is None else "rgb_array"
-    made = make_environment(name, options, mode)
-    try:
-        if render:
-            open_window(made, name)
-        player = load_player(source, made, name)
-        film = None if video is None else video_file
-        played = play_episodes(
-            player, made, episodes, seed=seed, deterministic=not stochastic, film=film, filmed=video_episodes
-        )
-    finally:
-        made.close()
+    played, films = {}, {}
+    tasks = chosen_tasks(name, task)
+    for one, place in tasks.items():
+        if video is not None:
+            ending = f"-{one}{video.suffix}" if len(tasks) > 1 else video.suffix
+            films[one] = video.with_name(video.stem + ending)
+        made = make_environment(place, options, mode)
+        try:
+            if render:
+                open_window(made, place)
+            played[one] = play_episodes(
+                load_player(source, made, place, one),
+                made,
+                episodes,
+                seed=seed,
+                deterministic=not stochastic,
+                film=None if video is None else video_file.with_name(films[one].name),
+                filmed=video_episodes,
+            )
+        finally:
+            made.close()
     shown = str(address(agent, "model")) if is_address(agent) else str(source.path)
-    _report(played, shown, name, stochastic=stochastic, seed=seed, as_json=json_output, video=video)
+    found = {one: _result(played[one], place, films.get(one)) for one, place in tasks.items()}
+    _report(found, shown, stochastic=stochastic, seed=seed, as_json=json_output)
     return 0
 
 
 def play_episodes(
-    agent: WorldFluxAgent,
+    agent: Predictor,
     env: gym.Env[Any, Any],
     episodes: int,
     *,
@@ -147,7 +171,7 @@ def play_episodes(
 
 
 def play(
-    agent: WorldFluxAgent,
+    agent: Predictor,
     env: gym.Env[Any, Any],
     *,
     seed: int | None,
@@ -199,33 +223,46 @@ def _picture(env: gym.Env[Any, Any]) -> np.ndarray:
     return picture
 
 
-def _report(
-    played: list[Episode], agent: str, env: str, *, stochastic: bool, seed: int, as_json: bool, video: Path | None
-) -> None:
-    """Prints the scores."""
+def _result(played: list[Episode], env: str, film: Path | None) -> dict[str, Any]:
+    """The scores of the episodes in an environment."""
     from statistics import fmean, pstdev
 
     scores, lengths = [episode.score for episode in played], [episode.length for episode in played]
+    found = {
+        "env": env,
+        "episodes": len(played),
+        "mean": fmean(scores),
+        "std": pstdev(scores),
+        "min": min(scores),
+        "max": max(scores),
+        "scores": scores,
+        "lengths": lengths,
+    }
+    return found if film is None else {**found, "video": str(film)}
+
+
+def _report(
+    found: Mapping[str | None, dict[str, Any]], agent: str, *, stochastic: bool, seed: int, as_json: bool
+) -> None:
+    """Prints the scores in each task."""
+    from statistics import fmean, pstdev
+
+    mean = fmean(result["mean"] for result in found.values())
     if as_json:
-        result = {
-            "agent": agent,
-            "env": env,
-            "deterministic": not stochastic,
-            "seed": seed,
-            "episodes": len(played),
-            "mean": fmean(scores),
-            "std": pstdev(scores),
-            "min": min(scores),
-            "max": max(scores),
-            "scores": scores,
-            "lengths": lengths,
-        }
-        print(json.dumps(result if video is None else {**result, "video": str(video)}))
+        about = {"agent": agent, "deterministic": not stochastic, "seed": seed}
+        several = {"mean": mean, "tasks": found}
+        print(json.dumps({**about, **(several if len(found) > 1 else next(iter(found.values())))}))
         return
     actions = "sampled" if stochastic else "most likely"
-    print(f"{agent} in {env}: {counted(len(played), 'episode')}, {actions} actions, seed {seed}")
-    for name, values in (("score", scores), ("length", lengths)):
-        low, high = min(values), max(values)
-        print(f"  {name:<7} mean {fmean(values):<10.6g} std {pstdev(values):<10.4g} min {low:<10.6g} max {high:.6g}")
-    if video is not None:
-        print(f"  {video}")
+    for task, result in found.items():
+        where = result["env"] if task is None else f"{task} ({result['env']})"
+        print(f"{agent} in {where}: {counted(result['episodes'], 'episode')}, {actions} actions, seed {seed}")
+        for name, values in (("score", result["scores"]), ("length", result["lengths"])):
+            low, high = min(values), max(values)
+            print(
+                f"  {name:<7} mean {fmean(values):<10.6g} std {pstdev(values):<10.4g} min {low:<10.6g} max {high:.6g}"
+            )
+        if "video" in result:
+            print(f"  {result['video']}")
+    if len(found) > 1:
+        print(f"mean score of {len(found)} tasks: {mean:.6g}")

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from worldflux.cli import runs
 from worldflux.cli.environments import make_environment
-from worldflux.cli.options import AgentPath, Count, EnvOptions, Number, check_writable, counted
-from worldflux.cli.players import environment_of, load_player
+from worldflux.cli.options import (
+    AgentPath,
+    Count,
+    DataNames,
+    EnvOptions,
+    Number,
+    TaskName,
+    check_writable,
+    counted,
+    joined_tasks,
+    tasks_in,
+)
+from worldflux.cli.players import chosen_tasks, environment_of, load_player
 from worldflux.cli.runs import Saved
 from worldflux.errors import ConfigurationError, ShapeMismatchError
 from worldflux.files import checked_path, directory_beside, writing
@@ -21,11 +33,14 @@ from worldflux.hub.client import RECORD_FILE, dataset_path
 
 if TYPE_CHECKING:
     from worldflux.agents import WorldFluxAgent
+    from worldflux.agents.acting import TaskPolicy
     from worldflux.diagnostics.open_loop import PredictionError
     from worldflux.models.base import WorldModel
+    from worldflux.replay.provider import TaskReplay
     from worldflux.training import ReplayBuffer
 
-_Data = Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[DATA]", help_behavior_hint="")]
+    Data = ReplayBuffer | TaskReplay
+
 _Env = Annotated[str | None, tyro.conf.arg(metavar="ENV", help_behavior_hint="")]
 
 WINDOWS, IMAGE_WINDOWS = 256, 32
@@ -35,9 +50,10 @@ _NO_OPTIONS = EnvOptions()
 
 def imagine(
     agent: AgentPath,
-    data: _Data = None,
+    data: DataNames = (),
     *,
     env: _Env = None,
+    task: TaskName = None,
     episodes: Count = 10,
     context: Count = 5,
     horizon: Count = 45,
@@ -55,7 +71,8 @@ def imagine(
         data: Recorded episodes, an .npz or a directory of them. Default: the checkpoint's replay data, or the data of
             the train-offline run.
         env: Record new episodes of the agent instead, in this environment (ENV of worldflux train).
-        episodes: Number of episodes to record with --env.
+        task: Task that DATA or --env is of, or the one of the run to play, for an agent that has several.
+        episodes: Number of episodes to record with --env, of each task.
         context: Number of rows of each window that the model sees.
         horizon: Number of rows after the context that it predicts.
         windows: Number of windows on which errors are measured. Default: 256, or 32 for images.
@@ -75,8 +92,9 @@ def imagine(
     for name, given in counts.items():
         whole_number(name, given, 1)
     whole_number("seed", seed, 0)
-    if data is not None and env is not None:
-        raise ConfigurationError(f"Both {data} and --env {env} are given. Leave one of them out.")
+    files = joined_tasks(data)
+    if files is not None and env is not None:
+        raise ConfigurationError(f"Both {files} and --env {env} are given. Leave one of them out.")
     if options != _NO_OPTIONS and env is None:
         raise ConfigurationError(f"{options.shown()}: options of an environment need --env. Add it, or leave them out.")
     source = runs.saved_agent(agent, newest=True)  # checkpoints have replay data
@@ -94,7 +112,9 @@ def imagine(
     from worldflux.diagnostics.plots.frames import FPS, film, image_keys, longest_windows
     from worldflux.diagnostics.plots.style import no_decoder
 
-    model, steps, buffer, described = model_and_data(source, data, env, options, episodes=episodes, seed=seed)
+    model, steps, buffer, described = model_and_data(
+        source, files, env, options, episodes=episodes, seed=seed, task=task
+    )
     check_rows(model, buffer, described)
     has_images = any(len(shape) == 3 for shape in model.config.obs_shapes.values())
     count = windows or (IMAGE_WINDOWS if has_images else WINDOWS)
@@ -119,8 +139,15 @@ def imagine(
 
 
 def model_and_data(
-    source: Saved, data: Path | None, env: str | None, options: EnvOptions, *, episodes: int, seed: int
-) -> tuple[WorldModel, int | None, ReplayBuffer, str]:
+    source: Saved,
+    data: str | None,
+    env: str | None,
+    options: EnvOptions,
+    *,
+    episodes: int,
+    seed: int,
+    task: str | None = None,
+) -> tuple[WorldModel, int | None, Data, str]:
     """The model, the environment steps of its agent, the data that the model is shown, and their description.
 
     Args:
@@ -130,10 +157,10 @@ def model_and_data(
         options: Options of `env`.
         episodes: Number of new episodes.
         seed: Seed of the new episodes and of the windows.
+        task: Task of `data` or `env`.
     """
     from worldflux.agents import WorldFluxAgent
     from worldflux.factory import create_world_model
-    from worldflux.training import ReplayBuffer
 
     path, storage = source.path, None
     shared = (path / RECORD_FILE).is_file()  # by push_to_hub, without replay data
@@ -147,39 +174,71 @@ def model_and_data(
             env, options = environment_of(path, remedy)
         else:
             assert config is not None
-            data, storage = Path(config.task), config.settings.get("storage")
-    if data is not None and is_address(data):
-        data = dataset_path("DATA", data)
-    if data is not None and not data.exists():
-        raise ConfigurationError(f"There is no file '{data}'. DATA is an .npz of worldflux collect.")
+            data, storage = config.task, config.settings.get("storage")
     if env is not None:
-        player, buffer = _record(source, env, options, episodes, seed)
-        steps = player.num_timesteps if source.is_agent else None
-        return player.model, steps, buffer, f"{counted(episodes, 'new episode')} in {env}"
-    if not source.is_agent:
-        assert data is not None
-        model = create_world_model(path, device="auto")
-        return model, None, ReplayBuffer.load(data, seed=seed, storage=storage), f"episodes of {data.name}"
-    player = WorldFluxAgent.load(path)
+        recorded, found = _record(source, env, options, episodes, seed, task)
+        steps = recorded.num_timesteps if source.is_agent else None
+        return recorded.model, steps, found, f"{counted(episodes, 'new episode')} in {env}"
+    player = WorldFluxAgent.load(path) if source.is_agent else None
+    model = create_world_model(path, device="auto") if player is None else player.model
+    steps = None if player is None else player.num_timesteps
     if data is not None:
-        return player.model, player.num_timesteps, ReplayBuffer.load(data, seed=seed), f"episodes of {data.name}"
-    return player.model, player.num_timesteps, _replay_data(player, path, seed), f"replay data of {path.name}"
+        found, names = _loaded(model, data, task, seed, storage)
+        return model, steps, found, f"episodes of {names}"
+    assert player is not None
+    if task is not None:
+        raise ConfigurationError(
+            f"--task {task} says of which task DATA or --env is, and the replay data of {path.name} are of all tasks. "
+            "Leave it out, or add one of these."
+        )
+    return model, steps, _replay_data(player, path, seed), f"replay data of {path.name}"
+
+
+def _loaded(
+    model: WorldModel, data: str, task: str | None, seed: int, storage: Literal["memory", "in_place"] | None
+) -> tuple[Data, str]:
+    """Recorded episodes, and the names of their files."""
+    from worldflux.training import ReplayBuffer
+
+    files = {}
+    for name, place in ({} if Path(data).exists() else tasks_in(data)).items() or [(task, data)]:
+        files[name] = dataset_path("DATA", place) if is_address(place) else Path(place)
+        if not files[name].exists():
+            raise ConfigurationError(f"There is no file '{place}'. DATA is an .npz of worldflux collect.")
+    buffers = {name: ReplayBuffer.load(file, seed=seed, storage=storage) for name, file in files.items()}
+    return _of_tasks(model, buffers, seed), ", ".join(file.name for file in files.values())
+
+
+def _of_tasks(model: WorldModel, buffers: Mapping[str | None, ReplayBuffer], seed: int) -> Data:
+    """Data of tasks by their names as those of the model; data without a name as they are."""
+    from worldflux.training.fitting import provider_for
+
+    if None in buffers:
+        return buffers[None]
+    found: Data = provider_for(model, buffers)
+    found.seed(seed)
+    return found
 
 
 def _record(
-    source: Saved, env: str, options: EnvOptions, episodes: int, seed: int
-) -> tuple[WorldFluxAgent, ReplayBuffer]:
-    """Loads the agent and records new episodes, with sampled actions as in training."""
+    source: Saved, env: str, options: EnvOptions, episodes: int, seed: int, task: str | None
+) -> tuple[WorldFluxAgent | TaskPolicy, Data]:
+    """Loads the agent and records new episodes in each task, with sampled actions as in training."""
     from worldflux.accel.randomness import seed_everything
+    from worldflux.agents.acting import TaskPolicy
     from worldflux.envs.collection import collect
 
-    made = make_environment(env, options)
-    try:
-        player = load_player(source, made, env)
-        seed_everything(seed)
-        return player, collect(made, player, episodes=episodes, seed=seed)
-    finally:
-        made.close()
+    buffers: dict[str | None, ReplayBuffer] = {}
+    for one, place in chosen_tasks(env, task).items():
+        made = make_environment(place, options)
+        try:
+            player = load_player(source, made, place, one)
+            seed_everything(seed)
+            name = player.task if isinstance(player, TaskPolicy) else None
+            buffers[name] = collect(made, player, episodes=episodes, seed=seed)
+        finally:
+            made.close()
+    return player, _of_tasks(player.model, buffers, seed)
 
 
 def _replay_data(agent: WorldFluxAgent, checkpoint: Path, seed: int) -> ReplayBuffer:
@@ -200,15 +259,25 @@ def _replay_data(agent: WorldFluxAgent, checkpoint: Path, seed: int) -> ReplayBu
         agent.action_codec.action_dim,
         obs_dtype=agent.obs_codec.obs_dtype,
         n_envs=agent.n_envs,
-        extras=agent.model.replay_extras() if agent.replay_context else {},
+        extras=agent.stored_extras(),
     )
     ReplaySegments.read(checkpoint, buffer)
     buffer.seed(seed)
     return buffer
 
 
-def check_rows(model: WorldModel, buffer: ReplayBuffer, described: str) -> None:
-    """Raises a `ShapeMismatchError` if the data were not recorded for this model."""
+def check_rows(model: WorldModel, buffer: Data, described: str) -> None:
+    """Raises an error if the data were not recorded for this model, or do not say their tasks."""
+    from worldflux.replay.provider import TaskReplay
+
+    if isinstance(buffer, TaskReplay):  # which has been checked
+        return
+    tasks = getattr(model.config, "num_tasks", 1)
+    if tasks > 1 and not buffer.num_tasks:
+        names = ", ".join(getattr(model.config, "task_names", ())) or f"0 to {tasks - 1}"
+        raise ConfigurationError(
+            f"The model has the tasks {names}, and the {described} do not say of which they are: --task NAME."
+        )
     expected = (model.config.obs_shape, model.config.action_dim)
     if (buffer.obs_shape, buffer.action_dim) != expected:
         raise ShapeMismatchError(
@@ -237,8 +306,11 @@ def _report(errors: dict[str, PredictionError], written: list[Path], remark: str
                 if isfinite(ratio)
                 else "the recorded values never change"
             )
-            first, last = (f"{error.model.mean[step]:.3g}" for step in (0, -1))
-            ahead = counted(len(error.ratio), "step")
+            reached = [step for step, mean in enumerate(error.model.mean) if isfinite(mean)] or [
+                0
+            ]  # before episodes end
+            first, last = (f"{error.model.mean[step]:.3g}" for step in (0, reached[-1]))
+            ahead = counted(reached[-1] + 1, "step")
             print(f"{name}: error {first} one step ahead and {last} {ahead} ahead; {compared}")
     if remark:
         print(remark)

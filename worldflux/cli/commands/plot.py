@@ -91,7 +91,7 @@ def _read(directories: tuple[Path, ...]) -> list[Run]:
     """Reads all runs of agents in the directories."""
     from worldflux.cli.curves import read_run
 
-    found: dict[Path, Run] = {}
+    found: dict[tuple[Path, str], Run] = {}
     without: list[Path] = []
     for directory in directories:
         inside = list(runs.find_runs(directory))
@@ -102,7 +102,7 @@ def _read(directories: tuple[Path, ...]) -> list[Run]:
             if run.config.kind != "train":
                 without.append(entry)
             else:
-                found[entry.resolve()] = run
+                found |= {(entry.resolve(), part.part): part for part in run.parts()}
     if not found:
         raise ConfigurationError(
             f"There is no run of worldflux train among these directories: {without[0]} was trained without an "

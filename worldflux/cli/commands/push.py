@@ -13,8 +13,18 @@ import tyro
 
 from worldflux.cli import runs
 from worldflux.cli.environments import is_own_code, make_environment
-from worldflux.cli.options import AgentPath, Count, Directory, EnvOptions, Flag, Name, OptionalEnvName, from_json
-from worldflux.cli.players import chosen_environment, load_player
+from worldflux.cli.options import (
+    AgentPath,
+    Count,
+    Directory,
+    EnvOptions,
+    Flag,
+    Name,
+    OptionalEnvName,
+    TaskName,
+    from_json,
+)
+from worldflux.cli.players import chosen_environment, load_player, one_task
 from worldflux.cli.runs import RunConfig
 from worldflux.errors import ConfigurationError
 from worldflux.files import checked_path
@@ -35,6 +45,7 @@ def push(
     repo: RepoName,
     env: OptionalEnvName = None,
     *,
+    task: TaskName = None,
     episodes: Count = 10,
     seed: Count = 1000,
     newest: Flag = False,
@@ -51,6 +62,7 @@ def push(
         agent: The directory of a run, a zip of WorldFluxAgent.save, a checkpoint, or the directory of a model.
         repo: The repository on the Hub, user/name. It is created if there is none.
         env: ENV of worldflux train. Default: the environment of the agent's run, with the same options.
+        task: Task to evaluate an agent in that has several.
         episodes: Number of episodes to evaluate the agent in, with its most likely actions. 0: no evaluation.
         seed: Seed of the evaluation.
         newest: For the directory of a run, use the newest checkpoint instead of the agent with the best evaluation.
@@ -79,9 +91,10 @@ def push(
     source = runs.saved_agent(agent, newest=newest)
     source = replace(source, path=source.path.absolute())  # before the environment may change the working directory
     name, options = chosen_environment(f"worldflux push {agent} {repo}", agent, env, options)
+    task, name = one_task(name, task, "worldflux push evaluates an agent in")
     with tempfile.TemporaryDirectory(prefix="worldflux-film-") as scratch:
         film = Path(scratch) / _FILM if video else None
-        player, played = _played(source, name, options, episodes, seed, film)
+        player, played = _played(source, name, options, episodes, seed, film, task)
         record = _with_environment(describe(player, _score(played, seed, name)), name, options)
         files = [] if film is None else [film]
         if (run := runs.run_of(source.path)) is not None:
@@ -107,16 +120,30 @@ def _new_directory(preview: Path) -> Path:
 
 
 def _played(
-    source: runs.Saved, name: str, options: EnvOptions, episodes: int, seed: int, film: Path | None
+    source: runs.Saved,
+    name: str,
+    options: EnvOptions,
+    episodes: int,
+    seed: int,
+    film: Path | None,
+    task: str | None,
 ) -> tuple[WorldFluxAgent, list[Episode]]:
     """The agent, and its evaluation."""
     from worldflux.agents import WorldFluxAgent
+    from worldflux.agents.acting import TaskPolicy
     from worldflux.cli.commands.eval import play_episodes
 
     made = make_environment(name, options, None if film is None else "rgb_array")
     try:
-        player = load_player(source, made, name) if source.is_agent else WorldFluxAgent(source.path, made)
-        return player, play_episodes(player, made, episodes, seed=seed, deterministic=True, film=film)
+        player: WorldFluxAgent | TaskPolicy
+        if source.is_agent:
+            player = load_player(source, made, name, task)
+        elif task is None:
+            player = WorldFluxAgent(source.path, made)
+        else:
+            player = WorldFluxAgent(source.path, {task: made}).for_task(task, made)
+        agent = player.agent if isinstance(player, TaskPolicy) else player
+        return agent, play_episodes(player, made, episodes, seed=seed, deterministic=True, film=film)
     finally:
         made.close()
 

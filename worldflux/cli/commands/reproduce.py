@@ -18,7 +18,7 @@ from worldflux.cli import runs
 from worldflux.cli.commands.train import TrainSettings, train
 from worldflux.cli.commands.train_offline import OfflineSettings, train_offline
 from worldflux.cli.environments import find_environment, is_own_code
-from worldflux.cli.options import Directory, Number, OptionalDeviceName, from_json
+from worldflux.cli.options import Directory, Number, OptionalDeviceName, from_json, places_in, words_in
 from worldflux.cli.provenance import circumstances, differences, installed_version
 from worldflux.cli.runs import RunConfig
 from worldflux.errors import ConfigurationError
@@ -134,15 +134,17 @@ def _settings(place: Path, config: RunConfig, steps: int | None, device: str | N
 def _check_task(place: Path, config: RunConfig) -> None:
     """Raises a `ConfigurationError` if the data or the code of the environment are missing."""
     if config.kind != "train":
-        if not Path(config.task).exists():
-            raise ConfigurationError(
-                f"The data of {runs.shown(place)} are gone: there is no file '{config.task}'. Put it back to reproduce "
-                "the run."
-            )
+        for file in places_in(config.task):
+            if not Path(file).exists():
+                raise ConfigurationError(
+                    f"The data of {runs.shown(place)} are gone: there is no file '{file}'. Put it back to reproduce "
+                    "the run."
+                )
     elif is_own_code(config.task):
         print(f"worldflux: importing {config.task}, which {runs.CONFIG_FILE} names", file=sys.stderr)
         try:
-            find_environment(config.task)
+            for env in places_in(config.task):
+                find_environment(env)
         except ConfigurationError as error:
             raise ConfigurationError(f"The environment of {runs.shown(place)} cannot be found. {error}") from error
 
@@ -214,8 +216,7 @@ def _train(config: RunConfig, settings: Any, again: Path) -> int:
         defaults = type(settings)()
         chosen = replace(defaults, **{name: getattr(settings, name) for name in _FREE})
         return int(command(resume=again, settings=chosen))
-    task: Any = config.task if config.kind == "train" else Path(config.task)
-    return int(command(config.model, task, run=again, settings=settings))
+    return int(command(config.model, tuple(words_in(config.task)), run=again, settings=settings))
 
 
 def _compare(*both: Run) -> list[Comparison]:

@@ -19,6 +19,7 @@ from worldflux.cli.options import (
     Count,
     DeviceName,
     Directory,
+    EnvNames,
     EnvOptions,
     Fields,
     File,
@@ -26,7 +27,6 @@ from worldflux.cli.options import (
     ModelName,
     Name,
     Number,
-    OptionalEnvName,
     Precision,
     Real,
     Seeds,
@@ -34,6 +34,8 @@ from worldflux.cli.options import (
     compile_setting,
     counted,
     fields_and_dtype,
+    joined_tasks,
+    title_of,
 )
 from worldflux.errors import ConfigurationError
 
@@ -53,7 +55,7 @@ class TrainSettings(EnvOptions):
     steps: Number = None
     """Environment steps of the whole run, summed over all environments. Default: 100000."""
     n_envs: Count = 1
-    """Number of environments that are stepped together."""
+    """Number of environments that are stepped together, of each task."""
     processes: Flag = False
     """Run each environment in its own process; the agent trains while they step."""
     asynchronous: Flag = False
@@ -164,7 +166,7 @@ _DEFAULTS = TrainSettings()
 
 def train(
     model: ModelName = None,
-    env: OptionalEnvName = None,
+    env: EnvNames = (),
     *,
     run: Directory = None,
     seeds: Seeds = (),
@@ -176,7 +178,8 @@ def train(
 
     Args:
         model: A preset (see worldflux models), or a directory written by save_pretrained. Left out with --resume.
-        env: An id (CartPole-v1, dmc/walker-walk, atari/pong), or your class: module:Class or path.py:Class.
+        env: An id (CartPole-v1, dmc/walker-walk, atari/pong), or your class: module:Class or path.py:Class. Several are
+            tasks that TD-MPC2 learns together; NAME=ENV names one.
         run: Directory of the new run. Default: runs/<env>/<model>/<number>. With --seeds, of all new runs.
         seeds: Several seeds, each for a run of its own, one after the other. Write MODEL and ENV before them.
         config: A YAML file with settings, such as the config.yaml of a run. Other options win over it.
@@ -186,9 +189,10 @@ def train(
     Returns:
         0, or 130 after Ctrl-C and 143 after SIGTERM.
     """
-    if config is not None and env is not None and is_own_code(env):
-        print(f"worldflux: importing {env}, as {config} says", file=sys.stderr)
-    return start_or_resume(AgentTraining, model, env, settings, run=run, seeds=seeds, config=config, resume=resume)
+    task = joined_tasks(env)
+    if config is not None and task is not None and is_own_code(task):
+        print(f"worldflux: importing {task}, as {config} says", file=sys.stderr)
+    return start_or_resume(AgentTraining, model, task, settings, run=run, seeds=seeds, config=config, resume=resume)
 
 
 class AgentTraining(Work):
@@ -204,7 +208,8 @@ class AgentTraining(Work):
         from worldflux.agents import WorldFluxAgent
         from worldflux.agents.collecting import frames_per_vec_step
 
-        self.title, self.task, self._settings, self._resources = task, lasting_name(task), settings, resources
+        self.title, self.task = title_of(task), lasting_name(task)
+        self._settings, self._resources = settings, resources
         if run is not None and is_own_code(task):
             print(f"worldflux: importing {task}, which {runs.CONFIG_FILE} names", file=sys.stderr)
         # First, because an environment that cannot be made would end the processes below with a traceback.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from worldflux.cli.life_cycle import Work, start_or_resume
 from worldflux.cli.options import (
     Compile,
     Count,
+    DataNames,
     DataStorage,
     DeviceName,
     Directory,
@@ -31,7 +33,10 @@ from worldflux.cli.options import (
     compile_setting,
     counted,
     fields_and_dtype,
+    joined_tasks,
     option,
+    tasks_in,
+    title_of,
 )
 from worldflux.errors import BufferError, ConfigurationError
 from worldflux.hub.addresses import is_address
@@ -40,6 +45,7 @@ from worldflux.hub.client import pinned_dataset
 if TYPE_CHECKING:
     from stable_baselines3.common.logger import KVWriter
 
+    from worldflux.config import WorldModelConfig
     from worldflux.models.base import WorldModel
     from worldflux.replay.buffer import ReplayBuffer
     from worldflux.training.config import TrainingConfig
@@ -130,7 +136,7 @@ _DEFAULTS = OfflineSettings()
 
 def train_offline(
     model: ModelName = None,
-    data: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[DATA]", help_behavior_hint="")] = None,
+    data: DataNames = (),
     *,
     run: Directory = None,
     seeds: Seeds = (),
@@ -143,7 +149,8 @@ def train_offline(
     Args:
         model: A preset (see worldflux models), or a directory written by save_pretrained. Left out with --resume.
         data: An .npz file of worldflux collect or of ReplayBuffer.save, a directory with many of them, or the
-            address of a data set on the Hugging Face Hub.
+            address of a data set on the Hugging Face Hub. Several are the data of tasks that TD-MPC2 learns together;
+            NAME=DATA names one.
         run: Directory of the new run. Default: runs/<data>/<model>/<number>. With --seeds, of all new runs.
         seeds: Several seeds, each for a run of its own, one after the other. Write MODEL and DATA before them.
         config: A YAML file with settings, such as the config.yaml of a run. Other options win over it.
@@ -153,8 +160,9 @@ def train_offline(
     Returns:
         0, or 130 after Ctrl-C and 143 after SIGTERM.
     """
-    task = None if data is None else str(data)
-    return start_or_resume(OfflineTraining, model, task, settings, run=run, seeds=seeds, config=config, resume=resume)
+    return start_or_resume(
+        OfflineTraining, model, joined_tasks(data), settings, run=run, seeds=seeds, config=config, resume=resume
+    )
 
 
 class OfflineTraining(Work):
@@ -170,22 +178,23 @@ class OfflineTraining(Work):
     ) -> None:
         from worldflux.accel import ranks
         from worldflux.replay.buffer import ReplayBuffer
+        from worldflux.training.fitting import provider_for
         from worldflux.training.trainer import Trainer
 
-        if is_address(task):
-            self.task, data = pinned_dataset(task)
-            self.title = self.task.rpartition("datasets/")[2].partition("@")[0]
+        tasks = tasks_in(task)
+        found = {name: _found(place) for name, place in (tasks or {"": task}).items()}
+        if tasks:
+            self.task, self.title = shlex.join(f"{name}={place}" for name, (place, _) in found.items()), title_of(task)
         else:
-            data = Path(task)
-            if not data.exists():
-                raise ConfigurationError(
-                    f"There is no file '{data}'. To record one: worldflux collect ENV --output {data}"
-                )
-            self.task = str(data.resolve())
-            self.title = Path(self.task).stem
-        self._buffer = ReplayBuffer.load(data, storage=settings.storage, sharded=True)
-        self._steps = sum(ranks.every(self._buffer.num_transitions))
-        self.model = _build_model(model, self._buffer, settings)
+            self.task, _ = found[""]
+            is_hub = is_address(self.task)
+            self.title = self.task.rpartition("datasets/")[2].partition("@")[0] if is_hub else Path(self.task).stem
+        buffers = {
+            name: ReplayBuffer.load(data, storage=settings.storage, sharded=True) for name, (_, data) in found.items()
+        }
+        self.model = _build_model(model, buffers, settings)
+        self._data = provider_for(self.model, buffers if tasks else buffers[""])
+        self._steps = sum(ranks.every(self._data.num_transitions))
         self._trainer = Trainer(self.model, settings.training_config(), eval_data=settings.eval_share or None)
         if run is None:
             self._check_data(settings.eval_share)
@@ -194,11 +203,11 @@ class OfflineTraining(Work):
         """Raises what training would raise later, when the run already has a directory."""
         from worldflux.training.fitting import check_kind
 
-        check_kind(self.model, self._buffer)
+        check_kind(self.model, self._data)
         config = self._trainer.config
         try:
             if eval_share:
-                self._buffer.split(eval_share, seed=config.seed, seq_len=config.sequence_length)
+                self._data.split(eval_share, seed=config.seed, seq_len=config.sequence_length)
         except BufferError as error:
             raise ConfigurationError(f"{error} Or train on all of it: --eval-share 0.") from error
 
@@ -217,7 +226,7 @@ class OfflineTraining(Work):
         trainer.add_callback(CheckpointCallback(directory / runs.CHECKPOINTS, interval, max_checkpoints=2))
         if sys.stderr.isatty():
             trainer.add_callback(ProgressCallback())
-        trainer.train(self._buffer, resume=True)
+        trainer.train(self._data, resume=True)
         self.score = log.last_eval.get("loss")
         held_out = f", loss {log.last_eval['loss']:.4g} on the held-out steps" if log.last_eval else ""
         return f"{counted(trainer.step_count, 'gradient step')}{held_out}"
@@ -227,8 +236,18 @@ class OfflineTraining(Work):
         self.model.save_pretrained(path)
 
 
-def _build_model(model: str, buffer: ReplayBuffer, settings: OfflineSettings) -> WorldModel:
-    """The model, for the shapes of the data.
+def _found(place: str) -> tuple[str, Path]:
+    """The data of the command line, named so that they are found from every working directory, and their path."""
+    if is_address(place):
+        return pinned_dataset(place)
+    data = Path(place)
+    if not data.exists():
+        raise ConfigurationError(f"There is no file '{data}'. To record one: worldflux collect ENV --output {data}")
+    return str(data.resolve()), data
+
+
+def _build_model(model: str, buffers: Mapping[str, ReplayBuffer], settings: OfflineSettings) -> WorldModel:
+    """The model, for the shapes of the data of each task.
 
     Raises:
         ConfigurationError: If a field of --set is unknown, does not fit the data, or would have no effect.
@@ -241,11 +260,21 @@ def _build_model(model: str, buffer: ReplayBuffer, settings: OfflineSettings) ->
     for name, reason in _DECIDED_ELSEWHERE.items():
         if name in fields:
             raise ConfigurationError(f"--set {name} would change nothing here: {reason}.")
-    if find_preset(model) is not None and "action_type" not in fields and buffer.action_classes:
-        # The data decides. A saved model knows its action type.
-        fields |= {"action_type": buffer.action_type, "action_classes": buffer.action_classes}
+    shapes: list[Any] = [buffer.obs_shape for buffer in buffers.values()]
+    are_vectors = all(isinstance(shape, tuple) and len(shape) == 1 for shape in shapes)
+    own = {
+        "obs_shape": max(shapes) if are_vectors else shapes[0],
+        "action_dim": max(buffer.action_dim for buffer in buffers.values()),
+    }
+    preset, first = find_preset(model), next(iter(buffers.values()))
+    if preset is not None:  # a saved model knows its actions and tasks
+        fields = {**_task_fields(preset[1].config_class, buffers), **fields}
+        if "action_type" not in fields and first.action_classes:
+            fields |= {"action_type": first.action_type, "action_classes": first.action_classes}
+    elif "" not in buffers:  # the data of tasks are padded to its width
+        own = {}
     seed_everything(settings.seed)  # the initial weights are random, too
-    built = create_world_model(model, obs_shape=buffer.obs_shape, action_dim=buffer.action_dim, **fields)
+    built = create_world_model(model, **{**own, **fields})
     for name in overruled_fields(built):
         if name in fields:
             raise ConfigurationError(
@@ -253,3 +282,25 @@ def _build_model(model: str, buffer: ReplayBuffer, settings: OfflineSettings) ->
                 "on recorded data."
             )
     return built
+
+
+def _task_fields(config_class: type[WorldModelConfig], buffers: Mapping[str, ReplayBuffer]) -> dict[str, Any]:
+    """The fields of a preset that follow from the tasks of the data.
+
+    Raises:
+        ConfigurationError: If there are several, and the family learns one.
+    """
+    from worldflux.accel import ranks
+
+    names, dims = tuple(buffers), tuple(buffer.action_dim for buffer in buffers.values())
+    if len(buffers) == 1:
+        in_column = max(ranks.every(buffers[names[0]].num_tasks))
+        if in_column <= 1:
+            return {} if names == ("",) or not hasattr(config_class, "task_names") else {"task_names": names}
+        names, dims = tuple(map(str, range(in_column))), ()
+    if not hasattr(config_class, "num_tasks"):
+        raise ConfigurationError(
+            f"The data are of the tasks {', '.join(names)}, and {config_class.model_type} learns one. Choose TD-MPC2, "
+            "'tdmpc2:5m' for example, or train a model on the data of each task."
+        )
+    return {"num_tasks": len(names), "task_names": names, "task_action_dims": dims}

@@ -14,6 +14,7 @@ from worldflux.cli import runs
 from worldflux.cli.commands.train import TrainSettings
 from worldflux.cli.commands.train_offline import OfflineSettings
 from worldflux.cli.curves import SECONDS, STEP, Curve, Run
+from worldflux.cli.options import places_in
 from worldflux.cli.report import pictures
 from worldflux.cli.report.page import Page, Section, Table
 from worldflux.cli.report.pictures import best_run, labelled, unit_of
@@ -82,7 +83,8 @@ def build_page(directory: Path, task: str, curve: Curve, options: Options) -> Pa
     model = first.config.model
     family = next((title for name, title in _FAMILIES.items() if model.lower().startswith(name)), None)
     what = model if family is None else f"{family} ({model})"
-    where = _short(first.config.task) if trained else f"data of {Path(first.config.task).name}"
+    places = [_short(place) if trained else Path(place).name for place in places_in(first.config.task)]
+    where = ("" if trained else "data of ") + ", ".join(places)
     how = task.removeprefix(first.config.task).strip()
     where += f" ({how})" if how else ""
     return Page(
@@ -106,10 +108,11 @@ def _try(section: Section, make: Callable[[Section], None]) -> None:
 
 def _add_films(section: Section, found: Mapping[str, Run], options: Options) -> None:
     """Adds a film for each run."""
-    for label, run in found.items():
+    films = [(label, part) for label, run in found.items() for part in run.parts()]
+    for label, run in films:
 
         def add(section: Section, label: str = label, run: Run = run) -> None:
-            share = 1 / len(found)
+            share = 1 / len(films)
             film = pictures.film(run, label, episodes=options.episodes, seed=options.seed, share=share)
             section.pictures.append(film)
 

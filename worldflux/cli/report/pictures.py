@@ -15,7 +15,7 @@ from worldflux.cli.commands.imagine import IMAGE_WINDOWS, WINDOWS, check_rows, m
 from worldflux.cli.curves import STEP, Curve, Run, draw, published
 from worldflux.cli.environments import is_own_code, make_environment
 from worldflux.cli.options import EnvOptions
-from worldflux.cli.players import environment_of, load_player
+from worldflux.cli.players import environment_of, load_player, one_task
 from worldflux.cli.report.animations import MOST_BYTES, Film, animated
 from worldflux.cli.report.charts import Lines, metric_chart, picture
 from worldflux.cli.report.page import Picture, Section, Table
@@ -77,12 +77,18 @@ def learning_curve(section: Section, curve: Curve, task: str, *, reference: bool
     kind = "evaluation" if all(run.evaluation for run in curve.runs) else "training"
     note = "Evaluations take the most likely actions." if kind == "evaluation" else "There are no evaluations yet."
     with_scores = [run for run in curve.runs if run.scores(kind)]
+    tasks: dict[str, list[Run]] = {}
+    for run in with_scores:
+        for part in run.parts():
+            tasks.setdefault(part.task, []).append(part)
     if not with_scores:
         section.missing.append("There are no scores yet. Wait for the first evaluation or the end of an episode.")
         return
-    figure = draw({task: [Curve(curve.label, with_scores)]}, x="steps", kind=kind, reference=reference)
-    figure.set_size_inches(7.6, 4.2)
-    figure.axes[0].set_title("")
+    curves = {name: [Curve(curve.label, of_task)] for name, of_task in tasks.items()}
+    figure = draw(curves, x="steps", kind=kind, reference=reference)
+    if len(tasks) == 1:
+        figure.set_size_inches(7.6, 4.2)
+        figure.axes[0].set_title("")
     figure.tight_layout(rect=(0, 0.04 if figure.texts[0].get_text() else 0, 1, 1))
     last = ", ".join(f"{label}: {run.scores(kind)[-1][2]:.4g}" for label, run in labelled(with_scores).items())
     kinds = {"evaluation": "of the evaluations", "training": "of the training episodes"}
@@ -139,11 +145,12 @@ def film(run: Run, label: str, *, episodes: int, seed: int, share: float) -> Pic
 
     source = runs.saved_agent(run.directory)
     name, options = environment_of(run.directory, "A film needs an environment: worldflux eval RUN ENV --video FILE.")
+    task, name = one_task(name, run.part or None, "A film shows")
     if is_own_code(name):
         print(f"worldflux: importing {name}, which {runs.CONFIG_FILE} names", file=sys.stderr)
     env = make_environment(name, options, "rgb_array")
     try:
-        player = load_player(source, env, name)
+        player = load_player(source, env, name, task)
         seed_everything(seed)
         frames, played = Film(env.metadata.get("render_fps") or 30), []
         for number in range(episodes):
@@ -157,6 +164,7 @@ def film(run: Run, label: str, *, episodes: int, seed: int, share: float) -> Pic
     which = "best agent" if source.path.name == runs.BEST_AGENT_FILE else "newest agent"
     caption = f"The {which}, after {player.num_timesteps:,} steps. Score {scores} in {lengths} steps.{cut}"
     alt = f"Film of the {which} of {label} in {run.task}. Score {scores}."
+    label += f", {run.part}" if run.part else ""
     return frames.picture(int(MOST_BYTES * share), alt, title=label[:1].upper() + label[1:], caption=caption)
 
 
