@@ -351,6 +351,9 @@ class TaskPolicy:
                     f"env has actions {actions.space}, expected {kind} ones of width {dims[number]} in task {task!r}."
                 )
 
+    def __repr__(self) -> str:
+        return f"{self.agent!r}.for_task({self.task!r})"
+
     def __getattr__(self, name: str) -> Any:
         if name in ("agent", "task"):  # of a copy that is not filled yet
             raise AttributeError(name)

@@ -288,9 +288,11 @@ class AgentBase(BaseAlgorithm):
         if "trainer" not in vars(self):
             return f"{type(self).__name__}(not set up)"
         planner = "" if self.planner is None else f", planner={self.planner!r}"
+        names = getattr(self.model.config, "task_names", ())
         return (
             f"{type(self).__name__}({shown_model(self.model)}, obs_shape={self.model.config.obs_shape}, "
-            f"action_space={self.action_space}, n_envs={self.n_envs}, device={str(self.device)!r}, "
+            f"action_space={self.action_space}, {f'tasks={names}, ' if names else ''}"
+            f"n_envs={self.n_envs}, device={str(self.device)!r}, "
             f"train_ratio={self.train_ratio:g}, batches of {self.batch_size} x {self.seq_len}{planner}, "
             f"num_timesteps={self.num_timesteps}, n_updates={self._n_updates})"
         )

@@ -1,6 +1,6 @@
 """Gives trained agents other goals: Pendulum at another angle, turning at a speed, and swinging up below a speed limit.
 
-    python examples/own_goal.py                          # trains three agents, about a minute of processor time each
+    python examples/own_goal.py                          # trains three agents, two to three minutes each
     python examples/own_goal.py --planner cem            # the same agents with the other planner
 
 Nothing is trained for the new goals. The planner maximises a function of what the model predicts in place of the
