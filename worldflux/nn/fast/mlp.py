@@ -82,8 +82,8 @@ def mlp(
         The output `[..., out]`, with members `[m, N, out]`, or None if it cannot be computed natively.
     """
     parameters = _parameters(layers)
-    if parameters is None:
-        return None
+    if parameters is None or sum(x.shape[-1] for x in parts) != layers[0].weight.shape[-1]:
+        return None  # native code would read beside the weights, where torch raises an error
     shapes = [x.shape[:-1] for x in parts]
     lead = max(shapes, key=prod) if len(shapes) > 1 else shapes[0]
     rows = prod(lead)
@@ -123,6 +123,9 @@ def rollout(
         be computed natively.
     """
     if _parameters(dynamics) is None or _parameters(head) is None:
+        return None
+    width = state.shape[-1] + actions.shape[-1]
+    if not dynamics[0].weight.shape[-1] == head[0].weight.shape[-1] == width:
         return None
     library = _library()
     assert library is not None

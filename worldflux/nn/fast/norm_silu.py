@@ -42,6 +42,8 @@ def mlps(x: Tensor, weights: Sequence[Sequence[Tensor]]) -> list[Tensor] | None:
     flat = [weight for each in weights for weight in each]
     if not all(weights) or not all(weight.is_contiguous() for weight in flat):
         return None
+    if any(each[0].shape[-1] != x.shape[-1] for each in weights):
+        return None  # the kernels would read beside the weights, where torch raises an error
     elements = x[..., 0].numel() * max(len(each[1]) for each in weights)
     if kernels(x, *flat, elements=elements) is None:
         return None
