@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,13 @@ def test_steps_on_a_buffer_train_the_projector_and_the_encoder(finals: bool, fas
     buffer = episodes(finals=finals, model=model)
     batch = buffer.sample(16, 9)
     assert (batch.obs_mask is None) == finals
+    if batch.obs_mask is not None:
+        others = replace(batch, obs=torch.where(batch.obs_mask.unsqueeze(-1), batch.obs, 7.0))
+        found = []
+        for given in (batch, others):
+            torch.manual_seed(1)
+            found.append(model.loss(given).terms["redundancy"])
+        assert torch.equal(*found), "what was not observed does not count"
     before = {name: value.clone() for name, value in model.state_dict().items()}
     trainer = Trainer(model, TrainingConfig(learning_rate=3e-3, device="cpu"))
     losses = [float(trainer.step(batch)["redundancy"]) for _ in range(30)]

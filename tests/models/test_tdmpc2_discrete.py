@@ -136,6 +136,15 @@ def test_the_policys_loss_trains_the_policy_alone(classes):
     assert trained == {"actor"}
 
 
+def test_critics_that_ignore_actions_prefer_none_whatever_dropout_leaves_of_them():
+    model = build((2, 3), dropout=0.5, entropy_coef=0.0)
+    with torch.no_grad():
+        model.critics.layers[-1].weight.normal_()
+        model.critics.layers[0].weight[..., -5:] = 0.0
+    model.policy_loss(model.model_loss(batch_for(model))).loss.backward()
+    assert max(weights.grad.abs().max() for weights in model.actor.parameters()) < 1e-6
+
+
 @pytest.mark.parametrize("classes", CLASSES.values())
 def test_the_policy_comes_to_prefer_what_the_critics_value(classes):
     """Fixed critics value the last class of each part; only the policy is trained."""
