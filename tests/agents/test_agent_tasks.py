@@ -55,7 +55,7 @@ class Aim(gym.Env[Any, Any]):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
-        self.t, self.episode = 0, self.episode + 1
+        self.t, self.episode, self.options = 0, self.episode + 1, options
         return self._obs(), {"task": self._task()} if self.tasks else {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -127,6 +127,11 @@ def test_environments_of_several_tasks_are_padded_and_name_their_tasks() -> None
     venv.set_attr("aim", 7.0, indices=1)
     assert venv.get_attr("aim") == [0.0, 7.0, 0.0]
     assert venv.get_attr("aim", indices=[1, 0]) == [7.0, 0.0] and venv.get_attr("number", indices=-1) == [1]
+    venv.seed(5)
+    venv.set_options([{"at": 0}, {"at": 1}, {"at": 2}])
+    venv.reset()
+    assert venv.get_attr("np_random_seed") == [5, 6, 7]
+    assert venv.get_attr("options") == [{"at": 0}, {"at": 1}, {"at": 2}]
     assert venv.has_attr("aim") and not venv.has_attr("action_repeat")
     assert venv.env_method("_task", indices=[]) == []
     stored = collect(venv, lambda obs: np.ones((3, 2)), steps=12).sample(64, 2)
