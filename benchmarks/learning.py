@@ -61,6 +61,14 @@ class Task:
     preset: str = "dreamerv3:tiny"
 
 
+def lunar_lander() -> gym.Env[Any, Any]:
+    """LunarLander, whose actions take four of its 50 steps per second, as in Atari.
+
+    Three planned steps of a fiftieth of a second each tell one action from another too little: the agent hovers.
+    """
+    return make_env("LunarLander-v3", action_repeat=4)
+
+
 # The values of discrete tasks with short horizons rise sooner with a target network that follows faster.
 DISCRETE: dict[str, Any] = {"batch_size": 64, "learning_starts": 500, "model_kwargs": {"tau": 0.05}}
 
@@ -113,9 +121,9 @@ TASKS = {
         {"train_ratio": 64, "seq_len": 16, "learning_rate": 1e-3},
     ),
     "lunarlander": Task(
-        "LunarLander-v3",
-        lambda: gym.make("LunarLander-v3"),
-        20_000,
+        "LunarLander-v3 (action repeat 4)",
+        lunar_lander,
+        8_000,
         None,
         {"train_ratio": 64, "seq_len": 16, "learning_rate": 4e-4},
     ),
@@ -131,9 +139,9 @@ TASKS = {
         "Acrobot-v1, TD-MPC2", lambda: gym.make("Acrobot-v1"), 10_000, -100.0, DISCRETE, preset="tdmpc2:tiny"
     ),
     "lunarlander_tdmpc2": Task(
-        "LunarLander-v3, TD-MPC2",
-        lambda: gym.make("LunarLander-v3"),
-        20_000,
+        "LunarLander-v3 (action repeat 4), TD-MPC2",
+        lunar_lander,
+        8_000,
         200.0,
         DISCRETE,
         preset="tdmpc2:tiny",
