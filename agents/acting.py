@@ -55,7 +55,7 @@ class Memory:
         """The memory for these numbers of tasks `[N]`, where the model has several; otherwise the same one."""
         if tasks is None or TASK_KEY not in self.state:
             return self
-        numbers = to_device(torch.from_numpy(tasks), self.state[TASK_KEY].device)
+        numbers = to_device(torch.tensor(tasks), self.state[TASK_KEY].device)
         return replace(self, state=State({**self.state, TASK_KEY: numbers}))
 
     def with_arrays(self, arrays: PredictState | None) -> Memory:

@@ -172,8 +172,10 @@ def test_images_of_different_sizes_are_refused() -> None:
 
 
 def test_an_agent_learns_the_tasks_of_its_environments_and_logs_each() -> None:
-    agent, log = agent_of(two()), Kept()
+    envs = two()
+    agent, log = agent_of({"a": envs["a"], "b": gym.wrappers.TimeLimit(envs["b"], 50)}), Kept()
     config = agent.model.config
+    assert config.task_episode_lengths == (500, 50), "of which the discounts are made"
     assert (config.num_tasks, config.task_names, config.task_action_dims) == (2, ("a", "b"), (1, 2))
     before = agent.model.tasks.weight.detach().clone()
     agent.set_logger(Logger(None, [log]))
@@ -189,6 +191,7 @@ def test_an_agent_learns_the_tasks_of_its_environments_and_logs_each() -> None:
     last = next(row for row in reversed(log.rows) if "rollout/ep_rew_mean/b" in row)
     of_b = [info["r"] for info in agent.ep_info_buffer if info["task"] == 1]
     assert last["rollout/ep_rew_mean/b"] == pytest.approx(np.mean(of_b), abs=2.0)
+    assert last["rollout/ep_rew_mean/b"] != last["rollout/ep_rew_mean/a"]
 
 
 def test_an_environment_of_a_task_may_run_in_its_own_process() -> None:
