@@ -18,6 +18,7 @@ import argparse
 import csv
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,7 @@ import torch
 from pixel_seek import PixelSeek
 from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, StopTrainingOnRewardThreshold
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
@@ -59,6 +60,8 @@ class Task:
     """Mean return with deterministic actions that a run must reach; None if a CPU takes too few steps to learn."""
     settings: dict[str, Any] = field(default_factory=dict)
     preset: str = "dreamerv3:tiny"
+    planner: str | None = "auto"
+    """What agents of worldflux act with when they are evaluated; None is the policy alone."""
 
 
 def lunar_lander() -> gym.Env[Any, Any]:
@@ -123,7 +126,7 @@ TASKS = {
     "lunarlander": Task(
         "LunarLander-v3 (action repeat 4)",
         lunar_lander,
-        12_000,
+        8_000,
         None,
         {"train_ratio": 64, "seq_len": 16, "learning_rate": 4e-4},
     ),
@@ -141,10 +144,11 @@ TASKS = {
     "lunarlander_tdmpc2": Task(
         "LunarLander-v3 (action repeat 4), TD-MPC2",
         lunar_lander,
-        12_000,
+        8_000,
         200.0,
-        DISCRETE,
+        {**DISCRETE, "model_kwargs": {"tau": 0.02}},
         preset="tdmpc2:tiny",
+        planner=None,
     ),
     "pendulum_tdmpc2": Task(
         "Pendulum-v1, TD-MPC2", lambda: make_env("Pendulum-v1"), 5_000, -200.0, preset="tdmpc2:tiny"
@@ -209,16 +213,9 @@ def algorithm_for(
 
 
 def run(
-    name: str,
-    seed: int,
-    algorithm: str | None = None,
-    changes: Mapping[str, float] | None = None,
-    evaluate_every: int | None = None,
+    name: str, seed: int, algorithm: str | None = None, changes: Mapping[str, float] | None = None
 ) -> tuple[dict[str, Any], list[tuple[int, float]]]:
     """Trains on a task with worldflux or with the named algorithm of stable-baselines3.
-
-    With `evaluate_every`, training ends at the first evaluation (20 episodes, at most once in as many steps) that
-    reaches the accepted score. The evaluation after it has other episodes.
 
     Returns:
         The result to print, and the curve: environment steps and return of each training episode.
@@ -227,13 +224,13 @@ def run(
     started, cpu_started = time.perf_counter(), time.process_time()
     agent = algorithm_for(task, make_vec_env(task.make), seed, algorithm, changes)
     returns = Returns()
-    callbacks: list[BaseCallback] = [returns]
-    if evaluate_every is not None and task.accepted is not None:
-        reached = StopTrainingOnRewardThreshold(task.accepted, verbose=1)
-        env = make_vec_env(task.make, seed=20_000 + seed)
-        callbacks += [EvalCallback(env, reached, n_eval_episodes=20, eval_freq=evaluate_every, verbose=1)]
-    agent.learn(task.steps, callback=callbacks)
+    agent.learn(task.steps, callback=returns)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    gradient_steps = agent._n_updates
+    if algorithm is None and task.planner != "auto":
+        with tempfile.TemporaryDirectory() as place:
+            agent.save(f"{place}/agent.zip")
+            agent = WorldFluxAgent.load(f"{place}/agent.zip", planner=task.planner)
     test_env = Monitor(task.make())
     test_env.reset(seed=10_000 + seed)
     scores, _ = evaluate_policy(agent, test_env, n_eval_episodes=10, deterministic=True, return_episode_rewards=True)
@@ -246,7 +243,7 @@ def run(
         "worst_episode": round(float(np.min(scores)), 2),
         "accepted": task.accepted if algorithm is None and not changes else None,
         "env_steps": agent.num_timesteps,
-        "gradient_steps": agent._n_updates,
+        "gradient_steps": gradient_steps,
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu_seconds, 1),
     }
@@ -301,9 +298,6 @@ def main() -> int:
     parser.add_argument("--algorithm", choices=tuple(SB3), help="algorithm of stable-baselines3 to run instead")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=NUMBER", help="arguments of the agent to change")
     parser.add_argument("--label", help="what the results file of changed settings is called after the task")
-    parser.add_argument(
-        "--evaluate-every", type=int, metavar="N", help="evaluate every N steps, and stop at the accepted score"
-    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; small layers benefit little from more")
     parser.add_argument("--plot", type=Path, help="file for a plot of all results")
     options = parser.parse_args()
@@ -317,7 +311,7 @@ def main() -> int:
     failed = False
     for name in options.tasks:
         for seed in options.seeds:
-            result, curve = run(name, seed, options.algorithm, changes, options.evaluate_every)
+            result, curve = run(name, seed, options.algorithm, changes)
             suffix = options.label or options.algorithm
             append(RESULTS / f"{f'{name}_{suffix.lower()}' if suffix else name}.csv", seed, curve)
             print(json.dumps(result), flush=True)

@@ -43,17 +43,6 @@ def test_ours_and_sb3_learn_for_the_same_steps_and_are_evaluated_alike(
     assert result["gradient_steps"] > 5 and 0 <= result["cpu_seconds"] and result["score"] >= result["worst_episode"]
 
 
-@pytest.mark.parametrize(("accepted", "steps"), [(5.0, 50), (1e6, 140)])
-def test_a_run_may_stop_at_the_first_evaluation_that_reaches_its_score(
-    accepted: float, steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    task = learning.Task(
-        "CartPole-v1", lambda: gym.make("CartPole-v1"), 140, accepted
-    )  # any episode returns more than 5
-    monkeypatch.setattr(learning, "TASKS", {"cartpole": task})
-    assert learning.run("cartpole", 0, "DQN", evaluate_every=50)[0]["env_steps"] == steps
-
-
 def test_tasks_without_a_decoder_have_the_settings_of_those_with_one() -> None:
     for name in ("pixelseek", "dmc_cartpole_balance_pixels"):
         task, other = learning.TASKS[name], learning.TASKS[f"{name}_redundancy"]
