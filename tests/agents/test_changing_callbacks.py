@@ -58,8 +58,7 @@ def stored(buffer: ReplayBuffer, stream: int = 0) -> tuple[np.ndarray, np.ndarra
 # --- environments
 
 
-@both
-@pytest.mark.parametrize("n_envs", [1, 2])
+@pytest.mark.parametrize(("family", "n_envs"), [("dreamerv3", 1), ("tdmpc2", 2)])
 @pytest.mark.parametrize("hook", HOOKS)
 def test_a_callback_may_set_another_environment_at_any_time(family: str, hook: str, n_envs: int) -> None:
     agent = make(family, counting(0, n_envs))
@@ -143,9 +142,8 @@ def test_an_environment_that_does_not_fit_leaves_the_run_as_it_was(
 # --- replay data
 
 
-@both
 @pytest.mark.parametrize("hook", HOOKS)
-@pytest.mark.parametrize("way", ["loaded", "assigned"])
+@pytest.mark.parametrize(("family", "way"), [("dreamerv3", "loaded"), ("tdmpc2", "assigned")])
 def test_a_callback_may_exchange_the_replay_buffer_at_any_time(
     family: str, way: str, hook: str, tmp_path: Path
 ) -> None:

@@ -32,8 +32,9 @@ def make(keys: list[str], family: str = "dreamerv3:tiny", **settings: Any) -> Wo
     return WorldFluxAgent(family, with_keys(keys), seq_len=8, **SETTINGS, **settings)
 
 
-@pytest.mark.parametrize("family", ["dreamerv3:tiny", "tdmpc2:tiny"])
-@pytest.mark.parametrize("case", NAMES)
+@pytest.mark.parametrize(
+    ("case", "family"), [*((case, "dreamerv3:tiny") for case in NAMES), ("very long", "tdmpc2:tiny")]
+)
 def test_long_names_are_printed_in_full(case: str, family: str, capsys: pytest.CaptureFixture[str]) -> None:
     make(NAMES[case], family, verbose=1).learn(80, log_interval=1)
 

@@ -126,7 +126,9 @@ def test_eval_plays_with_whatever_acts(name: str, saved: Path, capsys: pytest.Ca
         assert "Add ENV: worldflux eval" in said(["eval", str(saved / name)], capsys, 2)
 
 
-@pytest.mark.parametrize("name", AGENTS + MODELS)
+@pytest.mark.parametrize(
+    "name", ["run", "run/agent.zip", "run/checkpoints/step-00000030", "offline", "offline/model", "dreamerv3", "tdmpc2"]
+)
 def test_imagine_draws_with_whatever_predicts(
     name: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
