@@ -86,12 +86,21 @@ def test_help_comes_at_once_without_loading_anything_heavy(args: list[str]) -> N
 
 
 OPTIONS = {
-    "train": ("[MODEL] [ENV]", "--resume DIR", "--seed INT", "--set FIELD=VALUE", "--eval-interval INT"),
-    "eval": ("AGENT [ENV]", "--episodes INT", "--video FILE", "--json", "--pixels"),
-    "imagine": ("AGENT", "[DATA]", "--env ENV", "--horizon INT", "--windows INT", "--seed INT", "--output", "--pixels"),
+    "train": ("[MODEL] [ENV ...]", "--resume DIR", "--seed INT", "--set FIELD=VALUE", "--eval-interval INT"),
+    "eval": ("AGENT [ENV ...]", "--episodes INT", "--video FILE", "--json", "--pixels"),
+    "imagine": (
+        "AGENT",
+        "[DATA ...]",
+        "--env ENV",
+        "--horizon INT",
+        "--windows INT",
+        "--seed INT",
+        "--output",
+        "--pixels",
+    ),
     "plot": ("DIR ...", "--output FILE", "--x {steps,time}", "--no-reference"),
     "collect": ("ENV", "--output", "--seed INT", "--policy POLICY"),
-    "train-offline": ("[MODEL] [DATA]", "--resume DIR", "--eval-share FLOAT", "--set FIELD=VALUE"),
+    "train-offline": ("[MODEL] [DATA ...]", "--resume DIR", "--eval-share FLOAT", "--set FIELD=VALUE"),
     "report": ("RUN", "--output FILE", "--no-film", "--no-imagination", "--no-reference", "--episodes INT"),
     "reproduce": ("RUN", "--output DIR", "--steps INT", "--device DEVICE"),
     "push": ("AGENT REPO [ENV]", "--episodes INT", "--seed INT", "--video", "--private", "--preview DIR", "--pixels"),
