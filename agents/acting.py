@@ -21,7 +21,7 @@ from worldflux.models.base import State, WorldModel
 from worldflux.models.finite import first_not_finite, largest, weights_of
 from worldflux.models.planning import Planner
 from worldflux.replay.batch import Observation
-from worldflux.validation import SINGLE_KEY, TASK_KEY
+from worldflux.validation import SINGLE_KEY, TASK_KEY, is_vector
 
 MAX_FORMS = 8
 """Largest number of CUDA graphs. Observing and acting, deterministic or not, have one each for every number of
@@ -339,11 +339,11 @@ class TaskPolicy:
             return
         obs, actions = self._codecs = ObservationCodec(env.observation_space), ActionCodec(env.action_space)
         expected, found = agent.obs_codec.obs_shape, obs.obs_shape
-        if found != expected and not (_is_vector(expected) and _is_vector(found) and found < expected):
-            shorter = ", or shorter vectors" if _is_vector(expected) else ""
+        if found != expected and not (is_vector(expected) and is_vector(found) and found < expected):
+            shorter = ", or shorter vectors" if is_vector(expected) else ""
             raise ShapeMismatchError(f"env has observations {found}, expected {expected} as the agent{shorter}.")
         config = agent.model.config
-        dims = getattr(config, "task_action_dims", ()) or (config.action_dim,) * getattr(config, "num_tasks", 1)
+        dims = getattr(config, "used_action_dims", (config.action_dim,))
         for number in agent.actor.task_numbers(task, 1 if isinstance(task, str) else np.size(task)):
             if (actions.action_dim, actions.action_classes) != (dims[number], config.action_classes):
                 kind = "one-hot" if config.action_classes else "continuous"
@@ -366,17 +366,13 @@ class TaskPolicy:
         if self._codecs is None:
             return self.agent.predict(observation, state, episode_start, deterministic, task=self.task)
         rows, batched = self._codecs[0].encode_any(observation)
-        if isinstance(rows, np.ndarray) and _is_vector(self.agent.obs_codec.obs_shape):
+        if isinstance(rows, np.ndarray) and is_vector(self.agent.obs_codec.obs_shape):
             observation = np.pad(rows, ((0, 0), (0, self.agent.obs_codec.obs_shape[0] - rows.shape[1])))
         given, state = self.agent.predict(observation, state, episode_start, deterministic, task=self.task)
         theirs: ActionCodec = self.agent.action_codec
         actions = theirs.from_env(np.reshape(given, (-1, *(theirs.space.shape or ()))))
         own = self._codecs[1].to_env(actions[:, : self._codecs[1].action_dim])
         return (own if batched else own[0]), state
-
-
-def _is_vector(shape: Any) -> bool:
-    return isinstance(shape, tuple) and len(shape) == 1
 
 
 def _episode_starts(given: Any, rows: int) -> Array:

@@ -288,8 +288,7 @@ def check_tasks(model: WorldModel, env: VecEnv | None) -> None:
     config: Any = model.config
     if getattr(config, "task_names", ()) or getattr(config, "num_tasks", 1) > 1:
         for name, given in zip(base.names, base.action_dims, strict=True):
-            number = config.task_number(name)
-            used = config.task_action_dims[number] if config.task_action_dims else config.action_dim
+            used = config.used_action_dims[config.task_number(name)]
             if given > used:
                 raise ShapeMismatchError(
                     f"The environments of the task '{name}' have {given} action dimensions, and the model uses {used} "

@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvO
 from worldflux.envs.spaces import ActionCodec, Array, ObservationCodec
 from worldflux.envs.vector import GymnasiumVecEnv, JoinedVecEnv, innermost
 from worldflux.errors import ConfigurationError, ShapeMismatchError
-from worldflux.validation import TASK_KEY
+from worldflux.validation import TASK_KEY, is_vector
 
 
 class TaskVecEnv(JoinedVecEnv):
@@ -76,7 +76,7 @@ class TaskVecEnv(JoinedVecEnv):
                     "several tasks are padded to one width. Learn tasks with other actions one by one."
                 )
         self.action_dims = tuple(codec.action_dim for codec in self._actions)
-        self._pads = all(_is_vector(codec) for codec in self._obs)
+        self._pads = all(is_vector(codec.obs_shape) for codec in self._obs)
         if not self._pads:
             for name, codec in zip(self.names, self._obs, strict=True):
                 if codec.space != self._obs[0].space:
@@ -228,10 +228,6 @@ class TaskVecEnv(JoinedVecEnv):
 
 def _single(env: gym.Env[Any, Any]) -> VecEnv:
     return DummyVecEnv([lambda: Monitor(env)])
-
-
-def _is_vector(codec: ObservationCodec) -> bool:
-    return isinstance(codec.obs_shape, tuple) and len(codec.obs_shape) == 1
 
 
 def _length(codec: ObservationCodec) -> int:

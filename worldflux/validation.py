@@ -79,6 +79,11 @@ def warn_of_missing_channels(name: str, shape: tuple[int, ...]) -> None:
         )
 
 
+def is_vector(shape: Any) -> bool:
+    """Returns whether an observation shape is that of a vector, rather than of an image or a dictionary."""
+    return isinstance(shape, tuple) and len(shape) == 1
+
+
 def has_channels_last(shape: tuple[int, ...]) -> bool:
     """Returns whether a shape looks like that of an image `(H, W, C)`, possibly of stacked frames."""
     if len(shape) != 3:

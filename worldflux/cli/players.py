@@ -98,8 +98,10 @@ def _task_of(config: WorldModelConfig, name: str, task: str | None) -> str | Non
     names: tuple[str, ...] = getattr(config, "task_names", ())
     if task is not None or (not names and getattr(config, "num_tasks", 1) == 1):
         return task
-    if task_name(name) in names or len(names) == 1:
-        return task_name(name) if task_name(name) in names else names[0]
+    if (own := task_name(name)) in names:
+        return own
+    if len(names) == 1:
+        return names[0]
     known = ", ".join(names or map(str, range(getattr(config, "num_tasks", 1))))
     raise ConfigurationError(f"The agent has the tasks {known}. Say which of them {name} is, with --task NAME.")
 

@@ -198,6 +198,11 @@ class TDMPC2Config(WorldModelConfig):
         return {"episodic": True} | ({} if max_steps is None else {"episode_length": max_steps})
 
     @property
+    def used_action_dims(self) -> tuple[int, ...]:
+        """Number of action dimensions that each task uses."""
+        return self.task_action_dims or (self.action_dim,) * self.num_tasks
+
+    @property
     def discounts(self) -> tuple[float, ...]:
         """Discount of each task: `1 - discount_denom / n` for n steps, clipped to `discount_min` and `discount_max`."""
         lengths = self.task_episode_lengths or (self.episode_length,) * self.num_tasks

@@ -306,11 +306,10 @@ def _report(errors: dict[str, PredictionError], written: list[Path], remark: str
                 if isfinite(ratio)
                 else "the recorded values never change"
             )
-            reached = [step for step, mean in enumerate(error.model.mean) if isfinite(mean)] or [
-                0
-            ]  # before episodes end
-            first, last = (f"{error.model.mean[step]:.3g}" for step in (0, reached[-1]))
-            ahead = counted(reached[-1] + 1, "step")
+            # No episode may be as long as the horizon.
+            reached = max((step for step, mean in enumerate(error.model.mean) if isfinite(mean)), default=0)
+            first, last = (f"{error.model.mean[step]:.3g}" for step in (0, reached))
+            ahead = counted(reached + 1, "step")
             print(f"{name}: error {first} one step ahead and {last} {ahead} ahead; {compared}")
     if remark:
         print(remark)

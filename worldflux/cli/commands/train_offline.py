@@ -255,13 +255,14 @@ def _build_model(model: str, buffers: Mapping[str, ReplayBuffer], settings: Offl
     from worldflux.accel.randomness import seed_everything
     from worldflux.factory import create_world_model, find_preset
     from worldflux.training.fitting import overruled_fields
+    from worldflux.validation import is_vector
 
     fields = fields_and_dtype(settings.set, settings.dtype)
     for name, reason in _DECIDED_ELSEWHERE.items():
         if name in fields:
             raise ConfigurationError(f"--set {name} would change nothing here: {reason}.")
     shapes: list[Any] = [buffer.obs_shape for buffer in buffers.values()]
-    are_vectors = all(isinstance(shape, tuple) and len(shape) == 1 for shape in shapes)
+    are_vectors = all(map(is_vector, shapes))
     own = {
         "obs_shape": max(shapes) if are_vectors else shapes[0],
         "action_dim": max(buffer.action_dim for buffer in buffers.values()),

@@ -25,10 +25,9 @@ class Tasks(nn.Module):
 
     def __init__(self, config: TDMPC2Config) -> None:
         super().__init__()
-        used = config.task_action_dims or (config.action_dim,) * config.num_tasks
         self.weight = nn.Parameter(torch.empty(config.num_tasks, config.task_dim).uniform_(-0.02, 0.02))
         columns = torch.arange(config.action_dim)
-        masks = (columns < torch.tensor(used).unsqueeze(1)).float()
+        masks = (columns < torch.tensor(config.used_action_dims).unsqueeze(1)).float()
         self.register_buffer("action_masks", masks, persistent=False)
         self.register_buffer("discounts", torch.tensor(config.discounts), persistent=False)
 
@@ -64,12 +63,11 @@ def with_task(
     if episode_length is None:
         episode_length = old.episode_length if known is None else lengths[known]
     names = old.task_names or tuple(str(number) for number in range(old.num_tasks))
-    dims = old.task_action_dims or (old.action_dim,) * old.num_tasks
     config = replace(
         old,
         num_tasks=old.num_tasks + 1,
         task_names=(*names, name),
-        task_action_dims=(*dims, old.action_dim if action_dim is None else action_dim),
+        task_action_dims=(*old.used_action_dims, old.action_dim if action_dim is None else action_dim),
         task_episode_lengths=(*lengths, episode_length),
     )
     grown = type(model)(config).to(model.device)
