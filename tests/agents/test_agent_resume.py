@@ -18,7 +18,7 @@ import pytest
 import torch
 from helpers.agents import counting_envs, make_agent, make_planner, rows_compared, weights
 from helpers.envs import CountingEnv
-from helpers.killed import finish, kill, start, strays, wait_for
+from helpers.processes import finish, kill, start, strays, wait_for
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor, VecNormalize

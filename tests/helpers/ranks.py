@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +22,10 @@ from torch.overrides import TorchFunctionMode
 import worldflux.models.tdmpc2.world_model as tdmpc2
 from helpers.agents import make_agent, make_planner
 from helpers.fast import episodes
+from helpers.processes import finish, start
 from helpers.small_models import DREAMERV3, TDMPC2
 from worldflux import WorldFluxAgent, create_world_model
+from worldflux.accel import ranks
 from worldflux.agents import AgentCheckpointCallback, progress
 from worldflux.envs import make_vec_env
 from worldflux.errors import ConfigurationError
@@ -42,55 +43,47 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start_ranks(
-    count: int, command: list[str], prefixes: Sequence[Sequence[str]] = (), **variables: str
-) -> list[subprocess.Popen[str]]:
-    """Starts the processes as `torchrun` does.
-
-    Args:
-        count: Number of ranks.
-        command: Command of each.
-        prefixes: For each rank, what comes before the command.
-        variables: Further environment variables.
-    """
-    port = str(free_port())
-    started = []
-    for rank in range(count):
-        prefix = prefixes[rank] if prefixes else ()
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(TESTS),
-            **variables,
-        }
-        pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        started.append(subprocess.Popen([*prefix, *command], env=environment, cwd=TESTS.parent, **pipes))
-    return started
+def variables_of_ranks(count: int) -> list[dict[str, str]]:
+    """The environment variables that `torchrun` sets for each rank."""
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(count)]
 
 
-def finished(ranks: list[subprocess.Popen[str]], limit: float = TIME_LIMIT) -> list[tuple[int, str]]:
-    """Exit status and output of each rank; all are killed if one takes too long."""
+def do(job: Callable[..., Any], out: Path, *arguments: Any) -> None:
+    """Does the work of one rank, whose result goes to the directory `out`."""
+    torch.set_num_threads(1)
+    ranks.join()
     try:
-        return [(one.wait(limit), one.communicate()[0]) for one in ranks]
+        torch.save(job(*arguments), out / f"{ranks.rank()}.pt")
     finally:
-        for one in ranks:
+        ranks.leave()
+
+
+def do_in_fork(variables: dict[str, str], out: Path, job: Callable[..., Any], *arguments: Any) -> None:
+    """The same in a process that was forked, whose output goes to a file."""
+    os.environ.update(variables)
+    said = os.open(out / f"{variables['RANK']}.txt", os.O_CREAT | os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(said, stream)
+    do(job, out, *arguments)
+
+
+def finished_ranks(
+    count: int, job: Callable[..., Any], out: Path, *arguments: Any, limit: float = TIME_LIMIT
+) -> list[tuple[int, str]]:
+    """Exit status and output of ranks that each call a function; all are killed if one takes too long."""
+    out.mkdir(parents=True, exist_ok=True)
+    started = [start(do_in_fork, variables, out, job, *arguments) for variables in variables_of_ranks(count)]
+    try:
+        return [(finish(one, limit), (out / f"{rank}.txt").read_text()) for rank, one in enumerate(started)]
+    finally:
+        for one in started:
             one.kill()
 
 
-def command_of(job: Callable[..., Any], out: Path, *arguments: object) -> list[str]:
-    """The command that runs a function of this module, whose result goes to the directory `out`."""
-    out.mkdir(parents=True, exist_ok=True)
-    return [sys.executable, "-m", "helpers.ranks", job.__name__, str(out), *map(str, arguments)]
-
-
-def on_ranks(count: int, job: Callable[..., Any], out: Path, *arguments: object) -> list[Any]:
-    """What a function of this module returns on each rank."""
-    for rank, (status, output) in enumerate(finished(start_ranks(count, command_of(job, out, *arguments)))):
+def on_ranks(count: int, job: Callable[..., Any], out: Path, *arguments: Any) -> list[Any]:
+    """What a function returns on each rank."""
+    for rank, (status, output) in enumerate(finished_ranks(count, job, out, *arguments)):
         assert status == 0, f"rank {rank}:\n{output}"
     return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(count)]
 
@@ -155,8 +148,6 @@ def part_of(batch: Batch, rank: int, size: int) -> Batch:
 
 def steps_of(case: str, finals: bool, recorded: list[list[Tensor]] | None) -> dict[str, Any]:
     """Takes gradient steps on this rank's part of each batch, and tells everything that they have changed."""
-    from worldflux.accel import ranks
-
     preset, sizes = CASES[case]
     torch.manual_seed(0)
     model = create_world_model(preset, obs_shape=(3,), action_dim=2, **sizes)
@@ -228,16 +219,16 @@ class FirstOnly(Seen):
     first_rank_only = True
 
 
-def training(directory: str, of_one: str) -> dict[str, Any]:
+def training(directory: Path, of_one: Path) -> dict[str, Any]:
     """Trains without an interruption; in two parts; and on from the checkpoint of a single process."""
     seen, first = Seen(), FirstOnly()
-    whole = trainer_of(Path(directory) / "whole", seen, first)
+    whole = trainer_of(directory / "whole", seen, first)
     whole.train(stored(whole))
-    part = trainer_of(Path(directory) / "parts")
+    part = trainer_of(directory / "parts")
     part.train(stored(part), num_steps=4)
-    resumed = trainer_of(Path(directory) / "parts")
+    resumed = trainer_of(directory / "parts")
     resumed.train(stored(resumed), resume=True)
-    grown = trainer_of(Path(of_one))
+    grown = trainer_of(of_one)
     grown.train(stored(grown), num_steps=0, resume=True)
     grown_from = {name: weight.clone() for name, weight in grown.model.state_dict().items()}
     grown.train(stored(grown))
@@ -260,10 +251,10 @@ def training(directory: str, of_one: str) -> dict[str, Any]:
     }
 
 
-def loading(whole_files: str, uneven: str, few: str, copies: str) -> dict[str, Any]:
+def loading(whole_files: Path, uneven: Path, few: Path, copies: Path) -> dict[str, Any]:
     """Loads this rank's part of files, and says what is in it."""
 
-    def load(path: str, **options: Any) -> dict[str, Any]:
+    def load(path: Path, **options: Any) -> dict[str, Any]:
         buffer = ReplayBuffer.load(path, sharded=True, seed=0, **options)
         rows = buffer.stored()[0]
         at = rows.stored_at()
@@ -276,7 +267,7 @@ def loading(whole_files: str, uneven: str, few: str, copies: str) -> dict[str, A
             "digests": [buffer.digest(), part.digest(), held_out.digest()],
         }
 
-    def refused(path: str) -> str:
+    def refused(path: Path) -> str:
         try:
             load(path)
         except BaseException as error:
@@ -285,8 +276,8 @@ def loading(whole_files: str, uneven: str, few: str, copies: str) -> dict[str, A
 
     return {
         "refused": refused(few),
-        "more files": refused(f"{copies}/more/{ranks.rank()}"),
-        "other files": refused(f"{copies}/other/{ranks.rank()}"),
+        "more files": refused(copies / "more" / str(ranks.rank())),
+        "other files": refused(copies / "other" / str(ranks.rank())),
         "whole files": load(whole_files),
         "in place": load(whole_files, storage="in_place"),
         "divided": load(uneven),
@@ -295,17 +286,17 @@ def loading(whole_files: str, uneven: str, few: str, copies: str) -> dict[str, A
     }
 
 
-def sharded_training(directory: str, data: str) -> dict[str, Any]:
+def sharded_training(directory: Path, data: Path) -> dict[str, Any]:
     """Trains on this rank's part of files that are read in place: without an interruption, and in two parts."""
 
     def buffer(trainer: Trainer) -> ReplayBuffer:
         return ReplayBuffer.load(data, storage="in_place", sharded=True, extras=trainer.model.replay_extras())
 
-    whole = trainer_of(Path(directory) / "whole")
+    whole = trainer_of(directory / "whole")
     whole.train(buffer(whole))
-    part = trainer_of(Path(directory) / "parts")
+    part = trainer_of(directory / "parts")
     part.train(buffer(part), num_steps=4)
-    resumed = trainer_of(Path(directory) / "parts")
+    resumed = trainer_of(directory / "parts")
     resumed.train(buffer(resumed), resume=True)
     return {"whole": whole.model.state_dict(), "resumed": resumed.model.state_dict(), "step": resumed.step_count}
 
@@ -317,17 +308,15 @@ class Fails(Callback):
         self.how, self.rank, self.step = how, rank, step
 
     def on_step_end(self, step: int, losses: Any) -> None:
-        from worldflux.accel import ranks
-
         if step == self.step and ranks.rank() == self.rank:
             if self.how == "raise":
                 raise ValueError("an error of its own")
             os.kill(os.getpid(), getattr(signal, self.how))
 
 
-def failing(directory: str, how: str) -> None:
+def failing(directory: Path, how: str) -> None:
     """Trains until rank 1 ends at the third step."""
-    trainer = trainer_of(Path(directory), Fails(how, 1, 3))
+    trainer = trainer_of(directory, Fails(how, 1, 3))
     trainer.train(stored(trainer))
 
 
@@ -343,10 +332,10 @@ class Slowly(Callback):
             self.begun.touch()
 
 
-def long_training(directory: str, steps: str) -> int:
+def long_training(directory: Path, steps: int) -> int:
     """Trains up to a step, going on from the newest checkpoint."""
-    trainer = trainer_of(Path(directory) / "run", Slowly(Path(directory) / "begun"))
-    trainer.config = replace(trainer.config, total_steps=int(steps))
+    trainer = trainer_of(directory / "run", Slowly(directory / "begun"))
+    trainer.config = replace(trainer.config, total_steps=steps)
     trainer.train(stored(trainer), resume=True)
     return trainer.step_count
 
@@ -370,30 +359,28 @@ class Counts(BaseCallback):
         return True
 
 
-def learning(directory: str) -> dict[str, Any]:
+def learning(directory: Path) -> dict[str, Any]:
     """Learns without an interruption; then in two parts, of which the second is resumed twice."""
-    from worldflux.accel import ranks
-
     if ranks.is_first():  # which alone estimates, and may take every call for a long one
         progress._SHORT = progress._LONG = 0.0
     found: dict[str, Any] = {}
     for family in ("dreamerv3", "tdmpc2"):
-        place = Path(directory) / family
+        place = directory / family
         counts = Counts()
         agent = agent_of(family)
-        agent.learn(120, [counts, AgentCheckpointCallback(place)])
+        agent.learn(80, [counts, AgentCheckpointCallback(place)])
         agent.save(place / "agent.zip")
         buffer = agent.replay_buffer
         resumed = []
         for _ in range(2):
             again = type(agent).load(place, make_vec_env(agent_env(family), 2), device="cpu", resume=True)
-            again.learn(40, reset_num_timesteps=False)
+            again.learn(20, reset_num_timesteps=False)
             resumed.append(again)
         found[family] = {
             "steps": counts.steps,
             "updates": agent._n_updates,
             "stored": buffer.num_transitions,
-            "actions": np.array(buffer.stored()[0].actions[: 2 * 40]),
+            "actions": np.array(buffer.stored()[0].actions[:40]),
             "weights": agent.model.state_dict(),
             "episodes": agent._episode_num,
             "returns": [float(info["r"]) for info in agent.ep_info_buffer],
@@ -408,11 +395,6 @@ def agent_env(family: str) -> str:
     return "CartPole-v1" if family == "dreamerv3" else "Pendulum-v1"
 
 
-if __name__ == "__main__":
-    from worldflux.accel import ranks
-
-    torch.set_num_threads(1)
-    job, out, *arguments = sys.argv[1:]
-    ranks.join()
-    result = globals()[job](*arguments)
-    torch.save(result, Path(out) / f"{ranks.rank()}.pt")
+if __name__ == "__main__":  # a rank on a host of its own
+    out, steps = sys.argv[1:]
+    do(long_training, Path(out), Path(out), int(steps))

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.killed import kill, start, wait_for
+from helpers.processes import kill, start, wait_for
 from protocols import ATARI, DMC, PROTOCOLS
 from run_files import RunRecord, RunSettings, check_settings, held, run_directory
 from score_files import read_scores

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.faults import Disk
-from helpers.killed import kill, start, wait_for
+from helpers.processes import kill, start, wait_for
 from helpers.training import MemoryProvider, NoisyRegression
 
 from worldflux import create_world_model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,18 +15,17 @@ from typing import Any
 import pytest
 import torch
 from helpers.ranks import (
+    TESTS,
     WINDOWS,
-    command_of,
     equality,
     failing,
-    finished,
-    long_training,
+    finished_ranks,
     on_ranks,
-    start_ranks,
     steps_of,
     stored,
     trainer_of,
     training,
+    variables_of_ranks,
 )
 
 from worldflux.training.checkpoint import checkpoints_in
@@ -97,8 +97,8 @@ def check_same_weights(found: dict[str, torch.Tensor], expected: dict[str, torch
 @pytest.mark.slow  # one that is killed is also a test of the command line
 @pytest.mark.parametrize("how", ["raise", "SIGKILL"])
 def test_a_rank_that_dies_ends_the_others_soon_and_leaves_the_checkpoint(how: str, tmp_path: Path) -> None:
-    ranks = start_ranks(2, command_of(failing, tmp_path / "out", tmp_path / "run", how))
-    (first, said), (second, said_too) = finished(ranks, limit=60)
+    ranks = finished_ranks(2, failing, tmp_path / "out", tmp_path / "run", how, limit=60)
+    (first, said), (second, said_too) = ranks
     assert first == 1 and second == (1 if how == "raise" else -9)
     assert "TrainingError: Rank 0 has lost contact with the others" in said
     assert ("ValueError: an error of its own" in said_too) == (how == "raise")
@@ -106,8 +106,8 @@ def test_a_rank_that_dies_ends_the_others_soon_and_leaves_the_checkpoint(how: st
 
 
 def test_a_signal_to_one_rank_stops_all_of_them_with_a_checkpoint(tmp_path: Path) -> None:
-    ranks = start_ranks(2, command_of(failing, tmp_path / "out", tmp_path / "run", "SIGTERM"))
-    assert [status for status, _ in finished(ranks, limit=60)] == [143, 143]
+    ranks = finished_ranks(2, failing, tmp_path / "out", tmp_path / "run", "SIGTERM", limit=60)
+    assert [status for status, _ in ranks] == [143, 143]
     assert [path.name for path in checkpoints_in(tmp_path / "run")] == ["step-00000002", "step-00000003"]
     assert sorted(path.name for path in (tmp_path / "run" / "step-00000003").iterdir() if path.is_dir()) == [
         "rank-0001"
@@ -141,11 +141,26 @@ def can_make_hosts() -> bool:
 @pytest.mark.skipif(not can_make_hosts(), reason="making network namespaces needs root and iproute2")
 def test_two_hosts_train_together_and_go_on_after_their_network_was_cut(tmp_path: Path) -> None:
     with two_hosts() as names:
-        prefixes = [["ip", "netns", "exec", name] for name in names]
         network = dict(MASTER_ADDR="10.77.0.1", GLOO_SOCKET_IFNAME="cable", WORLDFLUX_TIMEOUT="5")
+        network |= dict(PYTHONPATH=str(TESTS), OMP_NUM_THREADS="1")
 
         def start(steps: int) -> list[subprocess.Popen[str]]:
-            return start_ranks(2, command_of(long_training, tmp_path, tmp_path, steps), prefixes, **network)
+            """Starts a rank on each host."""
+            command = [sys.executable, "-m", "helpers.ranks", str(tmp_path), str(steps)]
+            pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            return [
+                subprocess.Popen(["ip", "netns", "exec", name, *command], env=os.environ | variables | network, **pipes)
+                for name, variables in zip(names, variables_of_ranks(2), strict=True)
+            ]
+
+        def ended(hosts: list[subprocess.Popen[str]]) -> Iterator[tuple[int, str]]:
+            """Exit status and output of each rank; all are killed if one takes too long."""
+            try:
+                for one in hosts:
+                    yield one.wait(60), one.communicate()[0]
+            finally:
+                for one in hosts:
+                    one.kill()
 
         cut_off = start(10_000)
         while not (tmp_path / "begun").exists():
@@ -153,12 +168,12 @@ def test_two_hosts_train_together_and_go_on_after_their_network_was_cut(tmp_path
             time.sleep(0.1)
         subprocess.run(["ip", "-n", names[0], "link", "set", "cable", "down"], check=True)
         began = time.monotonic()
-        for status, said in finished(cut_off, limit=60):
+        for status, said in ended(cut_off):
             assert status == 1 and "has lost contact with the others" in said
         assert time.monotonic() - began < 30
 
         subprocess.run(["ip", "-n", names[0], "link", "set", "cable", "up"], check=True)
         newest = int(checkpoints_in(tmp_path / "run")[-1].name.removeprefix("step-"))
-        for status, said in finished(start(newest + 3), limit=60):
+        for status, said in ended(start(newest + 3)):
             assert status == 0, said
         assert torch.load(tmp_path / "1.pt") == newest + 3

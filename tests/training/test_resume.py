@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.agents import weights
-from helpers.killed import finish, kill, start, strays, wait_for
+from helpers.processes import finish, kill, start, strays, wait_for
 from helpers.training import MemoryProvider, NoisyRegression
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.faults import Disk
-from helpers.killed import kill, start, strays, wait_for
+from helpers.processes import kill, start, strays, wait_for
 from helpers.training import MemoryProvider, NoisyRegression
 from stable_baselines3.common.callbacks import BaseCallback, EveryNTimesteps
 

@@ -1,4 +1,4 @@
-"""Processes that are killed in the middle of a run."""
+"""Processes that tests start, wait for and kill."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 """Its server loads torch once, so that each process starts in a fraction of a second."""
-CONTEXT.set_forkserver_preload(["worldflux.agents", "worldflux.training.trainer", "training_fakes"])
+CONTEXT.set_forkserver_preload(["worldflux.agents", "worldflux.training.trainer", "torch._dynamo"])
 
 
 def start(run: Callable[..., None], *args: Any) -> Any:
