@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.small_models import PRESETS
+
+import worldflux
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDERS = {"worldflux": ROOT / "worldflux", "worldflux.envs": ROOT / "envs", "worldflux.agents": ROOT / "agents"}
@@ -130,7 +133,10 @@ def test_import_worldflux_loads_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_importing_the_agent_loads_no_compiler() -> None:
+def test_importing_the_agent_and_loading_models_import_no_compiler(tmp_path: Path) -> None:
     code = "import sys, worldflux.agents, worldflux.training; worldflux.training.Trainer; worldflux.WorldFluxAgent;"
-    code += "print('torch._dynamo' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    for preset, sizes in PRESETS.items():
+        worldflux.create_world_model(preset, obs_shape=(3,), action_dim=2, **sizes).save_pretrained(tmp_path / preset)
+        code += f"worldflux.create_world_model({str(tmp_path / preset)!r});"
+    code += "print({'torch._dynamo', 'sympy'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -30,8 +30,7 @@ def symexp_bins(count: int, limit: float = 20.0) -> Tensor:
 
     Source: DreamerV3, arXiv:2301.04104, symexp twohot loss.
     """
-    half = symexp(torch.linspace(-limit, 0.0, (count - 1) // 2 + 1, dtype=torch.float64)).float()
-    return torch.cat([half, -half[:-1].flip(0)])
+    return _mirrored(symexp(_up_to_zero(limit, count)))
 
 
 def symlog_bins(count: int, limit: float) -> Tensor:
@@ -46,8 +45,22 @@ def symlog_bins(count: int, limit: float) -> Tensor:
     Returns:
         Increasing positions. `[count]`
     """
-    half = torch.linspace(-limit, 0.0, (count - 1) // 2 + 1, dtype=torch.float64).float()
-    return torch.cat([half, -half[:-1].flip(0)])
+    return _mirrored(_up_to_zero(limit, count))
+
+
+def _up_to_zero(limit: float, count: int) -> Tensor:
+    """Returns the positions from `-limit` to 0 of `count` evenly spaced bins. `[(count + 1) / 2]`
+
+    They are on the CPU: computing them on the meta device, which shows the shapes of a model before it is loaded, would
+    import torch's compiler, which takes seconds.
+    """
+    return torch.linspace(-limit, 0.0, (count - 1) // 2 + 1, dtype=torch.float64, device="cpu")
+
+
+def _mirrored(half: Tensor) -> Tensor:
+    """Adds the positive bins to those up to zero, on the default device. `[K]` → `[2 K - 1]`"""
+    half = half.float()
+    return torch.cat([half, -half[:-1].flip(0)]).to(torch.get_default_device())
 
 
 def simnorm(x: Tensor, dim: int) -> Tensor:
