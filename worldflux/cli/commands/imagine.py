@@ -110,7 +110,7 @@ def imagine(
     from worldflux.diagnostics.open_loop import open_loop
     from worldflux.diagnostics.plots import figures, picture_name
     from worldflux.diagnostics.plots.frames import FPS, film, image_keys, longest_windows
-    from worldflux.diagnostics.plots.style import no_decoder
+    from worldflux.diagnostics.plots.style import lay_out, no_decoder
 
     model, steps, buffer, described = model_and_data(
         source, files, env, options, episodes=episodes, seed=seed, task=task
@@ -130,6 +130,7 @@ def imagine(
                 for frame in film(found, key, longest_windows(found, shown)):
                     video.add(frame)
         for name, figure in figures(found, errors, shown=shown, title=title).items():
+            lay_out(figure)
             figure.savefig(beside / f"{name}.png")
         numbers = {"agent": str(source.path), "data": described, "seed": seed, **summary(found, errors)}
         (beside / "imagination.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from worldflux.cli.report.page import Picture
-from worldflux.diagnostics.plots.style import new_figure
+from worldflux.diagnostics.plots.style import lay_out, new_figure
 from worldflux.models.health import HealthMetric, Threshold
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def picture(figure: Figure, alt: str, **texts: Any) -> Picture:
     """
     import matplotlib
 
+    lay_out(figure)
     drawn = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "worldflux"}):  # the same identifiers every time
         figure.savefig(drawn, format="svg", metadata={"Date": None})
@@ -60,7 +61,7 @@ def metric_chart(
     figure = new_figure(3.9, 2.3)  # first, because its error names the extra with matplotlib
     from matplotlib.ticker import EngFormatter
 
-    figure.set_layout_engine("none")  # measuring all texts would take longer than drawing
+    figure.set_layout_engine(None)  # measuring all texts would take longer than drawing
     axes = figure.add_axes((0.15, 0.2, 0.82, 0.74))
     for number, (label, (steps, values)) in enumerate(lines.items()):
         marker: dict[str, Any] = {"marker": "o", "markersize": 4} if len(steps) == 1 else {}

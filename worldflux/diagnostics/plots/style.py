@@ -42,6 +42,13 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained", dpi=DPI)
 
 
+def lay_out(figure: Figure) -> None:
+    """Arranges the parts of a figure that is complete. `savefig` would do so twice each time, and draw it twice."""
+    if figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine(None)
+
+
 def set_title(figure: Figure, *lines: str) -> None:
     """Sets the title of a figure. Empty lines are left out, long lines are wrapped."""
     width = int(figure.get_figwidth() * 13)
