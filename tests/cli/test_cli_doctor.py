@@ -9,8 +9,10 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import torch
+from helpers.small_models import PRESETS
 from helpers.tape import SpoiledCapturer, TapeCapturer, stale
 
+from worldflux import WorldModel, create_world_model
 from worldflux.agents import acting
 from worldflux.cli import device_check, diagnosis
 from worldflux.cli.main import main
@@ -152,6 +154,16 @@ def vectors_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_check, "_TIMED", 0.0)
 
 
+@pytest.fixture
+def small(vectors_only: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smaller models, for what takes many times as long as without it."""
+
+    def make(name: str, **others: Any) -> WorldModel:
+        return create_world_model(name, **PRESETS[name], **others)
+
+    monkeypatch.setattr(device_check, "create_world_model", make)
+
+
 def test_the_forms_of_a_device_are_compared_and_timed(
     capsys: pytest.CaptureFixture[str], frames: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,7 +227,7 @@ def test_recordings_are_compared_where_a_device_has_them(
     spoiled: bool,
     capsys: pytest.CaptureFixture[str],
     frames: None,
-    vectors_only: None,
+    small: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Uses tapes in place of CUDA graphs."""

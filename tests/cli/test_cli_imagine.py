@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from worldflux.agents import WorldFluxAgent
 from worldflux.cli.main import main
 from worldflux.cli.runs import RunConfig, saved_agent
+from worldflux.diagnostics import plots
 from worldflux.training import ReplayBuffer, open_loop
 
 
@@ -49,6 +50,12 @@ def frames_of(path: Path) -> int:
     return count
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws nothing, which takes longer than everything else and is tested with other data."""
+    monkeypatch.setattr(plots, "figures", lambda *given, **options: {})
+
+
 SMALL = ["--context", "3", "--horizon", "6", "--windows", "8", "--shown", "2"]
 
 
@@ -77,7 +84,9 @@ def test_its_numbers_are_the_errors_of_open_loop(
             assert cv2.imread(str(tmp_path / name)).min() < 128  # something is drawn on white
 
 
-def test_a_checkpoint_and_the_directory_of_its_run_bring_their_replay_data(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_and_the_directory_of_its_run_bring_their_replay_data(
+    checkpoint: Path, tmp_path: Path, no_pictures: None
+) -> None:
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     RunConfig("train", "dreamerv3:tiny", "CartPole-v1", {}).write(run)
@@ -92,7 +101,7 @@ def test_a_checkpoint_and_the_directory_of_its_run_bring_their_replay_data(check
     assert counts[0] > counts[-1] > 0
 
 
-def test_an_agent_of_a_run_acts_in_the_environment_of_the_run(tmp_path: Path) -> None:
+def test_an_agent_of_a_run_acts_in_the_environment_of_the_run(tmp_path: Path, no_pictures: None) -> None:
     agent = make_agent()
     agent.save(tmp_path / "best_agent.zip")
     RunConfig("train", "dreamerv3:tiny", "CartPole-v1", {"action_repeat": 2}).write(tmp_path)
@@ -133,7 +142,9 @@ def test_images_are_not_drawn_without_a_decoder(tmp_path: Path, capsys: pytest.C
     assert math.isfinite(numbers(output)["errors"]["value"]["model"]["mean"][0])
 
 
-def test_new_episodes_of_the_agent_can_be_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_new_episodes_of_the_agent_can_be_recorded(
+    tmp_path: Path, no_pictures: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     agent = WorldFluxAgent("tdmpc2:tiny", "Pendulum-v1", planner=None, device="cpu", seed=0, buffer_size=2000)
     agent.save(tmp_path / "agent.zip")
     arguments = ["imagine", str(tmp_path / "agent"), "--env", "Pendulum-v1", "--episodes", "2", *SMALL]
