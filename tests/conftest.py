@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
 
@@ -12,6 +13,14 @@ from helpers.faults import Disk
 
 # Tests run on machines with few cores, often several at once; more threads make small models slower, not faster.
 torch.set_num_threads(1)
+
+
+# A full collection visits the objects of all modules and tests, which nobody ever releases: about a million of them.
+gc.set_threshold(10_000, 20, 20)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
