@@ -18,6 +18,7 @@ from worldflux.accel.transfers import to_device, to_host
 from worldflux.agents.acting import Actor, Memory, PredictState
 from worldflux.config import WorldModelConfig
 from worldflux.envs.make import as_env
+from worldflux.envs.processes import not_sent
 from worldflux.envs.recording.wrappers import VecEpisodeRecorder
 from worldflux.envs.spaces import Array, Arrays
 from worldflux.envs.step_counter import EnvWatch
@@ -236,16 +237,14 @@ def max_vec_episode_steps(venv: VecEnv) -> int | None:
     if isinstance(envs, DummyVecEnv | SyncVectorEnv):
         return max_episode_steps(envs.envs[0])
     stated = [_of_the_first(venv, name) for name in LIMIT_NAMES]
-    if not isinstance(base, SubprocVecEnv):  # whose processes die of a specification that cannot be pickled
-        stated.append(getattr(_of_the_first(venv, "spec"), "max_episode_steps", None))
-    return smallest_limit(stated)
+    return smallest_limit([*stated, getattr(spec_of_the_first(venv), "max_episode_steps", None)])
 
 
 def spec_of_the_first(venv: VecEnv) -> Any:
     """Gymnasium's specification of the first environment; None where it has none, or it cannot be asked for."""
-    # Processes die of one that cannot be pickled.
-    in_processes = any(isinstance(innermost(part), SubprocVecEnv) for part in parts_of(venv))
-    return None if in_processes else _of_the_first(venv, "spec")
+    if steps_in_subprocesses(venv):  # processes die of one that cannot be pickled
+        return getattr(getattr(innermost(venv), "vector_env", None), "spec", None)
+    return _of_the_first(venv, "spec")
 
 
 def env_of(env: Any, model: Any = None, *, like: Any = None) -> Any:
@@ -316,6 +315,8 @@ def _of_the_first(venv: VecEnv, name: str) -> Any:
     """An attribute of the first environment; None where there is no such attribute, or it cannot be asked for."""
     try:
         return venv.get_attr(name, indices=[0])[0] if venv.has_attr(name) else None
+    except (EOFError, ConnectionError) as error:
+        raise not_sent(name) from error
     except (AttributeError, TypeError, LookupError, NotImplementedError):
         # SB3's wrapper class is also put around objects that are no VecEnv and lack its methods.
         return None

@@ -124,3 +124,12 @@ def _which_ended(processes: Mapping[int, Any]) -> str:
             "traceback is printed above; make_vec_env without processes=True raises it here instead."
         )
     return "The connection to the process of an environment was closed."
+
+
+def not_sent(name: str) -> WorkerError:
+    """An error about an attribute that a process could not send, which has ended it."""
+    return WorkerError(
+        f"The environments have an attribute {name!r} that cannot be sent from their processes, such as a method of an "
+        "environment that cannot be pickled; asking for it has ended them. Give it another name, or step the "
+        "environments in one process (DummyVecEnv, SyncVectorEnv)."
+    )

@@ -19,7 +19,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
-from worldflux.envs.processes import naming_the_ended
+from worldflux.envs.processes import naming_the_ended, not_sent
 from worldflux.envs.spaces import Array
 from worldflux.errors import BufferError, ConfigurationError, a_type
 
@@ -357,7 +357,10 @@ class GymnasiumVecEnv(VecEnv):
             # A worker that does not find an attribute ends.
             if not all(base.call("has_wrapper_attr", attr_name)):
                 raise AttributeError(f"The environments have no attribute {attr_name!r}.")
-            values = base.call("get_wrapper_attr", attr_name)
+            try:
+                values = base.call("get_wrapper_attr", attr_name)
+            except Exception as error:
+                raise not_sent(attr_name) from error
             return [values[env] for env in chosen]
         for layer in self._layers():
             if hasattr(layer, attr_name):

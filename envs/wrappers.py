@@ -69,9 +69,14 @@ def stated_frames(repeat: Any) -> int:
     return whole_steps(repeat) or 1
 
 
+_NO_LIMIT = 1_000_000
+"""The number of steps from which on a limit stands for none, such as `sys.maxsize`."""
+
+
 def smallest_limit(stated: Iterable[Any]) -> int | None:
     """The time limit that comes first; None where nothing that was stated is one."""
-    return min((steps for each in stated if (steps := whole_steps(each)) is not None), default=None)
+    limits = (steps for each in stated if (steps := whole_steps(each)) is not None and steps < _NO_LIMIT)
+    return min(limits, default=None)
 
 
 def whole_steps(value: Any) -> int | None:

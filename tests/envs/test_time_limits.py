@@ -5,7 +5,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-from gymnasium.vector import SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 from gymnasium.wrappers import TimeLimit
 from helpers.envs import CountingEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor
@@ -14,6 +14,7 @@ from worldflux import WorldFluxAgent
 from worldflux.agents.collecting import max_vec_episode_steps
 from worldflux.envs import ActionRepeat, GymnasiumVecEnv
 from worldflux.envs.wrappers import frames_per_step, max_episode_steps, whole_steps
+from worldflux.errors import WorkerError
 
 
 def stating(limit: Any, name: str = "max_episode_steps") -> CountingEnv:
@@ -43,6 +44,7 @@ LIMITED: dict[str, tuple[Any, int | None]] = {
     "a registered limit that was left out": (lambda: gym.make("CartPole-v1", max_episode_steps=-1), None),
     "repeated actions around a limit": (lambda: ActionRepeat(TimeLimit(CountingEnv(), 30), 4), 8),
     "a limit around repeated actions": (lambda: TimeLimit(ActionRepeat(TimeLimit(CountingEnv(), 30), 4), 5), 5),
+    "a number that stands for none": (lambda: stating(1_000_000), None),
     "a useless one within a useful one": (lambda: TimeLimit(stating(-1, "_max_episode_steps"), 60), 60),
 }
 
@@ -72,16 +74,37 @@ def test_whatever_else_has_the_name_of_a_limit_is_none(value: Any) -> None:
     assert frames_per_step(stating(value, "action_repeat")) == 1
 
 
-def test_the_limits_of_other_processes_are_asked_for() -> None:
+def in_process_of_sb3(make: Any) -> Any:
+    return SubprocVecEnv([make], start_method="fork")
+
+
+def in_process_of_gymnasium(make: Any) -> Any:
+    return GymnasiumVecEnv(AsyncVectorEnv([make], context="fork"))
+
+
+@pytest.mark.parametrize("in_process", [in_process_of_sb3, in_process_of_gymnasium])
+def test_the_limits_of_other_processes_are_asked_for(in_process: Any) -> None:
     gym.register("WorldFluxTests/NotPicklable-v0", lambda: CountingEnv(), max_episode_steps=40)
     makers: list[Any] = [lambda: gym.make("WorldFluxTests/NotPicklable-v0"), lambda: TimeLimit(stating(30), 90)]
     for make, limit in zip(makers, (40, 30), strict=True):
-        venv = SubprocVecEnv([make], start_method="fork")
+        venv = in_process(make)
         try:
             assert max_vec_episode_steps(venv) == limit
         finally:
             venv.close()
     del gym.registry["WorldFluxTests/NotPicklable-v0"]
+
+
+@pytest.mark.filterwarnings("ignore:.*ERROR")  # Gymnasium's own
+@pytest.mark.parametrize("in_process", [in_process_of_sb3, in_process_of_gymnasium])
+def test_what_a_process_cannot_send_is_named(in_process: Any) -> None:
+    venv = in_process(lambda: stating(lambda: 20))
+    try:
+        with pytest.raises(WorkerError, match="an attribute 'max_episode_steps' that cannot be sent"):
+            max_vec_episode_steps(venv)
+    finally:
+        for process in getattr(venv, "processes", ()):
+            process.join()
 
 
 def test_an_agent_starts_with_the_random_steps_that_the_smallest_limit_asks_for() -> None:
