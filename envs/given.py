@@ -22,13 +22,8 @@ from worldflux.envs.spaces import Array, is_image
 from worldflux.envs.taps import Tap, tapped
 from worldflux.envs.vector import JoinedVecEnv, base_of
 from worldflux.errors import ShapeMismatchError, WorkerError, a_type
+from worldflux.replay.spec import LARGE, LOST_CHANGES, NOISE, is_wide
 
-_LARGE = 8192.0
-"""The number from which on float32 only tells apart steps of a thousandth and more."""
-_NOISE = 1e-13
-"""The share of a number below which a change is rounding of float64."""
-_LOST_CHANGES = 5
-"""The number of lost changes after which a warning is given."""
 _MOST_LOOKS = 1000
 """The number of looks at large numbers after which their changes are trusted."""
 _BEYOND = 1e38
@@ -101,7 +96,7 @@ class _GivenArray:
         self._dtype = np.dtype(space.dtype)
         self._is_image = isinstance(space, spaces.Box) and is_image(space)
         self._is_numbers = isinstance(space, spaces.Box) and not self._is_image
-        self._is_wide = self._is_numbers and _is_wide(self._dtype)
+        self._is_wide = self._is_numbers and is_wide(self._dtype)
         self._kinds = "" if self._is_image else "biuf" if self._is_numbers else "biu"
         self._options = range(0)
         if isinstance(space, spaces.Discrete):
@@ -129,7 +124,7 @@ class _GivenArray:
             )
         if array.dtype != self._dtype:
             self._check_cast(array)
-            if self._is_numbers and _is_wide(array.dtype):
+            if self._is_numbers and is_wide(array.dtype):
                 self._rounding.look(array)
         elif self._is_wide:
             self._rounding.look(array)
@@ -142,10 +137,11 @@ class _GivenArray:
                 f"The {self._name} has dtype {array.dtype}, expected {self._dtype}, as the space says. "
                 f"{remedy if self._is_image else _CHANGE_SPACE}"
             )
-        if self._dtype.kind == "f":
+        if self._dtype.kind == "f" and self._dtype.itemsize > 2:
             return
-        with np.errstate(invalid="ignore"):
-            differs = array.astype(self._dtype) != array
+        with np.errstate(invalid="ignore", over="ignore"):
+            cast = array.astype(self._dtype)
+            differs = np.isinf(cast) & np.isfinite(array) if self._dtype.kind == "f" else cast != array
         if differs.any():
             at = tuple(int(index) for index in np.argwhere(differs)[0])
             raise ShapeMismatchError(
@@ -172,7 +168,7 @@ class _Rounding:
         self._before: tuple[Array, Array] | None = None  # the last numbers, and what float32 makes of them
         self._changed = self._lost = np.zeros(0, np.int64)
         self._looks = 0
-        self.small = _LARGE
+        self.small = LARGE
 
     def look(self, array: Array) -> None:
         """Looks at an array of numbers; most arrays have only small ones."""
@@ -200,17 +196,17 @@ class _Rounding:
                     f"it is stored as float32. {self._remedy}"
                 )
             before, self._before = self._before, (numbers.copy(), rounded)
-            if before is None or self.small > _LARGE:
+            if before is None or self.small > LARGE:
                 return
             size = np.abs(numbers)
-            changed = np.abs(numbers - before[0]) > _NOISE * size
-            lost = changed & (rounded == before[1]) & (size >= _LARGE)
+            changed = np.abs(numbers - before[0]) > NOISE * size
+            lost = changed & (rounded == before[1]) & (size >= LARGE)
         self._looks += 1
         if self._looks == 1:
             self._changed, self._lost = np.zeros((2, len(numbers)), np.int64)
         self._changed += changed
         self._lost += lost
-        constant = (self._lost >= _LOST_CHANGES) & (2 * self._lost > self._changed)
+        constant = (self._lost >= LOST_CHANGES) & (2 * self._lost > self._changed)
         if self._looks == _MOST_LOOKS or constant.any():
             self.small = _BEYOND
         if constant.any():
@@ -220,11 +216,6 @@ class _Rounding:
                 f"The {self._name} is {numbers[at]:.10g}{place} and changes in steps that are lost: it is stored as "
                 f"float32, which tells apart steps of {np.spacing(rounded[at]):g} there. {self._remedy}"
             )
-
-
-def _is_wide(dtype: np.dtype[Any]) -> bool:
-    """Whether float32 does not hold all numbers of a dtype."""
-    return dtype.itemsize > (4 if dtype.kind == "f" else 2)
 
 
 # --- listening to environments that others put together

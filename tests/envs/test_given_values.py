@@ -60,6 +60,11 @@ WRONG: dict[str, tuple[spaces.Space[Any], Callable[[int], Any], str]] = {
     "a fraction in int32": (box(np.int32), lambda t: np.full(3, 0.7 * t), "holds 0.7 at index .* what int32 can hold"),
     "NaN in int32": (box(np.int32), lambda t: np.full(3, np.nan if t else 0.0), "holds nan at index"),
     "40,000 in int16": (box(np.int16), lambda t: np.full(3, 10_000 * t), "holds 40000 at index .* what int16"),
+    "80,000 in float16": (
+        spaces.Box(-np.inf, np.inf, (3,), np.float16),
+        lambda t: np.full(3, 20_000.0 * t),
+        "holds 80000.0 at index .* what float16",
+    ),
     "two in booleans": (box(np.bool_, 0, 1), lambda t: np.full(3, t), "holds 2 at index .* what bool can hold"),
     "one number for three": (NUMBERS, lambda t: np.full(1, t, np.float32), r"has shape \(1,\), expected \(3,\)"),
     "a single number for three": (NUMBERS, lambda t: float(t), r"has shape \(\), expected \(3,\)"),

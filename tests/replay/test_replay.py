@@ -248,6 +248,23 @@ def test_an_episode_that_does_not_fit_is_refused_and_nothing_is_stored(changes, 
     assert content(buffer) == before
 
 
+@pytest.mark.filterwarnings("error")
+def test_recorded_numbers_whose_changes_float32_loses_are_warned_of():
+    since_1970, count = 1.75e9 + np.arange(21.0)[:, None], np.zeros((20, 1))
+    buffer = ReplayBuffer(100, (1,), 1)
+    with pytest.warns(UserWarning, match="obs has values such as 1750000020 whose changes are lost"):
+        buffer.add_episode(since_1970, count, count[:, 0])
+    with pytest.warns(UserWarning, match="rewards has values such as .* apart steps of 128 there"):
+        buffer.add_episode(np.zeros((21, 1)), count, since_1970[:20, 0].astype(np.int64))
+    for told_apart in (
+        1e6 * np.arange(21.0)[:, None],
+        np.full((21, 1), 1.75e9),
+        since_1970.astype(np.float32),
+        since_1970 - 1.75e9,
+    ):
+        buffer.add_episode(told_apart, count, count[:, 0])
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

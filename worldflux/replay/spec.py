@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,12 @@ TASK_FORM = ((), np.dtype(np.int64))
 """Shape and dtype of the number of a row's task."""
 MOST_TASKS = 100_000
 """Most tasks that a model has, and a row can be of."""
+LARGE = 8192.0
+"""The number from which on float32 only tells apart steps of a thousandth and more."""
+NOISE = 1e-13
+"""The share of a number below which a change is rounding of float64."""
+LOST_CHANGES = 5
+"""The number of lost changes after which a warning is given."""
 _BRIGHT = 127
 """Float images with larger values are taken for those from 0 to 255 that were resized or blurred."""
 
@@ -190,7 +197,33 @@ def _converted(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     if dtype == np.bool_ and not ((array == 0) | (array == 1)).all():
         raise BufferError(f"{name} has values other than 0 and 1, expected flags.")
     with np.errstate(over="ignore"):  # what overflows becomes infinite and is reported as such
-        return array.astype(dtype)
+        converted = array.astype(dtype)
+    if dtype == np.float32 and is_wide(array.dtype) and np.abs(converted).max(initial=0) >= LARGE:
+        _warn_of_lost_changes(name, array, converted)
+    return converted
+
+
+def is_wide(dtype: np.dtype) -> bool:
+    """Whether float32 does not hold all numbers of a dtype."""
+    return dtype.itemsize > (4 if dtype.kind == "f" else 2)
+
+
+def _warn_of_lost_changes(name: str, array: np.ndarray, stored: np.ndarray) -> None:
+    """Warns if most changes of a large number from one row to the next are lost in float32."""
+    rows, kept = array.reshape(len(array), -1).astype(np.float64), stored.reshape(len(array), -1)
+    with np.errstate(invalid="ignore"):  # infinite numbers are refused later
+        changed = np.abs(np.diff(rows, axis=0)) > NOISE * np.abs(rows[1:])
+    lost = changed & (kept[1:] == kept[:-1]) & (np.abs(kept[1:]) >= LARGE)
+    constant = (lost.sum(0) >= LOST_CHANGES) & (2 * lost.sum(0) > changed.sum(0))
+    if constant.any():
+        number = rows[-1, int(np.argmax(constant))]
+        warnings.warn(
+            f"{name} has values such as {number:.10g} whose changes are lost: they are stored as float32, which tells "
+            f"apart steps of {np.spacing(np.float32(number)):g} there. Subtract what stays the same, such as the time "
+            "at which a recording began, or divide them.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _as_bytes(name: str, array: np.ndarray) -> np.ndarray:
