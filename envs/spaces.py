@@ -141,7 +141,8 @@ def _has_images(space: Any) -> bool:
 class _Leaf:
     """The codec of one array of an observation: its shape and dtype in the library, and the checks of what comes in."""
 
-    def __init__(self, space: spaces.Space[Any], name: str, whole: spaces.Space[Any]) -> None:
+    def __init__(self, space: spaces.Space[Any], key: str | None, whole: spaces.Space[Any]) -> None:
+        name = "observation" if key is None else f"observation '{key}'"
         if not _is_supported(space):
             raise ConfigurationError(
                 f"{name} is {a_type(space)} space, which is not supported. "
@@ -161,7 +162,7 @@ class _Leaf:
             self._set_image_layout()
         else:
             assert isinstance(space, spaces.Box)  # all others are choices
-            _reject_other_images(space, name)
+            _reject_other_images(space, name, key)
             self.shape = (int(np.prod(self.given_shape, dtype=np.int64)),)
         self._is_vector = self.choices is None and not self.is_image and len(self.given_shape) == 1
         self._kinds = "biu" if self.choices is not None else "u" if self.is_image else "biuf"
@@ -265,7 +266,7 @@ def is_image(space: spaces.Box) -> bool:
     return len(space.shape) == 3 or (len(space.shape) in (2, 4) and full_range)
 
 
-def _reject_other_images(space: spaces.Box, name: str) -> None:
+def _reject_other_images(space: spaces.Box, name: str, key: str | None) -> None:
     """Refuses pictures that are not `uint8`: flattened, they would get an MLP over every pixel, which nobody wants."""
     shape = space.shape
     if not _has_sides_of_a_picture(shape):
@@ -273,12 +274,12 @@ def _reject_other_images(space: spaces.Box, name: str) -> None:
     numbers = int(np.prod(shape, dtype=np.int64))
     if space.dtype == np.uint8:
         given, expected = f"with bounds {space.low.min()} to {space.high.max()}", "the bounds 0 to 255"
-        how = f"If it is one, {_as_pixels(space)} says so"
+        how = f"If it is one, {_as_pixels(space, key)} says so"
     else:
         given = f"of {'floats' if space.dtype.kind == 'f' else space.dtype}"
         expected = "uint8 with values from 0 to 255"
         how = (
-            f"Remove the wrapper that scales it, or use {_as_pixels(space)}; the model scales it itself. "
+            f"Remove the wrapper that scales it, or use {_as_pixels(space, key)}; the model scales it itself. "
             "Frames that are stacked are its channels"
         )
     raise ConfigurationError(
@@ -287,17 +288,18 @@ def _reject_other_images(space: spaces.Box, name: str) -> None:
     )
 
 
-def _as_pixels(space: spaces.Box) -> str:
+def _as_pixels(space: spaces.Box, key: str | None) -> str:
     """Code of a wrapper that scales numbers to pixels from 0 to 255; unbounded ones are taken to lie in 0 to 1."""
     low, high = float(space.low.min()), float(space.high.max())
     if not (np.isfinite([low, high]).all() and low < high):
         low, high = 0.0, 1.0
+    given = "obs" if key is None else f"obs[{key!r}]"
     # Unlike arithmetic, this neither overflows in small integers nor leaves 0 to 255 where bounds are not kept.
-    pixels = "obs" if (low, high) == (0.0, 255.0) else f"numpy.interp(obs, ({low:.7g}, {high:.7g}), (0, 255))"
-    return (
-        f"gymnasium.wrappers.TransformObservation(env, lambda obs: {pixels}.round().astype(numpy.uint8), "
-        f"Box(0, 255, {space.shape}, numpy.uint8))"
-    )
+    scaled = given if (low, high) == (0.0, 255.0) else f"numpy.interp({given}, ({low:.7g}, {high:.7g}), (0, 255))"
+    pixels, box = f"{scaled}.round().astype(numpy.uint8)", f"Box(0, 255, {space.shape}, numpy.uint8)"
+    if key is not None:
+        pixels, box = f"{{**obs, {key!r}: {pixels}}}", f"Dict({{**env.observation_space, {key!r}: {box}}})"
+    return f"gymnasium.wrappers.TransformObservation(env, lambda obs: {pixels}, {box})"
 
 
 def _has_sides_of_a_picture(shape: tuple[int, ...]) -> bool:
@@ -330,9 +332,9 @@ class ObservationCodec:
         if isinstance(space, spaces.Dict):
             if not space.spaces:
                 raise ConfigurationError("The observation is an empty Dict space, expected at least one key.")
-            self._leaves = {key: _Leaf(part, f"observation '{key}'", space) for key, part in space.spaces.items()}
+            self._leaves = {key: _Leaf(part, key, space) for key, part in space.spaces.items()}
         else:
-            self._leaves = {SINGLE_KEY: _Leaf(space, "observation", space)}
+            self._leaves = {SINGLE_KEY: _Leaf(space, None, space)}
         self.obs_shape: tuple[int, ...] | dict[str, tuple[int, ...]] = self._merge(
             {key: leaf.shape for key, leaf in self._leaves.items()}
         )

@@ -48,7 +48,7 @@ def followed(message: str, which: str, **names: Any) -> Any:
         depth += {"(": 1, ")": -1}.get(message[end], 0)
         if not depth:
             break
-    known = {"gymnasium": gymnasium, "worldflux": worldflux, "numpy": numpy, "Box": Box}
+    known = {"gymnasium": gymnasium, "worldflux": worldflux, "numpy": numpy, "Box": Box, "Dict": spaces.Dict}
     return eval(message[begin.start() : end + 1], known | names)
 
 
@@ -99,6 +99,10 @@ OBSERVATIONS: dict[str, tuple[spaces.Space[Any], list[str]]] = {
     "16 bits": (Box(0, 65535, (64, 64), np.uint16), [TRANSFORM]),
     "flags": (Box(0, 1, (64, 64), np.bool_), [TRANSFORM]),
     "uint8 from 0 to 1": (Box(0, 1, (64, 64), np.uint8), [TRANSFORM]),
+    "floats in a dictionary, as pixels": (
+        spaces.Dict(a=Box(0, 255, (48, 48), np.float32), b=Box(-1, 1, (3, 64, 64), np.float32), numbers=NUMBERS),
+        [TRANSFORM, TRANSFORM, RESIZE],
+    ),
     "floats in a dictionary": (spaces.Dict(picture=Box(0, 1, (64, 64), np.float32), numbers=NUMBERS), [FLATTEN]),
 }
 
