@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from worldflux import WorldFluxAgent, create_world_model
 from worldflux.envs import RecordEpisodes, VecRecordEpisodes, collect
 from worldflux.errors import BufferError, ConfigurationError
-from worldflux.training import Batch, ReplayBuffer, train
+from worldflux.training import Batch, ReplayBuffer, Trainer, TrainingConfig, train
 
 STEPS = dict(total_steps=1, batch_size=2, sequence_length=6, device="cpu")
 RNG = np.random.default_rng(0)
@@ -59,7 +59,7 @@ REFUSED = [
     (2 * SOFT, {}, r"values from -1\.\d+ to 1\.\d+, expected -1 to 1 .* action_low and action_high"),
     (np.full((30, 2), 512.0), {}, "values from 512 to 512"),
     (NUMBERS, {}, r"whole numbers from 0 to 3 in one column.*np\.eye\(4\)"),
-    (NUMBERS.astype(float), {}, r"whole numbers from 0 to 3 in one column"),
+    (NUMBERS.astype(float), {}, r"np\.eye\(4\)\[actions\[:, 0\]\.astype\(int\)\]"),
     (ONE_HOT.argmax(1)[:, None], {}, r"whole numbers from 0 to 1 in one column.*np\.eye\(2\)"),
     (NUMBERS, {"action_type": "discrete"}, r"\[0\] is .* expected one-hots of 1 entries"),
     (SOFT, {"action_type": "discrete"}, r"\[0\] is .* expected one-hots of 3 entries"),
@@ -246,6 +246,8 @@ class Gives:
 
 
 def test_a_providers_actions_are_looked_at_once() -> None:
+    with pytest.raises(BufferError, match="The batch's actions have values from 2 to 2"):
+        Trainer(model_of("tdmpc2", 1), TrainingConfig(device="cpu")).step(batch_of(torch.full((1, 5, 1), 2.0)))
     with pytest.raises(BufferError, match="The batch's actions have values from -50 to 50, expected -1 to 1"):
         train(model_of("dreamerv3", 1), Gives(50.0 * torch.tensor([[[1.0], [-1.0]]])), **STEPS)
     with pytest.raises(BufferError, match="expected one-hots of 2"):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from worldflux.errors import ShapeMismatchError
+from worldflux.errors import BufferError, ShapeMismatchError
 from worldflux.replay.batch import Batch, BatchRequest
 
 
@@ -21,6 +21,13 @@ def test_four_fields_are_enough_and_the_flags_become_bool():
     assert batch.terminations.dtype == torch.bool
     assert batch.terminations.tolist() == [[False, False, True], [False, False, False]]
     assert batch.truncations is None and batch.is_first is None and batch.extras == {}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.5, 2])
+def test_a_flag_is_zero_or_one(value):
+    for name in ("terminations", "is_first"):
+        with pytest.raises(BufferError, match=f"The batch's {name} has values other than 0 and 1"):
+            batch_of(**{name: torch.tensor([[0, 1, value], [0, 0, 0]])})
 
 
 def test_moving_a_batch_keeps_every_field_and_leaves_the_row_ids_on_the_cpu():

@@ -113,8 +113,8 @@ def as_executed(name: str, given: Any, actions: np.ndarray, classes: Classes | N
     if actions.shape[-1] == 1 and numbers and classes is None and lowest >= 0 and highest > 0:
         raise BufferError(
             f"{name} are whole numbers from {lowest:g} to {highest:g} in one column, like those of discrete actions. "
-            f"Pass discrete actions one-hot: np.eye({int(highest) + 1})[{name}[:, 0].astype(int)]; and continuous ones "
-            "as floats in [-1, 1], or with action_low and action_high."
+            f"Pass discrete actions one-hot: np.eye({int(highest) + 1})[actions[:, 0].astype(int)]; and continuous "
+            "ones as floats in [-1, 1], or with action_low and action_high."
         )
     if max(-lowest, highest) > 1 + ROUNDING:
         raise BufferError(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worldflux.errors import ShapeMismatchError, a_type
+from worldflux.errors import BufferError, ShapeMismatchError, a_type
 
 Observation = Tensor | dict[str, Tensor]
 """One tensor, or a dict of tensors where the environment's observation is a dictionary."""
@@ -35,6 +35,7 @@ class Batch:
 
     Raises:
         ShapeMismatchError: If a field is no tensor, or the fields do not agree on `[B, T]`.
+        BufferError: If a flag is neither 0 nor 1; on a GPU this is not checked.
     """
 
     obs: Observation
@@ -86,6 +87,9 @@ class Batch:
             if flag.dim() != 2:
                 raise ShapeMismatchError(f"{name} has shape {tuple(flag.shape)}, expected [B, T].")
             if flag.dtype != torch.bool:
+                # Elsewhere the host would have to wait for the device.
+                if flag.device.type == "cpu" and not bool(((flag == 0) | (flag == 1)).all()):
+                    raise BufferError(f"The batch's {name} has values other than 0 and 1, expected flags.")
                 object.__setattr__(self, name, flag.bool())
 
     def __repr__(self) -> str:
