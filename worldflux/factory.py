@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -229,9 +228,10 @@ def _load(name: str, device: torch.device, given: dict[str, Any], allow_nonfinit
         missing = f", and there is no directory {directory}" if directory else ""
         raise ConfigurationError(f"Unknown model {name!r}{nearest(name, options)} list_models() shows all{missing}.")
     if directory.is_file():
-        if zipfile.is_zipfile(directory):
-            raise ConfigurationError(f"{name!r} is a saved agent: WorldFluxAgent.load({name!r}, env).")
-        raise ConfigurationError(f"{name!r} is a file, expected a preset or a directory written by save_pretrained.")
+        raise ConfigurationError(
+            f"{name!r} is a file, expected a preset or a directory written by save_pretrained. The file of an agent is "
+            f"loaded with WorldFluxAgent.load({name!r}, env)."
+        )
     return reading_together(
         directory, (CONFIG_FILE, WEIGHTS_FILE), lambda: _read(name, directory, device, given, allow_nonfinite)
     )

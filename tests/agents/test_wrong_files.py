@@ -172,12 +172,12 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a zip as a model": (
         lambda: create_world_model("agent.zip"),
         ConfigurationError,
-        "'agent.zip' is a saved agent: WorldFluxAgent.load('agent.zip', env).",
+        "save_pretrained. The file of an agent is loaded with WorldFluxAgent.load('agent.zip', env).",
     ),
     "a zip for a new agent": (
         lambda: WorldFluxAgent("agent.zip", ENV),
         ConfigurationError,
-        "'agent.zip' is a saved agent: WorldFluxAgent.load('agent.zip', env).",
+        "save_pretrained. The file of an agent is loaded with WorldFluxAgent.load('agent.zip', env).",
     ),
     "a file as a model": (
         lambda: create_world_model(f"{NEWEST}/run.json"),

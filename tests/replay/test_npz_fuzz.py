@@ -309,7 +309,13 @@ FORMATS = {
     "SQLite": (b"SQLite format 3\0" + bytes(100), "but an SQLite database"),
     "empty": (b"", "but an empty one"),
     "one array": (b"\x93NUMPY" + bytes(100), r"but a \.npy file with a single array"),
-    "text": (b"not a zip", "a.npz is not a readable .npz file"),
+    "text": (b"not a zip", "but a text file"),
+    "CSV": (b"obs,\taction\r\n0.1,2", "but a text file.*pandas"),
+    "xz": (b"\xfd7zXZ\x00", "compressed with xz"),
+    "Zstandard": (b"\x28\xb5\x2f\xfd", "compressed with Zstandard"),
+    "Git LFS": (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS.*git lfs pull"),
+    "torch": (zipped({"archive/data.pkl": b""}), "but a pickle"),
+    "other bytes": (bytes(20), "damaged or cut short"),
     "cut": (b"PK\x03\x04" + bytes(100), "damaged or cut short"),
 }
 

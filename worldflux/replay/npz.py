@@ -157,6 +157,9 @@ class NpzFile:
                 f"{self.path} is a saved agent, which has no replay data in it. Pass what save_replay_buffer wrote; "
                 "those of a checkpoint's directory are read by WorldFluxAgent.load(directory, env, resume=True)."
             )
+        if any(name.endswith("/data.pkl") for name in self._archive.namelist()):  # of torch.save
+            self._archive.close()
+            raise BufferError(f"{self.path} is not a readable .npz file, but {_PICKLE}")
         self._opened: WeakSet[IO[bytes]] = WeakSet()
         self.names = [name.removesuffix(".npy") for name in members]
         """Names of the arrays; other files in the archive are ignored."""
@@ -363,12 +366,20 @@ def _check_count(path: Path, found: int) -> None:
 
 
 _REMEDY = "Read its episodes with {reader}, store them with ReplayBuffer.add_episode, and call save."
+_PICKLE = (
+    "a pickle. Pickles can run code and are never read here: load it yourself if you trust it, store its episodes with "
+    "ReplayBuffer.add_episode, and call save."
+)
+_TEXT = "a text file. " + _REMEDY.format(reader="pandas or json")
 _FORMATS = {
     b"\x89HDF\r\n\x1a\n": "an HDF5 file. worldflux.datasets.load reads those of several formats, and your own arrays.",
     b"PAR1": "a Parquet file. " + _REMEDY.format(reader="pandas"),
     b"ARROW1": "an Arrow file. " + _REMEDY.format(reader="pyarrow"),
     b"SQLite format 3\x00": "an SQLite database. " + _REMEDY.format(reader="sqlite3"),
     b"\x1f\x8b": "one that is compressed with gzip. Unpack it first.",
+    b"\x28\xb5\x2f\xfd": "one that is compressed with Zstandard. Unpack it first.",
+    b"\xfd7zXZ\x00": "one that is compressed with xz. Unpack it first.",
+    b"version https://": "a pointer of Git LFS to the data. Fetch them with: git lfs pull.",
     b"\x93NUMPY": "a .npy file with a single array. ReplayBuffer.save tells which arrays are needed.",
 }
 """First bytes of other files that people pass, and what to do with them."""
@@ -387,13 +398,12 @@ def _other_format(path: Path) -> str | None:
     except OSError:
         return None
     if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return (
-            "a pickle. Pickles can run code and are never read here: load it yourself if you trust it, store its "
-            "episodes with ReplayBuffer.add_episode, and call save."
-        )
+        return _PICKLE
     if not start:
         return "an empty one."
-    return next((kind for magic, kind in _FORMATS.items() if start.startswith(magic)), None)
+    known = next((kind for magic, kind in _FORMATS.items() if start.startswith(magic)), None)
+    is_text = known is None and start.isascii() and "".join(start.decode().split()).isprintable()
+    return _TEXT if is_text else known
 
 
 def _reason(error: Exception) -> str:
