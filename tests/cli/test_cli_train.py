@@ -109,7 +109,10 @@ def test_a_run_learns_from_recorded_data_too_also_when_it_is_resumed(
     assert main(["train", "--resume", "../run", "--steps", "70"]) == 2
     assert "data.npz" in capsys.readouterr().err
     assert train("--offline-share", "0.5") == 2
-    assert "--offline-share is the share of --offline-data, which is missing" in capsys.readouterr().err
+    assert train("--track-project", "mine") == 2
+    told = capsys.readouterr().err
+    assert "--offline-share is the share of --offline-data, which is missing" in told
+    assert "--track-project is the project of --track, which is missing" in told
 
 
 def test_an_asynchronous_run_stays_one_when_it_is_resumed(
@@ -433,6 +436,13 @@ def test_values_of_fields_are_numbers_lists_words_and_truths() -> None:
     given = ["units=8", "entropy_scale=3e-3", "use_symlog=False", 'loss_scales={"reward": 2.0}', "dtype=bfloat16"]
     expected = {"units": 8, "entropy_scale": 3e-3, "use_symlog": False, "loss_scales": {"reward": 2.0}}
     assert model_fields(given) == {**expected, "dtype": "bfloat16"}
+    as_errors_show_them = [
+        "task_names=('walk', 'run')",
+        "temperature=.1",
+        "loss_scales={'reward': 2.0}",
+        "obs_shape=(3,)",
+    ]
+    assert list(model_fields(as_errors_show_them).values()) == [["walk", "run"], 0.1, {"reward": 2.0}, [3]]
     with pytest.raises(ConfigurationError, match="--set units was given twice"):
         model_fields(["units=8", "units=9"])
 

@@ -192,6 +192,8 @@ def _start(
     from worldflux.accel import ranks
 
     settings = given.resolved()
+    if settings.track_project is not None and not settings.track:
+        raise ConfigurationError("--track-project is the project of --track, which is missing.")
     settings = replace(settings, seed=ranks.on_first(lambda: settings.seed))  # which may have been drawn
     tracking = RunTracking(settings.track if ranks.is_first() else (), settings.track_project)
     with ExitStack() as resources:

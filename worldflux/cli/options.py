@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
 import shlex
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -267,7 +269,7 @@ def model_fields(given: Iterable[str]) -> dict[str, Any]:
 
 
 def assignments(option: str, given: Iterable[str], expected: str) -> dict[str, Any]:
-    """Values by name. They are parsed as JSON if possible, otherwise taken as text.
+    """Values by name. They are read as JSON or else as Python's literals if possible, otherwise taken as text.
 
     Args:
         option: Option of the command line, for error messages.
@@ -284,11 +286,19 @@ def assignments(option: str, given: Iterable[str], expected: str) -> dict[str, A
             raise ConfigurationError(f"{option} {text} is not understood, expected {expected}.")
         if name.strip() in found:
             raise ConfigurationError(f"{option} {name.strip()} was given twice.")
-        try:
-            found[name.strip()] = json.loads(value)
-        except ValueError:
-            found[name.strip()] = {"True": True, "False": False, "None": None}.get(value, value)
+        found[name.strip()] = _value_of(value)
     return found
+
+
+def _value_of(text: str) -> Any:
+    """The value that a text stands for, in the types of JSON, or the text itself."""
+    with suppress(ValueError):
+        return json.loads(text)
+    try:
+        # Errors show values as Python writes them: True, ('walk', 'run'), .1
+        return json.loads(json.dumps(ast.literal_eval(text)))
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return text
 
 
 def fields_and_dtype(given: Iterable[str], dtype: Precision) -> dict[str, Any]:
