@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 from helpers.small_models import PRESETS
 
-import worldflux
-
 ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDERS = {"worldflux": ROOT / "worldflux", "worldflux.envs": ROOT / "envs", "worldflux.agents": ROOT / "agents"}
 
@@ -133,10 +131,17 @@ def test_import_worldflux_loads_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_importing_the_agent_and_loading_models_import_no_compiler(tmp_path: Path) -> None:
-    code = "import sys, worldflux.agents, worldflux.training; worldflux.training.Trainer; worldflux.WorldFluxAgent;"
-    for preset, sizes in PRESETS.items():
-        worldflux.create_world_model(preset, obs_shape=(3,), action_dim=2, **sizes).save_pretrained(tmp_path / preset)
-        code += f"worldflux.create_world_model({str(tmp_path / preset)!r});"
-    code += "print({'torch._dynamo', 'sympy'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+def test_training_saving_and_loading_import_no_compiler(tmp_path: Path) -> None:
+    code = (
+        "import sys, worldflux\n"
+        f"for preset, sizes in {PRESETS}.items():\n"
+        "    settings = dict(batch_size=2, seq_len=3, learning_starts=8, model_kwargs=sizes, device='cpu')\n"
+        "    worldflux.WorldFluxAgent(preset, 'Pendulum-v1', **settings).learn(12).save_checkpoint(preset)\n"
+        "    agent = worldflux.WorldFluxAgent.load(preset, 'Pendulum-v1', device='cpu', resume=True)\n"
+        "    agent.learn(2, reset_num_timesteps=False).model.save_pretrained('model')\n"
+        "    worldflux.create_world_model('model')\n"
+        "    assert agent._n_updates > 4\n"
+        "print({'torch._dynamo', 'sympy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout == "set()\n"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from inspect import unwrap
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from worldflux.errors import ConfigurationError, nearest
 from worldflux.models.base import OptimizerSpec, ParameterGroup, parameter_groups
 from worldflux.nn.fast.laprop import laprop
+
+_load_state_dict = unwrap(torch.optim.Optimizer.load_state_dict)  # see _Capturable
+_adamw_step = unwrap(torch.optim.AdamW.step)
 
 AGC_MIN_NORM = 1e-3
 """Least norm that adaptive clipping takes a tensor to have, so that one that starts at zero can leave it."""
@@ -40,6 +44,12 @@ def warmup_rate(lr: float, update: int, warmup_steps: int) -> float:
 class _Capturable(torch.optim.Optimizer):
     """Base of the optimisers here, which keep counting where they do when they load a state."""
 
+    # torch excludes these methods from compilation at their first call, and imports its compiler in order to do so,
+    # which would be more than a second of every start. Nothing compiles them here.
+    add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
+    state_dict = unwrap(torch.optim.Optimizer.state_dict)
+    zero_grad = unwrap(torch.optim.Optimizer.zero_grad)
+
     def make_capturable(self, capturable: bool = True) -> None:
         """Prepares `step` for being captured in a CUDA graph, or takes that back; see `_place_counts`."""
         for group in self.param_groups:
@@ -49,7 +59,7 @@ class _Capturable(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from a saved state, also from one of an optimiser that counts on another device."""
         capturable = self.param_groups[0]["capturable"]
-        super().load_state_dict(state_dict)
+        _load_state_dict(self, state_dict)
         self.make_capturable(capturable)
 
 
@@ -209,6 +219,7 @@ class Adam(_Capturable, torch.optim.AdamW):
         _add_warmup(self, warmup_steps)
         self.make_capturable(False)
 
+    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient.
 
@@ -222,7 +233,7 @@ class Adam(_Capturable, torch.optim.AdamW):
         for group in self.param_groups:
             group["lr"] = _next_rate(group)
         try:
-            return super().step(closure)
+            return _adamw_step(self, closure)
         finally:
             # group["lr"] is the common rate after the warm-up to everybody else: schedules set it, checkpoints keep it.
             for group, full_rate in zip(self.param_groups, full_rates, strict=True):
