@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from gymnasium import spaces
 from torch import Tensor, nn
 
@@ -61,9 +63,12 @@ def new(family: str) -> nn.Module:
     return FAMILIES[family]()
 
 
-def batches(count: int, length: int = 6, obs_shape: tuple[int, ...] = (4,)) -> list[Batch]:
+def batches(count: int, length: int = 6, obs_shape: tuple[int, ...] = (4,), *, discrete: bool = False) -> list[Batch]:
     buffer = create_random_buffer(200, obs_shape, 2, num_episodes=10, episode_length=17, seed=0)
-    return [buffer.sample(3, length) for _ in range(count)]
+    found = [buffer.sample(3, length) for _ in range(count)]
+    if not discrete:
+        return found
+    return [replace(batch, actions=F.one_hot(batch.actions.argmax(-1), 2).float()) for batch in found]
 
 
 def recorded(trainer: Trainer) -> int:

@@ -57,7 +57,7 @@ def assert_same(one: Any, other: Any) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ten_updates_played_back_equal_ten_plain_ones(captured: Callable[..., Trainer], family: str) -> None:
     plain, played = Trainer(new(family), CONFIG), captured(new(family))
-    given = batches(10, obs_shape=IMAGE if "pixels" in family else (4,))
+    given = batches(10, obs_shape=IMAGE if "pixels" in family else (4,), discrete="discrete" in family)
     for trainer in (plain, played):
         torch.manual_seed(1)
         trainer.seen = []  # type: ignore[attr-defined]
