@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.agents import weights
-from helpers.sb3_families import AnySpaces, both, make
+from helpers.sb3_families import FAMILIES, AnySpaces, both, make
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 
@@ -22,6 +22,7 @@ from worldflux.envs import check_env, collect
 from worldflux.training import Trainer
 
 OBS = np.zeros(3, np.float32)
+Saved = tuple[str, WorldFluxAgent, Path]
 
 
 def streams() -> tuple[Any, ...]:
@@ -30,12 +31,22 @@ def streams() -> tuple[Any, ...]:
     return random.getstate(), words.tobytes(), tuple(rest), bytes(torch.get_rng_state().tolist())
 
 
-def saved(family: str, path: Path) -> tuple[WorldFluxAgent, Any]:
-    agent = make(family).learn(30)
+def seed_streams() -> None:
+    random.seed(11)
+    np.random.seed(12)
+    torch.manual_seed(13)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def saved(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """The family of an agent that has learned, the agent, and a directory with its files."""
+    path = tmp_path_factory.mktemp(request.param)
+    seed_streams()
+    agent = make(request.param).learn(30)
     agent.save(path / "agent.zip")
     agent.save_checkpoint(path / "checkpoint")
     agent.model.save_pretrained(path / "model")
-    return agent, agent.replay_buffer
+    return request.param, agent, path
 
 
 LEAVES_ALONE: dict[str, Callable[[WorldFluxAgent, Path], Any]] = {
@@ -44,7 +55,7 @@ LEAVES_ALONE: dict[str, Callable[[WorldFluxAgent, Path], Any]] = {
     "load a checkpoint": lambda agent, path: WorldFluxAgent.load(path / "checkpoint"),
     "load and act": lambda agent, path: WorldFluxAgent.load(path / "agent.zip").predict(OBS, deterministic=True),
     "create_world_model": lambda agent, path: create_world_model(path / "model"),
-    "save": lambda agent, path: agent.save(path / "again"),
+    "save": lambda agent, path: agent.save(path / "again.zip"),
     "save_checkpoint": lambda agent, path: agent.save_checkpoint(path / "again"),
     "set_parameters": lambda agent, path: agent.set_parameters(path / "agent.zip"),
     "sample": lambda agent, path: agent.replay_buffer.sample(2, 4),
@@ -59,22 +70,17 @@ LEAVES_ALONE: dict[str, Callable[[WorldFluxAgent, Path], Any]] = {
 }
 
 
-@both
 @pytest.mark.parametrize("what", LEAVES_ALONE)
 @pytest.mark.filterwarnings("ignore")
-def test_the_global_random_streams_stay_where_they_are(family: str, what: str, tmp_path: Path) -> None:
-    agent, _ = saved(family, tmp_path)
-    random.seed(11)
-    np.random.seed(12)
-    torch.manual_seed(13)
+def test_the_global_random_streams_stay_where_they_are(saved: Saved, what: str) -> None:
+    seed_streams()
     before = streams()
-    LEAVES_ALONE[what](agent, tmp_path)
+    LEAVES_ALONE[what](*saved[1:])
     assert streams() == before
 
 
-@both
-def test_a_callback_that_loads_a_rival_does_not_change_the_training(family: str, tmp_path: Path) -> None:
-    saved(family, tmp_path)
+def test_a_callback_that_loads_a_rival_does_not_change_the_training(saved: Saved) -> None:
+    family, _, path = saved
 
     class Compare(BaseCallback):
         looks = 0
@@ -82,7 +88,7 @@ def test_a_callback_that_loads_a_rival_does_not_change_the_training(family: str,
         def _on_step(self) -> bool:
             if self.num_timesteps % 5 == 0:
                 self.looks += 1
-                WorldFluxAgent.load(tmp_path / "agent.zip").predict(OBS, deterministic=True)
+                WorldFluxAgent.load(path / "agent.zip").predict(OBS, deterministic=True)
             return True
 
     plain, compared, compare = make(family), make(family), Compare()
@@ -91,12 +97,11 @@ def test_a_callback_that_loads_a_rival_does_not_change_the_training(family: str,
     assert compare.looks == 8 and torch.equal(weights(compared), weights(plain))
 
 
-@both
-def test_a_seed_that_is_given_to_load_starts_the_streams(family: str, tmp_path: Path) -> None:
-    saved(family, tmp_path)
+def test_a_seed_that_is_given_to_load_starts_the_streams(saved: Saved) -> None:
+    _, _, path = saved
     states = []
     for seed in (3, 3, 4):
-        WorldFluxAgent.load(tmp_path / "agent.zip", seed=seed)
+        WorldFluxAgent.load(path / "agent.zip", seed=seed)
         states.append(streams())
     assert states[0] == states[1] != states[2]
 
