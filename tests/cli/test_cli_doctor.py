@@ -248,5 +248,6 @@ def test_recordings_are_compared_where_a_device_has_them(
 
 
 def test_a_device_that_is_not_there_cannot_be_checked(capsys: pytest.CaptureFixture[str], frames: None) -> None:
-    assert main(["doctor", "--check-device", "cuda:99"]) == 2
-    assert "torch sees" in capsys.readouterr().err
+    for device in ("cuda:99", "meta"):
+        assert main(["doctor", "--check-device", device]) == 2
+        assert "torch sees" in capsys.readouterr().err

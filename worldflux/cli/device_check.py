@@ -75,7 +75,7 @@ def check_device(name: str) -> dict[str, Any]:
     Raises:
         ConfigurationError: If there is no such device.
     """
-    device, started = resolve_device(name), time.monotonic()
+    device, started = resolve_device(name, must_compute=True), time.monotonic()
     rows: list[Row] = []
     for model in _FAMILIES:
         for observations in _OBSERVATIONS:

@@ -140,7 +140,7 @@ def machine(device: str) -> dict[str, str]:
 
     from worldflux.accel.device import resolve_device
 
-    place = resolve_device(device)
+    place = resolve_device(device, must_compute=True)
     return {
         "platform": platform.platform(),
         "cpu": _processor(),

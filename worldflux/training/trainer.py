@@ -327,7 +327,7 @@ class Trainer:
         self._data.restored = None
         if buffer is not None:
             self._data.source = buffer
-        if self._last_batch is None:
+        if self._last_batch is None and not batch.rewards.is_meta:  # meta tensors have no values
             check_first_batch(self.model, batch, self.step_count + 1)
         self._last_batch = batch
         self.in_step = True
