@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import platform
 import signal
@@ -433,7 +432,10 @@ PIPED = {
     [
         ("models", True),
         ("check-env", False),
-        *itertools.product(("help", "help of a command", "an error"), (True, False)),
+        ("help", True),
+        ("help", False),
+        ("help of a command", False),
+        ("an error", True),
     ],
 )
 def test_a_reader_that_goes_away_is_no_traceback(command: str, buffered: bool) -> None:
