@@ -14,7 +14,6 @@ from helpers.faults import Disk
 # Tests run on machines with few cores, often several at once; more threads make small models slower, not faster.
 torch.set_num_threads(1)
 
-
 # A full collection visits the objects of all modules and tests, which nobody ever releases: about a million of them.
 gc.set_threshold(10_000, 20, 20)
 
@@ -30,6 +29,7 @@ def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     A replay buffer without a seed asks `default_rng` for a fresh generator: here the first, second, ... of a test are
     always the same ones.
     """
+    torch.set_num_threads(1)
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
