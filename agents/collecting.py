@@ -314,9 +314,12 @@ def frames_per_vec_step(venv: VecEnv) -> int:
 def _of_the_first(venv: VecEnv, name: str) -> Any:
     """An attribute of the first environment; None where there is no such attribute, or it cannot be asked for."""
     try:
-        return venv.get_attr(name, indices=[0])[0] if venv.has_attr(name) else None
-    except (EOFError, ConnectionError) as error:
-        raise not_sent(name) from error
+        if not venv.has_attr(name):  # which fails where a process has ended before
+            return None
+        try:
+            return venv.get_attr(name, indices=[0])[0]
+        except (EOFError, ConnectionError) as error:
+            raise not_sent(name) from error
     except (AttributeError, TypeError, LookupError, NotImplementedError):
         # SB3's wrapper class is also put around objects that are no VecEnv and lack its methods.
         return None
