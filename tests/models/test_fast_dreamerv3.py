@@ -6,6 +6,7 @@ import copy
 import functools
 import pickle
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,7 +68,8 @@ def updates(model: DreamerV3, fast: bool, steps: int) -> tuple[list[dict[str, Te
     losses = []
     for step in range(steps):
         torch.manual_seed(step)
-        losses.append(trainer.step(batch_for(model, step)))
+        batch = batch_for(model, step)
+        losses.append(trainer.step(replace(batch, actions=batch.actions.clamp(-1, 1))))
     return losses, model
 
 

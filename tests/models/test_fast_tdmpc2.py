@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,9 +47,10 @@ def small_batch(model: TDMPC2, seed: int = 1, windows: int = 8) -> Batch:
     if model.tasks is not None:
         tasks = torch.randint(model.config.num_tasks, (N, 1), generator=generator)
         extras = {"task": tasks.expand(N, T)}
+    obs, actions = torch.randn(N, T, 5, generator=generator), torch.rand(N, T, 2, generator=generator) * 2 - 1
     return Batch(
-        obs=torch.randn(N, T, 5, generator=generator),
-        actions=torch.rand(N, T, 2, generator=generator) * 2 - 1,
+        obs=obs,
+        actions=F.one_hot(actions.argmax(-1), 2).float() if model.config.action_classes else actions,
         rewards=torch.randn(N, T, generator=generator),
         terminations=torch.rand(N, T, generator=generator) < 0.1,
         is_first=torch.rand(N, T, generator=generator) < 0.1,
