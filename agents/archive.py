@@ -245,27 +245,35 @@ def _check_complete(directory: Path, names: Sequence[str]) -> None:
 
 def _unpack(path: Path, directory: Path, name: object) -> None:
     """Extracts the entries of an agent's zip, and no others: a zip may hold any path."""
+    what = "incomplete or damaged"
     try:
-        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-            names = set(archive.namelist())
-            missing = [entry for entry in _ENTRIES if entry not in names]
-            if missing:
-                hint = "is incomplete or damaged, or something else"
-                if "data" in names:
-                    hint = "was saved by stable-baselines3 itself"
-                raise CheckpointError(
-                    f"{name} has no {', '.join(missing)}. It {hint}. Pass a file that WorldFluxAgent.save wrote."
-                )
-            check_stored(archive, file.seek(0, os.SEEK_END))
-            for entry in _ENTRIES:
-                archive.extract(entry, directory)
+        with open_regular(path) as file:
+            if file.read(2) not in (b"PK", b""):
+                what = "something else, or damaged"
+            with zipfile.ZipFile(file) as archive:
+                _check_entries(archive, name)
+                check_stored(archive, file.seek(0, os.SEEK_END))
+                for entry in _ENTRIES:
+                    archive.extract(entry, directory)
     except CheckpointError:
         raise
     except Exception as error:  # what a damaged zip makes zipfile raise is not a closed list
         raise CheckpointError(
-            f"{name} is not a readable file of an agent, but incomplete or damaged ({str(error).rstrip('.')}). "
+            f"{name} is not a readable file of an agent, but {what} ({str(error).rstrip('.')}). "
             "Pass another file that WorldFluxAgent.save wrote, or load an earlier checkpoint of the run."
         ) from error
+
+
+def _check_entries(archive: zipfile.ZipFile, name: object) -> None:
+    names = set(archive.namelist())
+    missing = [entry for entry in _ENTRIES if entry not in names]
+    if missing:
+        hint = "is incomplete or damaged, or something else"
+        if "data" in names:
+            hint = "was saved by stable-baselines3 itself"
+        raise CheckpointError(
+            f"{name} has no {', '.join(missing)}. It {hint}. Pass a file that WorldFluxAgent.save wrote."
+        )
 
 
 def _existing(path: str | Path) -> Path:

@@ -67,7 +67,10 @@ def build_model(
             chosen = {**own, **family.config_class.episode_fields(max_steps), **tasks, **chosen}
         model = create_world_model(source, device=device, **chosen)
     else:
-        raise ConfigurationError(f"model is {a_type(source)}, expected a preset, a saved directory or a WorldModel.")
+        advice = " Build it: create_world_model(config)." if isinstance(source, WorldModelConfig) else ""
+        raise ConfigurationError(
+            f"model is {a_type(source)}, expected a preset, a saved directory or a WorldModel.{advice}"
+        )
     _check_spaces(model, own)
     check_tasks(model, env)
     return model

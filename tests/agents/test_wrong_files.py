@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from helpers.training import MemoryProvider, NoisyRegression
 
-from worldflux import create_world_model
+from worldflux import TDMPC2Config, create_world_model
 from worldflux.agents import AgentCheckpointCallback, WorldFluxAgent
 from worldflux.errors import BufferError, CheckpointError, ConfigurationError
 from worldflux.training import CheckpointCallback, ReplayBuffer, Trainer, TrainingConfig
@@ -130,6 +130,18 @@ def test_a_zip_that_was_cut_short_says_so(place: Path, size: int) -> None:
     (place / "agent.zip").write_bytes((place / "agent.zip").read_bytes()[:size])
     with pytest.raises(CheckpointError, match=r"agent\.zip .*ncomplete or damaged.* Pass .* WorldFluxAgent\.save"):
         load("agent.zip")
+
+
+@pytest.mark.parametrize("start", [b"\x89HDF\r\n\x1a\n", b"\x80\x04\x95", b"PAR1", b"{}"])
+def test_a_file_of_another_kind_says_so(place: Path, start: bytes) -> None:
+    (place / "agent.zip").write_bytes(start + bytes(200))
+    with pytest.raises(CheckpointError, match=r"but something else, or damaged .* Pass .* WorldFluxAgent\.save"):
+        load("agent.zip")
+
+
+def test_a_configuration_names_the_function_that_builds_its_model() -> None:
+    with pytest.raises(ConfigurationError, match=r"model is a TDMPC2Config, .*create_world_model\(config\)"):
+        WorldFluxAgent(TDMPC2Config(obs_shape=(3,), action_dim=1), ENV)
 
 
 @pytest.mark.parametrize("offline", ["checkpoints", "checkpoint", "pretrained"])
