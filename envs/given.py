@@ -22,7 +22,7 @@ from worldflux.envs.spaces import Array, is_image
 from worldflux.envs.taps import Tap, tapped
 from worldflux.envs.vector import JoinedVecEnv, base_of
 from worldflux.errors import ShapeMismatchError, WorkerError, a_type
-from worldflux.replay.spec import LARGE, LOST_CHANGES, NOISE, is_wide
+from worldflux.replay.spec import LARGE, are_lost, is_wide, lost_changes
 
 _MOST_LOOKS = 1000
 """The number of looks at large numbers after which their changes are trusted."""
@@ -198,15 +198,13 @@ class _Rounding:
             before, self._before = self._before, (numbers.copy(), rounded)
             if before is None or self.small > LARGE:
                 return
-            size = np.abs(numbers)
-            changed = np.abs(numbers - before[0]) > NOISE * size
-            lost = changed & (rounded == before[1]) & (size >= LARGE)
+            changed, lost = lost_changes(before[0], numbers, before[1], rounded)
         self._looks += 1
         if self._looks == 1:
             self._changed, self._lost = np.zeros((2, len(numbers)), np.int64)
         self._changed += changed
         self._lost += lost
-        constant = (self._lost >= LOST_CHANGES) & (2 * self._lost > self._changed)
+        constant = are_lost(self._changed, self._lost)
         if self._looks == _MOST_LOOKS or constant.any():
             self.small = _BEYOND
         if constant.any():

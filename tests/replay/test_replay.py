@@ -264,6 +264,10 @@ def test_recorded_numbers_whose_changes_float32_loses_are_warned_of():
     ):
         buffer.add_episode(told_apart, count, count[:, 0])
 
+    # The rows of one step are of different environments, and do not follow each other.
+    several, flags = ReplayBuffer(100, (1,), 1, n_envs=20), np.zeros(20, np.bool_)
+    several.add(since_1970[:20], count, np.zeros(20), flags, flags)
+
 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),

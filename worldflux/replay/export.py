@@ -293,7 +293,9 @@ class ReplayFile:
         before = self._skipped if part == "obs" else self._skipped_episodes
         place = name if count == array.shape[0] else f"{name}[{before + at.start}:{before + at.stop}]"
         given = array.take(count)
-        return checked(f"{self._file.path.name}: {place}", given, (count, *stored.shape[1:]), stored.dtype)
+        return checked(
+            f"{self._file.path.name}: {place}", given, (count, *stored.shape[1:]), stored.dtype, in_time=True
+        )
 
     def _obs_at(self, key: str) -> StoredArray:
         name, shape_name = self._name("obs", key), self._name("obs_shape", key)
@@ -395,7 +397,7 @@ class ReplayFile:
             raise self._wrong(f"{name} has dtype {array.dtype}, expected whole numbers")
         try:
             # A copy, because what is read from a file cannot be written to.
-            return checked(name, array, shape, np.dtype(dtype)).copy()
+            return checked(name, array, shape, np.dtype(dtype), in_time=True).copy()
         except ValueError as error:
             raise self._wrong(str(error)) from error
 

@@ -28,9 +28,9 @@ MOST_TASKS = 100_000
 """Most tasks that a model has, and a row can be of."""
 LARGE = 8192.0
 """The number from which on float32 only tells apart steps of a thousandth and more."""
-NOISE = 1e-13
+_NOISE = 1e-13
 """The share of a number below which a change is rounding of float64."""
-LOST_CHANGES = 5
+_LOST_CHANGES = 5
 """The number of lost changes after which a warning is given."""
 _BRIGHT = 127
 """Float images with larger values are taken for those from 0 to 255 that were resized or blurred."""
@@ -87,7 +87,7 @@ class TransitionSpec:
         return dict(self.dtypes) if self.is_dict else self.dtypes[SINGLE_KEY]
 
     def checked_obs(
-        self, name: str, obs: Any, lead: tuple[int, ...], rows: np.ndarray | None = None
+        self, name: str, obs: Any, lead: tuple[int, ...], rows: np.ndarray | None = None, *, in_time: bool = False
     ) -> dict[str, np.ndarray]:
         """Observations by key, as `checked` gives them. `[*lead, ...]`, or `[len(rows), ...]`."""
         if isinstance(obs, Mapping) != self.is_dict or (self.is_dict and obs.keys() != self.shapes.keys()):
@@ -101,6 +101,7 @@ class TransitionSpec:
                 (*lead, *shape),
                 self.dtypes[key],
                 rows,
+                in_time=in_time,
             )
             for key, shape in self.shapes.items()
         }
@@ -155,7 +156,13 @@ def all_finite(array: np.ndarray) -> bool:
 
 
 def checked(
-    name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype, rows: np.ndarray | None = None
+    name: str,
+    value: Any,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    rows: np.ndarray | None = None,
+    *,
+    in_time: bool = False,
 ) -> np.ndarray:
     """`value` as an array of exactly this shape and dtype, all of it finite.
 
@@ -168,6 +175,7 @@ def checked(
         shape: Expected shape.
         dtype: Expected dtype.
         rows: Indices along the first axis; only these are checked and returned. None is all of them.
+        in_time: Whether the rows follow each other in time. Numbers whose changes float32 loses are warned of then.
 
     Raises:
         ShapeMismatchError: If the shape differs.
@@ -181,7 +189,9 @@ def checked(
     if rows is not None:
         array = array[rows]
     if array.dtype != dtype:
-        array = _converted(name, array, dtype)
+        given, array = array, _converted(name, array, dtype)
+        if in_time and dtype == np.float32 and is_wide(given.dtype):
+            _warn_of_lost_changes(name, given, array)
     if dtype.kind == "f" and not all_finite(array):
         where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
         place = where if rows is None else (int(rows[where[0]]), *where[1:])
@@ -197,10 +207,7 @@ def _converted(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     if dtype == np.bool_ and not ((array == 0) | (array == 1)).all():
         raise BufferError(f"{name} has values other than 0 and 1, expected flags.")
     with np.errstate(over="ignore"):  # what overflows becomes infinite and is reported as such
-        converted = array.astype(dtype)
-    if dtype == np.float32 and is_wide(array.dtype) and np.abs(converted).max(initial=0) >= LARGE:
-        _warn_of_lost_changes(name, array, converted)
-    return converted
+        return array.astype(dtype)
 
 
 def is_wide(dtype: np.dtype) -> bool:
@@ -208,13 +215,35 @@ def is_wide(dtype: np.dtype) -> bool:
     return dtype.itemsize > (4 if dtype.kind == "f" else 2)
 
 
+def lost_changes(
+    before: np.ndarray, after: np.ndarray, stored_before: np.ndarray, stored_after: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns where numbers change, beyond the rounding of float64, and where float32 loses the change of a large one.
+
+    Args:
+        before: The numbers of a row. `float64 [..., K]`
+        after: Those of the next row. `float64 [..., K]`
+        stored_before: What float32 makes of the former. `float32 [..., K]`
+        stored_after: What float32 makes of the latter. `float32 [..., K]`
+    """
+    size = np.abs(after)
+    changed = np.abs(after - before) > _NOISE * size
+    return changed, changed & (stored_after == stored_before) & (size >= LARGE)
+
+
+def are_lost(changed: np.ndarray, lost: np.ndarray) -> np.ndarray:
+    """Returns which numbers to warn of, given how often each has changed and how often that was lost. `[K]`"""
+    return (lost >= _LOST_CHANGES) & (2 * lost > changed)
+
+
 def _warn_of_lost_changes(name: str, array: np.ndarray, stored: np.ndarray) -> None:
     """Warns if most changes of a large number from one row to the next are lost in float32."""
+    if np.abs(stored).max(initial=0) < LARGE:
+        return
     rows, kept = array.reshape(len(array), -1).astype(np.float64), stored.reshape(len(array), -1)
     with np.errstate(invalid="ignore"):  # infinite numbers are refused later
-        changed = np.abs(np.diff(rows, axis=0)) > NOISE * np.abs(rows[1:])
-    lost = changed & (kept[1:] == kept[:-1]) & (np.abs(kept[1:]) >= LARGE)
-    constant = (lost.sum(0) >= LOST_CHANGES) & (2 * lost.sum(0) > changed.sum(0))
+        changed, lost = lost_changes(rows[:-1], rows[1:], kept[:-1], kept[1:])
+    constant = are_lost(changed.sum(0), lost.sum(0))
     if constant.any():
         number = rows[-1, int(np.argmax(constant))]
         warnings.warn(

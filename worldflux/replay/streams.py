@@ -243,9 +243,9 @@ class RecordedStreams:
                 f"obs has {obs_count} rows, actions has {count} and rewards has {reward_count}. Expected one reward "
                 "for each action, and as many observations, or one more with the one after the last step."
             )
-        obs_arrays = self._form.checked_obs("obs", obs, (obs_count,))
+        obs_arrays = self._form.checked_obs("obs", obs, (obs_count,), in_time=True)
         actions = self._form.checked_actions(rescaled(actions, action_low, action_high), (count,))
-        rewards = checked("rewards", rewards, (count,), _FLOAT)
+        rewards = checked("rewards", rewards, (count,), _FLOAT, in_time=True)
         extra_arrays = {name: self._form.checked_extra(name, value, (count,)) for name, value in (extras or {}).items()}
         name = "terminations" if dones is None else "dones"
         terminated = _flags_or_zeros(name, terminations if dones is None else dones, count)
