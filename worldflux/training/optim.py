@@ -48,7 +48,6 @@ class _Capturable(torch.optim.Optimizer):
     # which would be more than a second of every start. Nothing compiles them here.
     add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
     state_dict = unwrap(torch.optim.Optimizer.state_dict)
-    zero_grad = unwrap(torch.optim.Optimizer.zero_grad)
 
     def make_capturable(self, capturable: bool = True) -> None:
         """Prepares `step` for being captured in a CUDA graph, or takes that back; see `_place_counts`."""
