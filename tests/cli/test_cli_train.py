@@ -109,7 +109,7 @@ def test_a_run_learns_from_recorded_data_too_also_when_it_is_resumed(
     assert main(["train", "--resume", "../run", "--steps", "70"]) == 2
     assert "data.npz" in capsys.readouterr().err
     assert train("--offline-share", "0.5") == 2
-    assert train("--track-project", "mine") == 2
+    assert train("--steps", "20", "--track-project", "mine") == 2
     told = capsys.readouterr().err
     assert "--offline-share is the share of --offline-data, which is missing" in told
     assert "--track-project is the project of --track, which is missing" in told
